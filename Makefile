@@ -1,0 +1,53 @@
+# make setup builds .venv once; everything else depends on it.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DELETE_ON_ERROR:
+.PHONY: setup demo test check bench format lock
+
+setup: $(STAMP)
+
+# Built anew when what is installed, or how, has changed.
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "scalenet_ray needs Python 3.11 or newer, got $$($(PYTHON) --version 2>&1):" \
+			"install one and name it, as in make setup PYTHON=python3.12" >&2; \
+		exit 1; }
+	@echo "Building .venv: some minutes, about 7 GB."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+# The whole path on the embedded sample, from pictures to AP and a report.
+demo: setup
+	$(BIN)/python jobs/eval_coco.py --policies whole grid-2 first-pass scalenet oracle --output runs/eval_coco/demo
+
+# One thread: on shared cores two are slower than one, and sums come out the same every time.
+test: export OMP_NUM_THREADS = 1
+test: setup
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports --no-logo
+
+bench: setup
+	$(BIN)/python bench/engine_memory.py
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Pins everything that pyproject.toml asks for, with hashes, for every platform. Versions that still fit stay.
+lock:
+	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	$(PYTHON) -m venv "$$scratch"; \
+	"$$scratch/bin/python" -m pip install --quiet uv; \
+	"$$scratch/bin/uv" pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes \
+		--no-annotate --no-header pyproject.toml --output-file requirements.txt

@@ -1,0 +1,112 @@
+"""Detect over any pile of images: a folder, a glob, an S3 prefix, or a Parquet file of addresses."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from scalenet_ray.core.coco import list_images
+from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
+from scalenet_ray.core.policy_file import read_policies
+from scalenet_ray.core.samples import ensure_sample
+from scalenet_ray.engine.batch import image_opener, run_policy
+from scalenet_ray.engine.conclude import conclude
+from scalenet_ray.engine.pipeline import Resources
+from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.engine.session import EngineName, Session
+from scalenet_ray.engine.stages import Networks
+from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
+from scalenet_ray.report import render_report
+from scalenet_ray.terminal import last_line, policy_table, run_job
+
+
+@dataclass(frozen=True)
+class DetectImages:
+    """Detect over any pile of images, without ground truth.
+
+    Without --images it runs on the embedded sample's val split, with its own networks.
+
+    Attributes:
+        images: a folder, a glob (quoted), an s3:// prefix, or a Parquet file with a column uri or path.
+        policy: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet or fused.
+        policy_file: YAML of one policy, in place of --policy.
+        limit: only the first so many images.
+        output: the run folder, local or s3://; by default a new one under runs/detect.
+        resume: go on with the run that is in the output folder.
+        max_failures: images that may fail before the job exits with 1.
+        max_image_megapixels: larger images are refused before they are decoded.
+        engine: ray (actors, here or on a cluster) or local (one process).
+    """
+
+    images: str | None = None
+    policy: str = "first-pass"
+    policy_file: str | None = None
+    limit: int | None = None
+    output: str | None = None
+    resume: bool = False
+    max_failures: int = 0
+    max_image_megapixels: float = 200.0
+    engine: EngineName = "ray"
+    networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
+    resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
+
+
+def _on_sample(job: DetectImages) -> DetectImages:
+    detector = job.networks.detector or SAMPLE_DETECTOR
+    scale_net = job.networks.scale_net or SAMPLE_SCALE_NET
+    networks = replace(job.networks, detector=detector, scale_net=scale_net)
+    return replace(job, images=str(ensure_sample(Path("runs/sample")) / "val2017"), networks=networks)
+
+
+def _policy(job: DetectImages, info: DetectorInfo) -> Policy:
+    named = parse_policy(
+        job.policy,
+        input_side=info.input_side,
+        iou_threshold=info.iou_threshold,
+        score_threshold=job.networks.score_threshold,
+    )
+    policies = check_names(read_policies(job.policy_file) if job.policy_file else [named])
+    if len(policies) != 1 or policies[0].kind == "oracle":
+        msg = f"detection takes one policy and has no ground truth, got {', '.join(p.name for p in policies)}"
+        raise ValueError(msg)
+    return policies[0]
+
+
+def main(job: DetectImages) -> int:
+    """Detect, and write COCO results and Parquet; the exit status says whether an image was lost."""
+    job = job if job.images else _on_sample(job)
+    session = Session(job.engine, job.resources)
+    images = session.call(list_images, str(job.images))[: job.limit]
+    info = session.call(job.networks.describe_detector)
+    policy = _policy(job, info)
+    session.call(job.networks.check, [policy], info.categories)
+    run = RunFolder(job.output or time.strftime("runs/detect/%Y%m%d-%H%M%S"))
+    settings = {
+        "images": job.images,
+        "limit": job.limit,
+        "max_image_megapixels": job.max_image_megapixels,
+        "networks": asdict(job.networks),
+        "policies": [policy_to_dict(policy)],
+    }
+    run.begin(settings, resume=job.resume, workers={"engine": job.engine, **asdict(job.resources)})
+    networks = Networks(partial(job.networks.load_detector, info.categories), job.networks.load_scale_net)
+    open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
+    start = partial(session.start, policy=policy, networks=networks, open_image=open_image)
+    figures = run_policy(images, policy.name, start, run, print).speed()
+    document = conclude(session, run, {policy.name: figures}, len(images))
+    document["categories"] = info.categories
+    run.write_json("metrics.json", document)
+    run.write_text("report.html", render_report(document))
+    print(policy_table(document))
+    line, status = last_line(document, run.uri, job.max_failures)
+    print(line)
+    return status
+
+
+if __name__ == "__main__":
+    run_job(main, tyro.cli(DetectImages))

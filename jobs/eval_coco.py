@@ -1,0 +1,148 @@
+"""Evaluate ways to zoom with a frozen detector, on any data set in COCO's layout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from scalenet_ray.core import storage
+from scalenet_ray.core.coco import ImageRecord, read_annotations
+from scalenet_ray.core.ground_truth import oracle_from
+from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
+from scalenet_ray.core.policy_file import read_policies
+from scalenet_ray.core.samples import ensure_sample
+from scalenet_ray.engine.batch import image_opener, run_policy
+from scalenet_ray.engine.conclude import conclude
+from scalenet_ray.engine.evaluate import evaluate_policy
+from scalenet_ray.engine.pipeline import Resources
+from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.engine.session import EngineName, Session
+from scalenet_ray.engine.stages import Networks
+from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.report import render_report
+from scalenet_ray.terminal import last_line, policy_table, run_job
+
+
+@dataclass(frozen=True)
+class EvalCoco:
+    """Evaluate ways to zoom with a frozen detector, on any data set in COCO's layout.
+
+    Without --data it runs on the embedded sample, with its own networks.
+
+    Attributes:
+        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        split: which split of it.
+        policies: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, fused, oracle.
+        policy_file: YAML of further policies.
+        limit: only the first so many images.
+        output: the run folder, local or s3://; by default a new one under runs/eval_coco.
+        resume: go on with the run that is in the output folder.
+        max_failures: images that may fail before the job exits with 1.
+        max_image_megapixels: larger images are refused before they are decoded.
+        engine: ray (actors, here or on a cluster) or local (one process).
+    """
+
+    data: str | None = None
+    split: str = "val2017"
+    policies: tuple[str, ...] = ("whole", "grid-2", "first-pass", "scalenet", "oracle")
+    policy_file: str | None = None
+    limit: int | None = None
+    output: str | None = None
+    resume: bool = False
+    max_failures: int = 0
+    max_image_megapixels: float = 200.0
+    engine: EngineName = "ray"
+    networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
+    resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
+
+
+def _on_sample(job: EvalCoco) -> EvalCoco:
+    networks = replace(
+        job.networks,
+        detector=job.networks.detector or SAMPLE_DETECTOR,
+        scale_net=job.networks.scale_net or SAMPLE_SCALE_NET,
+    )
+    return replace(job, data=str(ensure_sample(Path("runs/sample"))), networks=networks)
+
+
+def _images_and_categories(annotations: str) -> tuple[tuple[ImageRecord, ...], dict[int, str]]:
+    dataset = read_annotations(annotations)
+    return dataset.images, dataset.categories
+
+
+def _policies(job: EvalCoco, session: Session, categories: dict[int, str]) -> list[Policy]:
+    info = session.call(job.networks.describe_detector)
+    policies = [
+        parse_policy(
+            name,
+            input_side=info.input_side,
+            iou_threshold=info.iou_threshold,
+            score_threshold=job.networks.score_threshold,
+        )
+        for name in job.policies
+    ]
+    policies += read_policies(job.policy_file) if job.policy_file else []
+    session.call(job.networks.check, check_names(policies), categories)
+    return policies
+
+
+def _networks(job: EvalCoco, policy: Policy, annotations: str, categories: dict[int, str]) -> Networks:
+    oracle = partial(oracle_from, annotations)
+    return Networks(
+        partial(job.networks.load_detector, categories),
+        oracle if policy.kind == "oracle" else job.networks.load_scale_net,
+    )
+
+
+def main(job: EvalCoco) -> int:
+    """Run all policies, evaluate them, and print one table; the exit status says whether an image was lost."""
+    job = job if job.data else _on_sample(job)
+    data = str(job.data)
+    annotations = storage.join(data, "annotations", f"instances_{job.split}.json")
+    session = Session(job.engine, job.resources)
+    images, categories = session.call(_images_and_categories, annotations)
+    images = images[: job.limit]
+    policies = _policies(job, session, categories)
+    run = RunFolder(job.output or time.strftime("runs/eval_coco/%Y%m%d-%H%M%S"))
+    run.begin(_settings(job, policies), resume=job.resume, workers={"engine": job.engine, **asdict(job.resources)})
+
+    open_image = image_opener(storage.join(data, job.split), round(job.max_image_megapixels * 1e6))
+    metrics: dict[str, Any] = {}
+    for policy in policies:
+        start = partial(
+            session.start,
+            policy=policy,
+            networks=_networks(job, policy, annotations, categories),
+            open_image=open_image,
+        )
+        metrics[policy.name] = run_policy(images, policy.name, start, run, print).speed()
+        ids = [record.image_id for record in images]
+        figures = session.call(evaluate_policy, run.uri, policy.name, annotations, ids)
+        metrics[policy.name] |= {**figures.pop("bbox"), **figures}
+    document = conclude(session, run, metrics, len(images))
+    run.write_text("report.html", render_report(document))
+    print(policy_table(document))
+    line, status = last_line(document, run.uri, job.max_failures)
+    print(line)
+    return status
+
+
+def _settings(job: EvalCoco, policies: Sequence[Policy]) -> dict[str, Any]:
+    return {
+        "data": job.data,
+        "split": job.split,
+        "limit": job.limit,
+        "max_image_megapixels": job.max_image_megapixels,
+        "networks": asdict(job.networks),
+        "policies": [policy_to_dict(policy) for policy in policies],
+    }
+
+
+if __name__ == "__main__":
+    run_job(main, tyro.cli(EvalCoco))

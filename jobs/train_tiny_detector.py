@@ -1,0 +1,81 @@
+"""Train the embedded sample's tiny detector, which is never shown small objects.
+
+The weights in scalenet_ray/weights/sample_detector.safetensors are those of
+
+    .venv/bin/python jobs/train_tiny_detector.py --output runs/train_tiny_detector/sample
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import tyro
+
+from scalenet_ray.core import storage
+from scalenet_ray.core.samples import SAMPLE_CATEGORIES, ensure_sample
+from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.models.tiny_detector import TinyNetConfig, save_tiny_detector
+from scalenet_ray.models.tiny_training import train_tiny_detector
+from scalenet_ray.models.training import read_examples
+from scalenet_ray.terminal import run_job
+
+
+@dataclass(frozen=True)
+class TrainTinyDetector:
+    """Train the embedded sample's tiny detector, which is never shown small objects.
+
+    Attributes:
+        data: where the embedded sample lies, or is to be written.
+        output: the run folder, local or s3://; by default a new one under runs/train_tiny_detector.
+        epochs: passes over the images.
+        batch_size: tiles a step.
+        learning_rate: at its highest.
+        seed: of the weights, the order and the windows.
+        limit: only the first so many images.
+        device: where the network is trained, as torch names it.
+    """
+
+    data: str = "runs/sample"
+    output: str | None = None
+    epochs: int = 60
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    seed: int = 0
+    limit: int | None = None
+    device: str = "cpu"
+
+
+def main(job: TrainTinyDetector) -> int:
+    """Train and write config.yaml, metrics.json and detector.safetensors."""
+    examples = read_examples(str(ensure_sample(Path(job.data))), "train2017", job.limit)
+    config = TinyNetConfig(tuple(SAMPLE_CATEGORIES), tuple(SAMPLE_CATEGORIES.values()))
+    run = RunFolder(job.output or time.strftime("runs/train_tiny_detector/%Y%m%d-%H%M%S"))
+    run.begin(asdict(job), resume=False)
+
+    epochs: list[dict] = []
+
+    def report(row: dict) -> None:
+        epochs.append(row)
+        left = f"{row['seconds_left']:.0f} s left"
+        print(f"epoch {row['epoch']}/{job.epochs}: loss {row['loss']:.4f}, {left}", flush=True)
+
+    model = train_tiny_detector(
+        examples,
+        config,
+        epochs=job.epochs,
+        batch_size=job.batch_size,
+        learning_rate=job.learning_rate,
+        seed=job.seed,
+        device=job.device,
+        report=report,
+    )
+    save_tiny_detector(model, config, storage.join(run.uri, "detector.safetensors"))
+    run.write_json("metrics.json", {"train_images": len(examples), "epochs": epochs})
+    print(f"{job.epochs} epochs done, weights in {storage.join(run.uri, 'detector.safetensors')}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main, tyro.cli(TrainTinyDetector))

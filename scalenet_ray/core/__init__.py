@@ -1,0 +1,1 @@
+"""The algorithm on arrays: numpy alone, no torch and no Ray."""

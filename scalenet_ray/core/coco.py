@@ -1,0 +1,387 @@
+"""COCO's files: annotations in, results out. With `evaluation`, the only home of xywh boxes and category ids."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.images import IMAGE_SUFFIXES
+from scalenet_ray.core.masks import mask_of_image
+from scalenet_ray.core.storage import Address, atomic_writer, join, list_files, read_bytes
+from scalenet_ray.core.window import Window
+
+__all__ = [
+    "CocoDataset",
+    "ImageRecord",
+    "Objects",
+    "image_records",
+    "list_images",
+    "map_categories",
+    "objects_of",
+    "parse_annotations",
+    "read_annotations",
+    "safe_file_name",
+    "to_results",
+    "write_results",
+]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """An image of a data set, not read yet.
+
+    Attributes:
+        image_id: its id.
+        file_name: as the annotations write it, to be checked by `safe_file_name` before use; of an image
+            listed by `list_images`, its whole address.
+        height: image pixels as annotated, or None if nobody said.
+        width: image pixels as annotated, or None if nobody said.
+    """
+
+    image_id: int
+    file_name: str
+    height: int | None = None
+    width: int | None = None
+
+    @property
+    def hw(self) -> tuple[int, int] | None:
+        """(height, width) in image pixels, or None if nobody said."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
+
+
+class Objects(NamedTuple):
+    """The ground truth of one image.
+
+    Attributes:
+        boxes: [N, 4] float32 xyxy, in image pixels.
+        areas: [N] float64, mask pixels as annotated; the box's area where the annotation has none.
+        labels: [N] int64 category ids.
+        crowd: [N] bool, whether it stands for a crowd of objects.
+        segmentations: N polygons or run lengths as COCO writes them, None where there is only a box.
+    """
+
+    boxes: np.ndarray
+    areas: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    segmentations: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CocoDataset:
+    """Annotations, checked. M objects in columns: 65 bytes each, and what their segmentations take.
+
+    Attributes:
+        images: in the order of their ids.
+        categories: category id -> name.
+        image_ids: [M] int64, the image of each object.
+        boxes_xywh: [M, 4] float64, in image pixels.
+        areas: [M] float64 mask pixels.
+        labels: [M] int64 category ids.
+        crowd: [M] bool.
+        segmentations: M polygons or run lengths as COCO writes them, or None.
+    """
+
+    images: tuple[ImageRecord, ...]
+    categories: dict[int, str]
+    image_ids: np.ndarray
+    boxes_xywh: np.ndarray
+    areas: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    segmentations: tuple[Any, ...]
+
+    @cached_property
+    def rows_by_image(self) -> dict[int, np.ndarray]:
+        """Image id -> the rows of its objects, in the file's order; images without objects are left out."""
+        order = np.argsort(self.image_ids, kind="stable")
+        ids, starts = np.unique(self.image_ids[order], return_index=True)
+        return dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=True)) if len(ids) else {}
+
+
+# --- annotations in ---------------------------------------------------------------------------------
+
+
+def _fail(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _first(values: Iterable[object]) -> str:
+    """The first few of many, for a message."""
+    values = list(values)
+    return ", ".join(map(str, values[:_SHOWN])) + (f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else "")
+
+
+def _is_number(value: object) -> bool:
+    # Compared and not converted: JSON's whole numbers may be too long for a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _rows(document: Mapping[str, Any], section: str, keys: Sequence[str], name: str) -> list[dict]:
+    """A section of the file, whose rows all have `keys` and an id of their own."""
+    rows = document.get(section)
+    if not isinstance(rows, list):
+        _fail(f"{name} must have a list of {section}, got {type(rows).__name__}: is it an instances file of COCO?")
+    for i, row in enumerate(rows):
+        missing = [key for key in keys if key not in row] if isinstance(row, dict) else list(keys)
+        if missing:
+            _fail(f"{section}[{i}] of {name} must have {', '.join(keys)}, got no {', '.join(missing)}: add it")
+        for key in keys:
+            whole = isinstance(row[key], int) and not isinstance(row[key], bool) and abs(row[key]) < 2**63
+            if key.endswith("id") and not whole:
+                _fail(f"{key} of {section}[{i}] of {name} must be a whole number, got {row[key]!r}: number them")
+    twice = [key for key, count in Counter(row["id"] for row in rows).items() if count > 1]
+    if twice:
+        _fail(f"each of {section} of {name} must have an id of its own, got twice {_first(twice)}: renumber them")
+    return rows
+
+
+def _image_record(row: dict, name: str) -> ImageRecord:
+    for key in ("height", "width"):
+        value = row.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            _fail(f"{key} of image {row['id']} of {name} must be 1 or more pixels, got {value!r}: correct it")
+    if not isinstance(row["file_name"], str):
+        _fail(f"file_name of image {row['id']} of {name} must be text, got {row['file_name']!r}: correct it")
+    return ImageRecord(row["id"], row["file_name"], row.get("height"), row.get("width"))
+
+
+def _check_box(row: dict, name: str) -> None:
+    box = row["bbox"]
+    if not (isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) >= 0):
+        _fail(
+            f"bbox of annotation {row['id']} of {name} must be 4 finite numbers [x, y, width, height] with no "
+            f"negative side, got {box!r}: correct or remove it"
+        )
+    area = row.get("area")
+    if area is not None and (not _is_number(area) or area < 0):
+        _fail(f"area of annotation {row['id']} of {name} must be 0 or more, got {area!r}: correct it")
+
+
+def parse_annotations(document: Mapping[str, Any], name: str = "the annotations") -> CocoDataset:
+    """Check annotations that are parsed already.
+
+    Args:
+        document: images, annotations and categories as an instances file of COCO has them.
+        name: what messages call it.
+
+    Raises:
+        ValueError: if something is missing, double, or points to nothing; the message names the first few.
+    """
+    if not isinstance(document, Mapping):
+        _fail(f"{name} must be a JSON object with images, annotations and categories, got {type(document).__name__}")
+    image_rows = _rows(document, "images", ("id", "file_name"), name)
+    if not image_rows:
+        _fail(f"{name} must list at least one image, got none: check that it is the right file")
+    names = {row["id"]: str(row["name"]) for row in _rows(document, "categories", ("id", "name"), name)}
+    rows = _rows(document, "annotations", ("id", "image_id", "category_id", "bbox"), name)
+    images = sorted((_image_record(row, name) for row in image_rows), key=lambda record: record.image_id)
+    for what, known in (("image_id", {record.image_id for record in images}), ("category_id", names.keys())):
+        lost = [row["id"] for row in rows if row[what] not in known]
+        if lost:
+            _fail(f"{what} of an annotation of {name} must be listed, got an unknown one in {_first(lost)}: remove it")
+    for row in rows:
+        _check_box(row, name)
+    boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
+    areas = [box[2] * box[3] if row.get("area") is None else row["area"] for box, row in zip(boxes, rows, strict=True)]
+    return CocoDataset(
+        images=tuple(images),
+        categories=names,
+        image_ids=np.array([row["image_id"] for row in rows], np.int64),
+        boxes_xywh=boxes,
+        areas=np.array(areas, np.float64),
+        labels=np.array([row["category_id"] for row in rows], np.int64),
+        crowd=np.array([bool(row.get("iscrowd", 0)) for row in rows], bool),
+        segmentations=tuple(row.get("segmentation") or None for row in rows),
+    )
+
+
+def read_annotations(uri: Address) -> CocoDataset:
+    """Read and check an instances file of COCO.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is no JSON, or something in it is missing, double, or points to nothing.
+    """
+    data = read_bytes(uri)
+    try:
+        document = json.loads(data)
+    except ValueError as error:
+        msg = f"{uri} must be JSON, got something else ({error}): fetch or export it again"
+        raise ValueError(msg) from error
+    return parse_annotations(document, str(uri))
+
+
+def image_records(annotation_uri: Address) -> list[ImageRecord]:
+    """The images of an instances file of COCO, in the order of their ids."""
+    return list(read_annotations(annotation_uri).images)
+
+
+def objects_of(dataset: CocoDataset, image_id: int) -> Objects:
+    """The ground truth of one image, in the file's order; none for an image without annotations."""
+    rows = dataset.rows_by_image.get(image_id, np.zeros(0, np.int64))
+    xywh = dataset.boxes_xywh[rows]
+    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32)
+    segmentations = tuple(dataset.segmentations[i] for i in rows)
+    return Objects(boxes, dataset.areas[rows], dataset.labels[rows], dataset.crowd[rows], segmentations)
+
+
+def safe_file_name(name: str) -> str:
+    """`name`, if it stays inside the folder that it is joined to.
+
+    Raises:
+        TileError: if it is empty, absolute, an address, or climbs out: that image is lost, the others not.
+    """
+    leaves = name.startswith("/") or "\\" in name or "://" in name or re.match(r"[A-Za-z]:", name)
+    if not name or "\0" in name or leaves or ".." in name.split("/"):
+        msg = f"file_name must be a path inside the images' folder, got {name!r}: correct the annotations"
+        raise TileError(msg)
+    return name
+
+
+def list_images(uri: Address) -> list[ImageRecord]:
+    """The images of a folder, a glob, an S3 prefix, or a Parquet file with a column `uri` or `path`.
+
+    Args:
+        uri: folders are read with their subfolders; relative paths in a Parquet file start at its own folder.
+
+    Returns:
+        Records with ids 1 to N in the order of the sorted addresses, of unknown size.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or file.
+        ValueError: if it holds no image, or the Parquet file is no list of addresses.
+    """
+    if str(uri).lower().endswith(".parquet"):
+        names = _addresses_in_parquet(str(uri) if "://" in str(uri) else os.path.abspath(uri))
+    else:
+        names = list_files(uri, IMAGE_SUFFIXES)
+    if not names:
+        wanted = ", ".join(IMAGE_SUFFIXES)
+        _fail(f"{uri} must hold at least one image ({wanted}), got none: check the path, or quote a glob")
+    return [ImageRecord(i, name) for i, name in enumerate(sorted(names), start=1)]
+
+
+def _addresses_in_parquet(uri: str) -> list[str]:
+    try:
+        file = pq.ParquetFile(pa.BufferReader(read_bytes(uri)))
+        column = next((name for name in ("uri", "path") if name in file.schema_arrow.names), None)
+        if column is None:
+            _fail(f"{uri} must have a column uri or path, got {', '.join(file.schema_arrow.names)}: rename it")
+        names = file.read([column]).column(column).to_pylist()
+    except pa.ArrowInvalid as error:
+        msg = f"{uri} must be a Parquet file, got something else ({error}): write it again"
+        raise ValueError(msg) from error
+    wrong = [i for i, name in enumerate(names) if not isinstance(name, str) or not name]
+    if wrong:
+        _fail(f"column {column} of {uri} must hold an address in each row, got none in rows {_first(wrong)}: fill it")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        _fail(f"column {column} of {uri} must name each image once, got twice {_first(twice)}: remove them")
+    folder = uri.rpartition("/")[0]
+    return [name if name.startswith("/") or "://" in name else join(folder, name) for name in names]
+
+
+# --- categories -------------------------------------------------------------------------------------
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def map_categories(detector: Mapping[int, str], dataset: Mapping[int, str]) -> dict[int, int]:
+    """The detector's class ids -> the data set's category ids, by name.
+
+    Case does not count, and underscores are spaces.
+
+    Args:
+        detector: class id -> name.
+        dataset: category id -> name.
+
+    Returns:
+        Only the classes that the data set has; detections of the others are to be dropped.
+
+    Raises:
+        ValueError: if the detector lacks a category of the data set, or the data set has one twice.
+    """
+    ids = {_plain(name): category_id for category_id, name in dataset.items()}
+    if len(ids) < len(dataset):
+        twice = [name for name, count in Counter(map(_plain, dataset.values())).items() if count > 1]
+        _fail(f"categories must differ by name, got twice {_first(twice)}: rename them in the annotations")
+    known = {_plain(name) for name in detector.values()}
+    missing = [dataset[category_id] for name, category_id in ids.items() if name not in known]
+    if missing:
+        kind = "none" if len(missing) == len(dataset) else f"no {_first(missing)}"
+        _fail(
+            f"the detector must know every category of the data set, got {kind} among its {_first(detector.values())}: "
+            "use a detector trained on them, or leave these categories out of the annotations"
+        )
+    return {class_id: ids[_plain(name)] for class_id, name in detector.items() if _plain(name) in ids}
+
+
+# --- results out ------------------------------------------------------------------------------------
+
+
+def to_results(image_id: int, detections: Detections, image_hw: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+    """Detections of an image -> COCO results.
+
+    Args:
+        image_id: the image.
+        detections: boxes in image pixels, labels are category ids; masks are of their windows.
+        image_hw: (height, width) of the image; needed for masks, which COCO wants on the whole image.
+
+    Returns:
+        One dict a detection: image_id, category_id, bbox [x, y, width, height] to 1/1000 px, score to
+        1/1,000,000, and `segmentation` (compressed run lengths) if there are masks.
+
+    Raises:
+        ValueError: if there are masks and no `image_hw`.
+    """
+    corners = detections.boxes.astype(np.float64)
+    xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).round(3).tolist()
+    scores = detections.scores.astype(np.float64).round(6).tolist()
+    rows: list[dict[str, Any]] = [
+        {"image_id": image_id, "category_id": label, "bbox": box, "score": score}
+        for label, box, score in zip(detections.labels.tolist(), xywh, scores, strict=True)
+    ]
+    if detections.masks is None:
+        return rows
+    if image_hw is None:
+        _fail(f"masks of image {image_id} need the image's size, got none: give image_hw")
+    for row, counts, window in zip(rows, detections.masks, detections.windows.tolist(), strict=True):
+        whole = mask_of_image(counts, Window(*window), image_hw)
+        row["segmentation"] = {"size": list(image_hw), "counts": whole.decode("ascii")}
+    return rows
+
+
+def write_results(uri: Address, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write COCO results as one JSON list, a row at a time: memory does not grow with their number.
+
+    The file appears whole when the last row is written, or not at all.
+
+    Returns:
+        How many rows were written.
+    """
+    count = 0
+    with atomic_writer(uri) as handle:
+        handle.write(b"[")
+        for row in rows:
+            handle.write(b",\n" if count else b"\n")
+            handle.write(json.dumps(row, allow_nan=False, separators=(",", ":")).encode())
+            count += 1
+        handle.write(b"\n]\n")
+    return count

@@ -1,0 +1,140 @@
+"""AP and AR of COCO results, by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import numpy as np
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from scalenet_ray.core.coco import CocoDataset, parse_annotations, read_annotations
+from scalenet_ray.core.storage import Address
+
+__all__ = ["METRICS", "evaluate"]
+
+METRICS = (
+    *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
+    *("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"),
+)
+"""What `evaluate` measures, in the order of pycocotools' summary."""
+
+
+def evaluate(
+    annotations: CocoDataset | Mapping[str, Any] | Address,
+    results: Iterable[Mapping[str, Any]],
+    *,
+    iou_type: Literal["bbox", "segm"] = "bbox",
+    image_ids: Collection[int] | None = None,
+) -> dict[str, float]:
+    """AP and AR of results, by pycocotools.
+
+    Args:
+        annotations: the ground truth; a data set read before is not read again.
+        results: COCO results, as `to_results` gives them. None at all is 0, not an error.
+        iou_type: "bbox", or "segm" for masks.
+        image_ids: count these images only. By default all: an image without results, be it that it
+            failed, has missed all of its objects.
+
+    Returns:
+        `METRICS` in percent, 0 to 100; NaN where no object has the size in question, so that there is
+        nothing to find.
+
+    Raises:
+        ValueError: if a result or `image_ids` names an image or a category that the annotations don't have.
+    """
+    if isinstance(annotations, CocoDataset):
+        dataset = annotations
+    else:
+        is_parsed = isinstance(annotations, Mapping)
+        dataset = parse_annotations(annotations) if is_parsed else read_annotations(cast(Address, annotations))
+    known = {record.image_id for record in dataset.images}
+    chosen = known if image_ids is None else set(image_ids)
+    if chosen - known:
+        msg = f"image_ids must be of the annotations' images, got {sorted(chosen - known)[:5]}: leave them out"
+        raise ValueError(msg)
+    if iou_type == "segm" and any(record.hw is None for record in dataset.images if record.image_id in chosen):
+        msg = "segm needs the height and width of every image, got images without: add them, or evaluate bbox"
+        raise ValueError(msg)
+    found = _results_to_count(results, dataset, known, chosen, iou_type)
+    images = [{"id": r.image_id, "height": r.height, "width": r.width} for r in dataset.images if r.image_id in chosen]
+    categories = [{"id": category_id, "name": name} for category_id, name in dataset.categories.items()]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(
+            _coco(images, categories, _ground_truth(dataset, chosen, iou_type)),
+            _coco(images, categories, found),
+            iou_type,
+        )
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = np.asarray(evaluation.stats, np.float64).tolist()
+    return {name: math.nan if value < 0 else 100.0 * value for name, value in zip(METRICS, values, strict=True)}
+
+
+def _coco(images: list[dict], categories: list[dict], annotations: list[dict]) -> COCO:
+    coco = COCO()
+    coco.dataset = cast(Any, {"images": images, "categories": categories, "annotations": annotations})
+    coco.createIndex()
+    return coco
+
+
+def _ground_truth(dataset: CocoDataset, chosen: set[int], iou_type: str) -> list[dict]:
+    rows = []
+    columns = zip(
+        dataset.image_ids.tolist(),
+        dataset.labels.tolist(),
+        dataset.boxes_xywh.tolist(),
+        dataset.areas.tolist(),
+        dataset.crowd.tolist(),
+        dataset.segmentations,
+        strict=True,
+    )
+    for image_id, label, box, area, crowd, segmentation in columns:
+        if image_id not in chosen:
+            continue
+        # Numbered anew: pycocotools takes an object with id 0 for one that was missed.
+        row = {"id": len(rows) + 1, "image_id": image_id, "category_id": label, "bbox": box, "area": area}
+        row["iscrowd"] = int(crowd)
+        if iou_type == "segm":
+            row["segmentation"] = segmentation or [[*_corners(box)]]
+        rows.append(row)
+    return rows
+
+
+def _corners(box_xywh: Sequence[float]) -> tuple[float, ...]:
+    """A box as the polygon that stands in for a missing one."""
+    x, y, width, height = box_xywh
+    return (x, y, x, y + height, x + width, y + height, x + width, y)
+
+
+def _results_to_count(
+    results: Iterable[Mapping[str, Any]], dataset: CocoDataset, known: set[int], chosen: set[int], iou_type: str
+) -> list[dict]:
+    """The chosen images' results as pycocotools wants them; copies, since it writes into them."""
+    rows = []
+    for result in results:
+        image_id, label = result["image_id"], result["category_id"]
+        if image_id not in known or label not in dataset.categories:
+            what = f"image {image_id}" if image_id not in known else f"category {label}"
+            msg = f"results must be of the annotations' images and categories, got {what}: use the same data set"
+            raise ValueError(msg)
+        if image_id not in chosen:
+            continue
+        box = list(result["bbox"])
+        row = {"id": len(rows) + 1, "image_id": image_id, "category_id": label, "bbox": box, "iscrowd": 0}
+        row |= {"score": result["score"], "area": box[2] * box[3]}
+        if iou_type == "segm":
+            if "segmentation" not in result:
+                msg = f"segm needs a segmentation in each result, got none in image {image_id}: evaluate bbox"
+                raise ValueError(msg)
+            row["segmentation"] = dict(result["segmentation"])
+            # A box around a thin object is of another size class than the object.
+            row["area"] = float(coco_mask.area(result["segmentation"]))
+        rows.append(row)
+    return rows

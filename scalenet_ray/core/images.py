@@ -1,0 +1,243 @@
+"""Image bytes -> pixels, and windows of them -> tiles.
+
+What is decoded, and how (nothing else is): the first frame of a JPEG, PNG, TIFF, BMP, WebP or GIF.
+- Orientation: EXIF is obeyed, unless only the stored pixels have the annotated size.
+- Grey, palette, CMYK and YCbCr become RGB; colour profiles are ignored.
+- Transparent parts show white, as on a page.
+- 16 bits become 8 by rounding value / 257, so that 65535 is 255; 16-bit colour keeps its upper byte.
+- 32-bit integers and floats are refused: nothing in the file says which value is white.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+from PIL.ImageFile import ImageFile
+
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.window import Tile
+
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "cut_tile", "decode_image", "image_hw"]
+
+MAX_PIXELS = 200_000_000
+"""The largest image that is decoded, in pixels: a phone's 200 megapixels, and about 2 GB while it is read."""
+
+_MOST_SHRUNK = 2.0
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""The endings of the formats that are decoded."""
+
+# Readers are called by name and not through Image.open: only these ever see a stranger's bytes, and the
+# limit on pixels is the one asked for, with no setting of Pillow's changed for the whole process.
+_READERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
+    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (b"RIFF", WebPImagePlugin.WebPImageFile),
+    (b"II*\x00", TiffImagePlugin.TiffImageFile),
+    (b"MM\x00*", TiffImagePlugin.TiffImageFile),
+    (b"II+\x00", TiffImagePlugin.TiffImageFile),
+    (b"MM\x00+", TiffImagePlugin.TiffImageFile),
+    (b"GIF8", GifImagePlugin.GifImageFile),
+    (b"BM", BmpImagePlugin.BmpImageFile),
+)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """An opened image whose pixels are not decoded yet.
+
+    Attributes:
+        image: Pillow's image.
+        stored_hw: (height, width) of the pixels as they lie in the file.
+        orientation: 1 to 8, EXIF's number.
+    """
+
+    image: ImageFile
+    stored_hw: tuple[int, int]
+    orientation: int
+
+    @property
+    def upright_hw(self) -> tuple[int, int]:
+        """(height, width) once turned as EXIF says."""
+        height, width = self.stored_hw
+        return (width, height) if self.orientation >= 5 else (height, width)
+
+
+@contextmanager
+def _guarded() -> Iterator[None]:
+    """Turn whatever Pillow raises into a TileError: on broken bytes its readers raise anything."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except TileError:
+        raise
+    except Exception as error:
+        msg = f"the image cannot be decoded ({type(error).__name__}: {error}): it is damaged; fetch or export it again"
+        raise TileError(msg) from error
+
+
+def _read_header(data: bytes, max_pixels: int) -> _Header:
+    reader = next((reader for magic, reader in _READERS if data.startswith(magic)), None)
+    if reader is None:
+        found = f"{len(data)} bytes that start with {data[:8]!r}" if data else "an empty file"
+        msg = f"an image must be a JPEG, PNG, TIFF, BMP, WebP or GIF, got {found}: convert it or leave it out"
+        raise TileError(msg)
+    with _guarded():
+        image = reader(io.BytesIO(data), "")
+        width, height = image.size
+        if width * height > max_pixels:
+            msg = (
+                f"an image may have {max_pixels} pixels, got {height} x {width} = {height * width}: split or shrink it"
+            )
+            raise TileError(msg)
+        if width * height == 0:
+            msg = f"an image must have pixels, got {height} x {width}: leave it out"
+            raise TileError(msg)
+        orientation = _orientation(image)
+        # Pillow's TIFF reader tells the turned size, and turns the pixels itself.
+        is_turned = isinstance(image, TiffImagePlugin.TiffImageFile) and orientation >= 5
+        return _Header(image, (width, height) if is_turned else (height, width), orientation)
+
+
+def _orientation(image: ImageFile) -> int:
+    """EXIF's orientation, 1 if there is none that can be read."""
+    try:
+        # Not image.getexif(): a PNG's would decode the pixels to find EXIF behind them.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except (ArithmeticError, AssertionError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
+        return 1  # Broken EXIF is no reason to lose the picture.
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def image_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """The (height, width) that `decode_image` gives without `expect_hw`, from the header alone.
+
+    Raises:
+        TileError: if it is no image, or too large.
+    """
+    return _read_header(data, max_pixels).upright_hw
+
+
+def decode_image(
+    data: bytes,
+    *,
+    expect_hw: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    apply_exif: bool = True,
+) -> np.ndarray:
+    """Decode a picture by the rules above.
+
+    Args:
+        data: the file's bytes.
+        expect_hw: (height, width) that the annotations say. Boxes drawn on pixels that were not turned
+            by EXIF are common: then the stored pixels are given, if they alone have this size.
+        max_pixels: the limit, checked before any pixel is decoded. Pillow itself refuses a TIFF or WebP of
+            more than 179 million pixels.
+        apply_exif: whether to turn the picture upright.
+
+    Returns:
+        [h, w, 3] uint8 RGB, read-only: many tiles are cut from it.
+
+    Raises:
+        TileError: if it is no image, damaged, too large, of floats, or not of the annotated size.
+    """
+    header = _read_header(data, max_pixels)
+    turn = apply_exif
+    if expect_hw is not None:
+        expect_hw = (int(expect_hw[0]), int(expect_hw[1]))
+        if expect_hw not in (header.upright_hw, header.stored_hw):
+            msg = (
+                f"the image must be {expect_hw} (height, width) as annotated, got {header.stored_hw}: "
+                "use the file that was annotated, or correct the annotation"
+            )
+            raise TileError(msg)
+        turn = (header.upright_hw if turn else header.stored_hw) == expect_hw and turn
+    with _guarded():
+        header.image.load()
+        pixels = _to_rgb(header.image)
+    if isinstance(header.image, TiffImagePlugin.TiffImageFile):
+        pixels = pixels if turn else _turned(pixels, {6: 8, 8: 6}.get(header.orientation, header.orientation))
+    elif turn:
+        pixels = _turned(pixels, header.orientation)
+    pixels = np.ascontiguousarray(pixels)
+    pixels.flags.writeable = False
+    return pixels
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn stored pixels [h, w, 3] upright: a view."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """A loaded image of any mode -> [h, w, 3] uint8."""
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floats"
+        msg = f"an image must have 8 or 16 bits a channel, got {kind}: export it as 16-bit or 8-bit"
+        raise TileError(msg)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    # Converting RGB to RGB is a copy, of 4 bytes a pixel.
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def cut_tile(image: np.ndarray, tile: Tile) -> np.ndarray:
+    """Resample a tile's window to its size: bilinearly without antialiasing, by area where it shrinks much.
+
+    So did those who trained and measured the common detectors (OpenCV's INTER_LINEAR): with antialiasing
+    a shrunk tile is another picture than the detector knows. Past a factor of 2 aliasing is worse than that.
+    Nothing outside the window is seen.
+
+    Args:
+        image: [h, w, 3] uint8 RGB, of the size the tile says.
+        tile: what to cut.
+
+    Returns:
+        [tile.height, tile.width, 3] uint8 RGB, a fresh array.
+
+    Raises:
+        TileError: if the image is not of the size that the tile was planned for.
+    """
+    if image.shape[:2] != tile.image_hw:
+        msg = (
+            f"tile {tile.path} was planned on an image of {tile.image_hw} (height, width), got {image.shape[:2]}: "
+            "the file changed, or its annotation has another size"
+        )
+        raise TileError(msg)
+    window = tile.window
+    # Both ways: where one side grows, OpenCV's INTER_AREA is neither by area nor in place.
+    shrinks = window.width > _MOST_SHRUNK * tile.width and window.height > _MOST_SHRUNK * tile.height
+    # A view of the window: nothing is copied but the tile.
+    return cv2.resize(
+        image[window.y0 : window.y1, window.x0 : window.x1],
+        (tile.width, tile.height),
+        interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
+    )

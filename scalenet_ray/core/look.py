@@ -1,0 +1,189 @@
+"""A look at a batch of tiles: what a policy needs to see before it plans windows.
+
+Scale Net's map, the detector's own first pass, or both; the oracle is a Scale Net that reads the ground
+truth. What the detector has seen here it need not see again: its detections travel on with the tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.scale import ScaleMap, fuse_maps, map_of_boxes
+from scalenet_ray.core.window import Tile, boxes_to_tile
+
+__all__ = ["Detect", "ObjectsInImage", "OracleScale", "PredictScale", "Seen", "first_pass_map", "look", "refuse_nan"]
+
+
+class PredictScale(Protocol):
+    """Tiles' pixels -> their scale maps, a batch at a time.
+
+    Attributes:
+        input_pixels: how many pixels it computes for a tile.
+    """
+
+    input_pixels: int
+
+    def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
+        """Look at tiles.
+
+        Args:
+            pixels: [height, width, 3] uint8 RGB each.
+            tiles: their recipes; a network has no use for them.
+
+        Returns:
+            A map each, in the tile's own frame; a `TileError` in place of one that came out as NaN.
+        """
+        ...
+
+
+class Detect(Protocol):
+    """Tiles' pixels -> detections in tile pixels, a batch at a time; labels are category ids.
+
+    Attributes:
+        input_side: the longer side of a whole image's tile, in tile pixels.
+    """
+
+    input_side: int
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of a tile -> the padded size that the detector computes, in pixels."""
+        ...
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        """[height, width, 3] uint8 RGB each -> detections each, boxes in tile pixels; never resized."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a look at one tile brought.
+
+    Attributes:
+        scale_map: None if the policy needs no look at this tile.
+        detections: the detector's own, in tile pixels, if it was asked; else None.
+        failure: why a network broke on the tile; else None.
+        looked: whether Scale Net looked at it, so that its pixels count.
+    """
+
+    scale_map: ScaleMap | None = None
+    detections: Detections | None = None
+    failure: TileError | None = None
+    looked: bool = False
+
+
+def refuse_nan(found: Detections | TileError) -> Detections | TileError:
+    """What a detector gave for a tile, or that it broke: a detector of the user's own may let NaN through."""
+    if isinstance(found, TileError) or (np.isfinite(found.boxes).all() and np.isfinite(found.scores).all()):
+        return found
+    return TileError("the detector gave boxes or scores that are NaN or infinite: check its weights and precision")
+
+
+def first_pass_map(found: Detections, tile_hw: tuple[int, int], threshold: float) -> ScaleMap:
+    """The scale map that the detector's own boxes imply, however unsure (policy `first-pass`).
+
+    Args:
+        found: what the detector saw, boxes in tile pixels.
+        tile_hw: (height, width) of the tile.
+        threshold: boxes that score less are left out.
+    """
+    found = found[found.scores >= threshold]
+    return map_of_boxes(found.boxes, found.areas, found.scores, tile_hw)
+
+
+class ObjectsInImage(Protocol):
+    """The ground truth of an image: its id -> boxes [N, 4] xyxy and mask areas [N], in image pixels."""
+
+    def __call__(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes and areas of the objects of one image, crowds left out."""
+        ...
+
+
+class OracleScale:
+    """A Scale Net that knows: its maps come from the ground truth (policy `oracle`), one unit of gain an object.
+
+    Args:
+        objects_in_image: where the ground truth comes from.
+    """
+
+    input_pixels = 0
+
+    def __init__(self, objects_in_image: ObjectsInImage) -> None:
+        self._objects_in_image = objects_in_image
+
+    def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
+        """The true map of each tile; the pixels are not looked at."""
+        del pixels
+        return [self._map(tile) for tile in tiles]
+
+    def _map(self, tile: Tile) -> ScaleMap:
+        boxes, areas = self._objects_in_image(tile.image_id)
+        zoom_x, zoom_y = tile.zoom_xy
+        in_tile, areas_in_tile = boxes_to_tile(boxes, tile), areas * zoom_x * zoom_y
+        return map_of_boxes(in_tile, areas_in_tile, np.ones(len(boxes)), (tile.height, tile.width))
+
+
+def look(
+    pixels: Sequence[np.ndarray],
+    tiles: Sequence[Tile],
+    policy: Policy,
+    *,
+    detect: Detect | None = None,
+    predict_scale: PredictScale | None = None,
+) -> list[Seen]:
+    """Look at a batch of tiles, each network once for all of them; tiles that need no look are passed over.
+
+    Args:
+        pixels: [height, width, 3] uint8 RGB each.
+        tiles: their recipes, of any images and depths.
+        policy: says which tiles are looked at, and by what.
+        detect: the detector, for policies that need its first pass.
+        predict_scale: Scale Net or an oracle, for policies that need a map.
+
+    Returns:
+        What was seen, for each tile in order.
+
+    Raises:
+        ValueError: if the policy needs a network that was not given.
+    """
+    at = [i for i, tile in enumerate(tiles) if policy.looks_at(tile)]
+    seen = [Seen()] * len(tiles)
+    if not at:
+        return seen
+    some_pixels, some_tiles = [pixels[i] for i in at], [tiles[i] for i in at]
+    maps: list[ScaleMap | TileError | None] = [None] * len(at)
+    found: list[Detections | TileError | None] = [None] * len(at)
+    if policy.kind != "first-pass":
+        if predict_scale is None:
+            msg = f"policy {policy.name} needs a scale map, got no Scale Net: give its weights with --scale-net PATH"
+            raise ValueError(msg)
+        maps = list(predict_scale(some_pixels, some_tiles))
+    if policy.needs_first_pass:
+        if detect is None:
+            msg = f"policy {policy.name} needs the detector's first pass, got no detector"
+            raise ValueError(msg)
+        found = [refuse_nan(one) for one in detect(some_pixels)]
+    for i, tile, scale_map, detections in zip(at, some_tiles, maps, found, strict=True):
+        seen[i] = _combine(tile, scale_map, detections, policy)
+    return seen
+
+
+def _combine(
+    tile: Tile, scale_map: ScaleMap | TileError | None, found: Detections | TileError | None, policy: Policy
+) -> Seen:
+    looked = policy.needs_network
+    for failure in (scale_map, found):
+        if isinstance(failure, TileError):
+            return Seen(failure=failure, looked=looked)
+    assert not isinstance(scale_map, TileError)
+    assert not isinstance(found, TileError)
+    if found is not None:
+        implied = first_pass_map(found, (tile.height, tile.width), policy.recursion.first_pass_threshold)
+        scale_map = implied if scale_map is None else fuse_maps(scale_map, implied)
+    return Seen(scale_map, found, None, looked)

@@ -1,0 +1,325 @@
+"""Policies: where to look more closely, all under one interface.
+
+A policy turns a tile, and what was seen in it, into an `Expansion`: is the tile detected, and which
+tiles are cut from it. `whole`, `pyramid`, `grid-N` and `random` need to see nothing; `scalenet`,
+`first-pass`, `fused` and `oracle` read a scale map and follow Algorithm 1 (`core.recursion`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from scalenet_ray.core.merge import Merging
+from scalenet_ray.core.scale import UNIT_AREA, ScaleRange
+from scalenet_ray.core.window import Tile, Window
+
+__all__ = [
+    "DEFAULT_PYRAMID",
+    "POLICY_VERSION",
+    "Policy",
+    "Recursion",
+    "check_names",
+    "fitted_hw",
+    "parse_policy",
+    "policy_from_dict",
+    "policy_to_dict",
+]
+
+POLICY_VERSION = 1
+"""Written into every policy file; a file of another version is refused."""
+
+DEFAULT_PYRAMID = (
+    (1.0, 0.0, math.inf),
+    (1.5, 0.0, 20.0 * UNIT_AREA),
+    (2.0, 0.0, 8.0 * UNIT_AREA),
+)
+"""Three sizes; the larger ones keep only what is small enough to profit from them."""
+
+_PRICES = {"first-pass": 0.2, "oracle": 0.9}
+"""In objects: the first pass counts a box by its score, the oracle an object as 1. Chosen on train images."""
+
+DIGITS_RANGE = ScaleRange(low=0.99, high=1.05)
+"""R_L and R_H of the paper's digits."""
+
+PolicyKind = Literal["whole", "pyramid", "grid", "random", "first-pass", "scalenet", "fused", "oracle"]
+_LOOKING: frozenset[str] = frozenset({"first-pass", "scalenet", "fused", "oracle"})
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class Recursion:
+    """The parameters of Algorithm 1.
+
+    Attributes:
+        method: how out-of-range cells of a class map are found: "class", the most probable class is one of
+            `small_classes` or `large_classes` (method 1), or "confidence", their probability
+            exceeds `threshold` (method 2; the paper's for COCO). A regression map uses `scale_range`.
+        threshold: th of method 2.
+        small_classes: classes too small for the detector (COCO: 1).
+        large_classes: classes too large for it (COCO: none).
+        scale_range: [R_L, R_H] of a regression map.
+        k: the share of scales that TopK averages, 0 < k <= 1.
+        window: W, the side of a window as a share of its tile's.
+        zoom: the fixed factor of a window (COCO: 2); None rescales by 1 / TopK (digits).
+        max_depth: how often an image may be rescaled (COCO: at most twice).
+        max_windows: the most windows of one image, over all depths.
+        price: what a window must bring more than to be taken: out-of-range cells as a share of the
+            tile's cells, or, where a map says what it expects to gain, that gain.
+        keep_factor: boxes from a window cut for small objects may be this many times larger in area than the
+            largest such object (8: up to class 2, as in the paper).
+        min_window_side: windows with a side under this are not cut, in image pixels.
+        max_tile_pixels: larger tiles are cut at a smaller zoom.
+        first_pass_threshold: the detector's own boxes count from this score on (policies first-pass and fused).
+
+    Raises:
+        ValueError: if a number leaves its range.
+    """
+
+    method: Literal["class", "confidence"] = "confidence"
+    threshold: float = 0.3
+    small_classes: tuple[int, ...] = (1,)
+    large_classes: tuple[int, ...] = ()
+    scale_range: ScaleRange = DIGITS_RANGE
+    k: float = 0.15
+    window: float = 0.5
+    zoom: float | None = 2.0
+    max_depth: int = 2
+    max_windows: int = 3
+    price: float = 0.0
+    keep_factor: float = 8.0
+    min_window_side: int = 16
+    max_tile_pixels: int = 2048 * 2048
+    first_pass_threshold: float = 0.03
+
+    def __post_init__(self) -> None:
+        _require(self.method in ("class", "confidence"), f"method must be class or confidence, got {self.method!r}")
+        _require(0.0 <= self.threshold <= 1.0, f"threshold must be between 0 and 1, got {self.threshold}")
+        _require(0.0 < self.k <= 1.0, f"k must be a share above 0 and at most 1, got {self.k}")
+        _require(0.0 < self.window <= 1.0, f"window must be a share above 0 and at most 1, got {self.window}")
+        fits = self.zoom is None or 1.0 < self.zoom < math.inf
+        _require(fits, f"zoom must be above 1 and finite, or none for TopK, got {self.zoom}")
+        _require(self.max_depth >= 0, f"max_depth must be 0 or more, got {self.max_depth}")
+        _require(self.max_windows >= 0, f"max_windows must be 0 or more, got {self.max_windows}")
+        _require(self.price >= 0.0, f"price must be 0 or more, got {self.price}")
+        _require(self.min_window_side >= 1, f"min_window_side must be 1 or more, got {self.min_window_side}")
+        _require(self.max_tile_pixels >= 1, f"max_tile_pixels must be 1 or more, got {self.max_tile_pixels}")
+        _require(self.keep_factor >= 1.0, f"keep_factor must be 1 or more, got {self.keep_factor}")
+        first_pass = self.first_pass_threshold
+        _require(0.0 <= first_pass <= 1.0, f"first_pass_threshold must be between 0 and 1, got {first_pass}")
+        low, high = self.scale_range
+        _require(0.0 < low <= high, f"scale_range must be 0 < R_L <= R_H, got {low} and {high}")
+        classes = (*self.small_classes, *self.large_classes)
+        _require(all(1 <= c <= 5 for c in classes), f"scale classes are 1 to 5, got {classes}")
+        both = sorted(set(self.small_classes) & set(self.large_classes))
+        _require(not both, f"a scale class is too small or too large, not both: got {both} in both")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One way to spend detector passes on an image.
+
+    Attributes:
+        name: as the user wrote it, e.g. "grid-2"; names result rows and files.
+        kind: which family it is of.
+        input_side: the longer side of the whole image's tile, in tile pixels.
+        recursion: Algorithm 1's parameters, for the kinds that look.
+        merging: how detections are filtered and merged.
+        grid: windows along each side (grid).
+        overlap: what neighbouring grid windows share, as a share of a window's side (grid).
+        random_windows: how many (random).
+        pyramid: sizes as factors of `input_side`, each with its valid range of areas in pixels of a
+            512 x 512 frame (pyramid).
+        seed: of the random windows; each image draws its own.
+    """
+
+    name: str
+    kind: PolicyKind
+    input_side: int
+    recursion: Recursion = field(default_factory=Recursion)
+    merging: Merging = field(default_factory=Merging)
+    grid: int = 2
+    overlap: float = 0.2
+    random_windows: int = 2
+    pyramid: tuple[tuple[float, float, float], ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        kinds = get_args(PolicyKind)
+        _require(self.kind in kinds, f"a policy's kind must be one of {', '.join(kinds)}, got {self.kind!r}")
+        _require(self.input_side >= 1, f"input_side must be 1 pixel or more, got {self.input_side}")
+        _require(self.grid >= 1, f"grid must be 1 or more windows a side, got {self.grid}")
+        _require(0.0 <= self.overlap < 1.0, f"overlap must be at least 0 and under 1, got {self.overlap}")
+        _require(self.random_windows >= 0, f"random_windows must be 0 or more, got {self.random_windows}")
+        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
+        _require(self.kind != "pyramid" or bool(self.pyramid), "a pyramid needs sizes: give at least one, got none")
+        _require(all(size > 0 for size, _, _ in self.pyramid), f"pyramid sizes must be above 0, got {self.pyramid}")
+
+    @property
+    def looks(self) -> bool:
+        """Whether the policy reads a scale map at all."""
+        return self.kind in _LOOKING
+
+    @property
+    def needs_network(self) -> bool:
+        """Whether Scale Net looks at the tiles."""
+        return self.kind in ("scalenet", "fused")
+
+    @property
+    def needs_first_pass(self) -> bool:
+        """Whether the detector sees a tile before its windows are planned."""
+        return self.kind in ("first-pass", "fused")
+
+    @property
+    def largest_side(self) -> int:
+        """The longest side that a tile can have, in tile pixels, but for TopK, whose sizes the image decides."""
+        growth = 1.0
+        if self.looks and self.recursion.zoom is not None:
+            growth = max(1.0, self.recursion.window * self.recursion.zoom) ** self.recursion.max_depth
+        return round(self.input_side * max([growth, *(size for size, _, _ in self.pyramid)]))
+
+    def looks_at(self, tile: Tile) -> bool:
+        """Whether windows may be cut from this tile, so that it is worth a look."""
+        return self.looks and tile.depth < self.recursion.max_depth and tile.allowance > 0
+
+    def root(self, image_id: int, image_hw: tuple[int, int]) -> Tile:
+        """The whole image as a tile: its longer side resampled to `input_side` pixels.
+
+        Args:
+            image_id: the image's id.
+            image_hw: its (height, width) in image pixels.
+        """
+        height, width = image_hw
+        return Tile(
+            image_id,
+            (),
+            (height, width),
+            Window(0, 0, width, height),
+            *fitted_hw(height, width, self.input_side),
+            allowance=self.recursion.max_windows if self.looks else 0,
+        )
+
+
+def fitted_hw(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) scaled so that the longer is `side`, rounded down and at least 1."""
+    longer = max(height, width)
+    return (max(1, height * side // longer), max(1, width * side // longer))
+
+
+def parse_policy(name: str, *, input_side: int, iou_threshold: float, score_threshold: float = 0.01) -> Policy:
+    """A policy by its name: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, fused, oracle.
+
+    Args:
+        name: the name, as on the command line.
+        input_side: the detector's own side for a whole image, in pixels.
+        iou_threshold: the detector's own NMS threshold.
+        score_threshold: boxes that score less are dropped.
+
+    Raises:
+        ValueError: if there is no such policy.
+    """
+    merging = Merging(iou_threshold=iou_threshold, score_threshold=score_threshold)
+    if match := re.fullmatch(r"whole@(\d+)", name):
+        return Policy(name, "whole", int(match[1]), merging=merging)
+    if match := re.fullmatch(r"grid-(\d+)", name):
+        return Policy(name, "grid", input_side, merging=merging, grid=int(match[1]))
+    if name == "pyramid":
+        soft = dataclasses.replace(merging, method="soft-nms-linear")
+        return Policy(name, "pyramid", input_side, merging=soft, pyramid=DEFAULT_PYRAMID)
+    if name in ("whole", "random", "first-pass", "scalenet", "fused", "oracle"):
+        return Policy(name, name, input_side, Recursion(price=_PRICES.get(name, 0.0)), merging)
+    msg = (
+        f"there is no policy {name!r}: use whole, whole@SIZE (e.g. whole@640), pyramid, grid-N (e.g. grid-2), random, "
+        "first-pass, scalenet, fused or oracle, or describe one in a file for --policy-file"
+    )
+    raise ValueError(msg)
+
+
+def check_names(policies: Sequence[Policy]) -> list[Policy]:
+    """Policies that one run may work through: their names differ and are fit for file names.
+
+    Raises:
+        ValueError: if there is none, two have one name, or a name has an odd character.
+    """
+    names = [policy.name for policy in policies]
+    _require(bool(names), "name at least one policy, e.g. --policies whole scalenet")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    _require(not twice, f"each policy of a run needs a name of its own, got twice {', '.join(twice)}")
+    for name in names:
+        plain = re.fullmatch(r"[A-Za-z0-9@._+-]+", name)
+        _require(bool(plain), f"a policy's name may have letters, digits and @ . _ + -, got {name!r}: it names files")
+    return list(policies)
+
+
+def policy_to_dict(policy: Policy) -> dict[str, Any]:
+    """A policy as plain values with its version, ready for YAML or JSON; `policy_from_dict` reads it."""
+    plain = _plain(dataclasses.asdict(policy))
+    return {"version": POLICY_VERSION, **plain}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+_IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    """A file's value as a field of type `kind` holds it; checked here, where its place in the file is known."""
+    if get_origin(kind) is UnionType:
+        return None if value is None else _typed(value, get_args(kind)[0], where)
+    if kind in (Recursion, Merging):
+        return _build(kind, value, where)
+    if kind is ScaleRange:
+        return ScaleRange(*_typed(value, tuple[float, float], where))
+    if get_origin(kind) is tuple:
+        _require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
+        kinds = get_args(kind)
+        if kinds[-1] is ...:
+            kinds = kinds[:1] * len(value)
+        _require(len(value) == len(kinds), f"{where} must be a list of {len(kinds)}, got {list(value)}")
+        pairs = zip(value, kinds, strict=True)
+        return tuple(_typed(item, one, f"{where}[{i}]") for i, (item, one) in enumerate(pairs))
+    plain = str if get_origin(kind) is Literal else kind
+    # A bool is an int to Python, and is none to the one who wrote the file.
+    fits = isinstance(value, int | float if plain is float else plain) and isinstance(value, bool) == (plain is bool)
+    _require(fits, f"{where} must be {_IN_WORDS[plain]}, got {value!r}")
+    return plain(value)
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+    kinds = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
+    _require(isinstance(values, dict), f"{where} must be a mapping of names to values, got {type(values).__name__}")
+    unknown = [repr(key) for key in values if key not in kinds]
+    _require(not unknown, f"{where} has no field {', '.join(unknown)}: it knows {', '.join(sorted(kinds))}")
+    places = {key: key if cls is Policy else f"{where}.{key}" for key in values}
+    return cls(**{key: _typed(value, kinds[key], places[key]) for key, value in values.items()})
+
+
+def policy_from_dict(values: dict[str, Any]) -> Policy:
+    """A policy from `policy_to_dict`'s values; absent fields take their defaults.
+
+    Raises:
+        ValueError: if the version is another one, or a name or a value is wrong; it says which.
+    """
+    _require(isinstance(values, dict), f"a policy file must map names to values, got {type(values).__name__}")
+    rest = dict(values)
+    version = rest.pop("version", None)
+    _require(
+        type(version) is int and version == POLICY_VERSION,
+        f"a policy file must say version: {POLICY_VERSION}, got {version!r}: write it anew with this release",
+    )
+    missing = [name for name in ("name", "kind", "input_side") if name not in rest]
+    _require(not missing, f"a policy file must give {', '.join(missing)}")
+    return _build(Policy, rest, "policy")

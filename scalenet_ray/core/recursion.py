@@ -1,0 +1,309 @@
+"""THE ALGORITHM: one tile and what was seen in it -> the tiles cut from it (Algorithm 1).
+
+`expand` is what every engine calls; `recursive_detect` is the plain reference that every engine must
+equal: one image, one tile at a time, no Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from scalenet_ray.core.images import cut_tile
+from scalenet_ray.core.look import Detect, PredictScale, look
+from scalenet_ray.core.policy import Policy, fitted_hw
+from scalenet_ray.core.regions import CellWindow, plan_windows, top_k_mean
+from scalenet_ray.core.results import Failure, ImageResult, TileResult, detect_tiles, merge_image
+from scalenet_ray.core.scale import CLASS_BOUNDS, REFERENCE_AREA, ScaleMap
+from scalenet_ray.core.window import ANY_AREA, AreaRange, Tile, Window
+
+__all__ = ["Expansion", "expand", "recursive_detect"]
+
+
+class Expansion(NamedTuple):
+    """What becomes of a tile.
+
+    Attributes:
+        detect: whether the tile itself is detected.
+        children: the tiles cut from it, to be looked at again or detected.
+        guards: names of the limits that acted, once for each time.
+    """
+
+    detect: bool
+    children: tuple[Tile, ...] = ()
+    guards: tuple[str, ...] = ()
+
+
+def expand(tile: Tile, scale_map: ScaleMap | None, policy: Policy) -> Expansion:
+    """One step of a policy: which tiles come from this one.
+
+    Args:
+        tile: the tile that was looked at.
+        scale_map: what was seen in it; None for a tile that `policy.looks_at` says needs no look.
+        policy: the policy.
+
+    Returns:
+        Its expansion; the same for the same input, always.
+    """
+    if policy.looks and scale_map is not None:
+        return _expand_by_scale(tile, scale_map, policy)
+    if policy.looks:
+        return Expansion(detect=True, guards=_why_not_looked_at(tile, policy))
+    if tile.depth:
+        return Expansion(detect=True)
+    if policy.kind == "grid":
+        return Expansion(detect=True, children=tuple(_grid_tiles(tile, policy)))
+    if policy.kind == "random":
+        return Expansion(detect=True, children=tuple(_random_tiles(tile, policy)))
+    if policy.kind == "pyramid":
+        return _pyramid(tile, policy)
+    return Expansion(detect=True)
+
+
+# --- policies that need to see nothing ---------------------------------------------------------------
+
+
+def _fitted_tile(parent: Tile, index: int, window: Window, policy: Policy) -> Tile:
+    """A window resampled so that its longer side is the policy's input side (Grid-Rescale)."""
+    hw = fitted_hw(window.height, window.width, policy.input_side)
+    return Tile(parent.image_id, (*parent.path, index), parent.image_hw, window, *hw)
+
+
+def _grid_starts(side: int, count: int, overlap: float) -> tuple[list[int], int]:
+    """Where `count` windows of one length start so that they cover `side` and overlap by a share of it."""
+    length = max(1, math.ceil(side / (count - (count - 1) * overlap)))
+    return [(side - length) * i // max(count - 1, 1) for i in range(count)], length
+
+
+def _grid_tiles(root: Tile, policy: Policy) -> list[Tile]:
+    height, width = root.image_hw
+    ys, window_height = _grid_starts(height, policy.grid, policy.overlap)
+    xs, window_width = _grid_starts(width, policy.grid, policy.overlap)
+    windows = [Window(x, y, x + window_width, y + window_height) for y in ys for x in xs]
+    return [_fitted_tile(root, i, window, policy) for i, window in enumerate(dict.fromkeys(windows))]
+
+
+def _random_tiles(root: Tile, policy: Policy) -> list[Tile]:
+    rng = np.random.default_rng((policy.seed, root.image_id))
+    height, width = root.image_hw
+    window_height, window_width = _window_side(height, policy), _window_side(width, policy)
+    tiles = []
+    for i in range(policy.random_windows):
+        x, y = int(rng.integers(width - window_width + 1)), int(rng.integers(height - window_height + 1))
+        tiles.append(_fitted_tile(root, i, Window(x, y, x + window_width, y + window_height), policy))
+    return tiles
+
+
+def _pyramid(root: Tile, policy: Policy) -> Expansion:
+    """The whole image at several sizes, each keeping the boxes of its valid range (SNIPER's test)."""
+    height, width = root.image_hw
+    to_image = height * width / REFERENCE_AREA
+    tiles = [
+        Tile(
+            root.image_id,
+            (i,),
+            root.image_hw,
+            root.window,
+            *fitted_hw(height, width, round(policy.input_side * size)),
+            keep=AreaRange(low * to_image, high * to_image),
+        )
+        for i, (size, low, high) in enumerate(policy.pyramid)
+    ]
+    return Expansion(detect=False, children=tuple(tiles))
+
+
+# --- Algorithm 1 ------------------------------------------------------------------------------------
+
+_CLASS_LIMITS = (0.0, *map(float, CLASS_BOUNDS), math.inf)
+"""Where scale class i ends, and i + 1 begins, in pixels of a 512 x 512 frame."""
+
+
+def _why_not_looked_at(tile: Tile, policy: Policy) -> tuple[str, ...]:
+    """The guard that kept a tile from being looked at."""
+    if tile.depth < policy.recursion.max_depth:
+        return ("max_windows",)
+    # A fixed zoom ends at max_depth by its own rule; TopK was stopped before its scale was in range.
+    return ("max_depth",) if policy.recursion.zoom is None else ()
+
+
+def _window_side(side: int, policy: Policy) -> int:
+    """W of a tile's side, rounded down so that a zoomed window never outgrows its tile."""
+    return max(1, int(side * policy.recursion.window))
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """Large objects are zoomed out of, small ones into; each on its own out-of-range cells."""
+
+    out_of_range: np.ndarray
+    zooms_in: bool
+    keep: AreaRange = ANY_AREA
+
+
+def _directions(tile: Tile, scale_map: ScaleMap, policy: Policy) -> list[_Direction]:
+    """Out-of-range cells, large first and then small (Algorithm 1)."""
+    rules = policy.recursion
+    if scale_map.scale is not None:
+        scale = scale_map.scale
+        return [
+            _Direction(scale > rules.scale_range.high, zooms_in=False),
+            _Direction((scale > 0) & (scale < rules.scale_range.low), zooms_in=True),
+        ]
+    directions = []
+    for classes, zooms_in in ((rules.large_classes, False), (rules.small_classes, True)):
+        if not classes:
+            continue
+        if rules.method == "class":
+            found = np.isin(scale_map.classes, classes)
+        else:
+            found = scale_map.prob[list(classes)].sum(axis=0) > rules.threshold  # type: ignore[index]
+        directions.append(_Direction(found, zooms_in, _keep_range(tile.window.area, classes, zooms_in, policy)))
+    return directions
+
+
+def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansion:
+    rules = policy.recursion
+    grid_hw = scale_map.hw
+    # Rounded down: cells that a window of whole pixels cannot hold must not be cleared as if it did.
+    window_hw = (math.floor(grid_hw[0] * rules.window + 1e-6), math.floor(grid_hw[1] * rules.window + 1e-6))
+    children: list[Tile] = []
+    guards: list[str] = []
+    in_range_window = False
+    left_behind = np.zeros(grid_hw, bool) if scale_map.scale is None else scale_map.scale > 0
+    for direction in _directions(tile, scale_map, policy):
+        weights = direction.out_of_range * (1.0 / direction.out_of_range.size)
+        if scale_map.gain is not None:
+            weights = direction.out_of_range * scale_map.gain.astype(np.float64)
+        limit = tile.allowance - len(children)
+        windows = plan_windows(weights, window_hw, limit=limit + 1, price=rules.price)
+        if len(windows) > limit:
+            guards.append("max_windows")
+        for cells in windows[:limit]:
+            factor = _zoom_factor(scale_map, cells, direction, policy)
+            if factor is None:
+                in_range_window = True
+                continue
+            child = _child(tile, len(children), cells, grid_hw, factor, policy, guards)
+            if child is None:
+                continue
+            left_behind[cells.cells] = False
+            # TopK sends a canvas with scales on both sides of the range the same way twice.
+            child = dataclasses.replace(child, keep=direction.keep)
+            if all(dataclasses.replace(child, path=other.path) != other for other in children):
+                children.append(child)
+    # With a fixed zoom every tile is detected: what is in range in it must not be lost to its children.
+    # With TopK it is where its children leave an object behind; a digit's canvas waits for its scale.
+    detect = rules.zoom is not None or in_range_window or bool(left_behind.any()) or not children
+    return Expansion(detect, tuple(_share_allowance(children, tile.allowance)), tuple(guards))
+
+
+def _zoom_factor(scale_map: ScaleMap, cells: CellWindow, direction: _Direction, policy: Policy) -> float | None:
+    """By how much a window is rescaled; None if its TopK is in range and it is finished."""
+    rules = policy.recursion
+    if rules.zoom is not None:
+        return rules.zoom if direction.zooms_in else 1.0 / rules.zoom
+    if scale_map.scale is None:
+        msg = "zoom none rescales by 1 / TopK, which needs a regression map, got a class map: give a fixed zoom"
+        raise ValueError(msg)
+    top_k = top_k_mean(scale_map.scale[cells.cells], rules.k)
+    low, high = rules.scale_range
+    return None if low <= top_k <= high else 1.0 / top_k
+
+
+def _child(
+    tile: Tile,
+    index: int,
+    cells: CellWindow,
+    grid_hw: tuple[int, int],
+    factor: float,
+    policy: Policy,
+    guards: list[str],
+) -> Tile | None:
+    """A window of cells -> a tile of the image, or None and the guard that forbids it."""
+    rules, frame = policy.recursion, tile.window
+    width, height = _window_side(frame.width, policy), _window_side(frame.height, policy)
+    # The window keeps the centre of its cells; its sides are W of the tile's, whatever the grid.
+    centre_x = frame.x0 + (cells.left + cells.width / 2) * frame.width / grid_hw[1]
+    centre_y = frame.y0 + (cells.top + cells.height / 2) * frame.height / grid_hw[0]
+    x0 = min(max(math.floor(centre_x - width / 2 + 0.5), frame.x0), frame.x1 - width)
+    y0 = min(max(math.floor(centre_y - height / 2 + 0.5), frame.y0), frame.y1 - height)
+    window = Window(x0, y0, x0 + width, y0 + height)
+    # Before rounding: a side rounded up to one pixel would be zoomed by more than its tile can hold.
+    if rules.window < 1.0 and min(frame.width, frame.height) * rules.window < rules.min_window_side:
+        guards.append("min_window_side")
+        return None
+    zoom_x, zoom_y = tile.zoom_xy
+    wanted = height * zoom_y * factor, width * zoom_x * factor
+    shrink = min(1.0, math.sqrt(rules.max_tile_pixels / (wanted[0] * wanted[1])))
+    if shrink < 1.0:
+        guards.append("max_tile_pixels")
+    # 1e-6: 0.65 * 640 is 416 less a rounding error, and 415 would be another size.
+    # A side is one pixel at least, so that of a thin tile the other one must not exceed the limit alone.
+    tile_height, tile_width = (min(max(1, math.floor(side * shrink + 1e-6)), rules.max_tile_pixels) for side in wanted)
+    if window == frame and (tile_height, tile_width) == (tile.height, tile.width):
+        guards.append("no_change")
+        return None
+    return Tile(tile.image_id, (*tile.path, index), tile.image_hw, window, tile_height, tile_width)
+
+
+def _keep_range(frame_area: int, classes: tuple[int, ...], zooms_in: bool, policy: Policy) -> AreaRange:
+    """The areas, in image pixels, that a window cut for too small or too large objects is there to find."""
+    factor = policy.recursion.keep_factor
+    if zooms_in:
+        return AreaRange(0.0, _CLASS_LIMITS[max(classes)] * factor * frame_area / REFERENCE_AREA)
+    return AreaRange(_CLASS_LIMITS[min(classes) - 1] / factor * frame_area / REFERENCE_AREA, math.inf)
+
+
+def _share_allowance(children: list[Tile], allowance: int) -> list[Tile]:
+    """Divide the windows still allowed among the children, so that no order of work can exceed the limit."""
+    if not children:
+        return children
+    each, extra = divmod(allowance - len(children), len(children))
+    return [dataclasses.replace(child, allowance=each + (i < extra)) for i, child in enumerate(children)]
+
+
+def recursive_detect(
+    image: np.ndarray,
+    image_id: int,
+    policy: Policy,
+    *,
+    detect: Detect,
+    predict_scale: PredictScale | None = None,
+) -> ImageResult:
+    """Algorithm 1 on one image, one tile after the other: the reference.
+
+    Args:
+        image: [h, w, 3] uint8 RGB.
+        image_id: the image's id.
+        policy: where to look more closely.
+        detect: the frozen detector.
+        predict_scale: Scale Net, or an oracle; only for the policies that need one.
+
+    Returns:
+        The image's merged detections in image pixels, and what they cost. A tile that a network breaks on
+        fails the image, with the reason.
+    """
+    queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
+    results: list[TileResult] = []
+    while queue:
+        tile = queue.popleft()
+        pixels = [cut_tile(image, tile)]
+        seen = look(pixels, [tile], policy, detect=detect, predict_scale=predict_scale)[0]
+        looked = predict_scale.input_pixels if seen.looked and predict_scale is not None else 0
+        result = TileResult(image_id, tile.path, Fraction(0), look_pixels=looked, image_hw=tile.image_hw)
+        if seen.failure is not None:
+            results.append(dataclasses.replace(result, failure=Failure("look", seen.failure.reason)))
+            continue
+        expansion = expand(tile, seen.scale_map, policy)
+        queue.extend(expansion.children)
+        result = dataclasses.replace(result, guards=expansion.guards)
+        if expansion.detect:
+            result = detect_tiles([result], [tile], pixels, [seen.detections], detect, policy.merging)[0]
+        results.append(result)
+    return merge_image(results, policy.merging)

@@ -1,0 +1,232 @@
+"""What scale means: classes and numbers of pixels, maps of them, and the range a detector knows.
+
+The scale of an object is the number of its mask pixels, the same for all of its pixels (section
+'Scale Net'). For COCO the paper sorts it into six classes, measured after the image is resized to
+512 x 512. For digits it is the side over a unit side, so that 1.0 is what the classifier knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from scalenet_ray.core.errors import TileError
+
+__all__ = [
+    "BACKGROUND",
+    "CLASS_BOUNDS",
+    "IGNORE",
+    "NUM_CLASSES",
+    "REFERENCE_AREA",
+    "UNIT_AREA",
+    "ScaleMap",
+    "ScaleRange",
+    "class_of_area",
+    "class_target",
+    "fuse_maps",
+    "map_of_boxes",
+    "scale_target",
+]
+
+REFERENCE_AREA = 512 * 512
+"""Pixels of the frame that scale classes are measured in (section 'Experiments', COCO)."""
+
+UNIT_AREA = 2592
+"""u: objects with fewer pixels than this in a 512 x 512 frame are of class 1."""
+
+CLASS_BOUNDS = (UNIT_AREA, 8 * UNIT_AREA, 20 * UNIT_AREA, 28 * UNIT_AREA)
+"""Upper bounds, exclusive, of classes 1 to 4 in pixels of a 512 x 512 frame; class 5 is above them."""
+
+NUM_CLASSES = 6
+BACKGROUND = 0
+IGNORE = 255
+"""The target of pixels that no loss may look at (crowds)."""
+
+
+class ScaleRange(NamedTuple):
+    """The scales a detector knows: R_L <= scale <= R_H (Algorithm 1)."""
+
+    low: float
+    high: float
+
+
+def _require_finite(values: np.ndarray) -> None:
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        msg = f"the scale map has {bad} values that are NaN or infinite: check the network's weights and precision"
+        raise TileError(msg)
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleMap:
+    """What Scale Net says of a tile: one of two forms, on a grid that covers the tile evenly.
+
+    Cell (i, j) of [h, w] covers rows [i * height / h, (i + 1) * height / h) of the tile, and columns
+    likewise. Scales are in the tile's own frame: an object that is too small in the image may be
+    in range in a tile.
+
+    Attributes:
+        scale: [h, w] float32, the scale of the object at each cell, 0 for background (regression).
+        prob: [6, h, w] float32, the probability of each scale class (classification).
+        gain: [h, w] float32 or None: what a closer look is expected to bring at each cell, where the map's
+            maker knows (objects' worth spread over their cells). Without it every out-of-range cell counts 1.
+
+    Raises:
+        TileError: if a value is NaN or infinite: the network broke on this tile.
+        ValueError: if both forms or neither are given, the shape is wrong, or a gain is negative.
+    """
+
+    scale: np.ndarray | None = None
+    prob: np.ndarray | None = None
+    gain: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if (self.scale is None) == (self.prob is None):
+            msg = "a scale map is either a regression (scale) or a classification (prob): give exactly one"
+            raise ValueError(msg)
+        name, values, rank = ("scale", self.scale, 2) if self.scale is not None else ("prob", self.prob, 3)
+        array = np.asarray(values, dtype=np.float32)
+        if array.ndim != rank or 0 in array.shape or (rank == 3 and len(array) != NUM_CLASSES):
+            wanted = "[h, w]" if rank == 2 else f"[{NUM_CLASSES}, h, w]"
+            msg = f"{name} must be {wanted}, got shape {list(array.shape)}"
+            raise ValueError(msg)
+        _require_finite(array)
+        object.__setattr__(self, name, array)
+        if self.gain is not None:
+            gain = np.asarray(self.gain, dtype=np.float32)
+            if gain.shape != self.hw:
+                msg = f"gain must be {list(self.hw)} like the map, got shape {list(gain.shape)}"
+                raise ValueError(msg)
+            _require_finite(gain)
+            if gain.min() < 0:
+                msg = f"gain must be 0 or more, got {gain.min()}: clip what the network says at 0"
+                raise ValueError(msg)
+            object.__setattr__(self, "gain", gain)
+
+    @property
+    def hw(self) -> tuple[int, int]:
+        """(height, width) of the grid, in cells."""
+        array = self.scale if self.scale is not None else self.prob
+        return array.shape[-2:]  # type: ignore[union-attr,return-value]
+
+    @property
+    def classes(self) -> np.ndarray:
+        """[h, w] int64, the most probable class of each cell (classification only)."""
+        if self.prob is None:
+            msg = "classes are of a classification map, got a regression map: use its scale"
+            raise ValueError(msg)
+        return self.prob.argmax(axis=0)
+
+
+def class_of_area(areas: np.ndarray, frame_area: float) -> np.ndarray:
+    """The scale class, 1 to 5, of objects of `areas` pixels in a frame of `frame_area` pixels.
+
+    Args:
+        areas: [N] mask or box areas, in square pixels of the frame.
+        frame_area: height times width of that frame (an image or a tile), in square pixels.
+
+    Returns:
+        [N] int64 in 1..5 (section 'Experiments', COCO: measured after resizing to 512 x 512).
+    """
+    in_reference = np.asarray(areas, dtype=np.float64) * (REFERENCE_AREA / frame_area)
+    return np.searchsorted(CLASS_BOUNDS, in_reference, side="right") + 1
+
+
+def _paint_order(areas: np.ndarray) -> np.ndarray:
+    """Largest first, so that small objects stay on top."""
+    return np.argsort(-np.asarray(areas, dtype=np.float64), kind="stable")
+
+
+def class_target(
+    masks: Sequence[np.ndarray], areas: np.ndarray, frame_area: float, hw: tuple[int, int], crowd: Sequence[bool] = ()
+) -> np.ndarray:
+    """Masks -> the map of scale classes that Scale Net learns (section 'Scale Net').
+
+    Args:
+        masks: N masks, each [h, w] bool on the target's grid.
+        areas: [N] areas in square pixels of the frame, from the annotation and not from the coarser grid.
+        frame_area: pixels of the frame that `areas` are measured in.
+        hw: (h, w) of the target.
+        crowd: [N] which are crowds: their pixels become IGNORE. None by default.
+
+    Returns:
+        [h, w] uint8 in 0..5, or IGNORE.
+    """
+    areas = np.asarray(areas, dtype=np.float64)
+    classes = class_of_area(areas, frame_area)
+    target = np.full(hw, BACKGROUND, np.uint8)
+    is_crowd = np.asarray(crowd, bool) if len(crowd) else np.zeros(len(areas), bool)
+    for i in np.flatnonzero(is_crowd):
+        target[masks[int(i)]] = IGNORE
+    for i in _paint_order(areas):
+        if not is_crowd[i]:
+            target[masks[i]] = classes[i]
+    return target
+
+
+def scale_target(masks: Sequence[np.ndarray], scales: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
+    """Masks -> [h, w] float32 of each object's own scale, 0 for background (regression)."""
+    target = np.zeros(hw, np.float32)
+    for i in _paint_order(scales):
+        target[masks[i]] = scales[i]
+    return target
+
+
+def map_of_boxes(
+    boxes_in_tile: np.ndarray,
+    areas: np.ndarray,
+    worth: np.ndarray,
+    tile_hw: tuple[int, int],
+    hw: tuple[int, int] = (64, 64),
+) -> ScaleMap:
+    """Boxes -> the class map that they imply: an object's class on every cell its box touches.
+
+    This is how a detector's own first pass, or the ground truth, speaks the language of Scale Net.
+
+    Args:
+        boxes_in_tile: [N, 4] xyxy, in tile pixels; parts outside the tile are cut off.
+        areas: [N] each whole object's area, in square tile pixels.
+        worth: [N] what a closer look at each object would bring; it is spread evenly over its cells.
+        tile_hw: (height, width) of the tile.
+        hw: (h, w) of the map.
+
+    Returns:
+        A classification map with probabilities 0 and 1, and the gain of each cell's own class.
+    """
+    boxes = np.asarray(boxes_in_tile, dtype=np.float64).reshape(-1, 4)
+    classes = class_of_area(areas, tile_hw[0] * tile_hw[1])
+    cells = boxes * np.array([hw[1] / tile_hw[1], hw[0] / tile_hw[0]] * 2)
+    first = np.floor(cells[:, :2]).astype(int)
+    last = np.maximum(np.ceil(cells[:, 2:]).astype(int), first + 1)
+    grid = np.zeros(hw, np.int64)
+    gain = np.zeros((NUM_CLASSES, *hw))
+    for i in _paint_order(areas):
+        x0, y0 = np.maximum(first[i], 0)
+        x1, y1 = np.maximum(last[i], 0)
+        grid[y0:y1, x0:x1] = classes[i]
+        gain[classes[i], y0:y1, x0:x1] += worth[i] / np.prod(last[i] - first[i])
+    prob = np.arange(NUM_CLASSES)[:, None, None] == grid
+    return ScaleMap(prob=prob, gain=np.take_along_axis(gain, grid[None], axis=0)[0])
+
+
+def fuse_maps(one: ScaleMap, other: ScaleMap) -> ScaleMap:
+    """The mean of two class maps, on the finer of their grids along each axis (policy `fused`).
+
+    Raises:
+        ValueError: if one of them is a regression map.
+    """
+    if one.prob is None or other.prob is None:
+        msg = "only class maps can be fused, got a regression map: train Scale Net with a class preset"
+        raise ValueError(msg)
+    hw = (max(one.hw[0], other.hw[0]), max(one.hw[1], other.hw[1]))
+    return ScaleMap(prob=(_on_grid(one.prob, hw) + _on_grid(other.prob, hw)) / 2)
+
+
+def _on_grid(prob: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
+    """Each cell of the new grid takes the value of the old cell that its centre lies in."""
+    rows = (np.arange(hw[0]) * 2 + 1) * prob.shape[1] // (2 * hw[0])
+    columns = (np.arange(hw[1]) * 2 + 1) * prob.shape[2] // (2 * hw[1])
+    return prob[:, rows[:, None], columns[None, :]]

@@ -1,0 +1,198 @@
+"""Files by their address: a local path, file:// or s3://, read and written alike.
+
+S3 is reached as botocore does: credentials, region and endpoint come from the environment
+(`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_REGION`, `AWS_ENDPOINT_URL` ...) and from nowhere else, and no
+message repeats them.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, cast
+from uuid import uuid4
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.spec import AbstractBufferedFile
+
+__all__ = ["Address", "atomic_writer", "exists", "join", "list_files", "read_bytes", "write_bytes_atomic"]
+
+Address = str | os.PathLike[str]
+
+
+def _locate(uri: Address) -> tuple[AbstractFileSystem, str]:
+    """An address -> its file system and the path there; local paths become absolute."""
+    text = os.fspath(uri)
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme == "file":
+        # Not fsspec's own parsing: a file's name may hold "::", which means a chain of file systems to it.
+        return fsspec.filesystem("file"), os.path.abspath(rest if separator else text)
+    if scheme != "s3":
+        msg = f"an address must be a local path, file:// or s3://, got {scheme}://: copy the files to one of these"
+        raise ValueError(msg)
+    if "@" in rest.partition("/")[0]:
+        # The address itself is not repeated: it holds a secret.
+        msg = "an s3:// address must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+        raise ValueError(msg)
+    # Other processes write to the same place: a listing remembered from earlier would be stale.
+    return fsspec.filesystem("s3", use_listings_cache=False), rest
+
+
+def _is_s3(store: AbstractFileSystem) -> bool:
+    return "s3" in store.protocol
+
+
+@contextmanager
+def _explained(verb: str, uri: Address, store: AbstractFileSystem) -> Iterator[None]:
+    """Say what was wanted and what to do. The cause is dropped: a server's text may repeat a key."""
+    try:
+        yield
+    except FileNotFoundError:
+        place = "the bucket and key, and AWS_ENDPOINT_URL" if _is_s3(store) else "the path"
+        msg = f"cannot {verb} {os.fspath(uri)}: there is no such file or folder; check {place}"
+        raise FileNotFoundError(msg) from None
+    except PermissionError:
+        remedy = "check the credentials in the environment" if _is_s3(store) else "check its owner and mode"
+        msg = f"cannot {verb} {os.fspath(uri)}: access is denied; {remedy}"
+        raise PermissionError(msg) from None
+    except Exception as error:
+        if not _is_s3(store) or isinstance(error, ValueError):
+            raise
+        msg = f"cannot {verb} {os.fspath(uri)}: {_s3_reason(error)}"
+        raise OSError(msg) from None
+
+
+def _s3_reason(error: Exception) -> str:
+    from botocore.exceptions import HTTPClientError, NoCredentialsError, PartialCredentialsError
+
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if isinstance(error, HTTPClientError):
+        return "the endpoint cannot be reached; check AWS_ENDPOINT_URL and the network"
+    return f"S3 failed with {type(error).__name__}; check the address, AWS_REGION and the service"
+
+
+def join(base: Address, *parts: str) -> str:
+    """Put a path together below `base`: a part that starts with a slash still stays below it."""
+    return "/".join([os.fspath(base).rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def exists(uri: Address) -> bool:
+    """Whether there is a file or folder at `uri`."""
+    store, path = _locate(uri)
+    with _explained("look for", uri, store):
+        return store.exists(path)
+
+
+def read_bytes(uri: Address) -> bytes:
+    """The whole content of a file.
+
+    Raises:
+        FileNotFoundError: if it is not there; the message says what to check.
+        PermissionError: if it may not be read.
+        OSError: if the store fails otherwise.
+    """
+    store, path = _locate(uri)
+    with _explained("read", uri, store):
+        return cast(bytes, store.cat_file(path))
+
+
+@contextmanager
+def atomic_writer(uri: Address) -> Iterator[IO[bytes]]:
+    """Open `uri` for writing bytes: they appear there whole when the block ends, or not at all.
+
+    Folders are made as needed. If the block raises, what stood at `uri` before still stands.
+
+    Raises:
+        PermissionError: if it may not be written.
+        OSError: if the store fails otherwise.
+    """
+    store, path = _locate(uri)
+    with _s3_writer(uri, store, path) if _is_s3(store) else _local_writer(uri, store, path) as handle:
+        yield handle
+
+
+@contextmanager
+def _s3_writer(uri: Address, store: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
+    with _explained("write", uri, store):
+        handle = cast(AbstractBufferedFile, store.open(path, "wb", autocommit=False))
+    try:
+        yield cast(IO[bytes], handle)
+        with _explained("write", uri, store):
+            handle.close()
+            handle.commit()
+    except BaseException:
+        handle.discard()
+        # Else its finaliser would try the upload once more.
+        handle.closed = True
+        raise
+
+
+@contextmanager
+def _local_writer(uri: Address, store: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
+    folder, _ = os.path.split(path)
+    # Hidden and in the same folder: never listed as data, and replacing stays within one disk.
+    scratch = os.path.join(folder, f".{uuid4().hex}.part")
+    with _explained("write", uri, store):
+        os.makedirs(folder, exist_ok=True)
+        handle = open(scratch, "xb")  # noqa: SIM115 - closed below, before it is moved
+    try:
+        with handle:
+            yield handle
+        with _explained("write", uri, store):
+            os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def write_bytes_atomic(uri: Address, data: bytes) -> None:
+    """Write a whole file, so that a reader sees the old content or the new one and nothing between.
+
+    Raises:
+        PermissionError: if it may not be written.
+        OSError: if the store fails otherwise.
+    """
+    with atomic_writer(uri) as handle:
+        handle.write(data)
+
+
+def list_files(uri: Address, suffixes: Sequence[str] = ()) -> list[str]:
+    """The addresses of all files below a folder or S3 prefix, matching a glob, or of the one file named.
+
+    Hidden files (a name or folder that starts with a dot) are left out, and folders that are links are
+    not followed.
+
+    Args:
+        uri: a file, a folder (read with its subfolders), or a glob with `*`, `?`, `[...]` or `**`.
+        suffixes: endings to keep, lower case with their dot, whatever the case of the names; () keeps all.
+
+    Returns:
+        Sorted addresses; local ones are absolute paths. [] if nothing matches.
+
+    Raises:
+        FileNotFoundError: if a file or folder that is no glob is not there.
+    """
+    store, path = _locate(uri)
+    with _explained("list", uri, store):
+        base = path.rstrip("/")
+        if any(mark in path for mark in "*?[") and not store.exists(path):
+            found = cast(dict[str, dict], store.glob(path, detail=True))
+            names = [name for name, info in found.items() if info["type"] != "directory"]
+            base = base[: min(base.find(mark) % (len(base) + 1) for mark in "*?[")].rpartition("/")[0]
+        else:
+            names = cast(list[str], store.find(path))
+            if not names and not store.exists(path):
+                raise FileNotFoundError(path)
+    kept = [name for name in names if _is_listed(name, base, tuple(suffixes))]
+    return sorted(f"s3://{name}" if _is_s3(store) else name for name in kept)
+
+
+def _is_listed(name: str, base: str, suffixes: tuple[str, ...]) -> bool:
+    below = name[len(base) :] if name != base else posixpath.basename(name)
+    hidden = any(part.startswith(".") for part in below.split("/"))
+    return not hidden and (not suffixes or name.lower().endswith(suffixes))

@@ -1,0 +1,1 @@
+"""The distributed batch job: everything that knows Ray."""

@@ -1,0 +1,148 @@
+"""One policy over many images into a run folder: what every batch job does, whatever its engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from scalenet_ray.core import storage
+from scalenet_ray.core.coco import ImageRecord, safe_file_name
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.images import decode_image
+from scalenet_ray.core.results import ImageResult
+from scalenet_ray.engine.runs import RunFolder, ShardWriter
+
+__all__ = ["Progress", "Stream", "image_opener", "run_policy"]
+
+_SECONDS_BETWEEN_LINES = 2.0
+_SECONDS_BETWEEN_SHARDS = 30.0
+
+
+class Stream(Protocol):
+    """Finished images as they finish, and a way to say that they are written."""
+
+    def __iter__(self) -> Iterator[ImageResult]:
+        """Yields each image once."""
+        ...
+
+    def commit(self, image_ids: Iterable[int]) -> None:
+        """These images are written."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a policy is.
+
+    Attributes:
+        policy: its name.
+        done: images finished, those of an earlier, resumed run included.
+        total: images in all.
+        failed: images given up in this run.
+        tiles: tiles worked on in this run.
+        images: images finished in this run.
+        seconds: from the first finished image of this run to now: start-up is left out.
+        elapsed: seconds since this run of the policy began, start-up included.
+    """
+
+    policy: str
+    done: int
+    total: int
+    failed: int = 0
+    tiles: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    elapsed: float = 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        """Images after the first over the time that they took; 0 while there is one at most."""
+        return (self.images - 1) / self.seconds if self.images > 1 and self.seconds > 0 else 0.0
+
+    def speed(self) -> dict[str, float]:
+        """images_per_second, start-up left out, and seconds, start-up included."""
+        return {"images_per_second": self.images_per_second, "seconds": self.elapsed}
+
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        rate = self.images_per_second
+        left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "starting"
+        return (
+            f"{self.policy}: {self.done}/{self.total} images, {rate:.1f} images/s, "
+            f"{self.tiles / max(self.images, 1):.2f} tiles/image, {self.failed} failed, {left}"
+        )
+
+
+def _open(record: ImageRecord, folder: str | None, max_pixels: int) -> np.ndarray:
+    name = record.file_name
+    uri = name if folder is None else storage.join(folder, safe_file_name(name))
+    try:
+        data = storage.read_bytes(uri)
+    except OSError as error:
+        raise TileError(str(error)) from error
+    return decode_image(data, expect_hw=record.hw, max_pixels=max_pixels)
+
+
+def image_opener(folder: str | None, max_pixels: int) -> Callable[[ImageRecord], np.ndarray]:
+    """How readers open an image.
+
+    Args:
+        folder: where `file_name`s are; None if they are whole addresses.
+        max_pixels: larger images are refused before they are decoded.
+
+    Returns:
+        A picklable function: record -> [h, w, 3] uint8 RGB, or `TileError`.
+    """
+    return partial(_open, folder=folder, max_pixels=max_pixels)
+
+
+def run_policy(
+    records: Sequence[ImageRecord],
+    policy: str,
+    start: Callable[[Sequence[ImageRecord]], Stream],
+    run: RunFolder,
+    report: Callable[[Progress], None],
+) -> Progress:
+    """Work through all images that the run folder does not have yet, and write them there.
+
+    Args:
+        records: all images of the run.
+        policy: the policy's name.
+        start: the images left -> their stream.
+        run: the run folder.
+        report: called with the progress every few seconds.
+
+    Returns:
+        The progress at the end.
+    """
+    begun = time.monotonic()
+    finished = run.finished(policy)
+    left = [record for record in records if record.image_id not in finished]
+    state = Progress(policy, len(records) - len(left), len(records))
+    if not left:
+        return state
+    stream = start(left)
+    writer = ShardWriter(run, policy, {record.image_id: record for record in left}, stream.commit)
+    failed = tiles = 0
+    first = reported = written = time.monotonic()
+    for images, result in enumerate(stream, start=1):
+        writer.add(result)
+        now = time.monotonic()
+        first = now if images == 1 else first
+        failed += result.failure is not None
+        tiles += result.tiles
+        done = len(records) - len(left) + images
+        state = Progress(policy, done, len(records), failed, tiles, images, now - first, now - begun)
+        if now - written > _SECONDS_BETWEEN_SHARDS:
+            writer.flush()
+            written = now
+        if now - reported > _SECONDS_BETWEEN_LINES or images == len(left):
+            report(state)
+            reported = now
+    writer.flush()
+    return state

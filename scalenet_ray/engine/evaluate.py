@@ -1,0 +1,88 @@
+"""What a finished policy is worth: COCO's figures and its cost, from the run folder alone.
+
+Runs as a Ray task, so that neither annotations nor results ever lie in the driver's memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from scalenet_ray.core import storage
+from scalenet_ray.core.coco import read_annotations, to_results, write_results
+from scalenet_ray.core.evaluation import evaluate
+from scalenet_ray.core.schemas import detections_from_rows
+from scalenet_ray.engine.runs import RunFolder
+
+__all__ = ["coco_results", "evaluate_policy", "policy_cost", "write_policy_results"]
+
+
+def coco_results(run: RunFolder, policy: str) -> Iterator[dict[str, Any]]:
+    """The detections of one policy as COCO results, in order of image id, the best of an image first."""
+    images = run.table("images", policy, ["image_id", "height", "width"]).to_pylist()
+    sizes = {row["image_id"]: (row["height"], row["width"]) for row in images}
+    table = run.table("detections", policy).combine_chunks()
+    ids = table.column("image_id").to_numpy()
+    starts = np.flatnonzero(np.diff(ids, prepend=-1 if not len(ids) else ids[0] - 1))
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        image_id = int(ids[start])
+        yield from to_results(image_id, detections_from_rows(table.slice(start, end - start)), sizes[image_id])
+
+
+def write_policy_results(run_uri: str, policy: str, names: Sequence[str]) -> int:
+    """Write one policy's COCO results under each of `names` in the run folder.
+
+    Returns:
+        How many detections were written.
+    """
+    run = RunFolder(run_uri)
+    return max(write_results(storage.join(run_uri, name), coco_results(run, policy)) for name in names)
+
+
+def policy_cost(run: RunFolder, policy: str) -> dict[str, Any]:
+    """What one policy spent, from its finished images: means over the images that did not fail, and counts."""
+    table = run.table("images", policy)
+    done = table.filter(pc.field("failure_stage").is_null())
+    guards: Counter[str] = Counter()
+    for text in done.column("guards").to_pylist():
+        guards.update(json.loads(text))
+
+    def mean(column: str, unit: float = 1.0) -> float:
+        values = done.column(column).to_numpy()
+        return float(values.mean() / unit) if len(values) else 0.0
+
+    return {
+        "tiles_per_image": mean("tiles"),
+        "detector_passes_per_image": mean("detector_passes"),
+        "detector_megapixels_per_image": mean("detector_pixels", 1e6),
+        "scalenet_megapixels_per_image": mean("scalenet_pixels", 1e6),
+        "guards": dict(sorted(guards.items())),
+        "images_done": done.num_rows,
+        "images_failed": table.num_rows - done.num_rows,
+    }
+
+
+def evaluate_policy(
+    run_uri: str, policy: str, annotations: str, image_ids: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """COCO's figures of one policy.
+
+    Args:
+        run_uri: the run folder.
+        policy: the policy's name.
+        annotations: address of the instances file.
+        image_ids: the images that count; those that failed count as images in which nothing was found.
+
+    Returns:
+        iou type -> figure -> percent: "bbox", and "segm" where the detections have masks.
+    """
+    run = RunFolder(run_uri)
+    dataset = read_annotations(annotations)
+    results = list(coco_results(run, policy))
+    kinds = ("bbox", "segm") if results and "segmentation" in results[0] else ("bbox",)
+    return {kind: evaluate(dataset, results, iou_type=kind, image_ids=image_ids) for kind in kinds}

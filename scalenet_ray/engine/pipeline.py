@@ -1,0 +1,253 @@
+"""The main job as one Ray Data run: read -> look <-> frontier -> detect -> assemble.
+
+    Frontier  --lease-->  readers (generator read tasks: cut the tiles' pixels)
+       ^                     |
+       | complete(tile,      v
+       |   children)      look actors --tiles to detect--> detector actors --> assembler
+       +---------------------+
+
+Resources, pool sizes and batch sizes are said here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.results import ImageResult
+from scalenet_ray.engine.assemble import Assembler
+from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus
+from scalenet_ray.engine.microbatch import unpack_results
+from scalenet_ray.engine.stages import DetectStage, LookStage, Networks, OpenImage, TileSource
+
+__all__ = ["ImageStream", "Resources"]
+
+PoolSize = int | tuple[int, int]
+"""So many actors, or (fewest, most) of a pool that grows with the load."""
+
+
+def _limits(size: PoolSize) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Who works, with what, on how much at a time. The same on one node or on many.
+
+    Attributes:
+        readers: read tasks, which decode and cut.
+        scale_actors: actors that look at tiles: so many, or (fewest, most).
+        detector_actors: actors that detect: so many, or (fewest, most).
+        gpus_per_scale_actor: GPUs of each look actor; fractions share one.
+        gpus_per_detector_actor: GPUs of each detector actor.
+        scale_batch_size: tiles of a micro-batch, the look stage's batch.
+        detector_batch_size: tiles to a call of the detector.
+        max_open_images: images in work at once; bounds memory. None: enough to keep every actor fed.
+        no_progress_seconds: a run that finishes nothing for so long ends with an error.
+
+    Raises:
+        ValueError: if a number leaves its range.
+    """
+
+    readers: int = 1
+    scale_actors: PoolSize = 1
+    detector_actors: PoolSize = 1
+    gpus_per_scale_actor: float = 0.0
+    gpus_per_detector_actor: float = 0.0
+    scale_batch_size: int = 8
+    detector_batch_size: int = 16
+    max_open_images: int | None = None
+    no_progress_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name in ("scale_actors", "detector_actors"):
+            fewest, most = _limits(getattr(self, name))
+            if not 1 <= fewest <= most:
+                msg = f"{name} must be 1 or more, or (fewest, most), got {getattr(self, name)}"
+                raise ValueError(msg)
+        for name in ("readers", "scale_batch_size", "detector_batch_size", "max_open_images"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                msg = f"{name} must be 1 or more, got {getattr(self, name)}"
+                raise ValueError(msg)
+        if min(self.gpus_per_scale_actor, self.gpus_per_detector_actor) < 0:
+            got = f"{self.gpus_per_scale_actor} and {self.gpus_per_detector_actor}"
+            msg = f"GPUs per actor must be 0 or more, got {got}"
+            raise ValueError(msg)
+        if self.no_progress_seconds <= 0:
+            msg = f"no_progress_seconds must be above 0, got {self.no_progress_seconds}"
+            raise ValueError(msg)
+
+    @property
+    def rows_per_detect_call(self) -> int:
+        """Micro-batches that a detector actor takes at once, so that its batches are full."""
+        return math.ceil(self.detector_batch_size / self.scale_batch_size)
+
+    @property
+    def open_images(self) -> int:
+        """Images in work at once: above everything that the stages can hold back, so that none runs dry."""
+        if self.max_open_images is not None:
+            return self.max_open_images
+        workers = self.readers + _limits(self.scale_actors)[1] + _limits(self.detector_actors)[1]
+        return max(64, 8 * self.scale_batch_size * workers)
+
+    def cpus_per_worker(self, cluster_cpus: float) -> float:
+        """The CPUs of each reader and actor: one each, or an equal fraction if there are not enough for that."""
+        workers = self.readers + _limits(self.scale_actors)[1] + _limits(self.detector_actors)[1]
+        return 1.0 if cluster_cpus > workers else math.floor(100 * cluster_cpus / (workers + 1)) / 100
+
+
+@contextmanager
+def _data_context(no_progress_seconds: float) -> Iterator[None]:
+    """Ray Data's settings that the loop depends on; whatever held before holds again afterwards."""
+    context = DataContext.get_current()
+    wanted = {
+        # Every block leaves as soon as it is made: one that waits for more could wait for its own children.
+        "target_max_block_size": 1,
+        # A share of the object store for each stage hangs a loop in a small one: the reader, which never ends, uses
+        # up what is shared, and the look stage may not start a call that would let the detectors' batch leave.
+        # What bounds the queues is this ratio of the next stage's bytes in hand, and the open images.
+        "op_resource_reservation_enabled": False,
+        "downstream_capacity_backpressure_ratio": 2.0,
+        "execution_no_progress_timeout_s": no_progress_seconds,
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        # An order would let one slow tile stop the loop.
+        "max_errored_blocks": 0,
+    }
+    before = {name: getattr(context, name) for name in wanted}
+    order = context.execution_options.preserve_order
+    try:
+        for name, value in wanted.items():
+            setattr(context, name, value)
+        context.execution_options.preserve_order = False
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        context.execution_options.preserve_order = order
+
+
+def _tiles_per_lease(policy: Policy) -> int:
+    """Tiles that come of one piece of work where it is cut; 1 for a policy that looks."""
+    return 1 + {"grid": policy.grid**2, "random": policy.random_windows, "pyramid": len(policy.pyramid)}.get(
+        policy.kind, 0
+    )
+
+
+class ImageStream:
+    """Finished images, as they finish, of one policy over any number of images.
+
+    Iterate over it once; after the results of some images are written, `commit` lets the queue forget them.
+
+    Args:
+        images: the images, in the order in which they are begun.
+        policy: the policy.
+        networks: how actors make their networks.
+        open_image: how readers read an image.
+        resources: who works.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[ImageRecord],
+        policy: Policy,
+        networks: Networks,
+        open_image: OpenImage,
+        resources: Resources,
+    ) -> None:
+        self._images = images
+        self._policy = policy
+        self._networks = networks
+        self._open_image = open_image
+        self._resources = resources
+        # On the driver's own node: a worker node that is lost must not take the queue with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._frontier = FrontierActor.options(scheduling_strategy=here).remote(list(images), resources.open_images)
+
+    def __iter__(self) -> Iterator[ImageResult]:
+        """Yields each image once.
+
+        Raises:
+            RuntimeError: if the frontier died, or the run ended with images unfinished.
+        """
+        assembler = Assembler(self._policy.merging)
+        count = 0
+        try:
+            with _data_context(self._resources.no_progress_seconds):
+                for table in self._dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                    for result in assembler.add(unpack_results(table)):
+                        count += 1
+                        yield result
+        except Exception as error:
+            if self._frontier_lives():
+                raise
+            msg = (
+                "the frontier, the queue of tiles, died, and with it what was in work: images that are written are "
+                "safe; run the same command with --resume to go on with the others"
+            )
+            raise RuntimeError(msg) from error
+        if count != len(self._images):
+            msg = f"the run ended with {len(self._images) - count} of {len(self._images)} images unfinished"
+            raise RuntimeError(msg)
+
+    def commit(self, image_ids: Iterable[int]) -> None:
+        """Say that the results of these images are written: the queue need not remember them."""
+        self._frontier.commit.remote(list(image_ids))
+
+    def status(self) -> FrontierStatus:
+        """How far the queue is."""
+        return ray.get(self._frontier.status.remote())
+
+    def _frontier_lives(self) -> bool:
+        try:
+            self.status()
+        except RayActorError:
+            return False
+        return True
+
+    def _dataset(self) -> Any:
+        resources, policy = self._resources, self._policy
+        cpus = resources.cpus_per_worker(ray.cluster_resources().get("CPU", 1.0))
+        source = TileSource(
+            self._frontier,
+            policy,
+            self._open_image,
+            readers=resources.readers,
+            lease_size=max(1, resources.scale_batch_size // _tiles_per_lease(policy)),
+        )
+        return (
+            ray.data.read_datasource(source, num_cpus=cpus, override_num_blocks=resources.readers)
+            .map_batches(
+                LookStage,
+                fn_constructor_args=(self._frontier, policy, self._networks),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=_pool(resources.scale_actors),
+                num_cpus=cpus,
+                num_gpus=resources.gpus_per_scale_actor or None,
+            )
+            .map_batches(
+                DetectStage,
+                fn_constructor_args=(policy, self._networks, resources.detector_batch_size),
+                batch_size=resources.rows_per_detect_call,
+                batch_format="pyarrow",
+                compute=_pool(resources.detector_actors),
+                num_cpus=cpus,
+                num_gpus=resources.gpus_per_detector_actor or None,
+            )
+        )
+
+
+def _pool(size: PoolSize) -> ActorPoolStrategy:
+    fewest, most = _limits(size)
+    return ActorPoolStrategy(size=fewest) if fewest == most else ActorPoolStrategy(min_size=fewest, max_size=most)

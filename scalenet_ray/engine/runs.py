@@ -1,0 +1,213 @@
+"""The run folder: what was asked, what is finished, what came of it, what went wrong.
+
+    config.yaml            all that is needed to run it again, seeds and versions included
+    detections/*.parquet   written while running, a shard at a time (schema DETECTIONS)
+    images/*.parquet       after each of those: the record that its images are finished (schema IMAGES)
+    failures.parquet       every image that was given up: policy, image id, file, stage, reason
+    metrics.json, results.json, report.html   written at the end
+
+A shard of `images` is the commit: detections without it are of a run that died in between, and are
+written again. Local folders and s3:// alike.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import platform
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from scalenet_ray import __version__
+from scalenet_ray.core import storage
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.results import ImageResult
+from scalenet_ray.core.schemas import DETECTIONS, IMAGES, detections_table, images_table
+
+__all__ = ["FAILURES", "RunFolder", "ShardWriter"]
+
+FAILURES = pa.schema(
+    [
+        ("policy", pa.string()),
+        ("image_id", pa.int64()),
+        ("file", pa.string()),
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+"""One row an image that was given up."""
+
+_IMAGES_PER_SHARD = 256
+_VERSIONED = ("torch", "torchvision", "ray", "numpy", "pyarrow", "onnxruntime", "pycocotools")
+
+
+class RunFolder:
+    """A run's folder.
+
+    Args:
+        uri: local path or s3:// address.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    def begin(self, settings: Mapping[str, Any], *, resume: bool, workers: Mapping[str, Any] | None = None) -> None:
+        """Make the folder and write config.yaml, or take up the run that is there.
+
+        Args:
+            settings: what the results depend on, plain values.
+            workers: what they do not depend on: engine, pools, batches; noted, and free to differ on resuming.
+            resume: go on with a run that is there; else one that is there is refused.
+
+        Raises:
+            FileExistsError: if there is a run and `resume` is not asked for.
+            ValueError: if the run to resume was begun with other settings; it names them.
+        """
+        config = storage.join(self.uri, "config.yaml")
+        if storage.exists(config):
+            if not resume:
+                msg = f"{self.uri} holds a run already: add --resume to go on with it, or give another --output"
+                raise FileExistsError(msg)
+            self._check_settings(settings)
+            return
+        versions = {name: version(name) for name in _VERSIONED}
+        versions |= {"python": platform.python_version(), "scalenet-ray": __version__}
+        content = {
+            "command": " ".join(sys.argv),
+            "settings": dict(settings),
+            "workers": dict(workers or {}),
+            "versions": versions,
+        }
+        storage.write_bytes_atomic(config, yaml.safe_dump(content, sort_keys=False).encode())
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        before = yaml.safe_load(storage.read_bytes(storage.join(self.uri, "config.yaml")))["settings"]
+        after = yaml.safe_load(yaml.safe_dump(dict(settings)))
+        differ = [
+            f"{name}: {before.get(name)!r} then, {after.get(name)!r} now"
+            for name in sorted({*before, *after})
+            if before.get(name) != after.get(name)
+        ]
+        if differ:
+            msg = f"{self.uri} was begun with other settings ({'; '.join(differ)}): use the same, or another --output"
+            raise ValueError(msg)
+
+    def shards(self, kind: str, policy: str) -> list[str]:
+        """Addresses of the finished shards of `detections` or `images` of one policy, in order."""
+        folder = storage.join(self.uri, "images")
+        if not storage.exists(folder):
+            return []
+        pattern = re.compile(re.escape(policy) + r"-\d{5}\.parquet")
+        names = [uri.rsplit("/", 1)[-1] for uri in storage.list_files(folder, (".parquet",))]
+        return [storage.join(self.uri, kind, name) for name in names if pattern.fullmatch(name)]
+
+    def table(self, kind: str, policy: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of `detections` or `images` of one policy, in order of image id, the best detection first."""
+        schema = {"detections": DETECTIONS, "images": IMAGES}[kind]
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns])
+        parts = [self._read(uri, columns) for uri in self.shards(kind, policy)]
+        rows = pa.concat_tables([schema.empty_table(), *parts])
+        # Arrow's sort is not stable: a row's own position breaks ties and keeps the best first.
+        numbered = rows.append_column("at", pa.array(range(rows.num_rows), pa.int64()))
+        return numbered.sort_by([("image_id", "ascending"), ("at", "ascending")]).drop_columns(["at"])
+
+    def _read(self, uri: str, columns: Sequence[str] | None) -> pa.Table:
+        return pq.read_table(io.BytesIO(storage.read_bytes(uri)), columns=None if columns is None else list(columns))
+
+    def finished(self, policy: str) -> set[int]:
+        """Ids of the images that are written."""
+        return set(self.table("images", policy, ["image_id"]).column("image_id").to_pylist())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `value` as JSON under `name`; NaN, which JSON does not have, becomes null."""
+        text = json.dumps(_without_nan(value), indent=1, allow_nan=False)
+        storage.write_bytes_atomic(storage.join(self.uri, name), text.encode())
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write text under `name`."""
+        storage.write_bytes_atomic(storage.join(self.uri, name), text.encode())
+
+    def write_failures(self, policies: Sequence[str]) -> pa.Table:
+        """Gather the failures of all policies into failures.parquet.
+
+        Returns:
+            The table (schema `FAILURES`).
+        """
+        rows: list[dict[str, Any]] = []
+        for policy in policies:
+            table = self.table("images", policy, ["policy", "image_id", "file", "failure_stage", "failure_reason"])
+            failed = table.filter(pc.field("failure_stage").is_valid())
+            names = {"failure_stage": "stage", "failure_reason": "reason"}
+            rows += failed.rename_columns([names.get(name, name) for name in failed.column_names]).to_pylist()
+        table = pa.Table.from_pylist(rows, FAILURES)
+        storage.write_bytes_atomic(storage.join(self.uri, "failures.parquet"), _parquet(table))
+        return table
+
+
+class ShardWriter:
+    """Writes finished images in shards: detections first, then the record that they are finished.
+
+    Args:
+        run: the run folder.
+        policy: the policy's name.
+        records: image id -> its record.
+        committed: called with the ids of a shard's images once it is written.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        policy: str,
+        records: Mapping[int, ImageRecord],
+        committed: Callable[[list[int]], None],
+    ) -> None:
+        self._run = run
+        self._policy = policy
+        self._records = records
+        self._committed = committed
+        self._pending: list[ImageResult] = []
+        self._next = len(run.shards("images", policy))
+
+    def add(self, result: ImageResult) -> None:
+        """Take in a finished image; it is written with its shard."""
+        self._pending.append(result)
+        if len(self._pending) >= _IMAGES_PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        if not self._pending:
+            return
+        name = f"{self._policy}-{self._next:05d}.parquet"
+        detections = detections_table(self._pending, self._policy)
+        storage.write_bytes_atomic(storage.join(self._run.uri, "detections", name), _parquet(detections))
+        records = [self._records[result.image_id] for result in self._pending]
+        images = images_table(self._pending, self._policy, [record.file_name for record in records])
+        storage.write_bytes_atomic(storage.join(self._run.uri, "images", name), _parquet(images))
+        self._committed([result.image_id for result in self._pending])
+        self._pending.clear()
+        self._next += 1
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,64 @@
+"""Where the work happens: Ray, joined or started, or this very process."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import ray
+from ray.exceptions import RayTaskError
+
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.engine.batch import Stream
+from scalenet_ray.engine.local import LocalStream
+from scalenet_ray.engine.pipeline import ImageStream, Resources
+from scalenet_ray.engine.stages import Networks, OpenImage
+
+__all__ = ["EngineName", "Session"]
+
+EngineName = Literal["ray", "local"]
+"""ray: actors on this machine or a cluster; local: one process, for small jobs and notebooks."""
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+class Session:
+    """An engine, ready for work.
+
+    With `ray`, the cluster that RAY_ADDRESS names is joined (`ray job submit` sets it); without it
+    Ray is started on this machine.
+
+    Args:
+        engine: which one.
+        resources: who works, for `ray`.
+    """
+
+    def __init__(self, engine: EngineName, resources: Resources) -> None:
+        self._engine = engine
+        self._resources = resources
+        if engine == "ray" and not ray.is_initialized():
+            logging.getLogger("ray.data").setLevel(logging.WARNING)
+            joins = "RAY_ADDRESS" in os.environ
+            ray.init(address=None if joins else "local", logging_level=logging.ERROR)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function away from the driver, so that what it loads never lies in the driver's memory."""
+        if self._engine == "local":
+            return function(*args)
+        try:
+            return ray.get(_call.remote(function, *args))
+        except RayTaskError as error:
+            # The message is for the person who gave the input, not Ray's traceback of the worker.
+            raise error.cause from None
+
+    def start(self, images: Sequence[ImageRecord], policy: Policy, networks: Networks, open_image: OpenImage) -> Stream:
+        """Begin to work on images."""
+        if self._engine == "local":
+            return LocalStream(images, policy, networks, open_image)
+        return ImageStream(images, policy, networks, open_image, self._resources)

@@ -1,0 +1,273 @@
+"""The stages, as Ray Data callables: read and cut, look and decide, detect.
+
+Each is thin: it unpacks a micro-batch, calls the core, and packs what comes. What data can cause (`TileError`)
+is caught here, completed as failed, and travels on with its credit; a bug is let through and ends the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import Datasource
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
+
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.images import cut_tile
+from scalenet_ray.core.look import Detect, PredictScale, Seen, look
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.recursion import Expansion, expand
+from scalenet_ray.core.results import Failure, TileResult, detect_tiles
+from scalenet_ray.engine.frontier import Completion, Decision, Lease, Work, child_credit
+from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, pack_results, unpack
+
+__all__ = ["DetectStage", "LookStage", "Networks", "OpenImage", "TileSource"]
+
+OpenImage = Callable[[ImageRecord], np.ndarray]
+"""An image's record -> its pixels [h, w, 3] uint8 RGB; raises `TileError` for an image that cannot be read."""
+
+_WAIT_SECONDS = 0.02
+_CACHE_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Networks:
+    """How an actor makes its networks: called once, where the weights are to live.
+
+    Attributes:
+        detect: makes the detector, labels already category ids.
+        predict_scale: makes Scale Net or an oracle; None if no policy needs one.
+    """
+
+    detect: Callable[[], Detect]
+    predict_scale: Callable[[], PredictScale] | None = None
+
+
+class _DecodedImages:
+    """The images decoded last, up to a number of bytes: the windows of an image follow it closely."""
+
+    def __init__(self, open_image: OpenImage) -> None:
+        self._open_image = open_image
+        self._images: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, record: ImageRecord) -> np.ndarray:
+        if record.image_id in self._images:
+            self._images.move_to_end(record.image_id)
+            return self._images[record.image_id]
+        image = self._open_image(record)
+        self._images[record.image_id] = image
+        self._bytes += image.nbytes
+        while self._bytes > _CACHE_BYTES and len(self._images) > 1:
+            self._bytes -= self._images.popitem(last=False)[1].nbytes
+        return image
+
+
+class TileSource(Datasource):
+    """Read tasks that lease work from the frontier, cut its pixels, and yield one packed row a lease.
+
+    Args:
+        frontier: the queue's actor.
+        policy: the policy.
+        open_image: how images are read.
+        readers: how many read tasks.
+        lease_size: how much work a lease asks for.
+    """
+
+    def __init__(self, frontier: Any, policy: Policy, open_image: OpenImage, *, readers: int, lease_size: int) -> None:
+        super().__init__()
+        self._frontier = frontier
+        self._policy = policy
+        self._open_image = open_image
+        self._readers = readers
+        self._lease_size = lease_size
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown: the tiles appear while the job runs."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One generator task for each reader, whatever `parallelism` Ray Data would like."""
+        del parallelism, per_task_row_limit, data_context
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(lambda reader=i: self._read(reader), metadata) for i in range(self._readers)]
+
+    def _read(self, reader: int) -> Iterator[pa.Table]:
+        images = _DecodedImages(self._open_image)
+        sequence = 0
+        while True:
+            lease: Lease | None = ray.get(self._frontier.lease.remote(reader, sequence, self._lease_size))
+            if lease is None:
+                return
+            if not lease.work and not lease.forgotten:
+                time.sleep(_WAIT_SECONDS)
+                continue
+            # The same lease must give the same bytes again: Ray replays this generator by position.
+            yield pack(cut_work(lease.work, self._policy, images))
+            sequence += 1
+
+
+def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> MicroBatch:
+    """Open the images of a lease and cut its tiles.
+
+    A policy that needs to see nothing is expanded here, so that an image is decoded once for all its tiles.
+
+    Args:
+        work: what was leased.
+        policy: the policy.
+        open_image: how images are read.
+
+    Returns:
+        Tiles with pixels; images that cannot be read as failed results.
+    """
+    batch = MicroBatch([], [], [])
+    for item in work:
+        image_id, path = item.id
+        try:
+            image = open_image(item.image)
+            tile = item.tile or policy.root(image_id, (image.shape[0], image.shape[1]))
+            expansion = Expansion(detect=True) if policy.looks else expand(tile, None, policy)
+            cut = [cut_tile(image, each) for each in (tile, *expansion.children)]
+        except TileError as error:
+            batch.results.append(TileResult(image_id, path, item.credit, failure=Failure("read", error.reason)))
+            continue
+        credit = child_credit(item.credit, expansion)
+        batch.tiles.append(PackedTile(tile, credit))
+        batch.tiles.extend(PackedTile(child, credit, settled=True) for child in expansion.children)
+        batch.pixels.extend(cut)
+    return batch
+
+
+class LookStage:
+    """Looks at the tiles of one micro-batch, decides with the frontier, and passes on what is to be detected.
+
+    Args:
+        frontier: the queue's actor.
+        policy: the policy.
+        networks: how its networks are made; only those that the policy needs are.
+    """
+
+    def __init__(self, frontier: Any, policy: Policy, networks: Networks) -> None:
+        self._frontier = frontier
+        self._policy = policy
+        self._detect = networks.detect() if policy.needs_first_pass else None
+        needs_map = policy.looks and policy.kind != "first-pass"
+        self._predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """One packed row -> one packed row, always."""
+        (batch,) = unpack(table)
+        at = [i for i, packed in enumerate(batch.tiles) if not packed.settled]
+        tiles, pixels = [batch.tiles[i].tile for i in at], [batch.pixels[i] for i in at]
+        seen = look(pixels, tiles, self._policy, detect=self._detect, predict_scale=self._predict_scale)
+        completions = [
+            Completion(tile.image_id, tile.path, self._decide(batch.tiles[i], one))
+            for i, tile, one in zip(at, tiles, seen, strict=True)
+        ]
+        unread = [Completion(r.image_id, r.path, Decision(Expansion(detect=False), r.failure)) for r in batch.results]
+        recorded: list[Decision] = ray.get(self._frontier.complete.remote([*completions, *unread]))
+        decided = dict(zip(at, zip(seen, recorded[: len(at)], strict=True), strict=True))
+        read_failures = [
+            replace(result, credit=child_credit(result.credit, decision.expansion))
+            for result, decision in zip(batch.results, recorded[len(at) :], strict=True)
+        ]
+        return pack(self._apply(batch, decided, read_failures))
+
+    def _decide(self, packed: PackedTile, seen: Seen) -> Decision:
+        if seen.failure is not None:
+            return Decision(Expansion(detect=False), Failure("look", seen.failure.reason))
+        # A policy that needs no look was expanded where its tiles were cut: they are in this very row.
+        if not self._policy.looks:
+            return Decision(expand(packed.tile, None, self._policy)._replace(children=()))
+        return Decision(expand(packed.tile, seen.scale_map, self._policy))
+
+    def _apply(
+        self, batch: MicroBatch, decided: dict[int, tuple[Seen, Decision]], read_failures: list[TileResult]
+    ) -> MicroBatch:
+        """Emit what was recorded, which on a retry may not be what this look would have decided."""
+        out = MicroBatch([], [], read_failures)
+        for i, (packed, pixels) in enumerate(zip(batch.tiles, batch.pixels, strict=True)):
+            if i not in decided:
+                out.tiles.append(packed)
+                out.pixels.append(pixels)
+                continue
+            seen, (expansion, failure) = decided[i]
+            credit = child_credit(packed.credit, expansion)
+            looked = self._predict_scale.input_pixels if seen.looked and self._predict_scale is not None else 0
+            packed = PackedTile(packed.tile, credit, True, looked, expansion.guards)
+            result = _begun(packed, failure)
+            if failure is not None or not expansion.detect:
+                out.results.append(result)
+            elif seen.detections is not None and self._detect is not None:
+                found = [seen.detections]
+                out.results.extend(
+                    detect_tiles([result], [packed.tile], [pixels], found, self._detect, self._policy.merging)
+                )
+            else:
+                out.tiles.append(packed)
+                out.pixels.append(pixels)
+        return out
+
+
+class DetectStage:
+    """Detects the tiles of some micro-batches, in batches that mix images and depths.
+
+    Args:
+        policy: the policy.
+        networks: how the detector is made.
+        batch_size: tiles to a call of the detector.
+    """
+
+    def __init__(self, policy: Policy, networks: Networks, batch_size: int) -> None:
+        self._policy = policy
+        self._detect = networks.detect()
+        self._batch_size = batch_size
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Packed rows -> one row of tile results.
+
+        One row is one block, all or nothing. With a row a tile Ray Data makes a block of each, and replays them by
+        position after a death; by then tiles of written images may be gone from the input, and others would be
+        thrown away in their place.
+        """
+        results: list[TileResult] = []
+        tiles: list[PackedTile] = []
+        pixels: list[np.ndarray] = []
+        for batch in unpack(table):
+            results += batch.results
+            tiles += batch.tiles
+            pixels += batch.pixels
+        for start in range(0, len(tiles), self._batch_size):
+            some = tiles[start : start + self._batch_size]
+            results += detect_tiles(
+                [_begun(packed) for packed in some],
+                [packed.tile for packed in some],
+                pixels[start : start + self._batch_size],
+                [None] * len(some),
+                self._detect,
+                self._policy.merging,
+            )
+        return pack_results(results)
+
+
+def _begun(packed: PackedTile, failure: Failure | None = None) -> TileResult:
+    tile = packed.tile
+    return TileResult(
+        tile.image_id,
+        tile.path,
+        packed.credit,
+        failure=failure,
+        look_pixels=packed.look_pixels,
+        guards=packed.guards,
+        image_hw=tile.image_hw,
+    )

@@ -1,0 +1,1 @@
+"""The networks: everything that knows torch or onnxruntime, and nothing that knows Ray."""

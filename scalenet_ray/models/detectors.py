@@ -1,0 +1,113 @@
+"""Frozen detectors behind one protocol, named `kind:what`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+import sys
+from collections.abc import Mapping
+from typing import Protocol
+
+from scalenet_ray.core.look import Detect
+
+__all__ = ["Detector", "load_detector"]
+
+_LOADERS = {
+    "tiny": "scalenet_ray.models.tiny_detector:TinyDetector.load",
+    "torchvision": "scalenet_ray.models.torchvision_detectors:load_torchvision",
+    "yolox-onnx": "scalenet_ray.models.yolox:YoloxDetector.load",
+}
+"""Kind -> where its loader is; imported when asked for, so that an ONNX detector never loads torch."""
+
+_OWN_CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_MEMBERS = ("input_side", "categories", "iou_threshold", "canvas_hw", "__call__")
+
+
+class Detector(Detect, Protocol):
+    """Tiles' pixels -> detections in tile pixels, a batch at a time.
+
+    A tile comes at the size it shall be looked at: a detector pads it (`canvas_hw`) and never resizes it,
+    or it would undo the zoom. Tiles of one canvas are computed together, and each tile's detections are what
+    they would be if it came alone. [] gives [].
+
+    In the list that a call returns, a `TileError` stands for a tile that the network broke on (NaN or infinite
+    values): it costs that tile alone. It is returned and not raised, so that the rest of the batch is not lost.
+
+    Attributes:
+        input_side: the longer side of a whole image's tile, in tile pixels.
+    """
+
+    @property
+    def categories(self) -> Mapping[int, str]:
+        """The detector's own class ids, its labels, with their names."""
+        ...
+
+    @property
+    def iou_threshold(self) -> float:
+        """The overlap above which it suppresses a box; the merge of an image's tiles uses it again."""
+        ...
+
+
+def load_detector(
+    spec: str, *, device: str = "cpu", score_threshold: float = 0.01, iou_threshold: float | None = None
+) -> Detector:
+    """Load a detector by its name.
+
+    Args:
+        spec: `kind:what`: `yolox-onnx:PATH`; `torchvision:NAME` (torchvision's own weights, from the network),
+            `torchvision:NAME@PATH`, `torchvision:PATH` (a file of `save_detector`); `tiny:PATH`; or
+            `module:Class`, a class of yours that is made without arguments and sets its thresholds itself. A path
+            may be local, file:// or s3://.
+        device: where it computes, as torch names it.
+        score_threshold: boxes that score less are dropped.
+        iou_threshold: overlap above which a box of the same class is suppressed; None for the detector's own.
+
+    Returns:
+        The detector, ready for tiles.
+
+    Raises:
+        FileNotFoundError: if a file is not there.
+        ConnectionError: if torchvision's weights can't be fetched.
+        ValueError: if the name, a threshold or a file is not what it must be, or a class lacks part of `Detector`.
+    """
+    for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
+        if value is not None and not 0.0 <= value <= 1.0:
+            msg = f"{name} must be between 0 and 1, got {value}"
+            raise ValueError(msg)
+    kind, _, what = spec.partition(":")
+    if kind in _LOADERS and what:
+        load = pkgutil.resolve_name(_LOADERS[kind])
+        return load(what, device=device, score_threshold=score_threshold, iou_threshold=iou_threshold)
+    if kind in _LOADERS or not _OWN_CLASS.fullmatch(spec):
+        msg = f"{_wanted()}, got {spec!r}"
+        raise ValueError(msg)
+    return _load_own(spec)
+
+
+def _wanted() -> str:
+    return f"a detector must be kind:what with a kind of {', '.join(sorted(_LOADERS))}, or module:Class of your own"
+
+
+def _load_own(spec: str) -> Detector:
+    """A user's class, imported as `python -m` would from the current directory, and made."""
+    module_name, _, class_name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        msg = f"{_wanted()}, got {spec!r}: there is no module {error.name!r} here or among the installed ones"
+        raise ValueError(msg) from error
+    if not hasattr(module, class_name):
+        msg = f"module {module_name} must have a class {class_name!r} for detector {spec!r}, got none of that name"
+        raise ValueError(msg)
+    detector = getattr(module, class_name)()
+    missing = [member for member in _MEMBERS if not hasattr(detector, member)]
+    if missing:
+        msg = f"detector {spec!r} must have {', '.join(_MEMBERS)}, lacks {', '.join(missing)}: see Detector"
+        raise ValueError(msg)
+    return detector

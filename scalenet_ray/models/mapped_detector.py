@@ -1,0 +1,46 @@
+"""A detector that speaks a data set's language: its labels are the data set's category ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from scalenet_ray.core.coco import map_categories
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.models.detectors import Detector
+
+__all__ = ["MappedDetector"]
+
+
+class MappedDetector:
+    """Maps labels by name and drops the classes that the data set does not have.
+
+    Args:
+        detector: the frozen detector.
+        categories: the data set's category ids and names.
+
+    Raises:
+        ValueError: if the detector does not know a category of the data set.
+    """
+
+    def __init__(self, detector: Detector, categories: Mapping[int, str]) -> None:
+        self._detector = detector
+        self.input_side = detector.input_side
+        mapping = map_categories(detector.categories, categories)
+        self._classes = np.array(sorted(mapping), np.int64)
+        self._category_ids = np.array([mapping[class_id] for class_id in sorted(mapping)], np.int64)
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """The detector's own."""
+        return self._detector.canvas_hw(hw)
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        """[h, w, 3] uint8 RGB each -> detections in tile pixels, labels are category ids."""
+        return [found if isinstance(found, TileError) else self._mapped(found) for found in self._detector(pixels)]
+
+    def _mapped(self, found: Detections) -> Detections:
+        found = found[np.isin(found.labels, self._classes)]
+        return replace(found, labels=self._category_ids[np.searchsorted(self._classes, found.labels)])

@@ -1,0 +1,99 @@
+"""The networks of a job, by name: the driver names them, actors load them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.models.detectors import Detector, load_detector
+from scalenet_ray.models.mapped_detector import MappedDetector
+
+if TYPE_CHECKING:
+    from scalenet_ray.models.scale_net import ScaleNetPredictor
+
+__all__ = ["SAMPLE_DETECTOR", "SAMPLE_SCALE_NET", "DetectorInfo", "NetworkNames"]
+
+_WEIGHTS = Path(__file__).parents[1] / "weights"
+
+SAMPLE_DETECTOR = f"tiny:{_WEIGHTS / 'sample_detector.safetensors'}"
+"""The detector of the embedded sample, trained without its small objects."""
+
+SAMPLE_SCALE_NET = str(_WEIGHTS / "sample_scale_net.safetensors")
+"""The Scale Net of the embedded sample."""
+
+
+class DetectorInfo(NamedTuple):
+    """What a driver must know of a detector without holding it: its side, its NMS threshold, its classes."""
+
+    input_side: int
+    iou_threshold: float
+    categories: dict[int, str]
+
+
+@dataclass(frozen=True)
+class NetworkNames:
+    """The networks: the frozen detector, and Scale Net.
+
+    Attributes:
+        detector: kind:what, e.g. yolox-onnx:PATH, torchvision:NAME, torchvision:PATH, module:Class. Without
+            --data: the embedded sample's.
+        scale_net: weights of Scale Net, a local path or s3://. Without --data: the embedded sample's.
+        device: where the networks compute, as torch names it.
+        score_threshold: boxes that score less are dropped.
+        iou_threshold: of NMS; None: the detector's own.
+    """
+
+    detector: str | None = None
+    scale_net: str | None = None
+    device: str = "cpu"
+    score_threshold: float = 0.01
+    iou_threshold: float | None = None
+
+    def describe_detector(self) -> DetectorInfo:
+        """Load the detector and say what it is.
+
+        Raises:
+            ValueError: if no detector is named; else what `load_detector` raises.
+        """
+        detector = self._load()
+        return DetectorInfo(detector.input_side, detector.iou_threshold, dict(detector.categories))
+
+    def check(self, policies: Sequence[Policy], categories: Mapping[int, str]) -> None:
+        """Load what the policies need and let it go: what is wrong is said before a run begins.
+
+        Raises:
+            ValueError: if the detector lacks a category or cannot take a policy's tiles, or Scale Net is missing.
+        """
+        detector = self.load_detector(categories)
+        for policy in policies:
+            detector.canvas_hw((policy.largest_side, policy.largest_side))
+        if any(policy.needs_network for policy in policies):
+            self.load_scale_net()
+
+    def load_detector(self, categories: Mapping[int, str]) -> MappedDetector:
+        """The detector, its labels mapped by name to the ids of `categories`."""
+        return MappedDetector(self._load(), categories)
+
+    def _load(self) -> Detector:
+        if self.detector is None:
+            msg = "a detector must be named: give --detector kind:what, e.g. yolox-onnx:PATH or torchvision:NAME"
+            raise ValueError(msg)
+        return load_detector(
+            self.detector,
+            device=self.device,
+            score_threshold=self.score_threshold,
+            iou_threshold=self.iou_threshold,
+        )
+
+    def load_scale_net(self) -> ScaleNetPredictor:
+        """Scale Net, ready for tiles."""
+        # Here and not above: torch must not be loaded where networks are only named.
+        from scalenet_ray.models.scale_net import ScaleNetPredictor
+
+        if self.scale_net is None:
+            msg = "the policies scalenet and fused need Scale Net's weights: give --scale-net PATH"
+            raise ValueError(msg)
+        return ScaleNetPredictor(self.scale_net, self.device)

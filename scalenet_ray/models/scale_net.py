@@ -1,0 +1,363 @@
+"""Scale Net: the paper's networks and lighter ones, their checkpoints, and the predictor for tiles.
+
+A checkpoint is a safetensors file with its configuration in the header, so that it runs no code and
+says by itself which network it belongs to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import segmentation_models_pytorch as smp
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
+from scalenet_ray.core.window import Tile
+from scalenet_ray.models.weights import load_weights, save_weights
+
+__all__ = [
+    "PRESETS",
+    "ScaleNetConfig",
+    "ScaleNetPredictor",
+    "build_scale_net",
+    "load_encoder_weights",
+    "load_scale_net",
+    "load_state",
+    "read_checkpoint",
+    "save_scale_net",
+    "scale_net_input",
+]
+
+Architecture = Literal["fcn", "unet", "light-unet"]
+Kind = Literal["classes", "regression"]
+
+_FORMAT = "scale_net"
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_LIGHT_WIDTHS = (32, 64, 96, 128)
+_LIGHT_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class ScaleNetConfig:
+    """All that is needed to build a Scale Net.
+
+    Attributes:
+        preset: the name it goes by.
+        architecture: "fcn" (paper, Table 1), "unet" (the paper's U-Net, a map as large as its input) or
+            "light-unet" (a narrow decoder that ends at a quarter of the input's side: windows
+            need no finer map, and the last two stages would be most of the cost).
+        kind: "classes" gives logits [B, 6, h, w], "regression" scales [B, h, w].
+        input_side: tiles are squashed to this square, in pixels (the paper: 512); None takes each as it is,
+            which a regression must, as its scales are in the tile's own frame.
+        in_channels: 3 for RGB, 1 for grey.
+        encoder: name of a segmentation-models-pytorch encoder; None for the small one of our own.
+        classes: scale classes of the output, for "classes".
+
+    Raises:
+        ValueError: if the fields contradict each other.
+    """
+
+    preset: str
+    architecture: Architecture
+    kind: Kind = "classes"
+    input_side: int | None = 256
+    in_channels: int = 3
+    encoder: str | None = None
+    classes: int = NUM_CLASSES
+
+    def __post_init__(self) -> None:
+        if self.architecture not in get_args(Architecture) or self.kind not in get_args(Kind):
+            known = f"{', '.join(get_args(Architecture))} and {', '.join(get_args(Kind))}"
+            msg = f"a scale net's architecture and kind must be of {known}, got {self.architecture} and {self.kind}"
+            raise ValueError(msg)
+        if self.classes != NUM_CLASSES:
+            msg = f"a scale net must have {NUM_CLASSES} classes, got {self.classes}: train it on this version's classes"
+            raise ValueError(msg)
+        if self.in_channels not in (1, 3):
+            msg = f"in_channels must be 3 (RGB) or 1 (grey), got {self.in_channels}"
+            raise ValueError(msg)
+        if (self.kind == "regression") != (self.input_side is None):
+            msg = f"a regression takes tiles as they are and classes a fixed side, got {self.kind}, {self.input_side}"
+            raise ValueError(msg)
+        if self.architecture != "fcn" and (self.input_side is None or self.input_side < 32 or self.input_side % 32):
+            msg = f"a U-Net's input_side must be a multiple of 32, got {self.input_side}"
+            raise ValueError(msg)
+        if self.architecture == "unet" and self.encoder is None:
+            msg = "the architecture unet wants the name of an encoder, got none: e.g. vgg16"
+            raise ValueError(msg)
+
+    @property
+    def output_stride(self) -> int:
+        """Input pixels along a side of one cell of the output."""
+        return _LIGHT_STRIDE if self.architecture == "light-unet" else 1
+
+    @property
+    def output_hw(self) -> tuple[int, int]:
+        """(h, w) of the class map, in cells."""
+        if self.input_side is None:
+            msg = "the output of a net that takes tiles as they are is as large as its input: it has no fixed size"
+            raise ValueError(msg)
+        side = self.input_side // self.output_stride
+        return (side, side)
+
+
+PRESETS: dict[str, ScaleNetConfig] = {
+    config.preset: config
+    for config in (
+        ScaleNetConfig("fcn-digits", "fcn", "regression", input_side=None, in_channels=1),
+        ScaleNetConfig("unet-vgg16", "unet", input_side=512, encoder="vgg16"),
+        ScaleNetConfig("unet-light", "light-unet", input_side=256),
+        ScaleNetConfig("unet-lite0", "light-unet", input_side=256, encoder="tu-tf_efficientnet_lite0"),
+    )
+}
+"""The networks by name: the paper's two, one for a CPU, and one that can start from ImageNet's weights."""
+
+
+class DigitsFcn(nn.Module):
+    """Three convolutions, each followed by ReLU (Table 1)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        last = nn.Conv2d(32, out_channels, 5, padding=2)
+        # At 0 the last ReLU of a fresh net may be off everywhere, and nothing is ever learned.
+        nn.init.ones_(last.bias)  # type: ignore[arg-type]
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, 16, 7, padding=3),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 7, padding=3),
+            nn.ReLU(),
+            last,
+            nn.ReLU(),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, out, H, W]."""
+        return self.layers(images)
+
+
+def _block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class LightEncoder(nn.Module):
+    """Five strides of two, two 3x3 convolutions each from a quarter of the side on."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.stem = _block(in_channels, 16, stride=2)
+        widths = (16, *_LIGHT_WIDTHS)
+        self.stages = nn.ModuleList(
+            nn.Sequential(_block(before, width, stride=2), _block(width, width))
+            for before, width in itertools.pairwise(widths)
+        )
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """[B, C, H, W] -> features at 1/4, 1/8, 1/16 and 1/32 of the side."""
+        features = [self.stem(images)]
+        for stage in self.stages:
+            features.append(stage(features[-1]))
+        return features[1:]
+
+
+class LightUNet(nn.Module):
+    """An encoder and a narrow decoder up to a quarter of the input's side."""
+
+    def __init__(self, config: ScaleNetConfig, out_channels: int) -> None:
+        super().__init__()
+        if config.encoder is None:
+            self.encoder: nn.Module = LightEncoder(config.in_channels)
+            widths = _LIGHT_WIDTHS
+        else:
+            self.encoder = smp.encoders.get_encoder(config.encoder, in_channels=config.in_channels, weights=None)
+            widths = tuple(self.encoder.out_channels)[-4:]  # type: ignore[arg-type]
+        narrow = _LIGHT_WIDTHS[:3]
+        inputs = (narrow[1] + widths[0], narrow[2] + widths[1], widths[3] + widths[2])
+        self.decoder = nn.ModuleList(_block(i, o) for i, o in zip(inputs, narrow, strict=True))
+        self.head = nn.Conv2d(narrow[0], out_channels, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, out, H / 4, W / 4]."""
+        quarter, eighth, sixteenth, x = self.encoder(images)[-4:]
+        for skip, block in zip((sixteenth, eighth, quarter), reversed(self.decoder), strict=True):
+            x = block(torch.cat([functional.interpolate(x, size=skip.shape[-2:]), skip], dim=1))
+        return self.head(x)
+
+
+class _Regression(nn.Module):
+    """Takes the one channel of a regression off: [B, 1, h, w] -> [B, h, w]."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images)[:, 0]
+
+
+def build_scale_net(config: ScaleNetConfig) -> nn.Module:
+    """A fresh network: [B, C, H, W] as `scale_net_input` makes it -> logits [B, 6, h, w] or scales [B, h, w]."""
+    out_channels = config.classes if config.kind == "classes" else 1
+    if config.architecture == "fcn":
+        net: nn.Module = DigitsFcn(config.in_channels, out_channels)
+    elif config.architecture == "unet":
+        net = smp.Unet(config.encoder or "", encoder_weights=None, in_channels=config.in_channels, classes=out_channels)
+    else:
+        net = LightUNet(config, out_channels)
+    return net if config.kind == "classes" else _Regression(net)
+
+
+def load_encoder_weights(model: nn.Module, path: str | Path) -> None:
+    """Start a U-Net's encoder from a classifier's weights in a file (torchvision's VGG, timm's EfficientNet ...).
+
+    Args:
+        model: from `build_scale_net`, with a named encoder; changed in place.
+        path: a safetensors file, or a state dict in a .pth or .pt; local or s3://.
+
+    Raises:
+        ValueError: if the file lacks a weight of the encoder or has it in another shape.
+    """
+    tensors, _ = load_weights(str(path))
+    encoder = model.get_submodule("encoder")
+    encoder = getattr(encoder, "model", encoder)
+    wanted = encoder.state_dict()
+    wrong = [
+        name
+        for name, value in wanted.items()
+        if not name.endswith("num_batches_tracked") and (name not in tensors or tensors[name].shape != value.shape)
+    ]
+    if wrong:
+        msg = (
+            f"{path} lacks {len(wrong)} of the encoder's {len(wanted)} weights or has them in another shape, "
+            f"e.g. {wrong[0]}: give the weights of the classifier that the preset's encoder is named after"
+        )
+        raise ValueError(msg)
+    encoder.load_state_dict({name: tensors[name] for name in wanted if name in tensors}, strict=False)
+
+
+def scale_net_input(pixels: Sequence[np.ndarray], config: ScaleNetConfig) -> torch.Tensor:
+    """Tiles -> the network's input.
+
+    Args:
+        pixels: B tiles, each [h, w, 3] uint8 RGB; of one size if the net takes tiles as they are.
+        config: the network's.
+
+    Returns:
+        [B, in_channels, H, W] float32: grey in 0..1, or RGB with ImageNet's mean and deviation taken out.
+    """
+    images = [Image.fromarray(tile) for tile in pixels]
+    if config.input_side is not None:
+        images = [image.resize((config.input_side, config.input_side), Image.Resampling.BILINEAR) for image in images]
+    if config.in_channels == 1:
+        grey = np.stack([np.asarray(image.convert("L"), np.float32) for image in images])
+        return torch.from_numpy(grey / 255.0)[:, None]
+    batch = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
+    mean = torch.tensor(_MEAN).view(3, 1, 1) * 255.0
+    deviation = torch.tensor(_DEVIATION).view(3, 1, 1) * 255.0
+    return (batch - mean) / deviation
+
+
+def read_checkpoint(path: str | Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read a safetensors file whose header has a configuration, as JSON, under `name`.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is no such file.
+    """
+    tensors, header = load_weights(str(path))
+    if name not in header:
+        msg = f"{path} must have '{name}' in its header, got {sorted(header)}: it is the checkpoint of something else"
+        raise ValueError(msg)
+    return tensors, json.loads(header[name])
+
+
+def load_state(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Fill a model with a checkpoint's weights, in float32 whatever they were stored in.
+
+    Raises:
+        ValueError: if names or shapes differ.
+    """
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        msg = f"the weights in {path} do not fit the network that its own header describes: {error}"
+        raise ValueError(msg) from error
+
+
+def save_scale_net(model: nn.Module, config: ScaleNetConfig, path: str | Path) -> None:
+    """Write a checkpoint: weights and configuration in one safetensors file, local or s3://."""
+    save_weights(model.state_dict(), {_FORMAT: json.dumps(asdict(config))}, str(path))
+
+
+def load_scale_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, ScaleNetConfig]:
+    """Read a checkpoint of `save_scale_net`: the network in evaluation mode, and its configuration.
+
+    Raises:
+        ValueError: if it is no Scale Net's checkpoint, or the weights do not fit what it says of itself.
+    """
+    tensors, fields = read_checkpoint(path, _FORMAT)
+    try:
+        config = ScaleNetConfig(**fields)
+    except (TypeError, ValueError) as error:
+        msg = f"{path} holds a scale net that this version can't build: {error}"
+        raise ValueError(msg) from error
+    model = build_scale_net(config)
+    load_state(model, tensors, path)
+    return model.eval().to(device), config
+
+
+class ScaleNetPredictor:
+    """A trained Scale Net as PredictScale: tiles' pixels -> scale maps, one forward pass a batch.
+
+    Attributes:
+        config: the network's configuration.
+        input_pixels: pixels looked at for a tile; 0 for a net that takes each tile as it is.
+    """
+
+    def __init__(self, path: str | Path, device: str = "cpu") -> None:
+        self.model, self.config = load_scale_net(path, device)
+        self.device = device
+        self.input_pixels = (self.config.input_side or 0) ** 2
+
+    def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile] = ()) -> list[ScaleMap | TileError]:
+        """Look at tiles.
+
+        Args:
+            pixels: B tiles, each [h, w, 3] uint8 RGB.
+            tiles: their recipes, which a network has no need of.
+
+        Returns:
+            B scale maps, or a TileError for the tile that the network broke on.
+        """
+        if self.config.input_side is not None:
+            return self._look(pixels) if len(pixels) else []
+        maps: dict[int, ScaleMap | TileError] = {}
+        for hw in dict.fromkeys(tile.shape[:2] for tile in pixels):
+            index = [i for i, tile in enumerate(pixels) if tile.shape[:2] == hw]
+            maps.update(zip(index, self._look([pixels[i] for i in index]), strict=True))
+        return [maps[i] for i in range(len(pixels))]
+
+    def _look(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
+        with torch.inference_mode():
+            output = self.model(scale_net_input(pixels, self.config).to(self.device)).float()
+            output = output.softmax(dim=1) if self.config.kind == "classes" else output
+        return [self._map(values) for values in output.cpu().numpy()]
+
+    def _map(self, values: np.ndarray) -> ScaleMap | TileError:
+        try:
+            return ScaleMap(prob=values) if self.config.kind == "classes" else ScaleMap(scale=values)
+        except TileError as error:
+            return error

@@ -1,0 +1,138 @@
+"""torchvision's detectors by name, and the paper's ResNet-101 ones built from torchvision's parts."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from posixpath import basename
+
+import torchvision
+from torch import nn
+from torchvision.models import ResNet, resnet101
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+
+__all__ = ["build_detector", "detector_names", "fetch_detector", "norm_eps", "published_name", "set_norm_eps"]
+
+_ZERO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
+"""Their published weights were trained with an epsilon of 0 in the frozen batch norms."""
+
+
+def build_detector(name: str, num_classes: int) -> nn.Module:
+    """A detector with random weights.
+
+    Args:
+        name: one of `detector_names()`.
+        num_classes: its outputs, with the background as class 0.
+
+    Returns:
+        torchvision's model, in training mode, with torchvision's own resizing.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    _check_name(name)
+    if name in _OF_THE_PAPER:
+        return _OF_THE_PAPER[name](num_classes)
+    return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=num_classes)
+
+
+def fetch_detector(name: str) -> nn.Module:
+    """A detector with torchvision's default weights, trained on COCO: from torch's cache or the network.
+
+    Raises:
+        ConnectionError: if they are not in the cache and the network does not give them.
+        ValueError: if the name is unknown, or torchvision has no weights for it.
+    """
+    _check_name(name)
+    if name in _OF_THE_PAPER:
+        msg = f"torchvision has no weights for {name}: give a file, as torchvision:{name}@PATH"
+        raise ValueError(msg)
+    try:
+        return torchvision.models.get_model(name, weights="DEFAULT", progress=False)
+    except OSError as error:
+        msg = f"can't fetch torchvision's weights for {name} ({error}): without a network, use torchvision:{name}@PATH"
+        raise ConnectionError(msg) from error
+
+
+def detector_names() -> list[str]:
+    """The names that can be built, sorted."""
+    detection = torchvision.models.detection
+    return sorted([*torchvision.models.list_models(detection, exclude="keypointrcnn*"), *_OF_THE_PAPER])
+
+
+def published_name(path: str) -> str | None:
+    """The detector whose weights torchvision publishes under this file name, None if it is no such file."""
+    for name in detector_names():
+        if name not in _OF_THE_PAPER:
+            weights = torchvision.models.get_model_weights(name)
+            if basename(path) in [basename(member.url) for member in weights]:
+                return name
+    return None
+
+
+def norm_eps(model: nn.Module) -> dict[str, float]:
+    """The epsilon of each batch norm by its name: part of what was trained, but not of a state dict."""
+    norms = (nn.BatchNorm2d, FrozenBatchNorm2d)
+    return {name: module.eps for name, module in model.named_modules() if isinstance(module, norms)}
+
+
+def set_norm_eps(model: nn.Module, path: str, saved: dict[str, float]) -> None:
+    """Give batch norms the epsilon that the weights in `path` were trained with.
+
+    Args:
+        model: changed in place.
+        path: where its weights come from: torchvision's own files are known by their name.
+        saved: by name, as `norm_eps` gives them; {} if the file doesn't say.
+    """
+    if not saved and published_name(path) in _ZERO_EPS:
+        saved = dict.fromkeys(norm_eps(model), 0.0)
+    for name, eps in saved.items():
+        model.get_submodule(name).eps = eps  # type: ignore[assignment]
+
+
+def _check_name(name: str) -> None:
+    if name not in detector_names():
+        msg = f"a torchvision detector must be one of {', '.join(detector_names())}, got {name!r}"
+        raise ValueError(msg)
+
+
+def _resnet101_fpn() -> BackboneWithFPN:
+    return resnet_fpn_backbone(backbone_name="resnet101", weights=None)
+
+
+def _fasterrcnn_resnet101_fpn(num_classes: int) -> FasterRCNN:
+    return FasterRCNN(_resnet101_fpn(), num_classes)
+
+
+def _maskrcnn_resnet101_fpn(num_classes: int) -> MaskRCNN:
+    return MaskRCNN(_resnet101_fpn(), num_classes)
+
+
+def _fasterrcnn_resnet101(num_classes: int) -> FasterRCNN:
+    """Stages 1 to 4 see the image once (stride 16), stage 5 sees each region (He et al., 2016, appendix A)."""
+    resnet: ResNet = resnet101(weights=None, norm_layer=FrozenBatchNorm2d)
+    shared = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
+    backbone = nn.Sequential(OrderedDict((part, resnet.get_submodule(part)) for part in shared))
+    backbone.out_channels = 1024  # type: ignore[assignment]
+    per_region: OrderedDict[str, nn.Module] = OrderedDict(
+        layer4=resnet.layer4, pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten()
+    )
+    return FasterRCNN(
+        backbone,
+        rpn_anchor_generator=AnchorGenerator(((32, 64, 128, 256, 512),), ((0.5, 1.0, 2.0),)),
+        box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=2),
+        box_head=nn.Sequential(per_region),
+        box_predictor=FastRCNNPredictor(2048, num_classes),
+        # Stage 5 on a thousand regions costs more than all the rest: the original takes 300.
+        rpn_post_nms_top_n_test=300,
+    )
+
+
+_OF_THE_PAPER = {
+    "fasterrcnn_resnet101": _fasterrcnn_resnet101,
+    "fasterrcnn_resnet101_fpn": _fasterrcnn_resnet101_fpn,
+    "maskrcnn_resnet101_fpn": _maskrcnn_resnet101_fpn,
+}

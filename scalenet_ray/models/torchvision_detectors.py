@@ -1,0 +1,318 @@
+"""torchvision's detectors on tiles: their own resizing is taken out, since it would undo the zoom."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.models.canvas import detect_by_canvas, square_canvas
+from scalenet_ray.models.coco_categories import COCO_CATEGORIES, COCO_NUM_CLASSES
+from scalenet_ray.models.torchvision_builders import (
+    build_detector,
+    fetch_detector,
+    norm_eps,
+    published_name,
+    set_norm_eps,
+)
+from scalenet_ray.models.weights import SUFFIXES, load_weights, save_weights
+
+__all__ = ["TorchvisionDetector", "load_torchvision", "save_detector"]
+
+
+class TorchvisionDetector:
+    """A torchvision detector behind the `Detector` protocol; Mask R-CNN gives masks too.
+
+    Attributes:
+        model: the network: Faster or Mask R-CNN, RetinaNet, FCOS or SSD.
+        input_side: the longer side of a whole image's tile: the size torchvision would have resized to.
+        categories: class ids with their names; boxes of other classes are dropped.
+        iou_threshold: overlap above which a box of the same class is suppressed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        categories: Mapping[int, str],
+        *,
+        device: str = "cpu",
+        score_threshold: float = 0.01,
+        iou_threshold: float | None = None,
+    ) -> None:
+        """Take a model over.
+
+        Args:
+            model: changed in place: evaluation mode, device, thresholds, no resizing.
+            categories: class id -> name.
+            device: a torch device.
+            score_threshold: boxes that score less are dropped.
+            iou_threshold: of the suppression within each class; None for the model's own.
+
+        Raises:
+            ValueError: if there is no such device.
+        """
+        self._device = _checked_device(device)
+        self.model: Any = model.eval().to(self._device)
+        self.categories = dict(categories)
+        resizing = self.model.transform
+        self.input_side = int(resizing.min_size[-1])
+        # An SSD's coarsest maps and its default boxes belong to one input size.
+        self._least_side = self.input_side if resizing.fixed_size else 1
+        if resizing.fixed_size:
+            self.model.anchor_generator = _FixedSizeBoxes(self.model.anchor_generator, self.input_side)
+        self.model.transform = _OnCanvas(resizing, self._least_side)
+        last_stage = self.model.roi_heads if hasattr(model, "roi_heads") else self.model
+        last_stage.score_thresh = score_threshold
+        if iou_threshold is not None:
+            last_stage.nms_thresh = iou_threshold
+        self.iou_threshold = float(last_stage.nms_thresh)
+        self._finite = _FiniteWatch(self.model)
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """The padded size that is computed for a tile of `hw`, (height, width) in tile pixels."""
+        return square_canvas(hw, self._least_side)
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        """Detect on tiles; see `Detector`."""
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
+
+    def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
+        del canvas  # The transform makes the same one.
+        with torch.inference_mode():
+            # Copies, since torch warns of arrays that may not be written to.
+            channels_first = [torch.from_numpy(np.array(tile.transpose(2, 0, 1), order="C")) for tile in tiles]
+            outputs = self.model([image.to(self._device).float() / 255 for image in channels_first])
+            finite = self._finite.tiles.tolist()
+            return [self._read(*each) for each in zip(outputs, finite, tiles, strict=True)]
+
+    def _read(self, output: dict[str, torch.Tensor], finite: bool, tile: np.ndarray) -> Detections | TileError:
+        arrays = {key: output[key].cpu().numpy() for key in ("boxes", "scores", "labels")}
+        masks = output["masks"].cpu() if "masks" in output else None
+        if not finite or not all(np.isfinite(array).all() for array in arrays.values()):
+            return TileError("the detector gave values that are NaN or infinite: check its weights and precision")
+        if masks is not None and not masks.isfinite().all():
+            return TileError("the detector gave masks that are NaN or infinite: check its weights and precision")
+        encoded = None if masks is None else _encode_masks(masks, output["boxes"].cpu(), tile.shape[:2])
+        found = Detections(**arrays, masks=encoded)
+        return found[np.isin(found.labels, list(self.categories)) & (found.areas > 0)]
+
+
+class _OnCanvas(GeneralizedRCNNTransform):
+    """torchvision's transform without its resizing: tiles are normalised and padded to their square canvas."""
+
+    def __init__(self, resizing: GeneralizedRCNNTransform, least_side: int) -> None:
+        super().__init__(0, 0, resizing.image_mean, resizing.image_std)
+        self._least_side = least_side
+
+    def resize(self, image: torch.Tensor, target: dict | None = None) -> tuple[torch.Tensor, dict | None]:
+        return image, target
+
+    def batch_images(self, images: list[torch.Tensor], size_divisible: int = 32) -> torch.Tensor:
+        del size_divisible
+        height, width = square_canvas((images[0].shape[-2], images[0].shape[-1]), self._least_side)
+        batch = images[0].new_zeros((len(images), 3, height, width))
+        for canvas, image in zip(batch, images, strict=True):
+            canvas[:, : image.shape[-2], : image.shape[-1]] = image
+        return batch
+
+    def postprocess(
+        self, result: list[dict], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+    ) -> list[dict]:
+        # Masks stay small here: pasted, those of a batch of tiles would fill gigabytes.
+        return result
+
+
+class _FixedSizeBoxes(nn.Module):
+    """An SSD's default boxes in the pixels it was trained with: its generator scales them with the canvas.
+
+    Args:
+        generator: torchvision's.
+        trained_side: the input size, in pixels, that the boxes belong to.
+    """
+
+    def __init__(self, generator: nn.Module, trained_side: int) -> None:
+        super().__init__()
+        self._generator = generator
+        self._trained_side = trained_side
+
+    def forward(self, images: ImageList, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        shrink = self._trained_side / images.tensors.shape[-1]
+        return [self._scaled(boxes, shrink) for boxes in self._generator(images, features)]
+
+    @staticmethod
+    def _scaled(boxes: torch.Tensor, factor: float) -> torch.Tensor:
+        """[N, 4] xyxy boxes with sides times `factor` about the same centres."""
+        centres, halves = (boxes[:, 2:] + boxes[:, :2]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * factor
+        return torch.cat([centres - halves, centres + halves], dim=1)
+
+
+class _FiniteWatch:
+    """Notes for which tiles of a batch all of a network's heads answer with finite numbers.
+
+    torchvision's own filters drop a box whose score is NaN, so that a broken tile would look like an empty one.
+
+    Attributes:
+        tiles: [B] bool, of the last batch.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.tiles = torch.zeros(0, dtype=torch.bool)
+        self._proposals: list[int] = []
+        if not hasattr(model, "roi_heads"):
+            model.head.register_forward_hook(self._see_tiles)
+            return
+        model.rpn.head.register_forward_hook(self._see_tiles)
+        model.rpn.register_forward_hook(self._count_proposals)
+        model.roi_heads.box_predictor.register_forward_hook(self._see_proposals)
+
+    def _see_tiles(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self.tiles = torch.stack([_finite_rows(tensor) for tensor in _tensors(output)]).all(0)
+
+    def _count_proposals(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._proposals = [len(boxes) for boxes in output[0]]
+
+    def _see_proposals(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        rows = torch.stack([_finite_rows(tensor) for tensor in output]).all(0)
+        self.tiles = self.tiles & torch.stack([part.all() for part in rows.split(self._proposals)])
+
+
+def _finite_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.isfinite().flatten(1).all(1)
+
+
+def _tensors(nested: Any) -> Iterator[torch.Tensor]:
+    """All tensors in what a head answers: dicts, lists and tuples of them."""
+    if isinstance(nested, torch.Tensor):
+        yield nested
+    else:
+        for part in nested.values() if isinstance(nested, dict) else nested:
+            yield from _tensors(part)
+
+
+def _encode_masks(masks: torch.Tensor, boxes: torch.Tensor, tile_hw: tuple[int, int]) -> tuple[bytes, ...]:
+    """[N, 1, m, m] probabilities inside boxes [N, 4] in tile pixels -> compressed run lengths on the tile."""
+    counts = []
+    for mask, box in zip(masks, boxes, strict=True):
+        pasted = paste_masks_in_image(mask[None], box[None], tile_hw)[0, 0].numpy() > 0.5
+        counts.append(coco_mask.encode(np.asfortranarray(pasted, np.uint8))["counts"])
+    return tuple(counts)
+
+
+def _checked_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        msg = f"device must be one that torch knows, such as cpu or cuda:0, got {name!r}"
+        raise ValueError(msg) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        msg = f"device {name!r} was wanted, torch finds {torch.cuda.device_count()} CUDA devices: use device cpu"
+        raise ValueError(msg)
+    return device
+
+
+def load_torchvision(
+    what: str, *, device: str = "cpu", score_threshold: float = 0.01, iou_threshold: float | None = None
+) -> TorchvisionDetector:
+    """Load a torchvision detector.
+
+    Args:
+        what: NAME (torchvision's default weights, fetched or from its cache), NAME@PATH, or PATH alone if the
+            file says what it is: one of `save_detector`, or one of torchvision's own under its own name.
+        device: a torch device.
+        score_threshold: boxes that score less are dropped.
+        iou_threshold: of the suppression within each class; None for the model's own.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ConnectionError: if torchvision's weights can't be fetched.
+        ValueError: if the name is unknown, or the weights are not those of that detector.
+    """
+    name, at, path = what.partition("@")
+    if at and name.isidentifier():
+        model, categories = _from_file(path, name)
+    elif what.endswith(SUFFIXES):
+        model, categories = _from_file(what, None)
+    else:
+        model, categories = fetch_detector(what), COCO_CATEGORIES
+    return TorchvisionDetector(
+        model, categories, device=device, score_threshold=score_threshold, iou_threshold=iou_threshold
+    )
+
+
+def save_detector(model: nn.Module, name: str, categories: Mapping[int, str], path: str) -> None:
+    """Write a detector as one safetensors file that `torchvision:PATH` loads.
+
+    Args:
+        model: a network as `build_detector(name, ...)` or torchvision's builder `name` makes it.
+        name: one of `detector_names()`.
+        categories: class id -> name; 0 is the background's and has none.
+        path: a local path, file:// or s3:// address that ends in .safetensors.
+
+    Raises:
+        ValueError: if the model is not that detector, or has no output for a category.
+    """
+    num_classes = _num_classes(model)
+    outside = [category for category in categories if not 0 < category < num_classes]
+    if outside or not categories:
+        msg = f"category ids must be in 1..{num_classes - 1}, the model's classes, got {outside or 'none at all'}"
+        raise ValueError(msg)
+    with torch.device("meta"):
+        wanted = _shapes(build_detector(name, num_classes))
+    differing = sorted(wanted.items() ^ _shapes(model).items())
+    if differing:
+        msg = f"the model must be a {name}, but they differ in {len(differing)} tensors, such as {differing[0][0]}"
+        raise ValueError(msg)
+    metadata = {
+        "detector": name,
+        "num_classes": str(num_classes),
+        "categories": json.dumps({str(category): categories[category] for category in sorted(categories)}),
+        "norm_eps": json.dumps(norm_eps(model)),
+    }
+    save_weights(model.state_dict(), metadata, path)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, without the counters that a frozen batch norm lacks."""
+    state = model.state_dict()
+    return {name: tuple(state[name].shape) for name in state if not name.endswith("num_batches_tracked")}
+
+
+def _num_classes(model: Any) -> int:
+    """A model's number of outputs, background included."""
+    if hasattr(model, "roi_heads"):
+        return model.roi_heads.box_predictor.cls_score.out_features
+    head = model.head.classification_head
+    return head.num_columns if hasattr(head, "num_columns") else head.num_classes
+
+
+def _from_file(path: str, name: str | None) -> tuple[nn.Module, Mapping[int, str]]:
+    """A model and its categories; a file that doesn't say is taken for one of COCO's 91 classes."""
+    tensors, metadata = load_weights(path)
+    of_file = metadata.get("detector") or published_name(path)
+    if name is None and of_file is None:
+        msg = f"{path} doesn't say which detector it is: name it as torchvision:NAME@{path}, or use save_detector"
+        raise ValueError(msg)
+    if name is not None and of_file not in (None, name):
+        msg = f"{path} must hold a {name}, got a {of_file}: load it as torchvision:{path}"
+        raise ValueError(msg)
+    num_classes = int(metadata.get("num_classes", COCO_NUM_CLASSES))
+    model = build_detector(name or str(of_file), num_classes)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        msg = f"the weights in {path} are not those of a {name or of_file} with {num_classes} classes: {reason}"
+        raise ValueError(msg) from error
+    set_norm_eps(model, path, json.loads(metadata.get("norm_eps", "{}")))
+    named = json.loads(metadata["categories"]) if "categories" in metadata else COCO_CATEGORIES
+    return model, {int(category): title for category, title in named.items()}

@@ -1,0 +1,84 @@
+"""Weights of networks, read and written without running code: safetensors, or tensors alone in a pickle."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from scalenet_ray.core.storage import read_bytes, write_bytes_atomic
+
+__all__ = ["SUFFIXES", "load_weights", "save_weights"]
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+"""How a file of weights may end; the ending says how it is read."""
+
+
+def load_weights(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a file of weights; no code in it is ever run.
+
+    Args:
+        path: a local path, file:// or s3:// address that ends in one of `SUFFIXES`.
+
+    Returns:
+        The tensors by name, on the CPU, and the file's metadata ({} for a pickle, which has none).
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it ends otherwise, is damaged, or holds anything but tensors.
+    """
+    if not path.endswith(SUFFIXES):
+        msg = f"weights must be a file that ends in {', '.join(SUFFIXES)}, got {path!r}"
+        raise ValueError(msg)
+    data = read_bytes(path)
+    if path.endswith(".safetensors"):
+        return _parse_safetensors(data, path)
+    return _parse_pickle(data, path), {}
+
+
+def save_weights(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: str) -> None:
+    """Write tensors and metadata as safetensors: whole, or not at all.
+
+    Args:
+        tensors: by name, on any device.
+        metadata: what `load_weights` gives back.
+        path: a local path, file:// or s3:// address that ends in .safetensors.
+
+    Raises:
+        ValueError: if `path` ends otherwise.
+    """
+    if not path.endswith(".safetensors"):
+        msg = f"weights are written as safetensors, got {path!r}: end the path in .safetensors"
+        raise ValueError(msg)
+    # Copies, since safetensors refuses tensors that share memory.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_bytes_atomic(path, save(copies, dict(metadata)))
+
+
+def _parse_safetensors(data: bytes, path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        msg = f"{path} must be a whole safetensors file, got {len(data)} bytes that are none ({error}): copy it again"
+        raise ValueError(msg) from error
+    # The library gives metadata from a local file only; the header is JSON after its length in eight bytes.
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__", {})
+
+
+def _parse_pickle(data: bytes, path: str) -> dict[str, torch.Tensor]:
+    try:
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # Damage shows as errors of many kinds.
+        reason = str(error).partition("\n")[0]
+        msg = f"{path} must hold tensors alone, whole and without code, got: {reason} Save the model's state_dict()"
+        raise ValueError(msg) from error
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        content = f"entries {sorted(map(str, found))[:5]}" if isinstance(found, dict) else f"a {type(found).__name__}"
+        msg = f"{path} must be a state dict, tensors by name, got {content}: save the model's state_dict()"
+        raise ValueError(msg)
+    return found

@@ -1,0 +1,269 @@
+"""YOLOX detectors (Ge et al., 2021) as ONNX files, run by onnxruntime: numpy alone around the network.
+
+The file is what YOLOX's own exporter writes without decoding: input [batch, 3, height, width] float32, BGR,
+0 to 255; output [batch, rows, 5 + classes], a row for each cell of strides 8, 16 and 32 (x, y, w, h,
+objectness, class scores, scores through the sigmoid). Batch, height and width that the export fixed are freed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: ignore[attr-defined]
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.merge import nms
+from scalenet_ray.core.storage import read_bytes
+from scalenet_ray.models.canvas import STRIDE, detect_by_canvas, square_canvas
+from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+from scalenet_ray.models.onnx_axes import free_axes
+
+__all__ = ["YoloxDetector"]
+
+_CELL_STRIDES = (8, 16, 32)
+_PADDING_GREY = 114
+_DEFAULT_INPUT_SIDE = 416
+_DEFAULT_IOU_THRESHOLD = 0.65
+
+
+class YoloxDetector:
+    """A YOLOX network behind the `Detector` protocol.
+
+    Attributes:
+        session: the network.
+        input_side: the longer side of a whole image's tile: that of the file's fixed input, else 416.
+        categories: COCO's 80, or what the file's metadata `categories` says.
+        score_threshold: rows that score less are dropped.
+        iou_threshold: overlap above which a box of the same class is suppressed.
+
+    Args:
+        session: the network.
+        score_threshold: rows that score less are dropped.
+        iou_threshold: of the suppression within each class; None for YOLOX's own 0.65.
+        exported_side: the side that the network was exported for, if its input was freed since.
+
+    Raises:
+        ValueError: if the network's input or output is not YOLOX's.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        *,
+        score_threshold: float = 0.01,
+        iou_threshold: float | None = None,
+        exported_side: int | None = None,
+    ) -> None:
+        self.session = session
+        self.score_threshold = score_threshold
+        self.iou_threshold = _DEFAULT_IOU_THRESHOLD if iou_threshold is None else iou_threshold
+        source, target = session.get_inputs()[0], session.get_outputs()[0]
+        self._input_name = source.name
+        self._one_by_one, self._fixed_hw = _read_input_shape(source.shape)
+        self.input_side = min(self._fixed_hw) if self._fixed_hw else exported_side or _DEFAULT_INPUT_SIDE
+        self.categories = _read_categories(session.get_modelmeta().custom_metadata_map, target.shape)
+        self._category_ids = np.array(sorted(self.categories), np.int64)
+
+    @classmethod
+    def load(
+        cls, path: str, *, device: str = "cpu", score_threshold: float = 0.01, iou_threshold: float | None = None
+    ) -> YoloxDetector:
+        """Read an ONNX file.
+
+        Args:
+            path: a local path, file:// or s3:// address.
+            device: "cpu", "cuda" or "cuda:1"; the CPU works with OMP_NUM_THREADS threads if that is set.
+            score_threshold: rows that score less are dropped.
+            iou_threshold: of the suppression within each class; None for YOLOX's own 0.65.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no ONNX file, not YOLOX's, or onnxruntime has no such device.
+        """
+        providers = _providers(device)
+        options = onnxruntime.SessionOptions()
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        if threads.isdecimal():
+            options.intra_op_num_threads = int(threads)
+        data = read_bytes(path)
+        try:
+            session = onnxruntime.InferenceSession(data, options, providers=providers)
+        except (ort_errors.InvalidProtobuf, ort_errors.InvalidGraph, ort_errors.Fail) as error:
+            msg = f"{path} must be a whole ONNX file, got {len(data)} bytes that onnxruntime can't read: {error}"
+            raise ValueError(msg) from error
+        if device != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":
+            msg = f"device {device!r} was wanted, but onnxruntime fell back to the CPU: check the GPU and its CUDA"
+            raise ValueError(msg)
+        try:
+            exported = cls(session, score_threshold=score_threshold, iou_threshold=iou_threshold)
+            return cls(
+                _free_session(session, data, options),
+                score_threshold=score_threshold,
+                iou_threshold=iou_threshold,
+                exported_side=exported.input_side,
+            )
+        except ValueError as error:
+            msg = f"{path}: {error}"
+            raise ValueError(msg) from error
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """The padded size that is computed for a tile of `hw`, (height, width) in tile pixels.
+
+        Raises:
+            ValueError: if the tile does not fit the network's fixed input.
+        """
+        if self._fixed_hw is None:
+            return square_canvas(hw)
+        if hw[0] > self._fixed_hw[0] or hw[1] > self._fixed_hw[1]:
+            msg = (
+                f"a tile of {hw[0]} x {hw[1]} does not fit this network's fixed input of {self._fixed_hw[0]} x "
+                f"{self._fixed_hw[1]}: cut tiles of at most {self.input_side} or export it with free height and width"
+            )
+            raise ValueError(msg)
+        return self._fixed_hw
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        """Detect on tiles; see `Detector`."""
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
+
+    def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
+        at_once = 1 if self._one_by_one else len(tiles)
+        outputs = []
+        for start in range(0, len(tiles), at_once):
+            batch = _batch(tiles[start : start + at_once], canvas)
+            outputs.extend(self._run(batch))
+        return [self._decode(rows, canvas, tile.shape[:2]) for rows, tile in zip(outputs, tiles, strict=True)]
+
+    def _run(self, batch: np.ndarray) -> np.ndarray:
+        output = np.asarray(self.session.run(None, {self._input_name: batch})[0])
+        cells, _ = _grid(batch.shape[2:])
+        wanted = (len(batch), len(cells), 5 + len(self.categories))
+        if output.shape != wanted:
+            msg = (
+                f"YOLOX must answer {list(batch.shape)} with {list(wanted)}, one row for each cell of strides "
+                f"8, 16 and 32, got {list(output.shape)}: export the network with these three strides"
+            )
+            raise ValueError(msg)
+        return output
+
+    def _decode(self, rows: np.ndarray, canvas: tuple[int, int], tile_hw: tuple[int, int]) -> Detections | TileError:
+        """One tile's output, [rows, 5 + classes] -> its detections, in tile pixels."""
+        bad = rows.size - int(np.isfinite(rows).sum())
+        if bad:
+            return TileError(
+                f"the detector gave {bad} values that are NaN or infinite: check its weights and precision"
+            )
+        cells, strides = _grid(canvas)
+        # A class score is at most 1, so that few rows remain to be looked at closely.
+        likely = np.flatnonzero(rows[:, 4] >= self.score_threshold)
+        likely_rows = rows[likely]
+        best = likely_rows[:, 5:].argmax(axis=1)
+        scores = likely_rows[:, 4] * likely_rows[np.arange(len(best)), 5 + best]
+        chosen = scores >= self.score_threshold
+        kept, best, scores = likely[chosen], best[chosen], scores[chosen]
+        with np.errstate(over="ignore"):
+            centres = (rows[kept, :2] + cells[kept]) * strides[kept]
+            halves = np.exp(rows[kept, 2:4]) * strides[kept] / 2
+        boxes = np.concatenate([centres - halves, centres + halves], axis=1)
+        if not np.isfinite(boxes).all():
+            return TileError("the detector gave boxes of infinite size: check its weights and precision")
+        order = nms(boxes, scores, best, self.iou_threshold)
+        height, width = tile_hw
+        found = Detections(
+            np.clip(boxes[order], 0, [width, height, width, height]), scores[order], self._category_ids[best[order]]
+        )
+        # A box wholly in the padding has nothing left of it.
+        return found[found.areas > 0]
+
+
+def _free_session(
+    session: onnxruntime.InferenceSession, data: bytes, options: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
+    """A session of the same network that takes any batch and canvas, if the fixed one can be freed; else itself.
+
+    Freed means shown to be: the same answer at the fixed size, bit for bit within rounding, and the right number of
+    rows at another size and batch.
+    """
+    source = session.get_inputs()[0]
+    shape = source.shape
+    if len(shape) != 4 or all(isinstance(size, str) for size in (shape[0], *shape[2:])):
+        return session
+    fixed = [size if isinstance(size, int) else STRIDE for size in (1, *shape[1:])]
+    probe = np.random.default_rng(0).uniform(0, 255, fixed).astype(np.float32)
+    other = np.zeros((2, fixed[1], 2 * STRIDE, 3 * STRIDE), np.float32)
+    try:
+        freed = onnxruntime.InferenceSession(free_axes(data), options, providers=session.get_providers())
+        before = np.asarray(session.run(None, {source.name: probe})[0])
+        after = np.asarray(freed.run(None, {source.name: probe})[0])
+        rows = np.asarray(freed.run(None, {source.name: other})[0]).shape[:2]
+    except (ort_errors.Fail, ort_errors.InvalidGraph, ort_errors.InvalidArgument, ort_errors.RuntimeException):
+        return session
+    same = before.shape == after.shape and np.allclose(before, after, rtol=1e-4, atol=1e-4)
+    return freed if same and rows == (2, len(_grid(other.shape[2:])[0])) else session
+
+
+def _batch(tiles: list[np.ndarray], canvas: tuple[int, int]) -> np.ndarray:
+    """Tiles -> [B, 3, H, W] float32 BGR in 0..255, each at the top left of its canvas."""
+    batch = np.full((len(tiles), *canvas, 3), _PADDING_GREY, np.uint8)
+    for i, tile in enumerate(tiles):
+        batch[i, : tile.shape[0], : tile.shape[1]] = tile[..., ::-1]
+    return np.ascontiguousarray(batch.transpose(0, 3, 1, 2), dtype=np.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def _grid(canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The cells of all rows of a canvas: (x, y) [rows, 2] and their strides [rows, 1], float32."""
+    cells, strides = [], []
+    for stride in _CELL_STRIDES:
+        y, x = np.mgrid[: canvas[0] // stride, : canvas[1] // stride]
+        cells.append(np.stack([x.ravel(), y.ravel()], axis=1))
+        strides.append(np.full((x.size, 1), stride))
+    return np.concatenate(cells).astype(np.float32), np.concatenate(strides).astype(np.float32)
+
+
+def _read_input_shape(shape: list[Any]) -> tuple[bool, tuple[int, int] | None]:
+    """The input's shape -> whether a batch must be one tile, and (height, width) if they are fixed."""
+    wanted = "[batch, 3, height, width], batch 1 or free, height and width multiples of 32 or free"
+    is_yolox = len(shape) == 4 and shape[1] == 3 and (shape[0] == 1 or not isinstance(shape[0], int))
+    fixed = [side for side in shape[2:] if isinstance(side, int)]
+    if not is_yolox or len(fixed) == 1 or any(side < STRIDE or side % STRIDE for side in fixed):
+        msg = f"the input must be {wanted}, got {shape}: export the network so"
+        raise ValueError(msg)
+    return shape[0] == 1, (fixed[0], fixed[1]) if fixed else None
+
+
+def _read_categories(metadata: Mapping[str, str], output_shape: list[Any]) -> dict[int, str]:
+    """The file's own categories, or COCO's; class index i is the i-th id in ascending order."""
+    if "categories" in metadata:
+        categories = {int(key): str(name) for key, name in json.loads(metadata["categories"]).items()}
+    else:
+        categories = dict(COCO_CATEGORIES)
+    if len(output_shape) != 3 or output_shape[2] != 5 + len(categories):
+        msg = (
+            f"the output must be [batch, rows, {5 + len(categories)}] for {len(categories)} categories, got "
+            f"{output_shape}: name the network's own in the ONNX metadata 'categories', as JSON of id -> name"
+        )
+        raise ValueError(msg)
+    return categories
+
+
+def _providers(device: str) -> list[Any]:
+    """A device's name -> what onnxruntime calls it."""
+    kind, _, index = device.partition(":")
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    if kind != "cuda" or (index and not index.isdecimal()):
+        msg = f"device must be cpu, cuda or cuda:INDEX, got {device!r}"
+        raise ValueError(msg)
+    available = onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" not in available:
+        msg = f"device {device!r} needs onnxruntime-gpu, got one with {available}: install it, or use device cpu"
+        raise ValueError(msg)
+    return [("CUDAExecutionProvider", {"device_id": int(index or 0)}), "CPUExecutionProvider"]

@@ -1,0 +1,77 @@
+"""What a job says in the terminal: its table, its last line, its errors and its exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+__all__ = ["last_line", "policy_table", "run_job"]
+
+_COLUMNS = (
+    ("AP", "AP"),
+    ("AP50", "AP50"),
+    ("AP_small", "AP_small"),
+    ("AP_medium", "AP_medium"),
+    ("AP_large", "AP_large"),
+    ("AR_small", "AR_small"),
+    ("AR_medium", "AR_medium"),
+    ("AR_large", "AR_large"),
+    ("passes", "detector_passes_per_image"),
+    ("det MP", "detector_megapixels_per_image"),
+    ("net MP", "scalenet_megapixels_per_image"),
+    ("images/s", "images_per_second"),
+)
+
+Job = TypeVar("Job")
+
+
+def policy_table(document: Mapping[str, Any]) -> str:
+    """The policies of a metrics.json as text: a row each; figures that were not measured are left out."""
+    policies: Mapping[str, Mapping[str, Any]] = document["policies"]
+    columns = [(title, key) for title, key in _COLUMNS if any(key in row for row in policies.values())]
+    rows = [["policy", *(title for title, _ in columns)]]
+    for name, row in policies.items():
+        rows.append([name, *(_figure(row.get(key), key) for _, key in columns)])
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(
+        "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
+        for name, *cells in rows
+    )
+
+
+def _figure(value: float | None, key: str) -> str:
+    if value is None or value != value:
+        return "-"
+    return f"{value:.1f}" if key.startswith("A") or key == "images_per_second" else f"{value:.2f}"
+
+
+def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple[str, int]:
+    """The last line of a batch job and its exit status.
+
+    Args:
+        document: what metrics.json holds.
+        uri: the run folder.
+        max_failures: images that may fail.
+
+    Returns:
+        The line, and 1 if more images failed than may, else 0.
+    """
+    images = document["images"]
+    line = f"{images['done']} of {images['total']} images done, results in {uri}"
+    if not images["failed"]:
+        return line, 0
+    line += f"; {images['failed']} FAILED: failures.parquet there names each with its reason"
+    if images["failed"] <= max_failures:
+        return line, 0
+    return f"{line} (--max-failures {max_failures})", 1
+
+
+def run_job(main: Callable[[Job], int], job: Job) -> None:
+    """Run a job and exit with its status; what the user can mend is said in one line, exit status 2."""
+    try:
+        status = main(job)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        status = 2
+    sys.exit(status)

@@ -1,0 +1,268 @@
+"""The engine without Ray, in one process, its faults and replays drawn at random.
+
+What Ray Data does is done here by hand: a reader that dies begins again and what it had yielded is thrown away
+*by position*, a call that dies is made again with the same rows, and now and then rows that were done long ago are made
+and sent once more, as after the loss of a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.results import ImageResult
+from scalenet_ray.engine.assemble import Assembler
+from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease
+from scalenet_ray.engine.microbatch import unpack_results
+from scalenet_ray.engine.stages import DetectStage, LookStage, Networks, OpenImage, TileSource
+
+__all__ = ["Died", "Handle", "InProcessEngine", "OwnDecisions", "Unjournaled"]
+
+
+class Died(BaseException):
+    """A process ended; no stage may catch it."""
+
+
+class Handle:
+    """A frontier as its actor's handle: `handle.method.remote(...)` gives what `ray.get` then passes on.
+
+    Args:
+        frontier: the queue.
+        dies: whether whoever asked dies before it has the answer.
+    """
+
+    def __init__(self, frontier: Frontier, dies: Callable[[], bool] = lambda: False) -> None:
+        self.frontier = frontier
+        self._dies = dies
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.frontier, name)
+
+        def remote(*args: Any) -> Any:
+            answer = method(*args)
+            if self._dies():
+                raise Died
+            return answer
+
+        return SimpleNamespace(remote=remote)
+
+
+class OwnDecisions(Frontier):
+    """Records as it should, but lets each try go by its own decision, which is what the record is there to prevent."""
+
+    def complete(self, completions: Sequence[Completion]) -> list[Decision]:
+        """What was offered, whatever was recorded."""
+        super().complete(completions)
+        return [completion.decision for completion in completions]
+
+
+class Unjournaled(Frontier):
+    """Forgets what it leased to whom: a reader that begins again gets other work."""
+
+    def lease(self, reader: int, sequence: int, count: int) -> Lease | None:
+        """The next work, whatever the sequence number."""
+        del sequence
+        lease = super().lease(reader, 0, count)
+        self._journal.clear()
+        return lease
+
+    def commit(self, image_ids: Sequence[int]) -> None:
+        """There is no journal to forget anything from."""
+
+
+class InProcessEngine:
+    """Runs a policy to its end, or until nothing moves any more.
+
+    Args:
+        records: the images.
+        policy: the policy.
+        networks: as for the stages.
+        open_image: as for the readers.
+        seed: of the order of things and of the faults.
+        death_rate: how likely each step of a reader or a stage is to die.
+        rerun_rate: how likely, at each step, an old row is made and sent again.
+        frontier_class: the queue.
+        readers: how many.
+        lease_size: work to a lease.
+        rows_per_call: rows to a call of the detect stage.
+        detector_batch_size: tiles to a call of the detector.
+        max_open_images: as for the frontier.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        policy: Policy,
+        networks: Networks,
+        open_image: OpenImage,
+        *,
+        seed: int = 0,
+        death_rate: float = 0.0,
+        rerun_rate: float = 0.0,
+        frontier_class: type[Frontier] = Frontier,
+        readers: int = 2,
+        lease_size: int = 3,
+        rows_per_call: int = 2,
+        detector_batch_size: int = 4,
+        max_open_images: int = 4,
+    ) -> None:
+        self._random = Random(seed)
+        self._death_rate, self._rerun_rate = death_rate, rerun_rate
+        self._records = records
+        self._max_open_images = max_open_images
+        self._rows_per_call = rows_per_call
+        self.frontier = frontier_class(records, max_open_images)
+        handle = Handle(self.frontier, self._dies)
+        source = TileSource(handle, policy, self._mortal(open_image), readers=readers, lease_size=lease_size)
+        self._tasks = source.get_read_tasks(1)
+        self._readers = [_Replaying(task) for task in self._tasks]
+        self._look = LookStage(handle, policy, networks)
+        detector = _Mortal(networks.detect(), self._dies)
+        self._detect = DetectStage(policy, Networks(lambda: detector), detector_batch_size)
+        self._assembler = Assembler(policy.merging)
+        self._rows: list[pa.Table] = []
+        self._looked: list[pa.Table] = []
+        self._old_calls: list[pa.Table] = []
+        self._uncommitted: list[int] = []
+        self.results: list[ImageResult] = []
+        self.deaths = 0
+
+    def run(self) -> list[ImageResult]:
+        """The images that were finished, in their order; those that a fault swallowed are missing."""
+        while self._step():
+            if self._random.random() < self._rerun_rate:
+                self._rerun()
+            if self._uncommitted and self._random.random() < 0.2:
+                self.frontier.commit([self._uncommitted.pop(0)])
+        return self.results
+
+    def _dies(self) -> bool:
+        died = self._random.random() < self._death_rate
+        self.deaths += died
+        return died
+
+    def _mortal(self, open_image: OpenImage) -> OpenImage:
+        def opened(record: ImageRecord) -> np.ndarray:
+            if self._dies():
+                raise Died
+            return open_image(record)
+
+        return opened
+
+    def _can_lease(self, reader: int) -> bool:
+        """Whether a reader's next call would not wait: in one process nobody else would end the wait."""
+        status, journal = self.frontier.status(), self.frontier._journal[reader]
+        left = status.admitted < len(self._records)
+        admits = left and status.open_images < self._max_open_images
+        owed = journal.first + len(journal.entries) > self._readers[reader].sequence
+        over = not left and not status.outstanding
+        return status.ready > 0 or admits or owed or over
+
+    def _step(self) -> bool:
+        """One reader, look or detect step at random; False if there is none left."""
+        steps: list[Callable[[], None]] = [
+            self._read_step(reader) for i, reader in enumerate(self._readers) if not reader.ended and self._can_lease(i)
+        ]
+        if self._rows:
+            steps.append(self._look_step)
+        if len(self._looked) >= self._rows_per_call or (self._looked and not steps):
+            steps.append(self._detect_step)
+        if not steps:
+            return False
+        self._random.choice(steps)()
+        return True
+
+    def _read_step(self, reader: _Replaying) -> Callable[[], None]:
+        def step() -> None:
+            self._rows += reader.advance()
+
+        return step
+
+    def _look_step(self) -> None:
+        row = self._rows.pop(self._random.randrange(len(self._rows)))
+        self._looked.append(self._until_it_lives(self._look, row))
+
+    def _detect_step(self) -> None:
+        rows = [self._looked.pop(0) for _ in range(min(self._rows_per_call, len(self._looked)))]
+        call = pa.concat_tables(rows)
+        self._old_calls.append(call)
+        self._take(self._until_it_lives(self._detect, call))
+
+    def _take(self, results: pa.Table) -> None:
+        done = self._assembler.add(unpack_results(results))
+        self.results += done
+        self._uncommitted += [result.image_id for result in done]
+
+    def _until_it_lives(self, stage: Callable[[pa.Table], pa.Table], table: pa.Table) -> pa.Table:
+        while True:
+            try:
+                return stage(table)
+            except Died:
+                continue
+
+    def _rerun(self) -> None:
+        """A node was lost: a reader's row, or a detect call, is made again, and what comes of it arrives again."""
+        if self._old_calls and self._random.random() < 0.5:
+            self._take(self._until_it_lives(self._detect, self._random.choice(self._old_calls)))
+            return
+        at = self._random.randrange(len(self._readers))
+        again, rows = _Replaying(self._tasks[at]), list[pa.Table]()
+        while len(rows) < self._readers[at].taken:
+            rows += again.advance()
+        if rows:
+            self._looked.append(self._until_it_lives(self._look, self._random.choice(rows)))
+
+
+class _Replaying:
+    """A read task as Ray runs it: after a death it begins again, and as many rows as were taken are thrown away."""
+
+    def __init__(self, task: Callable[[], Any]) -> None:
+        self._task = task
+        self._generator: Iterator[pa.Table] = iter(task())
+        self.sequence = 0
+        self.taken = 0
+        self.ended = False
+
+    def advance(self) -> list[pa.Table]:
+        """The next row; none if it is thrown away, the reader died, or it has ended."""
+        try:
+            row = next(self._generator, None)
+        except Died:
+            self._generator, self.sequence = iter(self._task()), 0
+            return []
+        if row is None:
+            self.ended = True
+            return []
+        self.sequence += 1
+        if self.sequence <= self.taken:
+            return []
+        self.taken = self.sequence
+        return [row]
+
+
+class _Mortal:
+    """A detector that may die before or after it detects."""
+
+    def __init__(self, inner: Any, dies: Callable[[], bool]) -> None:
+        self._inner, self._dies = inner, dies
+        self.input_side = inner.input_side
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        return self._inner.canvas_hw(hw)
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        if self._dies():
+            raise Died
+        found = self._inner(pixels)
+        if self._dies():
+            raise Died
+        return found

@@ -1,0 +1,51 @@
+"""The jobs as modules (they are scripts, run by path, so tests load them by path too), and their results compared."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def load_job(name: str) -> ModuleType:
+    """The script jobs/NAME.py as a module, loaded once."""
+    module_name = f"job_{name}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, REPOSITORY / "jobs" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[module_name]
+
+
+def _rows(results: list[dict[str, Any]]) -> np.ndarray:
+    """[N, 7] image id, category id, score, x, y, width, height."""
+    rows = [(row["image_id"], row["category_id"], row["score"], *row["bbox"]) for row in results]
+    return np.array(rows, np.float64).reshape(-1, 7)
+
+
+def same_results(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    """COCO results that differ only in a network's last digits: boxes within 0.01 px, scores within 1e-4.
+
+    Detections whose scores are that near to each other may stand in another order.
+    """
+    left, right = _rows(one), _rows(other)
+    if left.shape != right.shape:
+        return False
+    tolerance = np.array([0, 0, 1e-4, 0.01, 0.01, 0.01, 0.01])
+    for image_id in np.unique(left[:, 0]):
+        mine, theirs = left[left[:, 0] == image_id], right[right[:, 0] == image_id]
+        if mine.shape != theirs.shape:
+            return False
+        near = (np.abs(mine[:, None] - theirs[None]) <= tolerance).all(axis=2)
+        if not (near.any(axis=0).all() and near.any(axis=1).all()):
+            return False
+    return True

@@ -1,0 +1,434 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pycocotools import mask as coco_mask
+
+from scalenet_ray.core.coco import (
+    CocoDataset,
+    ImageRecord,
+    image_records,
+    list_images,
+    map_categories,
+    objects_of,
+    parse_annotations,
+    read_annotations,
+    safe_file_name,
+    to_results,
+    write_results,
+)
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.evaluation import METRICS, evaluate
+from scalenet_ray.core.storage import read_bytes, write_bytes_atomic
+
+
+def document() -> dict[str, Any]:
+    """Two images; a small cat and a large dog in the first, nothing in the second. Ids start at 0, which is allowed."""
+    return {
+        "images": [
+            {"id": 7, "file_name": "b.jpg", "height": 200, "width": 300},
+            {"id": 0, "file_name": "a.jpg", "height": 64, "width": 64},
+        ],
+        "annotations": [
+            {"id": 0, "image_id": 7, "category_id": 3, "bbox": [10, 20, 8, 6], "area": 40, "iscrowd": 0},
+            {"id": 5, "image_id": 7, "category_id": 1, "bbox": [50.5, 40, 120, 100.25], "iscrowd": 0},
+        ],
+        "categories": [{"id": 1, "name": "dog"}, {"id": 3, "name": "cat"}],
+    }
+
+
+def changed(section: str, index: int, **values: object) -> dict[str, Any]:
+    parsed = document()
+    parsed[section][index].update(values)
+    return parsed
+
+
+def truth_as_results(dataset: CocoDataset) -> Iterator[dict[str, Any]]:
+    """The ground truth as a detector that is always right would report it."""
+    for record in dataset.images:
+        found = objects_of(dataset, record.image_id)
+        scores = np.ones(len(found.boxes))
+        yield from to_results(record.image_id, Detections(found.boxes, scores, found.labels))
+
+
+# --- annotations in ---------------------------------------------------------------------------------
+
+
+def test_annotations_are_read_from_anywhere(tmp_path: Path, s3_bucket: str):
+    for folder in (str(tmp_path), s3_bucket):
+        write_bytes_atomic(f"{folder}/instances.json", json.dumps(document()).encode())
+        records = image_records(f"{folder}/instances.json")
+        assert records == [ImageRecord(0, "a.jpg", 64, 64), ImageRecord(7, "b.jpg", 200, 300)]
+
+
+def test_objects_come_as_corners_with_their_areas():
+    found = objects_of(parse_annotations(document()), 7)
+    assert found.boxes.tolist() == [[10, 20, 18, 26], [50.5, 40, 170.5, 140.25]]
+    assert found.areas.tolist() == [40, 120 * 100.25]
+    assert found.labels.tolist() == [3, 1]
+    assert found.crowd.tolist() == [False, False]
+
+
+def test_an_image_without_annotations_has_no_objects():
+    found = objects_of(parse_annotations(document()), 0)
+    assert found.boxes.shape == (0, 4)
+    assert found.boxes.dtype == np.float32
+    assert len(found.areas) == len(found.labels) == len(found.crowd) == len(found.segmentations) == 0
+
+
+def test_crowds_and_segmentations_are_kept():
+    polygon = [[10, 20, 18, 20, 18, 26]]
+    dataset = parse_annotations(changed("annotations", 0, iscrowd=1, segmentation=polygon))
+    assert objects_of(dataset, 7).crowd.tolist() == [True, False]
+    assert objects_of(dataset, 7).segmentations == (polygon, None)
+
+
+def test_a_size_that_nobody_said_is_unknown():
+    parsed = document()
+    del parsed["images"][1]["height"]
+    assert [record.hw for record in parse_annotations(parsed).images] == [None, (200, 300)]
+
+
+@pytest.mark.parametrize("section", ["images", "annotations", "categories"])
+def test_a_missing_section_is_named(section: str):
+    parsed = document()
+    del parsed[section]
+    with pytest.raises(ValueError, match=f"the annotations must have a list of {section}, got NoneType: is it an"):
+        parse_annotations(parsed)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("images", "id"),
+        ("images", "file_name"),
+        ("annotations", "id"),
+        ("annotations", "image_id"),
+        ("annotations", "category_id"),
+        ("annotations", "bbox"),
+        ("categories", "id"),
+        ("categories", "name"),
+    ],
+)
+def test_a_missing_key_is_named(section: str, key: str):
+    parsed = document()
+    del parsed[section][1][key]
+    with pytest.raises(ValueError, match=rf"{section}\[1\] of the annotations must have .*, got no {key}: add it"):
+        parse_annotations(parsed)
+
+
+@pytest.mark.parametrize(
+    ("parsed", "message"),
+    [
+        (changed("images", 0, id=0), "each of images .* an id of its own, got twice 0: renumber"),
+        (changed("annotations", 0, id=5), "each of annotations .* an id of its own, got twice 5: renumber"),
+        (changed("categories", 0, id=3), "each of categories .* an id of its own, got twice 3: renumber"),
+        (changed("images", 0, id="7"), r"id of images\[0\] of .* must be a whole number, got '7'"),
+        (changed("images", 0, id=True), r"id of images\[0\] of .* must be a whole number, got True"),
+        (changed("annotations", 0, image_id=[7]), r"image_id of annotations\[0\] .* whole number, got \[7\]"),
+        (changed("annotations", 0, image_id=2**70), r"image_id of annotations\[0\] .* must be a whole number, got"),
+        (changed("annotations", 0, image_id=8), "image_id of an annotation .* be listed, got an unknown one in 0: "),
+        (changed("annotations", 1, category_id=2), "category_id of an annotation .* got an unknown one in 5: remove"),
+        (changed("annotations", 0, bbox=[1, 2, 3]), r"bbox of annotation 0 .* must be 4 finite .*, got \[1, 2, 3\]"),
+        (changed("annotations", 0, bbox=[1, 2, -3, 4]), "bbox of annotation 0 .* with no negative side, got"),
+        (changed("annotations", 0, bbox=[1, 2, math.nan, 4]), "bbox of annotation 0 .* must be 4 finite numbers"),
+        (changed("annotations", 0, bbox=[1, 2, 3, 10**400]), "bbox of annotation 0 .* must be 4 finite numbers"),
+        (changed("annotations", 0, bbox="1 2 3 4"), "bbox of annotation 0 .* must be 4 finite numbers"),
+        (changed("annotations", 0, area=-1), "area of annotation 0 .* must be 0 or more, got -1"),
+        (changed("images", 0, height=0), "height of image 7 .* must be 1 or more pixels, got 0"),
+        (changed("images", 0, width=30.5), "width of image 7 .* must be 1 or more pixels, got 30.5"),
+        (changed("images", 0, file_name=None), "file_name of image 7 .* must be text, got None"),
+        ({**document(), "images": []}, "must list at least one image, got none: check that it is the right file"),
+        ({**document(), "images": [3]}, r"images\[0\] of .* must have id, file_name, got no id, file_name"),
+        ([], "must be a JSON object with images, annotations and categories, got list"),
+    ],
+)
+def test_bad_annotations_are_refused_by_name(parsed: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        parse_annotations(parsed)
+
+
+def test_only_the_first_few_of_many_errors_are_listed():
+    parsed = document()
+    parsed["annotations"] = [{**parsed["annotations"][0], "id": i, "image_id": 99} for i in range(1000)]
+    with pytest.raises(ValueError, match="got an unknown one in 0, 1, 2, 3, 4 and 995 more: remove it"):
+        parse_annotations(parsed)
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path: Path):
+    (tmp_path / "broken.json").write_text('{"images": [')
+    with pytest.raises(ValueError, match=r"broken.json must be JSON, got something else \(Expecting value.*\): fetch"):
+        read_annotations(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "sub/a.jpg", "..a.jpg", "a..b/c.jpg", "ä b.jpg"])
+def test_a_name_inside_its_folder_is_safe(name: str):
+    assert safe_file_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "..",
+        "../a.jpg",
+        "a/../../b.jpg",
+        "/etc/passwd",
+        "C:\\a.jpg",
+        "C:a.jpg",
+        "a\\..\\b.jpg",
+        "s3://b/a",
+        "a\0.jpg",
+    ],
+)
+def test_a_name_that_climbs_out_costs_its_image_alone(name: str):
+    parse_annotations(changed("images", 0, file_name=name))
+    with pytest.raises(TileError, match=r"must be a path inside the images' folder, got .*: correct the annotations"):
+        safe_file_name(name)
+
+
+def test_real_annotations_parse(real_data: Path):
+    dataset = read_annotations(real_data / "coco/annotations/instances_val2017.json")
+    assert (len(dataset.images), len(dataset.areas), len(dataset.categories)) == (103, 897, 80)
+    assert sum(len(objects_of(dataset, record.image_id).boxes) for record in dataset.images) == 897
+
+
+# --- images without annotations ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    for name in ("b.jpg", "a.PNG", "sub/c.webp", "notes.txt"):
+        write_bytes_atomic(tmp_path / "in" / name, b"")
+    return str(tmp_path / "in")
+
+
+def test_a_folder_s_images_are_numbered_in_order(folder: str):
+    wanted = [(1, "a.PNG", None), (2, "b.jpg", None), (3, "sub/c.webp", None)]
+    assert [(r.image_id, r.file_name.removeprefix(f"{folder}/"), r.hw) for r in list_images(folder)] == wanted
+
+
+def test_a_glob_and_an_s3_prefix_list_images(folder: str, s3_bucket: str):
+    write_bytes_atomic(f"{s3_bucket}/in/x.jpg", b"")
+    assert [record.file_name for record in list_images(f"{folder}/*.jpg")] == [f"{folder}/b.jpg"]
+    assert list_images(f"{s3_bucket}/in/") == [ImageRecord(1, f"{s3_bucket}/in/x.jpg")]
+
+
+@pytest.mark.parametrize("column", ["uri", "path"])
+def test_a_parquet_file_lists_images(folder: str, column: str, monkeypatch: pytest.MonkeyPatch):
+    names = ["z.jpg", "s3://bucket/a.jpg", "/data/b.jpg"]
+    pq.write_table(pa.table({"other": [1, 2, 3], column: names}), f"{folder}/list.parquet")
+    wanted = ["/data/b.jpg", f"{folder}/z.jpg", "s3://bucket/a.jpg"]
+    assert [record.file_name for record in list_images(f"{folder}/list.parquet")] == sorted(wanted)
+    monkeypatch.chdir(folder)
+    assert [record.file_name for record in list_images("list.parquet")] == sorted(wanted)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"file": ["a.jpg"]}, "must have a column uri or path, got file: rename it"),
+        ({"uri": ["a.jpg", None]}, "must hold an address in each row, got none in rows 1: fill it"),
+        ({"uri": [1, 2]}, "must hold an address in each row, got none in rows 0, 1: fill it"),
+        ({"uri": ["a.jpg", "a.jpg"]}, "must name each image once, got twice a.jpg: remove"),
+        ({"uri": pa.array([], pa.string())}, "must hold at least one image"),
+    ],
+)
+def test_a_parquet_file_without_addresses_is_refused(tmp_path: Path, table: dict, message: str):
+    pq.write_table(pa.table(table), tmp_path / "list.parquet")
+    with pytest.raises(ValueError, match=message):
+        list_images(tmp_path / "list.parquet")
+
+
+def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path):
+    (tmp_path / "list.parquet").write_bytes(b"a,b,c")
+    with pytest.raises(ValueError, match="must be a Parquet file, got something else"):
+        list_images(tmp_path / "list.parquet")
+
+
+def test_no_image_at_all_is_an_error(tmp_path: Path, folder: str):
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "empty", f"{folder}/*.txt"):
+        with pytest.raises(ValueError, match=r"must hold at least one image \(.bmp, .*\), got none: check the path"):
+            list_images(place)
+    with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
+        list_images(tmp_path / "missing")
+
+
+# --- categories -------------------------------------------------------------------------------------
+
+
+def test_classes_are_mapped_by_name_and_others_dropped():
+    detector = {0: "Traffic_Light", 1: "dog", 2: "N/A", 3: "  cat "}
+    assert map_categories(detector, {10: "traffic light", 4: "Cat"}) == {0: 10, 3: 4}
+
+
+@pytest.mark.parametrize(
+    ("detector", "dataset", "message"),
+    [
+        ({0: "dog"}, {1: "ship", 2: "plane"}, "got none among its dog: use a detector trained on them"),
+        ({0: "dog", 1: "cat"}, {1: "dog", 2: "ship"}, "got no ship among its dog, cat: use a detector trained on them"),
+        ({0: "dog"}, {1: "dog", 2: "Dog"}, "categories must differ by name, got twice dog: rename them"),
+        ({}, {1: "dog"}, "must know every category"),
+    ],
+)
+def test_categories_that_do_not_fit_are_refused(detector: dict, dataset: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        map_categories(detector, dataset)
+
+
+# --- results out ------------------------------------------------------------------------------------
+
+
+def test_results_hold_sides_and_not_corners():
+    found = Detections([[10.5, 20.25, 18.5, 26.25]], [0.123456789], [3])
+    row = {"image_id": 7, "category_id": 3, "bbox": [10.5, 20.25, 8.0, 6.0], "score": 0.123457}
+    assert to_results(7, found) == [row]
+    assert to_results(7, Detections.empty()) == []
+
+
+def test_result_boxes_are_within_a_hundredth_of_a_pixel():
+    boxes = np.array([[1234.56789, 0.004999, 5000.1 / 3, 4321.98765]], np.float32)
+    x, y, width, height = to_results(1, Detections(boxes, [1], [1]))[0]["bbox"]
+    assert np.abs(np.array([x, y, x + width, y + height]) - boxes[0]).max() < 0.01
+    assert len(json.dumps(x)) <= len("1234.568")
+
+
+def test_masks_are_pasted_into_the_whole_image():
+    inside = np.zeros((4, 6), np.uint8, order="F")
+    inside[1:3, 2:5] = 1
+    counts = coco_mask.encode(inside)["counts"]
+    found = Detections([[12, 21, 15, 23]], [1], [3], windows=[[10, 20, 16, 24]], masks=(counts,))
+    row = json.loads(json.dumps(to_results(7, found, (40, 30))[0]))
+    assert row["segmentation"]["size"] == [40, 30]
+    mask = coco_mask.decode(row["segmentation"])
+    assert mask.sum() == 6
+    assert mask[21:23, 12:15].all()
+    with pytest.raises(ValueError, match="masks of image 7 need the image's size, got none: give image_hw"):
+        to_results(7, found)
+
+
+def test_results_are_written_as_they_come(tmp_path: Path, s3_bucket: str):
+    rows = [{"image_id": i, "bbox": [0.5, 1, 2, 3]} for i in range(5)]
+    for place in (str(tmp_path), s3_bucket):
+        for count in (0, 1, 5):
+            assert write_results(f"{place}/run/results.json", iter(rows[:count])) == count
+            assert json.loads(read_bytes(f"{place}/run/results.json")) == rows[:count]
+
+
+def test_a_row_that_fails_leaves_the_old_results(tmp_path: Path):
+    write_results(tmp_path / "results.json", [{"score": 1}])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_results(tmp_path / "results.json", [{"score": 1}, {"score": math.nan}])
+    assert json.loads((tmp_path / "results.json").read_bytes()) == [{"score": 1}]
+
+
+# --- AP and AR --------------------------------------------------------------------------------------
+
+
+def test_the_ground_truth_is_found_in_full():
+    dataset = parse_annotations(document())
+    measured = evaluate(dataset, truth_as_results(dataset))
+    assert tuple(measured) == METRICS
+    assert [measured[name] for name in METRICS if "medium" not in name] == pytest.approx([100] * 10)
+
+
+def test_a_size_that_no_object_has_is_not_a_number():
+    measured = evaluate(document(), [])
+    assert math.isnan(measured["AP_medium"])
+    assert math.isnan(measured["AR_medium"])
+
+
+def test_no_results_at_all_are_zero():
+    measured = evaluate(document(), [])
+    assert [measured[name] for name in METRICS if "medium" not in name] == [0] * 10
+
+
+def test_nothing_is_printed_and_nothing_given_is_changed(capsys: pytest.CaptureFixture[str]):
+    parsed, results = document(), list(truth_as_results(parse_annotations(document())))
+    before = copy.deepcopy((parsed, results))
+    evaluate(parsed, results)
+    assert (parsed, results) == before
+    assert capsys.readouterr() == ("", "")
+
+
+def test_objects_of_failed_images_count_as_missed():
+    parsed = document()
+    parsed["annotations"].append({**parsed["annotations"][0], "id": 9, "image_id": 0})
+    dataset = parse_annotations(parsed)
+    found = [row for row in truth_as_results(dataset) if row["image_id"] == 7]
+    assert evaluate(dataset, found)["AR_small"] == pytest.approx(50)
+    assert evaluate(dataset, found, image_ids=[7])["AR_small"] == pytest.approx(100)
+    assert evaluate(dataset, found, image_ids=[0])["AR_small"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": 8}, "must be of the annotations' images and categories, got image 8: use the same data set"),
+        ({"category_id": 2}, "must be of the annotations' images and categories, got category 2"),
+    ],
+)
+def test_results_of_another_data_set_are_refused(change: dict, message: str):
+    row = {"image_id": 7, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1.0}
+    with pytest.raises(ValueError, match=message):
+        evaluate(document(), [{**row, **change}])
+
+
+def test_unknown_images_cannot_be_chosen():
+    with pytest.raises(ValueError, match=r"image_ids must be of the annotations' images, got \[8\]: leave them out"):
+        evaluate(document(), [], image_ids=[7, 8])
+
+
+def test_masks_are_measured_by_their_own_area():
+    # A diagonal line: its box is large, the object is small, and where it's missed decides which AP suffers.
+    line = np.eye(200, 300, dtype=np.uint8, order="F")
+    rle = coco_mask.encode(line)
+    segmentation = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+    parsed = changed("annotations", 1, segmentation=segmentation, area=200, bbox=[0, 0, 200, 200])
+    parsed["annotations"] = parsed["annotations"][1:]
+    row = {"image_id": 7, "category_id": 1, "bbox": [0, 0, 200, 200], "segmentation": segmentation}
+    stray = {"size": [200, 300], "counts": coco_mask.encode(np.asfortranarray(line[::-1]))["counts"].decode()}
+    found = [{**row, "score": 0.9, "segmentation": stray}, {**row, "score": 0.5}]
+    measured = evaluate(parsed, found, iou_type="segm")
+    assert measured["AP_small"] == pytest.approx(50)
+    assert math.isnan(measured["AP_large"])
+
+
+def test_segm_says_what_it_lacks():
+    row = {"image_id": 7, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1.0}
+    with pytest.raises(ValueError, match="segm needs a segmentation in each result, got none in image 7: evaluate"):
+        evaluate(document(), [row], iou_type="segm")
+    with pytest.raises(ValueError, match="segm needs the height and width of every image"):
+        evaluate(changed("images", 0, height=None), [], iou_type="segm")
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_the_real_ground_truth_has_an_ap_of_100(real_data: Path, iou_type: Any):
+    dataset = read_annotations(real_data / "coco/annotations/instances_val2017.json")
+    results = list(truth_as_results(dataset))
+    if iou_type == "segm":
+        sizes = {record.image_id: (record.height, record.width) for record in dataset.images}
+        order = np.concatenate([dataset.rows_by_image.get(i, np.zeros(0, int)) for i in sizes])
+        for row, at in zip(results, order.tolist(), strict=True):
+            row["segmentation"] = whole_mask(dataset.segmentations[at], sizes[row["image_id"]])
+    measured = evaluate(dataset, results, iou_type=iou_type)
+    assert measured["AP"] == pytest.approx(100, abs=0.01)
+    assert measured["AP_small"] == pytest.approx(100, abs=0.01)
+
+
+def whole_mask(segmentation: Any, hw: tuple[int, int]) -> dict:
+    """Polygons or run lengths as an annotation has them -> one compressed run length."""
+    encode: Callable = coco_mask.frPyObjects
+    parts = encode(segmentation, *hw)
+    return coco_mask.merge(parts) if isinstance(segmentation, list) else parts

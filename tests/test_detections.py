@@ -1,0 +1,125 @@
+"""Detections: shapes that always hold."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from scalenet_ray.core.detections import Detections
+
+
+def _some(count: int, *, first: int = 0, masks: bool = False) -> Detections:
+    rows = np.arange(first, first + count)
+    return Detections(
+        np.stack([rows, rows, rows + 1, rows + 2], axis=1),
+        rows / 100,
+        rows,
+        rows,
+        np.stack([rows] * 4, axis=1),
+        tuple(b"%d" % row for row in rows) if masks else None,
+    )
+
+
+def _equal(one: Detections, other: Detections) -> bool:
+    arrays = ("boxes", "scores", "labels", "depth", "windows")
+    same = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
+    return same and one.masks == other.masks
+
+
+def _assert_empty(found: Detections) -> None:
+    assert len(found) == 0
+    assert found.boxes.shape == (0, 4)
+    assert found.windows.shape == (0, 4)
+    for rows in (found.scores, found.labels, found.depth):
+        assert rows.shape == (0,)
+
+
+def _assert_dtypes(found: Detections) -> None:
+    assert (found.boxes.dtype, found.scores.dtype) == (np.float32, np.float32)
+    assert (found.labels.dtype, found.depth.dtype, found.windows.dtype) == (np.int64, np.int64, np.int64)
+
+
+def test_nothing_found_keeps_four_columns_whatever_is_done_to_it() -> None:
+    empty = Detections.empty()
+    _assert_empty(empty)
+    _assert_empty(empty[np.zeros(0, bool)])
+    _assert_empty(empty[np.zeros(0, np.int64)])
+    _assert_empty(Detections.concatenate([]))
+    _assert_empty(Detections.concatenate([empty, empty]))
+    _assert_empty(_some(3)[np.zeros(3, bool)])
+    _assert_empty(_some(3)[np.flatnonzero(np.zeros(3))])
+    _assert_empty(Detections(np.zeros((0, 4)), np.array([]), np.array([])))
+    assert empty.areas.shape == (0,)
+
+
+def test_every_way_to_make_them_gives_the_stated_types() -> None:
+    plain = Detections([[0, 0, 1, 1]], [1], [3])  # type: ignore[arg-type]
+    for found in (plain, Detections.empty(), _some(2)[np.array([1])], Detections.concatenate([plain, _some(2)])):
+        _assert_dtypes(found)
+    assert plain.depth.tolist() == [0]
+    assert plain.windows.tolist() == [[0, 0, 0, 0]]
+    assert plain.masks is None
+
+
+def test_boxes_without_a_second_axis_are_refused() -> None:
+    for boxes in (np.zeros(0), np.zeros(4), np.zeros((2, 5)), np.zeros((1, 2, 4))):
+        with pytest.raises(ValueError, match=r"boxes must be \[N, 4\] xyxy, got shape \["):
+            Detections(boxes, [], [])  # type: ignore[arg-type]
+
+
+def test_a_missing_score_label_depth_window_or_mask_is_refused_by_name() -> None:
+    boxes, two = np.zeros((2, 4)), np.zeros(2)
+    with pytest.raises(ValueError, match=r"scores must be \[2\], one for each box, got shape \[1\]"):
+        Detections(boxes, np.zeros(1), two)
+    with pytest.raises(ValueError, match=r"labels must be \[2\], one for each box, got shape \[2, 1\]"):
+        Detections(boxes, two, np.zeros((2, 1)))
+    with pytest.raises(ValueError, match=r"depth must be \[2\]"):
+        Detections(boxes, two, two, np.zeros(3))
+    with pytest.raises(ValueError, match=r"windows must be \[2, 4\] xyxy, got shape \[2\]"):
+        Detections(boxes, two, two, windows=two)
+    with pytest.raises(ValueError, match="masks must be one for each of 2 boxes, got 1"):
+        Detections(boxes, two, two, masks=(b"",))
+
+
+def test_positions_and_flags_take_the_same_rows_masks_included() -> None:
+    found = _some(4, masks=True)
+    by_flag = found[np.array([False, True, False, True])]
+    assert _equal(by_flag, found[np.array([1, 3])])
+    assert by_flag.scores.tolist() == pytest.approx([0.01, 0.03])
+    assert by_flag.windows[:, 0].tolist() == [1, 3]
+    assert by_flag.masks == (b"1", b"3")
+    assert found[np.array([3, 0])].masks == (b"3", b"0")
+
+
+def test_joining_keeps_the_order_and_every_column() -> None:
+    joined = Detections.concatenate([_some(2, masks=True), Detections.empty(), _some(3, first=2, masks=True)])
+    assert _equal(joined, _some(5, masks=True))
+
+
+def test_masks_survive_joining_only_if_every_part_with_boxes_has_them() -> None:
+    with_masks, without = _some(2, masks=True), _some(1)
+    assert Detections.concatenate([with_masks, without]).masks is None
+    assert Detections.concatenate([with_masks, Detections.empty()]).masks == (b"0", b"1")
+
+
+def test_no_detections_of_a_detector_with_masks_have_no_masks_rather_than_none() -> None:
+    assert Detections.empty(with_masks=True).masks == ()
+
+
+def test_areas_are_of_boxes_and_never_negative() -> None:
+    found = Detections([[0, 0, 2, 3], [5, 5, 4, 9], [1, 1, 1, 9]], [1, 1, 1], [1, 1, 1])  # type: ignore[arg-type]
+    assert found.areas.tolist() == [6.0, 0.0, 0.0]
+
+
+def test_other_scores_leave_all_else_alone() -> None:
+    found = _some(3, masks=True)
+    changed = found.with_scores(np.array([0.5, 0.25, 0.0]))
+    assert changed.scores.tolist() == [0.5, 0.25, 0.0]
+    assert _equal(changed.with_scores(found.scores), found)
+
+
+def test_they_travel_between_processes_unchanged() -> None:
+    for found in (_some(3, masks=True), _some(3), Detections.empty()):
+        assert _equal(pickle.loads(pickle.dumps(found)), found)

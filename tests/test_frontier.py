@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.recursion import Expansion
+from scalenet_ray.core.results import Failure
+from scalenet_ray.core.window import Tile, Window
+from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Work, child_credit
+from tests.faults import records_of
+
+
+def child_tile(image_id: int, path: tuple[int, ...]) -> Tile:
+    return Tile(image_id, path, (64, 64), Window(0, 0, 8, 8), 8, 8)
+
+
+def decision_of(work_id: tuple[int, tuple[int, ...]], children: int, *, failed: bool = False) -> Decision:
+    image_id, path = work_id
+    if failed:
+        return Decision(Expansion(detect=False), Failure("look", "NaN"))
+    tiles = tuple(child_tile(image_id, (*path, i)) for i in range(children))
+    return Decision(Expansion(detect=True, children=tiles))
+
+
+def completion(work: Work, children: int = 0, *, failed: bool = False) -> Completion:
+    return Completion(*work.id, decision_of(work.id, children, failed=failed))
+
+
+class FrontierMachine(RuleBasedStateMachine):
+    """Leases, completions, replays, retries and commits in any order, against a model that remembers everything."""
+
+    @initialize(images=st.integers(0, 5), max_open=st.integers(1, 3))
+    def begin(self, images: int, max_open: int) -> None:
+        self.max_open = max_open
+        self.records = records_of(images)
+        self.frontier = Frontier(self.records, max_open)
+        self.admitted: list[int] = []
+        self.ready: list[tuple[int, tuple[int, ...]]] = []
+        self.out: dict[tuple[int, tuple[int, ...]], Work] = {}
+        self.leased: dict[tuple[int, int], tuple[Work, ...]] = {}
+        self.next: dict[int, int] = {}
+        self.decided: dict[tuple[int, tuple[int, ...]], Decision] = {}
+        self.credits: dict[int, Fraction] = {}
+        self.committed: set[int] = set()
+        self.conflicts = 0
+
+    # --- the model ----------------------------------------------------------------------------------------
+
+    def open_images(self) -> set[int]:
+        return {image_id for image_id, _ in (*self.ready, *self.out)}
+
+    def over(self) -> bool:
+        return len(self.admitted) == len(self.records) and not self.ready and not self.out
+
+    def expect(self, count: int) -> list[tuple[int, tuple[int, ...]]]:
+        """What a lease must give: new images only as far as needed, the deepest first, then the oldest image's."""
+        while len(self.ready) < count and len(self.open_images()) < self.max_open:
+            if len(self.admitted) == len(self.records):
+                break
+            self.admitted.append(self.records[len(self.admitted)].image_id)
+            self.ready.append((self.admitted[-1], ()))
+        self.ready.sort(key=lambda work: (-len(work[1]), self.admitted.index(work[0]), work[1]))
+        return self.ready[:count]
+
+    def done(self) -> list[int]:
+        return [i for i in self.admitted if i not in self.open_images() and i not in self.committed]
+
+    # --- what may happen ----------------------------------------------------------------------------------
+
+    @rule(reader=st.integers(0, 2), count=st.integers(1, 4))
+    def lease(self, reader: int, count: int) -> None:
+        expected = self.expect(count)
+        sequence = self.next.get(reader, 0)
+        lease = self.frontier.lease(reader, sequence, count)
+        assert (lease is None) == self.over()
+        if lease is None:
+            return
+        assert not lease.forgotten
+        assert [work.id for work in lease.work] == expected
+        if not expected:
+            return
+        self.ready = self.ready[len(expected) :]
+        self.out |= {work.id: work for work in lease.work}
+        self.leased[reader, sequence] = lease.work
+        self.next[reader] = sequence + 1
+
+    @precondition(lambda self: self.leased)
+    @rule(data=st.data(), count=st.integers(1, 4))
+    def replay(self, data: Any, count: int) -> None:
+        """A reader died and begins again: the same work, whatever it asks for by now."""
+        key = data.draw(st.sampled_from(sorted(self.leased)))
+        lease = self.frontier.lease(*key, count)
+        assert lease is not None
+        work = self.leased[key]
+        forgotten = {one.id[0] for one in work} <= self.committed
+        assert lease.forgotten == forgotten
+        assert lease.work == (() if forgotten else work)
+
+    @precondition(lambda self: self.out)
+    @rule(data=st.data())
+    def complete(self, data: Any) -> None:
+        some = data.draw(st.lists(st.sampled_from(sorted(self.out)), min_size=1, max_size=3, unique=True))
+        offered = []
+        for work_id in some:
+            children = data.draw(st.integers(0, 3)) if len(work_id[1]) < 3 else 0
+            offered.append(decision_of(work_id, children, failed=data.draw(st.integers(0, 5)) == 0))
+        batch = [Completion(*work_id, decision) for work_id, decision in zip(some, offered, strict=True)]
+        assert self.frontier.complete(batch) == offered
+        for work_id, decision in zip(some, offered, strict=True):
+            work = self.out.pop(work_id)
+            self.decided[work_id] = decision
+            credit = child_credit(work.credit, decision.expansion)
+            self.credits[work_id[0]] = self.credits.get(work_id[0], Fraction(0)) + credit
+            self.ready += [(tile.image_id, tile.path) for tile in decision.expansion.children]
+
+    @precondition(lambda self: self.decided)
+    @rule(data=st.data(), children=st.integers(0, 3))
+    def complete_again(self, data: Any, children: int) -> None:
+        """A look actor died after completing and its retry decides anew: the record stands, nothing moves."""
+        work_id = data.draw(st.sampled_from(sorted(self.decided)))
+        offered = decision_of(work_id, children)
+        (counts,) = self.frontier.complete([Completion(*work_id, offered)])
+        if work_id[0] in self.committed:
+            assert counts == offered
+        else:
+            assert counts == self.decided[work_id]
+            self.conflicts += offered != counts
+
+    @precondition(lambda self: self.done())
+    @rule(data=st.data())
+    def commit(self, data: Any) -> None:
+        some = data.draw(st.lists(st.sampled_from(self.done()), min_size=1, unique=True))
+        self.frontier.commit(some)
+        self.frontier.commit(some[:1])
+        self.committed |= set(some)
+
+    # --- what always holds ----------------------------------------------------------------------------------
+
+    @invariant()
+    def the_counts_are_the_models(self) -> None:
+        status = self.frontier.status()
+        assert status.outstanding == len(self.ready) + len(self.out)
+        assert status.ready == len(self.ready)
+        assert status.admitted == len(self.admitted)
+        assert status.open_images == len(self.open_images()) <= self.max_open
+        assert status.conflicts == self.conflicts
+
+    def teardown(self) -> None:
+        """Whatever happened: every image is finished, worth exactly 1, and nothing is remembered once it is written."""
+        if not hasattr(self, "frontier"):
+            return
+        reader = 0
+        while True:
+            # A single reader that goes on from wherever it was.
+            lease = self.frontier.lease(reader, self.next.get(reader, 0), 2)
+            if lease is None:
+                break
+            if lease.work:
+                self.next[reader] = self.next.get(reader, 0) + 1
+                self.out |= {work.id: work for work in lease.work}
+            assert self.out, "nothing to lease, nothing out, and not over: a hang"
+            for work in self.out.values():
+                self.frontier.complete([completion(work)])
+                self.credits[work.id[0]] = self.credits.get(work.id[0], Fraction(0)) + work.credit
+            self.out = {}
+        assert self.credits == {record.image_id: Fraction(1) for record in self.records}
+        assert all(self.frontier.lease(reader, self.next.get(reader, 0), 1) is None for reader in range(3))
+        self.frontier.commit([record.image_id for record in self.records])
+        assert remembered(self.frontier) == 0
+
+
+def remembered(frontier: Frontier) -> int:
+    """How many things a frontier holds that grow with the images: journal entries, decisions, tiles."""
+    entries = sum(len(journal.entries) for journal in frontier._journal.values())
+    kept = (frontier._ready, frontier._out, frontier._open_tiles, frontier._decided, frontier._order)
+    return entries + sum(map(len, (*kept, frontier._leases_of, frontier._uncommitted)))
+
+
+TestFrontier = FrontierMachine.TestCase
+TestFrontier.settings = settings(deadline=None, max_examples=150, stateful_step_count=40)
+
+
+def test_deepest_tiles_come_first_then_the_oldest_image() -> None:
+    frontier = Frontier(records_of(3), max_open_images=3)
+    first = frontier.lease(0, 0, 3)
+    assert first is not None
+    one, two, three = first.work
+    frontier.complete([completion(two, 2), completion(one, 2)])
+    second = frontier.lease(0, 1, 3)
+    assert second is not None
+    assert [work.id for work in second.work] == [(1, (0,)), (1, (1,)), (2, (0,))]
+    frontier.complete([completion(second.work[2], 1)])
+    third = frontier.lease(0, 2, 9)
+    assert third is not None
+    assert [work.id for work in third.work] == [(2, (0, 0)), (2, (1,))]
+    assert three.id == (3, ())
+
+
+def test_no_image_is_opened_while_there_is_enough_to_do() -> None:
+    frontier = Frontier(records_of(9), max_open_images=9)
+    lease = frontier.lease(0, 0, 1)
+    assert lease is not None
+    frontier.complete([completion(lease.work[0], 4)])
+    frontier.lease(0, 1, 4)
+    assert frontier.status().admitted == 1
+    frontier.lease(0, 2, 2)
+    assert frontier.status().admitted == 3
+
+
+def test_admission_waits_for_completions_and_not_for_commits() -> None:
+    frontier = Frontier(records_of(3), max_open_images=1)
+    for sequence in range(3):
+        lease = frontier.lease(0, sequence, 5)
+        assert lease is not None
+        assert len(lease.work) == 1
+        wait = frontier.lease(1, 0, 5)
+        assert wait is not None
+        assert wait.work == ()
+        frontier.complete([completion(lease.work[0])])
+    assert frontier.lease(1, 0, 5) is None
+
+
+def test_a_wait_takes_no_sequence_number() -> None:
+    frontier = Frontier(records_of(1), max_open_images=1)
+    lease = frontier.lease(0, 0, 1)
+    assert lease is not None
+    assert frontier.lease(1, 0, 1) == frontier.lease(1, 0, 1)
+    frontier.complete([completion(lease.work[0], 1)])
+    child = frontier.lease(1, 0, 1)
+    assert child is not None
+    assert [work.id for work in child.work] == [(1, (0,))]
+    assert child == frontier.lease(1, 0, 1)
+
+
+def test_a_lease_of_written_and_unwritten_images_is_kept_whole() -> None:
+    frontier = Frontier(records_of(2), max_open_images=2)
+    lease = frontier.lease(0, 0, 2)
+    assert lease is not None
+    frontier.complete([completion(work) for work in lease.work])
+    frontier.commit([1])
+    assert frontier.lease(0, 0, 2) == lease
+    frontier.commit([2])
+    again = frontier.lease(0, 0, 2)
+    assert again is not None
+    assert again.forgotten
+    assert again.work == ()
+
+
+def test_what_is_remembered_does_not_grow_with_the_images() -> None:
+    frontier = Frontier(records_of(300), max_open_images=4)
+    sequences = [0, 0]
+    most = 0
+    for turn in range(10_000):
+        reader = turn % 2
+        lease = frontier.lease(reader, sequences[reader], 2)
+        if lease is None:
+            break
+        sequences[reader] += bool(lease.work)
+        for work in lease.work:
+            frontier.complete([completion(work, 2 if not work.id[1] else 0)])
+        done = [i for i in frontier._decided if i not in frontier._open_tiles]
+        frontier.commit(done)
+        most = max(most, remembered(frontier))
+    assert frontier.status().admitted == 300
+    assert remembered(frontier) == 0
+    assert most < 60
+
+
+def test_an_image_that_failed_is_over_and_worth_all_of_itself() -> None:
+    frontier = Frontier(records_of(1), max_open_images=1)
+    lease = frontier.lease(0, 0, 1)
+    assert lease is not None
+    (counts,) = frontier.complete([completion(lease.work[0], failed=True)])
+    assert counts.failure == Failure("look", "NaN")
+    assert child_credit(lease.work[0].credit, counts.expansion) == 1
+    assert frontier.lease(0, 1, 1) is None
+
+
+def test_a_tile_that_was_never_leased_cannot_be_completed() -> None:
+    frontier = Frontier(records_of(1), max_open_images=1)
+    frontier.lease(0, 0, 1)
+    with pytest.raises(KeyError):
+        frontier.complete([Completion(1, (5,), decision_of((1, (5,)), 0))])
+
+
+def test_no_images_are_over_at_once() -> None:
+    assert Frontier([], max_open_images=1).lease(0, 0, 8) is None
+
+
+def test_a_queue_that_may_open_no_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_open_images must be 1 or more, got 0"):
+        Frontier([ImageRecord(1, "1.png")], max_open_images=0)

@@ -1,0 +1,119 @@
+"""The rules that the code as a whole keeps."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import scalenet_ray
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "scalenet_ray").rglob("*.py"))
+JOBS = sorted((ROOT / "jobs").glob("*.py"))
+INSTALLS = ("requirements.txt", "Makefile", ".ci/run", ".pre-commit-config.yaml")
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements() -> list[str]:
+    """Requirements of the lock file, each with its continuation lines."""
+    text = (ROOT / "requirements.txt").read_text().replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def locked_version(name: str) -> str:
+    return next(line for line in requirements() if line.startswith(f"{name}==")).split()[0].partition("==")[2]
+
+
+def loaded_by(modules: list[str]) -> set[str]:
+    """The top-level packages that importing `modules` loads, in a process of its own."""
+    script = f"import sys, {', '.join(modules)}; sys.stdout.write(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_importing_the_package_loads_neither_ray_nor_torch():
+    assert not loaded_by(["scalenet_ray"]) & {"ray", "torch", "numpy"}
+
+
+def test_core_loads_arrays_and_nothing_heavier():
+    core = [module_name(path) for path in PACKAGE if path.parent.name == "core"]
+    assert not loaded_by(core) & {"ray", "torch", "torchvision", "onnxruntime"}
+
+
+def test_models_load_no_ray():
+    models = [module_name(path) for path in PACKAGE if path.parent.name == "models"]
+    assert "ray" not in loaded_by(models)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_no_job_imports_another(path: Path):
+    others = {other.stem for other in JOBS} | {"jobs"}
+    assert not {name.partition(".")[0] for name in imports_of(path)} & others
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: module_name(path))
+def test_only_what_jobs_say_in_the_terminal_is_printed(path: Path):
+    calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    prints = "print" in {call.id for call in calls if isinstance(call, ast.Name)}
+    assert not prints or module_name(path) == "scalenet_ray.terminal"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: module_name(path))
+def test_the_package_imports_none_of_its_users(path: Path):
+    assert not {name.partition(".")[0] for name in imports_of(path)} & {"jobs", "bench", "tests"}
+
+
+def test_the_version_is_the_same_everywhere():
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert scalenet_ray.__version__ == project()["version"] == newest[1]
+
+
+@pytest.mark.parametrize("name", INSTALLS)
+def test_what_installs_names_no_address(name: str):
+    text = (ROOT / name).read_text()
+    assert not re.search(r"://|--(extra-)?index-url|--find-links|--trusted-host", text)
+
+
+def test_every_locked_requirement_has_a_version_and_a_hash():
+    lines = requirements()
+    assert len(lines) > 100
+    assert [line for line in lines if not re.match(r"[\w.-]+==\S+ .*--hash=sha256:[0-9a-f]{64}", line)] == []
+
+
+def test_the_lock_holds_what_the_project_asks_for():
+    asked = [*project()["dependencies"], *project()["optional-dependencies"]["dev"]]
+    names = {re.split(r"[^\w.-]", requirement)[0] for requirement in asked}
+    assert names - {line.partition("==")[0] for line in requirements()} == set()
+    exact = [requirement.partition("==") for requirement in asked if "==" in requirement]
+    assert {name.partition("[")[0] for name, _, _ in exact} == {"ray", "torch", "torchvision"}
+    assert [(name, pin) for name, _, pin in exact if locked_version(name.partition("[")[0]) != pin] == []
+
+
+def test_the_licence_is_there_and_named():
+    assert project()["license"] == "Apache-2.0"
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text

@@ -1,0 +1,326 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tyro
+import yaml
+from PIL import Image
+from pycocotools.coco import COCO
+
+from scalenet_ray.core.samples import write_sample
+from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.terminal import run_job
+from tests.job_scripts import load_job
+
+SAMPLE_NETWORKS = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
+FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+RECALLS = ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
+COSTS = (
+    "tiles_per_image",
+    "detector_passes_per_image",
+    "detector_megapixels_per_image",
+    "scalenet_megapixels_per_image",
+    "images_per_second",
+    "seconds",
+)
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample(tmp_path_factory.mktemp("data") / "sample", train=2, val=8)
+
+
+def eval_job(data: str | Path | None, output: Path | str, *policies: str, **changes: Any) -> Any:
+    module = load_job("eval_coco")
+    job = module.EvalCoco(
+        data=None if data is None else str(data),
+        output=str(output),
+        policies=policies or ("whole",),
+        engine="local",
+        networks=SAMPLE_NETWORKS,
+    )
+    return replace(job, **changes)
+
+
+def run_eval(job: Any) -> int:
+    return load_job("eval_coco").main(job)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def error_of(job: Any, capsys: pytest.CaptureFixture[str], name: str = "eval_coco") -> str:
+    """What a job that cannot begin says, having checked that it exits with 2."""
+    with pytest.raises(SystemExit) as exit_info:
+        run_job(load_job(name).main, job)
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_all_policies_run_into_one_run_folder(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policies = ("whole", "whole@384", "pyramid", "grid-2", "random", "first-pass", "scalenet", "fused", "oracle")
+    assert run_eval(eval_job(sample, tmp_path / "run", *policies)) == 0
+
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    assert metrics["images"] == {"total": 8, "done": 8, "failed": 0}
+    assert list(metrics["policies"]) == list(policies)
+    for figures in metrics["policies"].values():
+        assert not [name for name in (*FIGURES, *RECALLS, *COSTS) if name not in figures]
+    assert metrics["policies"]["whole"]["detector_passes_per_image"] == 1
+    assert metrics["policies"]["grid-2"]["detector_passes_per_image"] == 5
+    assert metrics["policies"]["whole@384"]["detector_passes_per_image"] == pytest.approx(4)
+    # A look at the whole image by Scale Net costs its pixels; the first pass and the oracle look for nothing.
+    assert metrics["policies"]["scalenet"]["scalenet_megapixels_per_image"] > 0
+    assert metrics["policies"]["first-pass"]["scalenet_megapixels_per_image"] == 0
+
+    for policy in policies:
+        rows = pq.read_table(tmp_path / "run" / "detections" / f"{policy}-00000.parquet")
+        assert len(read_json(tmp_path / "run" / "results" / f"{policy}.json")) == rows.num_rows
+    assert pq.read_table(tmp_path / "run" / "failures.parquet").num_rows == 0
+    assert "AP of small objects" in (tmp_path / "run" / "report.html").read_text()
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert [policy["name"] for policy in config["settings"]["policies"]] == list(policies)
+    assert "torch" in config["versions"]
+    last = capsys.readouterr().out.splitlines()
+    assert last[-1] == f"8 of 8 images done, results in {tmp_path / 'run'}"
+    assert [line.split()[0] for line in last[-10:-1]] == list(policies)
+
+
+def test_results_are_what_pycocotools_reads(sample: Path, tmp_path: Path) -> None:
+    run_eval(eval_job(sample, tmp_path / "run", "grid-2"))
+    truth = COCO(sample / "annotations" / "instances_val2017.json")
+    loaded = truth.loadRes(str(tmp_path / "run" / "results.json"))
+    assert set(loaded.getImgIds()) == set(truth.getImgIds())
+    assert {row["category_id"] for row in loaded.loadAnns(loaded.getAnnIds())} <= set(truth.getCatIds())
+
+
+def test_a_second_run_into_the_same_folder_is_refused(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = eval_job(sample, tmp_path / "run", limit=1)
+    run_eval(job)
+    assert "holds a run already: add --resume" in error_of(job, capsys)
+
+
+def test_resuming_a_finished_run_does_nothing_again_and_says_the_same(sample: Path, tmp_path: Path) -> None:
+    job = eval_job(sample, tmp_path / "run", "scalenet", limit=3)
+    run_eval(job)
+    before = read_json(tmp_path / "run" / "results.json")
+    shard = tmp_path / "run" / "images" / "scalenet-00000.parquet"
+    written = shard.stat().st_mtime_ns
+    assert run_eval(replace(job, resume=True)) == 0
+    assert read_json(tmp_path / "run" / "results.json") == before
+    assert shard.stat().st_mtime_ns == written
+
+
+def test_resuming_with_other_settings_is_refused(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = eval_job(sample, tmp_path / "run", limit=1)
+    run_eval(job)
+    assert "limit: 1 then, 2 now" in error_of(replace(job, limit=2, resume=True), capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policies": ("zoom",)}, "there is no policy 'zoom': use whole"),
+        ({"policies": ()}, "name at least one policy"),
+        ({"policies": ("whole", "whole")}, "got twice whole"),
+        ({"networks": NetworkNames(detector="tiny:nowhere.safetensors")}, "nowhere.safetensors"),
+        ({"networks": NetworkNames(detector="magic:x")}, "magic:x"),
+        ({"networks": NetworkNames()}, "give --detector kind:what"),
+        ({"policies": ("scalenet",), "networks": NetworkNames(detector=SAMPLE_DETECTOR)}, "give --scale-net PATH"),
+        ({"data": "no/such/folder"}, "no/such/folder"),
+        ({"split": "test2017"}, "instances_test2017.json"),
+        ({"policy_file": "no-such.yaml"}, "no-such.yaml"),
+    ],
+)
+def test_what_cannot_begin_says_why_in_one_line(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    said = error_of(replace(eval_job(sample, tmp_path / "run"), **changes), capsys)
+    assert said.startswith("error: ")
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_category_that_the_detector_does_not_know_is_refused(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample, data)
+    path = data / "annotations" / "instances_val2017.json"
+    document = read_json(path)
+    document["categories"].append({"id": 77, "name": "dodecahedron"})
+    path.write_text(json.dumps(document))
+    assert "dodecahedron" in error_of(eval_job(data, tmp_path / "run"), capsys)
+
+
+def spoil(sample: Path, data: Path) -> dict[str, str]:
+    """A copy of the sample in which every image but two is bad in its own way; file -> part of its reason."""
+    shutil.copytree(sample, data)
+    path = data / "annotations" / "instances_val2017.json"
+    document = read_json(path)
+    names = [image["file_name"] for image in document["images"]]
+    folder = data / "val2017"
+    (folder / names[0]).unlink()
+    whole = (folder / names[1]).read_bytes()
+    (folder / names[1]).write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (20, 10)).save(folder / names[2])
+    (folder / names[3]).write_text("not a picture")
+    document["images"][4]["file_name"] = "../secret.jpg"
+    shutil.copy(folder / names[5], data / "secret.jpg")
+    huge = Image.new("L", (20_000, 20_000))
+    huge.save(folder / names[5], "PNG")
+    document["images"][5] |= {"height": 20_000, "width": 20_000}
+    path.write_text(json.dumps(document))
+    return {
+        names[0]: "No such file",
+        names[1]: "damaged",
+        names[2]: "as annotated",
+        names[3]: "must be a JPEG",
+        "../secret.jpg": "inside the images' folder",
+        names[5]: "may have 200000000 pixels",
+    }
+
+
+def test_bad_images_cost_themselves_alone_and_are_named(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reasons = spoil(sample, tmp_path / "data")
+    job = eval_job(tmp_path / "data", tmp_path / "run", "whole", "scalenet")
+    assert run_eval(job) == 1
+    assert "2 of 8 images done" in capsys.readouterr().out.splitlines()[-1]
+
+    failures = pq.read_table(tmp_path / "run" / "failures.parquet").to_pylist()
+    assert len(failures) == 2 * len(reasons)
+    for row in failures:
+        assert row["stage"] == "read"
+        assert reasons[row["file"]] in row["reason"] or "not there" in row["reason"]
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    assert metrics["images"] == {"total": 8, "done": 2, "failed": 6}
+    allowed = replace(job, output=str(tmp_path / "other"), max_failures=6)
+    assert run_eval(allowed) == 0
+    assert "6 FAILED" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_run_whose_images_all_fail_still_has_its_figures(sample: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample, data)
+    for file in (data / "val2017").iterdir():
+        file.write_bytes(b"")
+    assert run_eval(eval_job(data, tmp_path / "run", "grid-2")) == 1
+    figures = read_json(tmp_path / "run" / "metrics.json")["policies"]["grid-2"]
+    assert figures["AP"] == 0
+    assert figures["detector_passes_per_image"] == 0
+    assert read_json(tmp_path / "run" / "results.json") == []
+
+
+def test_images_without_any_object_are_no_error(sample: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(sample, data)
+    path = data / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps({**read_json(path), "annotations": []}))
+    assert run_eval(eval_job(data, tmp_path / "run", "whole", "oracle")) == 0
+    figures = read_json(tmp_path / "run" / "metrics.json")["policies"]
+    # Nothing is there to be found: the figures are missing, not 0; and the oracle sees no reason to zoom.
+    assert figures["whole"]["AP"] is None
+    assert figures["oracle"]["detector_passes_per_image"] == 1
+
+
+def detect_job(images: str | Path, output: Path, **changes: Any) -> Any:
+    module = load_job("detect")
+    job = module.DetectImages(images=str(images), output=str(output), engine="local", networks=SAMPLE_NETWORKS)
+    return replace(job, **changes)
+
+
+def test_detect_takes_a_folder_a_glob_and_a_parquet_file_alike(sample: Path, tmp_path: Path) -> None:
+    folder = sample / "val2017"
+    table = {"uri": [str(file) for file in sorted(folder.iterdir())]}
+    pq.write_table(__import__("pyarrow").table(table), tmp_path / "list.parquet")
+    found = []
+    for i, images in enumerate((folder, f"{folder}/*.jpg", tmp_path / "list.parquet")):
+        assert load_job("detect").main(detect_job(images, tmp_path / f"run{i}")) == 0
+        found.append(read_json(tmp_path / f"run{i}" / "results.json"))
+    assert found[0]
+    assert found[0] == found[1] == found[2]
+    metrics = read_json(tmp_path / "run0" / "metrics.json")
+    assert "AP" not in metrics["policies"]["first-pass"]
+    assert len(metrics["categories"]) >= 8
+
+
+def test_detect_has_no_ground_truth_for_an_oracle(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = detect_job(sample / "val2017", tmp_path / "run", policy="oracle")
+    assert "has no ground truth" in error_of(job, capsys, "detect")
+
+
+def test_an_empty_folder_of_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "at least one image" in error_of(detect_job(tmp_path / "empty", tmp_path / "run"), capsys, "detect")
+
+
+def test_pictures_of_every_kind_are_detected(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    colour = rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(colour[..., 0]).save(folder / "grey.png")
+    Image.fromarray(colour).convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(colour).convert("P").save(folder / "palette.png")
+    Image.fromarray(colour[..., 0].astype(np.uint16) * 257).save(folder / "sixteen.png")
+    Image.fromarray(colour[:1, :1]).save(folder / "one.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(colour).save(folder / "turned.jpg", exif=exif)
+    assert load_job("detect").main(detect_job(folder, tmp_path / "run", policy="scalenet")) == 0
+    images = pq.read_table(tmp_path / "run" / "images" / "scalenet-00000.parquet").to_pylist()
+    sizes = {Path(row["file"]).name: (row["height"], row["width"]) for row in images}
+    assert sizes["turned.jpg"] == (80, 60)
+    assert sizes["one.png"] == (1, 1)
+    assert len(sizes) == 6
+
+
+def test_a_policy_file_says_exactly_what_to_do(sample: Path, tmp_path: Path) -> None:
+    text = "version: 1\nname: mine\nkind: grid\ninput_side: 192\ngrid: 3\noverlap: 0.0\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    job = eval_job(sample, tmp_path / "run", "whole", limit=2, policy_file=str(tmp_path / "mine.yaml"))
+    run_eval(job)
+    figures = read_json(tmp_path / "run" / "metrics.json")["policies"]
+    assert figures["mine"]["detector_passes_per_image"] == 10
+    (tmp_path / "old.yaml").write_text(text.replace("version: 1", "version: 0"))
+
+
+def test_data_and_run_folder_may_lie_in_s3(sample: Path, tmp_path: Path, s3_bucket: str) -> None:
+    store = fsspec.filesystem("s3")
+    store.put(str(sample), f"{s3_bucket}/sample", recursive=True)
+    assert run_eval(eval_job(f"{s3_bucket}/sample", f"{s3_bucket}/run", "scalenet", limit=3)) == 0
+    run_eval(eval_job(sample, tmp_path / "run", "scalenet", limit=3))
+    there = json.loads(store.cat(f"{s3_bucket}/run/results.json"))
+    assert there == read_json(tmp_path / "run" / "results.json")
+    assert store.exists(f"{s3_bucket}/run/report.html")
+
+
+def test_the_flags_are_those_that_users_call() -> None:
+    words = (
+        "--data d --split s --detector yolox-onnx:p --policies whole grid-2 --scale-net n --policy-file y --limit 3 "
+        "--output o --resume --scale-actors 2 --detector-actors 3 --max-failures 1"
+    )
+    job = tyro.cli(load_job("eval_coco").EvalCoco, args=words.split())
+    assert job.policies == ("whole", "grid-2")
+    assert job.networks.detector == "yolox-onnx:p"
+    assert job.resources.scale_actors == 2
+    words = "--images i --detector a:B --policy scalenet --output o --scale-actors 1 4"
+    job = tyro.cli(load_job("detect").DetectImages, args=words.split())
+    assert job.resources.scale_actors == (1, 4)

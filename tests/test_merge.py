@@ -1,0 +1,342 @@
+"""From tiles to the image: what is dropped, what is suppressed, and that no order matters."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.merge import Merging, carry_to_image, iou_matrix, merge_detections, nms, soft_nms
+from scalenet_ray.core.window import AreaRange, Tile, Window
+from tests.oracles import iou_of_boxes
+
+MERGING = Merging(iou_threshold=0.65, score_threshold=0.01, edge_margin=2.0)
+LINEAR = Merging(method="soft-nms-linear", iou_threshold=0.3, score_threshold=0.0)
+GAUSSIAN = Merging(method="soft-nms-gaussian", sigma=0.5, score_threshold=0.0)
+
+
+def _found(boxes: Any, scores: Any = None, labels: Any = None, **more: Any) -> Detections:
+    boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
+    count = len(boxes)
+    return Detections(
+        boxes, np.full(count, 0.9) if scores is None else scores, np.ones(count) if labels is None else labels, **more
+    )
+
+
+def _spans(*spans: tuple[float, float]) -> np.ndarray:
+    """Boxes of height 1 whose overlaps are those of their spans along x."""
+    return np.array([[x0, 0, x1, 1] for x0, x1 in spans], np.float32)
+
+
+@st.composite
+def heaps(draw: st.DrawFn, most: int = 25) -> Detections:
+    """Boxes that overlap a lot, with ties in scores and places, some of them empty."""
+    count = draw(st.integers(0, most))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    corners = rng.integers(0, 12, (count, 2))
+    boxes = np.hstack([corners, corners + rng.integers(0, 9, (count, 2))])
+    windows = np.array([[0, 0, 9, 9], [0, 0, 30, 30]])[rng.integers(0, 2, count)]
+    return _found(boxes, rng.integers(0, 6, count) / 5, rng.integers(1, 4, count), windows=windows)
+
+
+def _equal(one: Detections, other: Detections) -> bool:
+    arrays = ("boxes", "scores", "labels", "depth", "windows")
+    same = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
+    return same and one.masks == other.masks
+
+
+# --- overlap ----------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(heaps(), heaps())
+def test_iou_equals_the_formula_written_out(one: Detections, other: Detections) -> None:
+    matrix = iou_matrix(one.boxes, other.boxes)
+    assert matrix.shape == (len(one), len(other))
+    for i, a in enumerate(one.boxes.tolist()):
+        for j, b in enumerate(other.boxes.tolist()):
+            assert matrix[i, j] == pytest.approx(iou_of_boxes(a, b))
+
+
+def test_empty_and_inverted_boxes_overlap_nothing() -> None:
+    boxes = np.array([[2, 2, 2, 2], [5, 5, 3, 3], [0, 0, 9, 9]], np.float32)
+    assert iou_matrix(boxes, boxes).tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1]]
+
+
+# --- hard NMS ---------------------------------------------------------------------------------------
+
+
+def _brute_nms(found: Detections, threshold: float) -> list[int]:
+    """The definition: the best first, each kept unless one kept before it overlaps it by more."""
+    kept: list[int] = []
+    for i in sorted(range(len(found)), key=lambda i: (-found.scores[i], i)):
+        rivals = [j for j in kept if found.labels[j] == found.labels[i]]
+        if all(iou_of_boxes(found.boxes[i].tolist(), found.boxes[j].tolist()) <= threshold for j in rivals):
+            kept.append(i)
+    return kept
+
+
+@settings(deadline=None, max_examples=200)
+@given(heaps(), st.sampled_from([0.0, 0.35, 0.65, 1.0]))
+def test_nms_equals_its_definition(found: Detections, threshold: float) -> None:
+    kept = nms(found.boxes, found.scores, found.labels, threshold)
+    assert kept.dtype == np.int64
+    assert kept.tolist() == _brute_nms(found, threshold)
+
+
+def test_nms_is_as_worked_by_hand() -> None:
+    # Spans 0-10, 0-8 and 4-10: overlaps 8/10, 6/10 and 4/10.
+    boxes, scores, labels = _spans((0, 10), (0, 8), (4, 10)), np.array([0.9, 0.8, 0.7]), np.ones(3)
+    assert nms(boxes, scores, labels, 0.85).tolist() == [0, 1, 2]
+    assert nms(boxes, scores, labels, 0.65).tolist() == [0, 2]
+    assert nms(boxes, scores, labels, 0.5).tolist() == [0]
+    assert nms(boxes, scores[::-1], labels, 0.65).tolist() == [2, 1]
+
+
+def test_what_is_suppressed_suppresses_nothing() -> None:
+    # Spans 0-10, 3-13 and 6-16: neighbours overlap by 7/13 = .54, the outer two by 4/16.
+    boxes = _spans((0, 10), (3, 13), (6, 16))
+    assert nms(boxes, np.array([0.9, 0.8, 0.7]), np.ones(3), 0.5).tolist() == [0, 2]
+    assert nms(boxes, np.array([0.7, 0.9, 0.8]), np.ones(3), 0.5).tolist() == [1]
+
+
+def test_an_overlap_of_just_the_threshold_is_kept() -> None:
+    boxes = _spans((0, 10), (0, 5))
+    assert nms(boxes, np.array([0.9, 0.8]), np.ones(2), 0.5).tolist() == [0, 1]
+    assert nms(boxes, np.array([0.9, 0.8]), np.ones(2), 0.499).tolist() == [0]
+
+
+def test_other_labels_do_not_suppress() -> None:
+    boxes = _spans((0, 10), (0, 10))
+    assert nms(boxes, np.array([0.8, 0.9]), np.array([1, 2]), 0.5).tolist() == [1, 0]
+
+
+def test_equal_scores_keep_their_order() -> None:
+    assert nms(_spans((0, 1), (5, 6), (9, 10)), np.full(3, 0.5), np.array([3, 1, 2]), 0.5).tolist() == [0, 1, 2]
+
+
+# --- soft-NMS ---------------------------------------------------------------------------------------
+
+
+def _brute_soft_nms(found: Detections, merging: Merging) -> np.ndarray:
+    """Bodla et al., Figure 2: take the best of what is left, decay the rest, and so on."""
+    scores, left = found.scores.astype(np.float64), list(range(len(found)))
+    while left:
+        best = max(left, key=lambda i: (scores[i], -i))
+        left.remove(best)
+        for i in left:
+            if found.labels[i] != found.labels[best]:
+                continue
+            overlap = iou_of_boxes(found.boxes[i].tolist(), found.boxes[best].tolist())
+            if merging.method == "soft-nms-gaussian":
+                scores[i] *= math.exp(-(overlap**2) / merging.sigma)
+            elif overlap > merging.iou_threshold:
+                scores[i] *= 1 - overlap
+    return scores
+
+
+def test_linear_soft_nms_selects_anew_as_worked_by_hand() -> None:
+    # Spans 0-10, 0-8, 4-10 score .9, .8, .7 and overlap by .8 (1, 2), .6 (1, 3) and .4 (2, 3), all over .3.
+    # .9 first: the second falls to .8 * (1 - .8) = .16, the third to .7 * (1 - .6) = .28. Now the third is the
+    # best: the second falls to .16 * (1 - .4) = .096. In the first order it would be .16 and the third .168.
+    scores = soft_nms(_spans((0, 10), (0, 8), (4, 10)), np.array([0.9, 0.8, 0.7]), np.ones(3), LINEAR)
+    np.testing.assert_allclose(scores, [0.9, 0.096, 0.28], rtol=1e-6)
+
+
+def test_gaussian_soft_nms_selects_anew_as_worked_by_hand() -> None:
+    # The same spans with sigma .5: .8 * exp(-.64 / .5) = .22243, .7 * exp(-.36 / .5) = .34073; the third is the
+    # best, and the second falls to .22243 * exp(-.16 / .5) = .16152.
+    scores = soft_nms(_spans((0, 10), (0, 8), (4, 10)), np.array([0.9, 0.8, 0.7]), np.ones(3), GAUSSIAN)
+    np.testing.assert_allclose(scores, [0.9, 0.16152, 0.34073], rtol=1e-4)
+
+
+def test_linear_soft_nms_leaves_alone_what_overlaps_by_the_threshold_or_less() -> None:
+    boxes, scores = _spans((0, 10), (0, 5)), np.array([0.9, 0.8])
+    at = dataclasses.replace(LINEAR, iou_threshold=0.5)
+    np.testing.assert_allclose(soft_nms(boxes, scores, np.ones(2), at), [0.9, 0.8], rtol=1e-6)
+    under = dataclasses.replace(LINEAR, iou_threshold=0.499)
+    np.testing.assert_allclose(soft_nms(boxes, scores, np.ones(2), under), [0.9, 0.4], rtol=1e-6)
+
+
+def test_soft_nms_decays_within_a_label_alone() -> None:
+    scores = soft_nms(_spans((0, 10), (0, 10)), np.array([0.9, 0.8]), np.array([1, 2]), GAUSSIAN)
+    np.testing.assert_allclose(scores, [0.9, 0.8], rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=150)
+@given(heaps(15), st.sampled_from([LINEAR, GAUSSIAN]), st.sampled_from([0.0, 0.05, 0.3]))
+def test_soft_nms_equals_its_definition(found: Detections, merging: Merging, threshold: float) -> None:
+    merging = dataclasses.replace(merging, score_threshold=threshold)
+    got, wanted = soft_nms(found.boxes, found.scores, found.labels, merging), _brute_soft_nms(found, merging)
+    assert got.dtype == np.float32
+    # Nothing that ends under the threshold is decayed to the end: it will be dropped as it is.
+    certain = np.abs(wanted - threshold) > 1e-6
+    np.testing.assert_array_equal((got >= threshold)[certain], (wanted >= threshold)[certain])
+    kept = (wanted >= threshold) & certain
+    np.testing.assert_allclose(got[kept], wanted[kept], rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(heaps(), st.sampled_from([LINEAR, GAUSSIAN]))
+def test_soft_nms_never_raises_a_score(found: Detections, merging: Merging) -> None:
+    decayed = soft_nms(found.boxes, found.scores, found.labels, merging)
+    assert (decayed <= found.scores).all()
+    assert (decayed >= 0).all()
+
+
+def test_a_score_of_just_the_threshold_is_decayed_like_any_other() -> None:
+    # float32 holds .01 as .0099999998; it must not fall out of the race and be kept whole in the end.
+    merging = Merging(method="soft-nms-linear", iou_threshold=0.3, score_threshold=0.01)
+    found = _found(_spans((0, 10), (50, 60), (50, 60)), [0.9, 0.01, 0.01])
+    assert merge_detections([found], merging).boxes.tolist() == [[0, 0, 10, 1], [50, 0, 60, 1]]
+
+
+# --- merging ----------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=150)
+@given(heaps(), st.sampled_from([Merging(score_threshold=0.0), LINEAR, GAUSSIAN]), st.randoms(use_true_random=False))
+def test_no_order_of_parts_or_of_rows_matters(found: Detections, merging: Merging, random: Any) -> None:
+    wanted = merge_detections([found], merging)
+    order = list(range(len(found)))
+    random.shuffle(order)
+    cuts = sorted(random.randint(0, len(order)) for _ in range(3))
+    shuffled = found[np.array(order, np.int64)]
+    parts = [shuffled[np.arange(a, b)] for a, b in zip([0, *cuts], [*cuts, len(order)], strict=True)]
+    random.shuffle(parts)
+    assert _equal(merge_detections(parts, merging), wanted)
+
+
+@settings(deadline=None, max_examples=60)
+@given(heaps(), st.sampled_from([Merging(score_threshold=0.0), LINEAR, GAUSSIAN]))
+def test_the_best_come_first(found: Detections, merging: Merging) -> None:
+    scores = merge_detections([found], merging).scores
+    assert (np.diff(scores) <= 0).all()
+
+
+def test_soft_nms_ranks_by_the_decayed_scores_and_drops_what_falls_under_the_threshold() -> None:
+    merging = dataclasses.replace(LINEAR, score_threshold=0.1)
+    merged = merge_detections([_found(_spans((0, 10), (0, 8), (4, 10)), [0.9, 0.8, 0.7])], merging)
+    assert merged.scores.tolist() == pytest.approx([0.9, 0.28])
+    assert merged.boxes[:, 0].tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("merging", [MERGING, LINEAR, GAUSSIAN])
+@pytest.mark.parametrize("parts", [[], [Detections.empty()], [Detections.empty()] * 3])
+def test_nothing_merged_is_nothing_of_four_columns(merging: Merging, parts: list) -> None:
+    merged = merge_detections(parts, merging)
+    assert merged.boxes.shape == (0, 4)
+    assert merged.windows.shape == (0, 4)
+    assert merged.labels.dtype == np.int64
+
+
+def test_masks_stay_with_their_boxes() -> None:
+    found = _found(_spans((0, 10), (0, 9), (20, 30)), [0.5, 0.9, 0.7], masks=(b"a", b"b", b"c"))
+    assert merge_detections([found], MERGING).masks == (b"b", b"c")
+
+
+# --- carrying back ----------------------------------------------------------------------------------
+
+TILE = Tile(5, (1,), (100, 100), Window(20, 40, 60, 60), 40, 80, keep=AreaRange(4.0, 100.0))
+"""Two tile pixels for one of the image; every edge lies inside the image."""
+
+
+def _carried(boxes: Any, tile: Tile = TILE, merging: Merging | None = None, **more: Any) -> Detections:
+    return carry_to_image(_found(boxes, **more), tile, merging or MERGING)
+
+
+def test_boxes_are_carried_with_their_depth_and_window() -> None:
+    carried = _carried([[10, 10, 20, 14]], labels=[7])
+    assert carried.boxes.tolist() == [[25, 45, 30, 47]]
+    assert (carried.depth.tolist(), carried.labels.tolist()) == ([1], [7])
+    assert carried.windows.tolist() == [[20, 40, 60, 60]]
+
+
+@pytest.mark.parametrize(
+    ("box", "kept"),
+    [
+        ((2, 10, 12, 20), True),
+        ((1.9, 10, 12, 20), False),
+        ((10, 2, 20, 12), True),
+        ((10, 1.9, 20, 12), False),
+        ((68, 10, 78, 20), True),
+        ((68, 10, 78.1, 20), False),
+        ((10, 28, 20, 38), True),
+        ((10, 28, 20, 38.1), False),
+        # A box that leaves the tile touches its edge.
+        ((-8, 10, 4, 20), False),
+        ((70, 10, 90, 20), False),
+    ],
+)
+def test_a_box_nearer_to_a_cut_edge_than_the_margin_is_dropped(box: tuple[float, ...], kept: bool) -> None:
+    assert len(_carried([box])) == kept
+    is_inside = box[0] >= 0 and box[2] <= TILE.width
+    assert len(_carried([box], merging=dataclasses.replace(MERGING, edge_margin=0.0))) == is_inside
+
+
+def test_the_images_own_border_cuts_nothing() -> None:
+    whole = Tile(5, (), (20, 40), Window(0, 0, 40, 20), 40, 80)
+    boxes = [[0, 0, 12, 10], [70, 30, 80, 40], [-3, -3, 9, 9]]
+    assert len(_carried(boxes, whole)) == 3
+    corner = dataclasses.replace(whole, window=Window(20, 0, 40, 20), width=40)
+    # Its left edge alone lies inside the image.
+    assert _carried([[0, 0, 9, 9], [30, 0, 40, 9]], corner).boxes.tolist() == [[35, 0, 40, 4.5]]
+
+
+def test_what_leaves_the_image_is_clipped_to_it() -> None:
+    whole = Tile(5, (), (20, 40), Window(0, 0, 40, 20), 40, 80)
+    # A detector's padded canvas is larger than the tile.
+    assert _carried([[-4, -6, 20, 20], [70, 30, 96, 96]], whole).boxes.tolist() == [[0, 0, 10, 10], [35, 15, 40, 20]]
+
+
+def test_a_box_with_nothing_inside_the_image_is_dropped() -> None:
+    whole = Tile(5, (), (20, 40), Window(0, 0, 40, 20), 40, 80)
+    nothing = [[84, 4, 96, 30], [4, 44, 30, 60], [-9, -9, -1, -1], [5, 5, 5, 9], [9, 5, 5, 9]]
+    for merging in (MERGING, dataclasses.replace(MERGING, match_size=False)):
+        assert len(_carried(nothing, whole, merging)) == 0
+
+
+def test_a_box_of_another_size_than_the_window_was_cut_for_is_dropped() -> None:
+    # Areas in image pixels: 2 * 1.9 = 3.8, 2 * 2 = 4, 10 * 9.9 = 99, 10 * 10 = 100; kept from 4 up to under 100.
+    boxes = [[10, 10, 14, 13.8], [10, 10, 14, 14], [10, 10, 30, 29.8], [10, 10, 30, 30]]
+    np.testing.assert_allclose(_carried(boxes).areas, [4, 99], rtol=1e-6)
+    assert len(_carried(boxes, merging=dataclasses.replace(MERGING, match_size=False))) == 4
+
+
+def test_the_size_is_that_of_the_part_inside_the_image() -> None:
+    whole = Tile(5, (), (20, 40), Window(0, 0, 40, 20), 40, 80, keep=AreaRange(0.0, 30.0))
+    # 10 x 10 image pixels, of which 5 x 5 are inside.
+    assert _carried([[-10, -10, 10, 10]], whole).areas.tolist() == [25]
+
+
+def test_unsure_boxes_are_dropped_before_they_are_merged() -> None:
+    carried = _carried([[10, 10, 20, 20]] * 3, scores=[0.009, 0.01, 0.5])
+    assert carried.scores.tolist() == pytest.approx([0.01, 0.5])
+
+
+def test_masks_are_carried_to_the_window_and_only_those_of_what_is_kept() -> None:
+    def mask(*box: int) -> bytes:
+        pixels = np.zeros((TILE.height, TILE.width), np.uint8, order="F")
+        pixels[box[1] : box[3], box[0] : box[2]] = 1
+        return bytes(coco_mask.encode(pixels)["counts"])  # type: ignore[arg-type]
+
+    boxes = [(0, 10, 10, 20), (10, 10, 20, 14)]
+    carried = _carried(boxes, masks=tuple(mask(*box) for box in boxes))
+    assert carried.masks is not None
+    (counts,) = carried.masks
+    pixels = coco_mask.decode({"size": [20, 40], "counts": counts})
+    rows, columns = np.nonzero(pixels)
+    assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (5, 5, 10, 7)
+    assert pixels.sum() == 10
+
+
+def test_nothing_found_is_carried_as_nothing() -> None:
+    assert _carried([]).boxes.shape == (0, 4)
+    assert carry_to_image(Detections.empty(with_masks=True), TILE, MERGING).masks == ()

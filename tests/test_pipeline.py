@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import ray
+from ray.data import DataContext
+
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.results import ImageResult
+from scalenet_ray.engine.pipeline import ImageStream, Resources
+from scalenet_ray.engine.stages import Networks, OpenImage
+from tests.faults import (
+    FlatImages,
+    Given,
+    Scenes,
+    SlowDetector,
+    as_values,
+    policy_of,
+    random_networks,
+    records_of,
+    reference,
+)
+from tests.oracles import RandomScale
+
+FOREVER = 1e6
+
+
+def run(
+    records: Sequence[ImageRecord], policy: Policy, networks: Networks, open_image: OpenImage, resources: Resources
+) -> list[ImageResult]:
+    """All results of a run on Ray; committed as they come, so that the queue forgets while it works."""
+    stream = ImageStream(records, policy, networks, open_image, resources)
+    results = []
+    for result in stream:
+        results.append(result)
+        stream.commit([result.image_id])
+    status = stream.status()
+    assert (status.outstanding, status.open_images, status.admitted) == (0, 0, len(records))
+    return results
+
+
+def assert_equals_reference(
+    records: Sequence[ImageRecord], policy: Policy, networks: Networks, open_image: OpenImage, resources: Resources
+) -> list[ImageResult]:
+    results = run(records, policy, networks, open_image, resources)
+    assert sorted(result.image_id for result in results) == [record.image_id for record in records]
+    expected = reference(records, policy, networks, open_image)
+    assert {result.image_id: as_values(result) for result in results} == expected
+    return results
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("name", "resources"),
+    [
+        ("whole", Resources()),
+        ("grid-2", Resources(scale_actors=3, scale_batch_size=8, detector_batch_size=5)),
+        ("pyramid", Resources(scale_batch_size=3, detector_batch_size=1)),
+        ("random", Resources(scale_batch_size=1, detector_batch_size=16, detector_actors=2)),
+        ("first-pass", Resources(scale_actors=3, scale_batch_size=3, detector_batch_size=16)),
+        ("scalenet", Resources(scale_actors=3, scale_batch_size=1, detector_batch_size=16)),
+        ("fused", Resources(readers=2, scale_batch_size=8, detector_batch_size=5)),
+        ("oracle", Resources(scale_actors=3, detector_actors=(1, 2), scale_batch_size=3, detector_batch_size=1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_policy_equals_recursive_detect(ray_session: None, name: str, resources: Resources) -> None:
+    # 23 images leave no batch size without a partial last batch; the second and the last one cannot be read.
+    records, policy = records_of(23), policy_of(name)
+    networks = random_networks(policy, len(records))
+    results = assert_equals_reference(records, policy, networks, Scenes(unreadable={2, 23}), resources)
+    failed = {result.image_id: result.failure for result in results if result.failure}
+    assert sorted(failed) == [2, 23]
+    assert {failure.stage for failure in failed.values()} == {"read"}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("max_open_images", [1, 2])
+def test_few_open_images_make_it_slow_but_not_wrong(ray_session: None, max_open_images: int) -> None:
+    records, policy = records_of(9), policy_of("scalenet")
+    resources = Resources(max_open_images=max_open_images, scale_batch_size=3, detector_batch_size=16)
+    results = assert_equals_reference(records, policy, random_networks(policy), Scenes(), resources)
+    assert max(int(result.detections.depth.max(initial=0)) for result in results) == 2
+
+
+@pytest.mark.ray
+def test_no_images_are_no_results(ray_session: None) -> None:
+    policy = policy_of("scalenet")
+    assert run([], policy, random_networks(policy), Scenes(), Resources()) == []
+
+
+@pytest.mark.ray
+def test_a_tiny_object_store_and_a_slow_detector_do_not_hang(ray_session: None) -> None:
+    assert ray.cluster_resources()["object_store_memory"] < 100 * 2**20
+    records = records_of(60)
+    policy = dataclasses.replace(policy_of("scalenet"), input_side=416)
+    networks = Networks(Given(SlowDetector(0.005, 416)), Given(RandomScale()))
+    # A row of 8 tiles is 4 MB, and a call of the detector waits for 8 rows.
+    resources = Resources(scale_batch_size=8, detector_batch_size=64, no_progress_seconds=30)
+    results = assert_equals_reference(records, policy, networks, FlatImages(416), resources)
+    assert sum(result.detector_pixels for result in results) * 3 > 2 * ray.cluster_resources()["object_store_memory"]
+
+
+@pytest.mark.ray
+def test_a_run_without_progress_ends_and_has_not_filled_the_store(ray_session: None) -> None:
+    records = records_of(1000)
+    policy = policy_of("scalenet")
+    networks = Networks(Given(SlowDetector(FOREVER)), Given(RandomScale()))
+    stream = ImageStream(records, policy, networks, Scenes(), Resources(no_progress_seconds=8))
+    with pytest.raises(Exception, match="made no progress for at least"):
+        list(stream)
+    assert stream.status().admitted < 500
+
+
+@pytest.mark.ray
+def test_a_run_leaves_ray_datas_settings_as_they_were(ray_session: None) -> None:
+    context = DataContext.get_current()
+    before = {field.name: getattr(context, field.name) for field in dataclasses.fields(context)}
+    order = context.execution_options.preserve_order
+    policy = policy_of("whole")
+    stream = iter(ImageStream(records_of(3), policy, random_networks(policy), Scenes(), Resources()))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert {field.name: getattr(context, field.name) for field in dataclasses.fields(context)} == before
+    assert context.execution_options.preserve_order == order
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scale_actors": 0}, "scale_actors must be 1 or more, or \\(fewest, most\\), got 0"),
+        ({"detector_actors": (3, 2)}, "detector_actors must be 1 or more, or \\(fewest, most\\), got \\(3, 2\\)"),
+        ({"readers": 0}, "readers must be 1 or more, got 0"),
+        ({"scale_batch_size": 0}, "scale_batch_size must be 1 or more, got 0"),
+        ({"max_open_images": 0}, "max_open_images must be 1 or more, got 0"),
+        ({"gpus_per_scale_actor": -1}, "GPUs per actor must be 0 or more, got -1 and 0.0"),
+        ({"no_progress_seconds": 0}, "no_progress_seconds must be above 0, got 0"),
+    ],
+)
+def test_resources_out_of_range_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Resources(**wrong)
+
+
+def test_workers_share_what_cpus_there_are_and_leave_some() -> None:
+    resources = Resources(readers=1, scale_actors=(1, 2), detector_actors=3)
+    assert resources.cpus_per_worker(64) == 1
+    assert resources.cpus_per_worker(7) == 1
+    assert resources.cpus_per_worker(6) * 7 <= 6
+    assert 0 < resources.cpus_per_worker(2) * 7 <= 2
+
+
+def test_a_detect_call_takes_rows_enough_for_a_full_batch() -> None:
+    assert Resources(scale_batch_size=8, detector_batch_size=16).rows_per_detect_call == 2
+    assert Resources(scale_batch_size=8, detector_batch_size=5).rows_per_detect_call == 1
+    assert Resources(scale_batch_size=3, detector_batch_size=16).rows_per_detect_call == 6
+
+
+def test_there_are_more_images_open_than_the_stages_can_hold() -> None:
+    assert Resources().open_images >= 64
+    assert Resources(max_open_images=3).open_images == 3
+    many = Resources(scale_actors=10, detector_actors=(1, 20), scale_batch_size=16)
+    assert many.open_images > 16 * (1 + 10 + 20)

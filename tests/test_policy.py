@@ -1,0 +1,300 @@
+"""Policies: their names, their limits, their files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scalenet_ray.core.merge import Merging
+from scalenet_ray.core.policy import (
+    DEFAULT_PYRAMID,
+    POLICY_VERSION,
+    Policy,
+    Recursion,
+    fitted_hw,
+    parse_policy,
+    policy_from_dict,
+    policy_to_dict,
+)
+from scalenet_ray.core.scale import ScaleRange
+from scalenet_ray.core.window import Tile, Window
+
+NAMES = ("whole", "whole@640", "pyramid", "grid-2", "grid-3", "random", "first-pass", "scalenet", "fused", "oracle")
+
+
+def _named(name: str) -> Policy:
+    return parse_policy(name, input_side=416, iou_threshold=0.6, score_threshold=0.02)
+
+
+# --- names ------------------------------------------------------------------------------------------
+
+
+def test_every_name_gives_its_kind_and_takes_the_detectors_own_side_and_threshold() -> None:
+    for name in NAMES:
+        policy = _named(name)
+        assert policy.name == name
+        assert policy.kind == name.split("@")[0].rstrip("-23")
+        assert policy.input_side == (640 if name == "whole@640" else 416)
+        assert (policy.merging.iou_threshold, policy.merging.score_threshold) == (0.6, 0.02)
+        assert policy.merging.method == ("soft-nms-linear" if name == "pyramid" else "nms")
+    assert (_named("grid-2").grid, _named("grid-3").grid) == (2, 3)
+    assert _named("pyramid").pyramid == DEFAULT_PYRAMID
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Whole", "whole@", "whole@x", "whole@-1", "whole@640 ", "grid", "grid-", "grid-2.5", "scalenet2", "\n"]
+)
+def test_an_unknown_name_is_refused_with_the_names_there_are(name: str) -> None:
+    with pytest.raises(ValueError, match=r"there is no policy .*: use whole, whole@SIZE \(e") as e:
+        _named(name)
+    assert repr(name) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("whole@0", "input_side must be 1 pixel or more, got 0"),
+        ("grid-0", "grid must be 1 or more windows a side, got 0"),
+    ],
+)
+def test_a_name_with_an_impossible_number_says_what_is_wrong(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _named(name)
+
+
+def test_which_policies_look_and_at_what() -> None:
+    looks = {name for name in NAMES if _named(name).looks}
+    assert looks == {"first-pass", "scalenet", "fused", "oracle"}
+    assert {name for name in NAMES if _named(name).needs_network} == {"scalenet", "fused"}
+    assert {name for name in NAMES if _named(name).needs_first_pass} == {"first-pass", "fused"}
+
+
+def test_a_tile_is_looked_at_while_it_may_still_be_cut() -> None:
+    tile = Tile(1, (0,), (8, 8), Window(0, 0, 8, 8), 8, 8, allowance=1)
+    policy = dataclasses.replace(_named("scalenet"), recursion=Recursion(max_depth=2))
+    assert policy.looks_at(tile)
+    assert not policy.looks_at(dataclasses.replace(tile, allowance=0))
+    assert not policy.looks_at(dataclasses.replace(tile, path=(0, 0)))
+    assert not dataclasses.replace(policy, kind="grid").looks_at(tile)
+
+
+# --- the whole image's tile -------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([1, 31, 416, 640]))
+def test_the_root_has_the_longer_side_exactly_and_the_other_rounded_down(h: int, w: int, side: int) -> None:
+    height, width = fitted_hw(h, w, side)
+    assert max(height, width) == side
+    assert min(height, width) == max(1, min(h, w) * side // max(h, w))
+    assert (height, width) == tuple(reversed(fitted_hw(w, h, side)))
+
+
+def test_roots_worked_by_hand() -> None:
+    root = _named("scalenet").root(7, (480, 640))
+    assert (root.image_id, root.path, root.image_hw, root.window) == (7, (), (480, 640), Window(0, 0, 640, 480))
+    assert (root.height, root.width) == (312, 416)
+    assert root.allowance == _named("scalenet").recursion.max_windows
+    # 427 * 416 / 640 = 277.55; a small image is enlarged; a line of pixels keeps one.
+    assert fitted_hw(427, 640, 416) == (277, 416)
+    assert fitted_hw(100, 50, 416) == (416, 208)
+    assert fitted_hw(1, 3000, 416) == (1, 416)
+    assert _named("whole").root(7, (480, 640)).allowance == 0
+
+
+# --- numbers out of range ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("method", "both", "method must be class or confidence, got 'both'"),
+        ("threshold", 1.1, "threshold must be between 0 and 1, got 1.1"),
+        ("threshold", math.nan, "threshold must be between 0 and 1, got nan"),
+        ("k", 0.0, "k must be a share above 0 and at most 1, got 0.0"),
+        ("window", 0.0, "window must be a share above 0 and at most 1, got 0.0"),
+        ("window", 1.01, "window must be a share above 0 and at most 1, got 1.01"),
+        ("zoom", 1.0, "zoom must be above 1 and finite, or none for TopK, got 1.0"),
+        ("zoom", math.inf, "zoom must be above 1 and finite, or none for TopK, got inf"),
+        ("max_depth", -1, "max_depth must be 0 or more, got -1"),
+        ("max_windows", -1, "max_windows must be 0 or more, got -1"),
+        ("price", -0.1, "price must be 0 or more, got -0.1"),
+        ("price", math.nan, "price must be 0 or more, got nan"),
+        ("keep_factor", 0.5, "keep_factor must be 1 or more, got 0.5"),
+        ("min_window_side", 0, "min_window_side must be 1 or more, got 0"),
+        ("max_tile_pixels", 0, "max_tile_pixels must be 1 or more, got 0"),
+        ("first_pass_threshold", 1.5, "first_pass_threshold must be between 0 and 1, got 1.5"),
+        ("scale_range", ScaleRange(1.2, 1.1), "scale_range must be 0 < R_L <= R_H, got 1.2 and 1.1"),
+        ("scale_range", ScaleRange(0.0, 1.1), "scale_range must be 0 < R_L <= R_H, got 0.0 and 1.1"),
+        ("scale_range", ScaleRange(math.nan, 1.1), "scale_range must be 0 < R_L <= R_H, got nan and 1.1"),
+        ("small_classes", (0,), r"scale classes are 1 to 5, got \(0,\)"),
+        ("large_classes", (6,), r"scale classes are 1 to 5, got \(1, 6\)"),
+        ("large_classes", (1, 5), r"a scale class is too small or too large, not both: got \[1\] in both"),
+    ],
+)
+def test_a_parameter_of_the_recursion_out_of_its_range_is_named(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recursion(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("kind", "zoom", "a policy's kind must be one of whole, pyramid, grid, .*, got 'zoom'"),
+        ("input_side", 0, "input_side must be 1 pixel or more, got 0"),
+        ("grid", 0, "grid must be 1 or more windows a side, got 0"),
+        ("overlap", 1.0, "overlap must be at least 0 and under 1, got 1.0"),
+        ("random_windows", -1, "random_windows must be 0 or more, got -1"),
+        ("seed", -1, "seed must be 0 or more, got -1"),
+        ("pyramid", ((0.0, 0.0, 1.0),), "pyramid sizes must be above 0, got "),
+    ],
+)
+def test_a_field_of_a_policy_out_of_its_range_is_named(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Policy(**({"name": "mine", "kind": "whole", "input_side": 64} | {field: value}))
+
+
+def test_a_pyramid_without_sizes_would_find_nothing_and_is_refused() -> None:
+    with pytest.raises(ValueError, match="a pyramid needs sizes"):
+        Policy("mine", "pyramid", 64)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("method", "hard", "method must be nms, soft-nms-linear or soft-nms-gaussian, got 'hard'"),
+        ("iou_threshold", 1.5, "iou_threshold must be between 0 and 1, got 1.5"),
+        ("score_threshold", math.nan, "score_threshold must be between 0 and 1, got nan"),
+        ("sigma", 0.0, "sigma must be above 0 and edge_margin not below, got 0.0 and "),
+        ("sigma", math.nan, "sigma must be above 0 and edge_margin not below, got nan and "),
+        ("edge_margin", -1.0, "sigma must be above 0 and edge_margin not below, got 0.5 and -1.0"),
+        ("edge_margin", math.nan, "sigma must be above 0 and edge_margin not below, got 0.5 and nan"),
+    ],
+)
+def test_a_parameter_of_merging_out_of_its_range_is_named(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Merging(**{field: value})
+
+
+def test_parameters_may_lie_on_their_bounds() -> None:
+    Merging(iou_threshold=1.0, score_threshold=0.0, edge_margin=0.0)
+    Merging(iou_threshold=0.0, score_threshold=1.0)
+    Recursion(threshold=1.0, k=1.0, window=1.0, keep_factor=1.0, min_window_side=1, max_tile_pixels=1)
+    Recursion(threshold=0.0, max_depth=0, max_windows=0, scale_range=ScaleRange(1.0, 1.0), small_classes=(1, 5))
+    Policy("mine", "grid", 1, grid=1, overlap=0.0, random_windows=0)
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+BASE = {"version": 1, "name": "mine", "kind": "scalenet", "input_side": 416}
+
+UNUSUAL = Policy(
+    "mine",
+    "scalenet",
+    512,
+    Recursion("class", 0.25, (1, 2), (5,), ScaleRange(0.5, 2.0), 0.11, 0.41, None, 7, 19, 1e-5, 2.5, 7, 10**6, 0.07),
+    Merging("soft-nms-gaussian", 0.5, 0.25, 0.001, 0.0, False),
+    3,
+    0.1,
+    5,
+    ((1.0, 0.0, math.inf), (2.0, 10.0, 20.0)),
+    4,
+)
+
+
+@pytest.mark.parametrize("policy", [*map(_named, NAMES), UNUSUAL], ids=lambda policy: policy.name)
+def test_a_policy_survives_yaml_and_json(policy: Policy) -> None:
+    plain = policy_to_dict(policy)
+    assert plain["version"] == POLICY_VERSION
+    for there_and_back in (yaml.safe_load(yaml.safe_dump(plain)), json.loads(json.dumps(plain)), plain):
+        assert policy_from_dict(there_and_back) == policy
+    assert isinstance(policy_from_dict(plain).recursion.scale_range, ScaleRange)
+
+
+def test_the_unusual_policy_has_no_field_left_at_its_default() -> None:
+    usual = Policy("whole", "whole", 416)
+    for one, other in ((UNUSUAL, usual), (UNUSUAL.recursion, usual.recursion), (UNUSUAL.merging, usual.merging)):
+        for field in dataclasses.fields(one):
+            assert getattr(one, field.name) != getattr(other, field.name), field.name
+
+
+def test_reading_a_policy_leaves_the_values_alone() -> None:
+    plain = policy_to_dict(UNUSUAL)
+    before = json.dumps(plain)
+    policy_from_dict(plain)
+    assert json.dumps(plain) == before
+
+
+def test_absent_fields_take_their_defaults() -> None:
+    assert policy_from_dict(BASE | {"recursion": {"window": 0.4}}) == Policy(
+        "mine", "scalenet", 416, Recursion(window=0.4)
+    )
+
+
+def test_a_whole_number_does_for_a_real_one() -> None:
+    recursion = policy_from_dict(BASE | {"recursion": {"zoom": 3, "window": 1}}).recursion
+    assert (recursion.zoom, recursion.window) == (3.0, 1.0)
+    assert isinstance(recursion.zoom, float)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "a policy file must say version: 1, got 2: write it anew with this release"),
+        ({"version": None}, "a policy file must say version: 1, got None"),
+        ({"version": "1"}, "a policy file must say version: 1, got '1'"),
+        ({"version": True}, "a policy file must say version: 1, got True"),
+        ({"zom": 2}, "policy has no field 'zom': it knows grid, input_side, kind, merging, name, "),
+        ({"recursion": {"W": 0.5, "depth": 1}}, "recursion has no field 'W', 'depth': it knows first_pass_threshold, "),
+        ({"merging": {"iou": 0.5}}, "merging has no field 'iou': it knows edge_margin, iou_threshold, "),
+        ({1: 2}, "policy has no field 1: it knows "),
+        ({"recursion": None}, "recursion must be a mapping of names to values, got NoneType"),
+        ({"recursion": [1]}, "recursion must be a mapping of names to values, got list"),
+        ({"merging": 3}, "merging must be a mapping of names to values, got int"),
+        ({"recursion": {"scale_range": [1.0]}}, r"recursion.scale_range must be a list of 2, got \[1.0\]"),
+        ({"recursion": {"scale_range": 1.0}}, "recursion.scale_range must be a list, got 1.0"),
+        ({"recursion": {"max_depth": "two"}}, "recursion.max_depth must be a whole number, got 'two'"),
+        ({"recursion": {"max_depth": 1.5}}, r"recursion.max_depth must be a whole number, got 1\.5"),
+        ({"recursion": {"max_depth": True}}, "recursion.max_depth must be a whole number, got True"),
+        # YAML reads 1e-3, without a point, as text.
+        ({"recursion": {"price": "1e-3"}}, "recursion.price must be a number, got '1e-3'"),
+        ({"recursion": {"threshold": None}}, "recursion.threshold must be a number, got None"),
+        ({"recursion": {"small_classes": 1}}, "recursion.small_classes must be a list, got 1"),
+        ({"recursion": {"small_classes": ["one"]}}, r"recursion.small_classes\[0\] must be a whole number, got 'one'"),
+        ({"merging": {"match_size": "no"}}, "merging.match_size must be true or false, got 'no'"),
+        ({"merging": {"method": 1}}, "merging.method must be text, got 1"),
+        ({"pyramid": [[1.0, "0", 2.0]]}, r"pyramid\[0\]\[1\] must be a number, got '0'"),
+        ({"pyramid": [[1.0, 0.0]]}, r"pyramid\[0\] must be a list of 3, got \[1\.0, 0\.0\]"),
+        ({"name": 3}, "name must be text, got 3"),
+        ({"input_side": "416"}, "input_side must be a whole number, got '416'"),
+        ({"kind": "zoom"}, "a policy's kind must be one of whole, .*, got 'zoom'"),
+        ({"kind": ["whole"]}, r"kind must be text, got \['whole'\]"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_place_and_what_was_wanted(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        policy_from_dict(BASE | changes)
+
+
+def test_what_a_file_must_give_is_named() -> None:
+    with pytest.raises(ValueError, match="a policy file must give kind, input_side"):
+        policy_from_dict({"version": 1, "name": "mine"})
+
+
+@pytest.mark.parametrize("values", [None, [], "whole"])
+def test_a_file_that_is_no_mapping_is_refused(values: Any) -> None:
+    with pytest.raises(ValueError, match="a policy file must map names to values, got "):
+        policy_from_dict(values)
+
+
+def test_a_policy_can_be_a_key_and_does_not_change() -> None:
+    assert len({_named("scalenet"), _named("scalenet"), _named("oracle")}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        _named("whole").seed = 3  # type: ignore[misc]

@@ -1,0 +1,231 @@
+"""Scale Net: networks, checkpoints and the predictor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.samples import make_scene
+from scalenet_ray.core.scale import ScaleMap
+from scalenet_ray.core.window import Tile, Window
+from scalenet_ray.models.networks import SAMPLE_SCALE_NET
+from scalenet_ray.models.scale_net import (
+    PRESETS,
+    ScaleNetConfig,
+    ScaleNetPredictor,
+    build_scale_net,
+    load_encoder_weights,
+    load_scale_net,
+    save_scale_net,
+    scale_net_input,
+)
+from scalenet_ray.models.weights import save_weights
+
+LIGHT = replace(PRESETS["unet-light"], input_side=64)
+
+
+def _tiles(*sizes: tuple[int, int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*hw, 3), dtype=np.uint8) for hw in sizes]
+
+
+def _recipes(pixels: list[np.ndarray]) -> list[Tile]:
+    return [Tile(i, (), p.shape[:2], Window(0, 0, p.shape[1], p.shape[0]), *p.shape[:2]) for i, p in enumerate(pixels)]
+
+
+def _look(predictor: ScaleNetPredictor, pixels: list[np.ndarray]) -> list[ScaleMap | TileError]:
+    return predictor(pixels, _recipes(pixels))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_scale_net(build_scale_net(LIGHT), LIGHT, tmp_path / "light.safetensors")
+    return tmp_path / "light.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("preset", "side", "wanted"), [("unet-light", 64, 16), ("unet-lite0", 64, 16), ("unet-vgg16", 32, 32)]
+)
+def test_class_nets_answer_with_six_classes_on_their_grid(preset: str, side: int, wanted: int) -> None:
+    config = replace(PRESETS[preset], input_side=side)
+    with torch.inference_mode():
+        logits = build_scale_net(config).eval()(scale_net_input(_tiles((40, 60)), config))
+    assert logits.shape == (1, 6, wanted, wanted)
+    assert config.output_hw == (wanted, wanted)
+
+
+def test_the_papers_networks_are_the_papers() -> None:
+    assert PRESETS["unet-vgg16"].encoder == "vgg16"
+    assert PRESETS["unet-vgg16"].output_hw == (512, 512)
+    convolutions = [m for m in build_scale_net(PRESETS["fcn-digits"]).modules() if isinstance(m, torch.nn.Conv2d)]
+    # Table 1.
+    assert [(c.in_channels, c.out_channels, c.kernel_size) for c in convolutions] == [
+        (1, 16, (7, 7)),
+        (16, 32, (7, 7)),
+        (32, 1, (5, 5)),
+    ]
+
+
+def test_the_digits_net_takes_tiles_of_any_size_and_starts_alive(tmp_path: Path) -> None:
+    config = PRESETS["fcn-digits"]
+    save_scale_net(build_scale_net(config), config, tmp_path / "fcn.safetensors")
+    predictor = ScaleNetPredictor(tmp_path / "fcn.safetensors")
+    maps = _look(predictor, _tiles((28, 28), (14, 20), (28, 28)))
+    assert [m.hw for m in maps if isinstance(m, ScaleMap)] == [(28, 28), (14, 20), (28, 28)]
+    assert all(isinstance(m, ScaleMap) and m.scale is not None and (m.scale > 0).mean() > 0.5 for m in maps)
+    assert predictor.input_pixels == 0
+
+
+def test_a_checkpoint_carries_its_configuration_and_weights(checkpoint: Path) -> None:
+    torch.manual_seed(0)
+    wanted = build_scale_net(LIGHT).state_dict()
+    model, config = load_scale_net(checkpoint)
+    assert config == LIGHT
+    assert not model.training
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+
+
+def test_a_batch_gives_what_tiles_give_one_by_one(checkpoint: Path) -> None:
+    predictor = ScaleNetPredictor(checkpoint)
+    pixels = _tiles((64, 64), (30, 64), (90, 41))
+    together = _look(predictor, pixels)
+    for tile, found in zip(pixels, together, strict=True):
+        (alone,) = _look(predictor, [tile])
+        assert isinstance(found, ScaleMap)
+        assert isinstance(alone, ScaleMap)
+        np.testing.assert_allclose(found.prob, alone.prob, atol=1e-4)
+    assert predictor.input_pixels == 64 * 64
+
+
+def test_probabilities_sum_to_one(checkpoint: Path) -> None:
+    (found,) = _look(ScaleNetPredictor(checkpoint), _tiles((50, 50)))
+    assert isinstance(found, ScaleMap)
+    assert found.prob is not None
+    np.testing.assert_allclose(found.prob.sum(axis=0), 1.0, atol=1e-5)
+
+
+def test_no_tiles_give_no_maps(checkpoint: Path) -> None:
+    assert _look(ScaleNetPredictor(checkpoint), []) == []
+
+
+def test_a_tile_that_comes_out_as_nan_costs_that_tile_alone(checkpoint: Path) -> None:
+    predictor = ScaleNetPredictor(checkpoint)
+
+    class BreaksOnSecond(torch.nn.Module):
+        def __init__(self, net: torch.nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = self.net(images)
+            logits[1, 0, 0, 0] = torch.nan
+            return logits
+
+    predictor.model = BreaksOnSecond(predictor.model)
+    first, second, third = _look(predictor, _tiles((64, 64), (64, 64), (64, 64)))
+    assert isinstance(first, ScaleMap)
+    assert isinstance(second, TileError)
+    assert "NaN" in second.reason
+    assert isinstance(third, ScaleMap)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "fcn"}, "do not fit the network that its own header describes"),
+        ({"classes": 4}, "must have 6 classes, got 4"),
+        ({"architecture": "vit"}, "architecture and kind must be of fcn"),
+        ({"colour": "blue"}, "can't build"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    path = str(tmp_path / "other.safetensors")
+    header = {"scale_net": json.dumps({**asdict(LIGHT), **changes})}
+    save_weights(build_scale_net(LIGHT).state_dict(), header, path)
+    with pytest.raises(ValueError, match=message):
+        load_scale_net(path)
+
+
+def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "detector.safetensors")
+    save_weights({"w": torch.zeros(2)}, {"detector": "{}"}, path)
+    with pytest.raises(ValueError, match=r"must have 'scale_net' in its header, got \['detector'\]"):
+        load_scale_net(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"input_side": 100}, "must be a multiple of 32, got 100"),
+        ({"in_channels": 4}, "in_channels must be 3"),
+        ({"input_side": None}, "a regression takes tiles as they are"),
+        ({"architecture": "unet"}, "wants the name of an encoder"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(LIGHT, **fields)
+
+
+def test_a_net_without_a_fixed_input_has_no_fixed_output() -> None:
+    with pytest.raises(ValueError, match="no fixed size"):
+        _ = PRESETS["fcn-digits"].output_hw
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_an_encoder_starts_from_a_classifiers_weights(tmp_path: Path, ending: str) -> None:
+    config = replace(PRESETS["unet-lite0"], input_side=64)
+    source, target = build_scale_net(config), build_scale_net(config)
+    weights = source.get_submodule("encoder.model").state_dict() | {"classifier.weight": torch.zeros(1000, 2)}
+    path = str(tmp_path / f"lite0.{ending}")
+    if ending == "pth":
+        torch.save(weights, path)
+    else:
+        save_weights(weights, {}, path)
+    decoder = target.get_submodule("decoder").state_dict()["0.0.weight"].clone()
+    load_encoder_weights(target, path)
+    got = target.get_submodule("encoder.model").state_dict()
+    assert all(torch.equal(got[name], value) for name, value in weights.items() if name in got)
+    assert torch.equal(target.get_submodule("decoder").state_dict()["0.0.weight"], decoder)
+
+
+def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "vgg.safetensors")
+    save_weights({"features.0.weight": torch.zeros(64, 3, 3, 3)}, {}, path)
+    model = build_scale_net(replace(PRESETS["unet-lite0"], input_side=64))
+    with pytest.raises(ValueError, match=r"lacks \d+ of the encoder's \d+ weights .* e\.g\. conv_stem\.weight"):
+        load_encoder_weights(model, path)
+
+
+def test_grey_input_is_one_channel_of_zero_to_one() -> None:
+    tile = np.full((8, 8, 3), 255, np.uint8)
+    images = scale_net_input([tile], ScaleNetConfig("grey", "fcn", "regression", input_side=None, in_channels=1))
+    assert images.shape == (1, 1, 8, 8)
+    assert images.min() == images.max() == 1.0
+
+
+def test_the_shipped_net_tells_small_objects_from_background() -> None:
+    predictor = ScaleNetPredictor(SAMPLE_SCALE_NET)
+    on_small, on_background = [], []
+    for seed in range(6):
+        scene = make_scene(np.random.default_rng([99, seed]))
+        (found,) = _look(predictor, [scene.pixels])
+        assert isinstance(found, ScaleMap)
+        assert found.prob is not None
+        height, width = scene.masks.shape[1:]
+        h, w = found.hw
+        for mask in scene.masks:
+            if 12**2 < mask.sum() < 20**2:
+                y, x = np.argwhere(mask).mean(axis=0)
+                on_small.append(found.prob[1, int(y * h / height), int(x * w / width)])
+        background = ~scene.masks.any(axis=0)[:: height // h, :: width // w][:h, :w]
+        on_background.append(found.prob[1][: background.shape[0], : background.shape[1]][background].mean())
+    assert np.mean(on_small) > 0.4
+    assert np.mean(on_background) < 0.1

@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.look import PredictScale
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.results import Failure, TileResult
+from scalenet_ray.engine.frontier import Frontier, Work
+from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, unpack, unpack_results
+from scalenet_ray.engine.stages import DetectStage, LookStage, Networks, OpenImage, TileSource, cut_work
+from tests.faults import BuggyScale, Given, Scenes, policy_of, random_networks, records_of
+from tests.in_process import Handle, InProcessEngine
+from tests.oracles import (
+    BREAKING,
+    BrokenScale,
+    ConstantScale,
+    CountingDetector,
+    FailingDetector,
+    PerfectDetector,
+    RandomDetector,
+    RandomScale,
+    draw_squares,
+    tile_of,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handles answer at once, and a reader that would wait is a mistake of the test."""
+    monkeypatch.setattr("scalenet_ray.engine.stages.ray.get", lambda answer: answer)
+    monkeypatch.setattr("scalenet_ray.engine.stages.time.sleep", lambda seconds: pytest.fail("a reader waits"))
+
+
+def leased(frontier: Frontier, count: int, reader: int = 0, sequence: int = 0) -> tuple[Work, ...]:
+    lease = frontier.lease(reader, sequence, count)
+    assert lease is not None
+    return lease.work
+
+
+def row_of(frontier: Frontier, policy: Policy, open_image: OpenImage, count: int) -> pa.Table:
+    return pack(cut_work(leased(frontier, count), policy, open_image))
+
+
+def opened(row: pa.Table) -> MicroBatch:
+    (batch,) = unpack(row)
+    return batch
+
+
+def looking_networks(predict_scale: PredictScale, detector: Any = None) -> Networks:
+    return Networks(Given(detector or RandomDetector()), Given(predict_scale))
+
+
+def detected(policy: Policy, networks: Networks, *rows: pa.Table, batch_size: int = 16) -> list[TileResult]:
+    return unpack_results(DetectStage(policy, networks, batch_size)(pa.concat_tables(rows)))
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def test_an_image_that_cannot_be_read_travels_on_as_a_failure_with_its_credit() -> None:
+    frontier = Frontier(records_of(3), 3)
+    batch = cut_work(leased(frontier, 3), policy_of("grid-2"), Scenes(unreadable={2}))
+    assert [packed.tile.image_id for packed in batch.tiles] == [1] * 5 + [3] * 5
+    (failed,) = batch.results
+    assert (failed.image_id, failed.path, failed.credit) == (2, (), 1)
+    assert failed.failure == Failure("read", "image 2 cannot be read")
+    shares = {i: sum((p.credit for p in batch.tiles if p.tile.image_id == i), Fraction(0)) for i in (1, 3)}
+    assert shares == {1: 1, 3: 1}
+
+
+def test_an_image_that_changed_since_its_tiles_were_planned_fails_and_is_named() -> None:
+    frontier = Frontier(records_of(1), 1)
+    row = row_of(frontier, policy_of("scalenet"), Scenes(), 1)
+    LookStage(Handle(frontier), policy_of("scalenet"), looking_networks(ConstantScale(scale_class=1)))(row)
+
+    def other(record: ImageRecord) -> np.ndarray:
+        return np.zeros((10, 10, 3), np.uint8)
+
+    work = leased(frontier, 8, sequence=1)
+    batch = cut_work(work, policy_of("scalenet"), other)
+    assert not batch.tiles
+    assert len(batch.results) == len(work) > 0
+    assert all(
+        result.failure is not None and result.failure.stage == "read" and "the file changed" in result.failure.reason
+        for result in batch.results
+    )
+
+
+def test_a_bug_in_reading_is_let_through() -> None:
+    def buggy(record: ImageRecord) -> np.ndarray:
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        cut_work(leased(Frontier(records_of(1), 1), 1), policy_of("whole"), buggy)
+
+
+def test_a_reader_decodes_an_image_once_for_all_its_windows() -> None:
+    decoded: list[int] = []
+
+    def counted(record: ImageRecord) -> np.ndarray:
+        decoded.append(record.image_id)
+        return Scenes()(record)
+
+    policy, records = policy_of("scalenet"), records_of(5)
+    engine = InProcessEngine(records, policy, random_networks(policy), counted, readers=1, lease_size=1)
+    tiles = sum(result.tiles for result in engine.run())
+    assert tiles > len(records)
+    assert sorted(decoded) == [1, 2, 3, 4, 5]
+
+
+def test_a_lease_of_written_images_is_an_empty_row_that_keeps_the_positions() -> None:
+    policy, frontier = policy_of("whole"), Frontier(records_of(3), 3)
+    handle = Handle(frontier)
+    networks = random_networks(policy)
+
+    def read() -> Iterable[pa.Table]:
+        return TileSource(handle, policy, Scenes(), readers=1, lease_size=1).get_read_tasks(1)[0]()
+
+    look = LookStage(handle, policy, networks)
+    rows = []
+    for row in read():
+        look(row)
+        rows.append(row)
+    frontier.commit([1, 3])
+    again = list(read())
+    assert [len(opened(row).tiles) for row in again] == [0, 1, 0]
+    assert again[1] == rows[1]
+    empty = look(again[0])
+    assert empty.num_rows == 1
+    assert opened(empty) == MicroBatch([], [], [])
+    assert detected(policy, networks, empty) == []
+
+
+def test_a_data_set_gets_as_many_read_tasks_as_readers_whatever_ray_data_would_like() -> None:
+    source = TileSource(None, policy_of("whole"), Scenes(), readers=3, lease_size=1)
+    assert len(source.get_read_tasks(200)) == 3
+    assert source.estimate_inmemory_data_size() is None
+
+
+def test_a_reader_waits_for_work_that_is_still_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, frontier = policy_of("whole"), Frontier(records_of(1), 1)
+    handle = Handle(frontier)
+    row = row_of(frontier, policy, Scenes(), 1)
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            LookStage(handle, policy, random_networks(policy))(row)
+
+    monkeypatch.setattr("scalenet_ray.engine.stages.time.sleep", sleep)
+    (read,) = TileSource(handle, policy, Scenes(), readers=1, lease_size=1).get_read_tasks(1)
+    assert [len(opened(table).tiles) for table in read()] == [1]
+    assert len(waits) == 3
+
+
+# --- looking ------------------------------------------------------------------------------------------------
+
+
+def test_a_retry_passes_on_what_was_recorded_and_not_what_it_would_decide() -> None:
+    policy, frontier = policy_of("scalenet"), Frontier(records_of(1), 1)
+    row = row_of(frontier, policy, Scenes(), 1)
+    handle = Handle(frontier)
+    first = opened(LookStage(handle, policy, looking_networks(ConstantScale(scale_class=1)))(row))
+    children = frontier.status().ready
+    assert children > 0
+    retry = opened(LookStage(handle, policy, looking_networks(ConstantScale(scale_class=4)))(row))
+    assert frontier.status().ready == children
+    assert frontier.status().conflicts == 1
+    assert retry.tiles == first.tiles
+    assert retry.tiles[0].credit == Fraction(1, 1 + children)
+
+
+def test_a_retry_that_fails_passes_on_a_tile_that_the_first_try_could_look_at() -> None:
+    policy, frontier = policy_of("scalenet"), Frontier(records_of(1), 1)
+    row = row_of(frontier, policy, Scenes(), 1)
+    first = opened(LookStage(Handle(frontier), policy, looking_networks(RandomScale()))(row))
+    retry = opened(LookStage(Handle(frontier), policy, looking_networks(BrokenScale(RandomScale(), 1)))(row))
+    assert retry.tiles == first.tiles
+    assert retry.results == []
+
+
+def test_a_failure_that_was_recorded_stands_though_the_retry_can_look() -> None:
+    policy, frontier = policy_of("scalenet"), Frontier(records_of(1), 1)
+    row = row_of(frontier, policy, Scenes(), 1)
+    LookStage(Handle(frontier), policy, looking_networks(BrokenScale(RandomScale(), 1)))(row)
+    retry = opened(LookStage(Handle(frontier), policy, looking_networks(ConstantScale(scale_class=1)))(row))
+    assert retry.tiles == []
+    (failed,) = retry.results
+    assert failed.failure is not None
+    assert failed.failure.stage == "look"
+    assert failed.credit == 1
+    assert frontier.status().ready == 0
+
+
+def test_an_image_that_could_be_read_once_keeps_its_credits_when_the_retry_cannot() -> None:
+    policy, frontier = policy_of("scalenet"), Frontier(records_of(1), 1)
+    work = leased(frontier, 1)
+    look = LookStage(Handle(frontier), policy, looking_networks(ConstantScale(scale_class=1)))
+    look(pack(cut_work(work, policy, Scenes())))
+    children = frontier.status().ready
+    (failed,) = opened(look(pack(cut_work(work, policy, Scenes(unreadable={1}))))).results
+    assert failed.credit == Fraction(1, 1 + children)
+    assert frontier.status().ready == children
+
+
+def test_nan_for_one_tile_fails_its_image_alone() -> None:
+    policy, frontier = policy_of("scalenet"), Frontier(records_of(3), 3)
+    row = row_of(frontier, policy, Scenes(), 3)
+    batch = opened(LookStage(Handle(frontier), policy, looking_networks(BrokenScale(RandomScale(), 2)))(row))
+    assert [packed.tile.image_id for packed in batch.tiles] == [1, 3]
+    (failed,) = batch.results
+    assert failed.image_id == 2
+    assert failed.failure is not None
+    assert failed.failure.stage == "look"
+    assert "NaN or infinite" in failed.failure.reason
+    assert {work.image.image_id for work in leased(frontier, 99, sequence=1)} <= {1, 3}
+
+
+def test_a_bug_in_a_network_is_let_through_and_nothing_is_decided() -> None:
+    policy, frontier = policy_of("scalenet"), Frontier(records_of(2), 2)
+    row = row_of(frontier, policy, Scenes(), 2)
+    with pytest.raises(ValueError, match="a bug: the weights are of another network"):
+        LookStage(Handle(frontier), policy, looking_networks(BuggyScale(2)))(row)
+    assert frontier.status().outstanding == 2
+
+
+@pytest.mark.parametrize(("name", "tiles"), [("whole", 1), ("grid-2", 5), ("random", 3), ("pyramid", 3)])
+def test_policies_that_need_no_look_never_come_back_to_the_frontier(name: str, tiles: int) -> None:
+    policy, frontier = policy_of(name), Frontier(records_of(2), 2)
+    networks = random_networks(policy)
+    row = LookStage(Handle(frontier), policy, networks)(row_of(frontier, policy, Scenes(), 2))
+    assert frontier.status().outstanding == frontier.status().ready == 0
+    assert frontier.lease(0, 1, 9) is None
+    assert len(opened(row).tiles) == 2 * tiles
+    results = detected(policy, networks, row)
+    credits = {i: sum((r.credit for r in results if r.image_id == i), Fraction(0)) for i in (1, 2)}
+    assert credits == {1: 1, 2: 1}
+
+
+def test_policies_that_need_no_look_make_no_scale_net() -> None:
+    def refuse() -> PredictScale:
+        pytest.fail("a Scale Net was made")
+
+    for name in ("whole", "grid-2", "random", "pyramid", "first-pass"):
+        LookStage(None, policy_of(name), Networks(Given(RandomDetector()), refuse))
+
+
+@pytest.mark.parametrize("name", ["first-pass", "fused"])
+def test_the_detector_sees_no_tile_twice(name: str) -> None:
+    policy, records = policy_of(name), records_of(6)
+    counting = CountingDetector(RandomDetector())
+    engine = InProcessEngine(records, policy, looking_networks(RandomScale(), counting), Scenes())
+    results = engine.run()
+    tiles = sum(result.tiles for result in results)
+    assert tiles > len(records)
+    assert len(counting.sizes_hw) == tiles
+
+
+def test_nothing_is_looked_at_any_more_at_the_last_depth() -> None:
+    policy, records = policy_of("scalenet", max_depth=1), records_of(4)
+    depths: list[int] = []
+
+    class Noting(RandomScale):
+        def __call__(self, pixels: Any, tiles: Any) -> Any:
+            depths.extend(tile.depth for tile in tiles)
+            return super().__call__(pixels, tiles)
+
+    results = InProcessEngine(records, policy, looking_networks(Noting()), Scenes()).run()
+    assert sum(result.tiles for result in results) > len(records)
+    assert depths == [0] * len(records)
+
+
+def test_scale_net_sees_a_whole_micro_batch_at_once() -> None:
+    policy, frontier = policy_of("scalenet"), Frontier(records_of(3), 3)
+    batches: list[int] = []
+
+    class Noting(RandomScale):
+        def __call__(self, pixels: Any, tiles: Any) -> Any:
+            batches.append(len(tiles))
+            return super().__call__(pixels, tiles)
+
+    LookStage(Handle(frontier), policy, looking_networks(Noting()))(row_of(frontier, policy, Scenes(), 3))
+    assert batches == [3]
+
+
+# --- detecting ----------------------------------------------------------------------------------------------
+
+
+def row_of_tiles(image_ids: Iterable[int], colour: tuple[int, int, int] | None = None) -> pa.Table:
+    pixels = draw_squares((32, 32), np.array([[4, 4, 20, 20]]))
+    if colour:
+        pixels[22:30, 22:30] = colour
+    tiles = [PackedTile(tile_of((32, 32), image_id=i), Fraction(1), settled=True) for i in image_ids]
+    return pack(MicroBatch(tiles, [pixels] * len(tiles), []))
+
+
+def test_the_detector_gets_full_batches_over_rows_and_the_rest_last() -> None:
+    batches: list[int] = []
+
+    class Noting(PerfectDetector):
+        def __call__(self, pixels: Any) -> Any:
+            batches.append(len(pixels))
+            return super().__call__(pixels)
+
+    rows = [row_of_tiles(range(1, 4)), row_of_tiles([]), row_of_tiles(range(4, 8))]
+    results = detected(policy_of("whole"), Networks(Given(Noting())), *rows, batch_size=3)
+    assert batches == [3, 3, 1]
+    assert [result.image_id for result in results] == list(range(1, 8))
+    assert all(len(result.detections) == 1 for result in results)
+
+
+def test_a_tile_that_breaks_the_detector_fails_alone() -> None:
+    networks = Networks(Given(FailingDetector(PerfectDetector())))
+    rows = [row_of_tiles([1]), row_of_tiles([2], BREAKING), row_of_tiles([3])]
+    results = detected(policy_of("whole"), networks, *rows)
+    assert [result.failure is None for result in results] == [True, False, True]
+    assert results[1].failure == Failure("detect", "the detector broke on this tile: its boxes are NaN")
+    assert len(results[1].detections) == 0
+
+
+def test_a_detect_call_gives_one_row_however_many_tiles_it_had() -> None:
+    stage = DetectStage(policy_of("whole"), Networks(Given(PerfectDetector())), 4)
+    for count in (0, 1, 9):
+        assert stage(row_of_tiles(range(count))).num_rows == 1

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import os
+import stat
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from s3fs import S3FileSystem
+
+from scalenet_ray.core.storage import atomic_writer, exists, join, list_files, read_bytes, write_bytes_atomic
+
+
+@pytest.fixture(params=["local", "s3"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place on disk, and then one in S3."""
+    return str(tmp_path) if request.param == "local" else request.getfixturevalue("s3_bucket")
+
+
+def test_what_is_written_is_read_back(base: str):
+    for data in (b"", b"some bytes", b"others, over the old ones"):
+        write_bytes_atomic(f"{base}/new/folder/file.bin", data)
+        assert read_bytes(f"{base}/new/folder/file.bin") == data
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(base: str):
+    write_bytes_atomic(f"{base}/file", b"old")
+
+    def write_half() -> None:
+        with atomic_writer(f"{base}/file") as handle:
+            handle.write(b"half of the n")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        write_half()
+    assert read_bytes(f"{base}/file") == b"old"
+    assert list_files(base) == [f"{base}/file"]
+
+
+def test_a_failed_local_write_leaves_no_scratch_file(tmp_path: Path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        write_bytes_atomic(tmp_path / "taken", b"a file where a folder stands")
+    assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_a_large_s3_file_is_written_in_parts_and_appears_whole(s3_bucket: str):
+    part = bytes(range(256)) * 4096
+    with atomic_writer(f"{s3_bucket}/large") as handle:
+        for _ in range(60):
+            handle.write(part)
+        assert not exists(f"{s3_bucket}/large")
+    assert read_bytes(f"{s3_bucket}/large") == part * 60
+
+
+def test_a_written_file_has_the_usual_mode(tmp_path: Path):
+    (tmp_path / "plain").write_bytes(b"")
+    write_bytes_atomic(tmp_path / "ours", b"")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_listing_is_sorted_recursive_and_by_suffix_of_any_case(base: str):
+    for name in ("b.JPG", "a.png", "sub/c.jpg", "notes.txt", ".hidden.jpg", ".cache/d.jpg"):
+        write_bytes_atomic(f"{base}/in/{name}", b"x")
+    wanted = [f"{base}/in/a.png", f"{base}/in/b.JPG", f"{base}/in/sub/c.jpg"]
+    assert list_files(f"{base}/in", (".jpg", ".png")) == wanted
+    assert list_files(f"{base}/in/", (".jpg", ".png")) == wanted
+    assert list_files(f"{base}/in") == [*wanted[:2], f"{base}/in/notes.txt", wanted[2]]
+
+
+def test_globs_are_matched(base: str):
+    for name in ("a1.jpg", "a2.jpg", "b.jpg", "sub/a3.jpg"):
+        write_bytes_atomic(f"{base}/in/{name}", b"x")
+    assert list_files(f"{base}/in/a*.jpg") == [f"{base}/in/a1.jpg", f"{base}/in/a2.jpg"]
+    assert list_files(f"{base}/in/a[2-9].jpg") == [f"{base}/in/a2.jpg"]
+    assert f"{base}/in/sub/a3.jpg" in list_files(f"{base}/in/**/a?.jpg")
+    assert list_files(f"{base}/in/none*") == []
+
+
+def test_one_file_lists_itself(base: str):
+    write_bytes_atomic(f"{base}/one.jpg", b"x")
+    assert list_files(f"{base}/one.jpg", (".jpg",)) == [f"{base}/one.jpg"]
+
+
+def test_a_folder_with_glob_characters_in_its_name_is_a_folder(tmp_path: Path):
+    (tmp_path / "set [1]").mkdir()
+    (tmp_path / "set [1]" / "a.jpg").write_bytes(b"x")
+    assert list_files(tmp_path / "set [1]") == [str(tmp_path / "set [1]" / "a.jpg")]
+
+
+def test_a_link_that_leads_back_up_is_not_followed(tmp_path: Path):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert list_files(tmp_path, (".jpg",)) == [str(tmp_path / "a.jpg")]
+
+
+def test_local_addresses_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a::b.jpg").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    assert list_files(".") == [str(tmp_path / "a::b.jpg")]
+    assert read_bytes("a::b.jpg") == b"x"
+    assert read_bytes(f"file://{tmp_path}/a::b.jpg") == b"x"
+
+
+def test_exists_sees_files_and_folders(base: str):
+    write_bytes_atomic(f"{base}/folder/file", b"x")
+    assert exists(f"{base}/folder")
+    assert exists(f"{base}/folder/file")
+    assert not exists(f"{base}/folder/other")
+
+
+@pytest.mark.parametrize("act", [read_bytes, list_files])
+def test_what_is_missing_is_named_with_what_to_check(base: str, act: Callable[[str], object]):
+    with pytest.raises(FileNotFoundError, match=r"/none/at.all: there is no such file or folder; check the "):
+        act(f"{base}/none/at.all")
+
+
+def test_a_missing_bucket_is_a_missing_file(s3_bucket: str):
+    with pytest.raises(FileNotFoundError, match="check the bucket and key, and AWS_ENDPOINT_URL"):
+        write_bytes_atomic(f"{s3_bucket}-of-nobody/file", b"x")
+
+
+def test_other_processes_files_are_seen_at_once(s3_bucket: str):
+    write_bytes_atomic(f"{s3_bucket}/in/1", b"x")
+    assert len(list_files(f"{s3_bucket}/in")) == 1
+    S3FileSystem(skip_instance_cache=True).pipe_file(f"{s3_bucket}/in/2", b"x")
+    assert len(list_files(f"{s3_bucket}/in")) == 2
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/file", "http://host/file", "simplecache::s3://bucket/file"])
+def test_other_addresses_are_refused(address: str):
+    with pytest.raises(ValueError, match="must be a local path, file:// or s3://, got "):
+        read_bytes(address)
+
+
+def test_missing_credentials_are_named_as_such(s3_bucket: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(OSError, match="no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        read_bytes(f"{s3_bucket}/file")
+
+
+def test_no_message_holds_a_secret(s3_bucket: str, monkeypatch: pytest.MonkeyPatch):
+    secrets = ["key-of-a-test", "word-that-must-stay-hidden", "word-in-the-endpoint", "word-in-the-address"]
+    shown = []
+    for endpoint in (os.environ["AWS_ENDPOINT_URL"], "http://user:word-in-the-endpoint@127.0.0.1:9"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        S3FileSystem.clear_instance_cache()
+        with pytest.raises(OSError, match="cannot read s3://") as caught:
+            read_bytes(f"{s3_bucket}/none")
+        shown.append("".join(traceback.format_exception(caught.value)))
+    with pytest.raises(ValueError, match="must not hold credentials") as refused:
+        read_bytes("s3://key:word-in-the-address@bucket/file")
+    shown.append(str(refused.value))
+    assert "the endpoint cannot be reached" in shown[1]
+    assert [secret for secret in secrets for text in shown if secret in text] == []
+
+
+def test_joined_parts_stay_below_their_base():
+    assert join("s3://bucket/data/", "val", "/a.jpg") == "s3://bucket/data/val/a.jpg"
+    assert join("/data", "val/", "a.jpg") == "/data/val/a.jpg"
+    assert join("/", "a.jpg") == "/a.jpg"
