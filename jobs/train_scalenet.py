@@ -47,6 +47,7 @@ class TrainScaleNet:
         seed: of the weights, the order and the windows.
         limit: only the first so many images of each split.
         device: where the network is trained, as torch names it.
+        mixed_precision: compute in bfloat16 what bears it; twice as fast where the hardware knows it.
     """
 
     data: str | None = None
@@ -63,6 +64,7 @@ class TrainScaleNet:
     seed: int = 0
     limit: int | None = None
     device: str = "cpu"
+    mixed_precision: bool = False
 
 
 def _config(job: TrainScaleNet) -> ScaleNetConfig:
@@ -107,6 +109,7 @@ def main(job: TrainScaleNet) -> int:
         learning_rate=job.learning_rate,
         seed=job.seed,
         device=job.device,
+        mixed_precision=job.mixed_precision,
         report=report,
     )
     save_scale_net(model, config, storage.join(run.uri, "scale_net.safetensors"))

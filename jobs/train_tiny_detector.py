@@ -2,7 +2,7 @@
 
 The weights in scalenet_ray/weights/sample_detector.safetensors are those of
 
-    .venv/bin/python jobs/train_tiny_detector.py --output runs/train_tiny_detector/sample
+    .venv/bin/python jobs/train_tiny_detector.py --mixed-precision --output runs/train_tiny_detector/sample
 """
 
 from __future__ import annotations
@@ -35,16 +35,18 @@ class TrainTinyDetector:
         seed: of the weights, the order and the windows.
         limit: only the first so many images.
         device: where the network is trained, as torch names it.
+        mixed_precision: compute in bfloat16 what bears it; twice as fast where the hardware knows it.
     """
 
     data: str = "runs/sample"
     output: str | None = None
-    epochs: int = 60
-    batch_size: int = 16
+    epochs: int = 120
+    batch_size: int = 8
     learning_rate: float = 2e-3
     seed: int = 0
     limit: int | None = None
     device: str = "cpu"
+    mixed_precision: bool = False
 
 
 def main(job: TrainTinyDetector) -> int:
@@ -69,6 +71,7 @@ def main(job: TrainTinyDetector) -> int:
         learning_rate=job.learning_rate,
         seed=job.seed,
         device=job.device,
+        mixed_precision=job.mixed_precision,
         report=report,
     )
     save_tiny_detector(model, config, storage.join(run.uri, "detector.safetensors"))

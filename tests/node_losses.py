@@ -20,7 +20,7 @@ from tests.oracles import RandomScale
 
 _STORE_BYTES = 80 * 2**20
 _NOTICE_LOSSES_SOON = {"health_check_period_ms": 1000, "health_check_failure_threshold": 4}
-_LOSSES_AFTER = (4, 16)
+_LOSSES_AFTER = (4, 14)
 _RESOURCES = Resources(scale_actors=2, detector_actors=2, scale_batch_size=2, detector_batch_size=4, max_open_images=8)
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     nodes = [cluster.add_node(num_cpus=3, object_store_memory=_STORE_BYTES) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
 
-    records, policy, scenes = records_of(40), policy_of("scalenet"), Scenes(unreadable={7})
+    records, policy, scenes = records_of(30), policy_of("scalenet"), Scenes(unreadable={7})
     networks = Networks(Given(SlowDetector(0.02)), Given(RandomScale()))
     stream = ImageStream(records, policy, networks, scenes, _RESOURCES)
     results = []

@@ -306,6 +306,13 @@ def test_the_oracle_counts_an_object_by_the_part_that_the_tile_shows() -> None:
     assert seen.classes[56:, 56:].min() > 0
 
 
+def test_the_oracle_counts_a_small_object_by_how_small_it_is() -> None:
+    # Class 1 ends at 2592 pixels of 512 x 512, 162 of 128 x 128: 81 pixels are half of that.
+    seen = _oracle_map([[10, 10, 19, 19]], tile_of((128, 128)))
+    assert seen.gain is not None
+    assert seen.gain.sum() == pytest.approx(0.5, rel=1e-5)
+
+
 def test_the_oracle_of_an_image_without_objects_sees_background() -> None:
     assert _oracle_map(np.zeros((0, 4)), tile_of((64, 64))).classes.max() == 0
 

@@ -18,6 +18,7 @@ from scalenet_ray.core.policy import (
     POLICY_VERSION,
     Policy,
     Recursion,
+    check_names,
     fitted_hw,
     parse_policy,
     policy_from_dict,
@@ -107,6 +108,47 @@ def test_roots_worked_by_hand() -> None:
     assert fitted_hw(100, 50, 416) == (416, 208)
     assert fitted_hw(1, 3000, 416) == (1, 416)
     assert _named("whole").root(7, (480, 640)).allowance == 0
+
+
+def test_the_largest_side_is_that_of_the_deepest_window_or_of_the_largest_size() -> None:
+    assert [_named(name).largest_side for name in ("whole", "whole@640", "grid-3", "random")] == [416, 640, 416, 416]
+    # DEFAULT_PYRAMID goes up to twice the side.
+    assert _named("pyramid").largest_side == 832
+    zoomed = dataclasses.replace(_named("scalenet"), recursion=Recursion(window=0.5, zoom=2.0, max_depth=3))
+    assert zoomed.largest_side == 416
+    # Half of the side at zoom 3 is 1.5 times as many pixels, twice.
+    grown = dataclasses.replace(zoomed, recursion=Recursion(window=0.5, zoom=3.0, max_depth=2))
+    assert grown.largest_side == 936
+    # A window that is shown smaller than its tile leaves the whole image's tile the largest.
+    shrunk = dataclasses.replace(zoomed, recursion=Recursion(window=0.25, zoom=2.0, max_depth=2))
+    assert shrunk.largest_side == 416
+    assert dataclasses.replace(grown, kind="whole").largest_side == 416
+
+
+# --- several at once --------------------------------------------------------------------------------
+
+
+def test_policies_of_a_run_keep_their_order() -> None:
+    policies = [_named(name) for name in ("whole@640", "grid-2", "first-pass")]
+    assert check_names(policies) == policies
+    named = [dataclasses.replace(policies[0], name="my.own_policy+2-b")]
+    assert check_names(named) == named
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "name at least one policy"),
+        (["whole", "grid-2", "whole"], "each policy of a run needs a name of its own, got twice whole$"),
+        (["a/b"], "a policy's name may have letters, digits and @ . _ [+] -, got 'a/b': it names files"),
+        ([""], "got ''"),
+        (["a b"], "got 'a b'"),
+        (["a\n"], r"got 'a\\n'"),
+    ],
+)
+def test_policies_whose_files_would_clash_are_refused(names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_names([dataclasses.replace(_named("whole"), name=name) for name in names])
 
 
 # --- numbers out of range ---------------------------------------------------------------------------

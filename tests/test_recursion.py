@@ -105,6 +105,9 @@ def test_recursion_ends_within_all_its_limits_on_any_input(
     assert len(windows) <= rules.max_windows
     assert all(tile.depth <= rules.max_depth for tile in windows)
     assert all(tile.height * tile.width <= rules.max_tile_pixels for tile in windows)
+    # A side that was rounded up to one pixel is zoomed like any other: only then may a thin tile outgrow a tiny one.
+    if rules.zoom is not None and rules.zoom <= 3 and side == 416:
+        assert all(max(tile.height, tile.width) <= policy.largest_side for tile in windows)
     assert len({tile.path for tile, _ in walked}) == len(walked)
     for tile, expansion in walked:
         frame = tile.window
@@ -161,6 +164,21 @@ def test_every_cell_that_was_out_of_range_lies_in_a_window(
         y0, y1, x0, x1 = i * height / rows, (i + 1) * height / rows, j * width / columns, (j + 1) * width / columns
         # A window is of whole pixels: it may lack one of the cell's.
         assert any(w.y0 - 1 <= y0 and y1 <= w.y1 + 1 and w.x0 - 1 <= x0 and x1 <= w.x1 + 1 for w in windows)
+
+
+def test_windows_are_squares_of_the_longer_side_as_far_as_the_image_reaches() -> None:
+    # Half of 640 is 320: 240 rows are all of them; 312 x 416 tile pixels at zoom 2 are a full square of 416.
+    policy = _policy(side=416)
+    grid = np.zeros((12, 16))
+    grid[0, 0] = 1
+    wanted = {(480, 640): ((0, 0, 320, 320), 416, 416), (240, 640): ((0, 0, 320, 240), 312, 416)}
+    for hw, (window, height, width) in wanted.items():
+        for turned in (False, True):
+            root = policy.root(1, hw[::-1] if turned else hw)
+            (child,) = expand(root, _classes(grid.T if turned else grid), policy).children
+            xyxy = child.window.xyxy
+            assert ((xyxy[1], xyxy[0], xyxy[3], xyxy[2]) if turned else xyxy) == window
+            assert ((child.width, child.height) if turned else (child.height, child.width)) == (height, width)
 
 
 # --- the guards -------------------------------------------------------------------------------------
@@ -224,18 +242,18 @@ def test_topk_stopped_by_the_depth_says_so() -> None:
     ]
 
 
-@pytest.mark.parametrize(("side", "cut"), [(31, False), (32, True)])
-def test_a_window_under_the_least_side_is_not_cut(side: int, cut: bool) -> None:
+@pytest.mark.parametrize(("hw", "cut"), [((31, 31), False), ((32, 32), True), ((31, 9), False), ((9, 32), True)])
+def test_a_window_whose_longer_side_is_under_the_least_is_not_cut(hw: tuple[int, int], cut: bool) -> None:
     policy = _policy(min_window_side=16)
-    expansion = expand(policy.root(1, (100, side)), _classes(np.ones((1, 1))), policy)
+    expansion = expand(policy.root(1, hw), _classes(np.ones((1, 1))), policy)
     assert len(expansion.children) == cut
     assert expansion.guards == (() if cut else ("min_window_side",))
     assert expansion.detect
 
 
 @pytest.mark.parametrize("least", [1, 16])
-@pytest.mark.parametrize("hw", [(1, 1), (1, 2), (2, 2), (1, 500), (500, 1)])
-def test_an_image_too_thin_to_be_cut_is_detected_whole(hw: tuple[int, int], least: int) -> None:
+@pytest.mark.parametrize("hw", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_an_image_too_small_to_be_cut_is_detected_whole(hw: tuple[int, int], least: int) -> None:
     policy = _policy(window=0.4, zoom=2.5, min_window_side=least, max_windows=100)
     expansion = expand(policy.root(1, hw), _classes(np.ones((4, 4))), policy)
     assert expansion.detect
@@ -343,6 +361,11 @@ def test_method_1_asks_for_the_class_and_method_2_for_its_confidence(method: str
     assert len(expansion.children) == cut
 
 
+def test_a_confidence_of_just_the_threshold_does_not_exceed_it() -> None:
+    policy = _policy(method="confidence", threshold=0.5)
+    assert expand(policy.root(1, (64, 64)), _probabilities(0.5), policy).children == ()
+
+
 def test_the_confidence_of_several_small_classes_adds_up() -> None:
     policy = _policy(method="confidence", small_classes=(1, 2), threshold=0.3)
     prob = np.zeros((NUM_CLASSES, 1, 1))
@@ -438,6 +461,17 @@ def test_a_topk_on_a_bound_of_the_range_is_in_range() -> None:
         assert expand(policy.root(1, (84, 84)), ScaleMap(scale=np.array(scale)), policy) == Expansion(detect=True)
 
 
+def test_a_finished_window_is_detected_even_where_another_window_covers_it() -> None:
+    # Too large at (2, 3): its window of 4 x 4, rows 1 to 4, averages (2.1 + .1) / 2 = 1.1, in range. Too small: rows 2
+    # to 5 average (2.1 + .1 + .1 + .1) / 4 = .6 and are rescaled, all four cells of them.
+    policy = _topk(window=0.5, k=1.0, scale_range=ScaleRange(0.8, 2.0))
+    scale = np.zeros((8, 8))
+    scale[2, 3], scale[2, 4], scale[5, 3], scale[5, 4] = 2.1, 0.1, 0.1, 0.1
+    expansion = expand(policy.root(1, (80, 80)), ScaleMap(scale=scale), policy)
+    assert [child.window.xyxy for child in expansion.children] == [(20, 20, 60, 60)]
+    assert expansion.detect
+
+
 def test_a_window_keeps_the_centre_of_its_cells_rounded_half_up() -> None:
     # Half of 5 pixels is a window of 2; the cell's centre is at 2.5 along both axes: 2.5 - 1 = 1.5, so from 2.
     policy = _policy()
@@ -489,9 +523,10 @@ def test_cocos_rule_keeps_classes_1_and_2_of_the_parents_frame() -> None:
     (child,) = expand(policy.root(1, (480, 640)), _classes([[1]]), policy).children
     # 8u = 20736 pixels of 512 x 512; 480 x 640 has 307200: 20736 * 307200 / 262144 = 24300.
     assert child.keep == AreaRange(0.0, 24300.0)
-    # Section 'Recursive-Scale Net': a box of class 3 in the parent's frame is dropped, one of class 2 is kept.
-    (grandchild,) = expand(child, _classes([[1]]), dataclasses.replace(policy)).children
-    assert grandchild.keep == AreaRange(0.0, 24300.0 / 4)
+    # Section 'Recursive-Scale Net': a box of class 3 in the parent's frame is dropped, one of class 2 is kept. The
+    # child's frame is a window of 320 x 320: 20736 * 102400 / 262144 = 8100.
+    (grandchild,) = expand(child, _classes([[1]]), policy).children
+    assert grandchild.keep == AreaRange(0.0, 8100.0)
 
 
 def test_a_window_for_large_objects_keeps_the_mirror_of_it() -> None:

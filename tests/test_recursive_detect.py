@@ -360,7 +360,8 @@ def test_random_windows_are_by_seed_and_image_and_not_by_order() -> None:
     assert len({tuple(w) for w in first}) == 3
     assert windows(1, seed=1) != windows(1)
     for x0, y0, x1, y1 in itertools.chain(*first):
-        assert (x1 - x0, y1 - y0) == (100, 50)
+        # A square of half the longer side, which is all of the shorter.
+        assert (x1 - x0, y1 - y0) == (100, 100)
 
 
 @pytest.mark.parametrize("hw", [(1, 1), (1, 2), (3, 1000)])

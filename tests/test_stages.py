@@ -14,7 +14,15 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.results import Failure, TileResult
 from scalenet_ray.engine.frontier import Frontier, Work
 from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, unpack, unpack_results
-from scalenet_ray.engine.stages import DetectStage, LookStage, Networks, OpenImage, TileSource, cut_work
+from scalenet_ray.engine.stages import (
+    DetectStage,
+    LookStage,
+    Networks,
+    OpenImage,
+    TileSource,
+    _DecodedImages,
+    cut_work,
+)
 from tests.faults import BuggyScale, Given, Scenes, policy_of, random_networks, records_of
 from tests.in_process import Handle, InProcessEngine
 from tests.oracles import (
@@ -113,6 +121,34 @@ def test_a_reader_decodes_an_image_once_for_all_its_windows() -> None:
     tiles = sum(result.tiles for result in engine.run())
     assert tiles > len(records)
     assert sorted(decoded) == [1, 2, 3, 4, 5]
+
+
+def test_decoded_images_are_kept_up_to_a_number_of_bytes_the_last_used_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+
+    def counted(record: ImageRecord) -> np.ndarray:
+        decoded.append(record.image_id)
+        return np.zeros((10, 10, 3), np.uint8)
+
+    monkeypatch.setattr("scalenet_ray.engine.stages._CACHE_BYTES", 2 * 300)
+    images = _DecodedImages(counted)
+    for image_id in (1, 2, 1, 3, 1, 2):
+        images(ImageRecord(image_id, "x.png"))
+    assert decoded == [1, 2, 3, 2]
+
+
+def test_an_image_larger_than_the_cache_is_kept_until_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scalenet_ray.engine.stages._CACHE_BYTES", 1)
+    decoded: list[int] = []
+
+    def counted(record: ImageRecord) -> np.ndarray:
+        decoded.append(record.image_id)
+        return Scenes()(record)
+
+    images = _DecodedImages(counted)
+    for image_id in (1, 1, 2, 2, 1):
+        images(ImageRecord(image_id, "x.png"))
+    assert decoded == [1, 2, 1]
 
 
 def test_a_lease_of_written_images_is_an_empty_row_that_keeps_the_positions() -> None:

@@ -265,3 +265,14 @@ def test_a_grey_picture_is_trained_on(sample: Path, tmp_path: Path) -> None:
     Image.new("L", (example.hw[1], example.hw[0]), 90).save(grey)  # type: ignore[index]
     image, _, _ = ScaleDataset([replace(example, uri=str(grey))], LIGHT)[0]
     assert image.shape == (3, 64, 64)
+
+
+def test_real_annotations_make_targets(real_data: Path) -> None:
+    examples = read_examples(str(real_data / "coco"), "val2017")
+    by_crowd = sorted(examples, key=lambda example: -int(example.objects.crowd.sum()))[:2]
+    by_number = sorted(examples, key=lambda example: len(example.objects.boxes))
+    dataset = ScaleDataset([*by_crowd, by_number[0], by_number[-1]], LIGHT, augment=True)
+    targets = [dataset[i][1] for i in range(len(dataset))]
+    assert any((target == IGNORE).any() for target in targets)
+    assert not targets[2].any()
+    assert (targets[3] == 1).any()

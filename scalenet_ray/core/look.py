@@ -15,7 +15,7 @@ import numpy as np
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.scale import ScaleMap, fuse_maps, map_of_boxes
+from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap, fuse_maps, map_of_boxes
 from scalenet_ray.core.window import Tile, boxes_to_tile
 
 __all__ = ["Detect", "ObjectsInImage", "OracleScale", "PredictScale", "Seen", "first_pass_map", "look", "refuse_nan"]
@@ -106,7 +106,7 @@ class ObjectsInImage(Protocol):
 
 
 class OracleScale:
-    """A Scale Net that knows: its maps come from the ground truth (policy `oracle`), one unit of gain an object.
+    """A Scale Net that knows: its maps come from the ground truth (policy `oracle`).
 
     Args:
         objects_in_image: where the ground truth comes from.
@@ -126,7 +126,10 @@ class OracleScale:
         boxes, areas = self._objects_in_image(tile.image_id)
         zoom_x, zoom_y = tile.zoom_xy
         in_tile, areas_in_tile = boxes_to_tile(boxes, tile), areas * zoom_x * zoom_y
-        return map_of_boxes(in_tile, areas_in_tile, np.ones(len(boxes)), (tile.height, tile.width))
+        # Of class 1: all for a point, nothing at its end, where the object is in range. Of the others: one each.
+        of_class_1 = areas_in_tile * REFERENCE_AREA / (UNIT_AREA * tile.height * tile.width)
+        worth = np.where(of_class_1 < 1.0, 1.0 - of_class_1, 1.0)
+        return map_of_boxes(in_tile, areas_in_tile, worth, (tile.height, tile.width))
 
 
 def look(

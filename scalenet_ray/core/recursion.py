@@ -92,7 +92,7 @@ def _grid_tiles(root: Tile, policy: Policy) -> list[Tile]:
 def _random_tiles(root: Tile, policy: Policy) -> list[Tile]:
     rng = np.random.default_rng((policy.seed, root.image_id))
     height, width = root.image_hw
-    window_height, window_width = _window_side(height, policy), _window_side(width, policy)
+    window_height, window_width = _window_hw(height, width, policy)
     tiles = []
     for i in range(policy.random_windows):
         x, y = int(rng.integers(width - window_width + 1)), int(rng.integers(height - window_height + 1))
@@ -132,9 +132,14 @@ def _why_not_looked_at(tile: Tile, policy: Policy) -> tuple[str, ...]:
     return ("max_depth",) if policy.recursion.zoom is None else ()
 
 
-def _window_side(side: int, policy: Policy) -> int:
-    """W of a tile's side, rounded down so that a zoomed window never outgrows its tile."""
-    return max(1, int(side * policy.recursion.window))
+def _window_hw(height: int, width: int, policy: Policy) -> tuple[int, int]:
+    """(height, width) of a window: a square of W of the frame's longer side, as far as the frame reaches.
+
+    A square fills the detector's canvas, so that an oblong image's windows see more for the same price. Rounded down,
+    so that a zoomed window never outgrows its tile.
+    """
+    side = max(1, int(max(height, width) * policy.recursion.window))
+    return (min(side, height), min(side, width))
 
 
 @dataclass(frozen=True)
@@ -170,8 +175,9 @@ def _directions(tile: Tile, scale_map: ScaleMap, policy: Policy) -> list[_Direct
 def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansion:
     rules = policy.recursion
     grid_hw = scale_map.hw
+    height, width = _window_hw(tile.window.height, tile.window.width, policy)
     # Rounded down: cells that a window of whole pixels cannot hold must not be cleared as if it did.
-    window_hw = (math.floor(grid_hw[0] * rules.window + 1e-6), math.floor(grid_hw[1] * rules.window + 1e-6))
+    window_hw = (grid_hw[0] * height // tile.window.height, grid_hw[1] * width // tile.window.width)
     children: list[Tile] = []
     guards: list[str] = []
     in_range_window = False
@@ -227,7 +233,7 @@ def _child(
 ) -> Tile | None:
     """A window of cells -> a tile of the image, or None and the guard that forbids it."""
     rules, frame = policy.recursion, tile.window
-    width, height = _window_side(frame.width, policy), _window_side(frame.height, policy)
+    height, width = _window_hw(frame.height, frame.width, policy)
     # The window keeps the centre of its cells; its sides are W of the tile's, whatever the grid.
     centre_x = frame.x0 + (cells.left + cells.width / 2) * frame.width / grid_hw[1]
     centre_y = frame.y0 + (cells.top + cells.height / 2) * frame.height / grid_hw[0]
@@ -235,7 +241,7 @@ def _child(
     y0 = min(max(math.floor(centre_y - height / 2 + 0.5), frame.y0), frame.y1 - height)
     window = Window(x0, y0, x0 + width, y0 + height)
     # Before rounding: a side rounded up to one pixel would be zoomed by more than its tile can hold.
-    if rules.window < 1.0 and min(frame.width, frame.height) * rules.window < rules.min_window_side:
+    if rules.window < 1.0 and max(frame.width, frame.height) * rules.window < rules.min_window_side:
         guards.append("min_window_side")
         return None
     zoom_x, zoom_y = tile.zoom_xy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -101,6 +101,18 @@ def image_opener(folder: str | None, max_pixels: int) -> Callable[[ImageRecord],
     return partial(_open, folder=folder, max_pixels=max_pixels)
 
 
+def _check_same_files(records: Sequence[ImageRecord], written: Mapping[int, str]) -> None:
+    """Ids of listed images are their positions: a file more or less would lend an image the results of another."""
+    for record in records:
+        before = written.get(record.image_id, record.file_name)
+        if before != record.file_name:
+            msg = (
+                f"image {record.image_id} was {before} in the run to resume, got {record.file_name}: the images are "
+                "other ones by now; use another --output"
+            )
+            raise ValueError(msg)
+
+
 def run_policy(
     records: Sequence[ImageRecord],
     policy: str,
@@ -119,9 +131,13 @@ def run_policy(
 
     Returns:
         The progress at the end.
+
+    Raises:
+        ValueError: if an image that is written already was another file.
     """
     begun = time.monotonic()
     finished = run.finished(policy)
+    _check_same_files(records, finished)
     left = [record for record in records if record.image_id not in finished]
     state = Progress(policy, len(records) - len(left), len(records))
     if not left:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ def coco_results(run: RunFolder, policy: str) -> Iterator[dict[str, Any]]:
     sizes = {row["image_id"]: (row["height"], row["width"]) for row in images}
     table = run.table("detections", policy).combine_chunks()
     ids = table.column("image_id").to_numpy()
-    starts = np.flatnonzero(np.diff(ids, prepend=-1 if not len(ids) else ids[0] - 1))
-    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+    _, starts = np.unique(ids, return_index=True)
+    for start, end in pairwise([*starts.tolist(), len(ids)]):
         image_id = int(ids[start])
         yield from to_results(image_id, detections_from_rows(table.slice(start, end - start)), sizes[image_id])
 

@@ -100,10 +100,16 @@ class Resources:
         workers = self.readers + _limits(self.scale_actors)[1] + _limits(self.detector_actors)[1]
         return max(64, 8 * self.scale_batch_size * workers)
 
-    def cpus_per_worker(self, cluster_cpus: float) -> float:
-        """The CPUs of each reader and actor: one each, or an equal fraction if there are not enough for that."""
+    def cpus_per_worker(self, node_cpus: Sequence[float]) -> float:
+        """The CPUs of each reader and actor: one, or a fraction small enough that all have room, and one more.
+
+        Args:
+            node_cpus: the CPUs of each node; a worker's share must lie on one of them.
+        """
         workers = self.readers + _limits(self.scale_actors)[1] + _limits(self.detector_actors)[1]
-        return 1.0 if cluster_cpus > workers else math.floor(100 * cluster_cpus / (workers + 1)) / 100
+        hundredths = [math.floor(100 * cpus) for cpus in node_cpus]
+        shares = (share for share in range(100, 0, -1) if sum(cpus // share for cpus in hundredths) > workers)
+        return next(shares, 1) / 100
 
 
 @contextmanager
@@ -217,7 +223,7 @@ class ImageStream:
 
     def _dataset(self) -> Any:
         resources, policy = self._resources, self._policy
-        cpus = resources.cpus_per_worker(ray.cluster_resources().get("CPU", 1.0))
+        cpus = resources.cpus_per_worker([node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]])
         source = TileSource(
             self._frontier,
             policy,

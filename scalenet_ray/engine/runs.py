@@ -124,9 +124,10 @@ class RunFolder:
     def _read(self, uri: str, columns: Sequence[str] | None) -> pa.Table:
         return pq.read_table(io.BytesIO(storage.read_bytes(uri)), columns=None if columns is None else list(columns))
 
-    def finished(self, policy: str) -> set[int]:
-        """Ids of the images that are written."""
-        return set(self.table("images", policy, ["image_id"]).column("image_id").to_pylist())
+    def finished(self, policy: str) -> dict[int, str]:
+        """The images that are written: id -> file."""
+        table = self.table("images", policy, ["image_id", "file"])
+        return dict(zip(table.column("image_id").to_pylist(), table.column("file").to_pylist(), strict=True))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as JSON under `name`; NaN, which JSON does not have, becomes null."""
@@ -176,7 +177,9 @@ class ShardWriter:
         self._records = records
         self._committed = committed
         self._pending: list[ImageResult] = []
-        self._next = len(run.shards("images", policy))
+        # One past the last number, not how many there are: a shard may have been deleted so that it is made again.
+        shards = run.shards("images", policy)
+        self._next = int(re.findall(r"\d+", shards[-1])[-1]) + 1 if shards else 0
 
     def add(self, result: ImageResult) -> None:
         """Take in a finished image; it is written with its shard."""

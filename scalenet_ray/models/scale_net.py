@@ -328,7 +328,8 @@ class ScaleNetPredictor:
     """
 
     def __init__(self, path: str | Path, device: str = "cpu") -> None:
-        self.model, self.config = load_scale_net(path, device)
+        model, self.config = load_scale_net(path, device)
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
         self.input_pixels = (self.config.input_side or 0) ** 2
 
@@ -352,7 +353,8 @@ class ScaleNetPredictor:
 
     def _look(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
         with torch.inference_mode():
-            output = self.model(scale_net_input(pixels, self.config).to(self.device)).float()
+            images = scale_net_input(pixels, self.config).to(self.device, memory_format=torch.channels_last)
+            output = self.model(images).float()
             output = output.softmax(dim=1) if self.config.kind == "classes" else output
         return [self._map(values) for values in output.cpu().numpy()]
 

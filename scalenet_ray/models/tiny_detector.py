@@ -42,10 +42,10 @@ __all__ = [
 ]
 
 STRIDES = (8, 16, 32)
-LEVEL_BOUNDS = (56.0, 112.0)
+LEVEL_BOUNDS = (48.0, 112.0)
 """Longer sides, in tile pixels: an object under the first is found at stride 8, under the second at 16, else at 32."""
 
-MIN_TRAINED_SIDE = 24.0
+MIN_TRAINED_SIDE = 16.0
 """Objects with a longer side under this, in tile pixels, are neither right nor wrong in training."""
 
 CENTRE_RADIUS = 1.5
@@ -221,7 +221,7 @@ def _iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 
 def detection_loss(answers: Answers, targets: Targets) -> torch.Tensor:
-    """Quality focal loss (Li et al., 2020) + cross-entropy of the class + twice the GIoU loss, an object cell each.
+    """Quality focal loss (Li et al., 2020) + cross-entropy of the class + 3 GIoU losses, an object cell each.
 
     The quality that a cell is to tell is the IoU of the box that it gives, 0 where there is no object.
     """
@@ -234,7 +234,7 @@ def detection_loss(answers: Answers, targets: Targets) -> torch.Tensor:
     quality[found] = _iou(boxes.detach(), wanted)
     weight = (answers.quality.detach().sigmoid() - quality) ** 2 * (targets.labels != -2)
     quality_loss = functional.binary_cross_entropy_with_logits(answers.quality, quality, reduction="none") * weight
-    return (quality_loss.sum() + class_loss + 2.0 * box_loss) / count
+    return (quality_loss.sum() + class_loss + 3.0 * box_loss) / count
 
 
 def pack_tiles(tiles: Sequence[np.ndarray], canvas: tuple[int, int]) -> torch.Tensor:

@@ -83,7 +83,9 @@ def _turned(rng: np.random.Generator, tile: np.ndarray, boxes: np.ndarray) -> tu
     return tile, boxes
 
 
-def _loss(model: TinyNet, tiles: Sequence[TrainingTile], config: TinyNetConfig, device: str) -> torch.Tensor:
+def _loss(
+    model: TinyNet, tiles: Sequence[TrainingTile], config: TinyNetConfig, device: str, *, mixed_precision: bool
+) -> torch.Tensor:
     index_of = {category_id: i for i, category_id in enumerate(config.category_ids)}
     targets = assign_targets(
         [torch.from_numpy(tile.boxes) for tile in tiles],
@@ -92,7 +94,8 @@ def _loss(model: TinyNet, tiles: Sequence[TrainingTile], config: TinyNetConfig, 
         config.input_side,
     )
     images = pack_tiles([tile.pixels for tile in tiles], (config.input_side, config.input_side))
-    answers = model(images.to(device, memory_format=torch.channels_last))
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision):
+        answers = model(images.to(device, memory_format=torch.channels_last))
     return detection_loss(Answers(*(part.float().cpu() for part in answers)), targets)
 
 
@@ -105,6 +108,7 @@ def train_tiny_detector(
     learning_rate: float,
     seed: int = 0,
     device: str = "cpu",
+    mixed_precision: bool = False,
     report: Callable[[dict], None] | None = None,
 ) -> TinyNet:
     """Train from scratch with AdamW, a short warm-up and a cosine; a NaN loss stops it.
@@ -117,6 +121,7 @@ def train_tiny_detector(
         learning_rate: at its highest.
         seed: of the weights, the order and the windows.
         device: where to.
+        mixed_precision: compute in bfloat16 what bears it; twice as fast where the hardware knows it.
         report: called after each epoch with "epoch" from 1, "loss", "seconds" and "seconds_left".
 
     Raises:
@@ -139,7 +144,7 @@ def train_tiny_detector(
         for first in range(0, len(order), batch_size):
             part = order[first : first + batch_size]
             tiles = [random_tile(rng, images[i], examples[i], config.input_side) for i in part]
-            loss = _loss(model, tiles, config, device)
+            loss = _loss(model, tiles, config, device, mixed_precision=mixed_precision)
             if not torch.isfinite(loss):
                 ids = ", ".join(str(examples[i].image_id) for i in part)
                 msg = f"the loss is {loss.item()} in epoch {epoch + 1} (images {ids}): lower the learning rate"

@@ -249,6 +249,7 @@ def train_step(
     *,
     step: int,
     device: str = "cpu",
+    mixed_precision: bool = False,
 ) -> float:
     """One step down; the loss before it.
 
@@ -256,7 +257,9 @@ def train_step(
         FloatingPointError: if the loss is NaN or infinite; the weights are left as they were.
     """
     images = batch.images.to(device, memory_format=torch.channels_last)
-    loss = loss_of(model(images), batch.targets.to(device))
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision):
+        output = model(images)
+    loss = loss_of(output.float(), batch.targets.to(device))
     if not torch.isfinite(loss):
         ids = ", ".join(str(i) for i in batch.image_ids)
         msg = f"the loss is {loss.item()} at step {step} (images {ids}): lower the learning rate or look at these"
@@ -320,6 +323,7 @@ def train(
     learning_rate: float,
     seed: int = 0,
     device: str = "cpu",
+    mixed_precision: bool = False,
     report: Callable[[dict], None] | None = None,
 ) -> list[dict]:
     """Train with Adam and a learning rate that falls to 0 along a cosine.
@@ -332,6 +336,7 @@ def train(
         learning_rate: at the start.
         seed: of the order of the examples.
         device: where to.
+        mixed_precision: compute in bfloat16 what bears it; twice as fast where the hardware knows it.
         report: called after each epoch with its row.
 
     Returns:
@@ -349,7 +354,10 @@ def train(
         order = np.random.default_rng([seed, epoch]).permutation(len(dataset))
         losses = []
         for batch in batches(dataset, batch_size, order.tolist()):
-            losses.append(train_step(model, batch, optimizer, loss_of, step=step, device=device))
+            loss = train_step(
+                model, batch, optimizer, loss_of, step=step, device=device, mixed_precision=mixed_precision
+            )
+            losses.append(loss)
             schedule.step()
             step += 1
         seconds = time.monotonic() - start

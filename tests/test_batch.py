@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.results import ImageResult
+from scalenet_ray.engine.batch import Progress, Stream, image_opener, run_policy
+from scalenet_ray.engine.local import LocalStream
+from scalenet_ray.engine.pipeline import ImageStream, Resources
+from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.engine.stages import Networks
+from tests.faults import (
+    FaultyScale,
+    Given,
+    Scenes,
+    WorkLog,
+    as_values,
+    policy_of,
+    random_networks,
+    records_of,
+    reference,
+)
+from tests.oracles import RandomDetector, RandomScale
+
+POLICY = policy_of("scalenet")
+RECORDS = records_of(11)
+SCENES = Scenes(unreadable={3})
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of two images, and a line for each image."""
+    monkeypatch.setattr("scalenet_ray.engine.runs._IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr("scalenet_ray.engine.batch._SECONDS_BETWEEN_LINES", -1.0)
+
+
+def stop_after(count: int) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        if progress.images == count:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def ignore(progress: Progress) -> None:
+    """Nothing is said."""
+
+
+def local(records: Sequence[ImageRecord], log: WorkLog | None = None) -> Stream:
+    return LocalStream(records, POLICY, networks(log), SCENES)
+
+
+def on_ray(records: Sequence[ImageRecord], log: WorkLog | None = None) -> Stream:
+    return ImageStream(records, POLICY, networks(log), SCENES, Resources(scale_batch_size=2, max_open_images=3))
+
+
+def networks(log: WorkLog | None) -> Networks:
+    scale_net = RandomScale() if log is None else FaultyScale(RandomScale(), log)
+    return Networks(Given(RandomDetector()), Given(scale_net))
+
+
+def log_in(folder: Path) -> WorkLog:
+    folder.mkdir()
+    return WorkLog(folder)
+
+
+def images_looked_at(log: WorkLog) -> set[int]:
+    return {int(line.split()[0]) for line in log.lines()}
+
+
+def tables(run: RunFolder) -> list[pa.Table]:
+    return [run.table("images", POLICY.name), run.table("detections", POLICY.name)]
+
+
+def whole_run(folder: Path) -> RunFolder:
+    run = RunFolder(str(folder))
+    run_policy(RECORDS, POLICY.name, local, run, ignore)
+    return run
+
+
+def test_the_local_engine_is_the_reference(tmp_path: Path) -> None:
+    for name in ("grid-2", "first-pass", "scalenet", "fused", "oracle"):
+        policy = policy_of(name)
+        nets = random_networks(policy, len(RECORDS))
+        results = list(LocalStream(RECORDS, policy, nets, SCENES))
+        assert [result.image_id for result in results] == [record.image_id for record in RECORDS]
+        expected = reference(RECORDS, policy, nets, SCENES)
+        assert {result.image_id: as_values(result) for result in results} == expected
+
+
+@pytest.mark.parametrize(
+    "start", [pytest.param(local, id="local"), pytest.param(on_ray, id="ray", marks=pytest.mark.ray)]
+)
+def test_resuming_does_what_is_missing_and_ends_as_an_uninterrupted_run(
+    request: pytest.FixtureRequest, tmp_path: Path, start: Callable[..., Stream]
+) -> None:
+    if start is on_ray:
+        request.getfixturevalue("ray_session")
+    run = RunFolder(str(tmp_path / "run"))
+    before, after = log_in(tmp_path / "before"), log_in(tmp_path / "after")
+    with pytest.raises(KeyboardInterrupt):
+        run_policy(RECORDS, POLICY.name, partial(start, log=before), run, stop_after(7))
+    # Six were written, the seventh was finished and is done again.
+    written = set(run.finished(POLICY.name))
+    assert len(written) == 6
+    orphan = Path(run.uri, "detections", "scalenet-00003.parquet")
+    orphan.write_bytes(Path(run.uri, "detections", "scalenet-00000.parquet").read_bytes())
+
+    progress = run_policy(RECORDS, POLICY.name, partial(start, log=after), run, ignore)
+    assert (progress.done, progress.total, progress.images) == (11, 11, 5)
+    missing = {record.image_id for record in RECORDS} - written
+    assert images_looked_at(after) == missing - {3}
+    assert images_looked_at(before) >= written - {3}
+    assert tables(run) == tables(whole_run(tmp_path / "whole"))
+
+
+def test_a_finished_run_starts_nothing_again(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "run")
+    progress = run_policy(RECORDS, POLICY.name, lambda records: pytest.fail("started"), run, ignore)
+    assert (progress.done, progress.images) == (11, 0)
+
+
+def test_images_that_became_other_files_are_not_resumed(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "run")
+    one_more = [ImageRecord(i, f"{i - 1}.png") for i in range(1, 13)]
+    with pytest.raises(ValueError, match=r"image 1 was 1\.png in the run to resume, got 0\.png.*use another --output"):
+        run_policy(one_more, POLICY.name, local, run, ignore)
+
+
+def test_images_are_committed_as_they_are_written(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    committed: list[int] = []
+
+    class Committing(LocalStream):
+        def commit(self, image_ids: Sequence[int]) -> None:  # type: ignore[override]
+            assert set(image_ids) <= set(run.finished(POLICY.name))
+            committed.extend(image_ids)
+
+    run_policy(RECORDS, POLICY.name, lambda left: Committing(left, POLICY, networks(None), SCENES), run, ignore)
+    assert committed == [record.image_id for record in RECORDS]
+
+
+def test_a_slow_run_is_written_every_half_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scalenet_ray.engine.runs._IMAGES_PER_SHARD", 1000)
+    now = iter(range(0, 10_000, 10))
+    monkeypatch.setattr("scalenet_ray.engine.batch.time.monotonic", lambda: float(next(now)))
+    run = whole_run(tmp_path / "run")
+    sizes = [pa.parquet.read_table(uri).num_rows for uri in run.shards("images", POLICY.name)]
+    assert len(sizes) > 1
+    assert sum(sizes) == len(RECORDS)
+    assert max(sizes) <= 4
+
+
+def test_progress_counts_images_tiles_and_failures(tmp_path: Path) -> None:
+    lines: list[Progress] = []
+    run = RunFolder(str(tmp_path / "run"))
+    last = run_policy(RECORDS, POLICY.name, local, run, lines.append)
+    assert [line.done for line in lines] == list(range(1, 12))
+    assert lines[-1] == last
+    assert last.failed == 1
+    assert last.tiles == sum(run.table("images", POLICY.name).column("tiles").to_pylist())
+    assert str(last).startswith("scalenet: 11/11 images, ")
+    assert "1 failed" in str(last)
+    assert set(last.speed()) == {"images_per_second", "seconds"}
+
+
+def test_the_rate_leaves_start_up_out() -> None:
+    progress = Progress("whole", done=3, total=9, images=3, seconds=4.0, elapsed=100.0)
+    assert progress.images_per_second == 0.5
+    assert str(progress).endswith("12 s left")
+    assert Progress("whole", 1, 9, images=1, seconds=0.0).images_per_second == 0.0
+    assert str(Progress("whole", 1, 9, images=1)).endswith("starting")
+
+
+def test_an_error_of_the_engine_ends_the_run_and_keeps_what_is_written(tmp_path: Path) -> None:
+    class Breaking(LocalStream):
+        def __iter__(self) -> Iterator[ImageResult]:
+            for i, result in enumerate(super().__iter__()):
+                if i == 5:
+                    raise RuntimeError("the engine broke")
+                yield result
+
+    run = RunFolder(str(tmp_path / "run"))
+    with pytest.raises(RuntimeError, match="the engine broke"):
+        run_policy(RECORDS, POLICY.name, lambda left: Breaking(left, POLICY, networks(None), SCENES), run, ignore)
+    assert len(run.finished(POLICY.name)) == 4
+
+
+# --- opening images -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    Image.fromarray(np.full((4, 6, 3), 200, np.uint8)).save(tmp_path / "good.png")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff and no more")
+    return tmp_path
+
+
+def test_images_are_opened_below_their_folder_or_by_their_address(folder: Path) -> None:
+    assert image_opener(str(folder), 10**6)(ImageRecord(1, "good.png", 4, 6)).shape == (4, 6, 3)
+    assert image_opener(None, 10**6)(ImageRecord(1, str(folder / "good.png"))).shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (ImageRecord(1, "missing.png"), "there is no such file"),
+        (ImageRecord(1, "broken.jpg"), "cannot be decoded"),
+        (ImageRecord(1, "good.png", 5, 6), "must be \\(5, 6\\)"),
+        (ImageRecord(1, "../good.png"), "must be a path inside"),
+    ],
+)
+def test_an_image_that_cannot_be_had_costs_itself_alone(folder: Path, record: ImageRecord, reason: str) -> None:
+    with pytest.raises(TileError, match=reason):
+        image_opener(str(folder), 10**6)(record)
+
+
+def test_an_image_larger_than_allowed_is_not_decoded(folder: Path) -> None:
+    with pytest.raises(TileError, match="an image may have 23 pixels"):
+        image_opener(str(folder), 23)(ImageRecord(1, "good.png"))

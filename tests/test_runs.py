@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from scalenet_ray.core import storage
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.results import Failure, ImageResult
+from scalenet_ray.core.schemas import DETECTIONS, IMAGES, detections_from_rows
+from scalenet_ray.engine.runs import FAILURES, RunFolder, ShardWriter
+
+SETTINGS = {"seed": 3, "policies": ("whole", "grid-2"), "nested": {"score_threshold": 0.01, "none": None}}
+
+
+def result_of(image_id: int, scores: tuple[float, ...] = (0.9, 0.5), failure: Failure | None = None) -> ImageResult:
+    boxes = np.tile([[1, 2, 3, 4]], (len(scores), 1)) + image_id
+    found = Detections(boxes, np.array(scores), np.full(len(scores), 7))
+    return ImageResult(image_id, found, failure, 1, 10, 20, 1.0, {"max_depth": image_id}, (64, 48))
+
+
+def writer_of(run: RunFolder, policy: str = "whole", committed: list[list[int]] | None = None) -> ShardWriter:
+    records = {i: ImageRecord(i, f"{i}.jpg") for i in range(100)}
+    return ShardWriter(run, policy, records, (committed if committed is not None else []).append)
+
+
+def write(run: RunFolder, *image_ids: int, policy: str = "whole") -> None:
+    writer = writer_of(run, policy)
+    for image_id in image_ids:
+        writer.add(result_of(image_id))
+    writer.flush()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(str(tmp_path / "run"))
+
+
+# --- beginning and resuming ---------------------------------------------------------------------------------
+
+
+def test_a_run_notes_all_that_is_needed_to_run_it_again(run: RunFolder) -> None:
+    run.begin(SETTINGS, resume=False, workers={"scale_actors": 3})
+    config = yaml.safe_load(Path(run.uri, "config.yaml").read_text())
+    assert config["settings"] == {**SETTINGS, "policies": ["whole", "grid-2"]}
+    assert config["workers"] == {"scale_actors": 3}
+    assert {"python", "scalenet-ray", "ray", "torch", "numpy"} <= set(config["versions"])
+
+
+def test_a_run_that_is_there_is_not_overwritten(run: RunFolder) -> None:
+    run.begin(SETTINGS, resume=False)
+    with pytest.raises(FileExistsError, match="holds a run already: add --resume to go on with it"):
+        run.begin(SETTINGS, resume=False)
+
+
+def test_resuming_with_the_same_settings_and_other_workers_goes_on(run: RunFolder) -> None:
+    run.begin(SETTINGS, resume=False, workers={"engine": "ray"})
+    before = Path(run.uri, "config.yaml").read_bytes()
+    run.begin(dict(reversed(SETTINGS.items())), resume=True, workers={"engine": "local"})
+    assert Path(run.uri, "config.yaml").read_bytes() == before
+
+
+def test_resuming_what_never_began_begins_it(run: RunFolder) -> None:
+    run.begin(SETTINGS, resume=True)
+    assert Path(run.uri, "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 4}, "seed: 3 then, 4 now"),
+        ({"nested": {"score_threshold": 0.02, "none": None}}, "nested: .*0.01.* then, .*0.02.* now"),
+        ({"limit": 5}, "limit: None then, 5 now"),
+        ({"policies": ("grid-2", "whole")}, "policies: .*then"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_and_they_are_named(
+    run: RunFolder, changes: dict, message: str
+) -> None:
+    run.begin(SETTINGS, resume=False)
+    with pytest.raises(
+        ValueError, match=f"was begun with other settings .{message}.*use the same, or another --output"
+    ):
+        run.begin({**SETTINGS, **changes}, resume=True)
+
+
+# --- shards -------------------------------------------------------------------------------------------------
+
+
+def test_detections_are_written_before_the_record_that_their_images_are_finished(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write_bytes = storage.write_bytes_atomic
+
+    def noted(uri: str, data: bytes) -> None:
+        written.append(uri.removeprefix(f"{run.uri}/"))
+        write_bytes(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes_atomic", noted)
+    committed: list[list[int]] = []
+    writer = writer_of(run, committed=committed)
+    writer.add(result_of(5))
+    assert written == []
+    assert committed == []
+    writer.flush()
+    assert written == ["detections/whole-00000.parquet", "images/whole-00000.parquet"]
+    assert committed == [[5]]
+    writer.flush()
+    assert len(written) == 2
+
+
+def test_images_are_committed_after_their_shard_is_there(run: RunFolder) -> None:
+    seen: list[bool] = []
+    writer = ShardWriter(
+        run, "whole", {1: ImageRecord(1, "1.jpg")}, lambda ids: seen.append(set(ids) <= set(run.finished("whole")))
+    )
+    writer.add(result_of(1))
+    writer.flush()
+    assert seen == [True]
+
+
+def test_a_full_shard_is_written_at_once(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scalenet_ray.engine.runs._IMAGES_PER_SHARD", 2)
+    write(run, 1, 2, 3, 4, 5)
+    shards = [pq.read_table(uri) for uri in run.shards("images", "whole")]
+    assert [table.column("image_id").to_pylist() for table in shards] == [[1, 2], [3, 4], [5]]
+    assert all(table.schema == IMAGES for table in shards)
+    assert all(pq.read_table(uri).schema == DETECTIONS for uri in run.shards("detections", "whole"))
+
+
+def test_tables_are_in_order_of_image_id_with_the_best_detection_first(run: RunFolder) -> None:
+    write(run, 9, 2)
+    write(run, 5)
+    assert run.table("images", "whole").column("image_id").to_pylist() == [2, 5, 9]
+    assert run.finished("whole") == {2: "2.jpg", 5: "5.jpg", 9: "9.jpg"}
+    table = run.table("detections", "whole")
+    assert table.column("image_id").to_pylist() == [2, 2, 5, 5, 9, 9]
+    assert table.column("score").to_pylist() == pytest.approx([0.9, 0.5] * 3)
+    assert detections_from_rows(table.slice(2, 2)).boxes.tolist() == [[6, 7, 8, 9]] * 2
+
+
+def test_policies_with_a_common_beginning_are_kept_apart(run: RunFolder) -> None:
+    for i, policy in enumerate(["grid-2", "grid-20", "grid-2-00000", "whole@64", "whole"]):
+        write(run, i, policy=policy)
+    for i, policy in enumerate(["grid-2", "grid-20", "grid-2-00000", "whole@64", "whole"]):
+        assert list(run.finished(policy)) == [i]
+        assert set(run.table("detections", policy).column("policy").to_pylist()) == {policy}
+
+
+def test_an_orphan_shard_of_detections_is_ignored_and_overwritten(run: RunFolder) -> None:
+    write(run, 1)
+    orphan = Path(run.uri, "detections", "whole-00001.parquet")
+    orphan.write_bytes(Path(run.uri, "detections", "whole-00000.parquet").read_bytes())
+    assert run.table("detections", "whole").num_rows == 2
+    write(run, 2)
+    assert pq.read_table(orphan).column("image_id").to_pylist() == [2, 2]
+    assert run.table("detections", "whole").column("image_id").to_pylist() == [1, 1, 2, 2]
+
+
+def test_a_shard_in_writing_is_no_shard(run: RunFolder) -> None:
+    write(run, 1)
+    Path(run.uri, "images", ".0123.part").write_bytes(b"half")
+    Path(run.uri, "images", "whole-00001.parquet.part").write_bytes(b"half")
+    assert list(run.finished("whole")) == [1]
+
+
+def test_deleting_a_shard_makes_its_images_missing_and_harms_no_other(run: RunFolder) -> None:
+    write(run, 1)
+    write(run, 2)
+    write(run, 3)
+    Path(run.uri, "images", "whole-00001.parquet").unlink()
+    assert list(run.finished("whole")) == [1, 3]
+    write(run, 2)
+    assert list(run.finished("whole")) == [1, 2, 3]
+    assert run.table("detections", "whole").column("image_id").to_pylist() == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_run_without_shards_has_tables_without_rows(run: RunFolder) -> None:
+    assert run.finished("whole") == {}
+    assert run.table("images", "whole").schema == IMAGES
+    assert run.table("detections", "whole").schema == DETECTIONS
+    assert run.table("images", "whole", ["image_id", "file"]).column_names == ["image_id", "file"]
+
+
+def test_images_without_detections_are_finished_too(run: RunFolder) -> None:
+    writer = writer_of(run)
+    writer.add(result_of(1, scores=()))
+    writer.flush()
+    assert list(run.finished("whole")) == [1]
+    assert run.table("detections", "whole").num_rows == 0
+
+
+# --- the end ------------------------------------------------------------------------------------------------
+
+
+def test_failures_of_all_policies_are_gathered(run: RunFolder) -> None:
+    for policy in ("whole", "grid-2"):
+        writer = writer_of(run, policy)
+        writer.add(result_of(1, failure=Failure("read", "truncated")))
+        writer.add(result_of(2))
+        writer.flush()
+    table = run.write_failures(["whole", "grid-2"])
+    assert table.schema == FAILURES
+    expected = [
+        {"policy": policy, "image_id": 1, "file": "1.jpg", "stage": "read", "reason": "truncated"}
+        for policy in ("whole", "grid-2")
+    ]
+    assert table.to_pylist() == expected
+    assert pq.read_table(Path(run.uri, "failures.parquet")).to_pylist() == expected
+
+
+def test_no_failures_are_a_table_without_rows(run: RunFolder) -> None:
+    write(run, 1)
+    assert run.write_failures(["whole"]).num_rows == 0
+    assert pq.read_table(Path(run.uri, "failures.parquet")).schema == FAILURES
+
+
+def test_json_has_null_where_there_is_no_number(run: RunFolder) -> None:
+    run.write_json("metrics.json", {"AP": float("nan"), "list": [1.5, float("nan")]})
+    assert json.loads(Path(run.uri, "metrics.json").read_text()) == {"AP": None, "list": [1.5, None]}
+    with pytest.raises(ValueError, match="JSON"):
+        run.write_json("metrics.json", {"AP": float("inf")})
+
+
+def test_a_run_folder_may_lie_on_s3(s3_bucket: str) -> None:
+    run = RunFolder(f"{s3_bucket}/runs/first")
+    run.begin(SETTINGS, resume=False)
+    with pytest.raises(FileExistsError, match="add --resume"):
+        run.begin(SETTINGS, resume=False)
+    write(run, 4, 1)
+    write(run, 2)
+    run.begin(SETTINGS, resume=True)
+    assert list(run.finished("whole")) == [1, 2, 4]
+    assert run.shards("images", "whole") == [f"{run.uri}/images/whole-0000{i}.parquet" for i in range(2)]
+    assert run.table("detections", "whole").num_rows == 6
+    assert run.write_failures(["whole"]).num_rows == 0
