@@ -5,7 +5,7 @@
 
 Each size runs in a fresh process with a fresh Ray, on scenes of the embedded sample with its own
 networks and the policy `scalenet`. The head is the driver, the frontier, and Ray's own head processes (GCS,
-raylet, dashboard); the peak of their resident memory is sampled from the first finished image to the last.
+raylet, dashboard); the peak of their resident memory is sampled from start to end.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,9 +62,12 @@ class Peaks(threading.Thread):
 
     def run(self) -> None:
         """Sample."""
-        head = [os.getpid(), *(pid for pid in _pids() if _is_head(pid))]
-        while not self._stop_asked.wait(0.1):
-            self.store = max(self.store, node_stats().store_stats.object_store_bytes_used)
+        node = ray.nodes()[0]
+        while not self._stop_asked.wait(0.2):
+            # Looked up each time: the frontier starts after this does.
+            head = [os.getpid(), *(pid for pid in _descendants(os.getpid()) if _is_head(pid))]
+            stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats
+            self.store = max(self.store, stats.object_store_bytes_used)
             self.head = max(self.head, sum(map(_resident_bytes, head)))
 
     def stop(self) -> None:
@@ -72,8 +76,17 @@ class Peaks(threading.Thread):
         self.join()
 
 
-def _pids() -> list[int]:
-    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+def _descendants(pid: int) -> list[int]:
+    """The processes below one: Ray's are all below the driver that started it."""
+    parents = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            with suppress(OSError):
+                parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for ancestor in found:
+        found += [child for child, parent in parents.items() if parent == ancestor]
+    return found[1:]
 
 
 def _is_head(pid: int) -> bool:
@@ -103,8 +116,8 @@ def measure(images: int, folder: Path) -> dict[str, float]:
     start = partial(session.start, policy=policy, networks=networks, open_image=image_opener(f"{data}/val2017", 10**8))
     peaks = Peaks()
     with TemporaryDirectory() as output:
-        run = RunFolder(output)
-        progress = run_policy(records, "scalenet", start, run, lambda _: None if peaks.is_alive() else peaks.start())
+        peaks.start()
+        progress = run_policy(records, "scalenet", start, RunFolder(output), lambda _: None)
         peaks.stop()
     return {
         "images": images,

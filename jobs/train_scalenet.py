@@ -2,7 +2,7 @@
 
 The embedded sample's weights, scalenet_ray/weights/sample_scale_net.safetensors, are those of
 
-    .venv/bin/python jobs/train_scalenet.py --input-side 192 --epochs 60 --output runs/train_scalenet/sample
+    .venv/bin/python jobs/train_scalenet.py --input-side 192 --epochs 60 --mixed-precision --output RUN_FOLDER
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The weights in scalenet_ray/weights/sample_detector.safetensors are those of
 
-    .venv/bin/python jobs/train_tiny_detector.py --mixed-precision --output runs/train_tiny_detector/sample
+    .venv/bin/python jobs/train_tiny_detector.py --mixed-precision --output RUN_FOLDER
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from tests.ray_fixture import ray_session  # noqa: F401 - a fixture
+from tests.ray_fixture import idle_ray, ray_session  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ __all__ = [
     "Given",
     "Scenes",
     "SlowDetector",
+    "StuckDetector",
     "WhimsicalScale",
     "WorkLog",
     "as_values",
@@ -307,6 +308,23 @@ class FaultyDetector:
         if self._at_end is not None:
             self._at_end.strike()
         return found
+
+
+class StuckDetector(RandomDetector):
+    """A detector that never answers, until it is let go: an actor whose call does not end outlives its run.
+
+    Args:
+        let_go: a file; once it is there the detector answers.
+    """
+
+    def __init__(self, let_go: Path) -> None:
+        super().__init__(input_side=INPUT_SIDE)
+        self._let_go = let_go
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        while not self._let_go.exists():
+            time.sleep(0.1)
+        return super().__call__(pixels)
 
 
 class SlowDetector(RandomDetector):

@@ -1,14 +1,13 @@
 """A run on a cluster of its own that loses every worker node it began with, one after the other; a process to itself.
 
-    python -m tests.node_losses
-
-Prints what came of it as JSON.
+python -m tests.node_losses OUTCOME.json
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import ray
 from ray.cluster_utils import Cluster
@@ -61,7 +60,8 @@ def main() -> None:
         "redelivered": status.redelivered,
         "outstanding": status.outstanding,
     }
-    sys.stdout.write(f"{json.dumps(outcome)}\n")
+    # Ray says on the standard output what it lost.
+    Path(sys.argv[1]).write_text(json.dumps(outcome))
     ray.shutdown()
     cluster.shutdown()
 

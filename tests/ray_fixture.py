@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import time
 from collections.abc import Iterator
 from unittest.mock import patch
 
@@ -38,3 +40,16 @@ def ray_session() -> Iterator[None]:
         )
         yield
         ray.shutdown()
+
+
+@pytest.fixture
+def idle_ray(ray_session: None) -> None:
+    """The same, once nothing runs on it: actors of a run that failed live on as long as its traceback does."""
+    import ray
+
+    gc.collect()
+    give_up = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        if time.monotonic() > give_up:
+            pytest.fail(f"an earlier run holds CPUs: {ray.available_resources().get('CPU', 0)} are free")
+        time.sleep(0.1)

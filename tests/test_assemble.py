@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from scalenet_ray.engine.assemble import Assembler
 from tests.faults import as_values
 
 
-def tree(draw: st.DrawFn, image_id: int) -> list[TileResult]:
+def tree(draw: Callable[[st.SearchStrategy], Any], image_id: int) -> list[TileResult]:
     """All tiles of one image that fans out at random, with exact credits."""
     results = []
     waiting: list[tuple[tuple[int, ...], Fraction]] = [((), Fraction(1))]

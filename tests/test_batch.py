@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -103,7 +104,7 @@ def test_resuming_does_what_is_missing_and_ends_as_an_uninterrupted_run(
     request: pytest.FixtureRequest, tmp_path: Path, start: Callable[..., Stream]
 ) -> None:
     if start is on_ray:
-        request.getfixturevalue("ray_session")
+        request.getfixturevalue("idle_ray")
     run = RunFolder(str(tmp_path / "run"))
     before, after = log_in(tmp_path / "before"), log_in(tmp_path / "after")
     with pytest.raises(KeyboardInterrupt):
@@ -140,9 +141,9 @@ def test_images_are_committed_as_they_are_written(tmp_path: Path) -> None:
     committed: list[int] = []
 
     class Committing(LocalStream):
-        def commit(self, image_ids: Sequence[int]) -> None:  # type: ignore[override]
-            assert set(image_ids) <= set(run.finished(POLICY.name))
+        def commit(self, image_ids: Iterable[int]) -> None:
             committed.extend(image_ids)
+            assert set(committed) <= set(run.finished(POLICY.name))
 
     run_policy(RECORDS, POLICY.name, lambda left: Committing(left, POLICY, networks(None), SCENES), run, ignore)
     assert committed == [record.image_id for record in RECORDS]
@@ -153,7 +154,7 @@ def test_a_slow_run_is_written_every_half_minute(tmp_path: Path, monkeypatch: py
     now = iter(range(0, 10_000, 10))
     monkeypatch.setattr("scalenet_ray.engine.batch.time.monotonic", lambda: float(next(now)))
     run = whole_run(tmp_path / "run")
-    sizes = [pa.parquet.read_table(uri).num_rows for uri in run.shards("images", POLICY.name)]
+    sizes = [pq.read_table(uri).num_rows for uri in run.shards("images", POLICY.name)]
     assert len(sizes) > 1
     assert sum(sizes) == len(RECORDS)
     assert max(sizes) <= 4

@@ -16,7 +16,6 @@ from pycocotools import mask as coco_mask
 from scalenet_ray.core.coco import (
     CocoDataset,
     ImageRecord,
-    image_records,
     list_images,
     map_categories,
     objects_of,
@@ -67,7 +66,7 @@ def truth_as_results(dataset: CocoDataset) -> Iterator[dict[str, Any]]:
 def test_annotations_are_read_from_anywhere(tmp_path: Path, s3_bucket: str):
     for folder in (str(tmp_path), s3_bucket):
         write_bytes_atomic(f"{folder}/instances.json", json.dumps(document()).encode())
-        records = image_records(f"{folder}/instances.json")
+        records = list(read_annotations(f"{folder}/instances.json").images)
         assert records == [ImageRecord(0, "a.jpg", 64, 64), ImageRecord(7, "b.jpg", 200, 300)]
 
 

@@ -94,7 +94,7 @@ def worked_on(results: list[ImageResult], policy: Policy) -> tuple[int, int]:
     return looked, sum(result.tiles for result in results)
 
 
-def test_the_only_reader_dies_after_leasing_and_after_yielding(ray_session: None, watched: Watched) -> None:
+def test_the_only_reader_dies_after_leasing_and_after_yielding(idle_ray: None, watched: Watched) -> None:
     policy = policy_of("scalenet")
     # The first death takes the first lease with it; by the second some rows are out, and are not read again.
     leased, yielded = watched.fault("leased"), watched.fault("yielded", turn=3 * SCALE_BATCH)
@@ -106,7 +106,7 @@ def test_the_only_reader_dies_after_leasing_and_after_yielding(ray_session: None
     assert (len(watched.looked.lines()), len(watched.detected.lines())) == worked_on(results, policy)
 
 
-def test_look_actors_die_before_and_after_completing(ray_session: None, watched: Watched) -> None:
+def test_look_actors_die_before_and_after_completing(idle_ray: None, watched: Watched) -> None:
     policy = policy_of("scalenet")
     networks = watched.networks(look_before=watched.fault("before", turn=2), look_after=watched.fault("after", turn=4))
     results = watched.run(policy, SCENES, networks, TWO_OF_EACH)
@@ -118,7 +118,7 @@ def test_look_actors_die_before_and_after_completing(ray_session: None, watched:
     assert watched.status.conflicts == 0
 
 
-def test_detector_actors_die_at_the_start_and_at_the_end_of_a_call(ray_session: None, watched: Watched) -> None:
+def test_detector_actors_die_at_the_start_and_at_the_end_of_a_call(idle_ray: None, watched: Watched) -> None:
     policy = policy_of("scalenet")
     networks = watched.networks(detect_start=watched.fault("start"), detect_end=watched.fault("end", turn=2))
     results = watched.run(policy, SCENES, networks, TWO_OF_EACH)
@@ -130,7 +130,7 @@ def test_detector_actors_die_at_the_start_and_at_the_end_of_a_call(ray_session: 
 
 
 @pytest.mark.parametrize("name", ["grid-2", "fused"])
-def test_everything_dies_once_in_one_run(ray_session: None, watched: Watched, name: str) -> None:
+def test_everything_dies_once_in_one_run(idle_ray: None, watched: Watched, name: str) -> None:
     policy = policy_of(name)
     opened = FaultyOpen(SCENES, watched.fault("reader", turn=7), watched.opened)
     looks = {"look_before": watched.fault("before"), "look_after": watched.fault("after", turn=2)}
@@ -146,7 +146,7 @@ def test_everything_dies_once_in_one_run(ray_session: None, watched: Watched, na
     assert_equals_reference(results, policy)
 
 
-def test_a_retry_that_decides_otherwise_loses_and_doubles_nothing(ray_session: None, watched: Watched) -> None:
+def test_a_retry_that_decides_otherwise_loses_and_doubles_nothing(idle_ray: None, watched: Watched) -> None:
     policy = policy_of("scalenet")
     scale_net = FaultyScale(WhimsicalScale(), watched.looked, after=watched.fault("after", turn=2))
     networks = Networks(Given(RandomDetector()), Given(scale_net))
@@ -155,7 +155,7 @@ def test_a_retry_that_decides_otherwise_loses_and_doubles_nothing(ray_session: N
     assert [result.image_id for result in results if result.failure] == [4]
 
 
-def test_a_dead_frontier_ends_the_run_and_says_what_to_do(ray_session: None) -> None:
+def test_a_dead_frontier_ends_the_run_and_says_what_to_do(idle_ray: None) -> None:
     policy = policy_of("scalenet")
     stream = ImageStream(RECORDS, policy, random_networks(policy), SCENES, Resources(max_open_images=2))
     results = iter(stream)
@@ -165,14 +165,14 @@ def test_a_dead_frontier_ends_the_run_and_says_what_to_do(ray_session: None) -> 
         list(results)
 
 
-def test_a_bug_in_a_network_ends_the_run_with_its_message(ray_session: None) -> None:
+def test_a_bug_in_a_network_ends_the_run_with_its_message(idle_ray: None) -> None:
     networks = Networks(Given(RandomDetector()), Given(BuggyScale(5)))
     stream = ImageStream(RECORDS, policy_of("scalenet"), networks, SCENES, Resources())
     with pytest.raises(Exception, match="a bug: the weights are of another network"):
         list(stream)
 
 
-def test_a_network_that_cannot_be_made_ends_the_run_with_its_message(ray_session: None) -> None:
+def test_a_network_that_cannot_be_made_ends_the_run_with_its_message(idle_ray: None) -> None:
     def missing() -> RandomDetector:
         raise FileNotFoundError("there are no weights at /nowhere")
 

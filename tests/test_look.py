@@ -313,6 +313,14 @@ def test_the_oracle_counts_a_small_object_by_how_small_it_is() -> None:
     assert seen.gain.sum() == pytest.approx(0.5, rel=1e-5)
 
 
+def test_the_smaller_an_object_of_class_1_the_more_the_oracle_expects_of_a_closer_look() -> None:
+    # In 64 x 64 class 1 ends at 2592 / 64 = 40.5 pixels: 2 x 2 are worth 1 - 4 / 40.5, 6 x 6 are worth 1 - 36 / 40.5.
+    for side, worth in ((2, 36.5 / 40.5), (6, 4.5 / 40.5), (7, 1.0)):
+        seen = _oracle_map([[8, 8, 8 + side, 8 + side]], tile_of((64, 64)))
+        assert seen.gain is not None
+        assert seen.gain.sum() == pytest.approx(worth, rel=1e-5)
+
+
 def test_the_oracle_of_an_image_without_objects_sees_background() -> None:
     assert _oracle_map(np.zeros((0, 4)), tile_of((64, 64))).classes.max() == 0
 

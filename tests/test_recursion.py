@@ -174,7 +174,7 @@ def test_windows_are_squares_of_the_longer_side_as_far_as_the_image_reaches() ->
     wanted = {(480, 640): ((0, 0, 320, 320), 416, 416), (240, 640): ((0, 0, 320, 240), 312, 416)}
     for hw, (window, height, width) in wanted.items():
         for turned in (False, True):
-            root = policy.root(1, hw[::-1] if turned else hw)
+            root = policy.root(1, (hw[1], hw[0]) if turned else hw)
             (child,) = expand(root, _classes(grid.T if turned else grid), policy).children
             xyxy = child.window.xyxy
             assert ((xyxy[1], xyxy[0], xyxy[3], xyxy[2]) if turned else xyxy) == window

@@ -26,7 +26,6 @@ __all__ = [
     "CocoDataset",
     "ImageRecord",
     "Objects",
-    "image_records",
     "list_images",
     "map_categories",
     "objects_of",
@@ -224,11 +223,6 @@ def read_annotations(uri: Address) -> CocoDataset:
         msg = f"{uri} must be JSON, got something else ({error}): fetch or export it again"
         raise ValueError(msg) from error
     return parse_annotations(document, str(uri))
-
-
-def image_records(annotation_uri: Address) -> list[ImageRecord]:
-    """The images of an instances file of COCO, in the order of their ids."""
-    return list(read_annotations(annotation_uri).images)
 
 
 def objects_of(dataset: CocoDataset, image_id: int) -> Objects:

@@ -25,7 +25,7 @@ def mask_of_window(counts: bytes, tile: Tile) -> bytes:
     window = tile.window
     rows = (np.arange(window.height) * 2 + 1) * tile.height // (2 * window.height)
     columns = (np.arange(window.width) * 2 + 1) * tile.width // (2 * window.width)
-    return coco_mask.encode(np.asfortranarray(mask[rows[:, None], columns]))["counts"]
+    return _encoded(np.asfortranarray(mask[rows[:, None], columns]))
 
 
 def mask_of_image(counts: bytes, window: Window, image_hw: tuple[int, int]) -> bytes:
@@ -43,4 +43,12 @@ def mask_of_image(counts: bytes, window: Window, image_hw: tuple[int, int]) -> b
     mask[window.y0 : window.y1, window.x0 : window.x1] = coco_mask.decode(
         {"size": [window.height, window.width], "counts": counts}
     )
-    return coco_mask.encode(mask)["counts"]
+    return _encoded(mask)
+
+
+def _encoded(mask: np.ndarray) -> bytes:
+    """[h, w] uint8 in Fortran order -> compressed run lengths."""
+    counts = coco_mask.encode(mask)["counts"]
+    # The stubs allow for text, which only a mask read from JSON has.
+    assert isinstance(counts, bytes)
+    return counts

@@ -1,4 +1,4 @@
-"""Policies in YAML files: what a sweep found best, or what a user wrote."""
+"""Policies in YAML files: what a user asks for, field by field."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import yaml
 
-from scalenet_ray.core.policy import Policy, policy_from_dict, policy_to_dict
-from scalenet_ray.core.storage import read_bytes, write_bytes_atomic
+from scalenet_ray.core.policy import Policy, policy_from_dict
+from scalenet_ray.core.storage import read_bytes
 
-__all__ = ["read_policies", "write_policies"]
+__all__ = ["read_policies"]
 
 
 def read_policies(uri: str | Path) -> list[Policy]:
-    """The policies of a file: one, or a list of them.
+    """The policies of a file: one, or a list of them; `policy_to_dict` says what a policy looks like.
 
     Raises:
         FileNotFoundError: if it is not there.
@@ -29,9 +29,3 @@ def read_policies(uri: str | Path) -> list[Policy]:
         msg = f"{uri} must hold a policy (name: value lines) or a list of them, got {type(content).__name__}"
         raise ValueError(msg)
     return [policy_from_dict(entry) for entry in entries]
-
-
-def write_policies(uri: str | Path, policies: list[Policy]) -> None:
-    """Write policies so that `read_policies` gives them back."""
-    text = yaml.safe_dump([policy_to_dict(policy) for policy in policies], sort_keys=False)
-    write_bytes_atomic(uri, text.encode())

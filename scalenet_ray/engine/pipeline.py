@@ -178,7 +178,8 @@ class ImageStream:
         self._resources = resources
         # On the driver's own node: a worker node that is lost must not take the queue with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._frontier = FrontierActor.options(scheduling_strategy=here).remote(list(images), resources.open_images)
+        actor: Any = FrontierActor.options(scheduling_strategy=here)
+        self._frontier = actor.remote(list(images), resources.open_images)
 
     def __iter__(self) -> Iterator[ImageResult]:
         """Yields each image once.
@@ -203,7 +204,11 @@ class ImageStream:
             )
             raise RuntimeError(msg) from error
         if count != len(self._images):
-            msg = f"the run ended with {len(self._images) - count} of {len(self._images)} images unfinished"
+            begun = assembler.unfinished
+            msg = (
+                f"the run ended with {len(self._images) - count} of {len(self._images)} images unfinished, "
+                f"{len(begun)} of them begun, e.g. ids {begun[:5]}: add --resume to go on with them"
+            )
             raise RuntimeError(msg)
 
     def commit(self, image_ids: Iterable[int]) -> None:
