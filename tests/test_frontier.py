@@ -94,10 +94,10 @@ class FrontierMachine(RuleBasedStateMachine):
     @rule(data=st.data(), count=st.integers(1, 4))
     def replay(self, data: Any, count: int) -> None:
         """A reader died and begins again: the same work, whatever it asks for by now."""
-        key = data.draw(st.sampled_from(sorted(self.leased)))
-        lease = self.frontier.lease(*key, count)
+        reader, sequence = data.draw(st.sampled_from(sorted(self.leased)))
+        lease = self.frontier.lease(reader, sequence, count)
         assert lease is not None
-        work = self.leased[key]
+        work = self.leased[reader, sequence]
         forgotten = {one.id[0] for one in work} <= self.committed
         assert lease.forgotten == forgotten
         assert lease.work == (() if forgotten else work)
@@ -110,7 +110,7 @@ class FrontierMachine(RuleBasedStateMachine):
         for work_id in some:
             children = data.draw(st.integers(0, 3)) if len(work_id[1]) < 3 else 0
             offered.append(decision_of(work_id, children, failed=data.draw(st.integers(0, 5)) == 0))
-        batch = [Completion(*work_id, decision) for work_id, decision in zip(some, offered, strict=True)]
+        batch = [Completion(*work_id, decision=decision) for work_id, decision in zip(some, offered, strict=True)]
         assert self.frontier.complete(batch) == offered
         for work_id, decision in zip(some, offered, strict=True):
             work = self.out.pop(work_id)
@@ -125,7 +125,7 @@ class FrontierMachine(RuleBasedStateMachine):
         """A look actor died after completing and its retry decides anew: the record stands, nothing moves."""
         work_id = data.draw(st.sampled_from(sorted(self.decided)))
         offered = decision_of(work_id, children)
-        (counts,) = self.frontier.complete([Completion(*work_id, offered)])
+        (counts,) = self.frontier.complete([Completion(*work_id, decision=offered)])
         if work_id[0] in self.committed:
             assert counts == offered
         else:

@@ -128,7 +128,7 @@ def test_detections_of_images_survive_the_way_through_a_shard(results: list[Imag
     assert table.num_rows == sum(len(result.detections) for result in results)
     assert set(table.column("policy").to_pylist()) <= {"grid-2"}
     for result in results:
-        mine = table.filter(pc.equal(table.column("image_id"), result.image_id))
+        mine = table.filter(pc.field("image_id") == result.image_id)
         back = detections_from_rows(mine)
         expected = result.detections
         if not len(expected):
