@@ -24,7 +24,7 @@ $(STAMP): requirements.txt pyproject.toml
 
 # The whole path on the embedded sample, from pictures to AP and a report.
 demo: setup
-	$(BIN)/python jobs/eval_coco.py --policies whole grid-2 first-pass scalenet oracle --output runs/eval_coco/demo
+	$(BIN)/python jobs/eval_coco.py --policies whole grid-2 first-pass scalenet oracle
 
 # One thread: on shared cores two are slower than one, and sums come out the same every time.
 test: export OMP_NUM_THREADS = 1

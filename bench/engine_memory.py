@@ -26,7 +26,7 @@ import ray
 import tyro
 from ray._private.internal_api import node_stats
 
-from scalenet_ray.core.coco import read_annotations
+from scalenet_ray.core.coco import images_and_categories
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.samples import write_sample
 from scalenet_ray.engine.batch import image_opener, run_policy
@@ -108,7 +108,7 @@ def measure(images: int, folder: Path) -> dict[str, float]:
         write_sample(data, train=1, val=images)
     session = Session("ray", Resources())
     annotations = str(data / "annotations" / "instances_val2017.json")
-    records, categories = session.call(_read, annotations)
+    records, categories = session.call(images_and_categories, annotations)
     names = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
     info = session.call(names.describe_detector)
     policy = parse_policy("scalenet", input_side=info.input_side, iou_threshold=info.iou_threshold)
@@ -126,11 +126,6 @@ def measure(images: int, folder: Path) -> dict[str, float]:
         "tiles_per_image": progress.tiles / images,
         "images_per_second": progress.images_per_second,
     }
-
-
-def _read(annotations: str) -> tuple[tuple, dict[int, str]]:
-    dataset = read_annotations(annotations)
-    return dataset.images, dataset.categories
 
 
 def main(job: EngineMemory) -> None:

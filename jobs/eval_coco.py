@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from scalenet_ray.core import storage
-from scalenet_ray.core.coco import ImageRecord, read_annotations
+from scalenet_ray.core.coco import images_and_categories
 from scalenet_ray.core.ground_truth import oracle_from
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
@@ -71,11 +71,6 @@ def _on_sample(job: EvalCoco) -> EvalCoco:
     return replace(job, data=str(ensure_sample(Path("runs/sample"))), networks=networks)
 
 
-def _images_and_categories(annotations: str) -> tuple[tuple[ImageRecord, ...], dict[int, str]]:
-    dataset = read_annotations(annotations)
-    return dataset.images, dataset.categories
-
-
 def _policies(job: EvalCoco, session: Session, categories: dict[int, str]) -> list[Policy]:
     info = session.call(job.networks.describe_detector)
     policies = [
@@ -106,7 +101,7 @@ def main(job: EvalCoco) -> int:
     data = str(job.data)
     annotations = storage.join(data, "annotations", f"instances_{job.split}.json")
     session = Session(job.engine, job.resources)
-    images, categories = session.call(_images_and_categories, annotations)
+    images, categories = session.call(images_and_categories, annotations)
     images = images[: job.limit]
     policies = _policies(job, session, categories)
     run = RunFolder(job.output or time.strftime("runs/eval_coco/%Y%m%d-%H%M%S"))

@@ -26,6 +26,7 @@ __all__ = [
     "CocoDataset",
     "ImageRecord",
     "Objects",
+    "images_and_categories",
     "list_images",
     "map_categories",
     "objects_of",
@@ -223,6 +224,12 @@ def read_annotations(uri: Address) -> CocoDataset:
         msg = f"{uri} must be JSON, got something else ({error}): fetch or export it again"
         raise ValueError(msg) from error
     return parse_annotations(document, str(uri))
+
+
+def images_and_categories(uri: Address) -> tuple[tuple[ImageRecord, ...], dict[int, str]]:
+    """What a driver needs of an instances file: its images and its categories, without the objects."""
+    dataset = read_annotations(uri)
+    return dataset.images, dataset.categories
 
 
 def objects_of(dataset: CocoDataset, image_id: int) -> Objects:
