@@ -21,6 +21,7 @@ from scalenet_ray.core.samples import ensure_sample
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.core.window import Tile
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.scale_net import ScaleNetPredictor
 
 _SHOWN_SCORE = 0.4
 _ZOOM = 1.5
@@ -63,9 +64,9 @@ def main() -> None:
     """Draw, of the first scenes of the val split, the one in which the zoom finds most that was missed."""
     data = ensure_sample(Path("runs/sample"))
     dataset = read_annotations(data / "annotations" / "instances_val2017.json")
-    names = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
+    names = NetworkNames(detector=SAMPLE_DETECTOR)
     info = names.describe_detector()
-    detect, net = names.load_detector(dataset.categories), names.load_scale_net()
+    detect, net = names.load_detector(dataset.categories), ScaleNetPredictor(SAMPLE_SCALE_NET)
     settings = {"input_side": info.input_side, "iou_threshold": info.iou_threshold}
     whole, zoomed = parse_policy("whole", **settings), parse_policy("scalenet", **settings)
 

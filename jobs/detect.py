@@ -33,7 +33,7 @@ class DetectImages:
 
     Attributes:
         images: a folder, a glob (quoted), an s3:// prefix, or a Parquet file with a column uri or path.
-        policy: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet or fused.
+        policy: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain or fused.
         policy_file: YAML of one policy, in place of --policy.
         limit: only the first so many images.
         output: the run folder, local or s3://; by default a new one under runs/detect.

@@ -19,14 +19,14 @@ from scalenet_ray.core.policy_file import read_policies
 from scalenet_ray.core.samples import ensure_sample
 from scalenet_ray.engine.batch import image_opener, run_policy
 from scalenet_ray.engine.conclude import conclude
-from scalenet_ray.engine.evaluate import evaluate_policy
+from scalenet_ray.engine.evaluate import compare_policies, evaluate_policy
 from scalenet_ray.engine.pipeline import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import EngineName, Session
 from scalenet_ray.engine.stages import Networks
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from scalenet_ray.report import render_report
-from scalenet_ray.terminal import last_line, policy_table, run_job
+from scalenet_ray.terminal import difference_table, last_line, policy_table, run_job
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class EvalCoco:
     Attributes:
         data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
         split: which split of it.
-        policies: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, fused, oracle.
+        policies: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain, fused, oracle.
         policy_file: YAML of further policies.
+        compare_with: one of the policies; how the others differ from it is measured, with bootstrap intervals.
         limit: only the first so many images.
         output: the run folder, local or s3://; by default a new one under runs/eval_coco.
         resume: go on with the run that is in the output folder.
@@ -52,6 +53,7 @@ class EvalCoco:
     split: str = "val2017"
     policies: tuple[str, ...] = ("whole", "grid-2", "first-pass", "scalenet", "oracle")
     policy_file: str | None = None
+    compare_with: str | None = None
     limit: int | None = None
     output: str | None = None
     resume: bool = False
@@ -104,6 +106,9 @@ def main(job: EvalCoco) -> int:
     images, categories = session.call(images_and_categories, annotations)
     images = images[: job.limit]
     policies = _policies(job, session, categories)
+    if job.compare_with is not None and job.compare_with not in [policy.name for policy in policies]:
+        msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
+        raise ValueError(msg)
     run = RunFolder(job.output or time.strftime("runs/eval_coco/%Y%m%d-%H%M%S"))
     run.begin(_settings(job, policies), resume=job.resume, workers={"engine": job.engine, **asdict(job.resources)})
 
@@ -121,8 +126,16 @@ def main(job: EvalCoco) -> int:
         figures = session.call(evaluate_policy, run.uri, policy.name, annotations, ids)
         metrics[policy.name] |= {**figures.pop("bbox"), **figures}
     document = conclude(session, run, metrics, len(images))
+    if job.compare_with is not None:
+        ids = [record.image_id for record in images]
+        document["differences"] = session.call(
+            compare_policies, run.uri, list(metrics), job.compare_with, annotations, ids
+        )
+        run.write_json("metrics.json", document)
     run.write_text("report.html", render_report(document))
     print(policy_table(document))
+    if job.compare_with is not None:
+        print(difference_table(document, job.compare_with))
     line, status = last_line(document, run.uri, job.max_failures)
     print(line)
     return status

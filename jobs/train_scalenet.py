@@ -1,30 +1,29 @@
-"""Train a Scale Net on any data set in COCO's layout.
+"""Train a Scale Net on any data set in COCO's layout, on any number of workers.
 
 The embedded sample's weights, scalenet_ray/weights/sample_scale_net.safetensors, are those of
 
-    .venv/bin/python jobs/train_scalenet.py --input-side 192 --epochs 60 --mixed-precision --output RUN_FOLDER
+    .venv/bin/python jobs/train_scalenet.py --input-side 192 --epochs 60 --mixed-precision --workers 2 --output RUN
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
-import torch
 import tyro
 
 from scalenet_ray.core import storage
 from scalenet_ray.core.samples import ensure_sample
+from scalenet_ray.engine.gains import measure_dataset
 from scalenet_ray.engine.runs import RunFolder
-from scalenet_ray.models.scale_net import (
-    PRESETS,
-    ScaleNetConfig,
-    build_scale_net,
-    load_encoder_weights,
-    save_scale_net,
-)
-from scalenet_ray.models.training import ScaleDataset, evaluate, read_examples, train
+from scalenet_ray.engine.train import Training, train
+from scalenet_ray.engine.training_log import TrainingLog
+from scalenet_ray.models.head_recipe import HeadRecipe
+from scalenet_ray.models.networks import SAMPLE_DETECTOR, NetworkNames
+from scalenet_ray.models.scale_net import PRESETS
+from scalenet_ray.models.scale_recipe import ScaleData, ScaleRecipe
 from scalenet_ray.terminal import run_job
 
 
@@ -36,85 +35,70 @@ class TrainScaleNet:
         data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
         split: what is trained on.
         val_split: what is measured on after each epoch.
-        preset: unet-light, unet-lite0, or the paper's unet-vgg16.
+        holdout: a share of the split that is measured on instead, and not trained on.
+        limit: only the first so many images of each split.
+        preset: unet-light, unet-lite0, the paper's unet-vgg16; or head: a scale head on the detector's own features.
+        detector: kind:what, the frozen detector whose features a head reads; without --data the sample's.
         input_side: side of the square that tiles are squashed to, a multiple of 32; the preset's by default.
         tile_side: the longer side of the detector's tiles, its input side; the net's own by default.
-        encoder_weights: a classifier's weights that the encoder starts from (unet-lite0, unet-vgg16).
+        encoder_weights: what the encoder starts from (unet-lite0, unet-vgg16): "imagenet", or a classifier's file.
         output: the run folder, local or s3://; by default a new one under runs/train_scalenet.
-        epochs: passes over the images.
-        batch_size: images a step.
-        learning_rate: at the start; it falls to 0 along a cosine.
-        seed: of the weights, the order and the windows.
-        limit: only the first so many images of each split.
-        device: where the network is trained, as torch names it.
-        mixed_precision: compute in bfloat16 what bears it; twice as fast where the hardware knows it.
+        resume: go on with the run that is in the output folder.
     """
 
     data: str | None = None
     split: str = "train2017"
     val_split: str = "val2017"
+    holdout: float = 0.0
+    limit: int | None = None
     preset: str = "unet-light"
+    detector: str | None = None
     input_side: int | None = None
     tile_side: int | None = None
     encoder_weights: str | None = None
     output: str | None = None
-    epochs: int = 40
-    batch_size: int = 16
-    learning_rate: float = 2e-3
-    seed: int = 0
-    limit: int | None = None
-    device: str = "cpu"
-    mixed_precision: bool = False
+    resume: bool = False
+    training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=Training)
 
 
-def _config(job: TrainScaleNet) -> ScaleNetConfig:
+def _pixel_recipe(job: TrainScaleNet, images: ScaleData) -> ScaleRecipe:
     if job.preset not in PRESETS or PRESETS[job.preset].kind != "classes":
-        names = ", ".join(name for name, config in PRESETS.items() if config.kind == "classes")
+        names = ", ".join(["head", *(name for name, config in PRESETS.items() if config.kind == "classes")])
         msg = f"--preset must be one of {names}, got {job.preset!r}"
         raise ValueError(msg)
     config = PRESETS[job.preset]
-    return replace(config, input_side=job.input_side or config.input_side)
+    config = replace(config, input_side=job.input_side or config.input_side)
+    return ScaleRecipe(images, config, job.tile_side, job.encoder_weights, job.training.seed)
+
+
+def _head_recipe(job: TrainScaleNet, images: ScaleData, run: RunFolder) -> HeadRecipe:
+    networks = NetworkNames(detector=job.detector)
+    recipe = HeadRecipe(
+        images, networks, storage.join(run.uri, "scores"), networks.describe_features(), seed=job.training.seed
+    )
+    measure_dataset(images, networks, recipe.scores, actors=job.training.workers, say=print)
+    return recipe
 
 
 def main(job: TrainScaleNet) -> int:
     """Train, measure after each epoch, and write config.yaml, metrics.json and scale_net.safetensors."""
-    job = replace(job, data=job.data or str(ensure_sample(Path("runs/sample"))))
-    config = _config(job)
-    learned, held_out = (read_examples(str(job.data), split, job.limit) for split in (job.split, job.val_split))
-    dataset = ScaleDataset(learned, config, tile_side=job.tile_side, augment=True, seed=job.seed)
-    validation = ScaleDataset(held_out, config, tile_side=job.tile_side)
-    torch.manual_seed(job.seed)
-    model = build_scale_net(config)
-    if job.encoder_weights is not None:
-        load_encoder_weights(model, job.encoder_weights)
+    if job.data is None:
+        job = replace(job, data=str(ensure_sample(Path("runs/sample"))), detector=job.detector or SAMPLE_DETECTOR)
+    images = ScaleData(str(job.data), job.split, job.val_split, job.holdout, job.limit)
+    recipe = None if job.preset == "head" else _pixel_recipe(job, images)
     run = RunFolder(job.output or time.strftime("runs/train_scalenet/%Y%m%d-%H%M%S"))
-    run.begin(asdict(job), resume=False)
-
-    epochs: list[dict] = []
-
-    def report(row: dict) -> None:
-        measured = evaluate(model, validation, batch_size=job.batch_size, device=job.device)
-        epochs.append({**row, "val": measured})
-        print(
-            f"epoch {row['epoch']}/{job.epochs}: loss {row['loss']:.4f}, val loss {measured['loss']:.4f}, "
-            f"IoU of class 1 {measured['iou'][1]:.1f}, {row['seconds_left']:.0f} s left",
-            flush=True,
-        )
-
-    train(
-        model,
-        dataset,
-        epochs=job.epochs,
-        batch_size=job.batch_size,
-        learning_rate=job.learning_rate,
-        seed=job.seed,
-        device=job.device,
-        mixed_precision=job.mixed_precision,
-        report=report,
-    )
-    save_scale_net(model, config, storage.join(run.uri, "scale_net.safetensors"))
-    run.write_json("metrics.json", {"train_images": len(dataset), "val_images": len(validation), "epochs": epochs})
-    print(f"{job.epochs} epochs done, weights in {storage.join(run.uri, 'scale_net.safetensors')}")
+    settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training")}
+    run.begin(settings | asdict(job.training), resume=job.resume)
+    if boxes_alone := images.count_boxes_alone():
+        print(f"{boxes_alone} objects have no segmentation: the pixels of their boxes stand in")
+    recipe = recipe or _head_recipe(job, images, run)
+    train_images, val_images = recipe.sizes()
+    facts = {"train_images": train_images, "val_images": val_images}
+    log = TrainingLog(run, facts, job.training.epochs, print)
+    train(recipe, job.training, run.uri, log)
+    for reason in log.failed:
+        print(f"left out: {reason}")
+    print(f"{job.training.epochs} epochs done, weights in {storage.join(run.uri, recipe.file_name)}")
     return 0
 
 

@@ -16,9 +16,9 @@ import tyro
 from scalenet_ray.core import storage
 from scalenet_ray.core.samples import SAMPLE_CATEGORIES, ensure_sample
 from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.models.examples import read_examples
 from scalenet_ray.models.tiny_detector import TinyNetConfig, save_tiny_detector
 from scalenet_ray.models.tiny_training import train_tiny_detector
-from scalenet_ray.models.training import read_examples
 from scalenet_ray.terminal import run_job
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-__all__ = ["last_line", "policy_table", "run_job"]
+__all__ = ["difference_table", "last_line", "policy_table", "run_job"]
 
 _COLUMNS = (
     ("AP", "AP"),
@@ -44,6 +44,17 @@ def _figure(value: float | None, key: str) -> str:
     if value is None or value != value:
         return "-"
     return f"{value:.1f}" if key.startswith("A") or key == "images_per_second" else f"{value:.2f}"
+
+
+def difference_table(document: Mapping[str, Any], baseline: str) -> str:
+    """How each policy differs from one of them, with the middle 95 % of the paired bootstrap: a line each."""
+    lines = [f"difference to {baseline}, and where 95 % of the paired bootstrap's lie:"]
+    for name, figures in document["differences"].items():
+        parts = (
+            f"{figure} {f['difference']:+.1f} [{f['low']:+.1f}, {f['high']:+.1f}]" for figure, f in figures.items()
+        )
+        lines.append(f"{name}: {', '.join(parts)}")
+    return "\n".join(lines)
 
 
 def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple[str, int]:

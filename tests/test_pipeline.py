@@ -146,21 +146,8 @@ def test_resources_out_of_range_are_refused(wrong: dict, message: str) -> None:
         Resources(**wrong)
 
 
-def test_workers_share_what_cpus_there_are_and_leave_some() -> None:
-    resources = Resources(readers=1, scale_actors=(1, 2), detector_actors=3)
-    assert resources.cpus_per_worker([64.0]) == 1
-    assert resources.cpus_per_worker([7.0]) == 1
-    assert resources.cpus_per_worker([6.0]) == 0.85
-    assert resources.cpus_per_worker([2.0]) == 0.28
-    assert resources.cpus_per_worker([0.0, 4.0, 3.0]) == 1
-    assert resources.cpus_per_worker([0.0]) > 0
-
-
-def test_a_workers_cpus_lie_on_one_node() -> None:
-    resources = Resources(readers=1, scale_actors=1, detector_actors=2)
-    # Four workers have no room on three nodes of one CPU if each asks for more than half of one.
-    assert resources.cpus_per_worker([1.0, 1.0, 1.0]) == 0.5
-    assert resources.cpus_per_worker([1.5, 1.5, 1.5]) == 0.75
+def test_processes_are_readers_and_as_many_actors_as_there_may_be() -> None:
+    assert Resources(readers=1, scale_actors=(1, 2), detector_actors=3).processes == 6
 
 
 def test_a_detect_call_takes_rows_enough_for_a_full_batch() -> None:

@@ -157,7 +157,7 @@ def test_policies_whose_files_would_clash_are_refused(names: list[str], message:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "both", "method must be class or confidence, got 'both'"),
+        ("method", "both", "method must be one of class, confidence, gain, got 'both'"),
         ("threshold", 1.1, "threshold must be between 0 and 1, got 1.1"),
         ("threshold", math.nan, "threshold must be between 0 and 1, got nan"),
         ("k", 0.0, "k must be a share above 0 and at most 1, got 0.0"),
@@ -241,7 +241,7 @@ UNUSUAL = Policy(
     "mine",
     "scalenet",
     512,
-    Recursion("class", 0.25, (1, 2), (5,), ScaleRange(0.5, 2.0), 0.11, 0.41, None, 7, 19, 1e-5, 2.5, 7, 10**6, 0.07),
+    Recursion("class", 0.25, (1, 2), (5,), ScaleRange(0.5, 2.0), 0.11, 0.41, None, 7, 19, 1e-5, 2, 2.5, 7, 10**6, 0.07),
     Merging("soft-nms-gaussian", 0.5, 0.25, 0.001, 0.0, False),
     3,
     0.1,

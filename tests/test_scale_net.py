@@ -9,21 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.samples import make_scene
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.core.window import Tile, Window
+from scalenet_ray.models.imagenet import load_encoder_weights
 from scalenet_ray.models.networks import SAMPLE_SCALE_NET
 from scalenet_ray.models.scale_net import (
     PRESETS,
     ScaleNetConfig,
     ScaleNetPredictor,
     build_scale_net,
-    load_encoder_weights,
     load_scale_net,
+    normalised,
     save_scale_net,
-    scale_net_input,
+    squashed,
 )
 from scalenet_ray.models.weights import save_weights
 
@@ -33,6 +35,10 @@ LIGHT = replace(PRESETS["unet-light"], input_side=64)
 def _tiles(*sizes: tuple[int, int]) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (*hw, 3), dtype=np.uint8) for hw in sizes]
+
+
+def _input(pixels: list[np.ndarray], config: ScaleNetConfig) -> torch.Tensor:
+    return normalised(torch.from_numpy(np.stack([squashed(tile, config) for tile in pixels])), config)
 
 
 def _recipes(pixels: list[np.ndarray]) -> list[Tile]:
@@ -56,7 +62,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_class_nets_answer_with_six_classes_on_their_grid(preset: str, side: int, wanted: int) -> None:
     config = replace(PRESETS[preset], input_side=side)
     with torch.inference_mode():
-        logits = build_scale_net(config).eval()(scale_net_input(_tiles((40, 60)), config))
+        logits = build_scale_net(config).eval()(_input(_tiles((40, 60)), config))
     assert logits.shape == (1, 6, wanted, wanted)
     assert config.output_hw == (wanted, wanted)
 
@@ -190,7 +196,7 @@ def test_an_encoder_starts_from_a_classifiers_weights(tmp_path: Path, ending: st
     else:
         save_weights(weights, {}, path)
     decoder = target.get_submodule("decoder").state_dict()["0.0.weight"].clone()
-    load_encoder_weights(target, path)
+    load_encoder_weights(target, config.encoder, path)
     got = target.get_submodule("encoder.model").state_dict()
     assert all(torch.equal(got[name], value) for name, value in weights.items() if name in got)
     assert torch.equal(target.get_submodule("decoder").state_dict()["0.0.weight"], decoder)
@@ -201,14 +207,35 @@ def test_weights_of_another_encoder_are_refused(tmp_path: Path) -> None:
     save_weights({"features.0.weight": torch.zeros(64, 3, 3, 3)}, {}, path)
     model = build_scale_net(replace(PRESETS["unet-lite0"], input_side=64))
     with pytest.raises(ValueError, match=r"lacks \d+ of the encoder's \d+ weights .* e\.g\. conv_stem\.weight"):
-        load_encoder_weights(model, path)
+        load_encoder_weights(model, "tu-tf_efficientnet_lite0", path)
 
 
 def test_grey_input_is_one_channel_of_zero_to_one() -> None:
-    tile = np.full((8, 8, 3), 255, np.uint8)
-    images = scale_net_input([tile], ScaleNetConfig("grey", "fcn", "regression", input_side=None, in_channels=1))
+    config = ScaleNetConfig("grey", "fcn", "regression", input_side=None, in_channels=1)
+    images = _input([np.full((8, 8, 3), 255, np.uint8)], config)
     assert images.shape == (1, 1, 8, 8)
-    assert images.min() == images.max() == 1.0
+    torch.testing.assert_close(images, torch.ones(1, 1, 8, 8))
+    tiles = _tiles((8, 8))
+    by_pillow = np.asarray(Image.fromarray(tiles[0]).convert("L"), np.float32) / 255
+    np.testing.assert_allclose(_input(tiles, config)[0, 0].numpy(), by_pillow, atol=1.01 / 255)
+
+
+def test_colours_lose_imagenets_mean_and_deviation() -> None:
+    tile = np.array([124, 116, 104], np.uint8) * np.ones((64, 64, 1), np.uint8)
+    images = _input([tile], LIGHT)
+    assert images.shape == (1, 3, 64, 64)
+    # ImageNet's mean colour is 123.7, 116.3, 103.5.
+    assert images.abs().max() < 0.01
+    red = _input([tile + np.array([58, 0, 0], np.uint8)], LIGHT)
+    # And the deviation of its reds 58.4.
+    torch.testing.assert_close(red[0, :, 0, 0] - images[0, :, 0, 0], torch.tensor([58 / 58.395, 0.0, 0.0]))
+
+
+def test_tiles_are_squashed_to_the_nets_square_or_taken_as_they_are() -> None:
+    (tile,) = _tiles((40, 60))
+    assert squashed(tile, LIGHT).shape == (64, 64, 3)
+    assert squashed(tile, LIGHT).dtype == np.uint8
+    assert squashed(tile, PRESETS["fcn-digits"]) is tile
 
 
 def test_the_shipped_net_tells_small_objects_from_background() -> None:

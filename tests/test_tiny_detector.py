@@ -18,6 +18,7 @@ from scalenet_ray.core.samples import SAMPLE_CATEGORIES, make_scene, write_sampl
 from scalenet_ray.core.window import Tile, Window, boxes_to_image
 from scalenet_ray.models import tiny_training
 from scalenet_ray.models.detectors import load_detector
+from scalenet_ray.models.examples import Example, read_examples
 from scalenet_ray.models.networks import SAMPLE_DETECTOR
 from scalenet_ray.models.tiny_detector import (
     Answers,
@@ -32,7 +33,6 @@ from scalenet_ray.models.tiny_detector import (
     save_tiny_detector,
 )
 from scalenet_ray.models.tiny_training import random_tile, train_tiny_detector
-from scalenet_ray.models.training import Example, read_examples
 from scalenet_ray.models.weights import save_weights
 from tests.job_scripts import load_job
 

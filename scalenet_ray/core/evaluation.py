@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from scalenet_ray.core.coco import CocoDataset, parse_annotations, read_annotations
 from scalenet_ray.core.storage import Address
 
-__all__ = ["METRICS", "evaluate"]
+__all__ = ["METRICS", "evaluate", "match_results"]
 
 METRICS = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
@@ -48,6 +48,22 @@ def evaluate(
     Raises:
         ValueError: if a result or `image_ids` names an image or a category that the annotations don't have.
     """
+    evaluation = match_results(annotations, results, iou_type=iou_type, image_ids=image_ids)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = np.asarray(evaluation.stats, np.float64).tolist()
+    return {name: math.nan if value < 0 else 100.0 * value for name, value in zip(METRICS, values, strict=True)}
+
+
+def match_results(
+    annotations: CocoDataset | Mapping[str, Any] | Address,
+    results: Iterable[Mapping[str, Any]],
+    *,
+    iou_type: Literal["bbox", "segm"] = "bbox",
+    image_ids: Collection[int] | None = None,
+) -> COCOeval:
+    """Results matched to objects image by image, before figures are made of it; arguments and errors of `evaluate`."""
     if isinstance(annotations, CocoDataset):
         dataset = annotations
     else:
@@ -71,10 +87,7 @@ def evaluate(
             iou_type,
         )
         evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    values = np.asarray(evaluation.stats, np.float64).tolist()
-    return {name: math.nan if value < 0 else 100.0 * value for name, value in zip(METRICS, values, strict=True)}
+    return evaluation
 
 
 def _coco(images: list[dict], categories: list[dict], annotations: list[dict]) -> COCO:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,7 +18,20 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap, fuse_maps, map_of_boxes
 from scalenet_ray.core.window import Tile, boxes_to_tile
 
-__all__ = ["Detect", "ObjectsInImage", "OracleScale", "PredictScale", "Seen", "first_pass_map", "look", "refuse_nan"]
+__all__ = [
+    "Detect",
+    "DetectWithFeatures",
+    "Glimpse",
+    "ObjectsInImage",
+    "OracleScale",
+    "PredictScale",
+    "ReadFeatures",
+    "Seen",
+    "asks_detector",
+    "first_pass_map",
+    "look",
+    "refuse_nan",
+]
 
 
 class PredictScale(Protocol):
@@ -58,6 +71,44 @@ class Detect(Protocol):
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """[height, width, 3] uint8 RGB each -> detections each, boxes in tile pixels; never resized."""
+        ...
+
+
+class Glimpse(NamedTuple):
+    """What one forward pass of a detector gave of a tile: what it found, and what it saw on the way.
+
+    Attributes:
+        detections: in tile pixels, or why there are none.
+        features: its feature maps, the finest first, [C, h, w] float32 each, over the tile's canvas.
+    """
+
+    detections: Detections | TileError
+    features: tuple[np.ndarray, ...]
+
+
+@runtime_checkable
+class DetectWithFeatures(Detect, Protocol):
+    """A detector that shows its feature maps, for a Scale Net that reads them."""
+
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+        """As `__call__`, with the feature maps of the same forward pass."""
+        ...
+
+
+@runtime_checkable
+class ReadFeatures(Protocol):
+    """A Scale Net that reads the detector's feature maps, so that one forward pass serves both.
+
+    Attributes:
+        input_pixels: 0: it looks at no pixels of its own.
+    """
+
+    input_pixels: int
+
+    def from_features(
+        self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]
+    ) -> list[ScaleMap | TileError]:
+        """The feature maps of `Glimpse` for each tile -> a map each, in the tile's own frame."""
         ...
 
 
@@ -132,13 +183,18 @@ class OracleScale:
         return map_of_boxes(in_tile, areas_in_tile, worth, (tile.height, tile.width))
 
 
+def asks_detector(policy: Policy, predict_scale: PredictScale | ReadFeatures | None) -> bool:
+    """Whether the detector sees a tile before its windows are planned."""
+    return policy.needs_first_pass or (policy.needs_network and isinstance(predict_scale, ReadFeatures))
+
+
 def look(
     pixels: Sequence[np.ndarray],
     tiles: Sequence[Tile],
     policy: Policy,
     *,
     detect: Detect | None = None,
-    predict_scale: PredictScale | None = None,
+    predict_scale: PredictScale | ReadFeatures | None = None,
 ) -> list[Seen]:
     """Look at a batch of tiles, each network once for all of them; tiles that need no look are passed over.
 
@@ -147,7 +203,8 @@ def look(
         tiles: their recipes, of any images and depths.
         policy: says which tiles are looked at, and by what.
         detect: the detector, for policies that need its first pass.
-        predict_scale: Scale Net or an oracle, for policies that need a map.
+        predict_scale: Scale Net or an oracle, for policies that need a map. One that reads the detector's features
+            is asked after it, and the detector once.
 
     Returns:
         What was seen, for each tile in order.
@@ -160,21 +217,41 @@ def look(
     if not at:
         return seen
     some_pixels, some_tiles = [pixels[i] for i in at], [tiles[i] for i in at]
-    maps: list[ScaleMap | TileError | None] = [None] * len(at)
-    found: list[Detections | TileError | None] = [None] * len(at)
-    if policy.kind != "first-pass":
-        if predict_scale is None:
-            msg = f"policy {policy.name} needs a scale map, got no Scale Net: give its weights with --scale-net PATH"
-            raise ValueError(msg)
-        maps = list(predict_scale(some_pixels, some_tiles))
-    if policy.needs_first_pass:
-        if detect is None:
-            msg = f"policy {policy.name} needs the detector's first pass, got no detector"
-            raise ValueError(msg)
-        found = [refuse_nan(one) for one in detect(some_pixels)]
+    maps, found = _ask(some_pixels, some_tiles, policy, detect, predict_scale)
     for i, tile, scale_map, detections in zip(at, some_tiles, maps, found, strict=True):
         seen[i] = _combine(tile, scale_map, detections, policy)
     return seen
+
+
+def _ask(
+    pixels: list[np.ndarray],
+    tiles: list[Tile],
+    policy: Policy,
+    detect: Detect | None,
+    predict_scale: PredictScale | ReadFeatures | None,
+) -> tuple[Sequence[ScaleMap | TileError | None], Sequence[Detections | TileError | None]]:
+    """What each network that the policy needs says of each tile; None for one that it does not need."""
+    nothing = [None] * len(tiles)
+    if policy.kind != "first-pass" and predict_scale is None:
+        msg = f"policy {policy.name} needs a scale map, got no Scale Net: give its weights with --scale-net PATH"
+        raise ValueError(msg)
+    if not asks_detector(policy, predict_scale):
+        assert not isinstance(predict_scale, ReadFeatures)
+        assert predict_scale is not None
+        return predict_scale(pixels, tiles), nothing
+    if detect is None:
+        msg = f"policy {policy.name} needs the detector's first pass, got no detector"
+        raise ValueError(msg)
+    if policy.kind == "first-pass" or predict_scale is None:
+        return nothing, [refuse_nan(one) for one in detect(pixels)]
+    if not isinstance(predict_scale, ReadFeatures):
+        return predict_scale(pixels, tiles), [refuse_nan(one) for one in detect(pixels)]
+    if not isinstance(detect, DetectWithFeatures):
+        msg = "this Scale Net reads the detector's feature maps, which this detector does not show: give another one"
+        raise ValueError(msg)
+    glimpses = detect.with_features(pixels)
+    maps = predict_scale.from_features([one.features for one in glimpses], tiles)
+    return maps, [refuse_nan(one.detections) for one in glimpses]
 
 
 def _combine(
@@ -186,7 +263,7 @@ def _combine(
             return Seen(failure=failure, looked=looked)
     assert not isinstance(scale_map, TileError)
     assert not isinstance(found, TileError)
-    if found is not None:
+    if found is not None and policy.needs_first_pass:
         implied = first_pass_map(found, (tile.height, tile.width), policy.recursion.first_pass_threshold)
         scale_map = implied if scale_map is None else fuse_maps(scale_map, implied)
     return Seen(scale_map, found, None, looked)

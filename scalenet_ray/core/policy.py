@@ -60,7 +60,8 @@ class Recursion:
     Attributes:
         method: how out-of-range cells of a class map are found: "class", the most probable class is one of
             `small_classes` or `large_classes` (method 1), or "confidence", their probability
-            exceeds `threshold` (method 2; the paper's for COCO). A regression map uses `scale_range`.
+            exceeds `threshold` (method 2; the paper's for COCO). "gain" asks no class: every cell counts by what a
+            closer look is expected to bring there. A regression map uses `scale_range`.
         threshold: th of method 2.
         small_classes: classes too small for the detector (COCO: 1).
         large_classes: classes too large for it (COCO: none).
@@ -72,6 +73,7 @@ class Recursion:
         max_windows: the most windows of one image, over all depths.
         price: what a window must bring more than to be taken: out-of-range cells as a share of the
             tile's cells, or, where a map says what it expects to gain, that gain.
+        margin: cells along a window's sides that do not count for it when it is chosen: what lies there is cut.
         keep_factor: boxes from a window cut for small objects may be this many times larger in area than the
             largest such object (8: up to class 2, as in the paper).
         min_window_side: windows whose longer side is under this are not cut, in image pixels.
@@ -82,7 +84,7 @@ class Recursion:
         ValueError: if a number leaves its range.
     """
 
-    method: Literal["class", "confidence"] = "confidence"
+    method: Literal["class", "confidence", "gain"] = "confidence"
     threshold: float = 0.3
     small_classes: tuple[int, ...] = (1,)
     large_classes: tuple[int, ...] = ()
@@ -93,13 +95,15 @@ class Recursion:
     max_depth: int = 2
     max_windows: int = 3
     price: float = 0.0
+    margin: int = 0
     keep_factor: float = 8.0
     min_window_side: int = 16
     max_tile_pixels: int = 2048 * 2048
     first_pass_threshold: float = 0.03
 
     def __post_init__(self) -> None:
-        _require(self.method in ("class", "confidence"), f"method must be class or confidence, got {self.method!r}")
+        methods = ("class", "confidence", "gain")
+        _require(self.method in methods, f"method must be one of {', '.join(methods)}, got {self.method!r}")
         _require(0.0 <= self.threshold <= 1.0, f"threshold must be between 0 and 1, got {self.threshold}")
         _require(0.0 < self.k <= 1.0, f"k must be a share above 0 and at most 1, got {self.k}")
         _require(0.0 < self.window <= 1.0, f"window must be a share above 0 and at most 1, got {self.window}")
@@ -108,6 +112,7 @@ class Recursion:
         _require(self.max_depth >= 0, f"max_depth must be 0 or more, got {self.max_depth}")
         _require(self.max_windows >= 0, f"max_windows must be 0 or more, got {self.max_windows}")
         _require(self.price >= 0.0, f"price must be 0 or more, got {self.price}")
+        _require(self.margin >= 0, f"margin must be 0 or more, got {self.margin}")
         _require(self.min_window_side >= 1, f"min_window_side must be 1 or more, got {self.min_window_side}")
         _require(self.max_tile_pixels >= 1, f"max_tile_pixels must be 1 or more, got {self.max_tile_pixels}")
         _require(self.keep_factor >= 1.0, f"keep_factor must be 1 or more, got {self.keep_factor}")
@@ -207,11 +212,12 @@ class Policy:
 
 
 _TUNED = {
-    "first-pass": Recursion(max_depth=1, price=0.2),
+    "first-pass": Recursion(window=0.4, zoom=2.5, price=0.1, margin=1, max_depth=1, max_windows=6),
+    "gain": Recursion(method="gain", window=0.4, zoom=2.5, price=0.08, margin=1, max_depth=1, max_windows=6),
     "oracle": Recursion(window=0.4, zoom=2.5, price=0.5),
 }
 """Where the paper's values were not the best on train images. Prices are in what those maps say is gained: the first
-pass counts a box by its score, the oracle an object by how small it is."""
+pass counts a box by its score, the oracle an object by how small it is, a scale head by the score it is to gain."""
 
 
 def fitted_hw(height: int, width: int, side: int) -> tuple[int, int]:
@@ -221,7 +227,7 @@ def fitted_hw(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def parse_policy(name: str, *, input_side: int, iou_threshold: float, score_threshold: float = 0.01) -> Policy:
-    """A policy by its name: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, fused, oracle.
+    """A policy by its name: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain, fused, oracle.
 
     Args:
         name: the name, as on the command line.
@@ -242,9 +248,11 @@ def parse_policy(name: str, *, input_side: int, iou_threshold: float, score_thre
         return Policy(name, "pyramid", input_side, merging=soft, pyramid=DEFAULT_PYRAMID)
     if name in ("whole", "random", "first-pass", "scalenet", "fused", "oracle"):
         return Policy(name, name, input_side, _TUNED.get(name, Recursion()), merging)
+    if name == "gain":
+        return Policy(name, "scalenet", input_side, _TUNED[name], merging)
     msg = (
         f"there is no policy {name!r}: use whole, whole@SIZE (e.g. whole@640), pyramid, grid-N (e.g. grid-2), random, "
-        "first-pass, scalenet, fused or oracle, or describe one in a file for --policy-file"
+        "first-pass, scalenet, gain, fused or oracle, or describe one in a file for --policy-file"
     )
     raise ValueError(msg)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scalenet_ray.core.images import cut_tile
-from scalenet_ray.core.look import Detect, PredictScale, look
+from scalenet_ray.core.look import Detect, PredictScale, ReadFeatures, look
 from scalenet_ray.core.policy import Policy, fitted_hw
 from scalenet_ray.core.regions import CellWindow, plan_windows, top_k_mean
 from scalenet_ray.core.results import Failure, ImageResult, TileResult, detect_tiles, merge_image
@@ -160,11 +160,16 @@ def _directions(tile: Tile, scale_map: ScaleMap, policy: Policy) -> list[_Direct
             _Direction(scale > rules.scale_range.high, zooms_in=False),
             _Direction((scale > 0) & (scale < rules.scale_range.low), zooms_in=True),
         ]
+    if rules.method == "gain" and scale_map.gain is None:
+        msg = "method gain needs a map that says what a closer look gains, got one without: train a scale head"
+        raise ValueError(msg)
     directions = []
     for classes, zooms_in in ((rules.large_classes, False), (rules.small_classes, True)):
         if not classes:
             continue
-        if rules.method == "class":
+        if rules.method == "gain":
+            found = np.ones(scale_map.hw, bool)
+        elif rules.method == "class":
             found = np.isin(scale_map.classes, classes)
         else:
             found = scale_map.prob[list(classes)].sum(axis=0) > rules.threshold  # type: ignore[index]
@@ -177,7 +182,10 @@ def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansi
     grid_hw = scale_map.hw
     height, width = _window_hw(tile.window.height, tile.window.width, policy)
     # Rounded down: cells that a window of whole pixels cannot hold must not be cleared as if it did.
-    window_hw = (grid_hw[0] * height // tile.window.height, grid_hw[1] * width // tile.window.width)
+    window_hw = (
+        grid_hw[0] * height // tile.window.height - 2 * rules.margin,
+        grid_hw[1] * width // tile.window.width - 2 * rules.margin,
+    )
     children: list[Tile] = []
     guards: list[str] = []
     in_range_window = False
@@ -280,7 +288,7 @@ def recursive_detect(
     policy: Policy,
     *,
     detect: Detect,
-    predict_scale: PredictScale | None = None,
+    predict_scale: PredictScale | ReadFeatures | None = None,
 ) -> ImageResult:
     """Algorithm 1 on one image, one tile after the other: the reference.
 

@@ -16,10 +16,11 @@ from typing import IO, cast
 from uuid import uuid4
 
 import fsspec
+import pyarrow.fs
 from fsspec import AbstractFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-__all__ = ["Address", "atomic_writer", "exists", "join", "list_files", "read_bytes", "write_bytes_atomic"]
+__all__ = ["Address", "as_arrow", "atomic_writer", "exists", "join", "list_files", "read_bytes", "write_bytes_atomic"]
 
 Address = str | os.PathLike[str]
 
@@ -79,6 +80,14 @@ def _s3_reason(error: Exception) -> str:
 def join(base: Address, *parts: str) -> str:
     """Put a path together below `base`: a part that starts with a slash still stays below it."""
     return "/".join([os.fspath(base).rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def as_arrow(uri: Address) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system of an address as Arrow knows them, and the path there: for libraries that write by themselves."""
+    store, path = _locate(uri)
+    if _is_s3(store):
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store)), path
+    return pyarrow.fs.LocalFileSystem(), path
 
 
 def exists(uri: Address) -> bool:

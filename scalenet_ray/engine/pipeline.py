@@ -28,6 +28,7 @@ from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.assemble import Assembler
 from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus
 from scalenet_ray.engine.microbatch import unpack_results
+from scalenet_ray.engine.shares import cpu_share
 from scalenet_ray.engine.stages import DetectStage, LookStage, Networks, OpenImage, TileSource
 
 __all__ = ["ImageStream", "Resources"]
@@ -97,19 +98,12 @@ class Resources:
         """Images in work at once: above everything that the stages can hold back, so that none runs dry."""
         if self.max_open_images is not None:
             return self.max_open_images
-        workers = self.readers + _limits(self.scale_actors)[1] + _limits(self.detector_actors)[1]
-        return max(64, 8 * self.scale_batch_size * workers)
+        return max(64, 8 * self.scale_batch_size * self.processes)
 
-    def cpus_per_worker(self, node_cpus: Sequence[float]) -> float:
-        """The CPUs of each reader and actor: one, or a fraction small enough that all have room, and one more.
-
-        Args:
-            node_cpus: the CPUs of each node; a worker's share must lie on one of them.
-        """
-        workers = self.readers + _limits(self.scale_actors)[1] + _limits(self.detector_actors)[1]
-        hundredths = [math.floor(100 * cpus) for cpus in node_cpus]
-        shares = (share for share in range(100, 0, -1) if sum(cpus // share for cpus in hundredths) > workers)
-        return next(shares, 1) / 100
+    @property
+    def processes(self) -> int:
+        """Readers and actors that may be there at once."""
+        return self.readers + _limits(self.scale_actors)[1] + _limits(self.detector_actors)[1]
 
 
 @contextmanager
@@ -228,7 +222,7 @@ class ImageStream:
 
     def _dataset(self) -> Any:
         resources, policy = self._resources, self._policy
-        cpus = resources.cpus_per_worker([node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]])
+        cpus = cpu_share(resources.processes)
         source = TileSource(
             self._frontier,
             policy,

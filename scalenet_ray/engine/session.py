@@ -17,7 +17,7 @@ from scalenet_ray.engine.local import LocalStream
 from scalenet_ray.engine.pipeline import ImageStream, Resources
 from scalenet_ray.engine.stages import Networks, OpenImage
 
-__all__ = ["EngineName", "Session"]
+__all__ = ["EngineName", "Session", "join_ray"]
 
 EngineName = Literal["ray", "local"]
 """ray: actors on this machine or a cluster; local: one process, for small jobs and notebooks."""
@@ -28,11 +28,16 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-class Session:
-    """An engine, ready for work.
+def join_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it); without it start Ray on this machine."""
+    if not ray.is_initialized():
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        joins = "RAY_ADDRESS" in os.environ
+        ray.init(address=None if joins else "local", logging_level=logging.ERROR)
 
-    With `ray`, the cluster that RAY_ADDRESS names is joined (`ray job submit` sets it); without it
-    Ray is started on this machine.
+
+class Session:
+    """An engine, ready for work; with `ray`, as `join_ray` finds it.
 
     Args:
         engine: which one.
@@ -42,10 +47,8 @@ class Session:
     def __init__(self, engine: EngineName, resources: Resources) -> None:
         self._engine = engine
         self._resources = resources
-        if engine == "ray" and not ray.is_initialized():
-            logging.getLogger("ray.data").setLevel(logging.WARNING)
-            joins = "RAY_ADDRESS" in os.environ
-            ray.init(address=None if joins else "local", logging_level=logging.ERROR)
+        if engine == "ray":
+            join_ray()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function away from the driver, so that what it loads never lies in the driver's memory."""

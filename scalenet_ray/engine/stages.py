@@ -22,7 +22,7 @@ from ray.data.datasource import ReadTask
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.images import cut_tile
-from scalenet_ray.core.look import Detect, PredictScale, Seen, look
+from scalenet_ray.core.look import Detect, PredictScale, ReadFeatures, Seen, asks_detector, look
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Expansion, expand
 from scalenet_ray.core.results import Failure, TileResult, detect_tiles
@@ -48,7 +48,7 @@ class Networks:
     """
 
     detect: Callable[[], Detect]
-    predict_scale: Callable[[], PredictScale] | None = None
+    predict_scale: Callable[[], PredictScale | ReadFeatures] | None = None
 
 
 class _DecodedImages:
@@ -160,9 +160,9 @@ class LookStage:
     def __init__(self, frontier: Any, policy: Policy, networks: Networks) -> None:
         self._frontier = frontier
         self._policy = policy
-        self._detect = networks.detect() if policy.needs_first_pass else None
         needs_map = policy.looks and policy.kind != "first-pass"
         self._predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
+        self._detect = networks.detect() if asks_detector(policy, self._predict_scale) else None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One packed row -> one packed row, always."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
-
-from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import TileError
 
 __all__ = ["STRIDE", "detect_by_canvas", "square_canvas"]
 
@@ -15,6 +13,7 @@ STRIDE = 32
 """Sides of a canvas are multiples of this: the coarsest cell that the networks share, in tile pixels."""
 
 HW = tuple[int, int]
+Answer = TypeVar("Answer")
 
 
 def square_canvas(hw: HW, least_side: int = 1) -> HW:
@@ -34,17 +33,17 @@ def square_canvas(hw: HW, least_side: int = 1) -> HW:
 def detect_by_canvas(
     pixels: Sequence[np.ndarray],
     canvas_hw: Callable[[HW], HW],
-    detect_group: Callable[[list[np.ndarray], HW], list[Detections | TileError]],
-) -> list[Detections | TileError]:
+    detect_group: Callable[[list[np.ndarray], HW], list[Answer]],
+) -> list[Answer]:
     """Detect tiles of mixed sizes with one call for each canvas.
 
     Args:
         pixels: [height, width, 3] uint8 RGB each.
         canvas_hw: (height, width) of a tile -> that of its canvas.
-        detect_group: tiles of one canvas -> their detections, in order.
+        detect_group: tiles of one canvas -> an answer each (detections, or an error), in order.
 
     Returns:
-        Detections or an error for each tile, in the order of `pixels`.
+        The answer for each tile, in the order of `pixels`.
 
     Raises:
         ValueError: if a tile is no RGB picture of bytes.
@@ -55,7 +54,7 @@ def detect_by_canvas(
             msg = f"a tile must be [height, width, 3] uint8 RGB, got {tile.dtype} of shape {list(tile.shape)}"
             raise ValueError(msg)
         groups.setdefault(canvas_hw(tile.shape[:2]), []).append(position)
-    found: dict[int, Detections | TileError] = {}
+    found: dict[int, Answer] = {}
     for canvas, positions in groups.items():
         found.update(zip(positions, detect_group([pixels[i] for i in positions], canvas), strict=True))
     return [found[position] for position in range(len(pixels))]

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Mapping
 from typing import Protocol
 
-from scalenet_ray.core.look import Detect
+from scalenet_ray.core.look import Detect, DetectWithFeatures
 
-__all__ = ["Detector", "load_detector"]
+__all__ = ["Detector", "ShowsFeatures", "load_detector"]
 
 _LOADERS = {
     "tiny": "scalenet_ray.models.tiny_detector:TinyDetector.load",
@@ -47,6 +47,20 @@ class Detector(Detect, Protocol):
     @property
     def iou_threshold(self) -> float:
         """The overlap above which it suppresses a box; the merge of an image's tiles uses it again."""
+        ...
+
+
+class ShowsFeatures(DetectWithFeatures, Protocol):
+    """A detector whose feature maps a scale head may read."""
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """C of each of its feature maps, the finest first."""
+        ...
+
+    @property
+    def feature_stride(self) -> int:
+        """Tile pixels along a side of a cell of the finest; each coarser one's cells are twice as long."""
         ...
 
 

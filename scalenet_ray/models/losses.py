@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from scalenet_ray.core.scale import IGNORE
 
-__all__ = ["focal_loss", "masked_mse"]
+__all__ = ["focal_loss", "masked_mse", "poisson_loss"]
 
 
 def focal_loss(
@@ -60,3 +60,24 @@ def masked_mse(scale: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     on_object = target > 0
     squared = (scale.float() - target.float()) ** 2
     return (squared * on_object).sum() / on_object.sum().clamp(min=1)
+
+
+def poisson_loss(log_rate: torch.Tensor, target: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """The deviance of a density, without its constant: rate - target log rate, summed over cells, the mean of images.
+
+    Args:
+        log_rate: [B, h, w] float, the logarithm of what is expected at each cell.
+        target: [B, h, w] float, 0 or more, what was there.
+        counted: [B, h, w] bool; other cells neither add nor count.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if not log_rate.shape == target.shape == counted.shape:
+        msg = f"target and counted must be {list(log_rate.shape)}, got {list(target.shape)} and {list(counted.shape)}"
+        raise ValueError(msg)
+    log_rate = log_rate.float()
+    return ((log_rate.exp() - target * log_rate) * counted).sum() / len(log_rate)

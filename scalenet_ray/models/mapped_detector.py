@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
 from scalenet_ray.core.coco import map_categories
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.models.detectors import Detector
+from scalenet_ray.core.look import Glimpse
+from scalenet_ray.models.detectors import Detector, ShowsFeatures
 
 __all__ = ["MappedDetector"]
 
@@ -40,6 +42,36 @@ class MappedDetector:
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """[h, w, 3] uint8 RGB each -> detections in tile pixels, labels are category ids."""
         return [found if isinstance(found, TileError) else self._mapped(found) for found in self._detector(pixels)]
+
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+        """The detector's own feature maps with the mapped detections.
+
+        Raises:
+            ValueError: if the detector shows none.
+        """
+        return [
+            one if isinstance(one.detections, TileError) else one._replace(detections=self._mapped(one.detections))
+            for one in self._showing().with_features(pixels)
+        ]
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """The detector's own; raises as `with_features` does."""
+        return self._showing().feature_channels
+
+    @property
+    def feature_stride(self) -> int:
+        """The detector's own; raises as `with_features` does."""
+        return self._showing().feature_stride
+
+    def _showing(self) -> ShowsFeatures:
+        if not hasattr(self._detector, "with_features"):
+            msg = (
+                f"this Scale Net reads the detector's feature maps, which {type(self._detector).__name__} does not "
+                "show: use yolox-onnx:PATH or tiny:PATH, or a Scale Net that looks at pixels"
+            )
+            raise ValueError(msg)
+        return cast(ShowsFeatures, self._detector)
 
     def _mapped(self, found: Detections) -> Detections:
         found = found[np.isin(found.labels, self._classes)]

@@ -12,6 +12,7 @@ from scalenet_ray.models.detectors import Detector, load_detector
 from scalenet_ray.models.mapped_detector import MappedDetector
 
 if TYPE_CHECKING:
+    from scalenet_ray.models.scale_head import HeadConfig, ScaleHeadPredictor
     from scalenet_ray.models.scale_net import ScaleNetPredictor
 
 __all__ = ["SAMPLE_DETECTOR", "SAMPLE_SCALE_NET", "DetectorInfo", "NetworkNames"]
@@ -61,17 +62,36 @@ class NetworkNames:
         detector = self._load()
         return DetectorInfo(detector.input_side, detector.iou_threshold, dict(detector.categories))
 
+    def describe_features(self) -> HeadConfig:
+        """What a scale head on the detector's feature maps must be.
+
+        Raises:
+            ValueError: if no detector is named, or it shows no feature maps; else what `load_detector` raises.
+        """
+        from scalenet_ray.models.scale_head import HeadConfig
+
+        detector = MappedDetector(loaded := self._load(), loaded.categories)
+        return HeadConfig(detector.feature_channels, detector.feature_stride, detector=str(self.detector))
+
     def check(self, policies: Sequence[Policy], categories: Mapping[int, str]) -> None:
         """Load what the policies need and let it go: what is wrong is said before a run begins.
 
         Raises:
-            ValueError: if the detector lacks a category or cannot take a policy's tiles, or Scale Net is missing.
+            ValueError: if the detector lacks a category or cannot take a policy's tiles, or Scale Net is missing or
+                was trained on another detector's features, or says nothing of the gain that a policy goes by.
         """
         detector = self.load_detector(categories)
         for policy in policies:
             detector.canvas_hw((policy.largest_side, policy.largest_side))
         if any(policy.needs_network for policy in policies):
-            self.load_scale_net()
+            from scalenet_ray.models.scale_head import ScaleHeadPredictor
+
+            predictor = self.load_scale_net()
+            if isinstance(predictor, ScaleHeadPredictor):
+                predictor.check(detector)
+            elif any(policy.recursion.method == "gain" for policy in policies):
+                msg = f"a policy that goes by the gain needs a scale head, got {self.scale_net}: train --preset head"
+                raise ValueError(msg)
 
     def load_detector(self, categories: Mapping[int, str]) -> MappedDetector:
         """The detector, its labels mapped by name to the ids of `categories`."""
@@ -88,12 +108,12 @@ class NetworkNames:
             iou_threshold=self.iou_threshold,
         )
 
-    def load_scale_net(self) -> ScaleNetPredictor:
+    def load_scale_net(self) -> ScaleNetPredictor | ScaleHeadPredictor:
         """Scale Net, ready for tiles."""
         # Here and not above: torch must not be loaded where networks are only named.
-        from scalenet_ray.models.scale_net import ScaleNetPredictor
+        from scalenet_ray.models.scale_head import load_predictor
 
         if self.scale_net is None:
             msg = "the policies scalenet and fused need Scale Net's weights: give --scale-net PATH"
             raise ValueError(msg)
-        return ScaleNetPredictor(self.scale_net, self.device)
+        return load_predictor(self.scale_net, self.device)

@@ -30,12 +30,12 @@ __all__ = [
     "ScaleNetConfig",
     "ScaleNetPredictor",
     "build_scale_net",
-    "load_encoder_weights",
     "load_scale_net",
     "load_state",
+    "normalised",
     "read_checkpoint",
     "save_scale_net",
-    "scale_net_input",
+    "squashed",
 ]
 
 Architecture = Literal["fcn", "unet", "light-unet"]
@@ -209,7 +209,7 @@ class _Regression(nn.Module):
 
 
 def build_scale_net(config: ScaleNetConfig) -> nn.Module:
-    """A fresh network: [B, C, H, W] as `scale_net_input` makes it -> logits [B, 6, h, w] or scales [B, h, w]."""
+    """A fresh network: [B, C, H, W] as `normalised` makes it -> logits [B, 6, h, w] or scales [B, h, w]."""
     out_channels = config.classes if config.kind == "classes" else 1
     if config.architecture == "fcn":
         net: nn.Module = DigitsFcn(config.in_channels, out_channels)
@@ -220,54 +220,23 @@ def build_scale_net(config: ScaleNetConfig) -> nn.Module:
     return net if config.kind == "classes" else _Regression(net)
 
 
-def load_encoder_weights(model: nn.Module, path: str | Path) -> None:
-    """Start a U-Net's encoder from a classifier's weights in a file (torchvision's VGG, timm's EfficientNet ...).
-
-    Args:
-        model: from `build_scale_net`, with a named encoder; changed in place.
-        path: a safetensors file, or a state dict in a .pth or .pt; local or s3://.
-
-    Raises:
-        ValueError: if the file lacks a weight of the encoder or has it in another shape.
-    """
-    tensors, _ = load_weights(str(path))
-    encoder = model.get_submodule("encoder")
-    encoder = getattr(encoder, "model", encoder)
-    wanted = encoder.state_dict()
-    wrong = [
-        name
-        for name, value in wanted.items()
-        if not name.endswith("num_batches_tracked") and (name not in tensors or tensors[name].shape != value.shape)
-    ]
-    if wrong:
-        msg = (
-            f"{path} lacks {len(wrong)} of the encoder's {len(wanted)} weights or has them in another shape, "
-            f"e.g. {wrong[0]}: give the weights of the classifier that the preset's encoder is named after"
-        )
-        raise ValueError(msg)
-    encoder.load_state_dict({name: tensors[name] for name in wanted if name in tensors}, strict=False)
+def squashed(tile: np.ndarray, config: ScaleNetConfig) -> np.ndarray:
+    """A tile, [h, w, 3] uint8 RGB -> [side, side, 3] uint8, or itself if the net takes tiles as they are."""
+    if config.input_side is None:
+        return tile
+    image = Image.fromarray(tile).resize((config.input_side, config.input_side), Image.Resampling.BILINEAR)
+    return np.asarray(image)
 
 
-def scale_net_input(pixels: Sequence[np.ndarray], config: ScaleNetConfig) -> torch.Tensor:
-    """Tiles -> the network's input.
-
-    Args:
-        pixels: B tiles, each [h, w, 3] uint8 RGB; of one size if the net takes tiles as they are.
-        config: the network's.
-
-    Returns:
-        [B, in_channels, H, W] float32: grey in 0..1, or RGB with ImageNet's mean and deviation taken out.
-    """
-    images = [Image.fromarray(tile) for tile in pixels]
-    if config.input_side is not None:
-        images = [image.resize((config.input_side, config.input_side), Image.Resampling.BILINEAR) for image in images]
+def normalised(images: torch.Tensor, config: ScaleNetConfig) -> torch.Tensor:
+    """[B, H, W, 3] uint8 RGB -> [B, C, H, W] float32: grey in 0..1, or with ImageNet's mean and deviation taken out."""
+    batch = images.permute(0, 3, 1, 2).float()
     if config.in_channels == 1:
-        grey = np.stack([np.asarray(image.convert("L"), np.float32) for image in images])
-        return torch.from_numpy(grey / 255.0)[:, None]
-    batch = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float()
-    mean = torch.tensor(_MEAN).view(3, 1, 1) * 255.0
-    deviation = torch.tensor(_DEVIATION).view(3, 1, 1) * 255.0
-    return (batch - mean) / deviation
+        # ITU-R 601-2, as Pillow's own conversion to grey.
+        return (batch * torch.tensor([0.299, 0.587, 0.114], device=batch.device).view(1, 3, 1, 1)).sum(1, True) / 255.0
+    mean = torch.tensor(_MEAN, device=batch.device).view(3, 1, 1) * 255.0
+    deviation = torch.tensor(_DEVIATION, device=batch.device).view(3, 1, 1) * 255.0
+    return ((batch - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 
 def read_checkpoint(path: str | Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:
@@ -353,8 +322,8 @@ class ScaleNetPredictor:
 
     def _look(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
         with torch.inference_mode():
-            images = scale_net_input(pixels, self.config).to(self.device, memory_format=torch.channels_last)
-            output = self.model(images).float()
+            tiles = torch.from_numpy(np.stack([squashed(tile, self.config) for tile in pixels]))
+            output = self.model(normalised(tiles.to(self.device), self.config)).float()
             output = output.softmax(dim=1) if self.config.kind == "classes" else output
         return [self._map(values) for values in output.cpu().numpy()]
 

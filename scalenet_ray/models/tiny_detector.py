@@ -20,6 +20,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.look import Glimpse
 from scalenet_ray.core.merge import nms
 from scalenet_ray.models.canvas import detect_by_canvas, square_canvas
 from scalenet_ray.models.scale_net import load_state, read_checkpoint
@@ -129,8 +130,8 @@ class TinyNet(nn.Module):
         # Nearly everything is background: starting at 1 % keeps the first steps from being about nothing else.
         nn.init.constant_(self.quality.bias, -4.6)  # type: ignore[arg-type]
 
-    def forward(self, images: torch.Tensor) -> Answers:
-        """[B, 3, S, S] in 0..255 -> what each cell says."""
+    def levels(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """[B, 3, S, S] in 0..255 -> the neck's feature maps of strides 8, 16 and 32, [B, 64, h, w] each."""
         x = self.stem((images - _FILL) / 64.0)
         features = []
         for stage in self.stages:
@@ -142,14 +143,22 @@ class TinyNet(nn.Module):
             merged = lateral(feature)
             top = merged if top is None else merged + functional.interpolate(top, scale_factor=2.0)
             levels.append(top)
+        return levels[::-1]
+
+    def forward(self, images: torch.Tensor) -> Answers:
+        """[B, 3, S, S] in 0..255 -> what each cell says."""
+        return self.answers(self.levels(images))
+
+    def answers(self, levels: Sequence[torch.Tensor]) -> Answers:
+        """What each cell says, from the neck's feature maps."""
         quality, classes, sides = [], [], []
-        for stride, level in zip(STRIDES, reversed(levels), strict=True):
+        for stride, level in zip(STRIDES, levels, strict=True):
             shared = self.tower(level)
             quality.append(self.quality(shared).flatten(1))
             classes.append(self.classes(shared).flatten(2).transpose(1, 2))
             # Clamped so that a wild start can't overflow; e^4 strides are far beyond any tile.
             sides.append(self.sides(shared).clamp(max=4.0).exp().flatten(2).transpose(1, 2) * stride)
-        centres, _ = cell_centres(images.shape[-1], images.device)
+        centres, _ = cell_centres(levels[0].shape[-1] * STRIDES[0], levels[0].device)
         left_top, right_bottom = torch.cat(sides, dim=1).split(2, dim=2)
         boxes = torch.cat([centres - left_top, centres + right_bottom], dim=2)
         return Answers(torch.cat(quality, dim=1), torch.cat(classes, dim=1), boxes)
@@ -258,7 +267,12 @@ class TinyDetector:
         input_side: the longer side of a whole image's tile, in tile pixels.
         categories: category id -> name.
         iou_threshold: of its non-maximum suppression, within each class.
+        feature_channels: of the neck's feature maps, stride 8 first.
+        feature_stride: tile pixels along a side of a cell of the finest.
     """
+
+    feature_channels = (_NECK,) * len(STRIDES)
+    feature_stride = STRIDES[0]
 
     def __init__(
         self,
@@ -306,12 +320,24 @@ class TinyDetector:
         """Detect on tiles; see `Detector`. At most 100 detections a tile, the best first."""
         return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
 
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+        """Detect on tiles, and show the neck's feature maps; see `DetectWithFeatures`."""
+        return detect_by_canvas(pixels, self.canvas_hw, self._glimpse_group)
+
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
+        return [glimpse.detections for glimpse in self._glimpse_group(tiles, canvas)]
+
+    def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Glimpse]:
         with torch.inference_mode():
-            answers = self.model(pack_tiles(tiles, canvas).to(self.device))
+            levels = self.model.levels(pack_tiles(tiles, canvas).to(self.device))
+            answers = self.model.answers(levels)
             scores = (answers.quality.sigmoid()[:, :, None] * answers.classes.softmax(dim=2)).cpu().numpy()
             boxes = answers.boxes.cpu().numpy()
-        return [self._select(*parts) for parts in zip(scores, boxes, (tile.shape[:2] for tile in tiles), strict=True)]
+            features = [level.cpu().numpy() for level in levels]
+        return [
+            Glimpse(self._select(scores[i], boxes[i], tile.shape[:2]), tuple(level[i] for level in features))
+            for i, tile in enumerate(tiles)
+        ]
 
     def _select(self, scores: np.ndarray, boxes: np.ndarray, hw: tuple[int, ...]) -> Detections | TileError:
         """Scores [cells, classes] and boxes [cells, 4] of one tile -> its detections."""

@@ -12,6 +12,7 @@ import torch
 
 from scalenet_ray.core.images import cut_tile
 from scalenet_ray.core.window import boxes_to_tile
+from scalenet_ray.models.examples import Example, random_window, read_pixels, tile_of_window
 from scalenet_ray.models.tiny_detector import (
     Answers,
     TinyNet,
@@ -20,7 +21,6 @@ from scalenet_ray.models.tiny_detector import (
     detection_loss,
     pack_tiles,
 )
-from scalenet_ray.models.training import Example, random_window, read_pixels, tile_of_window
 
 __all__ = ["TrainingTile", "random_tile", "train_tiny_detector"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,19 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: i
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.look import Glimpse
 from scalenet_ray.core.merge import nms
 from scalenet_ray.core.storage import read_bytes
 from scalenet_ray.models.canvas import STRIDE, detect_by_canvas, square_canvas
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
 from scalenet_ray.models.onnx_axes import free_axes
+from scalenet_ray.models.onnx_features import expose_features
 
 __all__ = ["YoloxDetector"]
 
 _CELL_STRIDES = (8, 16, 32)
 _PADDING_GREY = 114
+_ANSWER_MAPS = 5
 _DEFAULT_INPUT_SIDE = 416
 _DEFAULT_IOU_THRESHOLD = 0.65
 
@@ -48,6 +51,7 @@ class YoloxDetector:
         score_threshold: rows that score less are dropped.
         iou_threshold: of the suppression within each class; None for YOLOX's own 0.65.
         exported_side: the side that the network was exported for, if its input was freed since.
+        open_features: opens the network with its feature maps as further outputs; None if it has none to show.
 
     Raises:
         ValueError: if the network's input or output is not YOLOX's.
@@ -60,8 +64,10 @@ class YoloxDetector:
         score_threshold: float = 0.01,
         iou_threshold: float | None = None,
         exported_side: int | None = None,
+        open_features: Callable[[], onnxruntime.InferenceSession] | None = None,
     ) -> None:
         self.session = session
+        self._open_features = open_features
         self.score_threshold = score_threshold
         self.iou_threshold = _DEFAULT_IOU_THRESHOLD if iou_threshold is None else iou_threshold
         source, target = session.get_inputs()[0], session.get_outputs()[0]
@@ -103,15 +109,19 @@ class YoloxDetector:
             raise ValueError(msg)
         try:
             exported = cls(session, score_threshold=score_threshold, iou_threshold=iou_threshold)
+            freed, data = _free_session(session, data, options)
             return cls(
-                _free_session(session, data, options),
+                freed,
                 score_threshold=score_threshold,
                 iou_threshold=iou_threshold,
                 exported_side=exported.input_side,
+                open_features=functools.partial(_feature_session, data, options, providers),
             )
         except ValueError as error:
             msg = f"{path}: {error}"
             raise ValueError(msg) from error
+
+    feature_stride = _CELL_STRIDES[0]
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """The padded size that is computed for a tile of `hw`, (height, width) in tile pixels.
@@ -133,16 +143,60 @@ class YoloxDetector:
         """Detect on tiles; see `Detector`."""
         return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
 
+    @functools.cached_property
+    def _featured(self) -> onnxruntime.InferenceSession:
+        if self._open_features is None:
+            msg = "this YOLOX shows no feature maps: load it from its file"
+            raise ValueError(msg)
+        return self._open_features()
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels of the feature maps of strides 8, 16 and 32: the network's own, and what it answers there.
+
+        Raises:
+            ValueError: if the network is not built as YOLOX is.
+        """
+        return tuple(output.shape[1] + _ANSWER_MAPS for output in self._featured.get_outputs()[1:])
+
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+        """Detect on tiles, and show the feature maps; see `DetectWithFeatures`.
+
+        Each level's map is the one that its boxes and classes are read from, and after it five of its answer: the
+        logits of objectness, of the best class and of their product, and the logarithms of width and height in cells.
+        """
+        return detect_by_canvas(pixels, self.canvas_hw, self._glimpse_group)
+
+    def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Glimpse]:
+        outputs, maps = self._run_all(self._featured, tiles, canvas)
+        return [
+            Glimpse(
+                self._decode(rows, canvas, tile.shape[:2]),
+                tuple(np.concatenate(level) for level in zip(levels, _answer_maps(rows, canvas), strict=True)),
+            )
+            for rows, tile, *levels in zip(outputs, tiles, *maps, strict=True)
+        ]
+
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
-        at_once = 1 if self._one_by_one else len(tiles)
-        outputs = []
-        for start in range(0, len(tiles), at_once):
-            batch = _batch(tiles[start : start + at_once], canvas)
-            outputs.extend(self._run(batch))
+        outputs, _ = self._run_all(self.session, tiles, canvas)
         return [self._decode(rows, canvas, tile.shape[:2]) for rows, tile in zip(outputs, tiles, strict=True)]
 
-    def _run(self, batch: np.ndarray) -> np.ndarray:
-        output = np.asarray(self.session.run(None, {self._input_name: batch})[0])
+    def _run_all(
+        self, session: onnxruntime.InferenceSession, tiles: list[np.ndarray], canvas: tuple[int, int]
+    ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        """The answer of each tile, [rows, 5 + classes], and each level's map of each tile if the session has them."""
+        at_once = 1 if self._one_by_one else len(tiles)
+        answers: list[np.ndarray] = []
+        maps: list[list[np.ndarray]] = [[] for _ in session.get_outputs()[1:]]
+        for start in range(0, len(tiles), at_once):
+            batch = _batch(tiles[start : start + at_once], canvas)
+            output, *levels = (np.asarray(each) for each in session.run(None, {self._input_name: batch}))
+            answers.extend(self._checked(output, batch))
+            for level, values in zip(maps, levels, strict=True):
+                level.extend(values)
+        return answers, maps
+
+    def _checked(self, output: np.ndarray, batch: np.ndarray) -> np.ndarray:
         cells, _ = _grid(batch.shape[2:])
         wanted = (len(batch), len(cells), 5 + len(self.categories))
         if output.shape != wanted:
@@ -185,8 +239,10 @@ class YoloxDetector:
 
 def _free_session(
     session: onnxruntime.InferenceSession, data: bytes, options: onnxruntime.SessionOptions
-) -> onnxruntime.InferenceSession:
+) -> tuple[onnxruntime.InferenceSession, bytes]:
     """A session of the same network that takes any batch and canvas, if the fixed one can be freed; else itself.
+
+    With it comes the file that it is of.
 
     Freed means shown to be: the same answer at the fixed size, bit for bit within rounding, and the right number of
     rows at another size and batch.
@@ -194,19 +250,28 @@ def _free_session(
     source = session.get_inputs()[0]
     shape = source.shape
     if len(shape) != 4 or all(isinstance(size, str) for size in (shape[0], *shape[2:])):
-        return session
+        return session, data
     fixed = [size if isinstance(size, int) else STRIDE for size in (1, *shape[1:])]
     probe = np.random.default_rng(0).uniform(0, 255, fixed).astype(np.float32)
     other = np.zeros((2, fixed[1], 2 * STRIDE, 3 * STRIDE), np.float32)
     try:
-        freed = onnxruntime.InferenceSession(free_axes(data), options, providers=session.get_providers())
+        freed_data = free_axes(data)
+        freed = onnxruntime.InferenceSession(freed_data, options, providers=session.get_providers())
         before = np.asarray(session.run(None, {source.name: probe})[0])
         after = np.asarray(freed.run(None, {source.name: probe})[0])
         rows = np.asarray(freed.run(None, {source.name: other})[0]).shape[:2]
     except (ort_errors.Fail, ort_errors.InvalidGraph, ort_errors.InvalidArgument, ort_errors.RuntimeException):
-        return session
+        return session, data
     same = before.shape == after.shape and np.allclose(before, after, rtol=1e-4, atol=1e-4)
-    return freed if same and rows == (2, len(_grid(other.shape[2:])[0])) else session
+    fits = same and rows == (2, len(_grid(other.shape[2:])[0]))
+    return (freed, freed_data) if fits else (session, data)
+
+
+def _feature_session(
+    data: bytes, options: onnxruntime.SessionOptions, providers: list[Any]
+) -> onnxruntime.InferenceSession:
+    """The network with the feature map of each level as a further output."""
+    return onnxruntime.InferenceSession(expose_features(data), options, providers=providers)
 
 
 def _batch(tiles: list[np.ndarray], canvas: tuple[int, int]) -> np.ndarray:
@@ -215,6 +280,16 @@ def _batch(tiles: list[np.ndarray], canvas: tuple[int, int]) -> np.ndarray:
     for i, tile in enumerate(tiles):
         batch[i, : tile.shape[0], : tile.shape[1]] = tile[..., ::-1]
     return np.ascontiguousarray(batch.transpose(0, 3, 1, 2), dtype=np.float32)
+
+
+def _answer_maps(rows: np.ndarray, canvas: tuple[int, int]) -> list[np.ndarray]:
+    """[rows, 5 + classes] -> [5, h, w] float32 for each level: logits of what is there, and log sides in cells."""
+    found, best = rows[:, 4], rows[:, 5:].max(axis=1)
+    chances = np.clip(np.stack([found, best, found * best]), 1e-4, 1 - 1e-4)
+    maps = np.concatenate([np.log(chances / (1 - chances)), rows[:, 2:4].T])
+    sides = [(canvas[0] // stride, canvas[1] // stride) for stride in _CELL_STRIDES]
+    ends = np.cumsum([h * w for h, w in sides])[:-1]
+    return [level.reshape(5, *hw) for level, hw in zip(np.split(maps, ends, axis=1), sides, strict=True)]
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,0 +1,78 @@
+"""Fine-tune a detector on upsampled windows of any data set in COCO's layout, on any number of workers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from scalenet_ray.core import storage
+from scalenet_ray.core.samples import ensure_sample
+from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.engine.train import Training, train
+from scalenet_ray.engine.training_log import TrainingLog
+from scalenet_ray.models.detector_recipe import plan_fine_tuning
+from scalenet_ray.models.scale_recipe import ScaleData
+from scalenet_ray.terminal import run_job
+
+SAMPLE_START = "untrained:ssdlite320_mobilenet_v3_large"
+"""No published detector knows the sample's shapes."""
+
+
+@dataclass(frozen=True)
+class FinetuneDetector:
+    """Fine-tune a detector on any data set in COCO's layout; without --data on the embedded sample.
+
+    Attributes:
+        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        split: what is trained on.
+        val_split: what is measured on after each epoch.
+        holdout: a share of the split that is measured on instead, and not trained on.
+        limit: only the first so many images of each split.
+        detector: torchvision:NAME or torchvision:PATH; or untrained:NAME, one with random weights for the data's own
+            categories, which the embedded sample is given by default.
+        input_side: the longer side of a tile, in pixels; the detector's own by default.
+        output: the run folder, local or s3://; by default a new one under runs/finetune_detector.
+        resume: go on with the run that is in the output folder.
+    """
+
+    data: str | None = None
+    split: str = "train2017"
+    val_split: str = "val2017"
+    holdout: float = 0.0
+    limit: int | None = None
+    detector: str | None = None
+    input_side: int | None = None
+    output: str | None = None
+    resume: bool = False
+    training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: Training(epochs=12))
+
+
+def main(job: FinetuneDetector) -> int:
+    """Fine-tune, measure after each epoch, and write config.yaml, metrics.json and detector.safetensors."""
+    if job.detector is None and job.data is not None:
+        msg = "--detector must name what is fine-tuned on --data, torchvision:NAME or torchvision:PATH, got none"
+        raise ValueError(msg)
+    data = job.data or str(ensure_sample(Path("runs/sample")))
+    job = replace(job, data=data, detector=job.detector or SAMPLE_START)
+    images = ScaleData(data, job.split, job.val_split, job.holdout, job.limit)
+    recipe = plan_fine_tuning(images, str(job.detector), input_side=job.input_side, seed=job.training.seed)
+    run = RunFolder(job.output or time.strftime("runs/finetune_detector/%Y%m%d-%H%M%S"))
+    settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume")}
+    run.begin(settings, resume=job.resume)
+    train_images, val_tiles = recipe.sizes()
+    facts = {"train_images": train_images, "val_images": val_tiles // 2}
+    log = TrainingLog(run, facts, job.training.epochs, print)
+    train(recipe, job.training, run.uri, log)
+    for reason in log.failed:
+        print(f"left out: {reason}")
+    weights = storage.join(run.uri, recipe.file_name)
+    print(f"{job.training.epochs} epochs done: --detector torchvision:{weights}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main, tyro.cli(FinetuneDetector))

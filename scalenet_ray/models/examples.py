@@ -1,0 +1,104 @@
+"""Annotated images as training sees them: where they lie, their pixels, their objects' masks, and windows of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from scalenet_ray.core.coco import Objects, objects_of, read_annotations, safe_file_name
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.images import decode_image
+from scalenet_ray.core.storage import join, read_bytes
+from scalenet_ray.core.window import Tile, Window
+
+__all__ = ["Example", "object_mask", "random_window", "read_examples", "read_pixels", "tile_of_window"]
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """An annotated image, not read yet.
+
+    Attributes:
+        image_id: its id in the data set.
+        uri: where it lies.
+        hw: (height, width) in image pixels, as annotated.
+        objects: the ground truth, in image pixels.
+    """
+
+    image_id: int
+    uri: str
+    hw: tuple[int, int] | None
+    objects: Objects
+
+
+def read_examples(data: str, split: str, limit: int | None = None) -> list[Example]:
+    """The annotated images of DATA/SPLIT, by DATA/annotations/instances_SPLIT.json, in the order of their ids.
+
+    Args:
+        data: a folder in COCO's layout, local or s3://.
+        split: e.g. "train2017".
+        limit: only the first so many.
+
+    Raises:
+        FileNotFoundError: if there are no annotations of that name.
+        ValueError: if they name no image, or are not COCO's.
+    """
+    dataset = read_annotations(join(data, "annotations", f"instances_{split}.json"))
+    if limit is not None and limit < 1:
+        msg = f"training wants at least one image, got a limit of {limit}: raise it"
+        raise ValueError(msg)
+    return [
+        Example(
+            record.image_id,
+            join(data, split, safe_file_name(record.file_name)),
+            record.hw,
+            objects_of(dataset, record.image_id),
+        )
+        for record in dataset.images[:limit]
+    ]
+
+
+def read_pixels(example: Example) -> np.ndarray:
+    """The image as [h, w, 3] uint8 RGB.
+
+    Raises:
+        TileError: if it is not there, can't be decoded or is not as annotated; the reason names it.
+    """
+    try:
+        return decode_image(read_bytes(example.uri), expect_hw=example.hw)
+    except (TileError, FileNotFoundError) as error:
+        msg = f"image {example.image_id}, {example.uri}: {error}"
+        raise TileError(msg) from error
+
+
+def object_mask(objects: Objects, i: int, hw: tuple[int, int]) -> np.ndarray:
+    """[h, w] uint8 0 or 1, of object `i`; its box stands in where it has no segmentation."""
+    segmentation = objects.segmentations[i]
+    if segmentation is None:
+        mask = np.zeros(hw, np.uint8)
+        x0, y0, x1, y1 = np.maximum(np.round(objects.boxes[i]), 0).astype(int)
+        mask[y0:y1, x0:x1] = 1
+        return mask
+    if isinstance(segmentation, list):
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, *hw))
+    elif isinstance(segmentation["counts"], list):
+        rle = coco_mask.frPyObjects(segmentation, *hw)
+    else:
+        rle = segmentation
+    return coco_mask.decode(rle)
+
+
+def random_window(rng: np.random.Generator, hw: tuple[int, int], share: float) -> Window:
+    """A window anywhere in an image of `hw`, with sides that are `share` of the image's."""
+    height, width = max(1, round(hw[0] * share)), max(1, round(hw[1] * share))
+    y0, x0 = int(rng.integers(0, hw[0] - height + 1)), int(rng.integers(0, hw[1] - width + 1))
+    return Window(x0, y0, x0 + width, y0 + height)
+
+
+def tile_of_window(image_id: int, hw: tuple[int, int], window: Window, tile_side: int) -> Tile:
+    """The tile of a window whose longer side becomes `tile_side` tile pixels."""
+    ratio = tile_side / max(window.height, window.width)
+    height, width = max(1, int(window.height * ratio)), max(1, int(window.width * ratio))
+    return Tile(image_id, (), hw, window, height, width)

@@ -1,0 +1,163 @@
+"""A scale head on a frozen detector's own feature maps: one forward pass serves the detector and the look.
+
+It says two things of every cell: the scale class, as the paper's Scale Net does, and the gain, what a closer look
+there is expected to bring: the score that the small objects in it would gain if they were seen zoomed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
+from scalenet_ray.core.window import Tile
+from scalenet_ray.models.detectors import ShowsFeatures
+from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, read_checkpoint
+from scalenet_ray.models.weights import load_weights, save_weights
+
+__all__ = ["HeadConfig", "ScaleHead", "ScaleHeadPredictor", "load_predictor", "save_scale_head"]
+
+_FORMAT = "scale_head"
+_DILATIONS = (2, 4)
+# Of a fresh head: a gain of e^-5 a cell is near what a data set has on the average.
+_FIRST_LOG_GAIN = -5.0
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """All that is needed to build a scale head.
+
+    Attributes:
+        feature_channels: of the detector's feature maps, the finest first; each coarser one has half the side.
+        stride: tile pixels along a side of a cell of the finest, and of the head's own map.
+        width: channels inside.
+        detector: which detector it was trained on; for the reader.
+    """
+
+    feature_channels: tuple[int, ...]
+    stride: int = 8
+    width: int = 32
+    detector: str = ""
+
+
+class ScaleHead(nn.Module):
+    """A 1 x 1 convolution on each map at its own size, their sum on the finest grid, two dilated 3 x 3 ones."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for channels in config.feature_channels)
+        self.entries = nn.ModuleList(nn.Conv2d(channels, config.width, 1) for channels in config.feature_channels)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(config.width, config.width, 3, padding=dilation, dilation=dilation, bias=False),
+                nn.BatchNorm2d(config.width),
+                nn.ReLU(),
+            )
+            for dilation in _DILATIONS
+        )
+        self.answer = nn.Conv2d(config.width, NUM_CLASSES + 1, 1)
+        nn.init.constant_(self.answer.bias[NUM_CLASSES], _FIRST_LOG_GAIN)  # type: ignore[index]
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[B, C, h, w] each, finest first -> [B, 7, h, w]: logits of the six classes, the logarithm of the gain."""
+        hw = features[0].shape[-2:]
+        entries = zip(features, self.norms, self.entries, strict=True)
+        parts = [functional.interpolate(entry(norm(level.float())), size=hw) for level, norm, entry in entries]
+        x = functional.relu(torch.stack(parts).sum(dim=0))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.answer(x)
+
+
+def save_scale_head(model: nn.Module, config: HeadConfig, path: str) -> None:
+    """Write a checkpoint: weights and configuration in one safetensors file, local or s3://."""
+    save_weights(model.state_dict(), {_FORMAT: json.dumps(asdict(config))}, path)
+
+
+class ScaleHeadPredictor:
+    """A trained scale head as `ReadFeatures`: a detector's feature maps -> scale maps with gains.
+
+    Attributes:
+        config: the head's configuration.
+        input_pixels: 0: it looks at no pixels of its own.
+
+    Raises:
+        ValueError: if the file is no scale head's, or its weights do not fit what it says of itself.
+    """
+
+    input_pixels = 0
+
+    def __init__(self, path: str | Path, device: str = "cpu") -> None:
+        tensors, fields = read_checkpoint(path, _FORMAT)
+        try:
+            channels = tuple(fields.pop("feature_channels"))
+            self.config = HeadConfig(channels, **fields)
+        except (TypeError, KeyError) as error:
+            msg = f"{path} holds a scale head that this version can't build: {error}"
+            raise ValueError(msg) from error
+        self.model = ScaleHead(self.config)
+        load_state(self.model, tensors, path)
+        self.model.eval().to(device)
+        self.device = device
+
+    def check(self, detector: ShowsFeatures) -> None:
+        """Compare a detector with the one that the head was trained on.
+
+        Raises:
+            ValueError: if its feature maps are others.
+        """
+        wanted = (self.config.feature_channels, self.config.stride)
+        got = (tuple(detector.feature_channels), detector.feature_stride)
+        if wanted != got:
+            msg = (
+                f"this scale head reads the features of {self.config.detector or 'another detector'}, channels "
+                f"{wanted[0]} from stride {wanted[1]} on, got {got[0]} from {got[1]}: train one for this detector"
+            )
+            raise ValueError(msg)
+
+    def from_features(
+        self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]
+    ) -> list[ScaleMap | TileError]:
+        """Look at tiles through the detector's eyes, those of one canvas together.
+
+        Args:
+            features: B times the maps of `Glimpse.features`.
+            tiles: their recipes; a map covers its tile, not the canvas's padding.
+
+        Returns:
+            B scale maps, or a TileError for the tile that the network broke on.
+        """
+        maps: dict[int, ScaleMap | TileError] = {}
+        shapes = [tuple(level.shape for level in levels) for levels in features]
+        for shape in dict.fromkeys(shapes):
+            at = [i for i, other in enumerate(shapes) if other == shape]
+            batch = [torch.from_numpy(np.stack(level)) for level in zip(*(features[i] for i in at), strict=True)]
+            with torch.inference_mode():
+                answer = self.model([level.to(self.device) for level in batch]).float()
+                prob = answer[:, :NUM_CLASSES].softmax(dim=1).cpu().numpy()
+                gain = answer[:, NUM_CLASSES].exp().cpu().numpy()
+            for i, one_prob, one_gain in zip(at, prob, gain, strict=True):
+                rows, columns = (-(-side // self.config.stride) for side in (tiles[i].height, tiles[i].width))
+                maps[i] = _map(one_prob[:, :rows, :columns], one_gain[:rows, :columns])
+        return [maps[i] for i in range(len(features))]
+
+
+def _map(prob: np.ndarray, gain: np.ndarray) -> ScaleMap | TileError:
+    try:
+        return ScaleMap(prob=prob, gain=gain)
+    except TileError as error:
+        return error
+
+
+def load_predictor(path: str | Path, device: str = "cpu") -> ScaleNetPredictor | ScaleHeadPredictor:
+    """A Scale Net of either kind, by what its file says it is; raises as they do."""
+    _, header = load_weights(str(path))
+    return ScaleHeadPredictor(path, device) if _FORMAT in header else ScaleNetPredictor(path, device)

