@@ -103,11 +103,13 @@ class Answers(NamedTuple):
         quality: [B, cells] logits: how well its box would fit an object.
         classes: [B, cells, classes] logits: which object.
         boxes: [B, cells, 4] xyxy, in canvas pixels.
+        levels: the neck's feature maps of strides 8, 16 and 32 that all this is read from, [B, 64, h, w] each.
     """
 
     quality: torch.Tensor
     classes: torch.Tensor
     boxes: torch.Tensor
+    levels: tuple[torch.Tensor, ...] = ()
 
 
 class TinyNet(nn.Module):
@@ -130,8 +132,8 @@ class TinyNet(nn.Module):
         # Nearly everything is background: starting at 1 % keeps the first steps from being about nothing else.
         nn.init.constant_(self.quality.bias, -4.6)  # type: ignore[arg-type]
 
-    def levels(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """[B, 3, S, S] in 0..255 -> the neck's feature maps of strides 8, 16 and 32, [B, 64, h, w] each."""
+    def forward(self, images: torch.Tensor) -> Answers:
+        """[B, 3, S, S] in 0..255 -> what each cell says."""
         x = self.stem((images - _FILL) / 64.0)
         features = []
         for stage in self.stages:
@@ -143,14 +145,7 @@ class TinyNet(nn.Module):
             merged = lateral(feature)
             top = merged if top is None else merged + functional.interpolate(top, scale_factor=2.0)
             levels.append(top)
-        return levels[::-1]
-
-    def forward(self, images: torch.Tensor) -> Answers:
-        """[B, 3, S, S] in 0..255 -> what each cell says."""
-        return self.answers(self.levels(images))
-
-    def answers(self, levels: Sequence[torch.Tensor]) -> Answers:
-        """What each cell says, from the neck's feature maps."""
+        levels.reverse()
         quality, classes, sides = [], [], []
         for stride, level in zip(STRIDES, levels, strict=True):
             shared = self.tower(level)
@@ -158,10 +153,10 @@ class TinyNet(nn.Module):
             classes.append(self.classes(shared).flatten(2).transpose(1, 2))
             # Clamped so that a wild start can't overflow; e^4 strides are far beyond any tile.
             sides.append(self.sides(shared).clamp(max=4.0).exp().flatten(2).transpose(1, 2) * stride)
-        centres, _ = cell_centres(levels[0].shape[-1] * STRIDES[0], levels[0].device)
+        centres, _ = cell_centres(images.shape[-1], images.device)
         left_top, right_bottom = torch.cat(sides, dim=1).split(2, dim=2)
         boxes = torch.cat([centres - left_top, centres + right_bottom], dim=2)
-        return Answers(torch.cat(quality, dim=1), torch.cat(classes, dim=1), boxes)
+        return Answers(torch.cat(quality, dim=1), torch.cat(classes, dim=1), boxes, tuple(levels))
 
 
 def cell_centres(side: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -329,11 +324,10 @@ class TinyDetector:
 
     def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Glimpse]:
         with torch.inference_mode():
-            levels = self.model.levels(pack_tiles(tiles, canvas).to(self.device))
-            answers = self.model.answers(levels)
+            answers = self.model(pack_tiles(tiles, canvas).to(self.device))
             scores = (answers.quality.sigmoid()[:, :, None] * answers.classes.softmax(dim=2)).cpu().numpy()
             boxes = answers.boxes.cpu().numpy()
-            features = [level.cpu().numpy() for level in levels]
+            features = [level.cpu().numpy() for level in answers.levels]
         return [
             Glimpse(self._select(scores[i], boxes[i], tile.shape[:2]), tuple(level[i] for level in features))
             for i, tile in enumerate(tiles)

@@ -96,7 +96,7 @@ def _loss(
     images = pack_tiles([tile.pixels for tile in tiles], (config.input_side, config.input_side))
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision):
         answers = model(images.to(device, memory_format=torch.channels_last))
-    return detection_loss(Answers(*(part.float().cpu() for part in answers)), targets)
+    return detection_loss(Answers(*(part.float().cpu() for part in answers[:3])), targets)
 
 
 def train_tiny_detector(
