@@ -12,10 +12,11 @@ import tyro
 from scalenet_ray.core import storage
 from scalenet_ray.core.samples import ensure_sample
 from scalenet_ray.engine.runs import RunFolder
-from scalenet_ray.engine.train import Training, train
+from scalenet_ray.engine.train import train
+from scalenet_ray.engine.training import Training
 from scalenet_ray.engine.training_log import TrainingLog
 from scalenet_ray.models.detector_recipe import plan_fine_tuning
-from scalenet_ray.models.scale_recipe import ScaleData
+from scalenet_ray.models.examples import TrainingImages
 from scalenet_ray.terminal import run_job
 
 SAMPLE_START = "untrained:ssdlite320_mobilenet_v3_large"
@@ -58,11 +59,11 @@ def main(job: FinetuneDetector) -> int:
         raise ValueError(msg)
     data = job.data or str(ensure_sample(Path("runs/sample")))
     job = replace(job, data=data, detector=job.detector or SAMPLE_START)
-    images = ScaleData(data, job.split, job.val_split, job.holdout, job.limit)
+    images = TrainingImages(data, job.split, job.val_split, job.holdout, job.limit)
     recipe = plan_fine_tuning(images, str(job.detector), input_side=job.input_side, seed=job.training.seed)
     run = RunFolder(job.output or time.strftime("runs/finetune_detector/%Y%m%d-%H%M%S"))
-    settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume")}
-    run.begin(settings, resume=job.resume)
+    settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training")}
+    run.begin(settings | job.training.settings(), resume=job.resume, workers=job.training.free_settings())
     train_images, val_tiles = recipe.sizes()
     facts = {"train_images": train_images, "val_images": val_tiles // 2}
     log = TrainingLog(run, facts, job.training.epochs, print)

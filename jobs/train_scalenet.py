@@ -2,7 +2,7 @@
 
 The embedded sample's weights, scalenet_ray/weights/sample_scale_net.safetensors, are those of
 
-    .venv/bin/python jobs/train_scalenet.py --input-side 192 --epochs 60 --mixed-precision --workers 2 --output RUN
+    .venv/bin/python jobs/train_scalenet.py --input-side 192 --epochs 60 --workers 2 --output RUN
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from scalenet_ray.core import storage
 from scalenet_ray.core.samples import ensure_sample
 from scalenet_ray.engine.gains import measure_dataset
 from scalenet_ray.engine.runs import RunFolder
-from scalenet_ray.engine.train import Training, train
+from scalenet_ray.engine.train import train
+from scalenet_ray.engine.training import Training
 from scalenet_ray.engine.training_log import TrainingLog
+from scalenet_ray.models.examples import TrainingImages
 from scalenet_ray.models.head_recipe import HeadRecipe
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, NetworkNames
 from scalenet_ray.models.scale_net import PRESETS
-from scalenet_ray.models.scale_recipe import ScaleData, ScaleRecipe
+from scalenet_ray.models.scale_recipe import ScaleRecipe
 from scalenet_ray.terminal import run_job
 
 
@@ -61,7 +63,7 @@ class TrainScaleNet:
     training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=Training)
 
 
-def _pixel_recipe(job: TrainScaleNet, images: ScaleData) -> ScaleRecipe:
+def _pixel_recipe(job: TrainScaleNet, images: TrainingImages) -> ScaleRecipe:
     if job.preset not in PRESETS or PRESETS[job.preset].kind != "classes":
         names = ", ".join(["head", *(name for name, config in PRESETS.items() if config.kind == "classes")])
         msg = f"--preset must be one of {names}, got {job.preset!r}"
@@ -71,7 +73,7 @@ def _pixel_recipe(job: TrainScaleNet, images: ScaleData) -> ScaleRecipe:
     return ScaleRecipe(images, config, job.tile_side, job.encoder_weights, job.training.seed)
 
 
-def _head_recipe(job: TrainScaleNet, images: ScaleData, run: RunFolder) -> HeadRecipe:
+def _head_recipe(job: TrainScaleNet, images: TrainingImages, run: RunFolder) -> HeadRecipe:
     networks = NetworkNames(detector=job.detector)
     recipe = HeadRecipe(
         images, networks, storage.join(run.uri, "scores"), networks.describe_features(), seed=job.training.seed
@@ -84,11 +86,11 @@ def main(job: TrainScaleNet) -> int:
     """Train, measure after each epoch, and write config.yaml, metrics.json and scale_net.safetensors."""
     if job.data is None:
         job = replace(job, data=str(ensure_sample(Path("runs/sample"))), detector=job.detector or SAMPLE_DETECTOR)
-    images = ScaleData(str(job.data), job.split, job.val_split, job.holdout, job.limit)
+    images = TrainingImages(str(job.data), job.split, job.val_split, job.holdout, job.limit)
     recipe = None if job.preset == "head" else _pixel_recipe(job, images)
     run = RunFolder(job.output or time.strftime("runs/train_scalenet/%Y%m%d-%H%M%S"))
     settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training")}
-    run.begin(settings | asdict(job.training), resume=job.resume)
+    run.begin(settings | job.training.settings(), resume=job.resume, workers=job.training.free_settings())
     if boxes_alone := images.count_boxes_alone():
         print(f"{boxes_alone} objects have no segmentation: the pixels of their boxes stand in")
     recipe = recipe or _head_recipe(job, images, run)

@@ -21,8 +21,8 @@ from scalenet_ray.core.window import Tile, Window, boxes_to_image
 from scalenet_ray.models.detector_recipe import DetectorRecipe, plan_fine_tuning
 from scalenet_ray.models.detector_windows import boxes_in_tile, small_objects, zoom_window
 from scalenet_ray.models.detectors import load_detector
+from scalenet_ray.models.examples import TrainingImages
 from scalenet_ray.models.recipe import Batch, Row
-from scalenet_ray.models.scale_recipe import ScaleData
 from scalenet_ray.models.torchvision_builders import build_detector
 from scalenet_ray.models.torchvision_detectors import save_detector
 from tests.job_scripts import load_job
@@ -34,7 +34,7 @@ HW = (48, 64)
 
 def write_data(
     folder: Path, annotations: list[dict], categories: dict[int, str], hw: tuple[int, int] = HW
-) -> ScaleData:
+) -> TrainingImages:
     """One black picture in both splits, with a white rectangle for each annotation, {"bbox", "category_id"}."""
     pixels = np.zeros((*hw, 3), np.uint8)
     for row in annotations:
@@ -50,16 +50,16 @@ def write_data(
             "categories": [{"id": key, "name": name} for key, name in categories.items()],
         }
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
-    return ScaleData(str(folder))
+    return TrainingImages(str(folder))
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> ScaleData:
-    return ScaleData(str(write_sample(tmp_path_factory.mktemp("tuned") / "sample", train=6, val=2)))
+def sample(tmp_path_factory: pytest.TempPathFactory) -> TrainingImages:
+    return TrainingImages(str(write_sample(tmp_path_factory.mktemp("tuned") / "sample", train=6, val=2)))
 
 
 @pytest.fixture(scope="module")
-def recipe(sample: ScaleData) -> DetectorRecipe:
+def recipe(sample: TrainingImages) -> DetectorRecipe:
     return plan_fine_tuning(sample, f"untrained:{SMALL_RCNN}", input_side=64)
 
 
@@ -221,7 +221,7 @@ def test_blanks_cost_nothing(recipe: DetectorRecipe) -> None:
 
 
 @pytest.mark.parametrize("name", [SMALL_RCNN, SMALL_SSD, "fcos_resnet50_fpn", "retinanet_resnet50_fpn"])
-def test_every_weight_has_a_gradient_where_a_batch_has_no_box(sample: ScaleData, name: str) -> None:
+def test_every_weight_has_a_gradient_where_a_batch_has_no_box(sample: TrainingImages, name: str) -> None:
     torch.manual_seed(0)
     recipe = plan_fine_tuning(sample, f"untrained:{name}", input_side=64)
     model, batch = recipe.build(), batch_of(recipe.example(0, 0), recipe.example(1, 0))
@@ -231,7 +231,7 @@ def test_every_weight_has_a_gradient_where_a_batch_has_no_box(sample: ScaleData,
 
 
 @pytest.mark.parametrize("name", [SMALL_RCNN, SMALL_SSD])
-def test_a_few_steps_lower_the_loss(sample: ScaleData, name: str) -> None:
+def test_a_few_steps_lower_the_loss(sample: TrainingImages, name: str) -> None:
     torch.manual_seed(0)
     recipe = plan_fine_tuning(sample, f"untrained:{name}", input_side=64)
     model, batch = recipe.build(), batch_of(*(recipe.example(i, 0) for i in range(2)))
@@ -317,12 +317,12 @@ def test_a_detector_is_saved_as_it_was_loaded_and_its_norms_stay(tmp_path: Path,
 @pytest.mark.parametrize(
     "start", ["yolox-onnx:yolox.onnx", "tiny:x.safetensors", "torchvision:", "fasterrcnn", "my:Net"]
 )
-def test_what_cannot_be_trained_is_refused(sample: ScaleData, start: str) -> None:
+def test_what_cannot_be_trained_is_refused(sample: TrainingImages, start: str) -> None:
     with pytest.raises(ValueError, match=f"must be torchvision:NAME, .* got '{start}': .*ONNX files, can't be trained"):
         plan_fine_tuning(sample, start)
 
 
-def test_detectors_of_masks_are_refused(sample: ScaleData) -> None:
+def test_detectors_of_masks_are_refused(sample: TrainingImages) -> None:
     with pytest.raises(ValueError, match=r"maskrcnn_resnet50_fpn learns masks too, .*: fine-tune a Faster R-CNN"):
         plan_fine_tuning(sample, "untrained:maskrcnn_resnet50_fpn")
 
@@ -359,7 +359,7 @@ def test_splits_of_other_categories_are_refused(tmp_path: Path) -> None:
     plan_fine_tuning(replace(images, holdout=0.4), f"untrained:{SMALL_RCNN}")
 
 
-def test_a_tile_too_small_to_see_anything_is_refused(sample: ScaleData) -> None:
+def test_a_tile_too_small_to_see_anything_is_refused(sample: TrainingImages) -> None:
     with pytest.raises(ValueError, match="input_side must be 32 tile pixels or more, got 8"):
         plan_fine_tuning(sample, f"untrained:{SMALL_RCNN}", input_side=8)
 

@@ -26,8 +26,8 @@ from scalenet_ray.models.scale_measures import count_pixels, pixel_figures
 from scalenet_ray.models.scale_net import PRESETS, load_scale_net
 from scalenet_ray.models.scale_recipe import (
     CLASS_WEIGHTS,
-    ScaleData,
     ScaleRecipe,
+    TrainingImages,
     class_map,
     random_view,
     whole_view,
@@ -45,7 +45,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(sample: Path) -> ScaleRecipe:
-    return ScaleRecipe(ScaleData(str(sample)), LIGHT)
+    return ScaleRecipe(TrainingImages(str(sample)), LIGHT)
 
 
 def _batch(*rows: Row) -> Batch:
@@ -220,22 +220,22 @@ def test_a_bad_picture_is_named(sample: Path) -> None:
 
 
 def test_a_held_out_share_is_validated_on_and_not_trained_on(sample: Path) -> None:
-    learned, held_out = ScaleData(str(sample), holdout=0.25).examples()
+    learned, held_out = TrainingImages(str(sample), holdout=0.25).examples()
     ids = [example.image_id for example in learned], [example.image_id for example in held_out]
     assert [len(part) for part in ids] == [6, 2]
     assert sorted(ids[0] + ids[1]) == [example.image_id for example in read_examples(str(sample), "train2017")]
-    assert [example.image_id for example in ScaleData(str(sample), holdout=0.25).examples()[1]] == ids[1]
-    assert [len(part) for part in ScaleData(str(sample), limit=2).examples()] == [2, 2]
+    assert [example.image_id for example in TrainingImages(str(sample), holdout=0.25).examples()[1]] == ids[1]
+    assert [len(part) for part in TrainingImages(str(sample), limit=2).examples()] == [2, 2]
 
 
 @pytest.mark.parametrize("holdout", [-0.1, 1.0])
 def test_a_holdout_that_is_no_share_is_refused(holdout: float) -> None:
     with pytest.raises(ValueError, match=f"holdout must be a share of the images, .* got {holdout}"):
-        ScaleData("data", holdout=holdout)
+        TrainingImages("data", holdout=holdout)
 
 
 def test_objects_without_a_segmentation_are_counted(sample: Path, tmp_path: Path) -> None:
-    assert ScaleData(str(sample)).count_boxes_alone() == 0
+    assert TrainingImages(str(sample)).count_boxes_alone() == 0
     (tmp_path / "annotations").mkdir()
     for split in ("train2017", "val2017"):
         name = f"annotations/instances_{split}.json"
@@ -243,8 +243,8 @@ def test_objects_without_a_segmentation_are_counted(sample: Path, tmp_path: Path
         for annotation in document["annotations"]:
             del annotation["segmentation"]
         (tmp_path / name).write_text(json.dumps(document))
-    boxes = [len(example.objects.boxes) for part in ScaleData(str(sample)).examples() for example in part]
-    assert ScaleData(str(tmp_path)).count_boxes_alone() == sum(boxes)
+    boxes = [len(example.objects.boxes) for part in TrainingImages(str(sample)).examples() for example in part]
+    assert TrainingImages(str(tmp_path)).count_boxes_alone() == sum(boxes)
 
 
 def test_an_empty_training_set_says_what_to_do(sample: Path, tmp_path: Path) -> None:
@@ -275,14 +275,15 @@ def test_a_few_steps_lower_the_loss(recipe: ScaleRecipe) -> None:
 def test_class_one_weighs_double() -> None:
     assert CLASS_WEIGHTS == (1, 2, 1, 1, 1, 1)
     logits, target = torch.zeros(1, 6, 2, 2), torch.ones(1, 2, 2, dtype=torch.uint8)
-    recipe = ScaleRecipe(ScaleData("nowhere"), LIGHT)
+    recipe = ScaleRecipe(TrainingImages("nowhere"), LIGHT)
     batch = {"image": torch.zeros(1, 2, 2, 3, dtype=torch.uint8), "target": target}
     torch.testing.assert_close(recipe.loss(_Says(logits[0]), batch), 2 * focal_loss(logits, target))
 
 
 def test_the_papers_network_learns_at_the_papers_rate() -> None:
     rates = {
-        name: ScaleRecipe(ScaleData("nowhere"), PRESETS[name]).learning_rate for name in ("unet-vgg16", "unet-lite0")
+        name: ScaleRecipe(TrainingImages("nowhere"), PRESETS[name]).learning_rate
+        for name in ("unet-vgg16", "unet-lite0")
     }
     assert rates == {"unet-vgg16": 1e-4, "unet-lite0": 2e-3}
 

@@ -18,9 +18,8 @@ from scalenet_ray.core.gain import measure_scores
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.shares import cpu_share
-from scalenet_ray.models.examples import read_pixels
+from scalenet_ray.models.examples import TrainingImages, read_pixels
 from scalenet_ray.models.networks import NetworkNames
-from scalenet_ray.models.scale_recipe import ScaleData
 
 __all__ = ["measure_dataset"]
 
@@ -29,9 +28,9 @@ _SCHEMA = pa.schema([("image_id", pa.int64()), ("scores", pa.list_(pa.list_(pa.f
 
 
 class _Measure:
-    """An actor that measures images, named by their place in `ScaleData.examples`."""
+    """An actor that measures images, named by their place in `TrainingImages.examples`."""
 
-    def __init__(self, images: ScaleData, networks: NetworkNames) -> None:
+    def __init__(self, images: TrainingImages, networks: NetworkNames) -> None:
         self._examples = [example for part in images.examples() for example in part]
         annotations = storage.join(images.data, "annotations", f"instances_{images.split}.json")
         self._detect = networks.load_detector(read_annotations(annotations).categories)
@@ -51,7 +50,7 @@ class _Measure:
 
 
 def measure_dataset(
-    images: ScaleData, networks: NetworkNames, folder: str, *, actors: int, say: Callable[[str], None]
+    images: TrainingImages, networks: NetworkNames, folder: str, *, actors: int, say: Callable[[str], None]
 ) -> None:
     """Measure the scores of all objects of a data set into `folder`; files that are there are not made again.
 

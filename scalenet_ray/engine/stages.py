@@ -15,9 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data import Datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import ReadTask
 
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.errors import TileError
@@ -27,6 +24,7 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Expansion, expand
 from scalenet_ray.core.results import Failure, TileResult, detect_tiles
 from scalenet_ray.engine.frontier import Completion, Decision, Lease, Work, child_credit
+from scalenet_ray.engine.generators import GeneratorSource
 from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, pack_results, unpack
 
 __all__ = ["DetectStage", "LookStage", "Networks", "OpenImage", "TileSource"]
@@ -71,38 +69,26 @@ class _DecodedImages:
         return image
 
 
-class TileSource(Datasource):
-    """Read tasks that lease work from the frontier, cut its pixels, and yield one packed row a lease.
+class TileSource(GeneratorSource):
+    """Readers that lease work from the frontier, cut its pixels, and yield one packed row a lease.
 
     Args:
         frontier: the queue's actor.
         policy: the policy.
         open_image: how images are read.
-        readers: how many read tasks.
+        readers: how many.
         lease_size: how much work a lease asks for.
     """
 
     def __init__(self, frontier: Any, policy: Policy, open_image: OpenImage, *, readers: int, lease_size: int) -> None:
-        super().__init__()
+        super().__init__(readers)
         self._frontier = frontier
         self._policy = policy
         self._open_image = open_image
-        self._readers = readers
         self._lease_size = lease_size
 
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown: the tiles appear while the job runs."""
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """One generator task for each reader, whatever `parallelism` Ray Data would like."""
-        del parallelism, per_task_row_limit, data_context
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(lambda reader=i: self._read(reader), metadata) for i in range(self._readers)]
-
-    def _read(self, reader: int) -> Iterator[pa.Table]:
+    def read(self, reader: int) -> Iterator[pa.Table]:
+        """The same leases again give the same tables again, byte for byte."""
         images = _DecodedImages(self._open_image)
         sequence = 0
         while True:
@@ -112,7 +98,6 @@ class TileSource(Datasource):
             if not lease.work and not lease.forgotten:
                 time.sleep(_WAIT_SECONDS)
                 continue
-            # The same lease must give the same bytes again: Ray replays this generator by position.
             yield pack(cut_work(lease.work, self._policy, images))
             sequence += 1
 

@@ -17,9 +17,8 @@ from scalenet_ray.core.images import cut_tile
 from scalenet_ray.core.storage import join
 from scalenet_ray.core.window import Window
 from scalenet_ray.models.detector_windows import boxes_in_tile, zoom_window
-from scalenet_ray.models.examples import Example, read_pixels, tile_of_window
+from scalenet_ray.models.examples import Example, TrainingImages, read_pixels, tile_of_window
 from scalenet_ray.models.recipe import Batch, Row
-from scalenet_ray.models.scale_recipe import ScaleData
 from scalenet_ray.models.torchvision_builders import build_detector, published_name
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector, load_torchvision, save_detector
 from scalenet_ray.models.weights import SUFFIXES, load_weights
@@ -48,7 +47,7 @@ class DetectorRecipe:
         seed: an example's randomness depends on this, the epoch and its index alone.
     """
 
-    images: ScaleData
+    images: TrainingImages
     start: str
     name: str
     categories: Mapping[int, str]
@@ -117,10 +116,7 @@ class DetectorRecipe:
 
         Given images and targets it answers torchvision's losses; its transform normalises and pads, and never resizes.
         """
-        model = _open(self.start, self.categories).model
-        for module in model.modules():
-            # The adapter's watch counts regions as they come at inference: training samples them.
-            module._forward_hooks.clear()
+        model = _open(self.start, self.categories).release()
         means, deviations = model.transform.image_mean, model.transform.image_std
         model.transform = GeneralizedRCNNTransform(
             0, 0, means, deviations, size_divisible=self.canvas_side, _skip_resize=True
@@ -197,7 +193,9 @@ def _freeze_norms(module: nn.Module) -> None:
 # --- the beginning ----------------------------------------------------------------------------------
 
 
-def plan_fine_tuning(images: ScaleData, start: str, *, input_side: int | None = None, seed: int = 0) -> DetectorRecipe:
+def plan_fine_tuning(
+    images: TrainingImages, start: str, *, input_side: int | None = None, seed: int = 0
+) -> DetectorRecipe:
     """Look at a detector and at a data set, and say how the one is fine-tuned on the other.
 
     Args:
@@ -270,7 +268,7 @@ def _network_name(what: str) -> str:
     return load_weights(what)[1].get("detector") or str(published_name(what))
 
 
-def _categories(images: ScaleData) -> dict[int, str]:
+def _categories(images: TrainingImages) -> dict[int, str]:
     """Category id -> name, the same in all splits."""
     splits = [images.split] if images.holdout else [images.split, images.val_split]
     found = [read_annotations(join(images.data, "annotations", f"instances_{split}.json")) for split in splits]

@@ -1,7 +1,8 @@
-"""Annotated images as training sees them: where they lie, their pixels, their objects' masks, and windows of them."""
+"""Annotated images as training sees them: which, their pixels, their objects' masks, and windows of them."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,15 @@ from scalenet_ray.core.images import decode_image
 from scalenet_ray.core.storage import join, read_bytes
 from scalenet_ray.core.window import Tile, Window
 
-__all__ = ["Example", "object_mask", "random_window", "read_examples", "read_pixels", "tile_of_window"]
+__all__ = [
+    "Example",
+    "TrainingImages",
+    "object_mask",
+    "random_window",
+    "read_examples",
+    "read_pixels",
+    "tile_of_window",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +67,59 @@ def read_examples(data: str, split: str, limit: int | None = None) -> list[Examp
         )
         for record in dataset.images[:limit]
     ]
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Which annotated images a network learns from, and which it is judged by.
+
+    Attributes:
+        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        split: what is trained on.
+        val_split: what is validated on, unless a share of `split` is held out.
+        holdout: that share, at least 0 and under 1; the held-out images are not trained on.
+        limit: only the first so many images of each split.
+
+    Raises:
+        ValueError: if `holdout` is no such share.
+    """
+
+    data: str
+    split: str = "train2017"
+    val_split: str = "val2017"
+    holdout: float = 0.0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.holdout < 1.0:
+            msg = f"holdout must be a share of the images, at least 0 and under 1, got {self.holdout}"
+            raise ValueError(msg)
+
+    def examples(self) -> tuple[list[Example], list[Example]]:
+        """Those to train on and those to validate on.
+
+        Raises:
+            FileNotFoundError: if there are no annotations of that name.
+            ValueError: if they name no image, or are not COCO's.
+        """
+        return _read(self)
+
+    def count_boxes_alone(self) -> int:
+        """How many objects have no segmentation, so that their boxes' pixels stand in."""
+        return sum(o is None for part in self.examples() for each in part for o in each.objects.segmentations)
+
+
+@functools.lru_cache(maxsize=1)
+def _read(images: TrainingImages) -> tuple[list[Example], list[Example]]:
+    learned = read_examples(images.data, images.split, images.limit)
+    if not images.holdout:
+        return learned, read_examples(images.data, images.val_split, images.limit)
+    order = np.random.default_rng(0).permutation(len(learned))
+    held_out = set(order[: round(images.holdout * len(learned))].tolist())
+    return (
+        [example for i, example in enumerate(learned) if i not in held_out],
+        [learned[i] for i in sorted(held_out)],
+    )
 
 
 def read_pixels(example: Example) -> np.ndarray:

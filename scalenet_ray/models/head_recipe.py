@@ -20,14 +20,14 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.gain import ZOOMS, gain_map, gain_of_zoom
 from scalenet_ray.core.regions import plan_windows
 from scalenet_ray.core.scale import IGNORE, NUM_CLASSES, REFERENCE_AREA, UNIT_AREA
-from scalenet_ray.models.examples import Example
+from scalenet_ray.models.examples import Example, TrainingImages
 from scalenet_ray.models.losses import focal_loss, poisson_loss
 from scalenet_ray.models.mapped_detector import MappedDetector
 from scalenet_ray.models.networks import NetworkNames
 from scalenet_ray.models.recipe import Batch, Row
 from scalenet_ray.models.scale_head import HeadConfig, ScaleHead, save_scale_head
 from scalenet_ray.models.scale_measures import count_pixels, pixel_figures
-from scalenet_ray.models.scale_recipe import CLASS_WEIGHTS, ScaleData, View, class_map, random_view, whole_view
+from scalenet_ray.models.scale_recipe import CLASS_WEIGHTS, View, class_map, random_view, whole_view
 
 __all__ = ["HeadRecipe", "read_scores"]
 
@@ -63,7 +63,7 @@ class HeadRecipe:
         seed: an example's randomness depends on this, the epoch and its index alone.
     """
 
-    images: ScaleData
+    images: TrainingImages
     networks: NetworkNames
     scores: str
     config: HeadConfig

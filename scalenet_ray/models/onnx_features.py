@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
@@ -25,39 +27,58 @@ def expose_features(data: bytes) -> bytes:
         ValueError: if the network is not built so.
     """
     model = onnx.load_from_string(data)
-    graph = model.graph
-    index = {output: i for i, node in enumerate(graph.node) for output in node.output}
+    graph = _Graph(model.graph.node)
+    names: list[str] = []
+    ends = graph.joins(graph.maker[model.graph.output[0].name])
+    answers = [above for end in ends for above in graph.producers(end)]
+    for level in (join for answer in answers for join in graph.joins(answer)):
+        branches = [graph.ancestors(above) for above in graph.producers(level)]
+        # Nodes are in an order in which they can be computed: the last one that all branches share is nearest to them.
+        shared = set.intersection(*branches) if branches else set()
+        if not shared:
+            break
+        names.append(graph.nodes[max(shared)].output[0])
+    if len(names) < 2 or len(set(names)) != len(names):
+        msg = f"the network must end in a Concat of its levels' answers, each of branches from one map, got {names}"
+        raise ValueError(msg)
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    return model.SerializeToString()
 
-    def producers(node: NodeProto) -> list[int]:
-        return [index[name] for name in node.input if name in index]
 
-    def ancestors(start: int) -> set[int]:
+class _Graph:
+    """The nodes of a network by number, in an order in which they can be computed."""
+
+    def __init__(self, nodes: Sequence[NodeProto]) -> None:
+        self.nodes = nodes
+        self.maker = {output: i for i, node in enumerate(nodes) for output in node.output}
+
+    def producers(self, at: int) -> list[int]:
+        """The nodes that a node takes its input from, in the order of its inputs."""
+        return [self.maker[name] for name in self.nodes[at].input if name in self.maker]
+
+    def ancestors(self, start: int) -> set[int]:
+        """All that a node depends on, itself included."""
         seen: set[int] = set()
         ahead = [start]
         while ahead:
             at = ahead.pop()
             if at not in seen:
                 seen.add(at)
-                ahead.extend(producers(graph.node[at]))
+                ahead.extend(self.producers(at))
         return seen
 
-    def joins(start: int) -> list[int]:
-        """The nearest Concat on each way up from a node, itself included."""
-        if graph.node[start].op_type == "Concat":
-            return [start]
-        return [found for above in producers(graph.node[start]) for found in joins(above)]
-
-    names: list[str] = []
-    answers = [above for last in joins(index[graph.output[0].name]) for above in producers(graph.node[last])]
-    for level in (join for answer in answers for join in joins(answer)):
-        branches = [ancestors(above) for above in producers(graph.node[level])]
-        # Nodes are in an order in which they can be computed: the last one that all branches share is nearest to them.
-        shared = set.intersection(*branches) if branches else set()
-        if not shared:
-            break
-        names.append(graph.node[max(shared)].output[0])
-    if len(names) < 2 or len(set(names)) != len(names):
-        msg = f"the network must end in a Concat of its levels' answers, each of branches from one map, got {names}"
-        raise ValueError(msg)
-    graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-    return model.SerializeToString()
+    def joins(self, start: int) -> list[int]:
+        """The nearest Concat on each way up from a node, itself included; each once, the first inputs' first."""
+        found: list[int] = []
+        seen: set[int] = set()
+        ahead = [start]
+        while ahead:
+            at = ahead.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            if self.nodes[at].op_type == "Concat":
+                found.append(at)
+            else:
+                ahead.extend(reversed(self.producers(at)))
+        return found

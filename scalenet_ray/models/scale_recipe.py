@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,9 +18,9 @@ from scalenet_ray.core.scale import IGNORE, class_target
 from scalenet_ray.core.window import Tile, Window
 from scalenet_ray.models.examples import (
     Example,
+    TrainingImages,
     object_mask,
     random_window,
-    read_examples,
     read_pixels,
     tile_of_window,
 )
@@ -37,7 +36,7 @@ from scalenet_ray.models.scale_net import (
     squashed,
 )
 
-__all__ = ["CLASS_WEIGHTS", "ScaleData", "ScaleRecipe", "View", "random_view", "whole_view", "window_target"]
+__all__ = ["CLASS_WEIGHTS", "ScaleRecipe", "View", "random_view", "whole_view", "window_target"]
 
 CLASS_WEIGHTS = (1.0, 2.0, 1.0, 1.0, 1.0, 1.0)
 """Of the focal loss: class 1 decides where to zoom, and covers the fewest pixels."""
@@ -75,59 +74,6 @@ def window_target(objects: Objects, image_hw: tuple[int, int], window: Window, h
             kept.append(i)
     # An object that the window cuts keeps the area of the whole: a sliver of a large one is not small.
     return class_target(masks, objects.areas[kept], window.area, hw, objects.crowd[kept].tolist())
-
-
-@dataclass(frozen=True)
-class ScaleData:
-    """Which annotated images a Scale Net learns from, and which it is judged by.
-
-    Attributes:
-        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
-        split: what is trained on.
-        val_split: what is validated on, unless a share of `split` is held out.
-        holdout: that share, at least 0 and under 1; the held-out images are not trained on.
-        limit: only the first so many images of each split.
-
-    Raises:
-        ValueError: if `holdout` is no such share.
-    """
-
-    data: str
-    split: str = "train2017"
-    val_split: str = "val2017"
-    holdout: float = 0.0
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.holdout < 1.0:
-            msg = f"holdout must be a share of the images, at least 0 and under 1, got {self.holdout}"
-            raise ValueError(msg)
-
-    def examples(self) -> tuple[list[Example], list[Example]]:
-        """Those to train on and those to validate on.
-
-        Raises:
-            FileNotFoundError: if there are no annotations of that name.
-            ValueError: if they name no image, or are not COCO's.
-        """
-        return _read(self)
-
-    def count_boxes_alone(self) -> int:
-        """How many objects have no segmentation, so that their boxes' pixels stand in."""
-        return sum(o is None for part in self.examples() for each in part for o in each.objects.segmentations)
-
-
-@functools.lru_cache(maxsize=1)
-def _read(data: ScaleData) -> tuple[list[Example], list[Example]]:
-    learned = read_examples(data.data, data.split, data.limit)
-    if not data.holdout:
-        return learned, read_examples(data.data, data.val_split, data.limit)
-    order = np.random.default_rng(0).permutation(len(learned))
-    held_out = set(order[: round(data.holdout * len(learned))].tolist())
-    return (
-        [example for i, example in enumerate(learned) if i not in held_out],
-        [learned[i] for i in sorted(held_out)],
-    )
 
 
 class View(NamedTuple):
@@ -194,7 +140,7 @@ class ScaleRecipe:
         seed: an example's randomness depends on this, the epoch and its index alone.
     """
 
-    images: ScaleData
+    images: TrainingImages
     config: ScaleNetConfig
     tile_side: int | None = None
     encoder_weights: str | None = None

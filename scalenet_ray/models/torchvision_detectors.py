@@ -78,6 +78,11 @@ class TorchvisionDetector:
         self.iou_threshold = float(last_stage.nms_thresh)
         self._finite = _FiniteWatch(self.model)
 
+    def release(self) -> Any:
+        """The network alone, for training: what watches its answers here counts regions as inference makes them."""
+        self._finite.stop()
+        return self.model
+
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """The padded size that is computed for a tile of `hw`, (height, width) in tile pixels."""
         return square_canvas(hw, self._least_side)
@@ -168,12 +173,19 @@ class _FiniteWatch:
     def __init__(self, model: Any) -> None:
         self.tiles = torch.zeros(0, dtype=torch.bool)
         self._proposals: list[int] = []
-        if not hasattr(model, "roi_heads"):
-            model.head.register_forward_hook(self._see_tiles)
-            return
-        model.rpn.head.register_forward_hook(self._see_tiles)
-        model.rpn.register_forward_hook(self._count_proposals)
-        model.roi_heads.box_predictor.register_forward_hook(self._see_proposals)
+        if hasattr(model, "roi_heads"):
+            self._hooks = [
+                model.rpn.head.register_forward_hook(self._see_tiles),
+                model.rpn.register_forward_hook(self._count_proposals),
+                model.roi_heads.box_predictor.register_forward_hook(self._see_proposals),
+            ]
+        else:
+            self._hooks = [model.head.register_forward_hook(self._see_tiles)]
+
+    def stop(self) -> None:
+        """Leave the network as it was."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _see_tiles(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self.tiles = torch.stack([_finite_rows(tensor) for tensor in _tensors(output)]).all(0)
