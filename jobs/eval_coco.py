@@ -25,6 +25,7 @@ from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import EngineName, Session
 from scalenet_ray.engine.stages import Networks
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.policy_plot import policy_plot
 from scalenet_ray.report import render_report
 from scalenet_ray.terminal import difference_table, last_line, policy_table, run_job
 
@@ -128,14 +129,16 @@ def main(job: EvalCoco) -> int:
     document = conclude(session, run, metrics, len(images))
     if job.compare_with is not None:
         ids = [record.image_id for record in images]
+        document["compared_with"] = job.compare_with
         document["differences"] = session.call(
             compare_policies, run.uri, list(metrics), job.compare_with, annotations, ids
         )
         run.write_json("metrics.json", document)
+    run.write_text("policies.svg", policy_plot(document))
     run.write_text("report.html", render_report(document))
     print(policy_table(document))
     if job.compare_with is not None:
-        print(difference_table(document, job.compare_with))
+        print(difference_table(document))
     line, status = last_line(document, run.uri, job.max_failures)
     print(line)
     return status

@@ -46,9 +46,9 @@ def _figure(value: float | None, key: str) -> str:
     return f"{value:.1f}" if key.startswith("A") or key == "images_per_second" else f"{value:.2f}"
 
 
-def difference_table(document: Mapping[str, Any], baseline: str) -> str:
-    """How each policy differs from one of them, with the middle 95 % of the paired bootstrap: a line each."""
-    lines = [f"difference to {baseline}, and where 95 % of the paired bootstrap's lie:"]
+def difference_table(document: Mapping[str, Any]) -> str:
+    """How each policy differs from the one compared with, with the middle 95 % of the paired bootstrap: a line each."""
+    lines = [f"difference to {document['compared_with']}, and where 95 % of the paired bootstrap's lie:"]
     for name, figures in document["differences"].items():
         parts = (
             f"{figure} {f['difference']:+.1f} [{f['low']:+.1f}, {f['high']:+.1f}]" for figure, f in figures.items()

@@ -96,6 +96,24 @@ def test_all_policies_run_into_one_run_folder(sample: Path, tmp_path: Path, caps
     assert [line.split()[0] for line in last[-10:-1]] == list(policies)
 
 
+def test_policies_are_compared_with_one_of_them(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_eval(eval_job(sample, tmp_path / "run", "whole", "oracle", compare_with="whole")) == 0
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    assert metrics["compared_with"] == "whole"
+    (name,) = metrics["differences"]
+    assert name == "oracle"
+    for figure, found in metrics["differences"]["oracle"].items():
+        oracle, whole = (metrics["policies"][policy][figure] for policy in ("oracle", "whole"))
+        assert found["difference"] == pytest.approx(oracle - whole, abs=0.01)
+        assert found["low"] <= found["difference"] <= found["high"]
+    assert "difference to whole, and where 95 %" in capsys.readouterr().out
+    assert 'id="interval oracle"' in (tmp_path / "run" / "policies.svg").read_text()
+    error = error_of(eval_job(sample, tmp_path / "other", "whole", compare_with="oracle"), capsys)
+    assert "--compare-with must name one of the run's policies, got 'oracle'" in error
+
+
 def test_results_are_what_pycocotools_reads(sample: Path, tmp_path: Path) -> None:
     run_eval(eval_job(sample, tmp_path / "run", "grid-2"))
     truth = COCO(sample / "annotations" / "instances_val2017.json")

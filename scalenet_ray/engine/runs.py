@@ -4,7 +4,7 @@
     detections/*.parquet   written while running, a shard at a time (schema DETECTIONS)
     images/*.parquet       after each of those: the record that its images are finished (schema IMAGES)
     failures.parquet       every image that was given up: policy, image id, file, stage, reason
-    metrics.json, results.json, report.html   written at the end
+    metrics.json, results.json, report.html, policies.svg   written at the end
 
 A shard of `images` is the commit: detections without it are of a run that died in between, and are
 written again. Local folders and s3:// alike.
