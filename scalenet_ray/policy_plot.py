@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
+
+from scalenet_ray.svg import drawing, to_svg
 
 __all__ = ["policy_plot"]
 
@@ -39,9 +38,7 @@ def policy_plot(document: Mapping[str, Any]) -> str:
     }
     if not points:
         return ""
-    # Text stays text, and the ids that clip paths have do not change from run to run.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "scalenet_ray", "font.size": 9}):
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    with drawing(7.2, 4.2) as figure:
         axes = figure.subplots()
         baseline = document.get("compared_with")
         for i, (name, (passes, ap)) in enumerate(points.items()):
@@ -63,7 +60,4 @@ def policy_plot(document: Mapping[str, Any]) -> str:
         axes.set_title(f"Small objects found, for a price{compared}", fontsize=9)
         axes.grid(alpha=0.25)
         figure.legend(loc="outside right upper", frameon=False)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    text = drawn.getvalue()
-    return text[text.index("<svg") :]
+        return to_svg(figure)

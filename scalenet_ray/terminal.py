@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["difference_table", "last_line", "policy_table", "run_job"]
+__all__ = ["accuracy_table", "difference_table", "last_line", "policy_table", "run_job"]
 
 _COLUMNS = (
     ("AP", "AP"),
@@ -33,6 +33,21 @@ def policy_table(document: Mapping[str, Any]) -> str:
     rows = [["policy", *(title for title, _ in columns)]]
     for name, row in policies.items():
         rows.append([name, *(_figure(row.get(key), key) for _, key in columns)])
+    return _aligned(rows)
+
+
+def accuracy_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Accuracies by method and set as text, in percent: the mean over seeds, and their standard deviation."""
+    sets = list(dict.fromkeys(name for row in scores.values() for name in row))
+    rows = [["method", *sets]]
+    for method, row in scores.items():
+        cells = (f"{row[name]['mean']:.2f} ({row[name]['std']:.2f})" if name in row else "-" for name in sets)
+        rows.append([method, *cells])
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text: the first column to the left, the others to the right."""
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return "\n".join(
         "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])

@@ -17,13 +17,13 @@ import numpy as np
 
 from scalenet_ray.core.images import cut_tile
 from scalenet_ray.core.look import Detect, PredictScale, ReadFeatures, look
-from scalenet_ray.core.policy import Policy, fitted_hw
+from scalenet_ray.core.policy import Policy, Recursion, fitted_hw
 from scalenet_ray.core.regions import CellWindow, plan_windows, top_k_mean
 from scalenet_ray.core.results import Failure, ImageResult, TileResult, detect_tiles, merge_image
 from scalenet_ray.core.scale import CLASS_BOUNDS, REFERENCE_AREA, ScaleMap
 from scalenet_ray.core.window import ANY_AREA, AreaRange, Tile, Window
 
-__all__ = ["Expansion", "expand", "recursive_detect"]
+__all__ = ["Expansion", "expand", "recursive_detect", "rescale_factor"]
 
 
 class Expansion(NamedTuple):
@@ -225,9 +225,22 @@ def _zoom_factor(scale_map: ScaleMap, cells: CellWindow, direction: _Direction, 
     if scale_map.scale is None:
         msg = "zoom none rescales by 1 / TopK, which needs a regression map, got a class map: give a fixed zoom"
         raise ValueError(msg)
-    top_k = top_k_mean(scale_map.scale[cells.cells], rules.k)
+    return rescale_factor(scale_map.scale[cells.cells], rules)
+
+
+def rescale_factor(scales: np.ndarray, rules: Recursion) -> float | None:
+    """By how much a window is rescaled for what is in it (Algorithm 1): 1 / TopK.
+
+    Args:
+        scales: the scales of its cells, 0 where there is no object.
+        rules: with k and [R_L, R_H].
+
+    Returns:
+        The factor; None if TopK is in range, or there is no object.
+    """
+    top_k = top_k_mean(scales, rules.k)
     low, high = rules.scale_range
-    return None if low <= top_k <= high else 1.0 / top_k
+    return None if not top_k or low <= top_k <= high else 1.0 / top_k
 
 
 def _child(

@@ -40,6 +40,7 @@ __all__ = [
 
 Architecture = Literal["fcn", "unet", "light-unet"]
 Kind = Literal["classes", "regression"]
+Padding = Literal["each", "input"]
 
 _FORMAT = "scale_net"
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -62,6 +63,8 @@ class ScaleNetConfig:
         in_channels: 3 for RGB, 1 for grey.
         encoder: name of a segmentation-models-pytorch encoder; None for the small one of our own.
         classes: scale classes of the output, for "classes".
+        padding: of the "fcn": each convolution is padded, or the "input" by as much as all of them need together: black
+            then goes on beyond the canvas's edge as inside it.
 
     Raises:
         ValueError: if the fields contradict each other.
@@ -74,6 +77,7 @@ class ScaleNetConfig:
     in_channels: int = 3
     encoder: str | None = None
     classes: int = NUM_CLASSES
+    padding: Padding = "each"
 
     def __post_init__(self) -> None:
         if self.architecture not in get_args(Architecture) or self.kind not in get_args(Kind):
@@ -126,15 +130,17 @@ PRESETS: dict[str, ScaleNetConfig] = {
 class DigitsFcn(nn.Module):
     """Three convolutions, each followed by ReLU (Table 1)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, padding: Padding = "each") -> None:
         super().__init__()
-        last = nn.Conv2d(32, out_channels, 5, padding=2)
+        each = padding == "each"
+        last = nn.Conv2d(32, out_channels, 5, padding=2 * each)
         # At 0 the last ReLU of a fresh net may be off everywhere, and nothing is ever learned.
         nn.init.ones_(last.bias)  # type: ignore[arg-type]
         self.layers = nn.Sequential(
-            nn.Conv2d(in_channels, 16, 7, padding=3),
+            nn.Identity() if each else nn.ZeroPad2d(8),
+            nn.Conv2d(in_channels, 16, 7, padding=3 * each),
             nn.ReLU(),
-            nn.Conv2d(16, 32, 7, padding=3),
+            nn.Conv2d(16, 32, 7, padding=3 * each),
             nn.ReLU(),
             last,
             nn.ReLU(),
@@ -212,7 +218,7 @@ def build_scale_net(config: ScaleNetConfig) -> nn.Module:
     """A fresh network: [B, C, H, W] as `normalised` makes it -> logits [B, 6, h, w] or scales [B, h, w]."""
     out_channels = config.classes if config.kind == "classes" else 1
     if config.architecture == "fcn":
-        net: nn.Module = DigitsFcn(config.in_channels, out_channels)
+        net: nn.Module = DigitsFcn(config.in_channels, out_channels, config.padding)
     elif config.architecture == "unet":
         net = smp.Unet(config.encoder or "", encoder_weights=None, in_channels=config.in_channels, classes=out_channels)
     else:
@@ -229,8 +235,10 @@ def squashed(tile: np.ndarray, config: ScaleNetConfig) -> np.ndarray:
 
 
 def normalised(images: torch.Tensor, config: ScaleNetConfig) -> torch.Tensor:
-    """[B, H, W, 3] uint8 RGB -> [B, C, H, W] float32: grey in 0..1, or with ImageNet's mean and deviation taken out."""
+    """[B, H, W, 3] uint8 RGB -> [B, C, H, W] float32: 0..1 for the fcn, else with ImageNet's mean and deviation out."""
     batch = images.permute(0, 3, 1, 2).float()
+    if config.architecture == "fcn" and config.in_channels == 3:
+        return batch / 255.0
     if config.in_channels == 1:
         # ITU-R 601-2, as Pillow's own conversion to grey.
         return (batch * torch.tensor([0.299, 0.587, 0.114], device=batch.device).view(1, 3, 1, 1)).sum(1, True) / 255.0

@@ -1,0 +1,149 @@
+"""How many pictures are told rightly at a side: by a classifier alone, and behind a recursion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from scalenet_ray.core.canvas_recursion import settle_canvases
+from scalenet_ray.core.canvases import Resampling, centred, resized
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.look import PredictScale
+from scalenet_ray.core.scale import ScaleMap
+from scalenet_ray.core.window import Tile
+from scalenet_ray.models.canvas_data import Pictures
+from scalenet_ray.models.canvas_recipes import CanvasRecipe, Domain
+from scalenet_ray.models.canvas_training import as_input
+
+__all__ = ["ObjectScales", "Score", "pictures_at", "score_classifier", "score_recursion", "set_names"]
+
+_PICTURES = 500
+"""Pictures that are worked through at a time."""
+
+
+class Score(NamedTuple):
+    """What became of pictures at one side.
+
+    Attributes:
+        accuracy: the share that was told rightly, in percent.
+        steps: how often a picture was rescaled, the mean.
+        capped: the share that the limit of steps ended, in percent.
+    """
+
+    accuracy: float
+    steps: float = 0.0
+    capped: float = 0.0
+
+
+class ObjectScales:
+    """What a net says of the pixels of an object alone: black ones are background and have no scale.
+
+    Args:
+        predict: the net.
+    """
+
+    def __init__(self, predict: PredictScale) -> None:
+        self._predict = predict
+        self.input_pixels = predict.input_pixels
+
+    def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
+        """Canvases, [h, w, 3] uint8 each -> maps, 0 where they are black."""
+        seen = self._predict(pixels, tiles)
+        return [
+            one if isinstance(one, TileError) or one.scale is None else ScaleMap(scale=one.scale * (canvas.max(2) > 0))
+            for one, canvas in zip(seen, pixels, strict=True)
+        ]
+
+
+def set_names(domain: Domain) -> list[str]:
+    """The sets that are scored: "validation", the trained sides on their canvas, and each side that is met.
+
+    8 pixels also without antialiasing ("8-bilinear-aliased", "8-nearest"): the paper does not say how it shrank.
+    """
+    names = ["validation", *map(str, domain.test_sides)]
+    return names + (["8-bilinear-aliased", "8-nearest"] if 8 in domain.test_sides else [])
+
+
+def pictures_at(pictures: Pictures, name: str, domain: Domain) -> list[tuple[int, list[np.ndarray]]]:
+    """The pictures of a set.
+
+    Args:
+        pictures: as they are.
+        name: see `set_names`.
+        domain: of theirs.
+
+    Returns:
+        (side, pictures) for each side of the set: on a canvas for "validation", else as large as they are.
+    """
+    if name == "validation":
+        return [
+            (side, [centred(resized(one, side, "bilinear"), domain.canvas_side) for one in pictures.pixels])
+            for side in domain.train_sides
+        ]
+    side, _, method = name.partition("-")
+    resampling: Resampling = method or "bilinear"  # type: ignore[assignment]
+    return [(int(side), [resized(one, int(side), resampling) for one in pictures.pixels])]
+
+
+def score_classifier(
+    classifier: nn.Module, pictures: Pictures, name: str, domain: Domain, *, squeeze: bool = False
+) -> Score:
+    """A classifier alone: what is larger than its canvas is cut to its middle, or squeezed.
+
+    Args:
+        classifier: of canvases.
+        pictures: to test on.
+        name: see `set_names`.
+        domain: of theirs.
+        squeeze: whether pictures of other sides are resized to the canvas; else they are cut or padded.
+    """
+    rights = []
+    for part in _parts(pictures):
+        for _, found in pictures_at(part, name, domain):
+            canvases = [resized(one, domain.canvas_side, "bilinear") for one in found] if squeeze else found
+            rights.append(_right(classifier, canvases, part.labels, domain))
+    return Score(100.0 * float(np.concatenate(rights).mean()))
+
+
+def score_recursion(
+    classifier: nn.Module, predict: PredictScale, recipe: CanvasRecipe, pictures: Pictures, name: str, domain: Domain
+) -> Score:
+    """A classifier of what a recursion settles on.
+
+    Args:
+        classifier: of canvases.
+        predict: the Scale Net.
+        recipe: of the recursion.
+        pictures: to test on.
+        name: see `set_names`.
+        domain: of theirs.
+    """
+    rights: list[np.ndarray] = []
+    steps: list[int] = []
+    capped: list[bool] = []
+    for part in _parts(pictures):
+        for _, found in pictures_at(part, name, domain):
+            recursion = recipe.recursion(found[0].shape[0], domain.canvas_side)
+            some = settle_canvases(found, recursion, recipe.rules, ObjectScales(predict))
+            rights.append(_right(classifier, [one.pixels for one in some], part.labels, domain))
+            steps += [len(one.sides) - 1 for one in some]
+            capped += [one.capped for one in some]
+    return Score(100.0 * float(np.concatenate(rights).mean()), float(np.mean(steps)), 100.0 * float(np.mean(capped)))
+
+
+def _parts(pictures: Pictures) -> Iterator[Pictures]:
+    for start in range(0, len(pictures.labels), _PICTURES):
+        yield pictures.part(slice(start, start + _PICTURES))
+
+
+def _right(classifier: nn.Module, canvases: Sequence[np.ndarray], labels: np.ndarray, domain: Domain) -> np.ndarray:
+    """[N] bool: which are told rightly."""
+    device = next(classifier.parameters()).device
+    batch = np.stack([centred(one, domain.canvas_side) for one in canvases])
+    with torch.inference_mode():
+        scores = classifier(as_input(batch, domain.in_channels).to(device))
+    return scores.argmax(1).cpu().numpy() == labels
