@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass
 
 import tyro
 
-from scalenet_ray.canvas_plots import response_plot, steps_plot
+from scalenet_ray.canvas_report import check_experiment, report_experiment
 from scalenet_ray.core import storage
-from scalenet_ray.engine.canvas_units import ablations, plan_pictures, plan_units, tabulate
 from scalenet_ray.engine.runs import RunFolder
-from scalenet_ray.engine.units import run_units
 from scalenet_ray.models.canvas_experiment import Experiment
-from scalenet_ray.terminal import accuracy_table, run_job
+from scalenet_ray.terminal import run_job
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,8 @@ class EvalDigits:
 
 
 def main(job: EvalDigits) -> int:
-    """Train and score everything, and write config.yaml, units/*.json, weights/, metrics.json and the pictures."""
-    if job.seeds < 1:
-        msg = f"--seeds must be 1 or more, got {job.seeds}"
-        raise ValueError(msg)
-    if job.ablation and not job.held_out:
-        msg = "--ablation chooses settings, which the test set must not: add --held-out, e.g. --held-out 5000"
-        raise ValueError(msg)
+    """Train and score everything; writes config.yaml, units/*.json, weights/, metrics.json and two pictures."""
+    check_experiment(job.seeds, job.ablation, job.held_out)
     run = RunFolder(job.output or time.strftime("runs/eval_digits/%Y%m%d-%H%M%S"))
     experiment = Experiment(
         "digits" if job.data is None else "mnist",
@@ -59,26 +52,11 @@ def main(job: EvalDigits) -> int:
         job.held_out,
         job.train_limit,
         job.test_limit,
-        "cuda" if job.gpus_per_task else "cpu",
+        device="cuda" if job.gpus_per_task else "cpu",
     )
-    # Here, so that what is missing is fetched and unpacked once.
-    learned, tested = len(experiment.learned().labels), len(experiment.tested().labels)
     settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "gpus_per_task")}
     run.begin(settings, resume=job.resume, workers={"gpus_per_task": job.gpus_per_task})
-    recipe = experiment.domain.recipes["scalenet"]
-    recipes = ablations(recipe) if job.ablation else experiment.domain.recipes
-    units = plan_units(experiment, recipes, range(job.seeds))
-    if not job.ablation:
-        units += plan_pictures(experiment, recipe, "net-s0")
-    outcomes = run_units(units, run, print, gpus=job.gpus_per_task)
-    scores = tabulate(outcomes)
-    facts = {"trained_on": learned, "tested_on": tested, "seeds": job.seeds}
-    run.write_json("metrics.json", {experiment.name: scores, **facts})
-    if not job.ablation:
-        run.write_text("response.svg", response_plot(outcomes["response"]))
-        run.write_text("steps.svg", steps_plot(outcomes["steps"]))
-    print(accuracy_table(scores))
-    print(f"trained on {learned}, tested on {tested} digits, {job.seeds} seeds; results in {run.uri}")
+    report_experiment(experiment, run, print, seeds=job.seeds, ablation=job.ablation, gpus_per_task=job.gpus_per_task)
     return 0
 
 

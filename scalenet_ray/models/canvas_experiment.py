@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ class Experiment:
             chosen on them. 0: the test set itself.
         train_limit: only the first so many training pictures.
         test_limit: only the first so many to test on.
+        width: of the first classifier's layers; the domain's own by default.
         device: a torch device.
     """
 
@@ -46,12 +47,17 @@ class Experiment:
     held_out: int = 0
     train_limit: int | None = None
     test_limit: int | None = None
+    width: float | None = None
     device: str = "cpu"
 
     @property
     def domain(self) -> Domain:
         """What is known of the data."""
-        return DOMAINS[self.name]
+        domain = DOMAINS[self.name]
+        if self.width is None:
+            return domain
+        (name, first), *others = domain.classifiers.items()
+        return replace(domain, classifiers={name: replace(first, width=self.width), **dict(others)})
 
     def learned(self) -> Pictures:
         """Those that are trained on."""
