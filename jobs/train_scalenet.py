@@ -24,9 +24,14 @@ from scalenet_ray.engine.training_log import TrainingLog
 from scalenet_ray.models.examples import TrainingImages
 from scalenet_ray.models.head_recipe import HeadRecipe
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, NetworkNames
+from scalenet_ray.models.recipe import Recipe
+from scalenet_ray.models.regression_recipe import RegressionRecipe
 from scalenet_ray.models.scale_net import PRESETS
 from scalenet_ray.models.scale_recipe import ScaleRecipe
 from scalenet_ray.terminal import run_job
+
+DIGITS_TILE_SIDE = 64
+"""For the net that takes tiles of any size."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,11 @@ class TrainScaleNet:
         val_split: what is measured on after each epoch.
         holdout: a share of the split that is measured on instead, and not trained on.
         limit: only the first so many images of each split.
-        preset: unet-light, unet-lite0, the paper's unet-vgg16; or head: a scale head on the detector's own features.
+        preset: unet-light, unet-lite0, the paper's unet-vgg16; its fcn-digits, which says scales as numbers; or head: a
+            scale head on the detector's own features.
         detector: kind:what, the frozen detector whose features a head reads; without --data the sample's.
         input_side: side of the square that tiles are squashed to, a multiple of 32; the preset's by default.
-        tile_side: the longer side of the detector's tiles, its input side; the net's own by default.
+        tile_side: the longer side of the detector's tiles, its input side; the net's own by default (fcn-digits: 64).
         encoder_weights: what the encoder starts from (unet-lite0, unet-vgg16): "imagenet", or a classifier's file.
         output: the run folder, local or s3://; by default a new one under runs/train_scalenet.
         resume: go on with the run that is in the output folder.
@@ -63,12 +69,13 @@ class TrainScaleNet:
     training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=Training)
 
 
-def _pixel_recipe(job: TrainScaleNet, images: TrainingImages) -> ScaleRecipe:
-    if job.preset not in PRESETS or PRESETS[job.preset].kind != "classes":
-        names = ", ".join(["head", *(name for name, config in PRESETS.items() if config.kind == "classes")])
-        msg = f"--preset must be one of {names}, got {job.preset!r}"
+def _pixel_recipe(job: TrainScaleNet, images: TrainingImages) -> Recipe:
+    if job.preset not in PRESETS:
+        msg = f"--preset must be one of head, {', '.join(PRESETS)}, got {job.preset!r}"
         raise ValueError(msg)
     config = PRESETS[job.preset]
+    if config.kind == "regression":
+        return RegressionRecipe(images, config, job.tile_side or DIGITS_TILE_SIDE, job.training.seed)
     config = replace(config, input_side=job.input_side or config.input_side)
     return ScaleRecipe(images, config, job.tile_side, job.encoder_weights, job.training.seed)
 
