@@ -34,7 +34,7 @@ def objects(boxes: list[list[float]], crowd: list[bool]) -> Example:
     array = np.array(boxes, np.float32)
     areas = (array[:, 2] - array[:, 0]) * (array[:, 3] - array[:, 1])
     labels = np.ones(len(boxes), np.int64)
-    return Example(1, "nowhere", (40, 80), Objects(array, labels, areas, np.array(crowd), [None] * len(boxes)))
+    return Example(1, "nowhere", (40, 80), Objects(array, areas, labels, np.array(crowd), (None,) * len(boxes)))
 
 
 def test_scales_are_sides_in_tile_pixels_over_sixteen() -> None:

@@ -81,12 +81,9 @@ class RegressionRecipe:
         found, scale = model(normalised(batch["image"], self.config)).float(), batch["scale"]
         on_object = scale > 0
         error = (found - scale)[on_object]
-        sums = {
-            "squared": (error**2).sum(),
-            "relative": (error.abs() / scale[on_object]).sum(),
-            "pixels": on_object.sum(),
-        }
-        return {name: np.array(float(value)) for name, value in sums.items()}
+        squared, relative = (error**2).sum(), (error.abs() / scale[on_object]).sum()
+        sums = {"squared": squared, "relative": relative, "pixels": on_object.sum()}
+        return {name: value.detach().cpu().double().numpy() for name, value in sums.items()}
 
     def figures(self, counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """The mean loss, and minus the mean error as a share of the scale, in percent."""
