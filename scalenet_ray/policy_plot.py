@@ -57,7 +57,7 @@ def policy_plot(document: Mapping[str, Any]) -> str:
         axes.set_xlabel("detector passes per image")
         compared = f"; bars: 95 % of the paired differences to {baseline}" if baseline in points else ""
         axes.set_ylabel("AP of small objects (%)")
-        axes.set_title(f"Small objects found, for a price{compared}", fontsize=9)
+        figure.suptitle(f"Small objects found, for a price{compared}", fontsize=9)
         axes.grid(alpha=0.25)
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(loc="outside right center", frameon=False)
         return to_svg(figure)
