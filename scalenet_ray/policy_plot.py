@@ -28,13 +28,14 @@ def policy_plot(document: Mapping[str, Any]) -> str:
         document: what metrics.json holds.
 
     Returns:
-        An SVG element, the same for the same figures; "" where no policy has an AP_small.
+        An SVG element, the same for the same figures; "" where no policy has an AP_small and a price.
     """
     policies: Mapping[str, Mapping[str, Any]] = document["policies"]
     points = {
         name: (float(row["detector_passes_per_image"]), float(row["AP_small"]))
         for name, row in policies.items()
-        if row.get("AP_small") is not None and not math.isnan(row["AP_small"])
+        # Where all images failed nothing was paid.
+        if row.get("AP_small") is not None and not math.isnan(row["AP_small"]) and row["detector_passes_per_image"]
     }
     if not points:
         return ""

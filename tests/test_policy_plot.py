@@ -36,5 +36,6 @@ def test_without_small_objects_there_is_no_picture() -> None:
     unknown = GRID | {"AP_small": float("nan")}
     document = DOCUMENT | {"policies": {"whole": {"detector_passes_per_image": 1.0}, "grid-2": unknown}}
     assert policy_plot(document) == ""
+    assert policy_plot(DOCUMENT | {"policies": {"grid-2": GRID | {"detector_passes_per_image": 0.0}}}) == ""
     assert "<svg" not in render_report(document)
     assert "<svg" in render_report(DOCUMENT)
