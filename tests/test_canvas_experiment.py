@@ -77,7 +77,9 @@ def test_mnist_is_read_as_torchvision_lays_it_out() -> None:
     data = os.environ.get("SCALENET_RAY_DATA")
     if not data:
         pytest.skip("set SCALENET_RAY_DATA to a folder with mnist/MNIST/raw")
+    before = sorted(Path(data, "mnist", "MNIST", "raw").iterdir())
     tested = load_pictures("mnist", f"{data}/mnist", train=False)
+    assert sorted(Path(data, "mnist", "MNIST", "raw").iterdir()) == before
     assert tested.pixels.shape == (10_000, 28, 28, 3)
     assert tested.labels[:5].tolist() == [7, 2, 1, 0, 4]
     assert (tested.pixels[..., 0] == tested.pixels[..., 2]).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,11 +64,25 @@ def load_pictures(name: str, data: str | None, *, train: bool) -> Pictures:
         msg = f"{name} needs --data, the folder that holds it or that it is fetched into, got none"
         raise ValueError(msg)
     if name == "mnist":
-        mnist = MNIST(data, train=train, download=True)
+        mnist = _mnist(data, train)
         return Pictures(np.repeat(mnist.data.numpy()[..., None], 3, axis=3), mnist.targets.numpy().astype(np.int64))
     # What is there is not fetched anew.
     cifar = _RewrittenCifar(data, train=train, download=not Path(data, CIFAR10.base_folder).is_dir())
     return Pictures(cifar.data, np.array(cifar.targets, np.int64))
+
+
+def _mnist(data: str, train: bool) -> MNIST:
+    """MNIST, fetched if it is not there; packed files are unpacked elsewhere, since the folder may be another's."""
+    raw = Path(data, "MNIST", "raw")
+    packed = sorted(raw.glob("*-ubyte.gz"))
+    if not packed or any(raw.glob("*-ubyte")):
+        return MNIST(data, train=train, download=True)
+    with tempfile.TemporaryDirectory() as folder:
+        copies = Path(folder, "MNIST", "raw")
+        copies.mkdir(parents=True)
+        for file in packed:
+            shutil.copy(file, copies)
+        return MNIST(folder, train=train, download=True)
 
 
 def _sklearn_digits(train: bool) -> Pictures:
