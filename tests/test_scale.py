@@ -246,6 +246,19 @@ def test_a_map_fused_with_itself_stays_what_it_is() -> None:
     np.testing.assert_array_equal(fuse_maps(one, one).prob, one.prob)
 
 
+def test_fused_gains_are_the_mean_of_what_both_expect_of_the_same_place() -> None:
+    rng = np.random.default_rng(2)
+    coarse, fine = rng.random((2, 3)), rng.random((4, 6))
+    one = ScaleMap(prob=rng.random((6, 2, 3)), gain=coarse)
+    other = ScaleMap(prob=rng.random((6, 4, 6)), gain=fine)
+    gain = fuse_maps(one, other).gain
+    assert gain is not None
+    np.testing.assert_allclose(gain, (np.kron(coarse, np.ones((2, 2))) / 4 + fine) / 2, rtol=1e-6)
+    # A window expects as much as before, whatever the grid.
+    assert gain.sum() == pytest.approx((coarse.sum() + fine.sum()) / 2)
+    assert fuse_maps(one, ScaleMap(prob=rng.random((6, 4, 6)))).gain is None
+
+
 def test_a_cell_of_the_finer_grid_takes_the_cell_that_its_centre_lies_in() -> None:
     # Three cells on five: centres at .3, .9, 1.5, 2.1 and 2.7 of the three.
     three, five = _one_hot(np.array([[1, 2, 3]])), np.zeros((6, 1, 5), np.float32)

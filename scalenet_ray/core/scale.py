@@ -215,6 +215,8 @@ def map_of_boxes(
 def fuse_maps(one: ScaleMap, other: ScaleMap) -> ScaleMap:
     """The mean of two class maps, on the finer of their grids along each axis (policy `fused`).
 
+    Where both say what a closer look gains, so does what comes of them: the mean, for the same piece of the tile.
+
     Raises:
         ValueError: if one of them is a regression map.
     """
@@ -222,11 +224,16 @@ def fuse_maps(one: ScaleMap, other: ScaleMap) -> ScaleMap:
         msg = "only class maps can be fused, got a regression map: train Scale Net with a class preset"
         raise ValueError(msg)
     hw = (max(one.hw[0], other.hw[0]), max(one.hw[1], other.hw[1]))
-    return ScaleMap(prob=(_on_grid(one.prob, hw) + _on_grid(other.prob, hw)) / 2)
+    gain = None
+    if one.gain is not None and other.gain is not None:
+        # A finer cell holds less of it.
+        shares = [np.prod(each.hw) / np.prod(hw) for each in (one, other)]
+        gain = (_on_grid(one.gain, hw) * shares[0] + _on_grid(other.gain, hw) * shares[1]) / 2
+    return ScaleMap(prob=(_on_grid(one.prob, hw) + _on_grid(other.prob, hw)) / 2, gain=gain)
 
 
-def _on_grid(prob: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
-    """Each cell of the new grid takes the value of the old cell that its centre lies in."""
-    rows = (np.arange(hw[0]) * 2 + 1) * prob.shape[1] // (2 * hw[0])
-    columns = (np.arange(hw[1]) * 2 + 1) * prob.shape[2] // (2 * hw[1])
-    return prob[:, rows[:, None], columns[None, :]]
+def _on_grid(values: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
+    """[..., h, w] -> [..., *hw]: each cell of the new grid takes the value of the old cell that its centre lies in."""
+    rows = (np.arange(hw[0]) * 2 + 1) * values.shape[-2] // (2 * hw[0])
+    columns = (np.arange(hw[1]) * 2 + 1) * values.shape[-1] // (2 * hw[1])
+    return values[..., rows[:, None], columns[None, :]]
