@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -237,8 +238,8 @@ class FaultyScale:
 
     @property
     def input_pixels(self) -> int:
-        """What the look stage asks for first after the frontier has answered."""
-        if self._after is not None:
+        """What the look stage asks for first once the frontier has answered; protocol checks ask before, too."""
+        if self._after is not None and sys._getframe(1).f_code.co_name == "_apply":
             self._after.strike()
         return self._inner.input_pixels
 
