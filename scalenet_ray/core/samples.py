@@ -152,6 +152,7 @@ def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     draw = ImageDraw.Draw(image)
 
     def near(x: int, y: int, spread: float) -> tuple[int, ...]:
+        """A colour near the one at a point."""
         return tuple(int(v) for v in np.clip(canvas[y, x] + rng.normal(0, spread, 3), 0, 255))
 
     for _ in range(int(rng.integers(0, 6))):

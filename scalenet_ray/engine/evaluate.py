@@ -55,6 +55,7 @@ def policy_cost(run: RunFolder, policy: str) -> dict[str, Any]:
         guards.update(json.loads(text))
 
     def mean(column: str, unit: float = 1.0) -> float:
+        """The mean of a column over finished images, in `unit`; 0 if there is none."""
         values = done.column(column).to_numpy()
         return float(values.mean() / unit) if len(values) else 0.0
 

@@ -211,6 +211,7 @@ class _Regression(nn.Module):
         self.net = net
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] -> [B, h, w]."""
         return self.net(images)[:, 0]
 
 

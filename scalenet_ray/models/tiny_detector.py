@@ -93,6 +93,7 @@ class _Residual(nn.Module):
         self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, h, w] -> the same shape."""
         return functional.relu(x + self.second(self.first(x)))
 
 

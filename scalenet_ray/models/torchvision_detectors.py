@@ -120,9 +120,11 @@ class _OnCanvas(GeneralizedRCNNTransform):
         self._least_side = least_side
 
     def resize(self, image: torch.Tensor, target: dict | None = None) -> tuple[torch.Tensor, dict | None]:
+        """[3, h, w] and its target, as they are."""
         return image, target
 
     def batch_images(self, images: list[torch.Tensor], size_divisible: int = 32) -> torch.Tensor:
+        """Tiles, [3, h, w] each, of one canvas -> [B, 3, side, side], padded at the right and below."""
         del size_divisible
         height, width = square_canvas((images[0].shape[-2], images[0].shape[-1]), self._least_side)
         batch = images[0].new_zeros((len(images), 3, height, width))
@@ -133,6 +135,7 @@ class _OnCanvas(GeneralizedRCNNTransform):
     def postprocess(
         self, result: list[dict], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
     ) -> list[dict]:
+        """What was found, in tile pixels already."""
         # Masks stay small here: pasted, those of a batch of tiles would fill gigabytes.
         return result
 
@@ -151,6 +154,7 @@ class _FixedSizeBoxes(nn.Module):
         self._trained_side = trained_side
 
     def forward(self, images: ImageList, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Images on canvases, and their feature maps -> [N, 4] xyxy default boxes of each, in canvas pixels."""
         shrink = self._trained_side / images.tensors.shape[-1]
         return [self._scaled(boxes, shrink) for boxes in self._generator(images, features)]
 
