@@ -2,65 +2,97 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 from scalenet_ray.canvas_plots import response_plot, steps_plot
+from scalenet_ray.core import storage
 from scalenet_ray.engine.canvas_units import ablations, plan_pictures, plan_units, tabulate
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.units import run_units
 from scalenet_ray.models.canvas_experiment import Experiment
 from scalenet_ray.terminal import accuracy_table
 
-__all__ = ["check_experiment", "report_experiment"]
+__all__ = ["CanvasOptions", "run_experiment"]
+
+_NOT_ITS_RESULTS = ("output", "resume", "gpus_per_task")
 
 
-def check_experiment(seeds: int, ablation: bool, held_out: int) -> None:
-    """Refuse what cannot be asked for.
+@dataclass(frozen=True, kw_only=True)
+class CanvasOptions:
+    """What can be asked of both.
+
+    Attributes:
+        seeds: how often everything is trained and scored.
+        held_out: test on so many of the training pictures, which are then not trained on: to choose settings.
+        ablation: score the recipe "scalenet" with one choice changed at a time; wants --held-out.
+        train_limit: only the first so many pictures to train on.
+        test_limit: only the first so many pictures to test on.
+        mixed_precision: compute in bfloat16 what bears it; twice as fast where the hardware knows it.
+        gpus_per_task: a share of a GPU for each training or scoring; 0 for CPUs.
+        output: the run folder, local or s3://; by default a new one under runs.
+        resume: go on with the run that is in the output folder.
+    """
+
+    seeds: int = 3
+    held_out: int = 0
+    ablation: bool = False
+    train_limit: int | None = None
+    test_limit: int | None = None
+    mixed_precision: bool = False
+    gpus_per_task: float = 0.0
+    output: str | None = None
+    resume: bool = False
+
+
+def run_experiment(
+    options: CanvasOptions, name: str, data: str | None, say: Callable[[str], None], *, width: float | None = None
+) -> None:
+    """Do what is not done yet; writes config.yaml, units/*.json, weights/, metrics.json, response.svg and steps.svg.
+
+    Args:
+        options: from the command line, the job's own among them.
+        name: of the data: mnist, cifar10 or digits.
+        data: its folder; None for digits.
+        say: takes a line for the person who waits.
+        width: of the first classifier's layers; the domain's own by default.
 
     Raises:
         ValueError: if there is no seed, or settings would be chosen on the test set.
     """
-    if seeds < 1:
-        msg = f"--seeds must be 1 or more, got {seeds}"
+    if options.seeds < 1:
+        msg = f"--seeds must be 1 or more, got {options.seeds}"
         raise ValueError(msg)
-    if ablation and not held_out:
+    if options.ablation and not options.held_out:
         msg = "--ablation chooses settings, which the test set must not: add --held-out, e.g. --held-out 5000"
         raise ValueError(msg)
-
-
-def report_experiment(
-    experiment: Experiment,
-    run: RunFolder,
-    say: Callable[[str], None],
-    *,
-    seeds: int,
-    ablation: bool,
-    gpus_per_task: float,
-) -> None:
-    """Do what is not done yet, and write metrics.json, response.svg and steps.svg.
-
-    Args:
-        experiment: what is worked on.
-        run: the run folder, begun.
-        say: takes a line for the person who waits.
-        seeds: how often everything is trained and scored.
-        ablation: score the recipe "scalenet" with one choice changed at a time, and nothing else.
-        gpus_per_task: a share of a GPU for each unit.
-    """
+    run = RunFolder(options.output or time.strftime(f"runs/eval_{name}/%Y%m%d-%H%M%S"))
+    experiment = Experiment(
+        name,
+        data,
+        storage.join(run.uri, "weights"),
+        options.held_out,
+        options.train_limit,
+        options.test_limit,
+        width,
+        device="cuda" if options.gpus_per_task else "cpu",
+        mixed_precision=options.mixed_precision,
+    )
+    settings = {key: value for key, value in asdict(options).items() if key not in _NOT_ITS_RESULTS}
+    run.begin(settings, resume=options.resume, workers={"gpus_per_task": options.gpus_per_task})
     # Here, so that what is missing is fetched and unpacked once.
     learned, tested = len(experiment.learned().labels), len(experiment.tested().labels)
     recipe = experiment.domain.recipes["scalenet"]
-    recipes = ablations(recipe) if ablation else experiment.domain.recipes
-    units = plan_units(experiment, recipes, range(seeds))
-    if not ablation:
+    recipes = ablations(recipe) if options.ablation else experiment.domain.recipes
+    units = plan_units(experiment, recipes, range(options.seeds))
+    if not options.ablation:
         units += plan_pictures(experiment, recipe, "net-s0")
-    outcomes = run_units(units, run, say, gpus=gpus_per_task)
+    outcomes = run_units(units, run, say, gpus=options.gpus_per_task)
     scores = tabulate(outcomes)
-    run.write_json(
-        "metrics.json", {experiment.name: scores, "trained_on": learned, "tested_on": tested, "seeds": seeds}
-    )
-    if not ablation:
+    run.write_json("metrics.json", {name: scores, "trained_on": learned, "tested_on": tested, "seeds": options.seeds})
+    if not options.ablation:
         run.write_text("response.svg", response_plot(outcomes["response"]))
         run.write_text("steps.svg", steps_plot(outcomes["steps"]))
     say(accuracy_table(scores))
-    say(f"trained on {learned}, tested on {tested} pictures, {seeds} seeds; results in {run.uri}")
+    say(f"trained on {learned}, tested on {tested} pictures, {options.seeds} seeds; results in {run.uri}")

@@ -17,6 +17,7 @@ import torch
 from torchvision.datasets import CIFAR10 as CIFAR10_FILES
 
 from scalenet_ray.canvas_plots import response_plot, steps_plot
+from scalenet_ray.core.canvas_recursion import settle_canvases
 from scalenet_ray.core.canvases import centred, resized
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.core.window import Tile
@@ -24,7 +25,14 @@ from scalenet_ray.engine.canvas_units import ablations, plan_units, tabulate
 from scalenet_ray.models.canvas_data import Pictures, load_pictures
 from scalenet_ray.models.canvas_experiment import Experiment
 from scalenet_ray.models.canvas_recipes import CIFAR10, DIGITS, MNIST, CanvasRecipe, NetRecipe
-from scalenet_ray.models.canvas_scores import ObjectScales, pictures_at, score_classifier, score_recursion, set_names
+from scalenet_ray.models.canvas_scores import (
+    ObjectScales,
+    TrueScales,
+    pictures_at,
+    score_classifier,
+    score_recursion,
+    set_names,
+)
 from scalenet_ray.models.canvas_training import train_classifier, train_net
 from scalenet_ray.models.scale_net import normalised
 from tests.job_scripts import load_job
@@ -204,6 +212,29 @@ def test_a_loss_that_is_no_number_stops_the_training() -> None:
         train_classifier(squares(120), DIGITS, recipe, seed=0)
 
 
+def test_mixed_precision_learns_as_well() -> None:
+    recipe = replace(DIGITS.classifiers["classifier"], batch_size=16)
+    model = train_classifier(squares(64), DIGITS, recipe, seed=0, mixed_precision=True)
+    assert score_classifier(model, squares(20), "validation", DIGITS).accuracy == 100
+    exact = train_net(squares(64), DIGITS, NetRecipe(epochs=2.0), seed=0)
+    mixed = train_net(squares(64), DIGITS, NetRecipe(epochs=2.0), seed=0, mixed_precision=True)
+    pairs = list(zip(exact.parameters(), mixed.parameters(), strict=True))
+    assert all(mine.dtype == torch.float32 for _, mine in pairs)
+    assert not all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("name", ["validation", "56", "8"])
+def test_the_oracle_brings_every_picture_to_the_unit_side(name: str) -> None:
+    rules = CanvasRecipe().rules
+    for side, found in pictures_at(squares(2), name, MNIST):
+        on_side = found[0].shape[0]
+        oracle = TrueScales(side / (on_side * MNIST.unit_side))
+        for settled in settle_canvases(found, CanvasRecipe().recursion(on_side, MNIST.canvas_side), rules, oracle):
+            # Of the canvas, of which the picture is a part.
+            assert settled.sides[-1] * side / on_side == pytest.approx(MNIST.unit_side, rel=0.05)
+            assert not settled.capped
+
+
 # --- the plan and the table -----------------------------------------------------------------------------------
 
 
@@ -213,7 +244,9 @@ def test_nets_that_are_trained_alike_are_trained_once() -> None:
     assert len(names) == len(set(names))
     assert sorted(name for name in names if name.startswith("net")) == ["net-s0", "net-s1", "net1-s0", "net1-s1"]
     by_name = {unit.name: unit for unit in units}
-    assert by_name["once--84--s1"].after == ("net-s1", "classifier-s1")
+    assert by_name["scalenet--84--s1"].after == ("net-s1", "classifier-s1")
+    assert by_name["scalenet_paper--84--s1"].after == ("net1-s1", "classifier-s1")
+    assert by_name["oracle--84--s1"].after == ("classifier-s1",)
     assert by_name["capsnet--84--s1"].after == ("capsnet-s1",)
     assert all(waited in names for unit in units for waited in unit.after)
 
@@ -226,12 +259,15 @@ def test_each_ablation_changes_the_recipe() -> None:
 def test_a_table_has_means_and_deviations_over_seeds() -> None:
     outcomes = {
         "net-s0": {"parameters": 3},
-        "scalenet--84--s0": {"accuracy": 98.0, "steps": 4.0, "capped": 0.0},
-        "scalenet--84--s1": {"accuracy": 99.0, "steps": 5.0, "capped": 1.0},
-        "classifier--84--s0": {"accuracy": 10.0, "steps": 0.0, "capped": 0.0},
+        "scalenet--84--s0": {"accuracy": 98.0, "steps": 4.0, "capped": 0.0, "once": 30.0},
+        "scalenet--84--s1": {"accuracy": 99.0, "steps": 5.0, "capped": 1.0, "once": 32.0},
+        "classifier--84--s0": {"accuracy": 10.0, "steps": 0.0, "capped": 0.0, "once": None},
+        "oracle--84--s0": {"accuracy": 99.5, "steps": 1.0, "capped": 0.0, "once": 99.5},
     }
     assert tabulate(outcomes) == {
         "scalenet": {"84": {"mean": 98.5, "std": pytest.approx(0.5**0.5), "steps": 4.5, "capped": 0.5}},
+        "once": {"84": {"mean": 31.0, "std": pytest.approx(2.0**0.5)}},
+        "oracle": {"84": {"mean": 99.5, "std": 0.0, "steps": 1.0, "capped": 0.0}},
         "classifier": {"84": {"mean": 10.0, "std": 0.0}},
     }
 

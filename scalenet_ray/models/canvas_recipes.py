@@ -131,7 +131,7 @@ MNIST = Domain(
     train_sides=(14, 16, 18),
     canvas_side=28,
     test_sides=(28, 56, 84, 8, 112, 140),
-    recipes={"scalenet": _TWO_SIDED, "scalenet_paper": _PAPER, "once": replace(_TWO_SIDED, max_depth=1)},
+    recipes={"scalenet": _TWO_SIDED, "scalenet_paper": _PAPER},
     classifiers={
         "classifier": ClassifierRecipe(),
         "deformable": ClassifierRecipe("deformable"),
@@ -146,10 +146,7 @@ DIGITS = replace(
     name="digits",
     test_sides=(28, 56, 8),
     # A thirtieth of MNIST's pictures: as many steps take more passes.
-    recipes={
-        "scalenet": replace(_TWO_SIDED, net=NetRecipe(epochs=6.0)),
-        "once": replace(_TWO_SIDED, net=NetRecipe(epochs=6.0), max_depth=1),
-    },
+    recipes={"scalenet": replace(_TWO_SIDED, net=NetRecipe(epochs=6.0))},
     classifiers={"classifier": ClassifierRecipe(epochs=20.0)},
 )
 """scikit-learn's 8 x 8 handwritten digits, enlarged to 28 x 28: small enough to run anywhere."""
@@ -169,7 +166,6 @@ CIFAR10 = Domain(
         "scalenet_paper": CanvasRecipe(
             replace(_PAPER_NET, epochs=2.0), ScaleRange(0.99, 1.338), 0.1, one_sided=True, rules=_LITERAL
         ),
-        "once": replace(_CIFAR_TWO_SIDED, max_depth=1),
     },
     classifiers={"classifier": ClassifierRecipe("vgg11", width=0.25, epochs=4.0)},
 )

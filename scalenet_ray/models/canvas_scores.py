@@ -19,7 +19,7 @@ from scalenet_ray.models.canvas_data import Pictures
 from scalenet_ray.models.canvas_recipes import CanvasRecipe, Domain
 from scalenet_ray.models.canvas_training import as_input
 
-__all__ = ["ObjectScales", "Score", "pictures_at", "score_classifier", "score_recursion", "set_names"]
+__all__ = ["ObjectScales", "Score", "TrueScales", "pictures_at", "score_classifier", "score_recursion", "set_names"]
 
 _PICTURES = 500
 """Pictures that are worked through at a time."""
@@ -32,11 +32,13 @@ class Score(NamedTuple):
         accuracy: the share that was told rightly, in percent.
         steps: how often a picture was rescaled, the mean.
         capped: the share that the limit of steps ended, in percent.
+        once: the accuracy after the first step alone, in percent; None without a recursion.
     """
 
     accuracy: float
     steps: float = 0.0
     capped: float = 0.0
+    once: float | None = None
 
 
 class ObjectScales:
@@ -56,6 +58,26 @@ class ObjectScales:
         return [
             one if isinstance(one, TileError) or one.scale is None else ScaleMap(scale=one.scale * (canvas.max(2) > 0))
             for one, canvas in zip(seen, pixels, strict=True)
+        ]
+
+
+class TrueScales:
+    """What is known of pictures of one size: the oracle in a Scale Net's place.
+
+    Args:
+        share: of the side of its first canvas that a picture takes up, divided by the side whose scale is 1.
+    """
+
+    input_pixels = 0
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+
+    def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
+        """Canvases, [h, w, 3] uint8 each -> maps, 0 where they are black."""
+        return [
+            ScaleMap(scale=np.where(canvas.max(2) > 0, tile.height * self._share, 0.0).astype(np.float32))
+            for canvas, tile in zip(pixels, tiles, strict=True)
         ]
 
 
@@ -106,33 +128,45 @@ def score_classifier(
         for _, found in pictures_at(part, name, domain):
             canvases = [resized(one, domain.canvas_side, "bilinear") for one in found] if squeeze else found
             rights.append(_right(classifier, canvases, part.labels, domain))
-    return Score(100.0 * float(np.concatenate(rights).mean()))
+    return Score(_percent(rights))
 
 
 def score_recursion(
-    classifier: nn.Module, predict: PredictScale, recipe: CanvasRecipe, pictures: Pictures, name: str, domain: Domain
+    classifier: nn.Module,
+    predict: PredictScale | None,
+    recipe: CanvasRecipe,
+    pictures: Pictures,
+    name: str,
+    domain: Domain,
 ) -> Score:
     """A classifier of what a recursion settles on.
 
     Args:
         classifier: of canvases.
-        predict: the Scale Net.
+        predict: the Scale Net; None for the oracle.
         recipe: of the recursion.
         pictures: to test on.
         name: see `set_names`.
         domain: of theirs.
     """
     rights: list[np.ndarray] = []
+    rights_once: list[np.ndarray] = []
     steps: list[int] = []
     capped: list[bool] = []
     for part in _parts(pictures):
-        for _, found in pictures_at(part, name, domain):
-            recursion = recipe.recursion(found[0].shape[0], domain.canvas_side)
-            some = settle_canvases(found, recursion, recipe.rules, ObjectScales(predict))
+        for side, found in pictures_at(part, name, domain):
+            on_side = found[0].shape[0]
+            look = TrueScales(side / (on_side * domain.unit_side)) if predict is None else ObjectScales(predict)
+            some = settle_canvases(found, recipe.recursion(on_side, domain.canvas_side), recipe.rules, look)
             rights.append(_right(classifier, [one.pixels for one in some], part.labels, domain))
+            first = [
+                resized(one, settled.sides[:2][-1], recipe.rules.resampling)
+                for one, settled in zip(found, some, strict=True)
+            ]
+            rights_once.append(_right(classifier, first, part.labels, domain))
             steps += [len(one.sides) - 1 for one in some]
             capped += [one.capped for one in some]
-    return Score(100.0 * float(np.concatenate(rights).mean()), float(np.mean(steps)), 100.0 * float(np.mean(capped)))
+    return Score(_percent(rights), float(np.mean(steps)), 100.0 * float(np.mean(capped)), _percent(rights_once))
 
 
 def _parts(pictures: Pictures) -> Iterator[Pictures]:
@@ -144,6 +178,11 @@ def _right(classifier: nn.Module, canvases: Sequence[np.ndarray], labels: np.nda
     """[N] bool: which are told rightly."""
     device = next(classifier.parameters()).device
     batch = np.stack([centred(one, domain.canvas_side) for one in canvases])
-    with torch.inference_mode():
+    # The nets may be in bfloat16, whose scores of classes tie.
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         scores = classifier(as_input(batch, domain.in_channels).to(device))
     return scores.argmax(1).cpu().numpy() == labels
+
+
+def _percent(rights: Sequence[np.ndarray]) -> float:
+    return 100.0 * float(np.concatenate(rights).mean())

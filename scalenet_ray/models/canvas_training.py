@@ -27,7 +27,15 @@ def as_input(canvases: np.ndarray, in_channels: int) -> torch.Tensor:
     return torch.from_numpy(canvases[..., :in_channels]).permute(0, 3, 1, 2).float() / 255.0
 
 
-def train_net(pictures: Pictures, domain: Domain, recipe: NetRecipe, *, seed: int, device: str = "cpu") -> nn.Module:
+def train_net(
+    pictures: Pictures,
+    domain: Domain,
+    recipe: NetRecipe,
+    *,
+    seed: int,
+    device: str = "cpu",
+    mixed_precision: bool = False,
+) -> nn.Module:
     """A Scale Net that tells the scale of what lies on a canvas (section 'MNIST').
 
     Args:
@@ -36,6 +44,7 @@ def train_net(pictures: Pictures, domain: Domain, recipe: NetRecipe, *, seed: in
         recipe: how.
         seed: of the weights and of the order.
         device: a torch device.
+        mixed_precision: compute in bfloat16 what bears it; twice as fast where the hardware knows it.
 
     Raises:
         FloatingPointError: if the loss is NaN or infinite.
@@ -47,7 +56,8 @@ def train_net(pictures: Pictures, domain: Domain, recipe: NetRecipe, *, seed: in
     def loss_of(canvases: np.ndarray, sides: np.ndarray, labels: np.ndarray) -> torch.Tensor:
         """Of the scale at each pixel of the object, or of their mean."""
         del labels
-        found = model(normalised(torch.from_numpy(canvases).to(device), config))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision):
+            found = model(normalised(torch.from_numpy(canvases).to(device), config)).float()
         on_object = torch.from_numpy(canvases.max(axis=3) > 0).to(device)
         scales = torch.from_numpy((sides / domain.unit_side).astype(np.float32)).to(device)
         if recipe.loss == "pixels":
@@ -60,7 +70,13 @@ def train_net(pictures: Pictures, domain: Domain, recipe: NetRecipe, *, seed: in
 
 
 def train_classifier(
-    pictures: Pictures, domain: Domain, recipe: ClassifierRecipe, *, seed: int, device: str = "cpu"
+    pictures: Pictures,
+    domain: Domain,
+    recipe: ClassifierRecipe,
+    *,
+    seed: int,
+    device: str = "cpu",
+    mixed_precision: bool = False,
 ) -> nn.Module:
     """A classifier of canvases, which never sees a scale out of its range.
 
@@ -70,6 +86,7 @@ def train_classifier(
         recipe: how.
         seed: of the weights and of the order.
         device: a torch device.
+        mixed_precision: compute in bfloat16 what bears it; twice as fast where the hardware knows it.
 
     Raises:
         FloatingPointError: if the loss is NaN or infinite.
@@ -82,7 +99,8 @@ def train_classifier(
     def loss_of(canvases: np.ndarray, sides: np.ndarray, labels: np.ndarray) -> torch.Tensor:
         """Of the classes."""
         del sides
-        scores = model(as_input(canvases, domain.in_channels).to(device))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision):
+            scores = model(as_input(canvases, domain.in_channels).to(device)).float()
         return classifier_loss(recipe.kind, scores, torch.from_numpy(labels).to(device))
 
     _fit(model, pictures, domain, recipe, loss_of, seed, cosine=True)

@@ -33,8 +33,9 @@ class _DeformableConv(nn.Module):
         nn.init.zeros_(self.offsets.bias)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, in, H, W] -> [B, out, H, W]."""
-        return self.conv(x, self.offsets(x))
+        """[B, in, H, W] -> [B, out, H, W]; in float32, as torchvision has no other on CPUs."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.conv(x.float(), self.offsets(x.float()))
 
 
 def build_classifier(kind: str, *, side: int, in_channels: int, classes: int = 10, width: float = 1.0) -> nn.Module:
