@@ -4,6 +4,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PEERS := .venv/peers
 
 .DELETE_ON_ERROR:
 .PHONY: setup demo test check bench format lock
@@ -37,8 +38,15 @@ check: setup
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-logo
 
-bench: setup
-	$(BIN)/python bench/engine_memory.py
+# The peers lie beside the environment, not in it.
+$(PEERS)/.installed: $(STAMP) bench/requirements.txt
+	rm -rf $(PEERS)
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --target $(PEERS) -r bench/requirements.txt
+	@touch $@
+
+# The real photographs and their detector: SCALENET_RAY_DATA; without it only what the embedded sample can measure.
+bench: $(PEERS)/.installed
+	PYTHONPATH=$(PEERS) $(BIN)/python -m bench
 
 format: setup
 	$(BIN)/ruff check --fix .
@@ -50,4 +58,6 @@ lock:
 	$(PYTHON) -m venv "$$scratch"; \
 	"$$scratch/bin/python" -m pip install --quiet uv; \
 	"$$scratch/bin/uv" pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes \
-		--no-annotate --no-header pyproject.toml --output-file requirements.txt
+		--no-annotate --no-header pyproject.toml --output-file requirements.txt; \
+	"$$scratch/bin/uv" pip compile --quiet --universal --python-version 3.11 --no-deps --generate-hashes \
+		--no-annotate --no-header bench/requirements.in --output-file bench/requirements.txt

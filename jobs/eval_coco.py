@@ -5,28 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from scalenet_ray.core import storage
-from scalenet_ray.core.coco import images_and_categories
-from scalenet_ray.core.ground_truth import oracle_from
+from scalenet_ray.coco_run import evaluate_policies, open_split
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
 from scalenet_ray.core.samples import ensure_sample
-from scalenet_ray.engine.batch import image_opener, run_policy
-from scalenet_ray.engine.conclude import conclude
-from scalenet_ray.engine.evaluate import compare_policies, evaluate_policy
 from scalenet_ray.engine.pipeline import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import EngineName, Session
-from scalenet_ray.engine.stages import Networks
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
-from scalenet_ray.policy_plot import policy_plot
-from scalenet_ray.report import render_report
 from scalenet_ray.terminal import difference_table, last_line, policy_table, run_job
 
 
@@ -90,52 +81,18 @@ def _policies(job: EvalCoco, session: Session, categories: dict[int, str]) -> li
     return policies
 
 
-def _networks(job: EvalCoco, policy: Policy, annotations: str, categories: dict[int, str]) -> Networks:
-    oracle = partial(oracle_from, annotations)
-    return Networks(
-        partial(job.networks.load_detector, categories),
-        oracle if policy.kind == "oracle" else job.networks.load_scale_net,
-    )
-
-
 def main(job: EvalCoco) -> int:
     """Run all policies, evaluate them, and print one table; the exit status says whether an image was lost."""
     job = job if job.data else _on_sample(job)
-    data = str(job.data)
-    annotations = storage.join(data, "annotations", f"instances_{job.split}.json")
     session = Session(job.engine, job.resources)
-    images, categories = session.call(images_and_categories, annotations)
-    images = images[: job.limit]
-    policies = _policies(job, session, categories)
+    split = open_split(session, str(job.data), job.split, limit=job.limit, max_megapixels=job.max_image_megapixels)
+    policies = _policies(job, session, split.categories)
     if job.compare_with is not None and job.compare_with not in [policy.name for policy in policies]:
         msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
         raise ValueError(msg)
     run = RunFolder(job.output or time.strftime("runs/eval_coco/%Y%m%d-%H%M%S"))
     run.begin(_settings(job, policies), resume=job.resume, workers={"engine": job.engine, **asdict(job.resources)})
-
-    open_image = image_opener(storage.join(data, job.split), round(job.max_image_megapixels * 1e6))
-    metrics: dict[str, Any] = {}
-    for policy in policies:
-        start = partial(
-            session.start,
-            policy=policy,
-            networks=_networks(job, policy, annotations, categories),
-            open_image=open_image,
-        )
-        metrics[policy.name] = run_policy(images, policy.name, start, run, print).speed()
-        ids = [record.image_id for record in images]
-        figures = session.call(evaluate_policy, run.uri, policy.name, annotations, ids)
-        metrics[policy.name] |= {**figures.pop("bbox"), **figures}
-    document = conclude(session, run, metrics, len(images))
-    if job.compare_with is not None:
-        ids = [record.image_id for record in images]
-        document["compared_with"] = job.compare_with
-        document["differences"] = session.call(
-            compare_policies, run.uri, list(metrics), job.compare_with, annotations, ids
-        )
-        run.write_json("metrics.json", document)
-    run.write_text("policies.svg", policy_plot(document))
-    run.write_text("report.html", render_report(document))
+    document = evaluate_policies(session, run, policies, job.networks, split, print, compare_with=job.compare_with)
     print(policy_table(document))
     if job.compare_with is not None:
         print(difference_table(document))

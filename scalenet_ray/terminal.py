@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["accuracy_table", "difference_table", "last_line", "policy_table", "run_job"]
+from scalenet_ray.core.front import front
+
+__all__ = ["accuracy_table", "difference_table", "last_line", "policy_table", "run_job", "trial_table"]
 
 _COLUMNS = (
     ("AP", "AP"),
@@ -44,6 +46,24 @@ def accuracy_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
         cells = (f"{row[name]['mean']:.2f} ({row[name]['std']:.2f})" if name in row else "-" for name in sets)
         rows.append([method, *cells])
     return _aligned(rows)
+
+
+def trial_table(trials: Sequence[Mapping[str, Any]]) -> str:
+    """A sweep's trials as text: those on the front, the cheapest first, then those that failed and why."""
+    complete = [row for row in trials if row["complete"]]
+    best = [complete[i] for i in front([(row["passes"], row["AP_small"]) for row in complete])]
+    paths = list(dict.fromkeys(path for row in best for path in row["values"]))
+    rows = [["trial", "passes", "AP_small", "AP", *(path.rpartition(".")[-1] for path in paths)]]
+    for row in best:
+        figures = (f"{row['passes']:.2f}", f"{row['AP_small']:.1f}", f"{row['AP']:.1f}")
+        rows.append([row["trial"], *figures, *(_value(row["values"].get(path)) for path in paths)])
+    lines = [f"the front of {len(complete)} trials that saw all images, of {len(trials)}:", _aligned(rows)]
+    lines += [f"trial {row['trial']} failed: {row['error']}" for row in trials if row["error"]]
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -56,6 +57,10 @@ class Merging:
         if not (self.sigma > 0 and self.edge_margin >= 0):
             msg = f"sigma must be above 0 and edge_margin not below, got {self.sigma} and {self.edge_margin}"
             raise ValueError(msg)
+
+
+_PAIRS_AT_ONCE = 2**15
+"""Pairs of boxes whose overlap is worked out at once: some 4 MB."""
 
 
 def carry_to_image(found: Detections, tile: Tile, merging: Merging) -> Detections:
@@ -130,16 +135,54 @@ def nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold
     Returns:
         [K] int64 positions kept, the best first; equal scores keep their order.
     """
-    kept: list[int] = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        members = members[np.argsort(-scores[members], kind="stable")]
-        while members.size:
-            best, rest = members[0], members[1:]
-            kept.append(int(best))
-            members = rest[iou_matrix(boxes[best][None], boxes[rest])[0] <= iou_threshold]
-    positions = np.array(sorted(kept), dtype=np.int64)
-    return positions[np.argsort(-scores[positions], kind="stable")]
+    order = np.argsort(-scores, kind="stable")
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    # A pair of ranks a row, the better first, in the order in which the better ones have their say.
+    pairs = np.sort(rank[_overlapping_pairs(boxes, labels, iou_threshold)], axis=1)
+    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
+    better, starts = np.unique(pairs[:, 0], return_index=True)
+    dropped = np.zeros(len(order), bool)
+    bounds = pairwise([*starts.tolist(), len(pairs)])
+    for best, (start, end) in zip(better.tolist(), bounds, strict=True):
+        if not dropped[best]:
+            dropped[pairs[start:end, 1]] = True
+    return order[~dropped]
+
+
+def _overlapping_pairs(boxes: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np.ndarray:
+    """Pairs of boxes of one label that overlap by more than a threshold: [P, 2] positions.
+
+    Sweeps along x: the boxes that can overlap one are those that begin between its sides. No more than some thousand
+    pairs are looked at at once, so that memory grows with what overlaps alone.
+    """
+    corners = boxes.astype(np.float64)
+    _, group = np.unique(labels, return_inverse=True)
+    by_x = np.lexsort((corners[:, 0], group))
+    corners, group = corners[by_x], group[by_x]
+    # Groups side by side, none touching the next, so that one search serves all.
+    left = corners[:, 0].min(initial=0.0)
+    shift = group * (corners[:, 2].max(initial=0.0) - left + 1.0)
+    first = np.arange(len(corners)) + 1
+    counts = np.maximum(np.searchsorted(corners[:, 0] + shift, corners[:, 2] + shift, side="right") - first, 0)
+    areas = np.prod(np.maximum(corners[:, 2:] - corners[:, :2], 0.0), axis=1)
+    ends = np.cumsum(counts)
+    found = [np.empty((0, 2), np.int64)]
+    row = 0
+    while row < len(counts):
+        done = int(ends[row] - counts[row])
+        last = max(row + 1, int(np.searchsorted(ends, done + _PAIRS_AT_ONCE, side="right")))
+        one = np.repeat(np.arange(row, last), counts[row:last])
+        other = np.arange(len(one)) - (ends[one] - counts[one] - done) + first[one]
+        low = np.maximum(corners[one, :2], corners[other, :2])
+        high = np.minimum(corners[one, 2:], corners[other, 2:])
+        intersection = np.prod(np.maximum(high - low, 0.0), axis=1)
+        union = areas[one] + areas[other] - intersection
+        overlap = np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+        over = (overlap > iou_threshold) & (group[one] == group[other])
+        found.append(np.stack([one[over], other[over]], axis=1))
+        row = last
+    return by_x[np.concatenate(found)]
 
 
 def soft_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, merging: Merging) -> np.ndarray:

@@ -23,6 +23,7 @@ from scalenet_ray.models.weights import load_weights, save_weights
 __all__ = ["Experiment"]
 
 _RESPONSES = 100
+_DEAR = 2000
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,11 @@ class Experiment:
             raise ValueError(msg)
         return pictures.part(slice(0, min(kept, self.train_limit or kept)))
 
-    def tested(self) -> Pictures:
-        """Those that are tested on."""
+    def tested(self, tests: str = "") -> Pictures:
+        """Those that are tested on: all, or those of one set."""
         pictures = load_pictures(self.name, self.data, train=bool(self.held_out))
-        return pictures.part(slice(-self.held_out, None)).part(slice(0, self.test_limit))
+        pictures = pictures.part(slice(-self.held_out, None)).part(slice(0, self.test_limit))
+        return pictures.part(slice(0, _DEAR)) if tests in map(str, self.domain.dear_sides) else pictures
 
     def train_net(self, recipe: NetRecipe, seed: int, name: str) -> dict[str, Any]:
         """Train a Scale Net and save it as `name`; returns its number of parameters."""
@@ -104,7 +106,7 @@ class Experiment:
     def score_classifier(self, recipe: ClassifierRecipe, name: str, tests: str, *, squeeze: bool) -> dict[str, Any]:
         """A classifier alone on a set."""
         classifier = self._classifier(recipe, name)
-        return score_classifier(classifier, self.tested(), tests, self.domain, squeeze=squeeze)._asdict()
+        return score_classifier(classifier, self.tested(tests), tests, self.domain, squeeze=squeeze)._asdict()
 
     def score_recursion(
         self, recipe: CanvasRecipe, net: str | None, classifier: tuple[ClassifierRecipe, str], tests: str
@@ -113,7 +115,7 @@ class Experiment:
         predict = None if net is None else ScaleNetPredictor(self._weights(net), self.device)
         known = self._classifier(*classifier)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.mixed_precision):
-            return score_recursion(known, predict, recipe, self.tested(), tests, self.domain)._asdict()
+            return score_recursion(known, predict, recipe, self.tested(tests), tests, self.domain)._asdict()
 
     def respond(self, net: str, sides: tuple[int, ...]) -> dict[str, Any]:
         """What a net says of the first pictures at some sides: the mean of the object's pixels, averaged."""

@@ -1,0 +1,1 @@
+"""What the engine costs and gains, measured: `make bench` runs everything, and bench/results.json holds it."""

@@ -1,0 +1,222 @@
+"""What detects in images, one after the other, in one process: ours without Ray, SAHI, and supervision.
+
+All use the same detector, resize for it in the same way, and read the files themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from bench.workloads import Workload
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.images import cut_tile, decode_image
+from scalenet_ray.core.recursion import recursive_detect
+
+__all__ = ["CONTENDERS", "race"]
+
+_OVERLAP = 0.2
+_SCORE = 0.01
+_PATIENCE_SECONDS = 600
+
+
+def _on_slice(workload: Workload) -> Callable[[np.ndarray], Detections]:
+    """The detector on pictures of any size: what each peer's adapter of a detector does."""
+    detector, whole = workload.load_detector(), workload.policy("whole")
+
+    def detect(pixels: np.ndarray) -> Detections:
+        """[h, w, 3] uint8 RGB -> detections in its pixels."""
+        tile = whole.root(0, (pixels.shape[0], pixels.shape[1]))
+        (found,) = detector([cut_tile(pixels, tile)])
+        if not isinstance(found, Detections):
+            raise found
+        scale = np.array([pixels.shape[1] / tile.width, pixels.shape[0] / tile.height] * 2, np.float32)
+        # A rounding error outside would be warned of.
+        boxes = np.clip(found.boxes * scale, 0, [pixels.shape[1], pixels.shape[0]] * 2)
+        return Detections(boxes.astype(np.float32), found.scores, found.labels)
+
+    return detect
+
+
+def _slice_side(side: int, per_side: int) -> int:
+    """Pixels of each of so many overlapping slices that cover a side."""
+    return math.ceil(side / (per_side - (per_side - 1) * _OVERLAP))
+
+
+def _ours(workload: Workload, policy_name: str) -> Callable[[Path], Detections]:
+    detector, policy = workload.load_detector(), workload.policy(policy_name)
+    return lambda path: recursive_detect(decode_image(path.read_bytes()), 0, policy, detect=detector).detections
+
+
+def _sahi(workload: Workload, per_side: int, merge: str) -> Callable[[Path], Detections]:
+    # Beside the project's environment, and not in it.
+    from sahi.models.base import DetectionModel  # pyright: ignore[reportMissingImports]
+    from sahi.predict import get_sliced_prediction  # pyright: ignore[reportMissingImports]
+    from sahi.prediction import ObjectPrediction  # pyright: ignore[reportMissingImports]
+    from sahi.utils.compatibility import fix_full_shape_list, fix_shift_amount_list  # pyright: ignore[reportMissingImports]
+
+    logging.getLogger("sahi").setLevel(logging.ERROR)
+    detect = _on_slice(workload)
+
+    class Adapter(DetectionModel):
+        def load_model(self) -> None:
+            self.model = detect
+
+        def perform_inference(self, image: np.ndarray) -> None:
+            self._original_predictions = detect(image)
+
+        def _create_object_prediction_list_from_original_predictions(
+            self, shift_amount_list: Any = ((0, 0),), full_shape_list: Any = None
+        ) -> None:
+            found = self._original_predictions
+            (shift,) = fix_shift_amount_list(shift_amount_list)
+            (full_shape,) = fix_full_shape_list(full_shape_list)
+            self._object_prediction_list_per_image = [
+                [
+                    ObjectPrediction(
+                        bbox=box,
+                        category_id=label,
+                        score=score,
+                        category_name=str(label),
+                        shift_amount=shift,
+                        full_shape=full_shape,
+                    )
+                    for box, score, label in zip(
+                        found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
+                    )
+                ]
+            ]
+
+    # Below 0.1 SAHI takes NMS of its own accord; GREEDYNMM, its default elsewhere, must be forced.
+    settings = {"postprocess_type": merge, "force_postprocess_type": True}
+    if merge == "NMS":
+        settings["postprocess_match_metric"] = "IOU"
+    model = Adapter(confidence_threshold=_SCORE, device="cpu")
+
+    def run(path: Path) -> Detections:
+        """The file's detections."""
+        width, height = _size(path)
+        result = get_sliced_prediction(
+            str(path),
+            model,
+            slice_height=_slice_side(height, per_side),
+            slice_width=_slice_side(width, per_side),
+            verbose=0,
+            **settings,
+        )
+        found = result.object_prediction_list
+        return Detections(
+            np.array([each.bbox.to_xyxy() for each in found], np.float32).reshape(-1, 4),
+            np.array([each.score.value for each in found], np.float32),
+            np.array([each.category.id for each in found], np.int64),
+        )
+
+    return run
+
+
+def _supervision(workload: Workload, per_side: int) -> Callable[[Path], Detections]:
+    import supervision  # pyright: ignore[reportMissingImports]
+
+    detect = _on_slice(workload)
+
+    def one_slice(pixels: np.ndarray) -> Any:
+        found = detect(pixels)
+        return supervision.Detections(xyxy=found.boxes, confidence=found.scores, class_id=found.labels)
+
+    def run(path: Path) -> Detections:
+        """The file's detections."""
+        image = decode_image(path.read_bytes())
+        sides = tuple(_slice_side(side, per_side) for side in (image.shape[1], image.shape[0]))
+        overlap = tuple(math.floor(_OVERLAP * side) for side in sides)
+        slicer = supervision.InferenceSlicer(one_slice, slice_wh=sides, overlap_wh=overlap, thread_workers=1)
+        found = slicer(image)
+        return Detections(
+            found.xyxy.astype(np.float32), found.confidence.astype(np.float32), found.class_id.astype(np.int64)
+        )
+
+    return run
+
+
+CONTENDERS: dict[str, Callable[[Workload], Callable[[Path], Detections]]] = {
+    "first-pass": lambda workload: _ours(workload, "first-pass"),
+    "sahi_grid2": lambda workload: _sahi(workload, 2, "GREEDYNMM"),
+    "sahi_grid3": lambda workload: _sahi(workload, 3, "GREEDYNMM"),
+    "sahi_grid2_nms": lambda workload: _sahi(workload, 2, "NMS"),
+    "sahi_grid3_nms": lambda workload: _sahi(workload, 3, "NMS"),
+    "supervision_grid2": lambda workload: _supervision(workload, 2),
+    "supervision_grid3": lambda workload: _supervision(workload, 3),
+}
+"""What detects: made for a workload, an image's file -> its detections in image pixels."""
+
+
+def race(name: str, workload: Workload, records: Sequence[ImageRecord], processes: int) -> tuple[float, dict]:
+    """A contender in one process or several, each on its share of the images and on one thread.
+
+    Args:
+        name: of `CONTENDERS`.
+        workload: where the images are, and the detector.
+        records: the images.
+        processes: how many.
+
+    Returns:
+        (images a second from the moment when all are ready, image id -> detections).
+    """
+    context = multiprocessing.get_context("spawn")
+    ready, answers = context.Barrier(processes + 1), context.Queue()
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    workers = [
+        context.Process(target=_work, args=(name, workload, records[i::processes], ready, answers))
+        for i in range(processes)
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+    finally:
+        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+    # A worker that breaks says so here: the barrier is broken, or nothing comes for too long.
+    ready.wait(_PATIENCE_SECONDS)
+    start = time.perf_counter()
+    parts = [answers.get(timeout=_PATIENCE_SECONDS) for _ in workers]
+    # The clock is the machine's: the last one to finish counts.
+    seconds = max(end for end, _ in parts) - start
+    for worker in workers:
+        worker.join()
+    return len(records) / seconds, {image_id: found for _, part in parts for image_id, found in part}
+
+
+def _work(name: str, workload: Workload, records: Sequence[ImageRecord], ready: Any, answers: Any) -> None:
+    cv2.setNumThreads(1)
+    try:
+        detect = CONTENDERS[name](workload)
+        detect(workload.folder / records[0].file_name)
+    except BaseException:
+        ready.abort()
+        raise
+    ready.wait(_PATIENCE_SECONDS)
+    found = list(_detect_all(detect, workload, records))
+    answers.put((time.perf_counter(), found))
+
+
+def _detect_all(
+    detect: Callable[[Path], Detections], workload: Workload, records: Sequence[ImageRecord]
+) -> Iterator[tuple[int, Detections]]:
+    for record in records:
+        yield record.image_id, detect(workload.folder / record.file_name)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.size

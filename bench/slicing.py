@@ -1,0 +1,84 @@
+"""Ours against sliced inference: SAHI and supervision, the same detector, the same images, side by side.
+
+    SCALENET_RAY_DATA=DATA make bench
+    PYTHONPATH=.venv/peers .venv/bin/python -m bench.slicing --rounds 3
+
+Each round runs every contender once. In one process each has one thread; in two, the peers and our plain loop take
+half of the images each, and the engine has one actor that looks and one that detects.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bench.contenders import CONTENDERS, race
+from bench.engine import engine_race
+from bench.ratios import ratio, spread
+from bench.workloads import Workload, large_images, photographs
+
+__all__ = ["compare"]
+
+_OURS = "first-pass"
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """Ours against sliced inference.
+
+    Attributes:
+        rounds: how often each contender runs.
+        large: on images of 4,000 x 3,000 pixels, made of photographs, in place of the photographs.
+        folder: where large images are written.
+        processes: 1 or 2.
+    """
+
+    rounds: int = 3
+    large: bool = False
+    folder: Path = Path("runs/bench/large")
+    processes: int = 2
+
+
+def compare(workload: Workload, rounds: int, processes: int) -> dict[str, Any]:
+    """Images a second of ours over each peer's, and the AP of small objects of both.
+
+    Args:
+        workload: the images.
+        rounds: how often each contender runs.
+        processes: 1 (our plain loop), or 2 (our engine).
+    """
+    rates: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, dict[int, Any]] = {}
+    for _ in range(rounds):
+        for name in CONTENDERS:
+            if name == _OURS and processes > 1:
+                rate, found[name] = engine_race(workload, _OURS, repeats=4)
+            else:
+                rate, found[name] = race(name, workload, workload.records, processes)
+            rates[name].append(rate)
+            print(f"{name}, {processes} processes: {rate:.2f} images/s", flush=True)
+    ap_small = {name: workload.ap_small(each) for name, each in found.items()}
+    return {
+        name: {
+            "ratio": ratio(rates[_OURS], rates[name]),
+            "ap_small": {"ours": ap_small[_OURS], "theirs": ap_small[name]},
+            "images_per_second": spread(rates[name]),
+        }
+        for name in CONTENDERS
+        if name != _OURS
+    }
+
+
+def main(job: Slicing) -> None:
+    """Print the comparison."""
+    workload = large_images(job.folder) if job.large else photographs()
+    print(json.dumps(compare(workload, job.rounds, job.processes), indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Slicing))

@@ -1,0 +1,106 @@
+"""Policies over a split of a data set in COCO's layout: worked through, evaluated, and its pages written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from scalenet_ray.core import storage
+from scalenet_ray.core.coco import ImageRecord, images_and_categories
+from scalenet_ray.core.ground_truth import oracle_from
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.engine.batch import Progress, image_opener, run_policy
+from scalenet_ray.engine.conclude import conclude
+from scalenet_ray.engine.evaluate import compare_policies, evaluate_policy
+from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.engine.session import Session
+from scalenet_ray.engine.stages import Networks
+from scalenet_ray.models.networks import NetworkNames
+from scalenet_ray.policy_plot import policy_plot
+from scalenet_ray.report import render_report
+
+__all__ = ["CocoSplit", "evaluate_policies", "open_split"]
+
+
+@dataclass(frozen=True)
+class CocoSplit:
+    """A split with its objects.
+
+    Attributes:
+        folder: address of the images.
+        annotations: address of the instances file.
+        images: the images that count.
+        categories: id -> name.
+        max_pixels: larger images are refused before they are decoded.
+    """
+
+    folder: str
+    annotations: str
+    images: Sequence[ImageRecord]
+    categories: dict[int, str]
+    max_pixels: int
+
+
+def open_split(session: Session, data: str, split: str, *, limit: int | None, max_megapixels: float) -> CocoSplit:
+    """A split of a data set.
+
+    Args:
+        session: the engine; the annotations are read away from the driver.
+        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        split: its name.
+        limit: only the first so many images.
+        max_megapixels: larger images are refused before they are decoded.
+    """
+    annotations = storage.join(data, "annotations", f"instances_{split}.json")
+    images, categories = session.call(images_and_categories, annotations)
+    return CocoSplit(storage.join(data, split), annotations, images[:limit], categories, round(max_megapixels * 1e6))
+
+
+def evaluate_policies(
+    session: Session,
+    run: RunFolder,
+    policies: Sequence[Policy],
+    networks: NetworkNames,
+    split: CocoSplit,
+    report: Callable[[Progress], None],
+    *,
+    compare_with: str | None = None,
+) -> dict[str, Any]:
+    """Work through all policies and evaluate them; writes metrics.json, policies.svg and report.html.
+
+    Args:
+        session: the engine.
+        run: the run folder, begun; what it has already is not done again.
+        policies: in the order in which they are done.
+        networks: the detector and Scale Net.
+        split: the images.
+        report: takes the progress.
+        compare_with: one of the policies; how the others differ from it is measured, with bootstrap intervals.
+
+    Returns:
+        What metrics.json holds.
+    """
+    ids = [record.image_id for record in split.images]
+    open_image = image_opener(split.folder, split.max_pixels)
+    metrics: dict[str, Any] = {}
+    for policy in policies:
+        made = Networks(
+            partial(networks.load_detector, split.categories),
+            partial(oracle_from, split.annotations) if policy.kind == "oracle" else networks.load_scale_net,
+        )
+        start = partial(session.start, policy=policy, networks=made, open_image=open_image)
+        metrics[policy.name] = run_policy(split.images, policy.name, start, run, report).speed()
+        figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
+        metrics[policy.name] |= {**figures.pop("bbox"), **figures}
+    document = conclude(session, run, metrics, len(split.images))
+    if compare_with is not None:
+        document["compared_with"] = compare_with
+        document["differences"] = session.call(
+            compare_policies, run.uri, list(metrics), compare_with, split.annotations, ids
+        )
+        run.write_json("metrics.json", document)
+    run.write_text("policies.svg", policy_plot(document))
+    run.write_text("report.html", render_report(document))
+    return document

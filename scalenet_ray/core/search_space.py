@@ -1,0 +1,160 @@
+"""Search spaces in YAML files: which fields of which policies a sweep may change, and within what."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import yaml
+
+from scalenet_ray.core.merge import Merging
+from scalenet_ray.core.policy import Policy, Recursion, policy_from_dict, policy_to_dict
+from scalenet_ray.core.storage import read_bytes
+
+__all__ = ["SPACE_VERSION", "Choice", "Range", "SearchSpace", "changed_policy", "read_space"]
+
+SPACE_VERSION = 1
+"""Written into every search space; a file of another version is refused."""
+
+_ENDS = {"low": 0, "high": 1}
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`, both included; evenly in the logarithm if `log`, whole ones if `whole`."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+
+class Choice(NamedTuple):
+    """One of some values; lists are JSON text here, so that a search library takes each for one value."""
+
+    options: tuple[str | int | float | bool | None, ...]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a sweep may change.
+
+    Attributes:
+        policies: names of the policies that it starts from; one of them is chosen for each trial.
+        fields: what may become of a field of theirs, by its path, e.g. "recursion.window".
+    """
+
+    policies: tuple[str, ...]
+    fields: Mapping[str, Range | Choice]
+
+
+def read_space(uri: str | Path) -> SearchSpace:
+    """A search space from its file.
+
+    ```yaml
+    version: 1
+    policies: [first-pass]
+    search:
+      recursion.window: {from: 0.3, to: 0.6}
+      recursion.price: {from: 0.02, to: 1.0, log: true}
+      recursion.max_windows: {from: 1, to: 8}
+      merging.method: {of: [nms, soft-nms-linear]}
+      recursion.scale_range.high: {from: 1.0, to: 1.3}
+    ```
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is no YAML, of another version, names an unknown field, or a range is empty.
+    """
+    try:
+        content = yaml.safe_load(read_bytes(uri))
+    except yaml.YAMLError as error:
+        msg = f"{uri} must be YAML, got something else ({error}): correct it"
+        raise ValueError(msg) from error
+    if not isinstance(content, dict) or content.get("version") != SPACE_VERSION:
+        got = content.get("version") if isinstance(content, dict) else type(content).__name__
+        msg = f"{uri} must be a search space with version: {SPACE_VERSION}, got {got!r}: write it anew for this release"
+        raise ValueError(msg)
+    unknown = sorted(set(content) - {"version", "policies", "search"})
+    if unknown:
+        msg = f"{uri} has {', '.join(unknown)}, which no search space has: it may have version, policies and search"
+        raise ValueError(msg)
+    policies, search = content.get("policies"), content.get("search")
+    if not isinstance(policies, list) or not policies or not all(isinstance(name, str) for name in policies):
+        msg = f"{uri} must list the policies to start from, e.g. policies: [first-pass], got {policies!r}"
+        raise ValueError(msg)
+    if not isinstance(search, dict) or not search:
+        wanted = "what may change, e.g. recursion.window: {from: 0.3, to: 0.6}"
+        msg = f"{uri} must say under search {wanted}, got {search!r}"
+        raise ValueError(msg)
+    return SearchSpace(tuple(policies), {path: _field(str(path), value, uri) for path, value in search.items()})
+
+
+def _field(path: str, value: Any, uri: str | Path) -> Range | Choice:
+    kind = _kind_of(path, uri)
+    where = f"{path} in {uri}"
+    if isinstance(value, dict) and set(value) == {"of"} and isinstance(value["of"], list) and value["of"]:
+        return Choice(tuple(json.dumps(each) if isinstance(each, list) else each for each in value["of"]))
+    ends = value if isinstance(value, dict) else {}
+    if kind not in (int, float) or not {"from", "to"} <= set(ends) <= {"from", "to", "log"}:
+        ranges = "{from: LOW, to: HIGH} or " if kind in (int, float) else ""
+        msg = f"{where} must be {ranges}{{of: [VALUE, ...]}}, got {value!r}"
+        raise ValueError(msg)
+    low, high, log = ends["from"], ends["to"], ends.get("log", False)
+    numbers = all(isinstance(end, kind if kind is int else int | float) and end is not True for end in (low, high))
+    if not numbers or not low < high or (log and low <= 0):
+        wanted = f"from one {'whole number' if kind is int else 'number'} to a higher one, above 0 if log"
+        msg = f"{where} must go {wanted}, got {value!r}: the range is empty"
+        raise ValueError(msg)
+    return Range(low, high, bool(log), kind is int)
+
+
+def _kind_of(path: str, uri: str | Path) -> Any:
+    """The type of a policy's field."""
+    parts = path.split(".")
+    cls: Any = {"recursion": Recursion, "merging": Merging}.get(parts[0], Policy) if len(parts) > 1 else Policy
+    hints = get_type_hints(cls)
+    name = parts[-1] if cls is Policy or len(parts) == 2 else parts[1]
+    ends = cls is Recursion and len(parts) == 3 and parts[1] == "scale_range" and parts[2] in _ENDS
+    fixed = ("name", "kind", "input_side", "recursion", "merging", "seed")
+    if ends:
+        return float
+    if name not in hints or (cls is Policy and (len(parts) > 1 or name in fixed)) or len(parts) > 2:
+        known = [f"{part}.{field.name}" for part, of in _PARTS for field in dataclasses.fields(of)]
+        known += [field.name for field in dataclasses.fields(Policy) if field.name not in fixed]
+        msg = f"{uri} would change {path}, which no policy has: it may be {', '.join(known)}"
+        raise ValueError(msg)
+    kind = hints[name]
+    return float if kind == float | None else kind
+
+
+_PARTS: tuple[tuple[str, Any], ...] = (("recursion", Recursion), ("merging", Merging))
+
+
+def changed_policy(policy: Policy, name: str, values: Mapping[str, Any]) -> Policy:
+    """A policy of another name and with other values.
+
+    Args:
+        policy: what it starts from.
+        name: the new one's.
+        values: by path, see `SearchSpace`.
+
+    Raises:
+        ValueError: if a value leaves its range, or two do not go together.
+    """
+    plain = copy.deepcopy(policy_to_dict(policy)) | {"name": name}
+    for path, given in values.items():
+        value = json.loads(given) if isinstance(given, str) and given.startswith("[") else given
+        *parents, last = path.split(".")
+        holder: Any = plain
+        for parent in parents:
+            holder = holder[parent]
+        if isinstance(holder, list):
+            holder[_ENDS[last]] = value
+        else:
+            holder[last] = value
+    return policy_from_dict(plain)

@@ -1,0 +1,218 @@
+"""A sweep: Ray Tune chooses policies, tries them on growing subsets of the images, and goes on after a kill."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import BasicVariantGenerator
+from ray.tune.search.optuna import OptunaSearch
+
+from scalenet_ray.core import storage
+from scalenet_ray.core.front import front
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.search_space import Choice, Range, SearchSpace, changed_policy
+from scalenet_ray.engine.kept import Keeper
+from scalenet_ray.engine.recursion_trial import RecursionTrial, TrialTask
+from scalenet_ray.engine.session import join_ray
+
+__all__ = ["Sweep", "best_policies", "run_sweep"]
+
+Searcher = Literal["optuna", "random", "grid"]
+"""optuna: where earlier trials did well (TPE); random: anywhere; grid: every combination of listed values."""
+
+_NAME = "tune"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How a sweep is done.
+
+    Attributes:
+        searcher: who chooses.
+        trials: how many; a grid has as many as it has combinations.
+        at_once: trials side by side, a CPU each.
+        keep: keep what networks said of tiles for all trials.
+        stop_early: end trials that do worse than others on the same subset (ASHA); only with a ceiling.
+        seed: of the searcher.
+    """
+
+    searcher: Searcher = "optuna"
+    trials: int = 50
+    at_once: int = 2
+    keep: bool = True
+    stop_early: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "at_once"):
+            if getattr(self, name) < 1:
+                msg = f"{name} must be 1 or more, got {getattr(self, name)}"
+                raise ValueError(msg)
+
+
+def run_sweep(
+    space: SearchSpace, task: TrialTask, sweep: Sweep, uri: str, say: Callable[[str], None], *, resume: bool
+) -> list[dict[str, Any]]:
+    """Try policies.
+
+    Args:
+        space: what may change.
+        task: what each trial does.
+        sweep: how.
+        uri: the run folder, local or s3://; Tune's own folder, which TensorBoard reads, is tune/ in it.
+        say: takes a line for the person who waits.
+        resume: go on with the sweep that is there.
+
+    Returns:
+        Each trial as a row: "trial", its "values" by path, what `RecursionTrial` tells of it, "complete" (it saw all
+        images), and "error", why it failed, or None.
+
+    Raises:
+        ValueError: if a grid is asked for a range, or there is no sweep to go on with.
+    """
+    join_ray()
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # What is decided is on disk soon: a killed sweep loses a few seconds.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
+    # Addresses may be relative to where the job was started.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    keeper: Any = Keeper.remote() if sweep.keep else None
+    trainable = tune.with_resources(tune.with_parameters(RecursionTrial, task=task, keeper=keeper), {"cpu": 1})
+    path = storage.join(uri, _NAME)
+    if resume and storage.exists(storage.join(path, "tuner.pkl")):
+        tuner = tune.Tuner.restore(path, trainable, resume_errored=False, restart_errored=False)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=_param_space(space, sweep),
+            tune_config=_tune_config(task, sweep),
+            run_config=tune.RunConfig(
+                name=_NAME,
+                storage_path=uri,
+                stop={"training_iteration": len(task.subsets)},
+                callbacks=[_Lines(say, None if sweep.searcher == "grid" else sweep.trials)],
+                verbose=0,
+            ),
+        )
+    return [_row(result, task) for result in tuner.fit()]
+
+
+def best_policies(rows: list[dict[str, Any]], task: TrialTask) -> list[Policy]:
+    """The best policy under the ceiling, named "tuned"; without a ceiling the front, named "front-1" and so on.
+
+    Raises:
+        ValueError: if no trial saw all images, or none stayed under the ceiling.
+    """
+    complete = [row for row in rows if row["complete"] and row["AP_small"] == row["AP_small"]]
+    if not complete:
+        failed = next((row["error"] for row in rows if row["error"]), "no trial came to its end")
+        msg = f"no trial of {len(rows)} saw all images to its end: {failed}"
+        raise ValueError(msg)
+    if task.ceiling is None:
+        chosen = [complete[i] for i in front([(row["passes"], row["AP_small"]) for row in complete])]
+        return [_policy(row, task, f"front-{i}") for i, row in enumerate(chosen, start=1)]
+    under = [row for row in complete if row["passes"] <= task.ceiling]
+    if not under:
+        least = min(row["passes"] for row in complete)
+        msg = (
+            f"no trial of {len(rows)} stays at {task.ceiling:g} passes an image or under, the cheapest takes "
+            f"{least:.2f}: raise the ceiling, or let the space hold cheaper policies"
+        )
+        raise ValueError(msg)
+    return [_policy(max(under, key=lambda row: row["AP_small"]), task, "tuned")]
+
+
+def _policy(row: dict[str, Any], task: TrialTask, name: str) -> Policy:
+    values = dict(row["values"])
+    return changed_policy(task.policies[values.pop("policy")], name, values)
+
+
+def _param_space(space: SearchSpace, sweep: Sweep) -> dict[str, Any]:
+    """The space in Tune's own terms."""
+    fields: dict[str, Range | Choice] = {"policy": Choice(space.policies), **space.fields}
+    if sweep.searcher != "grid":
+        return {path: _domain(field) for path, field in fields.items()}
+    ranges = [path for path, field in fields.items() if isinstance(field, Range)]
+    if ranges:
+        msg = (
+            f"a grid wants lists, {{of: [VALUE, ...]}}, got ranges for {', '.join(ranges)}: list values, or use optuna"
+        )
+        raise ValueError(msg)
+    return {path: tune.grid_search(list(field.options)) for path, field in fields.items() if isinstance(field, Choice)}
+
+
+def _domain(field: Range | Choice) -> Any:
+    if isinstance(field, Choice):
+        return tune.choice(list(field.options))
+    if field.whole:
+        # Tune's own ends before the higher one.
+        low, high = int(field.low), int(field.high) + 1
+        return tune.lograndint(low, high) if field.log else tune.randint(low, high)
+    return tune.loguniform(field.low, field.high) if field.log else tune.uniform(field.low, field.high)
+
+
+def _tune_config(task: TrialTask, sweep: Sweep) -> tune.TuneConfig:
+    """Who chooses, and who ends trials early."""
+    single = task.ceiling is not None
+    objective: dict[str, Any] = {"metric": "score", "mode": "max"}
+    front_objective: dict[str, Any] = {"metric": ["AP_small", "passes"], "mode": ["max", "min"]}
+    if sweep.searcher == "optuna":
+        searcher: Any = OptunaSearch(seed=sweep.seed, **({} if single else front_objective))
+    else:
+        searcher = BasicVariantGenerator(random_state=sweep.seed)
+    steps = len(task.subsets)
+    stops = single and sweep.stop_early and steps > 1
+    return tune.TuneConfig(
+        **(objective if single else {}),
+        search_alg=searcher,
+        scheduler=ASHAScheduler(max_t=steps, grace_period=1, reduction_factor=2) if stops else None,
+        num_samples=1 if sweep.searcher == "grid" else sweep.trials,
+        max_concurrent_trials=sweep.at_once,
+        reuse_actors=True,
+    )
+
+
+def _row(result: Any, task: TrialTask) -> dict[str, Any]:
+    metrics = result.metrics or {}
+    names = ("AP", "AP_small", "AP_large", "passes", "score", "images", "images_failed", "hits", "misses")
+    return {
+        "trial": metrics.get("trial_id") or str(result.path).rstrip("/").rsplit("/", 1)[-1],
+        "values": dict(result.config or {}),
+        **{name: metrics.get(name, float("nan")) for name in names},
+        "complete": result.error is None and metrics.get("images") == task.subsets[-1],
+        "error": None if result.error is None else str(result.error).strip().splitlines()[-1],
+    }
+
+
+class _Lines(tune.Callback):
+    """A line for each trial that ends.
+
+    Args:
+        say: takes it.
+        total: trials in all, if it is known.
+    """
+
+    def __init__(self, say: Callable[[str], None], total: int | None) -> None:
+        self._say = say
+        self._of = "" if total is None else f" of {total}"
+        self._ended = 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say what it came to."""
+        self._ended += 1
+        last = trial.last_result
+        self._say(
+            f"trial {self._ended}{self._of}: AP_small {last['AP_small']:.1f} at {last['passes']:.2f} passes on "
+            f"{last['images']} images, {last['hits']} answers kept, {last['misses']} new"
+        )
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Say that it failed; the sweep goes on."""
+        self._ended += 1
+        self._say(f"trial {self._ended}{self._of}: {trial.trial_id} failed, the sweep goes on")

@@ -1,0 +1,153 @@
+"""Search spaces: what they may say, what they make of policies, and the front."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scalenet_ray.core.front import front
+from scalenet_ray.core.policy import parse_policy
+from scalenet_ray.core.scale import ScaleRange
+from scalenet_ray.core.search_space import Choice, Range, SearchSpace, changed_policy, read_space
+
+POLICY = parse_policy("first-pass", input_side=416, iou_threshold=0.65)
+
+
+def written(folder: Path, content: Any) -> Path:
+    path = folder / "space.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def space(**search: Any) -> dict[str, Any]:
+    return {"version": 1, "policies": ["first-pass"], "search": search}
+
+
+def test_ranges_and_choices_are_read(tmp_path: Path) -> None:
+    content = space(
+        **{
+            "recursion.window": {"from": 0.3, "to": 0.6},
+            "recursion.price": {"from": 0.01, "to": 1, "log": True},
+            "recursion.max_windows": {"from": 1, "to": 6},
+            "recursion.zoom": {"of": [1.5, 2.0]},
+            "recursion.scale_range.high": {"from": 1.0, "to": 1.3},
+            "merging.method": {"of": ["nms", "soft-nms-linear"]},
+            "recursion.small_classes": {"of": [[1], [1, 2]]},
+            "overlap": {"from": 0.0, "to": 0.4},
+        }
+    )
+    assert read_space(written(tmp_path, content)) == SearchSpace(
+        ("first-pass",),
+        {
+            "recursion.window": Range(0.3, 0.6),
+            "recursion.price": Range(0.01, 1, log=True),
+            "recursion.max_windows": Range(1, 6, whole=True),
+            "recursion.zoom": Choice((1.5, 2.0)),
+            "recursion.scale_range.high": Range(1.0, 1.3),
+            "merging.method": Choice(("nms", "soft-nms-linear")),
+            "recursion.small_classes": Choice(("[1]", "[1, 2]")),
+            "overlap": Range(0.0, 0.4),
+        },
+    )
+
+
+def test_the_shipped_space_is_one() -> None:
+    shipped = read_space(Path(__file__).parents[1] / "jobs" / "tune_recursion.yaml")
+    for path, field in shipped.fields.items():
+        ends = field.options if isinstance(field, Choice) else (field.low, field.high)
+        for value in ends:
+            changed_policy(POLICY, "p", {path: value})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            "recursion.windo",
+            {"of": [1]},
+            r"would change recursion.windo, which no policy has: it may be recursion.method,",
+        ),
+        ("name", {"of": ["a"]}, "would change name, which no policy has"),
+        ("recursion", {"of": [1]}, "would change recursion, which no policy has"),
+        ("recursion.scale_range.middle", {"from": 1, "to": 2}, "which no policy has"),
+        (
+            "recursion.window",
+            {"from": 0.6, "to": 0.6},
+            r"recursion.window in .* must go from one number to a higher one",
+        ),
+        ("recursion.window", {"from": 0.6, "to": 0.3}, "the range is empty"),
+        ("recursion.price", {"from": 0, "to": 1, "log": True}, "above 0 if log"),
+        ("recursion.max_windows", {"from": 0.5, "to": 6}, "must go from one whole number to a higher one"),
+        ("recursion.window", {"of": []}, r"must be {from: LOW, to: HIGH} or {of: \[VALUE, ...\]}, got {'of': \[\]}"),
+        ("merging.method", {"from": 1, "to": 2}, r"must be {of: \[VALUE, ...\]}, got"),
+        ("recursion.window", 0.4, r"must be {from: LOW, to: HIGH} or"),
+        ("recursion.window", {"from": 0.3, "to": 0.6, "step": 1}, r"must be {from: LOW, to: HIGH} or"),
+    ],
+)
+def test_what_no_sweep_can_search_is_refused(tmp_path: Path, path: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_space(written(tmp_path, space(**{path: value})))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"version": 2}, "must be a search space with version: 1, got 2: write it anew"),
+        ([1], "must be a search space with version: 1, got 'list'"),
+        ({"version": 1, "policies": ["whole"], "serch": {}}, "has serch, which no search space has"),
+        ({"version": 1, "policies": [], "search": {"grid": {"of": [2]}}}, "must list the policies to start from"),
+        ({"version": 1, "policies": ["whole"], "search": {}}, "must say under search what may change"),
+    ],
+)
+def test_what_is_no_space_is_refused(tmp_path: Path, content: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_space(written(tmp_path, content))
+
+
+def test_a_space_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text("a: [")
+    with pytest.raises(ValueError, match="must be YAML, got something else"):
+        read_space(path)
+
+
+def test_a_policy_changes_where_it_is_told_and_nowhere_else() -> None:
+    values = {"recursion.window": 0.3, "recursion.scale_range.high": 1.2, "overlap": 0.1}
+    values["recursion.small_classes"] = "[1, 2]"
+    changed = changed_policy(POLICY, "other", values)
+    assert (changed.name, changed.kind, changed.overlap) == ("other", "first-pass", 0.1)
+    assert (changed.recursion.window, changed.recursion.small_classes) == (0.3, (1, 2))
+    assert changed.recursion.scale_range == ScaleRange(POLICY.recursion.scale_range.low, 1.2)
+    assert changed.recursion.zoom == POLICY.recursion.zoom
+    assert changed_policy(POLICY, POLICY.name, {}) == POLICY
+
+
+def test_values_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="scale_range must be 0 < R_L <= R_H"):
+        changed_policy(POLICY, "p", {"recursion.scale_range.high": 0.5})
+
+
+# --- the front --------------------------------------------------------------------------------------
+
+
+def test_the_front_has_what_nothing_beats() -> None:
+    points = [(2.0, 20.0), (1.0, 10.0), (3.0, 20.0), (2.0, 19.0), (4.0, 30.0), (4.0, 30.0), (5.0, 5.0)]
+    assert front(points) == [1, 0, 4]
+    assert front([]) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
+def test_the_front_is_that_of_comparing_all_with_all(points: list[tuple[int, int]]) -> None:
+    def beats(one: tuple[int, int], other: tuple[int, int]) -> bool:
+        return one[0] <= other[0] and one[1] >= other[1] and one != other
+
+    unbeaten = {point for point in points if not any(beats(other, point) for other in points)}
+    found = [points[i] for i in front(points)]
+    assert set(found) == unbeaten
+    assert found == sorted(found)
+    assert len(found) == len(set(found))

@@ -1,0 +1,235 @@
+"""The sweep: through the job's own entry point, on a small sample."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scalenet_ray.core.coco import images_and_categories
+from scalenet_ray.core.policy import parse_policy
+from scalenet_ray.core.policy_file import read_policies
+from scalenet_ray.core.samples import write_sample
+from scalenet_ray.engine.recursion_trial import RecursionTrial, TrialTask
+from scalenet_ray.engine.sweep import Sweep, best_policies
+from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from tests.job_scripts import REPOSITORY, load_job
+
+NETWORKS = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
+SPACE = {
+    "version": 1,
+    "policies": ["first-pass", "scalenet"],
+    "search": {
+        "recursion.window": {"from": 0.3, "to": 0.6},
+        "recursion.max_windows": {"from": 0, "to": 4},
+        "recursion.small_classes": {"of": [[1], [1, 2]]},
+        "merging.method": {"of": ["nms", "soft-nms-linear"]},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample(tmp_path_factory.mktemp("sweep") / "sample", train=8, val=4)
+
+
+def space_file(folder: Path, content: dict[str, Any] = SPACE) -> str:
+    path = folder / "space.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def job_on(data: Path, folder: Path, **changes: Any) -> Any:
+    job = load_job("tune_recursion").TuneRecursion(
+        data=str(data),
+        space=space_file(folder),
+        ceiling=4.0,
+        output=str(folder / "run"),
+        networks=NETWORKS,
+        sweep=Sweep(trials=8, at_once=1),
+    )
+    return replace(job, **changes)
+
+
+def task_on(data: Path, policy: str = "first-pass", **changes: Any) -> TrialTask:
+    info = NETWORKS.describe_detector()
+    start = parse_policy(policy, input_side=info.input_side, iou_threshold=info.iou_threshold)
+    annotations = str(data / "annotations" / "instances_train2017.json")
+    task = TrialTask({policy: start}, NETWORKS, annotations, str(data / "train2017"), (4, 8), 4.0, 10**8)
+    return replace(task, **changes)
+
+
+def trial_on(task: TrialTask, config: dict[str, Any]) -> Any:
+    trial = RecursionTrial.__new__(RecursionTrial)
+    trial.setup(config, task=task, keeper=None)
+    return trial
+
+
+# --- one trial --------------------------------------------------------------------------------------
+
+
+def test_a_trial_adds_images_step_by_step_and_begins_anew_on_another(data: Path) -> None:
+    trial = trial_on(task_on(data), {"policy": "first-pass", "recursion.window": 0.4})
+    first, last = trial.step(), trial.step()
+    assert (first["images"], last["images"]) == (4, 8)
+    assert last["images_failed"] == 0
+    assert first["misses"] > 4
+    assert last["score"] == last["AP_small"]
+    assert trial.reset_config({"policy": "first-pass", "recursion.window": 0.4})
+    again = [trial.step(), trial.step()]
+    assert [row["misses"] for row in again] == [0, 0]
+    assert [row["AP_small"] for row in again] == [first["AP_small"], last["AP_small"]]
+    assert [row["passes"] for row in again] == [first["passes"], last["passes"]]
+
+
+def test_what_exceeds_the_ceiling_scores_below_all_that_does_not(data: Path) -> None:
+    result = trial_on(task_on(data, ceiling=1.5), {"policy": "first-pass", "recursion.max_windows": 6}).step()
+    assert result["passes"] > 1.5
+    assert result["score"] == pytest.approx(1.5 - result["passes"])
+
+
+def test_an_image_that_cannot_be_read_costs_itself_alone(data: Path, tmp_path: Path) -> None:
+    images, _ = images_and_categories(data / "annotations" / "instances_train2017.json")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for record in images[1:]:
+        (folder / record.file_name).write_bytes((data / "train2017" / record.file_name).read_bytes())
+    trial = trial_on(task_on(data, folder=str(folder)), {"policy": "first-pass"})
+    assert [trial.step()["images_failed"], trial.step()["images_failed"]] == [1, 1]
+
+
+# --- what is chosen ---------------------------------------------------------------------------------
+
+
+def row(passes: float, ap_small: float, **changes: Any) -> dict[str, Any]:
+    values = {"policy": "first-pass", "recursion.window": passes / 10}
+    return {
+        "trial": "t",
+        "values": values,
+        "passes": passes,
+        "AP_small": ap_small,
+        "complete": True,
+        "error": None,
+        **changes,
+    }
+
+
+def test_the_best_is_chosen_under_the_ceiling_or_the_whole_front(data: Path) -> None:
+    rows = [row(1.0, 10.0), row(3.0, 20.0), row(3.5, 19.0), row(5.0, 30.0), row(2.0, 90.0, complete=False)]
+    (best,) = best_policies(rows, task_on(data))
+    assert (best.name, best.recursion.window) == ("tuned", 0.3)
+    chosen = best_policies(rows, task_on(data, ceiling=None))
+    assert [(policy.name, policy.recursion.window) for policy in chosen] == [
+        ("front-1", 0.1),
+        ("front-2", 0.3),
+        ("front-3", 0.5),
+    ]
+
+
+def test_a_ceiling_that_no_trial_stays_under_is_said(data: Path) -> None:
+    message = "no trial of 2 stays at 1.5 passes an image or under, the cheapest takes 2.00: raise the ceiling"
+    with pytest.raises(ValueError, match=message):
+        best_policies([row(2.0, 10.0), row(3.0, 20.0)], task_on(data, ceiling=1.5))
+
+
+def test_a_sweep_whose_trials_all_failed_says_why(data: Path) -> None:
+    with pytest.raises(ValueError, match="no trial of 1 saw all images to its end: the reason"):
+        best_policies([row(2.0, 10.0, complete=False, error="the reason")], task_on(data))
+
+
+# --- the job ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
+    idle_ray: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load_job("tune_recursion")
+    (tmp_path / "whole").mkdir()
+    job = job_on(data, tmp_path / "whole")
+    assert module.main(job) == 0
+    output = capsys.readouterr().out
+    assert "trial 8 of 8: AP_small" in output
+    assert "difference to first-pass" in output
+    run = tmp_path / "whole" / "run"
+    trials = json.loads((run / "trials.json").read_text())
+    assert len(trials) == 8
+    assert sum(trial["hits"] for trial in trials) > 0
+    (best,) = read_policies(run / "best.yaml")
+    assert best.name == "tuned"
+    reported = json.loads((run / "report" / "metrics.json").read_text())
+    assert list(reported["policies"]) == ["first-pass", "scalenet", "tuned"]
+    assert reported["images"]["done"] == 4
+    assert list((run / "tune").glob("*/events.out.tfevents.*"))
+    assert (run / "front.svg").read_text().startswith("<svg")
+
+    import ray
+
+    (tmp_path / "killed").mkdir()
+    killed = job_on(data, tmp_path / "killed")
+    command = [sys.executable, "jobs/tune_recursion.py", "--data", str(data), "--space", killed.space]
+    command += ["--ceiling", "4", "--output", killed.output, "--detector", SAMPLE_DETECTOR]
+    command += ["--scale-net", SAMPLE_SCALE_NET, "--trials", "8", "--at-once", "1"]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("trial 3 of 8") for line in process.stdout)
+        process.send_signal(signal.SIGKILL)
+    assert not Path(killed.output, "best.yaml").exists()
+    assert module.main(replace(killed, resume=True)) == 0
+    assert len(json.loads(Path(killed.output, "trials.json").read_text())) == 8
+    assert read_policies(Path(killed.output, "best.yaml")) == [best]
+
+
+@pytest.mark.ray
+def test_trials_that_fail_are_named_and_the_sweep_goes_on(
+    idle_ray: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # R_H under R_L is no policy.
+    search = {"recursion.scale_range.high": {"of": [0.5, 1.1]}, "recursion.max_windows": {"of": [1, 2]}}
+    job = job_on(data, tmp_path, ceiling=None, sweep=Sweep("grid", at_once=2, keep=False))
+    space_file(tmp_path, {"version": 1, "policies": ["first-pass"], "search": search})
+    assert load_job("tune_recursion").main(job) == 0
+    trials = json.loads((tmp_path / "run" / "trials.json").read_text())
+    assert sorted(trial["complete"] for trial in trials) == [False, False, True, True]
+    assert all("scale_range must be 0 < R_L <= R_H" in trial["error"] for trial in trials if not trial["complete"])
+    output = capsys.readouterr().out
+    assert output.count("failed, the sweep goes on") == 2
+    assert "failed: ValueError: scale_range must be 0 < R_L <= R_H" in output
+    assert read_policies(tmp_path / "run" / "best.yaml")[0].name == "front-1"
+
+
+# --- bad input --------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"subsets": (0.5, 0.25, 1.0)}, "--subsets must be growing shares of the images that end at 1"),
+        ({"subsets": (0.5,)}, "--subsets must be growing shares"),
+        ({"ceiling": 0.5}, "--ceiling must be 1 pass an image"),
+        (
+            {"sweep": Sweep("grid")},
+            r"a grid wants lists, {of: \[VALUE, ...\]}, got ranges for recursion.max_windows, recursion.window",
+        ),
+    ],
+)
+def test_bad_input_is_refused(
+    ray_session: None, data: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_job("tune_recursion").main(job_on(data, tmp_path, **changes))
+
+
+def test_a_sweep_has_trials() -> None:
+    with pytest.raises(ValueError, match="trials must be 1 or more, got 0"):
+        Sweep(trials=0)
