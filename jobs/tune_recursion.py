@@ -25,6 +25,7 @@ from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, Netw
 from scalenet_ray.terminal import difference_table, last_line, policy_table, run_job, trial_table
 
 SPACE = Path(__file__).with_name("tune_recursion.yaml")
+_MOST_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,15 @@ def _start_policies(
 
 def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> TrialTask:
     shares = job.subsets
-    if not shares or list(shares) != sorted(set(shares)) or not shares[0] > 0 or shares[-1] != 1:
-        msg = f"--subsets must be growing shares of the images that end at 1, e.g. 0.25 0.5 1, got {list(shares)}"
+    if (
+        not shares
+        or list(shares) != sorted(set(shares))
+        or not shares[0] > 0
+        or shares[-1] != 1
+        or len(shares) > _MOST_STEPS
+    ):
+        wanted = f"at most {_MOST_STEPS} growing shares of the images that end at 1, e.g. 0.25 0.5 1"
+        msg = f"--subsets must be {wanted}, got {list(shares)}"
         raise ValueError(msg)
     if job.ceiling is not None and job.ceiling < 1:
         msg = f"--ceiling must be 1 pass an image, which the whole image takes, or more, got {job.ceiling}"

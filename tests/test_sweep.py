@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.policy_file import read_policies
 from scalenet_ray.core.samples import write_sample
 from scalenet_ray.engine.recursion_trial import RecursionTrial, TrialTask
-from scalenet_ray.engine.sweep import Sweep, best_policies
+from scalenet_ray.engine.sweep import ResumableAsha, Sweep, best_policies
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from tests.job_scripts import REPOSITORY, load_job
 
@@ -145,6 +147,37 @@ def test_a_sweep_whose_trials_all_failed_says_why(data: Path) -> None:
         best_policies([row(2.0, 10.0, complete=False, error="the reason")], task_on(data))
 
 
+def test_after_a_resume_trials_are_stopped_as_they_would_have_been() -> None:
+    def trial(name: str, scores: list[float]) -> Any:
+        last = {"training_iteration": len(scores)} if scores else {}
+        return SimpleNamespace(
+            trial_id=name,
+            is_finished=lambda: bool(scores),
+            last_result=last,
+            # A trial that was begun anew has what it said the first time, too.
+            metric_n_steps={"score": {"10": deque([99.0, *scores])}},
+        )
+
+    def scheduler() -> ResumableAsha:
+        return ResumableAsha(max_t=3, grace_period=1, reduction_factor=2, metric="score", mode="max")
+
+    whole: Any = scheduler()
+    ended = [[20.0, 22.0, 23.0], [10.0]]
+    for i, scores in enumerate(ended):
+        one = trial(str(i), [])
+        whole.on_trial_add(None, one)
+        for step, score in enumerate(scores, start=1):
+            whole.on_trial_result(None, one, {"training_iteration": step, "score": score})
+    resumed: Any = scheduler()
+    for i, scores in enumerate(ended):
+        resumed.on_trial_add(None, trial(str(i), scores))
+    for score, action in ((14.0, "STOP"), (16.0, "CONTINUE")):
+        for each in (whole, resumed):
+            new = trial(f"new {score}", [])
+            each.on_trial_add(None, new)
+            assert each.on_trial_result(None, new, {"training_iteration": 1, "score": score}) == action
+
+
 # --- the job ----------------------------------------------------------------------------------------
 
 
@@ -214,8 +247,8 @@ def test_trials_that_fail_are_named_and_the_sweep_goes_on(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"subsets": (0.5, 0.25, 1.0)}, "--subsets must be growing shares of the images that end at 1"),
-        ({"subsets": (0.5,)}, "--subsets must be growing shares"),
+        ({"subsets": (0.5, 0.25, 1.0)}, "--subsets must be at most 10 growing shares of the images that end at 1"),
+        ({"subsets": (0.5,)}, "--subsets must be at most 10 growing shares"),
         ({"ceiling": 0.5}, "--ceiling must be 1 pass an image"),
         (
             {"sweep": Sweep("grid")},

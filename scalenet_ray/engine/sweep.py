@@ -21,7 +21,7 @@ from scalenet_ray.engine.kept import Keeper
 from scalenet_ray.engine.recursion_trial import RecursionTrial, TrialTask
 from scalenet_ray.engine.session import join_ray
 
-__all__ = ["Sweep", "best_policies", "run_sweep"]
+__all__ = ["ResumableAsha", "Sweep", "best_policies", "run_sweep"]
 
 Searcher = Literal["optuna", "random", "grid"]
 """optuna: where earlier trials did well (TPE); random: anywhere; grid: every combination of listed values."""
@@ -171,11 +171,25 @@ def _tune_config(task: TrialTask, sweep: Sweep) -> tune.TuneConfig:
     return tune.TuneConfig(
         **(objective if single else {}),
         search_alg=searcher,
-        scheduler=ASHAScheduler(max_t=steps, grace_period=1, reduction_factor=2) if stops else None,
+        scheduler=ResumableAsha(max_t=steps, grace_period=1, reduction_factor=2) if stops else None,
         num_samples=1 if sweep.searcher == "grid" else sweep.trials,
         max_concurrent_trials=sweep.at_once,
         reuse_actors=True,
     )
+
+
+class ResumableAsha(ASHAScheduler):
+    """ASHA that knows, after a resume, what ended trials had reached: Tune does not keep its scheduler's memory."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Take up a trial; of one that has ended, what it came to at each step."""
+        super().on_trial_add(tune_controller, trial)
+        if trial.is_finished() and trial.last_result:
+            steps = trial.last_result[self._time_attr]
+            # Tune keeps the last ten of each figure.
+            scores = list(trial.metric_n_steps[self._metric]["10"])[-steps:]
+            for step, score in enumerate(scores, start=1):
+                self.on_trial_result(tune_controller, trial, {self._time_attr: step, self._metric: score})
 
 
 def _row(result: Any, task: TrialTask) -> dict[str, Any]:
