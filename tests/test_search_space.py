@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scalenet_ray.core.front import front
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.scale import ScaleRange
-from scalenet_ray.core.search_space import Choice, Range, SearchSpace, changed_policy, read_space
+from scalenet_ray.core.search_space import Choice, Range, SearchSpace, changed_policy, read_space, start_values
 
 POLICY = parse_policy("first-pass", input_side=416, iou_threshold=0.65)
 
@@ -130,6 +130,20 @@ def test_a_policy_changes_where_it_is_told_and_nowhere_else() -> None:
 def test_values_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(ValueError, match="scale_range must be 0 < R_L <= R_H"):
         changed_policy(POLICY, "p", {"recursion.scale_range.high": 0.5})
+
+
+def test_a_policy_that_lies_in_a_space_is_one_of_its_points(tmp_path: Path) -> None:
+    search = {
+        "recursion.window": {"from": 0.3, "to": 0.6},
+        "recursion.zoom": {"of": [2.0, 2.5]},
+        "recursion.small_classes": {"of": [[1], [1, 2]]},
+        "recursion.scale_range.high": {"from": 1.0, "to": 1.3},
+    }
+    values = start_values(POLICY, read_space(written(tmp_path, space(**search))))
+    assert values is not None
+    assert changed_policy(POLICY, POLICY.name, values) == POLICY
+    search["recursion.zoom"] = {"of": [2.0, 3.0]}
+    assert start_values(POLICY, read_space(written(tmp_path, space(**search)))) is None
 
 
 # --- the front --------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from scalenet_ray.core.coco import images_and_categories
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.policy_file import read_policies
 from scalenet_ray.core.samples import write_sample
+from scalenet_ray.engine.kept import Keeper
 from scalenet_ray.engine.recursion_trial import RecursionTrial, TrialTask
 from scalenet_ray.engine.sweep import ResumableAsha, Sweep, best_policies
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
@@ -69,17 +70,20 @@ def task_on(data: Path, policy: str = "first-pass", **changes: Any) -> TrialTask
     return replace(task, **changes)
 
 
-def trial_on(task: TrialTask, config: dict[str, Any]) -> Any:
+def trial_on(task: TrialTask, config: dict[str, Any], keeper: Any = None) -> Any:
     trial = RecursionTrial.__new__(RecursionTrial)
-    trial.setup(config, task=task, keeper=None)
+    trial.setup(config, task=task, keeper=keeper)
     return trial
 
 
 # --- one trial --------------------------------------------------------------------------------------
 
 
-def test_a_trial_adds_images_step_by_step_and_begins_anew_on_another(data: Path) -> None:
-    trial = trial_on(task_on(data), {"policy": "first-pass", "recursion.window": 0.4})
+@pytest.mark.ray
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_trial_adds_images_step_by_step_and_begins_anew_on_another(ray_session: None, data: Path, kept: bool) -> None:
+    keeper: Any = Keeper.remote() if kept else None
+    trial = trial_on(task_on(data), {"policy": "first-pass", "recursion.window": 0.4}, keeper)
     first, last = trial.step(), trial.step()
     assert (first["images"], last["images"]) == (4, 8)
     assert last["images_failed"] == 0
@@ -87,7 +91,7 @@ def test_a_trial_adds_images_step_by_step_and_begins_anew_on_another(data: Path)
     assert last["score"] == last["AP_small"]
     assert trial.reset_config({"policy": "first-pass", "recursion.window": 0.4})
     again = [trial.step(), trial.step()]
-    assert [row["misses"] for row in again] == [0, 0]
+    assert [row["misses"] for row in again] == ([0, 0] if kept else [first["misses"], last["misses"]])
     assert [row["AP_small"] for row in again] == [first["AP_small"], last["AP_small"]]
     assert [row["passes"] for row in again] == [first["passes"], last["passes"]]
 

@@ -16,7 +16,7 @@ from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.policy import Policy, Recursion, policy_from_dict, policy_to_dict
 from scalenet_ray.core.storage import read_bytes
 
-__all__ = ["SPACE_VERSION", "Choice", "Range", "SearchSpace", "changed_policy", "read_space"]
+__all__ = ["SPACE_VERSION", "Choice", "Range", "SearchSpace", "changed_policy", "read_space", "start_values"]
 
 SPACE_VERSION = 1
 """Written into every search space; a file of another version is refused."""
@@ -130,6 +130,21 @@ def _kind_of(path: str, uri: str | Path) -> Any:
         raise ValueError(msg)
     kind = hints[name]
     return float if kind == float | None else kind
+
+
+def start_values(policy: Policy, space: SearchSpace) -> dict[str, Any] | None:
+    """What a policy itself has for the fields of a space, by path; None if it lies outside."""
+    values = {}
+    for path, field in space.fields.items():
+        holder: Any = policy_to_dict(policy)
+        for part in path.split("."):
+            holder = holder[_ENDS[part]] if isinstance(holder, list) else holder[part]
+        value: Any = json.dumps(holder) if isinstance(holder, list) else holder
+        within = value in field.options if isinstance(field, Choice) else field.low <= value <= field.high
+        if not within:
+            return None
+        values[path] = value
+    return values
 
 
 _PARTS: tuple[tuple[str, Any], ...] = (("recursion", Recursion), ("merging", Merging))

@@ -42,7 +42,7 @@ class Kept:
     """Answers of networks, those of other trials among them.
 
     Args:
-        keeper: the sweep's `Keeper`; None to share nothing.
+        keeper: the sweep's `Keeper`; None to keep nothing from one trial to the next.
 
     Attributes:
         hits: answers that were there.
@@ -55,6 +55,12 @@ class Kept:
         self._new: dict[bytes, Any] = {}
         self._parts = 0
         self.hits = self.misses = 0
+
+    def begin(self) -> None:
+        """Begin another trial."""
+        self.hits = self.misses = 0
+        if self._keeper is None:
+            self._known = {}
 
     def fetch(self) -> None:
         """Learn what other trials have added."""

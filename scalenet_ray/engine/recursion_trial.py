@@ -68,7 +68,7 @@ class RecursionTrial(tune.Trainable):
         self.config = new_config
         values = {path: value for path, value in new_config.items() if path != "policy"}
         self._policy = changed_policy(self._task.policies[new_config["policy"]], "trial", values)
-        self._kept.hits = self._kept.misses = 0
+        self._kept.begin()
         self._results: list[dict[str, Any]] = []
         self._passes = 0.0
         self._failed = self._done = 0

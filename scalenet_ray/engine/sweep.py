@@ -16,7 +16,7 @@ from ray.tune.search.optuna import OptunaSearch
 from scalenet_ray.core import storage
 from scalenet_ray.core.front import front
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.search_space import Choice, Range, SearchSpace, changed_policy
+from scalenet_ray.core.search_space import Choice, Range, SearchSpace, changed_policy, start_values
 from scalenet_ray.engine.kept import Keeper
 from scalenet_ray.engine.recursion_trial import RecursionTrial, TrialTask
 from scalenet_ray.engine.session import join_ray
@@ -91,7 +91,7 @@ def run_sweep(
         tuner = tune.Tuner(
             trainable,
             param_space=_param_space(space, sweep),
-            tune_config=_tune_config(task, sweep),
+            tune_config=_tune_config(space, task, sweep),
             run_config=tune.RunConfig(
                 name=_NAME,
                 storage_path=uri,
@@ -157,15 +157,18 @@ def _domain(field: Range | Choice) -> Any:
     return tune.loguniform(field.low, field.high) if field.log else tune.uniform(field.low, field.high)
 
 
-def _tune_config(task: TrialTask, sweep: Sweep) -> tune.TuneConfig:
-    """Who chooses, and who ends trials early."""
+def _tune_config(space: SearchSpace, task: TrialTask, sweep: Sweep) -> tune.TuneConfig:
+    """Who chooses, and who ends trials early; the policies that a sweep starts from are tried first."""
+    starts = [(name, start_values(policy, space)) for name, policy in task.policies.items()]
+    points = [{"policy": name, **values} for name, values in starts if values is not None]
     single = task.ceiling is not None
     objective: dict[str, Any] = {"metric": "score", "mode": "max"}
     front_objective: dict[str, Any] = {"metric": ["AP_small", "passes"], "mode": ["max", "min"]}
     if sweep.searcher == "optuna":
-        searcher: Any = OptunaSearch(seed=sweep.seed, **({} if single else front_objective))
+        searcher: Any = OptunaSearch(points_to_evaluate=points, seed=sweep.seed, **({} if single else front_objective))
     else:
-        searcher = BasicVariantGenerator(random_state=sweep.seed)
+        first = [] if sweep.searcher == "grid" else points
+        searcher = BasicVariantGenerator(first, max_concurrent=sweep.at_once, random_state=sweep.seed)
     steps = len(task.subsets)
     stops = single and sweep.stop_early and steps > 1
     return tune.TuneConfig(
