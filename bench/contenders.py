@@ -23,7 +23,10 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.images import cut_tile, decode_image
 from scalenet_ray.core.recursion import recursive_detect
 
-__all__ = ["CONTENDERS", "race"]
+__all__ = ["CONTENDERS", "DETECTOR_ALONE", "race"]
+
+DETECTOR_ALONE = "detector"
+"""In a race: a pass on a tile in memory for every image, and nothing else."""
 
 _OVERLAP = 0.2
 _SCORE = 0.01
@@ -56,6 +59,13 @@ def _slice_side(side: int, per_side: int) -> int:
 def _ours(workload: Workload, policy_name: str) -> Callable[[Path], Detections]:
     detector, policy = workload.load_detector(), workload.policy(policy_name)
     return lambda path: recursive_detect(decode_image(path.read_bytes()), 0, policy, detect=detector).detections
+
+
+def _detector_alone(workload: Workload) -> Callable[[Path], Detections]:
+    detector, whole = workload.load_detector(), workload.policy("whole")
+    pixels = decode_image((workload.folder / workload.records[0].file_name).read_bytes())
+    tile = cut_tile(pixels, whole.root(0, (pixels.shape[0], pixels.shape[1])))
+    return lambda _: detector([tile])[0]
 
 
 def _sahi(workload: Workload, per_side: int, merge: str) -> Callable[[Path], Detections]:
@@ -163,7 +173,7 @@ def race(name: str, workload: Workload, records: Sequence[ImageRecord], processe
     """A contender in one process or several, each on its share of the images and on one thread.
 
     Args:
-        name: of `CONTENDERS`.
+        name: of `CONTENDERS`, or `DETECTOR_ALONE`.
         workload: where the images are, and the detector.
         records: the images.
         processes: how many.
@@ -198,7 +208,7 @@ def race(name: str, workload: Workload, records: Sequence[ImageRecord], processe
 def _work(name: str, workload: Workload, records: Sequence[ImageRecord], ready: Any, answers: Any) -> None:
     cv2.setNumThreads(1)
     try:
-        detect = CONTENDERS[name](workload)
+        detect = {DETECTOR_ALONE: _detector_alone, **CONTENDERS}[name](workload)
         detect(workload.folder / records[0].file_name)
     except BaseException:
         ready.abort()

@@ -13,29 +13,25 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
-from contextlib import suppress
+from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import ray
 import tyro
 
-from bench.contenders import race
+from bench.contenders import DETECTOR_ALONE, race
+from bench.cpu_seconds import cpu_clocks, spent_by_role
 from bench.ratios import ratio, spread
 from bench.workloads import Workload, photographs
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.images import cut_tile, decode_image
 from scalenet_ray.engine.batch import image_opener
 from scalenet_ray.engine.pipeline import ImageStream, Resources
 from scalenet_ray.engine.session import join_ray
 
-__all__ = ["cpu_seconds_by_role", "detector_seconds", "engine_race"]
+__all__ = ["EngineRace", "compare_engine", "engine_race"]
 
-_ROLES = ("ReadTileSource", "LookStage", "DetectStage", "FrontierActor", "raylet", "gcs_server", "dashboard")
-_TICKS = os.sysconf("SC_CLK_TCK")
+_OPEN_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -49,90 +45,90 @@ class EngineOverLoop:
     """
 
     rounds: int = 5
-    repeats: int = 4
+    repeats: int = 6
     policy: str = "first-pass"
 
 
-def engine_race(workload: Workload, policy_name: str, repeats: int) -> tuple[float, dict[int, Detections]]:
-    """The engine on all images, so many times over.
+class EngineRace(NamedTuple):
+    """What the engine came to.
 
-    Images a second from the moment when the pipeline is full: what was decoded while the actors still started is no
-    part of it.
-
-    Returns:
-        (images a second, image id -> detections, each image once).
+    Attributes:
+        images_per_second: while the pipeline is full.
+        found: image id -> detections, each image once.
+        passes_per_image: of the detector.
+        cpu_ms_per_image: of its processes in that time, by what they do.
     """
+
+    images_per_second: float
+    found: dict[int, Detections]
+    passes_per_image: float
+    cpu_ms_per_image: dict[str, float]
+
+
+def engine_race(workload: Workload, policy_name: str, repeats: int) -> EngineRace:
+    """The engine on all images, so many times over."""
     join_ray()
     records = workload.repeated(repeats)
-    resources = Resources(readers=1, scale_actors=1, detector_actors=1)
+    resources = Resources(max_open_images=_OPEN_IMAGES)
     stream = ImageStream(
         records, workload.policy(policy_name), workload.networks(), image_opener(str(workload.folder), 10**8), resources
     )
-    ends, found = [], {}
+    ends, found, passes = [], {}, 0.0
+    # Before it is full, actors start; when nothing is left to admit, it begins to run dry.
+    full, dry = resources.open_images, len(records) - resources.open_images
+    clocks = []
     for result in stream:
         ends.append(time.perf_counter())
         found[result.image_id % 10**9] = result.detections
+        passes += result.detector_passes
         stream.commit([result.image_id])
-    full = min(resources.open_images, len(ends) // 2)
-    return (len(ends) - full) / (ends[-1] - ends[full - 1]), found
+        if len(ends) in (full, dry):
+            clocks.append(cpu_clocks())
+    at_full, at_dry = clocks
+    return EngineRace(
+        (dry - full) / (ends[dry - 1] - ends[full - 1]),
+        found,
+        passes / len(ends),
+        {role: 1000 * seconds / (dry - full) for role, seconds in spent_by_role(at_full, at_dry).items()},
+    )
 
 
-def cpu_seconds_by_role() -> Counter[str]:
-    """CPU seconds so far of this process and those below it, by what they do."""
-    parents, commands, seconds = {}, {}, {}
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            with suppress(OSError):
-                fields = (path / "stat").read_text().rpartition(")")[2].split()
-                parents[int(path.name)] = int(fields[1])
-                seconds[int(path.name)] = (int(fields[11]) + int(fields[12])) / _TICKS
-                commands[int(path.name)] = (path / "cmdline").read_text(errors="replace")
-    ours = [os.getpid()]
-    for process in ours:
-        ours += [child for child, parent in parents.items() if parent == process]
-    roles: Counter[str] = Counter()
-    for process in ours:
-        role = next((role for role in _ROLES if role in commands.get(process, "")), "other")
-        roles["driver" if process == os.getpid() else role] += seconds.get(process, 0.0)
-    return roles
+def compare_engine(workload: Workload, policy_name: str, rounds: int, repeats: int) -> dict[str, Any]:
+    """The engine, two processes written by hand, and the detector alone in two processes, one after the other.
 
-
-def detector_seconds(workload: Workload, rounds: int = 30) -> float:
-    """Seconds of the detector alone on the tile of a whole image in memory, the median."""
-    detector, whole = workload.load_detector(), workload.policy("whole")
-    image = decode_image((workload.folder / workload.records[0].file_name).read_bytes())
-    tile = cut_tile(image, whole.root(0, (image.shape[0], image.shape[1])))
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        detector([tile])
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
-def main(job: EngineOverLoop) -> dict[str, Any]:
-    """Print the ratio, and the engine's CPU seconds by role."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    workload = photographs()
-    engine, loop = [], []
+    Returns:
+        `engine_over_loop`; `detector_share`, the time that the detector alone would take for the engine's passes over
+        the engine's; `cpu_ms_per_image` of the engine's processes, by what they do.
+    """
     join_ray()
-    before = cpu_seconds_by_role()
-    for _ in range(job.rounds):
-        rate, _ = engine_race(workload, job.policy, job.repeats)
-        engine.append(rate)
-        rate, _ = race(job.policy, workload, workload.repeated(job.repeats), 2)
+    engine, loop, share = [], [], []
+    costs: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        ours = engine_race(workload, policy_name, repeats)
+        for role, cost in ours.cpu_ms_per_image.items():
+            costs[role].append(cost)
+        engine.append(ours.images_per_second)
+        rate, _ = race(policy_name, workload, workload.repeated(repeats), 2)
         loop.append(rate)
-        print(f"engine {engine[-1]:.2f}, two processes by hand {loop[-1]:.2f} images/s", flush=True)
-    spent = cpu_seconds_by_role() - before
+        passes, _ = race(DETECTOR_ALONE, workload, workload.repeated(repeats), 2)
+        share.append(engine[-1] * ours.passes_per_image / passes)
+        print(
+            f"engine {engine[-1]:.2f}, two processes by hand {loop[-1]:.2f} images/s, "
+            f"detector alone {passes:.2f} passes/s",
+            flush=True,
+        )
     ray.shutdown()
-    figures = {
+    return {
         "engine_over_loop": ratio(engine, loop),
-        "engine_images_per_second": spread(engine),
-        "cpu_seconds": dict(spent),
-        "detector_seconds_a_pass": detector_seconds(workload),
+        "detector_share": spread(share),
+        "cpu_ms_per_image": {role: spread(each) for role, each in costs.items()},
     }
-    print(json.dumps(figures, indent=1))
-    return figures
+
+
+def main(job: EngineOverLoop) -> None:
+    """Print the figures."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    print(json.dumps(compare_engine(photographs(), job.policy, job.rounds, job.repeats), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""Growth: images a second and memory against the number of images, with networks that cost nothing.
+
+    make bench
+    .venv/bin/python -m bench.growth --sizes 500 5000 50000
+
+Each size runs in a fresh process with a fresh Ray, into a run folder, with two windows to an image. The head is the
+driver, the frontier, and Ray's own head processes (GCS, raylet, dashboard); the peak of their resident memory, and of
+the object store, is sampled from start to end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+import tyro
+from ray._private.internal_api import node_stats
+
+from bench.stand_ins import grey_image, records_of, stand_ins, two_windows
+from scalenet_ray.engine.batch import run_policy
+from scalenet_ray.engine.pipeline import Resources
+from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.engine.session import Session
+
+__all__ = ["growth"]
+
+_HEAD = ("gcs_server", "raylet", "ray::FrontierActor", "dashboard")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Cost against the number of images.
+
+    Attributes:
+        sizes: how many images; more than one are compared with the first.
+    """
+
+    sizes: tuple[int, ...] = (500, 5000, 50_000)
+
+
+class Peaks(threading.Thread):
+    """Samples memory five times a second until stopped: object store, head, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.store = self.head = 0
+        self._stop_asked = threading.Event()
+
+    def run(self) -> None:
+        """Sample."""
+        node = ray.nodes()[0]
+        while not self._stop_asked.wait(0.2):
+            # Looked up each time: the frontier starts after this does.
+            head = [os.getpid(), *(pid for pid in _descendants(os.getpid()) if _is_head(pid))]
+            stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats
+            self.store = max(self.store, stats.object_store_bytes_used)
+            self.head = max(self.head, sum(map(_resident_bytes, head)))
+
+    def stop(self) -> None:
+        """Stop and wait for the last sample."""
+        self._stop_asked.set()
+        self.join()
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes below one: Ray's are all below the driver that started it."""
+    parents = {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            with suppress(OSError):
+                parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for ancestor in found:
+        found += [child for child, parent in parents.items() if parent == ancestor]
+    return found[1:]
+
+
+def _is_head(pid: int) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:2]
+    except OSError:
+        return False
+    return any(name.encode() in word for name in _HEAD for word in words)
+
+
+def _resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _measure(images: int) -> dict[str, float]:
+    """One run."""
+    session = Session("ray", Resources())
+    policy = two_windows()
+    start = partial(session.start, policy=policy, networks=stand_ins(), open_image=grey_image)
+    peaks = Peaks()
+    with TemporaryDirectory() as output:
+        peaks.start()
+        progress = run_policy(records_of(images), policy.name, start, RunFolder(output), lambda _: None)
+        peaks.stop()
+    ray.shutdown()
+    return {
+        "images_per_second": progress.images_per_second,
+        "object_store_mb": peaks.store / 2**20,
+        "head_mb": peaks.head / 2**20,
+    }
+
+
+def growth(sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Each size in a process of its own.
+
+    Returns:
+        Number of images -> images_per_second, object_store_mb, head_mb.
+    """
+    rows = {}
+    for size in sizes:
+        command = [sys.executable, "-m", "bench.growth", "--sizes", str(size)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rows[str(size)] = json.loads(output.splitlines()[-1])
+        print(f"{size} images: {rows[str(size)]}", flush=True)
+    return rows
+
+
+def main(job: Growth) -> None:
+    """Measure one size here, or several, and print their ratios to the first."""
+    if len(job.sizes) == 1:
+        print(json.dumps(_measure(job.sizes[0])))
+        return
+    first, *others = growth(job.sizes).items()
+    for size, row in others:
+        ratios = {name: round(value / first[1][name], 3) for name, value in row.items()}
+        print(f"{size} images over {first[0]}: {ratios}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Growth))

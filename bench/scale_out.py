@@ -1,0 +1,120 @@
+"""Scale-out, simulated: networks that sleep as long as an accelerator would work, on nodes that share this machine.
+
+    make bench
+    .venv/bin/python -m bench.scale_out --detectors 1 4 16 64
+
+A detector sleeps 25 ms a tile, Scale Net 8 ms, times `slower`: sleeping costs nothing, but the engine's own work for
+64 accelerators must all be done by this machine's few cores, where a cluster would have some for each of them. What
+64 need here at a slowness of 8, they need on eight times as many cores at 1, but for what one process alone
+does, the driver and the frontier: the seconds that these spend on a tile are told.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import tyro
+from ray.cluster_utils import Cluster
+
+from bench.cpu_seconds import cpu_clocks, spent_by_role
+from bench.ratios import spread
+from bench.stand_ins import TILES_PER_IMAGE, Tally, grey_image, records_of, stand_ins, two_windows
+from scalenet_ray.engine.pipeline import ImageStream, Resources
+
+__all__ = ["ScaleOut", "scale_out"]
+
+_DETECTOR_SECONDS, _SCALE_NET_SECONDS = 0.025, 0.008
+_DETECTORS_PER_NODE = 16
+_TILES_PER_DETECTOR = 160
+_OPEN_IMAGES_PER_DETECTOR = 24
+
+
+@dataclass(frozen=True)
+class ScaleOut:
+    """Efficiency against the number of accelerators.
+
+    Attributes:
+        detectors: how many actors detect; one Scale Net actor for eight of them, one reader for sixteen.
+        slower: networks sleep so many times longer than accelerators would work.
+        straggles: the first detector sleeps so many times longer than the others.
+        rounds: how often each is run.
+    """
+
+    detectors: tuple[int, ...] = (1, 4, 16, 64)
+    slower: float = 8.0
+    straggles: float = 1.0
+    rounds: int = 3
+
+
+def scale_out(detectors: int, slower: float, straggles: float, rounds: int) -> dict[str, Any]:
+    """Runs on a cluster of its own, with as many nodes as it takes.
+
+    Returns:
+        While the pipeline is full, and as spreads of rounds: `efficiency`, the share of the time in which detectors are
+        busy, or, where one straggles, tiles a second over the most that they could do; `batch_fill`, tiles of a call
+        over those it could have. And `seconds_a_tile` of CPU of the processes of which there is only one.
+    """
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(math.ceil(detectors / _DETECTORS_PER_NODE)):
+        cluster.add_node(num_cpus=2 * _DETECTORS_PER_NODE)
+    ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+    resources = Resources(
+        readers=math.ceil(detectors / 16),
+        scale_actors=math.ceil(detectors / 8),
+        detector_actors=detectors,
+        max_open_images=max(64, _OPEN_IMAGES_PER_DETECTOR * detectors),
+    )
+    count = math.ceil(_TILES_PER_DETECTOR * detectors / TILES_PER_IMAGE) + 2 * resources.open_images
+    busy: list[float] = []
+    fills: list[float] = []
+    rates: list[float] = []
+    before = cpu_clocks()
+    try:
+        for _ in range(rounds):
+            tally: Any = Tally.remote()
+            networks = stand_ins(
+                _DETECTOR_SECONDS * slower, _SCALE_NET_SECONDS * slower, tally=tally, straggles=straggles
+            )
+            start, end, images = _steady(count, networks, resources)
+            detectors_busy, tiles_per_call = ray.get(tally.between.remote(start, end))
+            busy.append(detectors_busy / detectors)
+            fills.append(tiles_per_call / resources.detector_batch_size)
+            rates.append(TILES_PER_IMAGE * images / (end - start))
+        spent = spent_by_role(before, cpu_clocks())
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    tiles = rounds * TILES_PER_IMAGE * count
+    # A detector that straggles is a part of one.
+    most = (detectors - 1 + 1 / straggles) / (_DETECTOR_SECONDS * slower)
+    return {
+        "efficiency": spread(busy if straggles == 1.0 else [rate / most for rate in rates]),
+        "batch_fill": spread(fills),
+        "seconds_a_tile": {role: spent[role] / tiles for role in ("driver", "FrontierActor")},
+    }
+
+
+def _steady(count: int, networks: Any, resources: Resources) -> tuple[float, float, int]:
+    """(start, end, finished images) of the time in which the pipeline is full."""
+    stream = ImageStream(records_of(count), two_windows(), networks, grey_image, resources)
+    ends = []
+    for result in stream:
+        ends.append(time.time())
+        stream.commit([result.image_id])
+    full, dry = resources.open_images, count - resources.open_images
+    return ends[full - 1], ends[dry - 1], dry - full
+
+
+def main(job: ScaleOut) -> None:
+    """Print the figures of each number of detectors."""
+    for detectors in job.detectors:
+        print(json.dumps({detectors: scale_out(detectors, job.slower, job.straggles, job.rounds)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ScaleOut))

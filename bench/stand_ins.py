@@ -1,0 +1,143 @@
+"""Networks that cost nothing, or sleep as long as an accelerator would work: what is left is the engine's own cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.policy import Policy, Recursion
+from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
+from scalenet_ray.core.window import Tile
+from scalenet_ray.engine.stages import Networks
+
+__all__ = ["TILES_PER_IMAGE", "Tally", "grey_image", "records_of", "stand_ins", "two_windows"]
+
+TILES_PER_IMAGE = 3
+"""The whole image and two windows: about what looking first takes of photographs."""
+
+_SIDE = 64
+_CELLS = 8
+
+
+@ray.remote(num_cpus=0)
+class Tally:
+    """What the detectors did when, by this machine's clock."""
+
+    def __init__(self) -> None:
+        self._detectors = 0
+        self._calls: list[tuple[float, float, int]] = []
+
+    def enter(self) -> int:
+        """How many came before."""
+        self._detectors += 1
+        return self._detectors - 1
+
+    def add(self, start: float, end: float, tiles: int) -> None:
+        """A call with so many tiles."""
+        self._calls.append((start, end, tiles))
+
+    def between(self, start: float, end: float) -> tuple[float, float]:
+        """(detectors that were busy, tiles of a call), the means over that time."""
+        busy = sum(max(0.0, min(end, to) - max(start, since)) for since, to, _ in self._calls)
+        within = [tiles for since, to, tiles in self._calls if to > start and since < end]
+        return busy / (end - start), sum(within) / max(len(within), 1)
+
+
+class _Detector:
+    """Finds one object in the middle of every tile, after a sleep for each."""
+
+    input_side = _SIDE
+
+    def __init__(self, seconds: float, tally: Any) -> None:
+        self._seconds, self._tally = seconds, tally
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """Tiles are computed as they are."""
+        return hw
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        """[h, w, 3] uint8 RGB each -> detections each."""
+        start = time.time()
+        time.sleep(self._seconds * len(pixels))
+        if self._tally is not None:
+            self._tally.add.remote(start, time.time(), len(pixels))
+        return [_in_the_middle(*each.shape[:2]) for each in pixels]
+
+
+def _in_the_middle(height: int, width: int) -> Detections:
+    box = [[width / 2 - 4, height / 2 - 4, width / 2 + 4, height / 2 + 4]]
+    return Detections(np.array(box, np.float32), np.array([0.9], np.float32), np.array([1], np.int64))
+
+
+class _ScaleNet:
+    """Sees a small object in two corners of every tile, after a sleep for each."""
+
+    input_pixels = _SIDE**2
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        prob = np.zeros((NUM_CLASSES, _CELLS, _CELLS), np.float32)
+        prob[0] = 1.0
+        for corner in (0, -1):
+            prob[:2, corner, corner] = (0.0, 1.0)
+        self._map = ScaleMap(prob=prob)
+
+    def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
+        """Their maps."""
+        del tiles
+        time.sleep(self._seconds * len(pixels))
+        return [self._map] * len(pixels)
+
+
+@dataclass(frozen=True)
+class _Detectors:
+    seconds: float
+    tally: Any
+    straggles: float
+
+    def __call__(self) -> _Detector:
+        first = self.tally is not None and ray.get(self.tally.enter.remote()) == 0
+        return _Detector(self.seconds * (self.straggles if first else 1.0), self.tally)
+
+
+@dataclass(frozen=True)
+class _ScaleNets:
+    seconds: float
+
+    def __call__(self) -> _ScaleNet:
+        return _ScaleNet(self.seconds)
+
+
+def stand_ins(detector: float = 0.0, scale_net: float = 0.0, *, tally: Any = None, straggles: float = 1.0) -> Networks:
+    """Networks that sleep.
+
+    Args:
+        detector: seconds a tile.
+        scale_net: seconds a tile.
+        tally: a `Tally` that is told of every call, or None.
+        straggles: the first detector sleeps so many times longer.
+    """
+    return Networks(_Detectors(detector, tally, straggles), _ScaleNets(scale_net))
+
+
+def grey_image(record: ImageRecord) -> np.ndarray:
+    """An image of the record's size, [h, w, 3] uint8."""
+    return np.full((*(record.hw or (_SIDE, _SIDE)), 3), 128, np.uint8)
+
+
+def records_of(count: int) -> list[ImageRecord]:
+    """So many images."""
+    return [ImageRecord(i, f"{i}.jpg", _SIDE, _SIDE) for i in range(1, count + 1)]
+
+
+def two_windows() -> Policy:
+    """Two windows to an image, where Scale Net says so."""
+    return Policy("scalenet", "scalenet", _SIDE, Recursion(max_depth=1, max_windows=TILES_PER_IMAGE - 1))
