@@ -33,7 +33,7 @@ from scalenet_ray.models.canvas_scores import (
     score_recursion,
     set_names,
 )
-from scalenet_ray.models.canvas_training import train_classifier, train_net
+from scalenet_ray.models.canvas_training import as_input, train_classifier, train_net
 from scalenet_ray.models.scale_net import normalised
 from tests.job_scripts import load_job
 
@@ -161,6 +161,17 @@ def test_scores_of_a_classifier_that_knows_one_scale() -> None:
         assert score.accuracy == 100
         assert score.capped == 0
     assert score_recursion(classifier, KnowsScale(), CanvasRecipe(), pictures, "84", MNIST).steps == 1
+
+
+def test_a_pale_picture_is_the_same_to_a_classifier() -> None:
+    canvases = np.zeros((2, 8, 8, 3), np.uint8)
+    canvases[:, 2:5, 2:5] = 200
+    canvases[1] //= 2
+    bright, pale = as_input(canvases, 1)
+    assert bright.shape == (1, 8, 8)
+    assert bright.max() == 1.0
+    assert torch.equal(bright, pale)
+    assert as_input(np.zeros((1, 8, 8, 3), np.uint8), 1).max() == 0.0
 
 
 def test_background_has_no_scale() -> None:

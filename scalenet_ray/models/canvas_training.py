@@ -23,8 +23,12 @@ _RISE = 0.05
 
 
 def as_input(canvases: np.ndarray, in_channels: int) -> torch.Tensor:
-    """[B, h, w, 3] uint8 -> [B, in_channels, h, w] float32 in 0..1; grey is the first channel."""
-    return torch.from_numpy(canvases[..., :in_channels]).permute(0, 3, 1, 2).float() / 255.0
+    """[B, h, w, 3] uint8 -> [B, in_channels, h, w] float32 in 0..1; grey is the first channel.
+
+    The brightest value of each canvas becomes 1: thin strokes that were shrunk and enlarged again are pale.
+    """
+    values = torch.from_numpy(canvases[..., :in_channels]).permute(0, 3, 1, 2).float()
+    return values / values.amax((1, 2, 3), keepdim=True).clamp(min=1.0)
 
 
 def train_net(
