@@ -32,6 +32,7 @@ from scalenet_ray.engine.session import join_ray
 __all__ = ["EngineRace", "compare_engine", "engine_race"]
 
 _OPEN_IMAGES = 64
+_IMAGES_PER_SHARD = 64
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,15 @@ def engine_race(workload: Workload, policy_name: str, repeats: int) -> EngineRac
     ends, found, passes = [], {}, 0.0
     # Before it is full, actors start; when nothing is left to admit, it begins to run dry.
     full, dry = resources.open_images, len(records) - resources.open_images
-    clocks = []
+    clocks, written = [], []
     for result in stream:
         ends.append(time.perf_counter())
         found[result.image_id % 10**9] = result.detections
         passes += result.detector_passes
-        stream.commit([result.image_id])
+        written.append(result.image_id)
+        if len(written) == _IMAGES_PER_SHARD:
+            stream.commit(written)
+            written = []
         if len(ends) in (full, dry):
             clocks.append(cpu_clocks())
     at_full, at_dry = clocks

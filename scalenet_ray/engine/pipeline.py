@@ -120,6 +120,8 @@ def _data_context(no_progress_seconds: float) -> Iterator[None]:
         "downstream_capacity_backpressure_ratio": 2.0,
         "execution_no_progress_timeout_s": no_progress_seconds,
         "enable_progress_bars": False,
+        # A thread in every call, to no use here.
+        "memory_usage_poll_interval_s": None,
         "print_on_execution_start": False,
         # An order would let one slow tile stop the loop.
         "max_errored_blocks": 0,
