@@ -256,3 +256,14 @@ def test_the_shipped_net_tells_small_objects_from_background() -> None:
         on_background.append(found.prob[1][: background.shape[0], : background.shape[1]][background].mean())
     assert np.mean(on_small) > 0.4
     assert np.mean(on_background) < 0.1
+
+
+def test_a_net_that_pads_its_input_says_the_same_of_an_object_in_a_wider_black_border() -> None:
+    config = ScaleNetConfig("fcn-digits", "fcn", "regression", None, 1, padding="input")
+    net = build_scale_net(config).eval()
+    picture = np.random.default_rng(0).integers(1, 255, (1, 6, 6, 3), np.uint8)
+    narrow, wide = (np.pad(picture, ((0, 0), (m, m), (m, m), (0, 0))) for m in (1, 7))
+    with torch.inference_mode():
+        seen = net(normalised(torch.from_numpy(narrow), config))[0, 1:7, 1:7]
+        seen_in_wide = net(normalised(torch.from_numpy(wide), config))[0, 7:13, 7:13]
+    torch.testing.assert_close(seen, seen_in_wide)

@@ -24,8 +24,8 @@ from scalenet_ray.core.window import Tile, Window
 
 __all__ = ["CanvasRules", "Settled", "canvas_recursion", "settle_canvases"]
 
-_BATCH_PIXELS = 2**19
-"""Canvas pixels that a network sees at once: some 100 MB in a layer of 32 channels."""
+_BATCH_PIXELS = 2**16
+"""Canvas pixels that a network sees at once: a layer of 32 channels in 8 MB, which caches hold."""
 
 
 @dataclass(frozen=True)

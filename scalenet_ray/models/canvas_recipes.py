@@ -123,7 +123,7 @@ class CanvasRecipe:
 
 
 _LITERAL = CanvasRules(even=False, bisect=False, from_original=False, resampling="bilinear")
-_PAPER_NET = NetRecipe("each", "pixels", "sgd", 0.01, cosine=False, epochs=3.0)
+_PAPER_NET = NetRecipe("each", "pixels", "sgd", 0.01, cosine=False)
 _TWO_SIDED = CanvasRecipe()
 _PAPER = CanvasRecipe(_PAPER_NET, ScaleRange(0.99, 1.05), 0.15, one_sided=True, rules=_LITERAL)
 

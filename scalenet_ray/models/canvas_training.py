@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -55,7 +55,9 @@ def train_net(
     """
     torch.manual_seed(seed)
     config = recipe.config(domain.in_channels)
-    model = build_scale_net(config).to(device)
+    model = _for_convolutions(build_scale_net(config), device)
+    # A net that pads its input with zeros sees no more in a wider black border.
+    canvas_side = max(domain.train_sides) if recipe.padding == "input" else domain.canvas_side
 
     def loss_of(canvases: np.ndarray, sides: np.ndarray, labels: np.ndarray) -> torch.Tensor:
         """Of the scale at each pixel of the object, or of their mean."""
@@ -69,7 +71,8 @@ def train_net(
         pixels = on_object.sum((1, 2)).clamp(min=1)
         return (((found * on_object).sum((1, 2)) / pixels - scales) ** 2).mean()
 
-    _fit(model, pictures, domain, recipe, loss_of, seed, cosine=recipe.cosine)
+    batches = _batches(pictures, domain.train_sides, canvas_side, recipe.batch_size, np.random.default_rng(seed))
+    _fit(model, batches, _steps(pictures, domain, recipe), recipe, loss_of, cosine=recipe.cosine)
     return model.eval()
 
 
@@ -96,9 +99,10 @@ def train_classifier(
         FloatingPointError: if the loss is NaN or infinite.
     """
     torch.manual_seed(seed)
-    model = build_classifier(
-        recipe.kind, side=domain.canvas_side, in_channels=domain.in_channels, width=recipe.width
-    ).to(device)
+    model = _for_convolutions(
+        build_classifier(recipe.kind, side=domain.canvas_side, in_channels=domain.in_channels, width=recipe.width),
+        device,
+    )
 
     def loss_of(canvases: np.ndarray, sides: np.ndarray, labels: np.ndarray) -> torch.Tensor:
         """Of the classes."""
@@ -107,26 +111,34 @@ def train_classifier(
             scores = model(as_input(canvases, domain.in_channels).to(device)).float()
         return classifier_loss(recipe.kind, scores, torch.from_numpy(labels).to(device))
 
-    _fit(model, pictures, domain, recipe, loss_of, seed, cosine=True)
+    sides, rng = domain.train_sides, np.random.default_rng(seed)
+    batches = _batches(pictures, sides, domain.canvas_side, recipe.batch_size, rng)
+    _fit(model, batches, _steps(pictures, domain, recipe), recipe, loss_of, cosine=True)
     return model.eval()
+
+
+def _for_convolutions(model: nn.Module, device: str) -> nn.Module:
+    """The model on its device, channels last: convolutions are faster for it, by 1.2 to 1.5 times on CPUs."""
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _steps(pictures: Pictures, domain: Domain, recipe: NetRecipe | ClassifierRecipe) -> int:
+    return max(1, int(recipe.epochs * len(pictures.labels) * len(domain.train_sides) / recipe.batch_size))
 
 
 def _fit(
     model: nn.Module,
-    pictures: Pictures,
-    domain: Domain,
+    batches: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    steps: int,
     recipe: NetRecipe | ClassifierRecipe,
     loss_of: Callable[[np.ndarray, np.ndarray, np.ndarray], torch.Tensor],
-    seed: int,
     *,
     cosine: bool,
 ) -> None:
     """Go down along the loss of a batch: canvases, their pictures' sides, their labels."""
-    steps = max(1, int(recipe.epochs * len(pictures.labels) * len(domain.train_sides) / recipe.batch_size))
     optimizer = _optimizer(model, recipe.optimizer, recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps) if cosine else 1.0)
     model.train()
-    batches = _batches(pictures, domain, recipe.batch_size, np.random.default_rng(seed))
     for step in range(steps):
         loss = loss_of(*next(batches))
         if not torch.isfinite(loss):
@@ -153,10 +165,10 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _batches(
-    pictures: Pictures, domain: Domain, size: int, rng: np.random.Generator
+    pictures: Pictures, train_sides: Sequence[int], canvas_side: int, size: int, rng: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches without end: every picture at every side, in an order of its own each time."""
-    sides = np.array(domain.train_sides)
+    sides = np.array(train_sides)
     count = len(pictures.labels)
     order = rng.permutation(count * len(sides))
     while True:
@@ -165,7 +177,7 @@ def _batches(
         some, order = order[:size], order[size:]
         which, side = some % count, sides[some // count]
         canvases = [
-            centred(resized(pictures.pixels[i], int(s), "bilinear"), domain.canvas_side)
+            centred(resized(pictures.pixels[i], int(s), "bilinear"), canvas_side)
             for i, s in zip(which, side, strict=True)
         ]
         yield np.stack(canvases), side, pictures.labels[which]
