@@ -1,16 +1,22 @@
-"""All measurements, one after the other; what they came to in bench/results.json.
+"""Measurements, one after the other; what they come to in bench/results.json.
 
     SCALENET_RAY_DATA=DATA make bench
+    SCALENET_RAY_DATA=DATA PYTHONPATH=.venv/peers .venv/bin/python -m bench --parts engine growth
 
-What needs the real photographs is left out without them. Two hours on two cores; nothing else should run beside it.
+Parts that are not asked for keep the figures that they have. What needs the real photographs is left out without
+them. All of it takes an hour on two cores; nothing else should run beside it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import tyro
 
 from bench.engine import compare_engine
 from bench.growth import growth
@@ -21,37 +27,85 @@ from bench.stage_costs import stage_shares
 from bench.workloads import large_images, photographs
 
 _RESULTS = Path(__file__).parent / "results.json"
+_LARGE = Path("runs/bench/large")
 _ROUNDS = 3
+_SLOWER = 8.0
 
 
-def main() -> None:
+def _stages() -> dict[str, Any]:
+    return {"stage_shares": stage_shares(photographs(), "first-pass")}
+
+
+def _engine() -> dict[str, Any]:
+    return compare_engine(photographs(), "first-pass", _ROUNDS, repeats=6)
+
+
+def _merge() -> dict[str, Any]:
+    costs = merge_costs()
+    return {f"merge_{figure}": {count: cost[figure] for count, cost in costs.items()} for figure in costs["100"]}
+
+
+def _scale_out() -> dict[str, Any]:
+    counts = (1, 4, 16, 64)
+    return {"scale_out": {str(n): scale_out(n, _SLOWER, straggles=1.0, rounds=_ROUNDS) for n in counts}}
+
+
+def _straggler() -> dict[str, Any]:
+    return {"straggler": {str(n): scale_out(n, _SLOWER, straggles=5.0, rounds=_ROUNDS) for n in (4, 16)}}
+
+
+_OF_PHOTOGRAPHS: dict[str, Callable[[], dict[str, Any]]] = {
+    "stages": _stages,
+    "engine": _engine,
+    "slicing": lambda: compare(photographs(), _ROUNDS, processes=2),
+    "slicing-one-process": lambda: {"one_process": compare(photographs(), _ROUNDS, processes=1)},
+    "slicing-large": lambda: {"large_images": compare(large_images(_LARGE), _ROUNDS, processes=2)},
+    "slicing-large-one-process": lambda: {
+        "large_images_one_process": compare(large_images(_LARGE), _ROUNDS, processes=1)
+    },
+}
+_PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    **_OF_PHOTOGRAPHS,
+    "merge": _merge,
+    "frontier": lambda: {"frontier_tasks_per_second": frontier_tasks_per_second()},
+    "scale-out": _scale_out,
+    "straggler": _straggler,
+    "growth": lambda: {"growth": growth((500, 5000, 50_000))},
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measurements.
+
+    Attributes:
+        parts: which; all by default.
+    """
+
+    parts: tuple[str, ...] = field(default_factory=lambda: tuple(_PARTS))
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.parts) - set(_PARTS))
+        if unknown:
+            msg = f"--parts must be of {', '.join(_PARTS)}, got {', '.join(unknown)}"
+            raise ValueError(msg)
+
+
+def main(job: Bench) -> None:
     """Measure, and write after each part."""
-    results: dict[str, Any] = {}
-
-    def keep(**figures: Any) -> None:
-        results.update(figures)
-        _RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-
     # One thread to a process: those that run side by side share the cores out, and no pool of threads fights another.
     os.environ["OMP_NUM_THREADS"] = "1"
-    if "SCALENET_RAY_DATA" in os.environ:
-        photos = photographs()
-        keep(stage_shares=stage_shares(photos, "first-pass"))
-        keep(**compare_engine(photos, "first-pass", _ROUNDS, repeats=4))
-        keep(**compare(photos, _ROUNDS, processes=2))
-        keep(one_process=compare(photos, _ROUNDS, processes=1))
-        large = large_images(Path("runs/bench/large"))
-        keep(large_images=compare(large, _ROUNDS, processes=2), large_images_one_process=compare(large, 1, processes=1))
-    else:
-        print("SCALENET_RAY_DATA is not set: what needs real photographs is left out")
-    costs = merge_costs()
-    keep(merge_seconds={count: cost["seconds"] for count, cost in costs.items()})
-    keep(merge_megabytes={count: cost["megabytes"] for count, cost in costs.items()})
-    keep(frontier_tasks_per_second=frontier_tasks_per_second())
-    keep(scale_out={str(n): scale_out(n, slower=8.0, straggles=1.0, rounds=_ROUNDS) for n in (1, 4, 16, 64)})
-    keep(straggler={str(n): scale_out(n, slower=8.0, straggles=5.0, rounds=_ROUNDS) for n in (4, 16)})
-    keep(growth=growth((500, 5000, 50_000)))
+    # Ray's workers would give way to everything else on the machine, which the loops written by hand do not.
+    os.environ["RAY_worker_niceness"] = "0"
+    for part in job.parts:
+        if part in _OF_PHOTOGRAPHS and "SCALENET_RAY_DATA" not in os.environ:
+            print(f"{part} is left out: SCALENET_RAY_DATA is not set, and it needs the real photographs")
+            continue
+        print(f"{part}:", flush=True)
+        figures = _PARTS[part]()
+        results = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
+        _RESULTS.write_text(json.dumps(results | figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Bench))

@@ -31,7 +31,7 @@ from scalenet_ray.engine.session import join_ray
 
 __all__ = ["EngineRace", "compare_engine", "engine_race"]
 
-_OPEN_IMAGES = 64
+_RESOURCES = Resources(scale_batch_size=16, detector_batch_size=32, max_open_images=128)
 _IMAGES_PER_SHARD = 64
 
 
@@ -70,13 +70,11 @@ def engine_race(workload: Workload, policy_name: str, repeats: int) -> EngineRac
     """The engine on all images, so many times over."""
     join_ray()
     records = workload.repeated(repeats)
-    resources = Resources(max_open_images=_OPEN_IMAGES)
-    stream = ImageStream(
-        records, workload.policy(policy_name), workload.networks(), image_opener(str(workload.folder), 10**8), resources
-    )
+    open_image = image_opener(str(workload.folder), 10**8)
+    stream = ImageStream(records, workload.policy(policy_name), workload.networks(), open_image, _RESOURCES)
     ends, found, passes = [], {}, 0.0
     # Before it is full, actors start; when nothing is left to admit, it begins to run dry.
-    full, dry = resources.open_images, len(records) - resources.open_images
+    full, dry = _RESOURCES.open_images, len(records) - _RESOURCES.open_images
     clocks, written = [], []
     for result in stream:
         ends.append(time.perf_counter())
@@ -131,7 +129,7 @@ def compare_engine(workload: Workload, policy_name: str, rounds: int, repeats: i
 
 def main(job: EngineOverLoop) -> None:
     """Print the figures."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     print(json.dumps(compare_engine(photographs(), job.policy, job.rounds, job.repeats), indent=1))
 
 

@@ -57,7 +57,7 @@ def compare(workload: Workload, rounds: int, processes: int) -> dict[str, Any]:
     for _ in range(rounds):
         for name in CONTENDERS:
             if name == _OURS and processes > 1:
-                ours = engine_race(workload, _OURS, repeats=max(1, 400 // len(workload.records)))
+                ours = engine_race(workload, _OURS, repeats=max(1, 600 // len(workload.records)))
                 rate, found[name] = ours.images_per_second, ours.found
             else:
                 rate, found[name] = race(name, workload, workload.records, processes)

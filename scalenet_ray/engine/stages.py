@@ -32,7 +32,7 @@ __all__ = ["DetectStage", "LookStage", "Networks", "OpenImage", "TileSource"]
 OpenImage = Callable[[ImageRecord], np.ndarray]
 """An image's record -> its pixels [h, w, 3] uint8 RGB; raises `TileError` for an image that cannot be read."""
 
-_WAIT_SECONDS = 0.02
+_WAIT_SECONDS = 0.05
 _CACHE_BYTES = 128 * 2**20
 
 
