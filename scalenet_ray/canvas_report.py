@@ -16,7 +16,8 @@ from scalenet_ray.terminal import accuracy_table
 
 __all__ = ["CanvasOptions", "run_experiment"]
 
-_NOT_ITS_RESULTS = ("output", "resume", "gpus_per_task")
+_NOT_ITS_RESULTS = ("output", "resume", "gpus_per_task", "seeds")
+"""No unit's outcome depends on these: a run may be resumed with others, and so with more seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class CanvasOptions:
     """What can be asked of both.
 
     Attributes:
-        seeds: how often everything is trained and scored.
+        seeds: how often everything is trained and scored; may grow when a run is resumed.
         held_out: test on so many of the training pictures, which are then not trained on: to choose settings.
         ablation: score the recipe "scalenet" with one choice changed at a time; wants --held-out.
         train_limit: only the first so many pictures to train on.
@@ -80,7 +81,8 @@ def run_experiment(
         mixed_precision=options.mixed_precision,
     )
     settings = {key: value for key, value in asdict(options).items() if key not in _NOT_ITS_RESULTS}
-    run.begin(settings, resume=options.resume, workers={"gpus_per_task": options.gpus_per_task})
+    others = {"gpus_per_task": options.gpus_per_task, "seeds": options.seeds}
+    run.begin(settings, resume=options.resume, workers=others)
     # Here, so that what is missing is fetched and unpacked once.
     learned, tested = len(experiment.learned().labels), len(experiment.tested().labels)
     recipe = experiment.domain.recipes["scalenet"]

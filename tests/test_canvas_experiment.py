@@ -326,6 +326,20 @@ def test_the_job_on_small_digits_zooms_rightly_and_resumes(
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
 
 
+@pytest.mark.ray
+def test_a_resumed_run_may_have_more_seeds(idle_ray: None, tmp_path: Path) -> None:
+    main = load_job("eval_digits").main
+    job = load_job("eval_digits").EvalDigits(seeds=1, train_limit=64, test_limit=20, output=str(tmp_path / "run"))
+    assert main(job) == 0
+    first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "units").iterdir()}
+    assert main(replace(job, seeds=2, resume=True)) == 0
+    units = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "units").iterdir()}
+    assert {name: units[name] for name in first} == first
+    # Two pictures are drawn of the first seed alone.
+    assert len(units) == 2 * len(first) - 2
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["seeds"] == 2
+
+
 @pytest.mark.parametrize("name", ["eval_digits", "eval_cifar"])
 def test_jobs_refuse_to_choose_on_the_test_set(name: str, tmp_path: Path) -> None:
     module = load_job(name)
