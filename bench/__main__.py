@@ -96,7 +96,7 @@ def main(job: Bench) -> None:
     # One thread to a process: those that run side by side share the cores out, and no pool of threads fights another.
     os.environ["OMP_NUM_THREADS"] = "1"
     # Ray's workers would give way to everything else on the machine, which the loops written by hand do not.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
     for part in job.parts:
         if part in _OF_PHOTOGRAPHS and "SCALENET_RAY_DATA" not in os.environ:
             print(f"{part} is left out: SCALENET_RAY_DATA is not set, and it needs the real photographs")
