@@ -59,8 +59,8 @@ class Merging:
             raise ValueError(msg)
 
 
-_PAIRS_AT_ONCE = 2**15
-"""Pairs of boxes whose overlap is worked out at once: some 4 MB."""
+_PAIRS_AT_ONCE = 2**13
+"""Pairs of boxes whose overlap is worked out at once: some 1 MB."""
 
 
 def carry_to_image(found: Detections, tile: Tile, merging: Merging) -> Detections:
@@ -136,10 +136,11 @@ def nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold
         [K] int64 positions kept, the best first; equal scores keep their order.
     """
     order = np.argsort(-scores, kind="stable")
-    rank = np.empty(len(order), np.int64)
+    rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order))
     # A pair of ranks a row, the better first, in the order in which the better ones have their say.
-    pairs = np.sort(rank[_overlapping_pairs(boxes, labels, iou_threshold)], axis=1)
+    pairs = rank[_overlapping_pairs(boxes, labels, iou_threshold)]
+    pairs.sort(axis=1)
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
     better, starts = np.unique(pairs[:, 0], return_index=True)
     dropped = np.zeros(len(order), bool)
@@ -158,7 +159,7 @@ def _overlapping_pairs(boxes: np.ndarray, labels: np.ndarray, iou_threshold: flo
     """
     corners = boxes.astype(np.float64)
     _, group = np.unique(labels, return_inverse=True)
-    by_x = np.lexsort((corners[:, 0], group))
+    by_x = np.lexsort((corners[:, 0], group)).astype(np.int32)
     corners, group = corners[by_x], group[by_x]
     # Groups side by side, none touching the next, so that one search serves all.
     left = corners[:, 0].min(initial=0.0)
@@ -167,7 +168,7 @@ def _overlapping_pairs(boxes: np.ndarray, labels: np.ndarray, iou_threshold: flo
     counts = np.maximum(np.searchsorted(corners[:, 0] + shift, corners[:, 2] + shift, side="right") - first, 0)
     areas = np.prod(np.maximum(corners[:, 2:] - corners[:, :2], 0.0), axis=1)
     ends = np.cumsum(counts)
-    found = [np.empty((0, 2), np.int64)]
+    found = [np.empty((0, 2), np.int32)]
     row = 0
     while row < len(counts):
         done = int(ends[row] - counts[row])
@@ -180,7 +181,7 @@ def _overlapping_pairs(boxes: np.ndarray, labels: np.ndarray, iou_threshold: flo
         union = areas[one] + areas[other] - intersection
         overlap = np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
         over = (overlap > iou_threshold) & (group[one] == group[other])
-        found.append(np.stack([one[over], other[over]], axis=1))
+        found.append(np.stack([one[over], other[over]], axis=1).astype(np.int32))
         row = last
     return by_x[np.concatenate(found)]
 
