@@ -59,8 +59,8 @@ class Merging:
             raise ValueError(msg)
 
 
-_PAIRS_AT_ONCE = 2**13
-"""Pairs of boxes whose overlap is worked out at once: some 1 MB."""
+_PAIRS_AT_ONCE = 2**12
+"""Pairs of boxes whose overlap is worked out at once: half a MB."""
 
 
 def carry_to_image(found: Detections, tile: Tile, merging: Merging) -> Detections:
