@@ -93,15 +93,15 @@ def main(job: DetectImages) -> int:
         "networks": asdict(job.networks),
         "policies": [policy_to_dict(policy)],
     }
-    run.begin(settings, resume=job.resume, workers={"engine": job.engine, **asdict(job.resources)})
-    networks = Networks(partial(job.networks.load_detector, info.categories), job.networks.load_scale_net)
-    open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
-    start = partial(session.start, policy=policy, networks=networks, open_image=open_image)
-    figures = run_policy(images, policy.name, start, run, print).speed()
-    document = conclude(session, run, {policy.name: figures}, len(images))
-    document["categories"] = info.categories
-    run.write_json("metrics.json", document)
-    run.write_text("report.html", render_report(document))
+    with run.begin(settings, resume=job.resume, workers={"engine": job.engine, **asdict(job.resources)}):
+        networks = Networks(partial(job.networks.load_detector, info.categories), job.networks.load_scale_net)
+        open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
+        start = partial(session.start, policy=policy, networks=networks, open_image=open_image)
+        figures = run_policy(images, policy.name, start, run, print).speed()
+        document = conclude(session, run, {policy.name: figures}, len(images))
+        document["categories"] = info.categories
+        run.write_json("metrics.json", document)
+        run.write_text("report.html", render_report(document))
     print(policy_table(document))
     line, status = last_line(document, run.uri, job.max_failures)
     print(line)

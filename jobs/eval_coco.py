@@ -91,8 +91,9 @@ def main(job: EvalCoco) -> int:
         msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
         raise ValueError(msg)
     run = RunFolder(job.output or time.strftime("runs/eval_coco/%Y%m%d-%H%M%S"))
-    run.begin(_settings(job, policies), resume=job.resume, workers={"engine": job.engine, **asdict(job.resources)})
-    document = evaluate_policies(session, run, policies, job.networks, split, print, compare_with=job.compare_with)
+    workers = {"engine": job.engine, **asdict(job.resources)}
+    with run.begin(_settings(job, policies), resume=job.resume, workers=workers):
+        document = evaluate_policies(session, run, policies, job.networks, split, print, compare_with=job.compare_with)
     print(policy_table(document))
     if job.compare_with is not None:
         print(difference_table(document))

@@ -63,11 +63,11 @@ def main(job: FinetuneDetector) -> int:
     recipe = plan_fine_tuning(images, str(job.detector), input_side=job.input_side, seed=job.training.seed)
     run = RunFolder(job.output or time.strftime("runs/finetune_detector/%Y%m%d-%H%M%S"))
     settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training")}
-    run.begin(settings | job.training.settings(), resume=job.resume, workers=job.training.free_settings())
-    train_images, val_tiles = recipe.sizes()
-    facts = {"train_images": train_images, "val_images": val_tiles // 2}
-    log = TrainingLog(run, facts, job.training.epochs, print)
-    train(recipe, job.training, run.uri, log)
+    with run.begin(settings | job.training.settings(), resume=job.resume, workers=job.training.free_settings()):
+        train_images, val_tiles = recipe.sizes()
+        facts = {"train_images": train_images, "val_images": val_tiles // 2}
+        log = TrainingLog(run, facts, job.training.epochs, print)
+        train(recipe, job.training, run.uri, log)
     for reason in log.failed:
         print(f"left out: {reason}")
     weights = storage.join(run.uri, recipe.file_name)

@@ -97,14 +97,14 @@ def main(job: TrainScaleNet) -> int:
     recipe = None if job.preset == "head" else _pixel_recipe(job, images)
     run = RunFolder(job.output or time.strftime("runs/train_scalenet/%Y%m%d-%H%M%S"))
     settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training")}
-    run.begin(settings | job.training.settings(), resume=job.resume, workers=job.training.free_settings())
-    if boxes_alone := images.count_boxes_alone():
-        print(f"{boxes_alone} objects have no segmentation: the pixels of their boxes stand in")
-    recipe = recipe or _head_recipe(job, images, run)
-    train_images, val_images = recipe.sizes()
-    facts = {"train_images": train_images, "val_images": val_images}
-    log = TrainingLog(run, facts, job.training.epochs, print)
-    train(recipe, job.training, run.uri, log)
+    with run.begin(settings | job.training.settings(), resume=job.resume, workers=job.training.free_settings()):
+        if boxes_alone := images.count_boxes_alone():
+            print(f"{boxes_alone} objects have no segmentation: the pixels of their boxes stand in")
+        recipe = recipe or _head_recipe(job, images, run)
+        train_images, val_images = recipe.sizes()
+        facts = {"train_images": train_images, "val_images": val_images}
+        log = TrainingLog(run, facts, job.training.epochs, print)
+        train(recipe, job.training, run.uri, log)
     for reason in log.failed:
         print(f"left out: {reason}")
     print(f"{job.training.epochs} epochs done, weights in {storage.join(run.uri, recipe.file_name)}")

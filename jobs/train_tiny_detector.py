@@ -54,8 +54,6 @@ def main(job: TrainTinyDetector) -> int:
     examples = read_examples(str(ensure_sample(Path(job.data))), "train2017", job.limit)
     config = TinyNetConfig(tuple(SAMPLE_CATEGORIES), tuple(SAMPLE_CATEGORIES.values()))
     run = RunFolder(job.output or time.strftime("runs/train_tiny_detector/%Y%m%d-%H%M%S"))
-    run.begin(asdict(job), resume=False)
-
     epochs: list[dict] = []
 
     def report(row: dict) -> None:
@@ -63,19 +61,20 @@ def main(job: TrainTinyDetector) -> int:
         left = f"{row['seconds_left']:.0f} s left"
         print(f"epoch {row['epoch']}/{job.epochs}: loss {row['loss']:.4f}, {left}", flush=True)
 
-    model = train_tiny_detector(
-        examples,
-        config,
-        epochs=job.epochs,
-        batch_size=job.batch_size,
-        learning_rate=job.learning_rate,
-        seed=job.seed,
-        device=job.device,
-        mixed_precision=job.mixed_precision,
-        report=report,
-    )
-    save_tiny_detector(model, config, storage.join(run.uri, "detector.safetensors"))
-    run.write_json("metrics.json", {"train_images": len(examples), "epochs": epochs})
+    with run.begin(asdict(job), resume=False):
+        model = train_tiny_detector(
+            examples,
+            config,
+            epochs=job.epochs,
+            batch_size=job.batch_size,
+            learning_rate=job.learning_rate,
+            seed=job.seed,
+            device=job.device,
+            mixed_precision=job.mixed_precision,
+            report=report,
+        )
+        save_tiny_detector(model, config, storage.join(run.uri, "detector.safetensors"))
+        run.write_json("metrics.json", {"train_images": len(examples), "epochs": epochs})
     print(f"{job.epochs} epochs done, weights in {storage.join(run.uri, 'detector.safetensors')}")
     return 0
 

@@ -129,13 +129,13 @@ def main(job: TuneRecursion) -> int:
     policies = _start_policies(job, space, session, tuned_on.categories)
     task = _task(job, policies, tuned_on)
     run = RunFolder(job.output or time.strftime("runs/tune_recursion/%Y%m%d-%H%M%S"))
-    run.begin(_settings(job, space, policies), resume=job.resume)
-    rows = run_sweep(space, task, job.sweep, run.uri, print, resume=job.resume)
-    run.write_json("trials.json", rows)
-    run.write_text("front.svg", front_plot(rows, job.ceiling))
-    print(trial_table(rows))
-    best = best_policies(rows, task)
-    run.write_text("best.yaml", yaml.safe_dump([policy_to_dict(policy) for policy in best], sort_keys=False))
+    with run.begin(_settings(job, space, policies), resume=job.resume):
+        rows = run_sweep(space, task, job.sweep, run.uri, print, resume=job.resume)
+        run.write_json("trials.json", rows)
+        run.write_text("front.svg", front_plot(rows, job.ceiling))
+        print(trial_table(rows))
+        best = best_policies(rows, task)
+        run.write_text("best.yaml", yaml.safe_dump([policy_to_dict(policy) for policy in best], sort_keys=False))
 
     reported_on = open_split(session, str(job.data), job.report_split, limit=None, **limits)
     report = RunFolder(storage.join(run.uri, "report"))
@@ -146,10 +146,10 @@ def main(job: TuneRecursion) -> int:
         "networks": asdict(job.networks),
         "policies": [policy_to_dict(policy) for policy in contenders],
     }
-    report.begin(settings, resume=job.resume)
-    document = evaluate_policies(
-        session, report, contenders, job.networks, reported_on, print, compare_with=policies[0].name
-    )
+    with report.begin(settings, resume=job.resume):
+        document = evaluate_policies(
+            session, report, contenders, job.networks, reported_on, print, compare_with=policies[0].name
+        )
     print(f"tuned on {job.split}, {len(tuned_on.images)} images; on {job.report_split}:")
     print(policy_table(document))
     print(difference_table(document))

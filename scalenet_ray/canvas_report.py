@@ -82,19 +82,21 @@ def run_experiment(
     )
     settings = {key: value for key, value in asdict(options).items() if key not in _NOT_ITS_RESULTS}
     others = {"gpus_per_task": options.gpus_per_task, "seeds": options.seeds}
-    run.begin(settings, resume=options.resume, workers=others)
-    # Here, so that what is missing is fetched and unpacked once.
-    learned, tested = len(experiment.learned().labels), len(experiment.tested().labels)
-    recipe = experiment.domain.recipes["scalenet"]
-    recipes = ablations(recipe) if options.ablation else experiment.domain.recipes
-    units = plan_units(experiment, recipes, range(options.seeds))
-    if not options.ablation:
-        units += plan_pictures(experiment, recipe, "net-s0")
-    outcomes = run_units(units, run, say, gpus=options.gpus_per_task)
-    scores = tabulate(outcomes)
-    run.write_json("metrics.json", {name: scores, "trained_on": learned, "tested_on": tested, "seeds": options.seeds})
-    if not options.ablation:
-        run.write_text("response.svg", response_plot(outcomes["response"]))
-        run.write_text("steps.svg", steps_plot(outcomes["steps"]))
+    with run.begin(settings, resume=options.resume, workers=others):
+        # Here, so that what is missing is fetched and unpacked once.
+        learned, tested = len(experiment.learned().labels), len(experiment.tested().labels)
+        recipe = experiment.domain.recipes["scalenet"]
+        recipes = ablations(recipe) if options.ablation else experiment.domain.recipes
+        units = plan_units(experiment, recipes, range(options.seeds))
+        if not options.ablation:
+            units += plan_pictures(experiment, recipe, "net-s0")
+        outcomes = run_units(units, run, say, gpus=options.gpus_per_task)
+        scores = tabulate(outcomes)
+        run.write_json(
+            "metrics.json", {name: scores, "trained_on": learned, "tested_on": tested, "seeds": options.seeds}
+        )
+        if not options.ablation:
+            run.write_text("response.svg", response_plot(outcomes["response"]))
+            run.write_text("steps.svg", steps_plot(outcomes["steps"]))
     say(accuracy_table(scores))
     say(f"trained on {learned}, tested on {tested} pictures, {options.seeds} seeds; results in {run.uri}")

@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def test_a_run_notes_all_that_is_needed_to_run_it_again(run: RunFolder) -> None:
-    run.begin(SETTINGS, resume=False, workers={"scale_actors": 3})
+    run.begin(SETTINGS, resume=False, workers={"scale_actors": 3}).release()
     config = yaml.safe_load(Path(run.uri, "config.yaml").read_text())
     assert config["settings"] == {**SETTINGS, "policies": ["whole", "grid-2"]}
     assert config["workers"] == {"scale_actors": 3}
@@ -53,20 +53,20 @@ def test_a_run_notes_all_that_is_needed_to_run_it_again(run: RunFolder) -> None:
 
 
 def test_a_run_that_is_there_is_not_overwritten(run: RunFolder) -> None:
-    run.begin(SETTINGS, resume=False)
+    run.begin(SETTINGS, resume=False).release()
     with pytest.raises(FileExistsError, match="holds a run already: add --resume to go on with it"):
         run.begin(SETTINGS, resume=False)
 
 
 def test_resuming_with_the_same_settings_and_other_workers_goes_on(run: RunFolder) -> None:
-    run.begin(SETTINGS, resume=False, workers={"engine": "ray"})
+    run.begin(SETTINGS, resume=False, workers={"engine": "ray"}).release()
     before = Path(run.uri, "config.yaml").read_bytes()
-    run.begin(dict(reversed(SETTINGS.items())), resume=True, workers={"engine": "local"})
+    run.begin(dict(reversed(SETTINGS.items())), resume=True, workers={"engine": "local"}).release()
     assert Path(run.uri, "config.yaml").read_bytes() == before
 
 
 def test_resuming_what_never_began_begins_it(run: RunFolder) -> None:
-    run.begin(SETTINGS, resume=True)
+    run.begin(SETTINGS, resume=True).release()
     assert Path(run.uri, "config.yaml").exists()
 
 
@@ -82,7 +82,7 @@ def test_resuming_what_never_began_begins_it(run: RunFolder) -> None:
 def test_resuming_with_other_settings_is_refused_and_they_are_named(
     run: RunFolder, changes: dict, message: str
 ) -> None:
-    run.begin(SETTINGS, resume=False)
+    run.begin(SETTINGS, resume=False).release()
     with pytest.raises(
         ValueError, match=f"was begun with other settings .{message}.*use the same, or another --output"
     ):
@@ -230,12 +230,12 @@ def test_json_has_null_where_there_is_no_number(run: RunFolder) -> None:
 
 def test_a_run_folder_may_lie_on_s3(s3_bucket: str) -> None:
     run = RunFolder(f"{s3_bucket}/runs/first")
-    run.begin(SETTINGS, resume=False)
+    run.begin(SETTINGS, resume=False).release()
     with pytest.raises(FileExistsError, match="add --resume"):
         run.begin(SETTINGS, resume=False)
     write(run, 4, 1)
     write(run, 2)
-    run.begin(SETTINGS, resume=True)
+    run.begin(SETTINGS, resume=True).release()
     assert list(run.finished("whole")) == [1, 2, 4]
     assert run.shards("images", "whole") == [f"{run.uri}/images/whole-0000{i}.parquet" for i in range(2)]
     assert run.table("detections", "whole").num_rows == 6

@@ -20,9 +20,25 @@ import pyarrow.fs
 from fsspec import AbstractFileSystem
 from fsspec.spec import AbstractBufferedFile
 
-__all__ = ["Address", "as_arrow", "atomic_writer", "exists", "join", "list_files", "read_bytes", "write_bytes_atomic"]
+__all__ = [
+    "Address",
+    "as_arrow",
+    "atomic_writer",
+    "delete",
+    "exists",
+    "join",
+    "list_files",
+    "local_path",
+    "read_bytes",
+    "read_tagged",
+    "write_bytes_atomic",
+    "write_if_unchanged",
+]
 
 Address = str | os.PathLike[str]
+
+_LOST_RACES = ("PreconditionFailed", "ConditionalRequestConflict")
+"""What S3 answers to a conditional write that came second."""
 
 
 def _locate(uri: Address) -> tuple[AbstractFileSystem, str]:
@@ -88,6 +104,12 @@ def as_arrow(uri: Address) -> tuple[pyarrow.fs.FileSystem, str]:
     if _is_s3(store):
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store)), path
     return pyarrow.fs.LocalFileSystem(), path
+
+
+def local_path(uri: Address) -> str | None:
+    """The absolute path of a local address; None if it lies on S3."""
+    store, path = _locate(uri)
+    return None if _is_s3(store) else path
 
 
 def exists(uri: Address) -> bool:
@@ -168,6 +190,51 @@ def write_bytes_atomic(uri: Address, data: bytes) -> None:
     """
     with atomic_writer(uri) as handle:
         handle.write(data)
+
+
+def read_tagged(uri: Address) -> tuple[bytes, str]:
+    """The content of an S3 object, and the tag of this very version of it; raises as `read_bytes` does."""
+    store, path = _locate(uri)
+    bucket, _, key = path.partition("/")
+    with _explained("read", uri, store):
+        info = store.call_s3("head_object", Bucket=bucket, Key=key)
+        return store.cat_file(path), info["ETag"]
+
+
+def write_if_unchanged(uri: Address, data: bytes, tag: str | None) -> str | None:
+    """Write an S3 object if nobody else has meanwhile: of several writers at once one succeeds.
+
+    Args:
+        uri: its s3:// address.
+        data: its content.
+        tag: of the version that is to be replaced; None if there must be no object yet.
+
+    Returns:
+        The new version's tag; None if the object is another one by now, or gone.
+
+    Raises:
+        OSError: if the store fails, or knows no conditional writes.
+    """
+    store, path = _locate(uri)
+    bucket, _, key = path.partition("/")
+    condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+    with _explained("write", uri, store):
+        try:
+            return store.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"]
+        except OSError as error:
+            response = getattr(error.__cause__ or error, "response", {})
+            if response.get("Error", {}).get("Code") in _LOST_RACES:
+                return None
+            if isinstance(error, FileNotFoundError) and tag is not None:
+                return None
+            raise
+
+
+def delete(uri: Address) -> None:
+    """Delete a file that is there."""
+    store, path = _locate(uri)
+    with _explained("delete", uri, store):
+        store.rm_file(path)
 
 
 def list_files(uri: Address, suffixes: Sequence[str] = ()) -> list[str]:

@@ -5,6 +5,7 @@
     images/*.parquet       after each of those: the record that its images are finished (schema IMAGES)
     failures.parquet       every image that was given up: policy, image id, file, stage, reason
     metrics.json, results.json, report.html, policies.svg   written at the end
+    driver.lock            while a driver is at work: a second one is refused
 
 A shard of `images` is the commit: detections without it are of a run that died in between, and are
 written again. Local folders and s3:// alike.
@@ -32,6 +33,7 @@ from scalenet_ray.core import storage
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.core.schemas import DETECTIONS, IMAGES, detections_table, images_table
+from scalenet_ray.engine.run_lock import RunLock, lock_run
 
 __all__ = ["FAILURES", "RunFolder", "ShardWriter"]
 
@@ -59,19 +61,38 @@ class RunFolder:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
+        self._lock: RunLock | None = None
 
-    def begin(self, settings: Mapping[str, Any], *, resume: bool, workers: Mapping[str, Any] | None = None) -> None:
-        """Make the folder and write config.yaml, or take up the run that is there.
+    def begin(self, settings: Mapping[str, Any], *, resume: bool, workers: Mapping[str, Any] | None = None) -> RunLock:
+        """Lock the folder for this driver and write config.yaml, or take up the run that is there.
 
         Args:
             settings: what the results depend on, plain values.
             workers: what they do not depend on: engine, pools, batches; noted, and free to differ on resuming.
             resume: go on with a run that is there; else one that is there is refused.
 
+        Returns:
+            The lock: `with run.begin(...):` lets go at the end, also when the block raises.
+
         Raises:
-            FileExistsError: if there is a run and `resume` is not asked for.
+            FileExistsError: if there is a run and `resume` is not asked for, or another driver is at work on it.
             ValueError: if the run to resume was begun with other settings; it names them.
         """
+        lock = lock_run(self.uri, take_over=resume)
+        try:
+            self._take_up(settings, workers or {}, resume=resume)
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+        return lock
+
+    def check_lock(self) -> None:
+        """Raise `RuntimeError` if this driver began the run and another one has taken over."""
+        if self._lock is not None:
+            self._lock.check()
+
+    def _take_up(self, settings: Mapping[str, Any], workers: Mapping[str, Any], *, resume: bool) -> None:
         config = storage.join(self.uri, "config.yaml")
         if storage.exists(config):
             if not resume:
@@ -84,7 +105,7 @@ class RunFolder:
         content = {
             "command": " ".join(sys.argv),
             "settings": dict(settings),
-            "workers": dict(workers or {}),
+            "workers": dict(workers),
             "versions": versions,
         }
         storage.write_bytes_atomic(config, yaml.safe_dump(content, sort_keys=False).encode())
@@ -191,6 +212,7 @@ class ShardWriter:
         """Write what is pending."""
         if not self._pending:
             return
+        self._run.check_lock()
         name = f"{self._policy}-{self._next:05d}.parquet"
         detections = detections_table(self._pending, self._policy)
         storage.write_bytes_atomic(storage.join(self._run.uri, "detections", name), _parquet(detections))

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scalenet_ray.core import storage
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.engine.run_lock import _S3Lock, lock_run
+from scalenet_ray.engine.runs import RunFolder, ShardWriter
+from tests.test_runs import result_of
+
+SETTINGS = {"seed": 1}
+LIVES = """
+import sys, time
+from scalenet_ray.engine.runs import RunFolder
+with RunFolder(sys.argv[1]).begin({"seed": 1}, resume=False):
+    sys.stdout.write("begun\\n")
+    sys.stdout.flush()
+    time.sleep(120)
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A beat four times a second; a second without one is stale."""
+    monkeypatch.setattr("scalenet_ray.engine.run_lock._BEAT_SECONDS", 0.25)
+    monkeypatch.setattr("scalenet_ray.engine.run_lock._STALE_SECONDS", 1.0)
+
+
+@pytest.fixture(params=["local", "s3"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A run folder of either kind."""
+    return str(tmp_path / "run") if request.param == "local" else f"{request.getfixturevalue('s3_bucket')}/run"
+
+
+def lock_of(uri: str) -> str:
+    return storage.join(uri, "driver.lock")
+
+
+def dead_lock(uri: str) -> None:
+    """What a driver that was killed leaves behind on S3."""
+    storage.write_bytes_atomic(lock_of(uri), b'{"driver": "0", "pid": 7, "host": "lost", "beat": 3}')
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_driver_is_refused_and_told_who_is_at_work(uri: str, resume: bool) -> None:
+    with RunFolder(uri).begin(SETTINGS, resume=False):
+        with pytest.raises(FileExistsError, match=rf"process \d+ on \S+ is at work in {uri}.*--resume"):
+            RunFolder(uri).begin(SETTINGS, resume=resume)
+        assert storage.exists(lock_of(uri))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_a_run_that_ends_or_fails_lets_go(uri: str, error: type[BaseException] | None) -> None:
+    def work() -> None:
+        with RunFolder(uri).begin(SETTINGS, resume=False):
+            if error is not None:
+                raise error
+
+    if error is None:
+        work()
+    else:
+        with pytest.raises(error):
+            work()
+    assert not storage.exists(lock_of(uri))
+    RunFolder(uri).begin(SETTINGS, resume=True).release()
+
+
+def test_a_run_that_may_not_begin_lets_go(uri: str) -> None:
+    RunFolder(uri).begin(SETTINGS, resume=False).release()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        RunFolder(uri).begin(SETTINGS, resume=False)
+    with pytest.raises(ValueError, match="begun with other settings"):
+        RunFolder(uri).begin({"seed": 2}, resume=True)
+    assert not storage.exists(lock_of(uri))
+
+
+def test_a_killed_drivers_local_lock_is_free_at_once(tmp_path: Path) -> None:
+    uri = str(tmp_path / "run")
+    driver = subprocess.Popen([sys.executable, "-c", LIVES, uri], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == "begun\n"
+    with pytest.raises(FileExistsError, match=f"process {driver.pid} on"):
+        RunFolder(uri).begin(SETTINGS, resume=True)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    driver.stdout.close()
+    assert storage.exists(lock_of(uri))
+    RunFolder(uri).begin(SETTINGS, resume=True).release()
+    assert not storage.exists(lock_of(uri))
+
+
+def test_a_folder_that_may_not_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("scalenet_ray.engine.run_lock.os.makedirs", denied)
+    with pytest.raises(PermissionError, match="access is denied; check its owner and mode"):
+        lock_run(str(tmp_path / "run"), take_over=False)
+
+
+# --- on S3 --------------------------------------------------------------------------------------------------
+
+
+def test_a_dead_drivers_lock_on_s3_is_taken_over_by_resume_alone(s3_bucket: str) -> None:
+    uri = f"{s3_bucket}/run"
+    dead_lock(uri)
+    with pytest.raises(FileExistsError, match=r"process 7 on lost is at work .*--resume takes over after 1 s"):
+        lock_run(uri, take_over=False)
+    begun = time.monotonic()
+    with lock_run(uri, take_over=True):
+        # Not before it was watched for as long as a lock takes to go stale.
+        assert time.monotonic() - begun > 1.0
+        assert json.loads(storage.read_bytes(lock_of(uri)))["host"] != "lost"
+
+
+def test_of_two_that_take_over_one_succeeds(s3_bucket: str) -> None:
+    uri = f"{s3_bucket}/run"
+    dead_lock(uri)
+    _, tag = storage.read_tagged(lock_of(uri))
+    assert storage.write_if_unchanged(lock_of(uri), b"first", tag) is not None
+    assert storage.write_if_unchanged(lock_of(uri), b"second", tag) is None
+    assert storage.write_if_unchanged(lock_of(uri), b"third", None) is None
+    storage.delete(lock_of(uri))
+    assert storage.write_if_unchanged(lock_of(uri), b"fourth", tag) is None
+
+
+def test_a_driver_that_was_paused_writes_nothing_once_another_has_taken_over(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"{s3_bucket}/run"
+    with monkeypatch.context() as paused:
+        paused.setattr(_S3Lock, "_keep_beating", lambda self: None)
+        run = RunFolder(uri)
+        first = run.begin(SETTINGS, resume=False)
+    with RunFolder(uri).begin(SETTINGS, resume=True):
+        writer = ShardWriter(run, "whole", {1: ImageRecord(1, "1.jpg")}, lambda ids: None)
+        writer.add(result_of(1))
+        with pytest.raises(RuntimeError, match="another driver has taken over"):
+            writer.flush()
+        assert run.finished("whole") == {}
+        first.release()
+        # It was not the first one's to delete.
+        assert storage.exists(lock_of(uri))
+
+
+def test_a_beat_whose_answer_was_lost_is_still_ours(s3_bucket: str) -> None:
+    uri = f"{s3_bucket}/run"
+    with lock_run(uri, take_over=False) as lock:
+        assert isinstance(lock, _S3Lock)
+        lock._tag = '"of before"'
+        lock._write_again()
+        lock._write_again()
+        lock.check()
+
+
+def test_a_lock_that_beats_is_never_stale(s3_bucket: str) -> None:
+    uri = f"{s3_bucket}/run"
+    with lock_run(uri, take_over=False):
+        _, first = storage.read_tagged(lock_of(uri))
+        wait_until(lambda: storage.read_tagged(lock_of(uri))[1] != first)
+        with pytest.raises(FileExistsError, match="is at work"):
+            lock_run(uri, take_over=True)
