@@ -92,6 +92,7 @@ _PROGRESSIVE = encoded(PIXELS, "JPEG", progressive=True)
 _GIF, _WEBP, _BMP, _TIFF = (encoded(PIXELS, kind) for kind in ("GIF", "WEBP", "BMP", "TIFF"))
 _INTERLACED_GIF = encoded(Image.fromarray(PIXELS).quantize(16), "GIF", interlace=1)
 _CMYK = Image.fromarray(PIXELS).convert("CMYK")
+_GREY = ((258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (279, 8))
 _DEEP_TEXT = b"Comment\x00\x00" + zlib.compress(bytes(80 * 2**20), 9)
 
 PICTURES: dict[str, tuple[bytes, str | None]] = {
@@ -160,10 +161,7 @@ PICTURES: dict[str, tuple[bytes, str | None]] = {
     "TIFF: truncated": (_TIFF[: len(_TIFF) // 2], DAMAGED),
     "TIFF: pages": (_frames("TIFF"), DECODED),
     "TIFF: a directory that follows itself": (_tiff((256, 36), (257, 24), (259, 1), (262, 2), following=8), DAMAGED),
-    "TIFF: 2 ** 32 - 1 squared": (
-        _tiff((256, 2**32 - 1), (257, 2**32 - 1), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (279, 8)),
-        TOO_LARGE,
-    ),
+    "TIFF: 2 ** 32 - 1 squared": (_tiff((256, 2**32 - 1), (257, 2**32 - 1), *_GREY), TOO_LARGE),
     "TIFF: an unknown compression": (_tiff((256, 36), (257, 24), (259, 4711), (262, 1), (273, 8), (279, 8)), DAMAGED),
 }
 """Kind -> the file, and what the error says; all of at most 36 x 24 pixels, or refused by a limit of `MAX_PIXELS`."""

@@ -31,8 +31,9 @@ def mask_of_segmentation(segmentation: Any, hw: tuple[int, int]) -> np.ndarray:
     if isinstance(segmentation, list) and segmentation:
         polygons: Any = [_polygon(points, hw) for points in segmentation]
         return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *hw)))
-    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
-    if not isinstance(counts, list | str | bytes) or segmentation.get("size") not in (list(hw), tuple(hw)):
+    fields: dict[str, Any] = segmentation if isinstance(segmentation, dict) else {}
+    counts = fields.get("counts")
+    if not isinstance(counts, list | str | bytes) or fields.get("size") not in (list(hw), tuple(hw)):
         msg = f'a segmentation must be polygons or {{"size": {list(hw)}, "counts": ...}}, got {_short(segmentation)}: '
         raise TileError(msg + "correct or remove the annotation")
     runs = _runs(counts) if isinstance(counts, str | bytes) else counts
