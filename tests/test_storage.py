@@ -3,13 +3,15 @@ from __future__ import annotations
 import os
 import stat
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from s3fs import S3FileSystem
 
+from scalenet_ray.core import storage
 from scalenet_ray.core.storage import atomic_writer, exists, join, list_files, read_bytes, write_bytes_atomic
+from tests.s3_faults import ANSWERS, BREAKS, FaultyS3, faulty_s3
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -143,6 +145,8 @@ def test_missing_credentials_are_named_as_such(s3_bucket: str, monkeypatch: pyte
 
 
 def test_no_message_holds_a_secret(s3_bucket: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "_S3_ANSWERS", 1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     secrets = ["key-of-a-test", "word-that-must-stay-hidden", "word-in-the-endpoint", "word-in-the-address"]
     shown = []
     for endpoint in (os.environ["AWS_ENDPOINT_URL"], "http://user:word-in-the-endpoint@127.0.0.1:9"):
@@ -162,3 +166,117 @@ def test_joined_parts_stay_below_their_base():
     assert join("s3://bucket/data/", "val", "/a.jpg") == "s3://bucket/data/val/a.jpg"
     assert join("/data", "val/", "a.jpg") == "/data/val/a.jpg"
     assert join("/", "a.jpg") == "/a.jpg"
+
+
+# --- what is too large ------------------------------------------------------------------------------
+
+
+def test_a_file_over_the_limit_is_refused_before_it_is_read(base: str, monkeypatch: pytest.MonkeyPatch):
+    write_bytes_atomic(f"{base}/file", b"12345678")
+    assert read_bytes(f"{base}/file", max_bytes=8) == b"12345678"
+    monkeypatch.setattr(S3FileSystem, "cat_file", lambda *a, **k: pytest.fail("it was read"))
+    monkeypatch.setattr("builtins.open", lambda *a, **k: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match=r"/file may have 7 bytes, got 8: split or shrink it"):
+        read_bytes(f"{base}/file", max_bytes=7)
+
+
+def test_a_device_without_end_is_not_read_to_its_end():
+    with pytest.raises(ValueError, match="/dev/zero may have 1000 bytes, got 1001"):
+        read_bytes("/dev/zero", max_bytes=1000)
+
+
+# --- S3 that fails ----------------------------------------------------------------------------------
+
+
+def use_endpoint(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_S3_TIMEOUTS", {"connect_timeout": 5, "read_timeout": 1})
+
+
+@pytest.fixture(params=[*ANSWERS, *BREAKS])
+def faulty(
+    request: pytest.FixtureRequest, s3_bucket: str, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultyS3]:
+    """S3 where every request fails the first time that it is made."""
+    with faulty_s3(os.environ["AWS_ENDPOINT_URL"], [request.param]) as server:
+        use_endpoint(server.address, monkeypatch)
+        yield server
+
+
+def test_each_request_may_fail_once(s3_bucket: str, faulty: FaultyS3):
+    write_bytes_atomic(f"{s3_bucket}/in/file", b"0123456789" * 1000)
+    assert read_bytes(f"{s3_bucket}/in/file", max_bytes=20_000) == b"0123456789" * 1000
+    assert list_files(f"{s3_bucket}/in") == [f"{s3_bucket}/in/file"]
+    assert exists(f"{s3_bucket}/in/file")
+    assert sum(faulty.injected.values()) >= 4
+
+
+def test_a_large_answer_that_breaks_off_is_fetched_again(s3_bucket: str, monkeypatch: pytest.MonkeyPatch):
+    # Larger than the pieces in which s3fs would fetch it.
+    data = bytes(range(256)) * 4096 * 60
+    write_bytes_atomic(f"{s3_bucket}/large", data)
+    with faulty_s3(os.environ["AWS_ENDPOINT_URL"], ["cut short"]) as server:
+        use_endpoint(server.address, monkeypatch)
+        assert read_bytes(f"{s3_bucket}/large") == data
+        assert server.injected["cut short"] == 1
+
+
+def test_without_further_attempts_the_same_faults_are_errors(
+    s3_bucket: str, impatient: None, monkeypatch: pytest.MonkeyPatch
+):
+    write_bytes_atomic(f"{s3_bucket}/file", b"x" * 1000)
+    behind = os.environ["AWS_ENDPOINT_URL"]
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(storage, "_S3_ANSWERS", 1)
+    for fault in ("internal error", "cut short"):
+        with faulty_s3(behind, [fault]) as server:
+            use_endpoint(server.address, monkeypatch)
+            with pytest.raises(OSError, match=r"cannot read s3://.*: S3 failed with"):
+                read_bytes(f"{s3_bucket}/file")
+            assert server.injected[fault] == 1
+
+
+def test_a_server_that_stays_down_is_given_up(s3_bucket: str, impatient: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "_S3_ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "_S3_ANSWERS", 1)
+    use_endpoint("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(OSError, match="the endpoint cannot be reached; check AWS_ENDPOINT_URL"):
+        read_bytes(f"{s3_bucket}/file")
+
+
+# --- who asks ---------------------------------------------------------------------------------------
+
+
+def test_a_public_bucket_is_read_without_credentials(s3_bucket: str, monkeypatch: pytest.MonkeyPatch):
+    write_bytes_atomic(f"{s3_bucket}/in/file", b"x")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
+    with faulty_s3(os.environ["AWS_ENDPOINT_URL"]) as server:
+        use_endpoint(server.address, monkeypatch)
+        assert read_bytes(f"{s3_bucket}/in/file") == b"x"
+        assert list_files(f"{s3_bucket}/in") == [f"{s3_bucket}/in/file"]
+        assert server.signed == {False: 2}
+
+
+def test_a_profile_has_the_credentials_and_the_endpoint(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_bytes_atomic(f"{s3_bucket}/file", b"x")
+    with faulty_s3(os.environ["AWS_ENDPOINT_URL"]) as server:
+        config = f"[profile minio]\nendpoint_url = {server.address}\nregion = us-east-1\n"
+        (tmp_path / "config").write_text(config)
+        (tmp_path / "credentials").write_text("[minio]\naws_access_key_id = a\naws_secret_access_key = b\n")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_PROFILE", "minio")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+        S3FileSystem.clear_instance_cache()
+        assert read_bytes(f"{s3_bucket}/file") == b"x"
+        assert server.signed == {True: 1}

@@ -39,6 +39,9 @@ __all__ = [
 
 _SHOWN = 5
 
+_MOST_BYTES = 2 * 2**30
+"""Of a file of annotations or addresses: parsed it takes some ten times as much memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
@@ -131,6 +134,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
+def _is_text(value: object) -> bool:
+    """Whether it is text that can be written: JSON can hold half of a character, which no file's name or table can."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
 def _rows(document: Mapping[str, Any], section: str, keys: Sequence[str], name: str) -> list[dict]:
     """A section of the file, whose rows all have `keys` and an id of their own."""
     rows = document.get(section)
@@ -155,7 +163,7 @@ def _image_record(row: dict, name: str) -> ImageRecord:
         value = row.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             _fail(f"{key} of image {row['id']} of {name} must be 1 or more pixels, got {value!r}: correct it")
-    if not isinstance(row["file_name"], str):
+    if not _is_text(row["file_name"]):
         _fail(f"file_name of image {row['id']} of {name} must be text, got {row['file_name']!r}: correct it")
     return ImageRecord(row["id"], row["file_name"], row.get("height"), row.get("width"))
 
@@ -187,7 +195,11 @@ def parse_annotations(document: Mapping[str, Any], name: str = "the annotations"
     image_rows = _rows(document, "images", ("id", "file_name"), name)
     if not image_rows:
         _fail(f"{name} must list at least one image, got none: check that it is the right file")
-    names = {row["id"]: str(row["name"]) for row in _rows(document, "categories", ("id", "name"), name)}
+    category_rows = _rows(document, "categories", ("id", "name"), name)
+    unnamed = [row["id"] for row in category_rows if not _is_text(str(row["name"]))]
+    if unnamed:
+        _fail(f"name of a category of {name} must be text, got something else in {_first(unnamed)}: correct it")
+    names = {row["id"]: str(row["name"]) for row in category_rows}
     rows = _rows(document, "annotations", ("id", "image_id", "category_id", "bbox"), name)
     images = sorted((_image_record(row, name) for row in image_rows), key=lambda record: record.image_id)
     for what, known in (("image_id", {record.image_id for record in images}), ("category_id", names.keys())):
@@ -217,10 +229,11 @@ def read_annotations(uri: Address) -> CocoDataset:
         FileNotFoundError: if it is not there.
         ValueError: if it is no JSON, or something in it is missing, double, or points to nothing.
     """
-    data = read_bytes(uri)
+    data = read_bytes(uri, max_bytes=_MOST_BYTES)
     try:
         document = json.loads(data)
-    except ValueError as error:
+    # A RecursionError: brackets without end.
+    except (ValueError, RecursionError) as error:
         msg = f"{uri} must be JSON, got something else ({error}): fetch or export it again"
         raise ValueError(msg) from error
     return parse_annotations(document, str(uri))
@@ -271,6 +284,9 @@ def list_images(uri: Address) -> list[ImageRecord]:
         names = _addresses_in_parquet(str(uri) if "://" in str(uri) else os.path.abspath(uri))
     else:
         names = list_files(uri, IMAGE_SUFFIXES)
+        unwritable = [repr(name) for name in names if not _is_text(name)]
+        if unwritable:
+            _fail(f"names of files must be UTF-8, got {_first(unwritable)}: rename them")
     if not names:
         wanted = ", ".join(IMAGE_SUFFIXES)
         _fail(f"{uri} must hold at least one image ({wanted}), got none: check the path, or quote a glob")
@@ -279,7 +295,7 @@ def list_images(uri: Address) -> list[ImageRecord]:
 
 def _addresses_in_parquet(uri: str) -> list[str]:
     try:
-        file = pq.ParquetFile(pa.BufferReader(read_bytes(uri)))
+        file = pq.ParquetFile(pa.BufferReader(read_bytes(uri, max_bytes=_MOST_BYTES)))
         column = next((name for name in ("uri", "path") if name in file.schema_arrow.names), None)
         if column is None:
             _fail(f"{uri} must have a column uri or path, got {', '.join(file.schema_arrow.names)}: rename it")

@@ -32,12 +32,17 @@ from PIL import (
 from PIL.ImageFile import ImageFile
 
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.storage import Address, read_bytes
 from scalenet_ray.core.window import Tile
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "cut_tile", "decode_image", "image_hw"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "cut_tile", "decode_image", "image_hw", "read_image"]
 
 MAX_PIXELS = 200_000_000
 """The largest image that is decoded, in pixels: a phone's 200 megapixels, and about 2 GB while it is read."""
+
+# No picture needs more than four channels of 16 bits a pixel; a small one may have a large profile beside it.
+_BYTES_PER_PIXEL = 8
+_FEWEST_BYTES = 16 * 2**20
 
 _MOST_SHRUNK = 2.0
 
@@ -134,6 +139,28 @@ def image_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         TileError: if it is no image, or too large.
     """
     return _read_header(data, max_pixels).upright_hw
+
+
+def read_image(uri: Address, *, expect_hw: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Read and decode a picture; a file too large to hold `max_pixels` is refused before it is read.
+
+    Args:
+        uri: a local path, file:// or s3:// address.
+        expect_hw: see `decode_image`.
+        max_pixels: see `decode_image`.
+
+    Returns:
+        [h, w, 3] uint8 RGB, read-only.
+
+    Raises:
+        TileError: whatever is wrong with this one picture: not there, not to be read, or as in `decode_image`.
+    """
+    try:
+        data = read_bytes(uri, max_bytes=max(_BYTES_PER_PIXEL * max_pixels, _FEWEST_BYTES))
+    # A ValueError: the address is none of ours, or has a character that no file's name has.
+    except (OSError, ValueError) as error:
+        raise TileError(str(error)) from error
+    return decode_image(data, expect_hw=expect_hw, max_pixels=max_pixels)
 
 
 def decode_image(

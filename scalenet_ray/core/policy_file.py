@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from scalenet_ray.core.policy import Policy, policy_from_dict
-from scalenet_ray.core.storage import read_bytes
+from scalenet_ray.core.yaml_file import read_yaml
 
 __all__ = ["read_policies"]
 
@@ -19,11 +17,7 @@ def read_policies(uri: str | Path) -> list[Policy]:
         FileNotFoundError: if it is not there.
         ValueError: if it is no YAML, of another version, or a field is wrong; the message says which.
     """
-    try:
-        content = yaml.safe_load(read_bytes(uri))
-    except yaml.YAMLError as error:
-        msg = f"{uri} must be YAML, got something else ({error}): correct it"
-        raise ValueError(msg) from error
+    content = read_yaml(uri)
     entries = content if isinstance(content, list) else [content]
     if not all(isinstance(entry, dict) for entry in entries):
         msg = f"{uri} must hold a policy (name: value lines) or a list of them, got {type(content).__name__}"

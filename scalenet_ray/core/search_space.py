@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-import yaml
-
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.policy import Policy, Recursion, policy_from_dict, policy_to_dict
-from scalenet_ray.core.storage import read_bytes
+from scalenet_ray.core.yaml_file import read_yaml
 
 __all__ = ["SPACE_VERSION", "Choice", "Range", "SearchSpace", "changed_policy", "read_space", "start_values"]
 
@@ -70,11 +68,7 @@ def read_space(uri: str | Path) -> SearchSpace:
         FileNotFoundError: if it is not there.
         ValueError: if it is no YAML, of another version, names an unknown field, or a range is empty.
     """
-    try:
-        content = yaml.safe_load(read_bytes(uri))
-    except yaml.YAMLError as error:
-        msg = f"{uri} must be YAML, got something else ({error}): correct it"
-        raise ValueError(msg) from error
+    content = read_yaml(uri)
     if not isinstance(content, dict) or content.get("version") != SPACE_VERSION:
         got = content.get("version") if isinstance(content, dict) else type(content).__name__
         msg = f"{uri} must be a search space with version: {SPACE_VERSION}, got {got!r}: write it anew for this release"

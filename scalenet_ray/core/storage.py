@@ -1,8 +1,11 @@
 """Files by their address: a local path, file:// or s3://, read and written alike.
 
-S3 is reached as botocore does: credentials, region and endpoint come from the environment
-(`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_REGION`, `AWS_ENDPOINT_URL` ...) and from nowhere else, and no
-message repeats them.
+S3 is reached as botocore does: credentials, region and endpoint come from the environment (`AWS_ACCESS_KEY_ID`,
+`AWS_PROFILE`, `AWS_REGION`, `AWS_ENDPOINT_URL` ...), a profile or the machine's role and from nowhere else, and no
+message repeats them. `AWS_NO_SIGN_REQUEST=YES` asks for none: public buckets.
+
+A request that fails for a passing reason (500, 503 SlowDown, a time-out, a connection that broke, in mid-answer too) is
+made again after a wait that grows, a bounded number of times (`AWS_MAX_ATTEMPTS` and `AWS_RETRY_MODE` are botocore's).
 """
 
 from __future__ import annotations
@@ -40,6 +43,26 @@ Address = str | os.PathLike[str]
 _LOST_RACES = ("PreconditionFailed", "ConditionalRequestConflict")
 """What S3 answers to a conditional write that came second."""
 
+# A server that says nothing for so long is taken for lost, and asked again.
+_S3_TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}
+_S3_ATTEMPTS = 4
+_S3_ANSWERS = 3
+
+
+def _s3() -> AbstractFileSystem:
+    """The client, made once for each setting."""
+    unsigned = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "on", "true", "yes")
+    # "standard" waits longer each time, at random; what the user's environment asks for goes before.
+    retries: dict[str, str | int] = {} if "AWS_RETRY_MODE" in os.environ else {"mode": "standard"}
+    if "AWS_MAX_ATTEMPTS" not in os.environ:
+        retries["total_max_attempts"] = _S3_ATTEMPTS
+    settings = {**_S3_TIMEOUTS, "retries": retries}
+    # Other processes write to the same place: a listing remembered from earlier would be stale.
+    store = fsspec.filesystem("s3", anon=unsigned, use_listings_cache=False, config_kwargs=settings)
+    # Of s3fs's own, which fetches an answer again that breaks off while it is read, but also multiplies botocore's.
+    store.retries = _S3_ANSWERS
+    return store
+
 
 def _locate(uri: Address) -> tuple[AbstractFileSystem, str]:
     """An address -> its file system and the path there; local paths become absolute."""
@@ -55,8 +78,7 @@ def _locate(uri: Address) -> tuple[AbstractFileSystem, str]:
         # The address itself is not repeated: it holds a secret.
         msg = "an s3:// address must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
         raise ValueError(msg)
-    # Other processes write to the same place: a listing remembered from earlier would be stale.
-    return fsspec.filesystem("s3", use_listings_cache=False), rest
+    return _s3(), rest
 
 
 def _is_s3(store: AbstractFileSystem) -> bool:
@@ -84,11 +106,13 @@ def _explained(verb: str, uri: Address, store: AbstractFileSystem) -> Iterator[N
 
 
 def _s3_reason(error: Exception) -> str:
+    from botocore.exceptions import ConnectionError as NoConnectionError
     from botocore.exceptions import HTTPClientError, NoCredentialsError, PartialCredentialsError
 
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return "no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-    if isinstance(error, HTTPClientError):
+        keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        return f"no credentials; set {keys}, or AWS_NO_SIGN_REQUEST=YES for a public bucket"
+    if isinstance(error, HTTPClientError | NoConnectionError):
         return "the endpoint cannot be reached; check AWS_ENDPOINT_URL and the network"
     return f"S3 failed with {type(error).__name__}; check the address, AWS_REGION and the service"
 
@@ -119,17 +143,38 @@ def exists(uri: Address) -> bool:
         return store.exists(path)
 
 
-def read_bytes(uri: Address) -> bytes:
+def read_bytes(uri: Address, *, max_bytes: int | None = None) -> bytes:
     """The whole content of a file.
+
+    Args:
+        uri: the file.
+        max_bytes: a larger one is refused before it is read; None for what the user has chosen to trust.
 
     Raises:
         FileNotFoundError: if it is not there; the message says what to check.
         PermissionError: if it may not be read.
         OSError: if the store fails otherwise.
+        ValueError: if it is larger than `max_bytes`.
     """
     store, path = _locate(uri)
     with _explained("read", uri, store):
-        return cast(bytes, store.cat_file(path))
+        if max_bytes is not None:
+            _check_size(uri, cast(int, store.info(path)["size"]), max_bytes)
+        if _is_s3(store):
+            # In one piece: s3fs does not ask again for one of several that breaks off.
+            return cast(bytes, store.cat_file(path, max_concurrency=1))
+        with open(path, "rb") as handle:
+            # What grows meanwhile, or is a device without end, is not read to its end either.
+            data = handle.read(-1 if max_bytes is None else max_bytes + 1)
+        if max_bytes is not None:
+            _check_size(uri, len(data), max_bytes)
+        return data
+
+
+def _check_size(uri: Address, size: int, most: int) -> None:
+    if size > most:
+        msg = f"{os.fspath(uri)} may have {most} bytes, got {size}: split or shrink it, if it is the right one"
+        raise ValueError(msg)
 
 
 @contextmanager

@@ -12,8 +12,7 @@ import numpy as np
 
 from scalenet_ray.core import storage
 from scalenet_ray.core.coco import ImageRecord, safe_file_name
-from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.images import decode_image
+from scalenet_ray.core.images import read_image
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.runs import RunFolder, ShardWriter
 
@@ -81,11 +80,7 @@ class Progress:
 def _open(record: ImageRecord, folder: str | None, max_pixels: int) -> np.ndarray:
     name = record.file_name
     uri = name if folder is None else storage.join(folder, safe_file_name(name))
-    try:
-        data = storage.read_bytes(uri)
-    except OSError as error:
-        raise TileError(str(error)) from error
-    return decode_image(data, expect_hw=record.hw, max_pixels=max_pixels)
+    return read_image(uri, expect_hw=record.hw, max_pixels=max_pixels)
 
 
 def image_opener(folder: str | None, max_pixels: int) -> Callable[[ImageRecord], np.ndarray]:

@@ -84,9 +84,16 @@ def run_sweep(
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     keeper: Any = Keeper.remote() if sweep.keep else None
     trainable = tune.with_resources(tune.with_parameters(RecursionTrial, task=task, keeper=keeper), {"cpu": 1})
-    path = storage.join(uri, _NAME)
-    if resume and storage.exists(storage.join(path, "tuner.pkl")):
-        tuner = tune.Tuner.restore(path, trainable, resume_errored=False, restart_errored=False)
+    # The file system that all else here is read by: its retries, its endpoint, its credentials.
+    file_system, folder = storage.as_arrow(uri)
+    if resume and storage.exists(storage.join(uri, _NAME, "tuner.pkl")):
+        tuner = tune.Tuner.restore(
+            storage.join(folder, _NAME),
+            trainable,
+            storage_filesystem=file_system,
+            resume_errored=False,
+            restart_errored=False,
+        )
     else:
         tuner = tune.Tuner(
             trainable,
@@ -94,7 +101,8 @@ def run_sweep(
             tune_config=_tune_config(space, task, sweep),
             run_config=tune.RunConfig(
                 name=_NAME,
-                storage_path=uri,
+                storage_path=folder,
+                storage_filesystem=file_system,
                 stop={"training_iteration": len(task.subsets)},
                 callbacks=[_Lines(say, None if sweep.searcher == "grid" else sweep.trials)],
                 verbose=0,

@@ -6,12 +6,12 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from scalenet_ray.core.coco import Objects, objects_of, read_annotations, safe_file_name
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.images import decode_image
-from scalenet_ray.core.storage import join, read_bytes
+from scalenet_ray.core.images import read_image
+from scalenet_ray.core.masks import mask_of_segmentation
+from scalenet_ray.core.storage import join
 from scalenet_ray.core.window import Tile, Window
 
 __all__ = [
@@ -129,8 +129,8 @@ def read_pixels(example: Example) -> np.ndarray:
         TileError: if it is not there, can't be decoded or is not as annotated; the reason names it.
     """
     try:
-        return decode_image(read_bytes(example.uri), expect_hw=example.hw)
-    except (TileError, FileNotFoundError) as error:
+        return read_image(example.uri, expect_hw=example.hw)
+    except TileError as error:
         msg = f"image {example.image_id}, {example.uri}: {error}"
         raise TileError(msg) from error
 
@@ -143,13 +143,7 @@ def object_mask(objects: Objects, i: int, hw: tuple[int, int]) -> np.ndarray:
         x0, y0, x1, y1 = np.maximum(np.round(objects.boxes[i]), 0).astype(int)
         mask[y0:y1, x0:x1] = 1
         return mask
-    if isinstance(segmentation, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, *hw))
-    elif isinstance(segmentation["counts"], list):
-        rle = coco_mask.frPyObjects(segmentation, *hw)
-    else:
-        rle = segmentation
-    return coco_mask.decode(rle)
+    return mask_of_segmentation(segmentation, hw)
 
 
 def random_window(rng: np.random.Generator, hw: tuple[int, int], share: float) -> Window:
