@@ -24,7 +24,7 @@ from scalenet_ray.core.results import Failure, ImageResult, TileResult, detect_t
 from scalenet_ray.core.scale import CLASS_BOUNDS, REFERENCE_AREA, ScaleMap
 from scalenet_ray.core.window import ANY_AREA, AreaRange, Tile, Window
 
-__all__ = ["Expansion", "Step", "expand", "recursive_detect", "rescale_factor"]
+__all__ = ["Expansion", "Step", "expand", "out_of_range", "recursive_detect", "rescale_factor"]
 
 
 class Expansion(NamedTuple):
@@ -176,6 +176,23 @@ def _directions(tile: Tile, scale_map: ScaleMap, policy: Policy) -> list[_Direct
             found = scale_map.prob[list(classes)].sum(axis=0) > rules.threshold  # type: ignore[index]
         directions.append(_Direction(found, zooms_in, _keep_range(tile.window.area, classes, zooms_in, policy)))
     return directions
+
+
+def out_of_range(tile: Tile, scale_map: ScaleMap, policy: Policy) -> np.ndarray:
+    """Which cells of a map are out of the detector's range: those that windows are laid over.
+
+    Args:
+        tile: the tile that was looked at.
+        scale_map: what was seen in it, on a grid of [h, w] cells.
+        policy: the policy.
+
+    Returns:
+        [h, w] bool; all of them where the policy goes by the gain and asks no class.
+    """
+    cells = np.zeros(scale_map.hw, bool)
+    for direction in _directions(tile, scale_map, policy):
+        cells |= direction.out_of_range
+    return cells
 
 
 def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansion:
