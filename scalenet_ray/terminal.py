@@ -7,8 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from scalenet_ray.core.front import front
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.recursion import Step, out_of_range
 
-__all__ = ["accuracy_table", "difference_table", "last_line", "policy_table", "run_job", "trial_table"]
+__all__ = [
+    "accuracy_table",
+    "difference_table",
+    "last_line",
+    "policy_table",
+    "run_job",
+    "say",
+    "step_table",
+    "trial_table",
+]
 
 _COLUMNS = (
     ("AP", "AP"),
@@ -90,6 +101,38 @@ def difference_table(document: Mapping[str, Any]) -> str:
         )
         lines.append(f"{name}: {', '.join(parts)}")
     return "\n".join(lines)
+
+
+def step_table(steps: Sequence[Step], policy: Policy) -> str:
+    """The steps of a recursion as text: a row a tile, with what was seen in it and what came of it.
+
+    Args:
+        steps: in the order in which they were done.
+        policy: what they followed.
+    """
+    rows = [["tile", "depth", "window", "pixels", "out of range", "asked", "found"]]
+    for step in steps:
+        tile, result = step.tile, step.result
+        seen = "-" if step.scale_map is None else f"{out_of_range(tile, step.scale_map, policy).mean():.1%}"
+        found = str(len(result.detections)) if result.detector_pixels else "not detected"
+        x0, y0, x1, y1 = tile.window.xyxy
+        rows.append(
+            [
+                ".".join(map(str, tile.path)) or "whole",
+                str(tile.depth),
+                f"{x0}-{x1} x {y0}-{y1}",
+                f"{tile.width} x {tile.height}",
+                seen,
+                " ".join([str(len(step.children)), *(f"({guard})" for guard in result.guards)]),
+                result.failure.reason if result.failure else found,
+            ]
+        )
+    return _aligned(rows)
+
+
+def say(text: str) -> None:
+    """Print what a person asked to be told."""
+    print(text)  # noqa: T201
 
 
 def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple[str, int]:

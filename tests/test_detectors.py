@@ -80,6 +80,49 @@ def test_a_missing_file_is_named_by_every_kind(tmp_path: Path, spec: str) -> Non
         load_detector(spec.format(tmp_path / "nowhere"))
 
 
+def add_package(folder: Path, package: str, kinds: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package, as Python sees one: its module and its metadata on the path."""
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[scalenet_ray.detectors]\n{kinds}\n")
+    maker = """
+def make(what, *, device, score_threshold, iou_threshold):
+    detector = Whole()
+    detector.made_with = (what, device, score_threshold, iou_threshold)
+    return detector
+
+def make_partial(what, **settings):
+    return Partial()
+"""
+    (folder / f"{package}.py").write_text(OWN + maker)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, package, raising=False)
+
+
+def test_an_installed_package_adds_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_package(tmp_path, "their_nets", "their-net = their_nets:make\nhalf = their_nets:make_partial", monkeypatch)
+    detector = load_detector("their-net:weights.bin", device="cuda:1", score_threshold=0.2)
+    assert detector.made_with == ("weights.bin", "cuda:1", 0.2, None)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"detector 'half:x' must have .* lacks categories"):
+        load_detector("half:x")
+    with pytest.raises(ValueError, match="kind of half, their-net, tiny, torchvision, yolox-onnx"):
+        load_detector("their-net")
+
+
+def test_a_package_that_takes_a_kind_of_ours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_package(tmp_path, "taker", "tiny = taker:make", monkeypatch)
+    with pytest.raises(ValueError, match="'tiny' from scalenet_ray itself and package taker: rename one"):
+        load_detector("tiny:weights.bin")
+
+
+def test_two_packages_that_add_one_kind_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("one_maker", "other_maker"):
+        add_package(tmp_path / package, package, f"same = {package}:make", monkeypatch)
+    with pytest.raises(ValueError, match="'same' from package one_maker and package other_maker"):
+        load_detector("same:weights.bin")
+
+
 @pytest.mark.parametrize("name", ["score_threshold", "iou_threshold"])
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
 def test_thresholds_outside_their_range_are_refused(name: str, value: float) -> None:

@@ -35,7 +35,7 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.storage import Address, read_bytes
 from scalenet_ray.core.window import Tile
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "cut_tile", "decode_image", "image_hw", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "cut_tile", "decode_image", "image_hw", "read_image", "to_rgb"]
 
 MAX_PIXELS = 200_000_000
 """The largest image that is decoded, in pixels: a phone's 200 megapixels, and about 2 GB while it is read."""
@@ -199,7 +199,7 @@ def decode_image(
         turn = (header.upright_hw if turn else header.stored_hw) == expect_hw and turn
     with _guarded():
         header.image.load()
-        pixels = _to_rgb(header.image)
+        pixels = to_rgb(header.image)
     if isinstance(header.image, TiffImagePlugin.TiffImageFile):
         pixels = pixels if turn else _turned(pixels, {6: 8, 8: 6}.get(header.orientation, header.orientation))
     elif turn:
@@ -220,8 +220,12 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """A loaded image of any mode -> [h, w, 3] uint8."""
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """A loaded image of any mode -> [h, w, 3] uint8 RGB, by the rules above; its EXIF is not looked at.
+
+    Raises:
+        TileError: if it is of 32-bit integers or floats.
+    """
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
         return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from scalenet_ray.core.results import Failure, ImageResult, TileResult, detect_t
 from scalenet_ray.core.scale import CLASS_BOUNDS, REFERENCE_AREA, ScaleMap
 from scalenet_ray.core.window import ANY_AREA, AreaRange, Tile, Window
 
-__all__ = ["Expansion", "expand", "recursive_detect", "rescale_factor"]
+__all__ = ["Expansion", "Step", "expand", "out_of_range", "recursive_detect", "rescale_factor"]
 
 
 class Expansion(NamedTuple):
@@ -177,6 +178,23 @@ def _directions(tile: Tile, scale_map: ScaleMap, policy: Policy) -> list[_Direct
     return directions
 
 
+def out_of_range(tile: Tile, scale_map: ScaleMap, policy: Policy) -> np.ndarray:
+    """Which cells of a map are out of the detector's range: those that windows are laid over.
+
+    Args:
+        tile: the tile that was looked at.
+        scale_map: what was seen in it, on a grid of [h, w] cells.
+        policy: the policy.
+
+    Returns:
+        [h, w] bool; all of them where the policy goes by the gain and asks no class.
+    """
+    cells = np.zeros(scale_map.hw, bool)
+    for direction in _directions(tile, scale_map, policy):
+        cells |= direction.out_of_range
+    return cells
+
+
 def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansion:
     rules = policy.recursion
     grid_hw = scale_map.hw
@@ -295,6 +313,23 @@ def _share_allowance(children: list[Tile], allowance: int) -> list[Tile]:
     return [dataclasses.replace(child, allowance=each + (i < extra)) for i, child in enumerate(children)]
 
 
+class Step(NamedTuple):
+    """One step of `recursive_detect`: what became of one tile.
+
+    Attributes:
+        tile: the tile.
+        scale_map: what was seen in it, in its own frame; None if it was not looked at.
+        children: the tiles cut from it.
+        result: its detections, in image pixels, filtered and not merged yet; its cost, the limits that acted, and why
+            it failed, if it did.
+    """
+
+    tile: Tile
+    scale_map: ScaleMap | None
+    children: tuple[Tile, ...]
+    result: TileResult
+
+
 def recursive_detect(
     image: np.ndarray,
     image_id: int,
@@ -302,6 +337,7 @@ def recursive_detect(
     *,
     detect: Detect,
     predict_scale: PredictScale | ReadFeatures | None = None,
+    observe: Callable[[Step], None] | None = None,
 ) -> ImageResult:
     """Algorithm 1 on one image, one tile after the other: the reference.
 
@@ -311,26 +347,35 @@ def recursive_detect(
         policy: where to look more closely.
         detect: the frozen detector.
         predict_scale: Scale Net, or an oracle; only for the policies that need one.
+        observe: called with each step as soon as it is done, a tile before those that are cut from it.
 
     Returns:
         The image's merged detections in image pixels, and what they cost. A tile that a network breaks on
         fails the image, with the reason.
     """
     queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
-    results: list[TileResult] = []
+    steps: list[Step] = []
     while queue:
-        tile = queue.popleft()
-        pixels = [cut_tile(image, tile)]
-        seen = look(pixels, [tile], policy, detect=detect, predict_scale=predict_scale)[0]
-        looked = predict_scale.input_pixels if seen.looked and predict_scale is not None else 0
-        result = TileResult(image_id, tile.path, Fraction(0), look_pixels=looked, image_hw=tile.image_hw)
-        if seen.failure is not None:
-            results.append(dataclasses.replace(result, failure=Failure("look", seen.failure.reason)))
-            continue
-        expansion = expand(tile, seen.scale_map, policy)
-        queue.extend(expansion.children)
-        result = dataclasses.replace(result, guards=expansion.guards)
-        if expansion.detect:
-            result = detect_tiles([result], [tile], pixels, [seen.detections], detect, policy.merging)[0]
-        results.append(result)
-    return merge_image(results, policy.merging)
+        step = _step(image, queue.popleft(), policy, detect, predict_scale)
+        queue.extend(step.children)
+        steps.append(step)
+        if observe is not None:
+            observe(step)
+    return merge_image([step.result for step in steps], policy.merging)
+
+
+def _step(
+    image: np.ndarray, tile: Tile, policy: Policy, detect: Detect, predict_scale: PredictScale | ReadFeatures | None
+) -> Step:
+    """Look at a tile, plan its windows, and detect it if that is what becomes of it."""
+    pixels = [cut_tile(image, tile)]
+    seen = look(pixels, [tile], policy, detect=detect, predict_scale=predict_scale)[0]
+    looked = predict_scale.input_pixels if seen.looked and predict_scale is not None else 0
+    result = TileResult(tile.image_id, tile.path, Fraction(0), look_pixels=looked, image_hw=tile.image_hw)
+    if seen.failure is not None:
+        return Step(tile, None, (), dataclasses.replace(result, failure=Failure("look", seen.failure.reason)))
+    expansion = expand(tile, seen.scale_map, policy)
+    result = dataclasses.replace(result, guards=expansion.guards)
+    if expansion.detect:
+        result = detect_tiles([result], [tile], pixels, [seen.detections], detect, policy.merging)[0]
+    return Step(tile, seen.scale_map, expansion.children, result)

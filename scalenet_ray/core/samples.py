@@ -18,7 +18,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as coco_mask
 
-__all__ = ["SAMPLE_CATEGORIES", "SAMPLE_VERSION", "Scene", "ensure_sample", "make_scene", "write_sample"]
+__all__ = [
+    "SAMPLE_CATEGORIES",
+    "SAMPLE_VERSION",
+    "Scene",
+    "ensure_sample",
+    "make_scene",
+    "sample_scene",
+    "write_sample",
+]
 
 SAMPLE_VERSION = 1
 """Raised whenever the scenes change, so that an older sample on disk is not taken for this one."""
@@ -240,6 +248,17 @@ def make_scene(rng: np.random.Generator) -> Scene:
     return Scene(pixels, masks[seen], np.array(category_ids, np.int64)[seen])
 
 
+def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
+    """One scene of the sample, without any file: its pixels before JPEG.
+
+    Args:
+        split: train2017 or val2017.
+        index: its number in the split, from 0.
+        seed: the sample's.
+    """
+    return make_scene(np.random.default_rng([seed, SPLITS[split], index]))
+
+
 def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
     """COCO annotations with run-length masks; `area` counts mask pixels."""
     rows = []
@@ -263,7 +282,7 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
     (folder / split).mkdir(parents=True)
     images, annotations = [], []
     for i in range(count):
-        scene = make_scene(np.random.default_rng([seed, SPLITS[split], i]))
+        scene = sample_scene(split, i, seed)
         image_id = SPLITS[split] + i + 1
         name = f"{image_id:012d}.jpg"
         Image.fromarray(scene.pixels).save(folder / split / name, quality=92)

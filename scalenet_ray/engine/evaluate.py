@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc
 
 from scalenet_ray.core import storage
 from scalenet_ray.core.coco import read_annotations, to_results, write_results
 from scalenet_ray.core.evaluation import evaluate
 from scalenet_ray.core.intervals import paired_intervals
-from scalenet_ray.core.schemas import detections_from_rows
+from scalenet_ray.engine.finished import finished_images
 from scalenet_ray.engine.runs import RunFolder
 
 __all__ = ["coco_results", "compare_policies", "evaluate_policy", "policy_cost", "write_policy_results"]
@@ -26,14 +24,8 @@ __all__ = ["coco_results", "compare_policies", "evaluate_policy", "policy_cost",
 
 def coco_results(run: RunFolder, policy: str) -> Iterator[dict[str, Any]]:
     """The detections of one policy as COCO results, in order of image id, the best of an image first."""
-    images = run.table("images", policy, ["image_id", "height", "width"]).to_pylist()
-    sizes = {row["image_id"]: (row["height"], row["width"]) for row in images}
-    table = run.table("detections", policy).combine_chunks()
-    ids = table.column("image_id").to_numpy()
-    _, starts = np.unique(ids, return_index=True)
-    for start, end in pairwise([*starts.tolist(), len(ids)]):
-        image_id = int(ids[start])
-        yield from to_results(image_id, detections_from_rows(table.slice(start, end - start)), sizes[image_id])
+    for image in finished_images(run, policy):
+        yield from to_results(image.image_id, image.detections, image.hw)
 
 
 def write_policy_results(run_uri: str, policy: str, names: Sequence[str]) -> int:

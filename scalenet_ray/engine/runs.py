@@ -28,12 +28,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from scalenet_ray import __version__
 from scalenet_ray.core import storage
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.core.schemas import DETECTIONS, IMAGES, detections_table, images_table
 from scalenet_ray.engine.run_lock import RunLock, lock_run
+from scalenet_ray.version import __version__
 
 __all__ = ["FAILURES", "RunFolder", "ShardWriter"]
 

@@ -8,11 +8,15 @@ import pkgutil
 import re
 import sys
 from collections.abc import Mapping
-from typing import Protocol
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol
 
 from scalenet_ray.core.look import Detect, DetectWithFeatures
 
-__all__ = ["Detector", "ShowsFeatures", "load_detector"]
+__all__ = ["DETECTOR_GROUP", "Detector", "ShowsFeatures", "check_detector", "load_detector"]
+
+DETECTOR_GROUP = "scalenet_ray.detectors"
+"""The entry points by which an installed package adds kinds of detectors: kind = "package.module:function"."""
 
 _LOADERS = {
     "tiny": "scalenet_ray.models.tiny_detector:TinyDetector.load",
@@ -71,9 +75,10 @@ def load_detector(
 
     Args:
         spec: `kind:what`: `yolox-onnx:PATH`; `torchvision:NAME` (torchvision's own weights, from the network),
-            `torchvision:NAME@PATH`, `torchvision:PATH` (a file of `save_detector`); `tiny:PATH`; or
-            `module:Class`, a class of yours that is made without arguments and sets its thresholds itself. A path
-            may be local, file:// or s3://.
+            `torchvision:NAME@PATH`, `torchvision:PATH` (a file of `save_detector`); `tiny:PATH`; a kind that an
+            installed package adds (`DETECTOR_GROUP`), whose function is called with what stands after the colon and
+            the three settings below by name; or `module:Class`, a class of yours that is made without arguments and
+            sets its thresholds itself. A path may be local, file:// or s3://.
         device: where it computes, as torch names it.
         score_threshold: boxes that score less are dropped.
         iou_threshold: overlap above which a box of the same class is suppressed; None for the detector's own.
@@ -84,24 +89,57 @@ def load_detector(
     Raises:
         FileNotFoundError: if a file is not there.
         ConnectionError: if torchvision's weights can't be fetched.
-        ValueError: if the name, a threshold or a file is not what it must be, or a class lacks part of `Detector`.
+        ValueError: if the name, a threshold or a file is not what it must be, a class lacks part of `Detector`, or
+            packages add a kind that is there already.
     """
     for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
         if value is not None and not 0.0 <= value <= 1.0:
             msg = f"{name} must be between 0 and 1, got {value}"
             raise ValueError(msg)
     kind, _, what = spec.partition(":")
+    settings = {"device": device, "score_threshold": score_threshold, "iou_threshold": iou_threshold}
+    added = _added_kind(kind)
+    if added is not None and what:
+        return check_detector(added.load()(what, **settings), spec)
     if kind in _LOADERS and what:
-        load = pkgutil.resolve_name(_LOADERS[kind])
-        return load(what, device=device, score_threshold=score_threshold, iou_threshold=iou_threshold)
-    if kind in _LOADERS or not _OWN_CLASS.fullmatch(spec):
+        return pkgutil.resolve_name(_LOADERS[kind])(what, **settings)
+    if added is not None or kind in _LOADERS or not _OWN_CLASS.fullmatch(spec):
         msg = f"{_wanted()}, got {spec!r}"
         raise ValueError(msg)
     return _load_own(spec)
 
 
+def _added_kind(kind: str) -> EntryPoint | None:
+    """The entry point of an installed package that adds this kind, or None."""
+    found = [point for point in entry_points(group=DETECTOR_GROUP) if point.name == kind]
+    if len(found) + (kind in _LOADERS) > 1:
+        owners = sorted({f"package {point.dist.name}" if point.dist else point.value for point in found})
+        ours = ["scalenet_ray itself"] if kind in _LOADERS else []
+        msg = f"a kind of detector must have one maker, got {kind!r} from {' and '.join(ours + owners)}: rename one"
+        raise ValueError(msg)
+    return found[0] if found else None
+
+
 def _wanted() -> str:
-    return f"a detector must be kind:what with a kind of {', '.join(sorted(_LOADERS))}, or module:Class of your own"
+    kinds = sorted({*_LOADERS, *entry_points(group=DETECTOR_GROUP).names})
+    return f"a detector must be kind:what with a kind of {', '.join(kinds)}, or module:Class of your own"
+
+
+def check_detector(detector: Any, name: str) -> Detector:
+    """The detector, having looked that it has all parts of `Detector`.
+
+    Args:
+        detector: what shall be one.
+        name: what messages call it.
+
+    Raises:
+        ValueError: if it lacks a part; it names those.
+    """
+    missing = [member for member in _MEMBERS if not hasattr(detector, member)]
+    if missing:
+        msg = f"detector {name!r} must have {', '.join(_MEMBERS)}, lacks {', '.join(missing)}: see Detector"
+        raise ValueError(msg)
+    return detector
 
 
 def _load_own(spec: str) -> Detector:
@@ -119,9 +157,4 @@ def _load_own(spec: str) -> Detector:
     if not hasattr(module, class_name):
         msg = f"module {module_name} must have a class {class_name!r} for detector {spec!r}, got none of that name"
         raise ValueError(msg)
-    detector = getattr(module, class_name)()
-    missing = [member for member in _MEMBERS if not hasattr(detector, member)]
-    if missing:
-        msg = f"detector {spec!r} must have {', '.join(_MEMBERS)}, lacks {', '.join(missing)}: see Detector"
-        raise ValueError(msg)
-    return detector
+    return check_detector(getattr(module, class_name)(), spec)

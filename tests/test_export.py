@@ -1,0 +1,188 @@
+"""A run's detections in other tools' formats."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from pycocotools.coco import COCO
+
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.results import Failure, ImageResult
+from scalenet_ray.engine.runs import RunFolder, ShardWriter
+from scalenet_ray.export import EXPORT_FORMATS, export_run
+from tests.test_show import run_command
+
+# Ids with gaps, as COCO's have: positions and ids must not be mixed up.
+NAMES = {3: "kite", 7: "person", 90: "tooth brush"}
+BOXES = np.array([[10, 20, 40, 80], [0, 0, 100, 50], [5, 5, 6.5, 9]])
+FILES = ("/photos/a/one.jpg", "/photos/b/two.jpg", "/photos/b/broken.jpg", "/photos/empty.jpg")
+
+
+def finished(image_id: int, boxes: np.ndarray, labels: Sequence[int], *, failed: bool = False) -> ImageResult:
+    found = Detections(boxes, np.linspace(0.9, 0.2, len(boxes)), labels)
+    failure = Failure("read", "no image") if failed else None
+    return ImageResult(image_id, found, failure, 1, 0, 0, 1.0, {}, None if failed else (100, 200))
+
+
+def write_run(folder: Path, files: Sequence[str] = FILES, policies: Sequence[str] = ("whole", "grid-2")) -> str:
+    run = RunFolder(str(folder))
+    run.begin({"images": "/photos", "policies": [{"name": name} for name in policies]}, resume=False)
+    records = {i: ImageRecord(i, file) for i, file in enumerate(files, start=1)}
+    none = np.zeros((0, 4))
+    for policy in policies:
+        writer = ShardWriter(run, policy, records, lambda ids: None)
+        writer.add(finished(1, BOXES, [90, 3, 7]))
+        writer.add(finished(2, BOXES[:1], [7]))
+        writer.add(finished(3, none, [], failed=True))
+        writer.add(finished(4, none, []))
+        writer.flush()
+    run.write_json("metrics.json", {"categories": NAMES})
+    return run.uri
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    return write_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("to", EXPORT_FORMATS)
+def test_every_format_says_how_much_it_wrote_and_what_it_left_out(to: str, run: str) -> None:
+    done = export_run(run, to)  # type: ignore[arg-type]
+    assert (done.policy, done.images, done.detections, done.failed) == ("whole", 3, 4, 1)
+    assert str(done) == f"4 detections of whole in 3 images, in {done.uri}; 1 images that failed are left out"
+    assert done.uri.startswith(f"{run}/exports/whole.")
+    assert Path(done.uri).exists()
+
+
+def test_coco_results_are_what_the_run_itself_writes(run: str, tmp_path: Path) -> None:
+    done = export_run(run, "coco", output=str(tmp_path / "results.json"))
+    rows = json.loads(Path(done.uri).read_text())
+    assert rows[0] == {"image_id": 1, "category_id": 90, "bbox": [10, 20, 30, 60], "score": 0.9}
+    truth = COCO()
+    truth.dataset = {"images": [{"id": i} for i in (1, 2, 4)], "categories": [{"id": i} for i in NAMES]}
+    truth.createIndex()
+    assert len(truth.loadRes(done.uri).anns) == 4
+
+
+def test_parquet_names_each_rows_category_and_file(run: str) -> None:
+    rows = pq.read_table(export_run(run, "parquet").uri).to_pylist()
+    assert [row["category"] for row in rows] == ["tooth brush", "kite", "person", "person"]
+    assert [row["file"] for row in rows] == [FILES[0]] * 3 + [FILES[1]]
+    assert rows[0]["x1"] == 40
+    assert rows[0]["policy"] == "whole"
+
+
+def test_yolo_labels_are_centres_and_sides_of_the_image(run: str) -> None:
+    folder = Path(export_run(run, "yolo").uri)
+    lines = (folder / "labels" / "a" / "one.txt").read_text().splitlines()
+    # (10 + 40) / 2 of 200 pixels, (20 + 80) / 2 of 100, and the sides 30 of 200 and 60 of 100.
+    assert lines[0] == "2 0.125000 0.500000 0.150000 0.600000"
+    assert lines[1].split()[0] == "0"
+    assert (folder / "labels" / "empty.txt").read_text() == ""
+    assert sorted(path.name for path in (folder / "labels").rglob("*.txt")) == ["empty.txt", "one.txt", "two.txt"]
+    assert (folder / "classes.txt").read_text().splitlines() == ["kite", "person", "tooth brush"]
+    assert yaml.safe_load((folder / "data.yaml").read_text())["names"] == ["kite", "person", "tooth brush"]
+
+
+def test_yolo_refuses_a_folder_with_labels_in_it(run: str) -> None:
+    export_run(run, "yolo")
+    with pytest.raises(FileExistsError, match="holds label files already: remove them, or name another --output"):
+        export_run(run, "yolo")
+
+
+def test_label_files_that_would_be_one_are_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("/photos/a.jpg", "/photos/a.png", "/photos/b.jpg", "/photos/c.jpg"))
+    for to in ("yolo", "fiftyone"):
+        with pytest.raises(ValueError, match="two images would share the label file a"):
+            export_run(run, to)  # type: ignore[arg-type]
+
+
+def test_a_file_name_that_leaves_its_folder_writes_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ("../../out.jpg", "a.jpg", "b.jpg", "c.jpg"))
+    with pytest.raises(ValueError, match="file_name must be a path inside the images' folder"):
+        export_run(run, "yolo")
+    assert list(tmp_path.rglob("*.txt")) == []
+
+
+def test_fiftyone_reads_classes_by_position_and_boxes_as_shares(run: str) -> None:
+    document = json.loads((Path(export_run(run, "fiftyone").uri) / "labels.json").read_text())
+    assert document["classes"] == ["kite", "person", "tooth brush"]
+    assert document["labels"]["a/one"][0] == {
+        "label": 2,
+        "bounding_box": [0.05, 0.2, 0.15, 0.6],
+        "confidence": 0.9,
+        "attributes": {"depth": 0},
+    }
+    assert document["labels"]["empty"] == []
+
+
+def test_supervisions_table_has_its_own_columns_first(run: str) -> None:
+    with open(export_run(run, "supervision").uri, newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert list(rows[0])[:7] == ["x_min", "y_min", "x_max", "y_max", "class_id", "confidence", "tracker_id"]
+    assert (rows[0]["class_id"], rows[0]["class_name"], rows[0]["file"]) == ("90", "tooth brush", FILES[0])
+    assert [float(rows[0][name]) for name in ("x_min", "y_min", "x_max", "y_max")] == BOXES[0].tolist()
+
+
+def test_what_scores_less_is_left_out(run: str) -> None:
+    assert export_run(run, "coco", score_threshold=0.5).detections == 3
+
+
+def test_an_evaluation_names_its_categories_by_its_annotations(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ("one.jpg", "two.jpg", "broken.jpg", "empty.jpg"))
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    config["settings"] |= {"data": str(tmp_path / "data"), "split": "val"}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "run" / "metrics.json").unlink()
+    (tmp_path / "data" / "annotations").mkdir(parents=True)
+    document = {
+        "images": [{"id": 1, "file_name": "one.jpg"}],
+        "annotations": [],
+        "categories": [{"id": key, "name": name} for key, name in NAMES.items()],
+    }
+    (tmp_path / "data" / "annotations" / "instances_val.json").write_text(json.dumps(document))
+    assert pq.read_table(export_run(folder, "parquet").uri).column("category")[0].as_py() == "tooth brush"
+
+
+def test_the_command_exports_and_says_so_in_one_line(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("export", run, "--to", "coco", "--policy", "grid-2", "--score-threshold", "0.5") == 0
+    assert capsys.readouterr().out.startswith("3 detections of grid-2 in 3 images, in ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere", "--to", "coco"), "nowhere must be a run folder, got no config.yaml in it"),
+        (("RUN", "--to", "coco", "--policy", "gain"), "--policy must be one of the run's, whole, grid-2, got 'gain'"),
+    ],
+)
+def test_what_cannot_be_exported_says_why(
+    run: str, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("export", *(run if one == "RUN" else one for one in arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_is_no_detection_is_told_so(tmp_path: Path) -> None:
+    RunFolder(str(tmp_path / "run")).begin({"epochs": 3}, resume=False)
+    with pytest.raises(ValueError, match="must be a run of eval_coco or detect, got one without policies"):
+        export_run(str(tmp_path / "run"), "coco")
+
+
+def test_runs_are_exported_from_and_to_s3(s3_bucket: str) -> None:
+    run = RunFolder(f"{s3_bucket}/run")
+    run.begin({"images": "/photos", "policies": [{"name": "whole"}]}, resume=False)
+    writer = ShardWriter(run, "whole", {1: ImageRecord(1, FILES[0])}, lambda ids: None)
+    writer.add(finished(1, BOXES, [90, 3, 7]))
+    writer.flush()
+    run.write_json("metrics.json", {"categories": NAMES})
+    for to in EXPORT_FORMATS:
+        assert export_run(run.uri, to).detections == 3

@@ -1,0 +1,116 @@
+"""`python -m scalenet_ray`: its help, and the picture and the steps of one recursion."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scalenet_ray.__main__ import main
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.samples import sample_scene
+from scalenet_ray.recursion_picture import are_new, picture_bytes
+from scalenet_ray.svg import drawing
+from tests.job_scripts import REPOSITORY
+
+
+def run_command(*arguments: str) -> int:
+    """The exit status of a command, run in this process."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(arguments))
+    assert isinstance(exit_info.value.code, int)
+    return exit_info.value.code
+
+
+@pytest.fixture
+def photograph(tmp_path: Path) -> str:
+    path = tmp_path / "photograph.png"
+    Image.fromarray(sample_scene("val2017", 7).pixels).save(path)
+    return str(path)
+
+
+def test_without_a_command_the_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command() == 0
+    said = capsys.readouterr().out
+    assert {"show", "export"} <= set(re.findall(r"\w+", said))
+
+
+def test_show_prints_each_step_and_what_came_of_it(
+    photograph: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("show", photograph, "--output", str(tmp_path / "steps.png")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "embedded sample's networks" in lines[0]
+    assert lines[1].split()[:4] == ["tile", "depth", "window", "pixels"]
+    tiles = [line.split()[0] for line in lines[2:-2]]
+    assert tiles[0] == "whole"
+    # A window of a window, as the photograph's Scale Net asks for one.
+    assert {len(tile.split(".")) for tile in tiles[1:]} == {1, 2}
+    merged = re.fullmatch(r"merged: (\d+) objects that score 0.4 or more, (\d+) in the whole image alone", lines[-2])
+    assert merged is not None
+    assert int(merged[1]) > int(merged[2]) > 0
+    assert lines[-1] == f"{len(tiles)}.00 detector passes, picture in {tmp_path / 'steps.png'}"
+
+
+def test_the_picture_has_a_panel_for_each_depth(photograph: str, tmp_path: Path) -> None:
+    assert run_command("show", photograph, "--output", str(tmp_path / "steps.svg")) == 0
+    text = (tmp_path / "steps.svg").read_text()
+    for title in ("336 x 448 pixels", "depth 0: 2 windows asked for", "depth 1: 1 window asked for", "alone: 3 found"):
+        assert title in text
+    assert re.search(r"with scalenet: 10 found, 7 new", text)
+
+
+@pytest.mark.parametrize("policy", ["whole", "grid-2", "pyramid", "first-pass", "fused"])
+def test_every_policy_can_be_shown(policy: str, photograph: str, tmp_path: Path) -> None:
+    assert run_command("show", photograph, "--policy", policy, "--output", str(tmp_path / "steps.png")) == 0
+    with Image.open(tmp_path / "steps.png") as picture:
+        assert picture.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere.jpg",), "cannot read nowhere.jpg: there is no such file"),
+        (("--output", "steps.bmp"), "a picture is written as .png, .svg or .pdf, got '.bmp'"),
+        (("--policy", "oracle"), "policy oracle reads the ground truth"),
+        (("--detector", "tiny:nowhere.safetensors"), "nowhere.safetensors"),
+    ],
+)
+def test_what_cannot_be_shown_says_why_in_one_line(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("show", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_show_never_loads_ray(photograph: str, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom scalenet_ray.__main__ import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n    assert 'ray' not in sys.modules"
+    )
+    command = [sys.executable, "-c", script, "show", photograph, "--output", str(tmp_path / "steps.png")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_new_is_what_no_box_of_its_category_overlaps_by_half() -> None:
+    before = Detections([[0, 0, 10, 10], [20, 0, 30, 10]], [0.9, 0.9], [1, 2])
+    after = Detections([[1, 0, 11, 10], [20, 0, 30, 10], [50, 50, 60, 60]], [0.9, 0.9, 0.9], [1, 1, 1])
+    assert are_new(after, before).tolist() == [False, True, True]
+    assert are_new(after, Detections.empty()).tolist() == [True] * 3
+
+
+def test_a_picture_is_the_same_bytes_for_the_same_figure() -> None:
+    def drawn() -> bytes:
+        with drawing(1, 1) as figure:
+            figure.subplots().imshow(np.zeros((4, 4)))
+            return picture_bytes(figure, ".pdf")
+
+    assert drawn() == drawn()
