@@ -15,7 +15,7 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 from uuid import uuid4
 
 import fsspec
@@ -242,8 +242,8 @@ def read_tagged(uri: Address) -> tuple[bytes, str]:
     store, path = _locate(uri)
     bucket, _, key = path.partition("/")
     with _explained("read", uri, store):
-        info = store.call_s3("head_object", Bucket=bucket, Key=key)
-        return store.cat_file(path), info["ETag"]
+        info = cast(Any, store).call_s3("head_object", Bucket=bucket, Key=key)
+        return cast(bytes, store.cat_file(path)), info["ETag"]
 
 
 def write_if_unchanged(uri: Address, data: bytes, tag: str | None) -> str | None:
@@ -265,7 +265,8 @@ def write_if_unchanged(uri: Address, data: bytes, tag: str | None) -> str | None
     condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
     with _explained("write", uri, store):
         try:
-            return store.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"]
+            written = cast(Any, store).call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+            return written["ETag"]
         except OSError as error:
             response = getattr(error.__cause__ or error, "response", {})
             if response.get("Error", {}).get("Code") in _LOST_RACES:
