@@ -8,20 +8,23 @@ from __future__ import annotations
 import copy
 import io
 import json
+import logging
 import random
 import struct
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from scalenet_ray.core.coco import objects_of, parse_annotations
+from scalenet_ray.core.coco import objects_of, parse_annotations, read_annotations
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.images import decode_image
 from scalenet_ray.core.masks import mask_of_segmentation
@@ -377,10 +380,12 @@ def read_all(found: Any) -> None:
 
 def main(seconds: float) -> None:
     """Mutate for so long, and print what became of it. A crash of the interpreter ends it without a table."""
+    # What Pillow has to say of damage comes with its error too.
+    logging.disable()
     chance = random.Random(0)
     counts: Counter[str] = Counter()
 
-    def attempt(what: str, act: Callable[[], object]) -> None:
+    def attempt(what: str, act: Callable[[], object], kind: str = "") -> None:
         counts[f"{what}: tried"] += 1
         try:
             act()
@@ -388,7 +393,7 @@ def main(seconds: float) -> None:
             counts[f"{what}: refused"] += 1
         except Exception as error:
             counts[f"{what}: crashes"] += 1
-            sys.stderr.write(f"{what}: {error!r}\n")
+            sys.stderr.write(f"{what} {kind}: {error!r}\n")
 
     sources = [data for data, _ in PICTURES.values() if len(data) < 10_000]
     end = time.monotonic() + seconds
@@ -400,16 +405,17 @@ def main(seconds: float) -> None:
             attempt("mutated JSON", lambda text=text: read_all(json.loads(text)))
             values = mutated_document(chance)
             attempt("documents of other types", lambda values=values: read_all(values))
+    for kind, (data, _) in PICTURES.items():
+        attempt("kinds of pictures", lambda data=data: decode_image(data, max_pixels=MAX_PIXELS), kind)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "instances.json")
+        for kind, (data, _) in DOCUMENTS.items():
+            path.write_bytes(data)
+            attempt("kinds of instances files", lambda: read_annotations(path), kind)
+    for kind, (segmentation, _) in SEGMENTATIONS.items():
+        attempt("kinds of segmentations", lambda it=segmentation: mask_of_segmentation(it, HW), kind)
     sys.stdout.write("| bad files | tried | refused with a reason | crashes |\n|---|---|---|---|\n")
-    kinds = {
-        "kinds of pictures": PICTURES,
-        "kinds of instances files": DOCUMENTS,
-        "kinds of segmentations": SEGMENTATIONS,
-    }
-    for name, table in kinds.items():
-        refused = sum(text is not None for _, text in table.values())
-        sys.stdout.write(f"| {name} | {len(table)} | {refused} | 0 |\n")
-    for name in ("mutated pictures", "mutated JSON", "documents of other types"):
+    for name in sorted({key.partition(":")[0] for key in counts}):
         tried, refused, crashes = (counts[f"{name}: {part}"] for part in ("tried", "refused", "crashes"))
         sys.stdout.write(f"| {name} | {tried} | {refused} | {crashes} |\n")
 

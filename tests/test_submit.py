@@ -22,11 +22,16 @@ BIN = Path(sys.executable).parent
 TOKEN = "token-of-a-test-that-must-stay-hidden"
 
 
-def environment() -> dict[str, str]:
-    """As of a shell with the environment's bin first: the entrypoint's `python` comes from there."""
+def environment(home: Path) -> dict[str, str]:
+    """As of a shell with the environment's bin first: the entrypoint's `python` comes from there.
+
+    The token is in a file of a home of its own: Ray does not hand RAY_AUTH_TOKEN on to a job's driver.
+    """
+    (home / ".ray").mkdir(exist_ok=True)
+    (home / ".ray" / "auth_token").write_text(TOKEN)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    path = f"{BIN}:{os.environ['PATH']}"
-    return {**kept, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
+    ours = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**kept, **ours, "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
 def status_of(address: str, token: str | None) -> int:
@@ -51,13 +56,13 @@ def session() -> Iterator[Path]:
 
 
 @pytest.fixture
-def cluster(s3_bucket: str, session: Path) -> Iterator[str]:
+def cluster(s3_bucket: str, session: Path, tmp_path: Path) -> Iterator[str]:
     """The job server of a cluster of three nodes, whose processes have S3's credentials in their environment."""
     command = [sys.executable, "-m", "tests.three_nodes", str(session)]
     process = subprocess.Popen(
         command,
         cwd=REPOSITORY,
-        env=environment(),
+        env=environment(tmp_path),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -97,7 +102,7 @@ def test_a_job_submitted_to_three_nodes_does_the_same_as_the_plain_command(
     submitted = subprocess.run(
         [*submit, *job, "--data", f"{s3_bucket}/sample", "--output", f"{s3_bucket}/run", "--detector-actors", "2"],
         cwd=REPOSITORY,
-        env=environment(),
+        env=environment(tmp_path),
         capture_output=True,
         text=True,
         check=False,
@@ -107,7 +112,7 @@ def test_a_job_submitted_to_three_nodes_does_the_same_as_the_plain_command(
     assert f"6 of 6 images done, results in {s3_bucket}/run" in submitted.stdout
 
     plain = [sys.executable, *job, "--engine", "local", "--data", str(sample), "--output", str(tmp_path / "plain")]
-    subprocess.run(plain, cwd=REPOSITORY, env=environment(), check=True, capture_output=True)
+    subprocess.run(plain, cwd=REPOSITORY, env=environment(tmp_path), check=True, capture_output=True)
     there = json.loads(store.cat(f"{s3_bucket}/run/results.json"))
     assert there
     assert same_results(there, json.loads((tmp_path / "plain" / "results.json").read_text()))

@@ -33,12 +33,10 @@ def main(folder: str) -> None:
         "dashboard_port": dashboard,
         "temp_dir": folder,
     }
-    shared = {"object_store_memory": _STORE_BYTES, "node_ip_address": "127.0.0.1"}
-    cluster = Cluster(
-        initialize_head=True, head_node_args={**head, **shared, "dashboard_agent_listen_port": free_port()}
-    )
+    head |= {"object_store_memory": _STORE_BYTES, "dashboard_agent_listen_port": free_port()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
-        cluster.add_node(num_cpus=2, dashboard_agent_listen_port=free_port(), **shared)
+        cluster.add_node(num_cpus=2, object_store_memory=_STORE_BYTES, dashboard_agent_listen_port=free_port())
     sys.stdout.write(f"http://127.0.0.1:{dashboard}\n")
     sys.stdout.flush()
     sys.stdin.read()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -54,12 +54,12 @@ class NetworkNames:
     iou_threshold: float | None = None
 
     def describe_detector(self) -> DetectorInfo:
-        """Load the detector and say what it is.
+        """Load the detector, on the CPU, and say what it is.
 
         Raises:
             ValueError: if no detector is named; else what `load_detector` raises.
         """
-        detector = self._load()
+        detector = self._on_cpu()._load()
         return DetectorInfo(detector.input_side, detector.iou_threshold, dict(detector.categories))
 
     def describe_features(self) -> HeadConfig:
@@ -70,23 +70,24 @@ class NetworkNames:
         """
         from scalenet_ray.models.scale_head import HeadConfig
 
-        detector = MappedDetector(loaded := self._load(), loaded.categories)
+        detector = MappedDetector(loaded := self._on_cpu()._load(), loaded.categories)
         return HeadConfig(detector.feature_channels, detector.feature_stride, detector=str(self.detector))
 
     def check(self, policies: Sequence[Policy], categories: Mapping[int, str]) -> None:
-        """Load what the policies need and let it go: what is wrong is said before a run begins.
+        """Load what the policies need, on the CPU, and let it go: what is wrong is said before a run begins.
 
         Raises:
             ValueError: if the detector lacks a category or cannot take a policy's tiles, or Scale Net is missing or
                 was trained on another detector's features, or says nothing of the gain that a policy goes by.
         """
-        detector = self.load_detector(categories)
+        here = self._on_cpu()
+        detector = here.load_detector(categories)
         for policy in policies:
             detector.canvas_hw((policy.largest_side, policy.largest_side))
         if any(policy.needs_network for policy in policies):
             from scalenet_ray.models.scale_head import ScaleHeadPredictor
 
-            predictor = self.load_scale_net()
+            predictor = here.load_scale_net()
             if isinstance(predictor, ScaleHeadPredictor):
                 predictor.check(detector)
             elif any(policy.recursion.method == "gain" for policy in policies):
@@ -96,6 +97,10 @@ class NetworkNames:
     def load_detector(self, categories: Mapping[int, str]) -> MappedDetector:
         """The detector, its labels mapped by name to the ids of `categories`."""
         return MappedDetector(self._load(), categories)
+
+    def _on_cpu(self) -> NetworkNames:
+        """The same where there may be no GPU: a cluster's head has none, and workers come only once there is work."""
+        return replace(self, device="cpu")
 
     def _load(self) -> Detector:
         if self.detector is None:
