@@ -1,0 +1,46 @@
+"""The notebooks: run whole, each in a kernel of its own, and kept without outputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.job_scripts import REPOSITORY
+
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+STARTS_RAY = {"04_cluster"}
+
+
+def test_the_notebooks_are_those_that_the_documentation_names() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["01_look_first", "02_digits", "03_your_detector", "04_cluster"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_output_is_kept(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    kept = [cell for cell in cells if cell.cell_type == "code" and (cell.outputs or cell.execution_count)]
+    assert kept == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.ray] if path.stem in STARTS_RAY else [], id=path.stem)
+        for path in NOTEBOOKS
+    ],
+)
+# jupyter_client says of itself that a kernel on this machine is reached without encryption.
+@pytest.mark.filterwarnings("ignore")
+def test_it_runs_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    # The kernel's own: where the package is, and one thread on shared cores.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(path.parent)}}).execute()
