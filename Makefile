@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 PEERS := .venv/peers
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test check bench format lock
+.PHONY: setup demo test check bench docs format lock
 
 setup: $(STAMP)
 
@@ -37,6 +37,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python .ci/audit.py
 
 # The peers lie beside the environment, not in it.
 $(PEERS)/.installed: $(STAMP) bench/requirements.txt
@@ -47,6 +48,10 @@ $(PEERS)/.installed: $(STAMP) bench/requirements.txt
 # The real photographs and their detector: SCALENET_RAY_DATA; without it only what the embedded sample can measure.
 bench: $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python -m bench
+
+# The documentation's pages, in site/.
+docs: setup
+	$(BIN)/mkdocs build --strict
 
 format: setup
 	$(BIN)/ruff check --fix .
