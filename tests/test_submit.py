@@ -25,7 +25,7 @@ TOKEN = "token-of-a-test-that-must-stay-hidden"
 def environment(home: Path) -> dict[str, str]:
     """As of a shell with the environment's bin first: the entrypoint's `python` comes from there.
 
-    The token is in a file of a home of its own: Ray does not hand RAY_AUTH_TOKEN on to a job's driver.
+    Its home is its own, and the token in it: as `ray get-auth-token --generate` leaves it.
     """
     (home / ".ray").mkdir(exist_ok=True)
     (home / ".ray" / "auth_token").write_text(TOKEN)

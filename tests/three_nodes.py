@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import sys
 
+from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
 __all__ = ["free_port"]
@@ -35,6 +36,8 @@ def main(folder: str) -> None:
     }
     head |= {"object_store_memory": _STORE_BYTES, "dashboard_agent_listen_port": free_port()}
     cluster = Cluster(initialize_head=True, head_node_args=head)
+    # As `ray start` does: without it the job server would hand drivers the address of any Ray on this machine.
+    write_ray_address(cluster.address, folder)
     for _ in range(2):
         cluster.add_node(num_cpus=2, object_store_memory=_STORE_BYTES, dashboard_agent_listen_port=free_port())
     sys.stdout.write(f"http://127.0.0.1:{dashboard}\n")

@@ -1,0 +1,34 @@
+"""A small sweep with its images and its state on S3, and the same taken up again; a process to itself.
+
+python -m tests.tune_on_s3 s3://BUCKET    Ray's workers have the environment in which it was started
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from scalenet_ray.core.policy import parse_policy
+from scalenet_ray.core.search_space import Choice, SearchSpace
+from scalenet_ray.engine.recursion_trial import TrialTask
+from scalenet_ray.engine.sweep import Sweep, run_sweep
+from scalenet_ray.models.networks import SAMPLE_DETECTOR, NetworkNames
+
+
+def main(bucket: str) -> None:
+    """Sweep, resume, and say what was tried each time."""
+    networks = NetworkNames(SAMPLE_DETECTOR)
+    info = networks.describe_detector()
+    policy = parse_policy("first-pass", input_side=info.input_side, iou_threshold=info.iou_threshold)
+    annotations = f"{bucket}/sample/annotations/instances_train2017.json"
+    task = TrialTask({policy.name: policy}, networks, annotations, f"{bucket}/sample/train2017", (4,), 4.0, 10**8)
+    space = SearchSpace((policy.name,), {"recursion.max_windows": Choice((1, 4))})
+    for resume in (False, True):
+        said: list[str] = []
+        rows = run_sweep(space, task, Sweep("grid", keep=False), f"{bucket}/run", said.append, resume=resume)
+        complete = sum(row["complete"] for row in rows)
+        sys.stdout.write(json.dumps({"tried": len(said), "complete": complete}) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
