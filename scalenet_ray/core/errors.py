@@ -1,8 +1,8 @@
-"""What may go wrong with one image or one tile, and costs that image alone."""
+"""What may go wrong with one image or one tile, and costs that image alone; and with a batch, which is made smaller."""
 
 from __future__ import annotations
 
-__all__ = ["TileError"]
+__all__ = ["OutOfMemoryError", "TileError"]
 
 
 class TileError(ValueError):
@@ -18,3 +18,7 @@ class TileError(ValueError):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class OutOfMemoryError(Exception):
+    """A batch did not fit its device's memory; a smaller one may. Networks raise it, whatever library they are of."""

@@ -6,14 +6,16 @@ truth. What the detector has seen here it need not see again: its detections tra
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.halving import BATCH_HALVED, in_halves
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap, fuse_maps, map_of_boxes
 from scalenet_ray.core.window import Tile, boxes_to_tile
@@ -121,12 +123,17 @@ class Seen:
         detections: the detector's own, in tile pixels, if it was asked; else None.
         failure: why a network broke on the tile; else None.
         looked: whether Scale Net looked at it, so that its pixels count.
+        guards: limits that acted on the look: the memory of a device.
     """
 
     scale_map: ScaleMap | None = None
     detections: Detections | None = None
     failure: TileError | None = None
     looked: bool = False
+    guards: tuple[str, ...] = ()
+
+
+_Answer = tuple["ScaleMap | TileError | None", "Detections | TileError | None"]
 
 
 def refuse_nan(found: Detections | TileError) -> Detections | TileError:
@@ -198,6 +205,8 @@ def look(
 ) -> list[Seen]:
     """Look at a batch of tiles, each network once for all of them; tiles that need no look are passed over.
 
+    A batch that does not fit a device's memory is halved.
+
     Args:
         pixels: [height, width, 3] uint8 RGB each.
         tiles: their recipes, of any images and depths.
@@ -217,9 +226,16 @@ def look(
     if not at:
         return seen
     some_pixels, some_tiles = [pixels[i] for i in at], [tiles[i] for i in at]
-    maps, found = _ask(some_pixels, some_tiles, policy, detect, predict_scale)
-    for i, tile, scale_map, detections in zip(at, some_tiles, maps, found, strict=True):
-        seen[i] = _combine(tile, scale_map, detections, policy)
+
+    def ask(some: slice) -> list[_Answer]:
+        maps, found = _ask(some_pixels[some], some_tiles[some], policy, detect, predict_scale)
+        return list(zip(maps, found, strict=True))
+
+    answers, halved = in_halves(ask, len(at))
+    marks = Counter(halved)
+    for nth, (i, tile, answer) in enumerate(zip(at, some_tiles, answers, strict=True)):
+        scale_map, detections = (answer, None) if isinstance(answer, TileError) else answer
+        seen[i] = replace(_combine(tile, scale_map, detections, policy), guards=(BATCH_HALVED,) * marks[nth])
     return seen
 
 

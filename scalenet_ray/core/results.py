@@ -13,6 +13,7 @@ import numpy as np
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.halving import BATCH_HALVED, in_halves
 from scalenet_ray.core.look import Detect, refuse_nan
 from scalenet_ray.core.merge import Merging, carry_to_image, merge_detections
 from scalenet_ray.core.policy import fitted_hw
@@ -100,15 +101,21 @@ def detect_tiles(
         tiles: the tiles, of any images and depths.
         pixels: [height, width, 3] uint8 RGB each.
         found: detections in tile pixels of those that the detector has seen already; else None.
-        detect: the detector; it is called once, for those that it has not seen.
+        detect: the detector; it is called once, for those that it has not seen, unless they do not fit its memory.
         merging: filters.
 
     Returns:
         The results with detections in image pixels and the detector's cost.
     """
     unseen = [i for i, detections in enumerate(found) if detections is None]
-    answers = detect([pixels[i] for i in unseen]) if unseen else []
+    fresh_pixels = [pixels[i] for i in unseen]
+    answers, halved = in_halves(lambda some: detect(fresh_pixels[some]), len(unseen))
     fresh = dict(zip(unseen, map(refuse_nan, answers), strict=True))
+    marks = Counter(unseen[i] for i in halved)
+    results = [
+        dataclasses.replace(result, guards=result.guards + (BATCH_HALVED,) * marks[i]) if marks[i] else result
+        for i, result in enumerate(results)
+    ]
     return [
         _detected(result, tile, fresh.get(i, found[i]), detect, merging)
         for i, (result, tile) in enumerate(zip(results, tiles, strict=True))

@@ -189,7 +189,7 @@ class LookStage:
             seen, (expansion, failure) = decided[i]
             credit = child_credit(packed.credit, expansion)
             looked = self._predict_scale.input_pixels if seen.looked and self._predict_scale is not None else 0
-            packed = PackedTile(packed.tile, credit, True, looked, expansion.guards)
+            packed = PackedTile(packed.tile, credit, True, looked, (*expansion.guards, *seen.guards))
             result = _begun(packed, failure)
             if failure is not None or not expansion.detect:
                 out.results.append(result)

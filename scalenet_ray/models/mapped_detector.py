@@ -13,6 +13,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.look import Glimpse
 from scalenet_ray.models.detectors import Detector, ShowsFeatures
+from scalenet_ray.models.memory import saying_what_does_not_fit
 
 __all__ = ["MappedDetector"]
 
@@ -40,18 +41,25 @@ class MappedDetector:
         return self._detector.canvas_hw(hw)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """[h, w, 3] uint8 RGB each -> detections in tile pixels, labels are category ids."""
-        return [found if isinstance(found, TileError) else self._mapped(found) for found in self._detector(pixels)]
+        """[h, w, 3] uint8 RGB each -> detections in tile pixels, labels are category ids.
+
+        Raises:
+            OutOfMemoryError: if the batch does not fit the device's memory.
+        """
+        answers = saying_what_does_not_fit(lambda: self._detector(pixels))
+        return [found if isinstance(found, TileError) else self._mapped(found) for found in answers]
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
         """The detector's own feature maps with the mapped detections.
 
         Raises:
             ValueError: if the detector shows none.
+            OutOfMemoryError: if the batch does not fit the device's memory.
         """
+        showing = self._showing()
         return [
             one if isinstance(one.detections, TileError) else one._replace(detections=self._mapped(one.detections))
-            for one in self._showing().with_features(pixels)
+            for one in saying_what_does_not_fit(lambda: showing.with_features(pixels))
         ]
 
     @property

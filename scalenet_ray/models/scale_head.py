@@ -20,6 +20,7 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.core.window import Tile
 from scalenet_ray.models.detectors import ShowsFeatures
+from scalenet_ray.models.memory import saying_what_does_not_fit
 from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, read_checkpoint
 from scalenet_ray.models.weights import load_weights, save_weights
 
@@ -134,7 +135,13 @@ class ScaleHeadPredictor:
 
         Returns:
             B scale maps, or a TileError for the tile that the network broke on.
+
+        Raises:
+            OutOfMemoryError: if the batch does not fit the device's memory.
         """
+        return saying_what_does_not_fit(lambda: self._look(features, tiles))
+
+    def _look(self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
         maps: dict[int, ScaleMap | TileError] = {}
         shapes = [tuple(level.shape for level in levels) for levels in features]
         for shape in dict.fromkeys(shapes):

@@ -23,6 +23,7 @@ from torch.nn import functional
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.core.window import Tile
+from scalenet_ray.models.memory import saying_what_does_not_fit
 from scalenet_ray.models.weights import load_weights, save_weights
 
 __all__ = [
@@ -320,7 +321,13 @@ class ScaleNetPredictor:
 
         Returns:
             B scale maps, or a TileError for the tile that the network broke on.
+
+        Raises:
+            OutOfMemoryError: if the batch does not fit the device's memory.
         """
+        return saying_what_does_not_fit(lambda: self._look_by_size(pixels))
+
+    def _look_by_size(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
         if self.config.input_side is not None:
             return self._look(pixels) if len(pixels) else []
         maps: dict[int, ScaleMap | TileError] = {}
