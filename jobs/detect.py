@@ -10,18 +10,20 @@ from typing import Annotated
 
 import tyro
 
+from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
 from scalenet_ray.core.coco import list_images
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
 from scalenet_ray.core.samples import ensure_sample
+from scalenet_ray.engine.analysis import SHOWN_SCORE, new_boxes
 from scalenet_ray.engine.batch import image_opener, run_policy
 from scalenet_ray.engine.conclude import conclude
+from scalenet_ray.engine.pictures import PictureTask
 from scalenet_ray.engine.pipeline import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import EngineName, Session
 from scalenet_ray.engine.stages import Networks
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
-from scalenet_ray.report import render_report
 from scalenet_ray.terminal import last_line, policy_table, run_job
 
 
@@ -40,6 +42,7 @@ class DetectImages:
         resume: go on with the run that is in the output folder.
         max_failures: images that may fail before the job exits with 1.
         max_image_megapixels: larger images are refused before they are decoded.
+        report_pictures: photographs in report.html.
         engine: ray (actors, here or on a cluster) or local (one process).
     """
 
@@ -51,6 +54,7 @@ class DetectImages:
     resume: bool = False
     max_failures: int = 0
     max_image_megapixels: float = 200.0
+    report_pictures: int = PICTURES
     engine: EngineName = "ray"
     networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
     resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
@@ -77,6 +81,10 @@ def _policy(job: DetectImages, info: DetectorInfo) -> Policy:
     return policies[0]
 
 
+def _networks(names: NetworkNames, info: DetectorInfo) -> Networks:
+    return Networks(partial(names.load_detector, info.categories), names.load_scale_net)
+
+
 def main(job: DetectImages) -> int:
     """Detect, and write COCO results and Parquet; the exit status says whether an image was lost."""
     job = job if job.images else _on_sample(job)
@@ -94,14 +102,19 @@ def main(job: DetectImages) -> int:
         "policies": [policy_to_dict(policy)],
     }
     with run.begin(settings, resume=job.resume, workers={"engine": job.engine, **asdict(job.resources)}):
-        networks = Networks(partial(job.networks.load_detector, info.categories), job.networks.load_scale_net)
+        log = ProgressLog(print)
+        networks = _networks(job.networks, info)
         open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
         start = partial(session.start, policy=policy, networks=networks, open_image=open_image)
-        figures = run_policy(images, policy.name, start, run, print).speed()
+        figures = run_policy(images, policy.name, start, run, log).speed()
         document = conclude(session, run, {policy.name: figures}, len(images))
         document["categories"] = info.categories
         run.write_json("metrics.json", document)
-        run.write_text("report.html", render_report(document))
+        rows = session.call(new_boxes, run.uri, policy.name, [record.image_id for record in images])
+        analysis = {"shown_score": SHOWN_SCORE, "images": rows}
+        # A task of the engine has no GPU of its own, and a few looks need none.
+        task = PictureTask(run.uri, [(policy, _networks(replace(job.networks, device="cpu"), info))], open_image)
+        write_report(session, run, document, analysis, images, info.categories, task, log, job.report_pictures)
     print(policy_table(document))
     line, status = last_line(document, run.uri, job.max_failures)
     print(line)

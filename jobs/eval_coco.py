@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from scalenet_ray.batch_report import PICTURES
 from scalenet_ray.coco_run import evaluate_policies, open_split
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
@@ -32,12 +33,14 @@ class EvalCoco:
         split: which split of it.
         policies: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain, fused, oracle.
         policy_file: YAML of further policies.
-        compare_with: one of the policies; how the others differ from it is measured, with bootstrap intervals.
+        compare_with: one of the policies; how the others differ from it is measured, with bootstrap intervals. By
+            default whole, or the first.
         limit: only the first so many images.
         output: the run folder, local or s3://; by default a new one under runs/eval_coco.
         resume: go on with the run that is in the output folder.
         max_failures: images that may fail before the job exits with 1.
         max_image_megapixels: larger images are refused before they are decoded.
+        report_pictures: photographs in report.html.
         engine: ray (actors, here or on a cluster) or local (one process).
     """
 
@@ -51,6 +54,7 @@ class EvalCoco:
     resume: bool = False
     max_failures: int = 0
     max_image_megapixels: float = 200.0
+    report_pictures: int = PICTURES
     engine: EngineName = "ray"
     networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
     resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
@@ -92,8 +96,9 @@ def main(job: EvalCoco) -> int:
         raise ValueError(msg)
     run = RunFolder(job.output or time.strftime("runs/eval_coco/%Y%m%d-%H%M%S"))
     workers = {"engine": job.engine, **asdict(job.resources)}
+    options: dict[str, Any] = {"compare_with": job.compare_with, "pictures": job.report_pictures}
     with run.begin(_settings(job, policies), resume=job.resume, workers=workers):
-        document = evaluate_policies(session, run, policies, job.networks, split, print, compare_with=job.compare_with)
+        document = evaluate_policies(session, run, policies, job.networks, split, print, **options)
     print(policy_table(document))
     if job.compare_with is not None:
         print(difference_table(document))

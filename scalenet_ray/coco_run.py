@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
 from scalenet_ray.core import storage
 from scalenet_ray.core.coco import ImageRecord, images_and_categories
 from scalenet_ray.core.ground_truth import oracle_from
 from scalenet_ray.core.policy import Policy
+from scalenet_ray.engine.analysis import INTERVALS_UP_TO, analyse_run
 from scalenet_ray.engine.batch import Progress, image_opener, run_policy
 from scalenet_ray.engine.conclude import conclude
-from scalenet_ray.engine.evaluate import compare_policies, evaluate_policy
+from scalenet_ray.engine.evaluate import evaluate_policy
+from scalenet_ray.engine.pictures import PictureTask
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import Session
 from scalenet_ray.engine.stages import Networks
 from scalenet_ray.models.networks import NetworkNames
 from scalenet_ray.policy_plot import policy_plot
-from scalenet_ray.report import render_report
 
 __all__ = ["CocoSplit", "evaluate_policies", "open_split"]
 
@@ -67,8 +69,9 @@ def evaluate_policies(
     report: Callable[[Progress], None],
     *,
     compare_with: str | None = None,
+    pictures: int = PICTURES,
 ) -> dict[str, Any]:
-    """Work through all policies and evaluate them; writes metrics.json, policies.svg and report.html.
+    """Work through all policies and evaluate them; writes metrics.json, analysis.json, policies.svg and report.html.
 
     Args:
         session: the engine.
@@ -77,30 +80,41 @@ def evaluate_policies(
         networks: the detector and Scale Net.
         split: the images.
         report: takes the progress.
-        compare_with: one of the policies; how the others differ from it is measured, with bootstrap intervals.
+        compare_with: one of the policies; how the others differ from it is measured, with bootstrap intervals. By default
+            the whole image, or the first policy, and for very many images without intervals.
+        pictures: photographs in the report.
 
     Returns:
         What metrics.json holds.
     """
     ids = [record.image_id for record in split.images]
     open_image = image_opener(split.folder, split.max_pixels)
+    log = ProgressLog(report)
     metrics: dict[str, Any] = {}
     for policy in policies:
-        made = Networks(
-            partial(networks.load_detector, split.categories),
-            partial(oracle_from, split.annotations) if policy.kind == "oracle" else networks.load_scale_net,
+        start = partial(
+            session.start, policy=policy, networks=_networks(policy, networks, split), open_image=open_image
         )
-        start = partial(session.start, policy=policy, networks=made, open_image=open_image)
-        metrics[policy.name] = run_policy(split.images, policy.name, start, run, report).speed()
+        metrics[policy.name] = run_policy(split.images, policy.name, start, run, log).speed()
         figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
         metrics[policy.name] |= {**figures.pop("bbox"), **figures}
     document = conclude(session, run, metrics, len(split.images))
-    if compare_with is not None:
-        document["compared_with"] = compare_with
-        document["differences"] = session.call(
-            compare_policies, run.uri, list(metrics), compare_with, split.annotations, ids
-        )
+    base = compare_with or ("whole" if "whole" in metrics else next(iter(metrics)))
+    intervals = compare_with is not None or len(ids) <= INTERVALS_UP_TO
+    analysis = session.call(analyse_run, run.uri, list(metrics), base, split.annotations, ids, intervals)
+    if analysis["differences"]:
+        document |= {"compared_with": base, "differences": analysis["differences"]}
         run.write_json("metrics.json", document)
     run.write_text("policies.svg", policy_plot(document))
-    run.write_text("report.html", render_report(document))
+    # A task of the engine has no GPU of its own, and a few looks need none.
+    made = [(policy, _networks(policy, replace(networks, device="cpu"), split)) for policy in policies]
+    task = PictureTask(run.uri, made, open_image, split.annotations)
+    write_report(session, run, document, analysis, split.images, split.categories, task, log, pictures)
     return document
+
+
+def _networks(policy: Policy, names: NetworkNames, split: CocoSplit) -> Networks:
+    return Networks(
+        partial(names.load_detector, split.categories),
+        partial(oracle_from, split.annotations) if policy.kind == "oracle" else names.load_scale_net,
+    )

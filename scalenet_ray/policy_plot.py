@@ -8,14 +8,11 @@ from typing import Any
 
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from scalenet_ray.svg import drawing, to_svg
+from scalenet_ray.svg import COLOURS, MUTED, SHAPES, drawing, quiet, to_svg
 
 __all__ = ["policy_plot"]
 
 _PASSES = (0.5, 1, 2, 3, 5, 10, 20, 50, 100)
-# Okabe and Ito's palette: apart for colour-blind readers too; the shapes tell the second round of it.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#808080")
-_SHAPES = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def policy_plot(document: Mapping[str, Any]) -> str:
@@ -39,18 +36,18 @@ def policy_plot(document: Mapping[str, Any]) -> str:
     }
     if not points:
         return ""
-    with drawing(7.2, 4.2) as figure:
+    with drawing(8.6, 4.2) as figure:
         axes = figure.subplots()
         baseline = document.get("compared_with")
         for i, (name, (passes, ap)) in enumerate(points.items()):
-            colour, shape = _COLOURS[i % len(_COLOURS)], _SHAPES[i // len(_COLOURS) % len(_SHAPES)]
-            axes.plot(passes, ap, shape, color=colour, markersize=7, label=f"{name}  {ap:.1f} at {passes:.2f}")
+            colour, shape = COLOURS[i % len(COLOURS)], SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]
+            axes.plot(passes, ap, shape, color=colour, markersize=8, label=f"{name}  {ap:.1f} at {passes:.2f}")
             interval = document.get("differences", {}).get(name, {}).get("AP_small")
             if baseline in points and interval is not None:
                 ends = [points[baseline][1] + interval[end] for end in ("low", "high")]
                 axes.plot([passes] * 2, ends, color=colour, linewidth=1.2, alpha=0.7, gid=f"interval {name}")
         if baseline in points:
-            axes.axhline(points[baseline][1], color="#808080", linewidth=0.8, linestyle="--")
+            axes.axhline(points[baseline][1], color=MUTED, linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(_PASSES))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -59,6 +56,6 @@ def policy_plot(document: Mapping[str, Any]) -> str:
         compared = f"; bars: 95 % of the paired differences to {baseline}" if baseline in points else ""
         axes.set_ylabel("AP of small objects (%)")
         figure.suptitle(f"Small objects found, for a price{compared}", fontsize=9)
-        axes.grid(alpha=0.25)
+        quiet(axes, "both")
         figure.legend(loc="outside right center", frameon=False)
         return to_svg(figure)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pycocotools.cocoeval import COCOeval
 
 from scalenet_ray.core.coco import CocoDataset, parse_annotations
 from scalenet_ray.core.evaluation import evaluate, match_results
@@ -37,6 +38,10 @@ def scenes(images: int, seed: int = 0) -> tuple[CocoDataset, list[dict]]:
     return parse_annotations(content), results
 
 
+def matched(dataset: CocoDataset, **results: list[dict]) -> dict[str, COCOeval]:
+    return {name: match_results(dataset, rows) for name, rows in results.items()}
+
+
 def test_drawing_each_image_once_is_pycocotools_own_figure() -> None:
     dataset, results = scenes(12)
     figures = evaluate(dataset, results)
@@ -57,7 +62,7 @@ def test_an_image_drawn_no_times_is_as_if_it_were_not_there() -> None:
 def test_a_policy_that_is_always_better_has_an_interval_above_zero() -> None:
     dataset, results = scenes(20)
     worse = [row for i, row in enumerate(results) if i % 3]
-    differences = paired_intervals(dataset, {"a": worse, "b": results, "c": worse}, "a", resamples=50)
+    differences = paired_intervals(matched(dataset, a=worse, b=results, c=worse), "a", resamples=50)
     assert sorted(differences) == ["b", "c"]
     better = differences["b"]["AP"]
     assert 0 < better["low"] <= better["difference"] <= better["high"] or better["above"] > 0.9
@@ -66,11 +71,12 @@ def test_a_policy_that_is_always_better_has_an_interval_above_zero() -> None:
 
 def test_the_same_seed_draws_the_same_images() -> None:
     dataset, results = scenes(10)
-    runs = [paired_intervals(dataset, {"a": results[::2], "b": results}, "a", resamples=20, seed=3) for _ in range(2)]
+    both = matched(dataset, a=results[::2], b=results)
+    runs = [paired_intervals(both, "a", resamples=20, seed=3) for _ in range(2)]
     assert runs[0] == runs[1]
 
 
 def test_a_baseline_that_is_no_policy_is_refused() -> None:
     dataset, results = scenes(3)
     with pytest.raises(ValueError, match="must be one of a, got 'z'"):
-        paired_intervals(dataset, {"a": results}, "z")
+        paired_intervals(matched(dataset, a=results), "z")

@@ -1,195 +1,199 @@
-"""What keeps AP down, by kind of error: TIDE (Bolya, Foley, Hays, Hoffman, ECCV 2020)."""
+"""What is wrong with detections: class, localisation, both, duplicate, background, missed (Bolya et al., 2020, TIDE).
+
+Each detection is matched to the objects of its class, the best score first, as COCO does at an IoU of .5; what is left
+over is an error of one kind. What a kind costs is how much AP at that IoU would rise if it alone were mended.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from pycocotools.cocoeval import COCOeval
 
-from scalenet_ray.core.coco import CocoDataset
-from scalenet_ray.core.evaluation import match_results
+from scalenet_ray.core.coco import Objects
+from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.merge import iou_matrix
 
-__all__ = ["ERROR_KINDS", "error_breakdown"]
+__all__ = ["FOREGROUND_IOU", "KINDS", "Explained", "error_breakdown", "explain"]
 
-ERROR_KINDS = ("class", "localisation", "both", "duplicate", "background", "missed")
-"""The kinds, in TIDE's order (section 2.2)."""
+FOREGROUND_IOU = 0.5
+"""From here on a box is an object's."""
 
-_FOREGROUND, _BACKGROUND = 0.5, 0.1
+_BACKGROUND_IOU = 0.1
+_MOST_BOXES = 100
+_RECALLS = np.linspace(0.0, 1.0, 101)
 
+KINDS = ("correct", "class", "localisation", "both", "duplicate", "background", "ignored")
+"""What a detection can be; ignored: it lies in a crowd of its class."""
 
-@dataclass
-class _Category:
-    """The detections of one category in all images, and its objects.
-
-    Attributes:
-        scores: of detections that count.
-        right: whether each is matched to an object.
-        kinds: of those that are not, in `ERROR_KINDS`; "" for the others.
-        objects: how many count.
-        missed: how many of them nothing found, and nothing but for its class or its place would have.
-        gained: error kind -> scores of detections that mending it makes right ones of this category.
-    """
-
-    scores: list[float] = field(default_factory=list)
-    right: list[bool] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
-    objects: int = 0
-    missed: int = 0
-    gained: dict[str, list[float]] = field(default_factory=lambda: {"class": [], "localisation": []})
+_CORRECT, _CLASS, _LOCALISATION, _BOTH, _DUPLICATE, _BACKGROUND, _IGNORED = range(len(KINDS))
 
 
 @dataclass(frozen=True, eq=False)
-class _Image:
-    """What lies in one image.
+class Explained:
+    """One image's detections and objects, each told what became of it. N detections, M objects that are no crowds.
 
     Attributes:
-        boxes: [D, 4] xyxy of detections, in image pixels.
-        labels: [D] their categories.
-        scores: [D].
-        right: [D] bool, matched.
-        object_boxes: [G, 4] xyxy of the objects that count.
-        object_labels: [G].
-        used: [G] bool, matched.
+        kept: [N] int64, the rows of the detections that count (100 at most, as COCO does), the best first.
+        scores: [N] of these.
+        labels: [N] int64 category ids.
+        kinds: [N] int64, positions in `KINDS`.
+        targets: [N] int64, the object that it was matched to, or would be if the error were mended; -1: none.
+        object_labels: [M] int64 category ids.
+        object_areas: [M] mask pixels.
+        found_at: [M] the score of the detection that was matched to each; -1 where none was.
     """
 
-    boxes: np.ndarray
-    labels: np.ndarray
+    kept: np.ndarray
     scores: np.ndarray
-    right: np.ndarray
-    object_boxes: np.ndarray
+    labels: np.ndarray
+    kinds: np.ndarray
+    targets: np.ndarray
     object_labels: np.ndarray
-    used: np.ndarray
+    object_areas: np.ndarray
+    found_at: np.ndarray
+
+    @property
+    def missed(self) -> np.ndarray:
+        """[M] bool: matched to no detection, and no detection of another class or a bad box stands for it."""
+        covered = np.isin(self.kinds, (_CLASS, _LOCALISATION))
+        missed = self.found_at < 0
+        missed[self.targets[covered]] = False
+        return missed
 
 
-def error_breakdown(
-    dataset: CocoDataset, results: Iterable[Mapping[str, Any]], *, image_ids: Collection[int] | None = None
-) -> dict[str, float]:
-    """By how much AP50 would rise if all errors of one kind were mended, and no others (section 2.3).
-
-    A detection that matches no object is of one kind: "localisation", it overlaps an object of its category by an IoU
-    of 0.1 to 0.5; "class", one of another category by 0.5 or more; "duplicate", one that a surer detection has found;
-    "background", none by more than 0.1; "both", any other. An object is "missed" that is neither found nor would be if
-    an error of class or place were mended.
+def explain(detections: Detections, objects: Objects) -> Explained:
+    """Match the detections of one image to its objects, and say what is wrong with the others.
 
     Args:
-        dataset: the ground truth.
-        results: COCO results, as `to_results` gives them.
-        image_ids: the images that count; all by default.
+        detections: in image pixels.
+        objects: of the same image.
 
     Returns:
-        `ERROR_KINDS` -> percent of AP50. What they sum to is not what is missing to 100.
+        The detections by score. A duplicate is one where its object was matched before, whatever lies under it besides.
     """
-    evaluation = match_results(dataset, results, image_ids=image_ids)
-    categories = {category_id: _Category() for category_id in evaluation.params.catIds}
-    for image in _images(evaluation):
-        _take_in(image, categories)
-    base = _mean_ap(categories, None)
-    return {kind: _mean_ap(categories, kind) - base for kind in ERROR_KINDS}
+    kept = np.argsort(-detections.scores, kind="stable")[:_MOST_BOXES]
+    boxes, labels = detections.boxes[kept], detections.labels[kept]
+    real = ~objects.crowd
+    names = objects.labels[real]
+    iou = iou_matrix(boxes, objects.boxes[real])
+    same = labels[:, None] == names[None, :]
+    right, wrong = np.where(same, iou, 0.0), np.where(same, 0.0, iou)
+    kinds = np.full(len(kept), _BACKGROUND)
+    targets = np.full(len(kept), -1)
+    found_at = np.full(len(names), -1.0)
+    in_crowd = _in_crowds(boxes, labels, objects)
+    for i in range(len(kept) if len(names) else 0):
+        free = np.where(found_at < 0, right[i], 0.0)
+        if free.max() >= FOREGROUND_IOU:
+            kinds[i], targets[i] = _CORRECT, free.argmax()
+            found_at[targets[i]] = detections.scores[kept[i]]
+        elif not in_crowd[i]:
+            kinds[i], targets[i] = _kind_of_error(right[i], wrong[i])
+    kinds[(kinds != _CORRECT) & in_crowd] = _IGNORED
+    return Explained(kept, detections.scores[kept], labels, kinds, targets, names, objects.areas[real], found_at)
 
 
-def _images(evaluation: COCOeval) -> list[_Image]:
-    params = evaluation.params
-    places = np.array(evaluation.evalImgs, dtype=object).reshape(-1, len(params.areaRng), len(params.imgIds))[:, 0]
-    images = []
-    for column in range(places.shape[1]):
-        found: list[tuple[Any, int, float, bool]] = []
-        objects: list[tuple[Any, int, bool]] = []
-        for match in (match for match in places[:, column] if match is not None):
-            category_id = match["category_id"]
-            for i, number in enumerate(match["dtIds"]):
-                if not match["dtIgnore"][0, i]:
-                    box = evaluation.cocoDt.anns[number]["bbox"]
-                    found.append((box, category_id, float(match["dtScores"][i]), bool(match["dtMatches"][0, i])))
-            for i, number in enumerate(match["gtIds"]):
-                if not match["gtIgnore"][i]:
-                    box = evaluation.cocoGt.anns[number]["bbox"]
-                    objects.append((box, category_id, bool(match["gtMatches"][0, i])))
-        images.append(
-            _Image(
-                _xyxy([row[0] for row in found]),
-                np.array([row[1] for row in found], np.int64),
-                np.array([row[2] for row in found], np.float64),
-                np.array([row[3] for row in found], bool),
-                _xyxy([row[0] for row in objects]),
-                np.array([row[1] for row in objects], np.int64),
-                np.array([row[2] for row in objects], bool),
-            )
-        )
-    return images
+def _kind_of_error(right: np.ndarray, wrong: np.ndarray) -> tuple[int, int]:
+    """The kind of an unmatched detection, and the object it is about, from its IoU with objects of its and other classes."""
+    if right.max() >= FOREGROUND_IOU:
+        return _DUPLICATE, int(right.argmax())
+    if right.max() >= _BACKGROUND_IOU:
+        return _LOCALISATION, int(right.argmax())
+    if wrong.max() >= FOREGROUND_IOU:
+        return _CLASS, int(wrong.argmax())
+    if wrong.max() >= _BACKGROUND_IOU:
+        return _BOTH, int(wrong.argmax())
+    return _BACKGROUND, -1
 
 
-def _xyxy(boxes_xywh: list[Any]) -> np.ndarray:
-    boxes = np.array(boxes_xywh, np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes
+def _in_crowds(boxes: np.ndarray, labels: np.ndarray, objects: Objects) -> np.ndarray:
+    """[N] bool: half of the box lies in a crowd of its class; COCO counts it neither right nor wrong."""
+    crowds, names = objects.boxes[objects.crowd], objects.labels[objects.crowd]
+    if not len(crowds):
+        return np.zeros(len(boxes), bool)
+    low, high = np.maximum(boxes[:, None, :2], crowds[None, :, :2]), np.minimum(boxes[:, None, 2:], crowds[None, :, 2:])
+    inside = np.maximum(high - low, 0.0).prod(axis=2)
+    areas = np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(axis=1), np.spacing(1.0))
+    return ((inside / areas[:, None] >= FOREGROUND_IOU) & (labels[:, None] == names[None, :])).any(axis=1)
 
 
-def _take_in(image: _Image, categories: Mapping[int, _Category]) -> None:
-    """Add an image's detections and objects to their categories."""
-    overlap = iou_matrix(image.boxes, image.object_boxes)
-    # Object -> (score, kind) of the surest detection that mending would let find it.
-    usable: dict[int, tuple[float, str]] = {}
-    for i, score in enumerate(image.scores.tolist()):
-        category = categories[int(image.labels[i])]
-        kind, target = "", None
-        if not image.right[i]:
-            kind, target = _kind(overlap[i], image.object_labels == image.labels[i], image.used)
-        category.scores.append(score)
-        category.right.append(bool(image.right[i]))
-        category.kinds.append(kind)
-        if target is not None and not image.used[target] and score > usable.get(target, (-1.0, ""))[0]:
-            usable[target] = (score, kind)
-    for at, label in enumerate(image.object_labels.tolist()):
-        category = categories[label]
-        category.objects += 1
-        category.missed += not image.used[at] and at not in usable
-        if at in usable:
-            score, kind = usable[at]
-            category.gained[kind].append(score)
-
-
-def _kind(overlap: np.ndarray, same: np.ndarray, used: np.ndarray) -> tuple[str, int | None]:
-    """The kind of an unmatched detection, and the object that it would find if that were mended.
+def error_breakdown(images: Sequence[Explained], shown_score: float) -> dict[str, dict[str, float]]:
+    """What each kind of error costs, over all images.
 
     Args:
-        overlap: [G] IoU with each object.
-        same: [G] bool, objects of its category.
-        used: [G] bool, objects that a detection matches.
+        images: each image, explained.
+        shown_score: errors are counted from this score on; what they cost is over all scores.
+
+    Returns:
+        kind ("class" to "background", and "missed") -> "count", and "cost": percent of AP at IoU .5 that mending it alone
+        would bring. Of "missed" objects, those count that are found below `shown_score` alone or not at all.
     """
-    if not overlap.size:
-        return "background", None
-    own, other = np.where(same, overlap, 0.0), np.where(same, 0.0, overlap)
-    if _BACKGROUND <= own.max() < _FOREGROUND:
-        return "localisation", int(own.argmax())
-    if other.max() >= _FOREGROUND:
-        return "class", int(other.argmax())
-    if np.where(used, own, 0.0).max() >= _FOREGROUND:
-        return "duplicate", None
-    return ("background" if overlap.max() <= _BACKGROUND else "both"), None
+    pool = _Pool(images)
+    everything = np.ones(len(pool.scores), bool)
+    correct = pool.kinds == _CORRECT
+    plain = pool.ap(everything, correct, pool.labels, pool.objects)
+    shown = pool.scores >= shown_score
+    breakdown: dict[str, dict[str, float]] = {}
+    for kind in (_CLASS, _LOCALISATION, _BOTH, _DUPLICATE, _BACKGROUND):
+        at_fault = pool.kinds == kind
+        mended = pool.mended(at_fault) if kind in (_CLASS, _LOCALISATION) else np.zeros_like(at_fault)
+        labels = np.where(mended, pool.target_labels, pool.labels)
+        better = pool.ap(~at_fault | mended, correct | mended, labels, pool.objects)
+        breakdown[KINDS[kind]] = {"count": int((at_fault & shown).sum()), "cost": better - plain}
+    without = pool.ap(everything, correct, pool.labels, pool.objects - pool.missed)
+    unseen = sum(int((image.found_at < shown_score).sum()) for image in images)
+    breakdown["missed"] = {"count": unseen, "cost": without - plain}
+    return breakdown
 
 
-def _mean_ap(categories: Mapping[int, _Category], mended: str | None) -> float:
-    """AP50 in percent with one kind of error mended, the mean over categories that have objects."""
-    values = [_ap(category, mended) for category in categories.values() if category.objects]
-    return 100.0 * float(np.mean(values)) if values else 0.0
+class _Pool:
+    """The detections and objects of all images together, by score."""
 
+    def __init__(self, images: Sequence[Explained]) -> None:
+        sizes = [len(image.object_labels) for image in images]
+        offsets = np.cumsum([0, *sizes])[:-1]
+        order = np.argsort(-np.concatenate([image.scores for image in images] or [np.zeros(0)]), kind="stable")
+        joined = {
+            name: np.concatenate([getattr(image, name) for image in images] or [np.zeros(0, np.int64)])[order]
+            for name in ("scores", "labels", "kinds")
+        }
+        self.scores, self.labels, self.kinds = joined["scores"], joined["labels"], joined["kinds"]
+        shifted = [
+            np.where(image.targets < 0, -1, image.targets + offset)
+            for image, offset in zip(images, offsets, strict=True)
+        ]
+        self.targets = np.concatenate([*shifted, np.zeros(0, np.int64)]).astype(np.int64)[order]
+        object_labels = np.concatenate([*(image.object_labels for image in images), np.zeros(0, np.int64)])
+        missed = np.concatenate([*(image.missed for image in images), np.zeros(0, bool)])
+        self._found = np.concatenate([*(image.found_at for image in images), np.zeros(0)]) >= 0
+        self.classes = np.unique(object_labels)
+        self.objects = (object_labels[:, None] == self.classes).sum(axis=0)
+        self.missed = (object_labels[missed][:, None] == self.classes).sum(axis=0)
+        self.target_labels = self.labels.copy()
+        aimed = self.targets >= 0
+        self.target_labels[aimed] = object_labels[self.targets[aimed]]
 
-def _ap(category: _Category, mended: str | None) -> float:
-    objects = category.objects - (category.missed if mended == "missed" else 0)
-    if not objects:
-        return 1.0
-    # Mended detections are where they belong, or gone.
-    kept = [i for i, kind in enumerate(category.kinds) if not kind or kind != mended]
-    gained = category.gained.get(mended or "", [])
-    scores = np.array([category.scores[i] for i in kept] + gained)
-    right = np.array([category.right[i] for i in kept] + [True] * len(gained), bool)
-    order = np.argsort(-scores, kind="stable")
-    hits = np.cumsum(right[order])
-    precision = hits / np.arange(1, len(hits) + 1)
-    precision = np.maximum.accumulate(precision[::-1])[::-1]
-    at = np.searchsorted(hits / objects, np.linspace(0, 1, 101), side="left")
-    return float(precision[at[at < len(precision)]].sum() / 101)
+    def mended(self, at_fault: np.ndarray) -> np.ndarray:
+        """[N] bool: the errors that would be right once mended: the best of each object that nothing else found."""
+        rows = np.flatnonzero(at_fault)
+        _, first = np.unique(self.targets[rows], return_index=True)
+        best = rows[first]
+        mended = np.zeros_like(at_fault)
+        mended[best[~self._found[self.targets[best]]]] = True
+        return mended
+
+    def ap(self, counts: np.ndarray, right: np.ndarray, labels: np.ndarray, objects: np.ndarray) -> float:
+        """AP in percent at IoU .5, the mean over classes that have objects, of the detections that count."""
+        counts = counts & (self.kinds != _IGNORED)
+        values = []
+        for label, total in zip(self.classes, objects, strict=True):
+            if total <= 0:
+                continue
+            hit = right[counts & (labels == label)]
+            precision = np.cumsum(hit) / np.arange(1, len(hit) + 1)
+            precision = np.maximum.accumulate(precision[::-1])[::-1]
+            at = np.searchsorted(np.cumsum(hit) / total, _RECALLS, side="left")
+            values.append(precision[at[at < len(hit)]].sum() / len(_RECALLS))
+        return 100.0 * float(np.mean(values)) if values else 0.0

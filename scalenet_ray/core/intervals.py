@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from pycocotools.cocoeval import COCOeval
-
-from scalenet_ray.core.coco import CocoDataset
-from scalenet_ray.core.evaluation import match_results
 
 __all__ = ["ResampledAP", "paired_intervals"]
 
@@ -101,21 +97,13 @@ def _ranked(matches: np.ndarray, most: int) -> _Ranked:
 
 
 def paired_intervals(
-    dataset: CocoDataset,
-    results: Mapping[str, Iterable[Mapping[str, Any]]],
-    baseline: str,
-    *,
-    image_ids: Collection[int] | None = None,
-    resamples: int = 300,
-    seed: int = 0,
+    matched: Mapping[str, COCOeval], baseline: str, *, resamples: int = 300, seed: int = 0
 ) -> dict[str, dict[str, dict[str, float]]]:
     """How each policy differs from one of them, on the same images drawn with replacement.
 
     Args:
-        dataset: the ground truth.
-        results: policy -> its COCO results.
+        matched: policy -> its results on the same images, from `match_results`.
         baseline: the policy that the others are compared with.
-        image_ids: the images that count; all by default.
         resamples: how often images are drawn.
         seed: of the draws.
 
@@ -126,10 +114,9 @@ def paired_intervals(
     Raises:
         ValueError: if `baseline` is none of the policies.
     """
-    if baseline not in results:
-        msg = f"the policy to compare with must be one of {', '.join(results)}, got {baseline!r}"
+    if baseline not in matched:
+        msg = f"the policy to compare with must be one of {', '.join(matched)}, got {baseline!r}"
         raise ValueError(msg)
-    matched = {name: match_results(dataset, list(rows), image_ids=image_ids) for name, rows in results.items()}
     count = len(matched[baseline].params.imgIds)
     rng = np.random.default_rng(seed)
     draws = [np.ones(count), *(np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(resamples))]

@@ -15,11 +15,10 @@ import pyarrow.compute as pc
 from scalenet_ray.core import storage
 from scalenet_ray.core.coco import read_annotations, to_results, write_results
 from scalenet_ray.core.evaluation import evaluate
-from scalenet_ray.core.intervals import paired_intervals
 from scalenet_ray.engine.finished import finished_images
 from scalenet_ray.engine.runs import RunFolder
 
-__all__ = ["coco_results", "compare_policies", "evaluate_policy", "policy_cost", "write_policy_results"]
+__all__ = ["coco_results", "evaluate_policy", "policy_cost", "write_policy_results"]
 
 
 def coco_results(run: RunFolder, policy: str) -> Iterator[dict[str, Any]]:
@@ -81,20 +80,3 @@ def evaluate_policy(
     results = list(coco_results(run, policy))
     kinds = ("bbox", "segm") if results and "segmentation" in results[0] else ("bbox",)
     return {kind: evaluate(dataset, results, iou_type=kind, image_ids=image_ids) for kind in kinds}
-
-
-def compare_policies(
-    run_uri: str, policies: Sequence[str], baseline: str, annotations: str, image_ids: Sequence[int]
-) -> dict[str, dict[str, dict[str, float]]]:
-    """How each policy's AP differs from that of one of them; see `paired_intervals`.
-
-    Args:
-        run_uri: the run folder.
-        policies: their names.
-        baseline: the one that the others are compared with.
-        annotations: address of the instances file.
-        image_ids: the images that count.
-    """
-    run = RunFolder(run_uri)
-    results = {policy: coco_results(run, policy) for policy in policies}
-    return paired_intervals(read_annotations(annotations), results, baseline, image_ids=image_ids)

@@ -1,0 +1,118 @@
+"""What a finished evaluation has to say beyond its figures: intervals, curves, errors, objects gained and lost.
+
+Runs as a Ray task, from the run folder and the annotations alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from scalenet_ray.core.coco import CocoDataset, objects_of, read_annotations
+from scalenet_ray.core.curves import precision_curves
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.error_kinds import Explained, error_breakdown, explain
+from scalenet_ray.core.evaluation import match_results
+from scalenet_ray.core.findings import found_and_lost, gained_and_lost
+from scalenet_ray.core.intervals import paired_intervals
+from scalenet_ray.core.schemas import detections_from_rows
+from scalenet_ray.engine.evaluate import coco_results
+from scalenet_ray.engine.runs import RunFolder
+
+__all__ = ["INTERVALS_UP_TO", "SHOWN_SCORE", "analyse_run", "detections_by_image", "new_boxes"]
+
+SHOWN_SCORE = 0.3
+"""Boxes that score less are not drawn, and do not count where objects are counted as found."""
+
+INTERVALS_UP_TO = 5000
+"""Images up to which the bootstrap's intervals are made unasked: it takes time in proportion to them."""
+
+_LISTED_IMAGES = 2000
+
+
+def detections_by_image(run: RunFolder, policy: str) -> Iterator[tuple[int, Detections]]:
+    """The detections of one policy, image after image; images without any are left out."""
+    table = run.table("detections", policy).combine_chunks()
+    ids = table.column("image_id").to_numpy()
+    _, starts = np.unique(ids, return_index=True)
+    for start, end in pairwise([*starts.tolist(), len(ids)]):
+        yield int(ids[start]), detections_from_rows(table.slice(start, end - start))
+
+
+def analyse_run(
+    run_uri: str, policies: Sequence[str], baseline: str, annotations: str, image_ids: Sequence[int], intervals: bool
+) -> dict[str, Any]:
+    """Look through all policies' detections once.
+
+    Args:
+        run_uri: the run folder, all policies worked through.
+        policies: their names.
+        baseline: the one that the others are compared with.
+        annotations: address of the instances file.
+        image_ids: the images that count.
+        intervals: whether to draw the paired bootstrap's intervals.
+
+    Returns:
+        "compared_with"; "differences" (`paired_intervals`; {} if not asked for); "curves": policy -> `precision_curves`;
+        "errors": policy -> `error_breakdown`; "changes": policy -> `gained_and_lost`; "images": a row each for those that
+        changed most, with "id", "objects", "labels" of its objects, and "by": policy -> [found, gained, lost].
+    """
+    run, dataset = RunFolder(run_uri), read_annotations(annotations)
+    matched = {name: match_results(dataset, coco_results(run, name), image_ids=image_ids) for name in policies}
+    curves = {name: precision_curves(evaluation) for name, evaluation in matched.items()}
+    differences = paired_intervals(matched, baseline) if intervals and len(policies) > 1 else {}
+    explained = {name: _explain_all(run, name, dataset, image_ids) for name in policies}
+    changes = {
+        name: gained_and_lost(explained[baseline], images, dataset.categories, SHOWN_SCORE)
+        for name, images in explained.items()
+    }
+    return {
+        "compared_with": baseline,
+        "shown_score": SHOWN_SCORE,
+        "differences": differences,
+        "curves": curves,
+        "errors": {name: error_breakdown(images, SHOWN_SCORE) for name, images in explained.items()},
+        "changes": changes,
+        "images": _image_rows(explained, baseline, image_ids),
+    }
+
+
+def _explain_all(run: RunFolder, policy: str, dataset: CocoDataset, image_ids: Sequence[int]) -> list[Explained]:
+    found = dict(detections_by_image(run, policy))
+    return [explain(found.get(each, Detections.empty()), objects_of(dataset, each)) for each in image_ids]
+
+
+def _image_rows(
+    explained: Mapping[str, Sequence[Explained]], baseline: str, image_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    rows = []
+    for i, image_id in enumerate(image_ids):
+        before = explained[baseline][i]
+        by = {}
+        for name, images in explained.items():
+            gained, lost = found_and_lost(before, images[i], SHOWN_SCORE)
+            by[name] = [int((images[i].found_at >= SHOWN_SCORE).sum()), int(gained.sum()), int(lost.sum())]
+        labels = np.unique(before.object_labels).tolist()
+        rows.append({"id": image_id, "objects": len(before.object_labels), "labels": labels, "by": by})
+    return _most_changed(rows)
+
+
+def _most_changed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that change most under any policy, in the order of the images; a page of all of COCO would be too long."""
+    by_change = sorted(rows, key=lambda row: -max(gained + lost for _, gained, lost in row["by"].values()))
+    kept = {row["id"] for row in by_change[:_LISTED_IMAGES]}
+    return [row for row in rows if row["id"] in kept]
+
+
+def new_boxes(run_uri: str, policy: str, image_ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows as `analyse_run`'s "images", without ground truth: gained are the boxes that only a closer look found."""
+    rows = {each: {"id": each, "objects": 0, "labels": [], "by": {policy: [0, 0, 0]}} for each in image_ids}
+    for image_id, detections in detections_by_image(RunFolder(run_uri), policy):
+        shown = detections[detections.scores >= SHOWN_SCORE]
+        if image_id in rows:
+            rows[image_id]["labels"] = np.unique(shown.labels).tolist()
+            rows[image_id]["by"] = {policy: [len(shown), int((shown.depth > 0).sum()), 0]}
+    return _most_changed(list(rows.values()))

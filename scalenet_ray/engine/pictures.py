@@ -1,0 +1,221 @@
+"""The pictures of a run, as a page can hold them: photographs, what was seen in them, windows and boxes.
+
+The photographs and the looks are made again, for these few images alone; boxes are the run's own. A task of the engine
+does it, so that a cluster's files and networks are at hand.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from scalenet_ray.core.coco import CocoDataset, ImageRecord, objects_of, read_annotations
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.error_kinds import KINDS, explain
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.findings import SMALL_AREA
+from scalenet_ray.core.look import asks_detector
+from scalenet_ray.core.looks import Looked, look_through
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.scale import ScaleMap
+from scalenet_ray.engine.analysis import SHOWN_SCORE, detections_by_image
+from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.engine.stages import Networks, OpenImage
+
+__all__ = ["PictureTask", "choose_pictures"]
+
+_LONGER_SIDE = 960
+_JPEG_QUALITY = 82
+_MOST_BYTES = 10_000_000
+_MOST_BOXES = 80
+_MAP_SIDE = 96
+_SEEN_COLOUR = (230, 159, 0)
+"""Okabe and Ito's orange, as the page draws what a closer look brought."""
+
+
+def choose_pictures(rows: Sequence[Mapping[str, Any]], policy: str, count: int) -> dict[int, str]:
+    """Which images are worth a look: a third that gained most, a third that lost most, the others drawn by chance.
+
+    Args:
+        rows: "images" of `analyse_run` or `new_boxes`.
+        policy: the policy by which they gain or lose.
+        count: the most pictures.
+
+    Returns:
+        image id -> "gained", "lost" or "random", in this order.
+    """
+
+    def change(row: Mapping[str, Any]) -> int:
+        _, gained, lost = row["by"][policy]
+        return gained - lost
+
+    share = max(1, count // 3)
+    by_change = sorted(rows, key=lambda row: -change(row))
+    chosen = {row["id"]: "gained" for row in by_change[:share] if change(row) > 0}
+    by_loss = sorted(rows, key=lambda row: -row["by"][policy][2])
+    chosen |= {row["id"]: "lost" for row in by_loss[:share] if row["by"][policy][2] and row["id"] not in chosen}
+    left = [row["id"] for row in rows if row["id"] not in chosen]
+    chosen |= dict.fromkeys(random.Random(0).sample(left, min(len(left), max(0, count - len(chosen)))), "random")
+    return dict(list(chosen.items())[:count])
+
+
+@dataclass(frozen=True)
+class PictureTask:
+    """All that is needed to make the pictures of a run anywhere.
+
+    Attributes:
+        run_uri: the run folder.
+        policies: with how each one's networks are made.
+        open_image: how an image is read.
+        annotations: address of the instances file; None without ground truth.
+    """
+
+    run_uri: str
+    policies: Sequence[tuple[Policy, Networks]]
+    open_image: OpenImage
+    annotations: str | None = None
+
+    def __call__(self, chosen: Sequence[tuple[ImageRecord, str]]) -> list[dict[str, Any]]:
+        """Make them; an image that cannot be read is left out, and so are those past ten megabytes in all.
+
+        Args:
+            chosen: images with their group.
+
+        Returns:
+            For each picture "id", "file", "group", "width", "height" (image pixels), "photo" (data URI), "truth": [x0, y0,
+            x1, y1, label, whether small, whether a crowd] each, "boxes": policy -> [x0, y0, x1, y1, score, label, depth,
+            kind] each, and "looks": policy -> "windows" [x0, y0, x1, y1, depth] and "map" (data URI or None).
+        """
+        dataset = None if self.annotations is None else read_annotations(self.annotations)
+        boxes = self._boxes({record.image_id for record, _ in chosen})
+        pictures: list[dict[str, Any]] = []
+        opened: list[np.ndarray] = []
+        left = _MOST_BYTES
+        for record, group in chosen:
+            try:
+                image = self.open_image(record)
+            except TileError:
+                continue
+            photo = _photo(image)
+            left -= len(photo)
+            if left < 0:
+                break
+            opened.append(image)
+            pictures.append(
+                {
+                    "id": record.image_id,
+                    "file": record.file_name,
+                    "group": group,
+                    "height": image.shape[0],
+                    "width": image.shape[1],
+                    "photo": photo,
+                    "truth": _truth(dataset, record.image_id),
+                    "boxes": {
+                        name: _box_rows(found.get(record.image_id), dataset, record.image_id) for name, found in boxes
+                    },
+                    "looks": {},
+                }
+            )
+        for policy, networks in self.policies:
+            self._look(policy, networks, opened, pictures)
+        return pictures
+
+    def _boxes(self, ids: set[int]) -> list[tuple[str, dict[int, Detections]]]:
+        run = RunFolder(self.run_uri)
+        return [
+            (policy.name, {each: found for each, found in detections_by_image(run, policy.name) if each in ids})
+            for policy, _ in self.policies
+        ]
+
+    def _look(
+        self, policy: Policy, networks: Networks, images: Sequence[np.ndarray], pictures: Sequence[dict[str, Any]]
+    ) -> None:
+        needs_map = policy.looks and policy.kind != "first-pass"
+        predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
+        detect = networks.detect() if asks_detector(policy, predict_scale) else None
+        for image, picture in zip(images, pictures, strict=True):
+            looked = look_through(image, picture["id"], policy, detect=detect, predict_scale=predict_scale)
+            picture["looks"][policy.name] = _look_rows(looked, policy)
+
+
+def _truth(dataset: CocoDataset | None, image_id: int) -> list[list[Any]]:
+    if dataset is None:
+        return []
+    objects = objects_of(dataset, image_id)
+    columns = zip(
+        objects.boxes.tolist(), objects.labels.tolist(), objects.areas.tolist(), objects.crowd.tolist(), strict=True
+    )
+    return [[*_rounded(box), label, int(area < SMALL_AREA), int(crowd)] for box, label, area, crowd in columns]
+
+
+def _rounded(box: Sequence[float]) -> list[float]:
+    return [round(value, 1) for value in box]
+
+
+def _box_rows(found: Detections | None, dataset: CocoDataset | None, image_id: int) -> list[list[Any]]:
+    """The shown boxes of one image, the best first; kind is "" without ground truth."""
+    if found is None:
+        return []
+    kinds = [""] * len(found)
+    if dataset is not None:
+        explained = explain(found, objects_of(dataset, image_id))
+        for row, kind in zip(explained.kept, explained.kinds, strict=True):
+            kinds[row] = KINDS[kind]
+    shown = [i for i in np.argsort(-found.scores, kind="stable") if found.scores[i] >= SHOWN_SCORE][:_MOST_BOXES]
+    return [
+        [
+            *_rounded(found.boxes[i].tolist()),
+            round(float(found.scores[i]), 2),
+            int(found.labels[i]),
+            int(found.depth[i]),
+            kinds[i],
+        ]
+        for i in shown
+    ]
+
+
+def _look_rows(looked: Sequence[Looked], policy: Policy) -> dict[str, Any]:
+    """The windows, and the whole image's map as an overlay. The first tile is the whole image."""
+    windows = [[*one.tile.window.xyxy, one.tile.depth] for one in looked[1:]]
+    seen = looked[0].scale_map
+    return {"windows": windows, "map": None if seen is None else _overlay(_out_of_range(seen, policy))}
+
+
+def _out_of_range(seen: ScaleMap, policy: Policy) -> np.ndarray:
+    """[h, w] in 0..1: how sure the map is that a cell is out of the detector's range, or what it would gain."""
+    if seen.gain is not None:
+        return seen.gain / max(float(seen.gain.max()), 1e-9)
+    if seen.prob is not None:
+        return seen.prob[list(policy.recursion.small_classes)].sum(axis=0)
+    assert seen.scale is not None
+    return ((seen.scale > 0) & (seen.scale < policy.recursion.scale_range.low)).astype(np.float32)
+
+
+def _overlay(shares: np.ndarray) -> str:
+    """A map in 0..1 as a picture of one colour, opaque where it is 1."""
+    alpha = np.clip(shares * 255, 0, 255).astype(np.uint8)
+    colour = np.broadcast_to(np.array(_SEEN_COLOUR, np.uint8), (*alpha.shape, 3))
+    image = Image.fromarray(np.dstack([colour, alpha]))
+    image.thumbnail((_MAP_SIDE, _MAP_SIDE))
+    sink = io.BytesIO()
+    image.save(sink, "PNG", optimize=True)
+    return _data_uri("image/png", sink.getvalue())
+
+
+def _photo(image: np.ndarray) -> str:
+    photo = Image.fromarray(image)
+    photo.thumbnail((_LONGER_SIDE, _LONGER_SIDE), Image.Resampling.LANCZOS)
+    sink = io.BytesIO()
+    photo.save(sink, "JPEG", quality=_JPEG_QUALITY)
+    return _data_uri("image/jpeg", sink.getvalue())
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

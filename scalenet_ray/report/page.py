@@ -1,0 +1,174 @@
+"""The page of a batch run: what it found, what that cost, and the pictures."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from typing import Any
+
+from scalenet_ray.policy_plot import policy_plot
+from scalenet_ray.report.charts import cost_chart, curves_chart, errors_chart, found_chart, throughput_chart
+from scalenet_ray.report.policies import policy_rows, winner_of
+from scalenet_ray.report.shell import cards, page, section, table
+from scalenet_ray.svg import themed
+
+__all__ = ["render_report"]
+
+_MOST_CLASSES = 16
+
+
+def render_report(document: Mapping[str, Any], details: Mapping[str, Any] | None = None) -> str:
+    """The page of a run.
+
+    Args:
+        document: what metrics.json holds.
+        details: what analysis.json holds, with "pictures" (`PictureTask`), "files" and "categories" besides; None for the
+            figures alone.
+
+    Returns:
+        HTML, one file that fetches nothing.
+    """
+    details = details or {}
+    policies: Mapping[str, Mapping[str, Any]] = document["policies"]
+    measured = any(row.get("AP_small") is not None for row in policies.values())
+    winner = winner_of(policies)
+    base = details.get("compared_with") or document.get("compared_with")
+    changes = details.get("changes", {}).get(winner)
+    head, rows = policy_rows(document)
+    plot = policy_plot(document)
+    small = "The small objects, under 32 x 32 pixels, are what zooming is for. The bars show where 95 % of the paired bootstrap's differences lie."
+    sections = [
+        section("facts", "At a glance", "", _facts(document, winner, base, changes)),
+        section(
+            "policies",
+            "Policies",
+            "Every way to zoom, on the same images with the same frozen detector. The marked one finds most small objects "
+            "without reading the ground truth."
+            if measured
+            else "What each policy did.",
+            table("Policies", head, rows, list(policies).index(winner) if winner and measured else None),
+        ),
+        section(
+            "price",
+            "Small objects found, for a price",
+            small,
+            f"<figure>{themed(plot, 'AP of small objects against detector passes')}</figure>" if plot else "",
+        ),
+        _changes(changes, base, winner),
+        section(
+            "curves",
+            "Precision and recall",
+            "How many of the boxes are right, the further down the list one goes.",
+            _figure(curves_chart(details.get("curves", {}))),
+        ),
+        section(
+            "errors",
+            "What goes wrong",
+            "Each box that is wrong is wrong in one way. The bars say what AP at IoU .5 would gain if that alone were mended "
+            f"(TIDE's definitions); the counts are of boxes that score {details.get('shown_score', 0)} or more.",
+            _figure(errors_chart(details.get("errors", {}))),
+        ),
+        section(
+            "cost",
+            "Time and pixels",
+            "What the networks computed for an image, and how the run went.",
+            f'<div class="pair">{_figure(cost_chart(policies))}{_figure(throughput_chart(details.get("throughput", {})))}</div>',
+        ),
+        _gallery(details, base, winner),
+    ]
+    return page("What a closer look found", _lead(document, winner, base), sections, _data(details, base, winner))
+
+
+def _figure(svg: str) -> str:
+    return f"<figure>{svg}</figure>" if svg else ""
+
+
+def _lead(document: Mapping[str, Any], winner: str | None, base: str | None) -> str:
+    images = document["images"]
+    parts = []
+    row = document["policies"].get(winner, {})
+    if base and winner and base != winner and row.get("AP_small") is not None:
+        before = document["policies"][base]
+        passes = row["detector_passes_per_image"]
+        sentence = (
+            f"<b>{html.escape(winner)}</b> takes AP of small objects from {before['AP_small'] or 0:.1f} to "
+            f"<b>{row['AP_small']:.1f}</b>, for {passes:.2f} detector passes an image in place of "
+            f"{before['detector_passes_per_image']:.2f}."
+        )
+        parts.append(f'<p class="lead">{sentence}</p>')
+    reason = " (failures.parquet names each with its reason)" if images["failed"] else ""
+    state = f"{images['done']} of {images['total']} images done, {images['failed']} failed{reason}."
+    parts.append(f'<p class="state{" bad" if images["failed"] else ""}">{state}</p>')
+    return "".join(parts)
+
+
+def _facts(document: Mapping[str, Any], winner: str | None, base: str | None, changes: Mapping[str, Any] | None) -> str:
+    row = document["policies"].get(winner or "", {})
+    facts = []
+    interval = document.get("differences", {}).get(winner, {})
+    for figure, what in (
+        ("AP_small", "AP of small objects"),
+        ("AP", "AP of all objects"),
+        ("AP_large", "AP of large objects"),
+    ):
+        if row.get(figure) is not None:
+            known = interval.get(figure)
+            remark = (
+                f"{known['difference']:+.1f} to {base}  [{known['low']:+.1f}, {known['high']:+.1f}]" if known else ""
+            )
+            facts.append((f"{row[figure]:.1f}", what, remark))
+    if changes:
+        total = {key: sum(one[key] for one in changes["by_class"]) for key in ("objects", "before", "after")}
+        remark = f"{total['before']} without a closer look" if base != winner else ""
+        facts.append((f"{total['after']} of {total['objects']}", "small objects found", remark))
+    if row:
+        facts.append((f"{row['detector_passes_per_image']:.2f}", "detector passes an image", f"policy {winner}"))
+        if row.get("images_per_second"):
+            facts.append((f"{row['images_per_second']:.1f}", "images a second", ""))
+    return cards(facts) if facts else ""
+
+
+def _changes(changes: Mapping[str, Any] | None, base: str | None, winner: str | None) -> str:
+    if not changes or not base or not winner or base == winner:
+        return ""
+    classes = changes["by_class"]
+    left = len(classes) - _MOST_CLASSES
+    more = f" Of {len(classes)} classes the {_MOST_CLASSES} that gained most." if left > 0 else ""
+    return section(
+        "changes",
+        "Where objects were gained and lost",
+        f"Found by {html.escape(base)} and by {html.escape(winner)}: to the left by the side of the object in pixels, to the right the "
+        f"small objects by class. Behind each line: gained, lost, and how many there are.{more}",
+        f'<div class="pair">{_figure(found_chart(changes["by_side"], base, winner, "Objects found by size"))}'
+        f"{_figure(found_chart(classes[:_MOST_CLASSES], base, winner, 'Small objects found by class'))}</div>",
+    )
+
+
+def _gallery(details: Mapping[str, Any], base: str | None, winner: str | None) -> str:
+    if not details.get("images"):
+        return ""
+    words = (
+        "The photograph, what was seen in it and where it looked again, and the boxes. <kbd>Enter</kbd> opens one, <kbd>\N{LEFTWARDS ARROW}</kbd> "
+        "<kbd>\N{RIGHTWARDS ARROW}</kbd> turn the pages, <kbd>Esc</kbd> closes."
+    )
+    return section(
+        "pictures", "Pictures", words, '<div id="gallery"><noscript>The pictures need JavaScript.</noscript></div>'
+    )
+
+
+def _data(details: Mapping[str, Any], base: str | None, winner: str | None) -> dict[str, Any] | None:
+    """What report.js shows."""
+    if not details.get("images"):
+        return None
+    names = list(details["images"][0]["by"])
+    return {
+        "policies": names,
+        "base": base,
+        "chosen": winner if winner in names else names[0],
+        "score": details["shown_score"],
+        "truth": "changes" in details,
+        "categories": details.get("categories", {}),
+        "files": details.get("files", {}),
+        "images": details["images"],
+        "pictures": details.get("pictures", []),
+    }

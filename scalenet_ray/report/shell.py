@@ -1,0 +1,89 @@
+"""The frame that all pages share: head, style and script in one file, sections, tables."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from typing import Any
+
+__all__ = ["cards", "page", "section", "table"]
+
+_THEME = (
+    '<button type="button" class="theme" id="theme" aria-label="Switch between light and dark" '
+    'title="Light or dark"><span aria-hidden="true"></span></button>'
+)
+
+
+def page(title: str, lead: str, sections: Iterable[str], data: dict[str, Any] | None = None) -> str:
+    """A whole page.
+
+    Args:
+        title: plain text.
+        lead: HTML that stands below the title.
+        sections: from `section`; empty ones are left out.
+        data: what the script shows as pictures; None for a page without.
+    """
+    assets = files("scalenet_ray.report")
+    style, script = (assets.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    blob = ""
+    if data is not None:
+        # "<" alone could end the element, or begin a comment in it.
+        text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+        blob = f'<script type="application/json" id="data">{text}</script>'
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{html.escape(title)}</title><style>{style}</style></head>"
+        f'<body><a class="skip" href="#main">Skip to the content</a><header><p class="brand">Recursive Scale Net</p>'
+        f"{_THEME}<h1>{html.escape(title)}</h1>{lead}</header>"
+        f'<main id="main">{"".join(sections)}</main>{blob}<script>{script}</script></body></html>\n'
+    )
+
+
+def section(name: str, title: str, text: str, *content: str) -> str:
+    """A section with a heading and a sentence, or "" where there is nothing to show.
+
+    Args:
+        name: its anchor.
+        title: plain text.
+        text: HTML.
+        content: HTML of figures and tables.
+    """
+    shown = "".join(content)
+    if not shown:
+        return ""
+    words = f'<p class="words">{text}</p>' if text else ""
+    return f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{html.escape(title)}</h2>{words}{shown}</section>'
+
+
+def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None) -> str:
+    """A table; the first cell of a row is its header.
+
+    Args:
+        caption: plain text, for those who do not see it.
+        head: titles of the columns, plain text.
+        rows: HTML of the cells.
+        marked: the row to mark as the best.
+    """
+    titles = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)
+    body = "".join(
+        f'<tr{" class=best" if i == marked else ""}><th scope="row">{first}</th>'
+        f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for i, (first, *cells) in enumerate(rows)
+    )
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption)}"><table>'
+        f'<caption class="unseen">{html.escape(caption)}</caption><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def cards(facts: Iterable[tuple[str, str, str]]) -> str:
+    """Large figures: (figure, what it is, a remark), plain text."""
+    shown = "".join(
+        f"<li><strong>{html.escape(figure)}</strong><span>{html.escape(what)}</span><em>{html.escape(remark)}</em></li>"
+        for figure, what, remark in facts
+    )
+    return f'<ul class="cards">{shown}</ul>'
