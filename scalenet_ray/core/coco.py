@@ -148,8 +148,7 @@ def _rows(document: Mapping[str, Any], section: str, keys: Sequence[str], name: 
         if missing:
             _fail(f"{section}[{i}] of {name} must have {', '.join(keys)}, got no {', '.join(missing)}: add it")
         for key in keys:
-            whole = isinstance(row[key], int) and not isinstance(row[key], bool) and abs(row[key]) < 2**63
-            if key.endswith("id") and not whole:
+            if key.endswith("id") and not (type(row[key]) is int and abs(row[key]) < 2**63):
                 _fail(f"{key} of {section}[{i}] of {name} must be a whole number, got {row[key]!r}: number them")
     twice = [key for key, count in Counter(row["id"] for row in rows).items() if count > 1]
     if twice:
