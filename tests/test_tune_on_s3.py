@@ -16,6 +16,7 @@ from tests.ray_fixture import RAY_ENVIRONMENT
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_a_sweep_has_its_data_and_its_state_on_s3_and_resumes_there(tmp_path: Path, s3_bucket: str) -> None:
     sample = write_sample(tmp_path / "sample", train=4, val=1)
     S3FileSystem().put(str(sample), f"{s3_bucket}/sample", recursive=True)

@@ -38,9 +38,8 @@ __all__ = [
 ]
 
 _SHOWN = 5
-
+# Of a file of annotations or addresses: parsed it takes some ten times as much memory.
 _MOST_BYTES = 2 * 2**30
-"""Of a file of annotations or addresses: parsed it takes some ten times as much memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +148,7 @@ def _rows(document: Mapping[str, Any], section: str, keys: Sequence[str], name: 
         if missing:
             _fail(f"{section}[{i}] of {name} must have {', '.join(keys)}, got no {', '.join(missing)}: add it")
         for key in keys:
-            whole = isinstance(row[key], int) and not isinstance(row[key], bool) and abs(row[key]) < 2**63
-            if key.endswith("id") and not whole:
+            if key.endswith("id") and not (type(row[key]) is int and abs(row[key]) < 2**63):
                 _fail(f"{key} of {section}[{i}] of {name} must be a whole number, got {row[key]!r}: number them")
     twice = [key for key, count in Counter(row["id"] for row in rows).items() if count > 1]
     if twice:
@@ -196,10 +194,9 @@ def parse_annotations(document: Mapping[str, Any], name: str = "the annotations"
     if not image_rows:
         _fail(f"{name} must list at least one image, got none: check that it is the right file")
     category_rows = _rows(document, "categories", ("id", "name"), name)
-    unnamed = [row["id"] for row in category_rows if not _is_text(str(row["name"]))]
-    if unnamed:
-        _fail(f"name of a category of {name} must be text, got something else in {_first(unnamed)}: correct it")
     names = {row["id"]: str(row["name"]) for row in category_rows}
+    if unnamed := [category_id for category_id, text in names.items() if not _is_text(text)]:
+        _fail(f"name of a category of {name} must be text, got something else in {_first(unnamed)}: correct it")
     rows = _rows(document, "annotations", ("id", "image_id", "category_id", "bbox"), name)
     images = sorted((_image_record(row, name) for row in image_rows), key=lambda record: record.image_id)
     for what, known in (("image_id", {record.image_id for record in images}), ("category_id", names.keys())):
@@ -232,8 +229,7 @@ def read_annotations(uri: Address) -> CocoDataset:
     data = read_bytes(uri, max_bytes=_MOST_BYTES)
     try:
         document = json.loads(data)
-    # A RecursionError: brackets without end.
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # The second: brackets without end.
         msg = f"{uri} must be JSON, got something else ({error}): fetch or export it again"
         raise ValueError(msg) from error
     return parse_annotations(document, str(uri))
@@ -284,8 +280,7 @@ def list_images(uri: Address) -> list[ImageRecord]:
         names = _addresses_in_parquet(str(uri) if "://" in str(uri) else os.path.abspath(uri))
     else:
         names = list_files(uri, IMAGE_SUFFIXES)
-        unwritable = [repr(name) for name in names if not _is_text(name)]
-        if unwritable:
+        if unwritable := [repr(name) for name in names if not _is_text(name)]:
             _fail(f"names of files must be UTF-8, got {_first(unwritable)}: rename them")
     if not names:
         wanted = ", ".join(IMAGE_SUFFIXES)
