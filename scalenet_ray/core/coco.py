@@ -1,4 +1,4 @@
-"""COCO's files: annotations in, results out. With `evaluation`, the only home of xywh boxes and category ids."""
+"""COCO's files: annotations in, results out. With `evaluation` and `interchange`, the only home of xywh."""
 
 from __future__ import annotations
 

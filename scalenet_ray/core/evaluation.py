@@ -63,7 +63,11 @@ def match_results(
     iou_type: Literal["bbox", "segm"] = "bbox",
     image_ids: Collection[int] | None = None,
 ) -> COCOeval:
-    """Results matched to objects image by image, before figures are made of it; arguments and errors of `evaluate`."""
+    """Results matched to objects image by image, before figures are made of it; arguments as of `evaluate`.
+
+    Raises:
+        ValueError: as `evaluate` does.
+    """
     if isinstance(annotations, CocoDataset):
         dataset = annotations
     else:

@@ -93,7 +93,7 @@ class DetectWithFeatures(Detect, Protocol):
     """A detector that shows its feature maps, for a Scale Net that reads them."""
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
-        """As `__call__`, with the feature maps of the same forward pass."""
+        """[height, width, 3] uint8 RGB each, as `__call__`, with the feature maps of the same forward pass."""
         ...
 
 
@@ -110,7 +110,7 @@ class ReadFeatures(Protocol):
     def from_features(
         self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]
     ) -> list[ScaleMap | TileError]:
-        """The feature maps of `Glimpse` for each tile -> a map each, in the tile's own frame."""
+        """Feature maps of `Glimpse` for each tile, [C, h, w] float32 -> a map each, in the tile's own frame."""
         ...
 
 

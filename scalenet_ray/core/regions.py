@@ -104,7 +104,7 @@ def top_k_mean(scales: np.ndarray, k: float) -> float:
     """TopK of Algorithm 1: the mean of the top k of the scales of objects.
 
     Args:
-        scales: scales of any shape; 0 is background and does not count.
+        scales: [...] scales, of any shape; 0 is background and does not count.
         k: the share taken, 0 < k <= 1 (the paper: 0.15 for MNIST, 0.1 for CIFAR-10).
 
     Returns:

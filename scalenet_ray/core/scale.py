@@ -114,7 +114,11 @@ class ScaleMap:
 
     @property
     def classes(self) -> np.ndarray:
-        """[h, w] int64, the most probable class of each cell (classification only)."""
+        """[h, w] int64, the most probable class of each cell (classification only).
+
+        Raises:
+            ValueError: if it is a regression map.
+        """
         if self.prob is None:
             msg = "classes are of a classification map, got a regression map: use its scale"
             raise ValueError(msg)

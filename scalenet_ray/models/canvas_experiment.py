@@ -63,7 +63,11 @@ class Experiment:
         return replace(domain, classifiers={name: replace(first, width=self.width), **dict(others)})
 
     def learned(self) -> Pictures:
-        """Those that are trained on."""
+        """Those that are trained on.
+
+        Raises:
+            ValueError: if none are left.
+        """
         pictures = load_pictures(self.name, self.data, train=True)
         kept = len(pictures.labels) - self.held_out
         if kept < 1:

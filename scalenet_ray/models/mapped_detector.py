@@ -50,7 +50,7 @@ class MappedDetector:
         return [found if isinstance(found, TileError) else self._mapped(found) for found in answers]
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
-        """The detector's own feature maps with the mapped detections.
+        """[h, w, 3] uint8 RGB each -> the detector's own feature maps with the mapped detections.
 
         Raises:
             ValueError: if the detector shows none.

@@ -114,7 +114,11 @@ class NetworkNames:
         )
 
     def load_scale_net(self) -> ScaleNetPredictor | ScaleHeadPredictor:
-        """Scale Net, ready for tiles."""
+        """Scale Net, ready for tiles.
+
+        Raises:
+            ValueError: if no weights are named; else what `load_predictor` raises.
+        """
         # Here and not above: torch must not be loaded where networks are only named.
         from scalenet_ray.models.scale_head import load_predictor
 

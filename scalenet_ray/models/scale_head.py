@@ -130,7 +130,7 @@ class ScaleHeadPredictor:
         """Look at tiles through the detector's eyes, those of one canvas together.
 
         Args:
-            features: B times the maps of `Glimpse.features`.
+            features: B times the maps of `Glimpse.features`, [C, h, w] float32 each.
             tiles: their recipes; a map covers its tile, not the canvas's padding.
 
         Returns:
@@ -165,6 +165,11 @@ def _map(prob: np.ndarray, gain: np.ndarray) -> ScaleMap | TileError:
 
 
 def load_predictor(path: str | Path, device: str = "cpu") -> ScaleNetPredictor | ScaleHeadPredictor:
-    """A Scale Net of either kind, by what its file says it is; raises as they do."""
+    """A Scale Net of either kind, by what its file says it is; raises as they do.
+
+    Args:
+        path: weights, local or s3://.
+        device: where it computes, as torch names it.
+    """
     _, header = load_weights(str(path))
     return ScaleHeadPredictor(path, device) if _FORMAT in header else ScaleNetPredictor(path, device)

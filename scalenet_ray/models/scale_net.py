@@ -108,7 +108,11 @@ class ScaleNetConfig:
 
     @property
     def output_hw(self) -> tuple[int, int]:
-        """(h, w) of the class map, in cells."""
+        """(h, w) of the class map, in cells.
+
+        Raises:
+            ValueError: if the net takes tiles as they are, and has no fixed size.
+        """
         if self.input_side is None:
             msg = "the output of a net that takes tiles as they are is as large as its input: it has no fixed size"
             raise ValueError(msg)

@@ -317,7 +317,7 @@ class TinyDetector:
         return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
-        """Detect on tiles, and show the neck's feature maps; see `DetectWithFeatures`."""
+        """Detect on tiles, [h, w, 3] uint8 RGB each, and show the neck's feature maps; see `DetectWithFeatures`."""
         return detect_by_canvas(pixels, self.canvas_hw, self._glimpse_group)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:

@@ -160,7 +160,7 @@ class YoloxDetector:
         return tuple(output.shape[1] + _ANSWER_MAPS for output in self._featured.get_outputs()[1:])
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
-        """Detect on tiles, and show the feature maps; see `DetectWithFeatures`.
+        """Detect on tiles, [h, w, 3] uint8 RGB each, and show the feature maps; see `DetectWithFeatures`.
 
         Each level's map is the one that its boxes and classes are read from, and after it five of its answer: the
         logits of objectness, of the best class and of their product, and the logarithms of width and height in cells.
