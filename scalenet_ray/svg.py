@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ def drawing(width: float, height: float) -> Iterator[Figure]:
 
     Text stays text, and ids do not change from run to run: the same figures give the same file.
     """
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "scalenet_ray",
         "font.size": 9,
@@ -62,7 +63,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def themed(svg: str, name: str) -> str:
-    """A figure for a page: its colours and letters become the page's, its ids its own, and readers are told its name."""
+    """A figure for a page: colours and letters become the page's, ids its own, and screen readers are told its name."""
     for colour, variable in _ON_PAGE.items():
         svg = svg.replace(colour, f"var(--{variable}, {colour})")
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
