@@ -54,7 +54,7 @@ class FinetuneDetector:
 
 
 def main(job: FinetuneDetector) -> int:
-    """Fine-tune, measure after each epoch, and write config.yaml, metrics.json, report.html and detector.safetensors."""
+    """Fine-tune, measure after each epoch, and write config.yaml, metrics.json, report.html and the weights."""
     if job.detector is None and job.data is not None:
         msg = "--detector must name what is fine-tuned on --data, torchvision:NAME or torchvision:PATH, got none"
         raise ValueError(msg)

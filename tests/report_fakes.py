@@ -21,7 +21,7 @@ def photo(seed: int, hw: tuple[int, int] = (120, 160)) -> str:
 
 
 def big_page(images: int, pictures: int, hw: tuple[int, int] = (120, 160)) -> tuple[dict[str, Any], dict[str, Any]]:
-    """metrics.json and the page's details: image i gains i % 7 objects of class 1 + i % 3, and loses one if i is odd."""
+    """metrics.json and details of a page: image i gains i % 7 objects of class 1 + i % 3, and loses one if i is odd."""
     row = {"AP": 30.0, "AP50": 50.0, "AP_small": 10.0, "AP_large": 60.0, "detector_passes_per_image": 1.0}
     document = {
         "images": {"total": images, "done": images, "failed": 0},

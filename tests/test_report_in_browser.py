@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from tests.report_fakes import big_page
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: install chromium (Debian: apt install chromium)")
 
 HOSTILE = "<img src=x onerror=document.title='broken'><script>document.title='broken'</script>"
+
+
+@cache
+def page_of(images: int, pictures: int) -> str:
+    return render_report(*big_page(images, pictures))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def shown_names(page: Any) -> list[str]:
 
 
 def test_all_pictures_load(visit: Any) -> None:
-    page = visit(render_report(*big_page(6, 6)))
+    page = visit(page_of(9, 9))
     page.wait_for_function("[...document.images].every(image => image.complete)")
     widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
     # Before, seen with its map, after: of six pictures.
@@ -60,7 +66,7 @@ def test_all_pictures_load(visit: Any) -> None:
 
 
 def test_500_images_are_listed_and_filtered_by_class_a_page_at_a_time(visit: Any) -> None:
-    page = visit(render_report(*big_page(500, 24)))
+    page = visit(page_of(500, 24))
     assert "Every image (500)" in page.content()
     assert len(shown_names(page)) == 6
     page.select_option("#class", label="dog")
@@ -76,7 +82,7 @@ def test_500_images_are_listed_and_filtered_by_class_a_page_at_a_time(visit: Any
 
 
 def test_boxes_of_the_chosen_class_and_policy_are_drawn(visit: Any) -> None:
-    page = visit(render_report(*big_page(3, 3)))
+    page = visit(page_of(9, 9))
     first = page.locator(".shot").first
     assert [first.locator(f"rect.{name}").count() for name in ("known", "new", "wrong", "w1", "w2")] == [2, 1, 1, 1, 1]
     page.select_option("#policy", "whole")
@@ -84,14 +90,14 @@ def test_boxes_of_the_chosen_class_and_policy_are_drawn(visit: Any) -> None:
 
 
 def test_groups_of_pictures_are_chosen(visit: Any) -> None:
-    page = visit(render_report(*big_page(9, 9)))
+    page = visit(page_of(9, 9))
     page.get_by_role("button", name="Lost most").click()
     assert shown_names(page) == ["1.jpg", "4.jpg", "7.jpg"]
     assert page.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
 
 
 def test_keys_open_turn_and_close_a_picture(visit: Any) -> None:
-    page = visit(render_report(*big_page(4, 4)))
+    page = visit(page_of(9, 9))
     opener = page.locator(".open").first
     opener.focus()
     page.keyboard.press("Enter")
@@ -101,21 +107,21 @@ def test_keys_open_turn_and_close_a_picture(visit: Any) -> None:
     assert title.inner_text() == "1.jpg"
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("ArrowLeft")
-    assert title.inner_text() == "3.jpg"
+    assert title.inner_text() == "8.jpg"
     page.keyboard.press("Escape")
     assert page.locator("dialog[open]").count() == 0
     assert opener.evaluate("element => element === document.activeElement")
 
 
 def test_focus_is_seen(visit: Any) -> None:
-    page = visit(render_report(*big_page(2, 2)))
+    page = visit(page_of(9, 9))
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
 def test_it_follows_the_system_into_the_dark_and_has_a_switch(visit: Any) -> None:
-    text = render_report(*big_page(2, 2))
+    text = page_of(9, 9)
     background = "getComputedStyle(document.body).backgroundColor"
     light, dark = (visit(text, color_scheme=scheme) for scheme in ("light", "dark"))
     bright, dim = light.evaluate(background), dark.evaluate(background)
@@ -127,7 +133,7 @@ def test_it_follows_the_system_into_the_dark_and_has_a_switch(visit: Any) -> Non
 
 
 def test_a_narrow_screen_need_not_be_scrolled_sideways(visit: Any) -> None:
-    page = visit(render_report(*big_page(3, 3)), viewport={"width": 360, "height": 700})
+    page = visit(page_of(9, 9), viewport={"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -152,5 +158,5 @@ def test_names_are_never_read_as_html(visit: Any) -> None:
 
 
 def test_a_page_without_pictures_says_so(visit: Any) -> None:
-    page = visit(render_report(*big_page(5, 0)))
+    page = visit(page_of(5, 0))
     assert "This page holds no pictures." in page.content()

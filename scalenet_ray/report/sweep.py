@@ -9,7 +9,7 @@ from typing import Any
 from scalenet_ray.core.front import front
 from scalenet_ray.front_plot import front_plot
 from scalenet_ray.report.shell import cards, page, section, table
-from scalenet_ray.svg import MUTED, WARM, drawing, quiet, themed, to_svg
+from scalenet_ray.svg import MUTED, WARM, drawing, label, quiet, themed, to_svg
 
 __all__ = ["render_sweep"]
 
@@ -76,10 +76,10 @@ def _fields(complete: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, A
             for some, marker, colour in ((complete, "o", MUTED), (best, "D", WARM)):
                 points = [(row["values"][path], row["AP_small"]) for row in some if path in row["values"]]
                 if not all(isinstance(value, int | float) and not isinstance(value, bool) for value, _ in points):
-                    points = [(str(value), worth) for value, worth in points]
+                    points = [(label(str(value)), worth) for value, worth in points]
                 if points:
                     panel.plot(*zip(*points, strict=True), marker, color=colour, markersize=4, alpha=0.85)
-            panel.set_title(path.replace("$", r"\$"), loc="left", fontsize=8)
+            panel.set_title(label(path), loc="left", fontsize=8)
             quiet(panel, "both")
         figure.supylabel("AP of small objects (%)", fontsize=8)
         return f"<figure>{themed(to_svg(figure), 'What each field came to')}</figure>"
