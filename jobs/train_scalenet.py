@@ -28,6 +28,7 @@ from scalenet_ray.models.recipe import Recipe
 from scalenet_ray.models.regression_recipe import RegressionRecipe
 from scalenet_ray.models.scale_net import PRESETS
 from scalenet_ray.models.scale_recipe import ScaleRecipe
+from scalenet_ray.report.training import render_training
 from scalenet_ray.terminal import run_job
 
 DIGITS_TILE_SIDE = 64
@@ -90,7 +91,7 @@ def _head_recipe(job: TrainScaleNet, images: TrainingImages, run: RunFolder) -> 
 
 
 def main(job: TrainScaleNet) -> int:
-    """Train, measure after each epoch, and write config.yaml, metrics.json and scale_net.safetensors."""
+    """Train, measure after each epoch, and write config.yaml, metrics.json, report.html and scale_net.safetensors."""
     if job.data is None:
         job = replace(job, data=str(ensure_sample(Path("runs/sample"))), detector=job.detector or SAMPLE_DETECTOR)
     images = TrainingImages(str(job.data), job.split, job.val_split, job.holdout, job.limit)
@@ -105,6 +106,7 @@ def main(job: TrainScaleNet) -> int:
         facts = {"train_images": train_images, "val_images": val_images}
         log = TrainingLog(run, facts, job.training.epochs, print)
         train(recipe, job.training, run.uri, log)
+        run.write_text("report.html", render_training(log.document))
     for reason in log.failed:
         print(f"left out: {reason}")
     print(f"{job.training.epochs} epochs done, weights in {storage.join(run.uri, recipe.file_name)}")

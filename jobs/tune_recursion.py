@@ -22,6 +22,7 @@ from scalenet_ray.engine.session import Session
 from scalenet_ray.engine.sweep import Sweep, best_policies, run_sweep
 from scalenet_ray.front_plot import front_plot
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.report.sweep import render_sweep
 from scalenet_ray.terminal import difference_table, last_line, policy_table, run_job, trial_table
 
 SPACE = Path(__file__).with_name("tune_recursion.yaml")
@@ -120,7 +121,7 @@ def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> Trial
 
 
 def main(job: TuneRecursion) -> int:
-    """Tune, then report; writes trials.json, front.svg, best.yaml, tune/ for TensorBoard, and report/, a run folder."""
+    """Tune, then report; writes trials.json, front.svg, report.html, best.yaml, tune/ for TensorBoard, and report/."""
     job = job if job.data else _on_sample(job)
     space = read_space(job.space)
     session = Session("ray", job.resources)
@@ -133,6 +134,7 @@ def main(job: TuneRecursion) -> int:
         rows = run_sweep(space, task, job.sweep, run.uri, print, resume=job.resume)
         run.write_json("trials.json", rows)
         run.write_text("front.svg", front_plot(rows, job.ceiling))
+        run.write_text("report.html", render_sweep(rows, job.ceiling))
         print(trial_table(rows))
         best = best_policies(rows, task)
         run.write_text("best.yaml", yaml.safe_dump([policy_to_dict(policy) for policy in best], sort_keys=False))

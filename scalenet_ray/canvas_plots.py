@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from scalenet_ray.svg import drawing, to_svg
+from scalenet_ray.svg import ACCENT, MUTED, drawing, quiet, to_svg
 
 __all__ = ["response_plot", "steps_plot"]
 
@@ -24,13 +24,13 @@ def response_plot(outcome: Mapping[str, Any]) -> str:
     with drawing(4.4, 3.6) as figure:
         axes = figure.subplots()
         ends = [min(outcome["true"]), max(outcome["true"])]
-        axes.plot(ends, ends, color="#808080", linewidth=0.8, linestyle="--", label="right")
-        axes.plot(outcome["true"], outcome["predicted"], "o-", color="#0072b2", markersize=4, label="Scale Net")
+        axes.plot(ends, ends, color=MUTED, linewidth=0.8, linestyle="--", label="right")
+        axes.plot(outcome["true"], outcome["predicted"], "o-", color=ACCENT, markersize=4, label="Scale Net")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("true scale (1: the unit side)")
         axes.set_ylabel("predicted scale, mean of the object's pixels")
-        axes.grid(alpha=0.25)
+        quiet(axes, "both")
         axes.legend(frameon=False)
         return to_svg(figure)
 

@@ -80,8 +80,8 @@ def evaluate_policies(
         networks: the detector and Scale Net.
         split: the images.
         report: takes the progress.
-        compare_with: one of the policies; how the others differ from it is measured, with bootstrap intervals. By default
-            the whole image, or the first policy, and for very many images without intervals.
+        compare_with: one of the policies; how the others differ from it is measured, with bootstrap intervals. By
+            default the whole image, or the first policy, and for very many images without intervals.
         pictures: photographs in the report.
 
     Returns:

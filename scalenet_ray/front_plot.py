@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scalenet_ray.core.front import front
-from scalenet_ray.svg import drawing, to_svg
+from scalenet_ray.svg import ACCENT, COLOURS, MUTED, drawing, quiet, to_svg
 
 __all__ = ["front_plot"]
 
@@ -26,14 +26,14 @@ def front_plot(rows: Sequence[Mapping[str, Any]], ceiling: float | None) -> str:
     with drawing(7.2, 4.2) as figure:
         axes = figure.subplots()
         if points:
-            axes.plot(*zip(*points, strict=True), "o", color="#808080", markersize=4, alpha=0.7, label="trials")
-            axes.step(*zip(*on_front, strict=True), where="post", color="#0072b2", linewidth=1.5)
-            axes.plot(*zip(*on_front, strict=True), "o", color="#0072b2", markersize=6, label="front")
+            axes.plot(*zip(*points, strict=True), "o", color=MUTED, markersize=4, alpha=0.7, label="trials")
+            axes.step(*zip(*on_front, strict=True), where="post", color=ACCENT, linewidth=1.5)
+            axes.plot(*zip(*on_front, strict=True), "o", color=ACCENT, markersize=6, label="front")
         if ceiling is not None:
-            axes.axvline(ceiling, color="#d55e00", linewidth=1, linestyle="--", label=f"ceiling {ceiling:g}")
+            axes.axvline(ceiling, color=COLOURS[3], linewidth=1, linestyle="--", label=f"ceiling {ceiling:g}")
         axes.set_xlabel("detector passes per image")
         axes.set_ylabel("AP of small objects (%)")
         figure.suptitle(f"{len(points)} of {len(rows)} trials saw all images", fontsize=9)
-        axes.grid(alpha=0.25)
+        quiet(axes, "both")
         axes.legend(frameon=False)
         return to_svg(figure)

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from scalenet_ray.svg import COLOURS, MUTED, SHAPES, drawing, quiet, to_svg
+from scalenet_ray.svg import COLOURS, MUTED, SHAPES, drawing, label, quiet, to_svg
 
 __all__ = ["policy_plot"]
 
@@ -41,7 +41,7 @@ def policy_plot(document: Mapping[str, Any]) -> str:
         baseline = document.get("compared_with")
         for i, (name, (passes, ap)) in enumerate(points.items()):
             colour, shape = COLOURS[i % len(COLOURS)], SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]
-            axes.plot(passes, ap, shape, color=colour, markersize=8, label=f"{name}  {ap:.1f} at {passes:.2f}")
+            axes.plot(passes, ap, shape, color=colour, markersize=8, label=f"{label(name)}  {ap:.1f} at {passes:.2f}")
             interval = document.get("differences", {}).get(name, {}).get("AP_small")
             if baseline in points and interval is not None:
                 ends = [points[baseline][1] + interval[end] for end in ("low", "high")]
@@ -53,7 +53,7 @@ def policy_plot(document: Mapping[str, Any]) -> str:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("detector passes per image")
-        compared = f"; bars: 95 % of the paired differences to {baseline}" if baseline in points else ""
+        compared = f"; bars: 95 % of the paired differences to {label(str(baseline))}" if baseline in points else ""
         axes.set_ylabel("AP of small objects (%)")
         figure.suptitle(f"Small objects found, for a price{compared}", fontsize=9)
         quiet(axes, "both")

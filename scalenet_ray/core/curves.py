@@ -21,8 +21,8 @@ def precision_curves(evaluation: COCOeval) -> dict[str, dict[str, list[float]]]:
         evaluation: from `match_results`.
 
     Returns:
-        size (small, medium, large) -> "iou50" at IoU .5 and "mean" over IoU .5 to .95 -> 101 percents. Sizes of which there
-        is no object are left out.
+        size (small, medium, large) -> "iou50" at IoU .5 and "mean" over IoU .5 to .95 -> 101 percents. Sizes of
+        which there is no object are left out.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.accumulate()

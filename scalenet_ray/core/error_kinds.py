@@ -15,7 +15,7 @@ from scalenet_ray.core.coco import Objects
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.merge import iou_matrix
 
-__all__ = ["FOREGROUND_IOU", "KINDS", "Explained", "error_breakdown", "explain"]
+__all__ = ["FOREGROUND_IOU", "KINDS", "Explained", "average_precision", "error_breakdown", "explain"]
 
 FOREGROUND_IOU = 0.5
 """From here on a box is an object's."""
@@ -96,7 +96,7 @@ def explain(detections: Detections, objects: Objects) -> Explained:
 
 
 def _kind_of_error(right: np.ndarray, wrong: np.ndarray) -> tuple[int, int]:
-    """The kind of an unmatched detection, and the object it is about, from its IoU with objects of its and other classes."""
+    """The kind of an unmatched detection, and its object, from its IoU with objects of its and of other classes."""
     if right.max() >= FOREGROUND_IOU:
         return _DUPLICATE, int(right.argmax())
     if right.max() >= _BACKGROUND_IOU:
@@ -127,13 +127,13 @@ def error_breakdown(images: Sequence[Explained], shown_score: float) -> dict[str
         shown_score: errors are counted from this score on; what they cost is over all scores.
 
     Returns:
-        kind ("class" to "background", and "missed") -> "count", and "cost": percent of AP at IoU .5 that mending it alone
-        would bring. Of "missed" objects, those count that are found below `shown_score` alone or not at all.
+        kind ("class" to "background", and "missed") -> "count", and "cost": percent of AP at IoU .5 that mending it
+        alone would bring. Of "missed" objects, those count that are found below `shown_score` alone or not at all.
     """
     pool = _Pool(images)
     everything = np.ones(len(pool.scores), bool)
     correct = pool.kinds == _CORRECT
-    plain = pool.ap(everything, correct, pool.labels, pool.objects)
+    plain = average_precision(images)
     shown = pool.scores >= shown_score
     breakdown: dict[str, dict[str, float]] = {}
     for kind in (_CLASS, _LOCALISATION, _BOTH, _DUPLICATE, _BACKGROUND):
@@ -146,6 +146,12 @@ def error_breakdown(images: Sequence[Explained], shown_score: float) -> dict[str
     unseen = sum(int((image.found_at < shown_score).sum()) for image in images)
     breakdown["missed"] = {"count": unseen, "cost": without - plain}
     return breakdown
+
+
+def average_precision(images: Sequence[Explained]) -> float:
+    """AP in percent at IoU .5 of all images, the mean over classes that have objects; 0 where there is none."""
+    pool = _Pool(images)
+    return pool.ap(np.ones(len(pool.scores), bool), pool.kinds == _CORRECT, pool.labels, pool.objects)
 
 
 class _Pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,8 @@ def gained_and_lost(
         shown_score: an object counts as found from this score of its detection on.
 
     Returns:
-        "by_class": small objects alone, a row for each class that has some; "by_side": a row for each range of sides that
-        has objects. A row has "name", "objects", "before" and "after" (found), "gained" and "lost".
+        "by_class": small objects alone, a row for each class that has some; "by_side": a row for each range of sides
+        that has objects. A row has "name", "objects", "before" and "after" (found), "gained" and "lost".
     """
     changes = [found_and_lost(*pair, shown_score) for pair in zip(before, after, strict=True)]
     gained = np.concatenate([*(gain for gain, _ in changes), np.zeros(0, bool)])
@@ -68,10 +69,7 @@ def gained_and_lost(
     by_class = [row(name, small & (labels == label)) for label, name in categories.items()]
     edges = (0.0, *SIDE_BOUNDS, math.inf)
     sides = np.sqrt(areas)
-    by_side = [
-        row(_range_name(low, high), (sides >= low) & (sides < high))
-        for low, high in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    by_side = [row(_range_name(low, high), (sides >= low) & (sides < high)) for low, high in pairwise(edges)]
     return {
         "by_class": sorted((one for one in by_class if one["objects"]), key=lambda one: one["lost"] - one["gained"]),
         "by_side": [one for one in by_side if one["objects"]],

@@ -132,7 +132,8 @@ def paired_intervals(
 
 
 def _interval(differences: np.ndarray) -> dict[str, float]:
-    """The first is of the images themselves, the others of the draws."""
-    low, high = np.nanpercentile(differences[1:], [2.5, 97.5])
+    """The first is of the images themselves, the others of the draws; NaN where no draw has an object that counts."""
+    drawn = differences[1:][~np.isnan(differences[1:])]
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
     above = float(np.mean(differences[1:] > 0))
     return {"difference": float(differences[0]), "low": float(low), "high": float(high), "above": above}

@@ -47,7 +47,8 @@ def look_through(
         predict_scale: Scale Net, or an oracle; only for the policies that need one.
 
     Returns:
-        The whole image's tile first, then those cut from it. A tile that a network breaks on has no map and no children.
+        The whole image's tile first, then those cut from it. A tile that a network breaks on has neither map nor
+        children.
     """
     queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
     looked: list[Looked] = []

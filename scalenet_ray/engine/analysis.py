@@ -56,9 +56,10 @@ def analyse_run(
         intervals: whether to draw the paired bootstrap's intervals.
 
     Returns:
-        "compared_with"; "differences" (`paired_intervals`; {} if not asked for); "curves": policy -> `precision_curves`;
-        "errors": policy -> `error_breakdown`; "changes": policy -> `gained_and_lost`; "images": a row each for those that
-        changed most, with "id", "objects", "labels" of its objects, and "by": policy -> [found, gained, lost].
+        "compared_with"; "shown_score"; "differences" (`paired_intervals`; {} if not asked for); "curves": policy ->
+        `precision_curves`; "errors": policy -> `error_breakdown`; "changes": policy -> `gained_and_lost`; "images": a
+        row each for those that changed most, with "id", "objects", "labels" of its objects, and "by": policy ->
+        [found, gained, lost].
     """
     run, dataset = RunFolder(run_uri), read_annotations(annotations)
     matched = {name: match_results(dataset, coco_results(run, name), image_ids=image_ids) for name in policies}
@@ -101,7 +102,7 @@ def _image_rows(
 
 
 def _most_changed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that change most under any policy, in the order of the images; a page of all of COCO would be too long."""
+    """The rows that change most under any policy, in the images' order: all of COCO would be too long a page."""
     by_change = sorted(rows, key=lambda row: -max(gained + lost for _, gained, lost in row["by"].values()))
     kept = {row["id"] for row in by_change[:_LISTED_IMAGES]}
     return [row for row in rows if row["id"] in kept]

@@ -89,9 +89,9 @@ class PictureTask:
             chosen: images with their group.
 
         Returns:
-            For each picture "id", "file", "group", "width", "height" (image pixels), "photo" (data URI), "truth": [x0, y0,
-            x1, y1, label, whether small, whether a crowd] each, "boxes": policy -> [x0, y0, x1, y1, score, label, depth,
-            kind] each, and "looks": policy -> "windows" [x0, y0, x1, y1, depth] and "map" (data URI or None).
+            For each picture "id", "file", "group", "width", "height" (image pixels), "photo" (data URI), "truth": [x0,
+            y0, x1, y1, label, whether small, whether a crowd] each, "boxes": policy -> [x0, y0, x1, y1, score, label,
+            depth, kind] each, and "looks": policy -> "windows" [x0, y0, x1, y1, depth] and "map" (data URI or None).
         """
         dataset = None if self.annotations is None else read_annotations(self.annotations)
         boxes = self._boxes({record.image_id for record, _ in chosen})

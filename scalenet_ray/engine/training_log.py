@@ -45,12 +45,18 @@ class TrainingLog:
         """Why images could not be used, one reason each."""
         return sorted(self._failed)
 
+    @property
+    def document(self) -> dict[str, Any]:
+        """What metrics.json holds."""
+        rows = [self._rows[epoch] for epoch in sorted(self._rows)]
+        return {**self._facts, "failed": self.failed, "epochs": rows}
+
     def __call__(self, row: dict[str, Any]) -> None:
         """An epoch is over."""
         self._failed.update(row["failed"])
         self._rows[row["epoch"]] = {name: value for name, value in row.items() if name != "failed"}
         rows = [self._rows[epoch] for epoch in sorted(self._rows)]
-        self._run.write_json("metrics.json", {**self._facts, "failed": self.failed, "epochs": rows})
+        self._run.write_json("metrics.json", self.document)
         self._write_events(self._rows[row["epoch"]])
         seconds = sorted(other["seconds"] for other in rows)[len(rows) // 2]
         self._say(

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from scalenet_ray.svg import ACCENT, COLOURS, LINE, MUTED, SHAPES, WARM, drawing, quiet, themed, to_svg
+from scalenet_ray.svg import ACCENT, COLOURS, LINE, MUTED, SHAPES, WARM, drawing, label, quiet, themed, to_svg
 
 __all__ = ["cost_chart", "curves_chart", "errors_chart", "found_chart", "throughput_chart"]
 
@@ -37,7 +37,7 @@ def curves_chart(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]
                         marker=marker,
                         markevery=every,
                         markersize=4,
-                        label=policy,
+                        label=label(policy),
                     )
                     panel.plot(recall, by_size[size]["mean"], color=colour, linewidth=0.9, linestyle="--", alpha=0.85)
             panel.set_title(f"{size} objects", loc="left")
@@ -66,8 +66,8 @@ def found_chart(rows: Sequence[Mapping[str, Any]], before: str, after: str, name
         for y, row in enumerate(rows):
             ends = [100 * row[key] / row["objects"] for key in ("before", "after")]
             axes.plot(ends, [y, y], color=LINE, linewidth=4, solid_capstyle="round", zorder=1)
-            axes.plot(ends[0], y, "o", color=ACCENT, markersize=6, label=before if y == 0 else None)
-            axes.plot(ends[1], y, "D", color=WARM, markersize=5.5, label=after if y == 0 else None)
+            axes.plot(ends[0], y, "o", color=ACCENT, markersize=6, label=label(before) if y == 0 else None)
+            axes.plot(ends[1], y, "D", color=WARM, markersize=5.5, label=label(after) if y == 0 else None)
             axes.text(
                 1.03,
                 y,
@@ -77,7 +77,7 @@ def found_chart(rows: Sequence[Mapping[str, Any]], before: str, after: str, name
                 color=MUTED,
                 fontsize=8,
             )
-        axes.set_yticks(range(len(rows)), [row["name"].replace("$", r"\$") for row in rows])
+        axes.set_yticks(range(len(rows)), [label(row["name"]) for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(-3, 103)
         axes.set_xlabel("found (%)")
@@ -97,7 +97,7 @@ def errors_chart(errors: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str
         for i, (policy, costs) in enumerate(errors.items()):
             at = np.arange(len(kinds)) + (i - (len(errors) - 1) / 2) * height
             values = [max(costs[kind]["cost"], 0.0) for kind in kinds]
-            axes.barh(at, values, height * 0.86, color=COLOURS[i % len(COLOURS)], label=policy)
+            axes.barh(at, values, height * 0.86, color=COLOURS[i % len(COLOURS)], label=label(policy))
             for y, kind, value in zip(at, kinds, values, strict=True):
                 text = f"{costs[kind]['cost']:.1f}   ({costs[kind]['count']:.0f})"
                 axes.text(value, y, f"  {text}", va="center", color=MUTED, fontsize=7.5)
@@ -121,7 +121,7 @@ def throughput_chart(throughput: Mapping[str, Sequence[Sequence[float]]]) -> str
             if policy in lines:
                 seconds, images = zip(*points, strict=True)
                 style = _DASHES[i // len(COLOURS) % len(_DASHES)]
-                axes.plot(seconds, images, style, color=COLOURS[i % len(COLOURS)], linewidth=1.8, label=policy)
+                axes.plot(seconds, images, style, color=COLOURS[i % len(COLOURS)], linewidth=1.8, label=label(policy))
         axes.set_xlabel("seconds since the policy began")
         axes.set_ylabel("images done")
         axes.set_ylim(bottom=0)
@@ -148,7 +148,7 @@ def cost_chart(policies: Mapping[str, Mapping[str, Any]]) -> str:
                 values = np.array([row.get(stage, 0.0) for row in rows.values()])
                 axes.barh(range(len(rows)), values, 0.6, left=left, color=COLOURS[i % len(COLOURS)], label=stage)
                 left += values
-            axes.set_yticks(range(len(rows)), [name.replace("$", r"\$") for name in rows])
+            axes.set_yticks(range(len(rows)), [label(name) for name in rows])
             axes.invert_yaxis()
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_xlabel(title)

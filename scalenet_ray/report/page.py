@@ -8,13 +8,29 @@ from typing import Any
 
 from scalenet_ray.policy_plot import policy_plot
 from scalenet_ray.report.charts import cost_chart, curves_chart, errors_chart, found_chart, throughput_chart
-from scalenet_ray.report.policies import policy_rows, winner_of
+from scalenet_ray.report.policies import is_known, policy_rows, winner_of
 from scalenet_ray.report.shell import cards, page, section, table
 from scalenet_ray.svg import themed
 
 __all__ = ["render_report"]
 
 _MOST_CLASSES = 16
+_POLICIES = (
+    "Every way to zoom, on the same images with the same frozen detector. The marked one finds most small objects "
+    "without reading the ground truth."
+)
+_ERRORS = (
+    "Each box that is wrong is wrong in one way. The bars say what AP at IoU .5 would gain if that alone were mended "
+    "(TIDE's definitions); the counts are of boxes that score {score} or more."
+)
+_SMALL = (
+    "The small objects, under 32 x 32 pixels, are what zooming is for. Where policies were compared, bars show where "
+    "95&nbsp;% of the paired bootstrap's differences lie."
+)
+_KEYS = (
+    "The photograph, what was seen in it and where it looked again, and the boxes. <kbd>Enter</kbd> opens one, "
+    "<kbd>\N{LEFTWARDS ARROW}</kbd> <kbd>\N{RIGHTWARDS ARROW}</kbd> turn the pages, <kbd>Esc</kbd> closes."
+)
 
 
 def render_report(document: Mapping[str, Any], details: Mapping[str, Any] | None = None) -> str:
@@ -22,37 +38,34 @@ def render_report(document: Mapping[str, Any], details: Mapping[str, Any] | None
 
     Args:
         document: what metrics.json holds.
-        details: what analysis.json holds, with "pictures" (`PictureTask`), "files" and "categories" besides; None for the
-            figures alone.
+        details: what analysis.json holds, with "pictures" (`PictureTask`), "files" and "categories" besides; None for
+            the figures alone.
 
     Returns:
         HTML, one file that fetches nothing.
     """
     details = details or {}
     policies: Mapping[str, Mapping[str, Any]] = document["policies"]
-    measured = any(row.get("AP_small") is not None for row in policies.values())
+    measured = any(is_known(row.get("AP_small")) for row in policies.values())
     winner = winner_of(policies)
     base = details.get("compared_with") or document.get("compared_with")
     changes = details.get("changes", {}).get(winner)
     head, rows = policy_rows(document)
     plot = policy_plot(document)
-    small = "The small objects, under 32 x 32 pixels, are what zooming is for. The bars show where 95 % of the paired bootstrap's differences lie."
+    plot_title = "AP of small objects against detector passes"
     sections = [
         section("facts", "At a glance", "", _facts(document, winner, base, changes)),
         section(
             "policies",
             "Policies",
-            "Every way to zoom, on the same images with the same frozen detector. The marked one finds most small objects "
-            "without reading the ground truth."
-            if measured
-            else "What each policy did.",
+            _POLICIES if measured else "What each policy did.",
             table("Policies", head, rows, list(policies).index(winner) if winner and measured else None),
         ),
         section(
             "price",
             "Small objects found, for a price",
-            small,
-            f"<figure>{themed(plot, 'AP of small objects against detector passes')}</figure>" if plot else "",
+            _SMALL,
+            _figure(themed(plot, plot_title)) if plot else "",
         ),
         _changes(changes, base, winner),
         section(
@@ -64,17 +77,16 @@ def render_report(document: Mapping[str, Any], details: Mapping[str, Any] | None
         section(
             "errors",
             "What goes wrong",
-            "Each box that is wrong is wrong in one way. The bars say what AP at IoU .5 would gain if that alone were mended "
-            f"(TIDE's definitions); the counts are of boxes that score {details.get('shown_score', 0)} or more.",
+            _ERRORS.format(score=details.get("shown_score", 0)),
             _figure(errors_chart(details.get("errors", {}))),
         ),
         section(
             "cost",
             "Time and pixels",
             "What the networks computed for an image, and how the run went.",
-            f'<div class="pair">{_figure(cost_chart(policies))}{_figure(throughput_chart(details.get("throughput", {})))}</div>',
+            _pair(cost_chart(policies), throughput_chart(details.get("throughput", {}))),
         ),
-        _gallery(details, base, winner),
+        _gallery(details),
     ]
     return page("What a closer look found", _lead(document, winner, base), sections, _data(details, base, winner))
 
@@ -83,11 +95,15 @@ def _figure(svg: str) -> str:
     return f"<figure>{svg}</figure>" if svg else ""
 
 
+def _pair(*svgs: str) -> str:
+    return f'<div class="pair">{"".join(map(_figure, svgs))}</div>'
+
+
 def _lead(document: Mapping[str, Any], winner: str | None, base: str | None) -> str:
     images = document["images"]
     parts = []
     row = document["policies"].get(winner, {})
-    if base and winner and base != winner and row.get("AP_small") is not None:
+    if base and winner and base != winner and is_known(row.get("AP_small")):
         before = document["policies"][base]
         passes = row["detector_passes_per_image"]
         sentence = (
@@ -111,7 +127,7 @@ def _facts(document: Mapping[str, Any], winner: str | None, base: str | None, ch
         ("AP", "AP of all objects"),
         ("AP_large", "AP of large objects"),
     ):
-        if row.get(figure) is not None:
+        if is_known(row.get(figure)):
             known = interval.get(figure)
             remark = (
                 f"{known['difference']:+.1f} to {base}  [{known['low']:+.1f}, {known['high']:+.1f}]" if known else ""
@@ -134,25 +150,20 @@ def _changes(changes: Mapping[str, Any] | None, base: str | None, winner: str | 
     classes = changes["by_class"]
     left = len(classes) - _MOST_CLASSES
     more = f" Of {len(classes)} classes the {_MOST_CLASSES} that gained most." if left > 0 else ""
-    return section(
-        "changes",
-        "Where objects were gained and lost",
-        f"Found by {html.escape(base)} and by {html.escape(winner)}: to the left by the side of the object in pixels, to the right the "
-        f"small objects by class. Behind each line: gained, lost, and how many there are.{more}",
-        f'<div class="pair">{_figure(found_chart(changes["by_side"], base, winner, "Objects found by size"))}'
-        f"{_figure(found_chart(classes[:_MOST_CLASSES], base, winner, 'Small objects found by class'))}</div>",
+    words = (
+        f"Found by {html.escape(base)} and by {html.escape(winner)}: first by the side of the object in pixels, then "
+        f"the small objects by class. Behind each line: gained, lost, and how many there are.{more}"
     )
+    by_side = found_chart(changes["by_side"], base, winner, "Objects found by size")
+    by_class = found_chart(classes[:_MOST_CLASSES], base, winner, "Small objects found by class")
+    return section("changes", "Where objects were gained and lost", words, _pair(by_side, by_class))
 
 
-def _gallery(details: Mapping[str, Any], base: str | None, winner: str | None) -> str:
+def _gallery(details: Mapping[str, Any]) -> str:
     if not details.get("images"):
         return ""
-    words = (
-        "The photograph, what was seen in it and where it looked again, and the boxes. <kbd>Enter</kbd> opens one, <kbd>\N{LEFTWARDS ARROW}</kbd> "
-        "<kbd>\N{RIGHTWARDS ARROW}</kbd> turn the pages, <kbd>Esc</kbd> closes."
-    )
     return section(
-        "pictures", "Pictures", words, '<div id="gallery"><noscript>The pictures need JavaScript.</noscript></div>'
+        "pictures", "Pictures", _KEYS, '<div id="gallery"><noscript>The pictures need JavaScript.</noscript></div>'
     )
 
 

@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["policy_rows", "winner_of"]
+__all__ = ["is_known", "policy_rows", "winner_of"]
 
 _FIGURES = (
     ("AP small", "AP_small", 1),
@@ -32,8 +32,13 @@ def winner_of(policies: Mapping[str, Mapping[str, Any]]) -> str | None:
     return max(honest, key=lambda name: _known(honest[name].get("AP_small")), default=None)
 
 
+def is_known(value: float | None) -> bool:
+    """Whether a figure was measured: neither missing nor NaN."""
+    return value is not None and value == value
+
+
 def _known(value: float | None) -> float:
-    return -1.0 if value is None or value != value else value
+    return value if value is not None and is_known(value) else -1.0
 
 
 def policy_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -50,7 +55,9 @@ def policy_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         if key[0] == "A"
     }
     differences: Mapping[str, Any] = document.get("differences") or {}
-    widest = max((abs(one["AP_small"][end]) for one in differences.values() for end in ("low", "high")), default=0.0)
+    widest = max(
+        (abs(_known(one["AP_small"][end])) for one in differences.values() for end in ("low", "high")), default=0.0
+    )
     head = ["policy", *(title for title, _, _ in columns)]
     if differences:
         head.insert(2, f"AP small to {document['compared_with']}")
@@ -64,7 +71,7 @@ def policy_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
 
 
 def _cell(value: float | None, digits: int, best: float | None) -> str:
-    if value is None or value != value:
+    if value is None or not is_known(value):
         return "\N{EN DASH}"
     text = f"{value:.{digits}f}"
     return f"<b>{text}</b>" if best is not None and value == best else text
@@ -72,7 +79,7 @@ def _cell(value: float | None, digits: int, best: float | None) -> str:
 
 def _interval(found: Mapping[str, float] | None, widest: float) -> str:
     """A difference with its 95 % interval in words and as a bar around zero."""
-    if found is None or any(found[end] is None or found[end] != found[end] for end in ("low", "high")):
+    if found is None or not all(is_known(found[end]) for end in ("low", "high")):
         return "\N{EN DASH}"
     scale = 46 / max(widest, 1e-9)
     low, high, middle = (50 + scale * found[end] for end in ("low", "high", "difference"))

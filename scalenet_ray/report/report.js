@@ -90,7 +90,7 @@
       ["after", `After: ${state.policy}, ${count(after)} boxes, ${count(after.filter(isNew))} new`, `${file}: ${count(after)} boxes found by ${state.policy}`],
     ];
     if (large) rows.unshift(["plain", "The photograph", file]);
-    const order = large ? ["plain", "seen", "before", "after"] : ["before", "seen", "after"];
+    const order = large ? ["before", "after", "seen", "plain"] : ["before", "seen", "after"];
     rows.sort((a, b) => order.indexOf(a[0]) - order.indexOf(b[0]));
     return make("div", { class: "panels" }, ...rows.map(([kind, words, alt]) => make("div", { class: "panel" }, frame(picture, alt, kind), make("p", {}, words))));
   }
@@ -142,14 +142,10 @@
     turn(rowPager, state.row, Math.ceil(all.length / ROWS), (page) => { state.row = page; showImages(); });
   }
 
-  // As many columns as show all four views as large as the window allows.
+  // Before and after side by side, as large as both can be seen whole.
   function fit(holder, picture) {
-    const best = [1, 2, 4].map((columns) => {
-      const high = (innerHeight - 90) / (4 / columns) - 44, wide = (innerWidth - 90) / columns;
-      return { columns, width: Math.min(wide, high * picture.width / picture.height) };
-    }).sort((a, b) => b.width - a.width)[0];
-    holder.style.setProperty("--columns", best.columns);
-    holder.style.setProperty("--fits", `${Math.round(best.columns * best.width + 13 * (best.columns - 1))}px`);
+    const width = (innerHeight - 130) * picture.width / picture.height;
+    holder.style.setProperty("--fits", `${Math.round(2 * width + 13)}px`);
     return holder;
   }
 

@@ -56,7 +56,8 @@ def section(name: str, title: str, text: str, *content: str) -> str:
     if not shown:
         return ""
     words = f'<p class="words">{text}</p>' if text else ""
-    return f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{html.escape(title)}</h2>{words}{shown}</section>'
+    heading = f'<h2 id="{name}-title">{html.escape(title)}</h2>'
+    return f'<section id="{name}" aria-labelledby="{name}-title">{heading}{words}{shown}</section>'
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None) -> str:
@@ -74,9 +75,11 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], mark
         f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
         for i, (first, *cells) in enumerate(rows)
     )
+    name = html.escape(caption)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(caption)}"><table>'
-        f'<caption class="unseen">{html.escape(caption)}</caption><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}">'
+        f'<table><caption class="unseen">{name}</caption>'
+        f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

@@ -1,0 +1,162 @@
+"""The page in a real browser: it shows its pictures, is worked by hand and keys, and asks nothing of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scalenet_ray.report.page import render_report
+from tests.browser import CHROMIUM, browser
+from tests.report_fakes import big_page
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: install chromium (Debian: apt install chromium)")
+
+HOSTILE = "<img src=x onerror=document.title='broken'><script>document.title='broken'</script>"
+
+
+@cache
+def page_of(images: int, pictures: int) -> str:
+    return render_report(*big_page(images, pictures))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def visit(chromium: Any, tmp_path: Path) -> Iterator[Any]:
+    """Opens a page from a file; what it says in the console, and what it asks of the network, fails the test."""
+    contexts, complaints = [], []
+
+    def open_page(text: str, **options: Any) -> Any:
+        (tmp_path / "report.html").write_text(text)
+        contexts.append(chromium.new_context(**options))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        allowed = ("file:", "data:", "blob:")
+        page.on("request", lambda asked: asked.url.startswith(allowed) or complaints.append(asked.url))
+        page.goto((tmp_path / "report.html").as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def shown_names(page: Any) -> list[str]:
+    return page.locator(".shot > header > b").all_inner_texts()
+
+
+def test_all_pictures_load(visit: Any) -> None:
+    page = visit(page_of(9, 9))
+    page.wait_for_function("[...document.images].every(image => image.complete)")
+    widths = page.evaluate("[...document.images].map(image => image.naturalWidth)")
+    # Before, seen with its map, after: of six pictures.
+    assert len(widths) == 24
+    assert min(widths) > 0
+    assert page.evaluate("[...document.images].every(image => image.hasAttribute('alt'))")
+
+
+def test_500_images_are_listed_and_filtered_by_class_a_page_at_a_time(visit: Any) -> None:
+    page = visit(page_of(500, 24))
+    assert "Every image (500)" in page.content()
+    assert len(shown_names(page)) == 6
+    page.select_option("#class", label="dog")
+    assert shown_names(page) == ["1.jpg", "4.jpg", "7.jpg", "10.jpg", "13.jpg", "16.jpg"]
+    assert page.locator("#gallery > .pager span").inner_text() == "1 of 2"
+    page.locator("#gallery > .pager button").last.click()
+    assert shown_names(page) == ["19.jpg", "22.jpg"]
+    page.locator(".list summary").click()
+    assert page.locator(".list tbody tr").count() == 50
+    assert page.locator(".list .pager span").inner_text() == "1 of 4"
+    page.select_option("#class", value="")
+    assert page.locator(".list .pager span").inner_text() == "1 of 10"
+
+
+def test_boxes_of_the_chosen_class_and_policy_are_drawn(visit: Any) -> None:
+    page = visit(page_of(9, 9))
+    first = page.locator(".shot").first
+    assert [first.locator(f"rect.{name}").count() for name in ("known", "new", "wrong", "w1", "w2")] == [2, 1, 1, 1, 1]
+    page.select_option("#policy", "whole")
+    assert [first.locator(f"rect.{name}").count() for name in ("known", "new", "missed", "w1")] == [2, 0, 1, 0]
+
+
+def test_groups_of_pictures_are_chosen(visit: Any) -> None:
+    page = visit(page_of(9, 9))
+    page.get_by_role("button", name="Lost most").click()
+    assert shown_names(page) == ["1.jpg", "4.jpg", "7.jpg"]
+    assert page.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
+
+
+def test_keys_open_turn_and_close_a_picture(visit: Any) -> None:
+    page = visit(page_of(9, 9))
+    opener = page.locator(".open").first
+    opener.focus()
+    page.keyboard.press("Enter")
+    title = page.locator("dialog[open] header b")
+    assert title.inner_text() == "0.jpg"
+    page.keyboard.press("ArrowRight")
+    assert title.inner_text() == "1.jpg"
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert title.inner_text() == "8.jpg"
+    page.keyboard.press("Escape")
+    assert page.locator("dialog[open]").count() == 0
+    assert opener.evaluate("element => element === document.activeElement")
+
+
+def test_focus_is_seen(visit: Any) -> None:
+    page = visit(page_of(9, 9))
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+def test_it_follows_the_system_into_the_dark_and_has_a_switch(visit: Any) -> None:
+    text = page_of(9, 9)
+    background = "getComputedStyle(document.body).backgroundColor"
+    light, dark = (visit(text, color_scheme=scheme) for scheme in ("light", "dark"))
+    bright, dim = light.evaluate(background), dark.evaluate(background)
+    assert bright != dim
+    light.click("#theme")
+    assert light.evaluate(background) == dim
+    dark.click("#theme")
+    assert dark.evaluate(background) == bright
+
+
+def test_a_narrow_screen_need_not_be_scrolled_sideways(visit: Any) -> None:
+    page = visit(page_of(9, 9), viewport={"width": 360, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_names_are_never_read_as_html(visit: Any) -> None:
+    document, details = big_page(3, 3)
+    document["policies"] = {"whole": document["policies"]["whole"], HOSTILE: document["policies"]["scalenet"]}
+    details["files"] = dict.fromkeys(range(3), HOSTILE)
+    details["categories"] = {1: HOSTILE, 2: "</script>", 3: "$x_{"}
+    details["changes"] = {HOSTILE: details["changes"]["scalenet"]}
+    for row in details["changes"][HOSTILE]["by_class"]:
+        row["name"] = HOSTILE
+    for picture in details["pictures"]:
+        picture["boxes"] = {HOSTILE: picture["boxes"]["scalenet"], "whole": picture["boxes"]["whole"]}
+        picture["looks"] = {HOSTILE: picture["looks"]["scalenet"], "whole": picture["looks"]["whole"]}
+    for row in details["images"]:
+        row["by"] = {"whole": row["by"]["whole"], HOSTILE: row["by"]["scalenet"]}
+    page = visit(render_report(document, details))
+    page.locator(".open").first.click()
+    assert page.locator("dialog header b").inner_text() == HOSTILE
+    assert page.title() == "What a closer look found"
+    assert page.locator("#class option").all_inner_texts()[1:] != []
+
+
+def test_a_page_without_pictures_says_so(visit: Any) -> None:
+    page = visit(page_of(5, 0))
+    assert "This page holds no pictures." in page.content()
