@@ -49,9 +49,9 @@ $(PEERS)/.installed: $(STAMP) bench/requirements.txt
 bench: $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python -m bench
 
-# The documentation's pages, in site/.
+# The documentation's pages, into site/; a warning is an error.
 docs: setup
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: setup
 	$(BIN)/ruff check --fix .
