@@ -218,7 +218,7 @@ def run_chaos(folder: Path, images: int, seed: int, *, deaths: int = 4, node_los
         driver.kill()
         driver.wait()
         cluster.shutdown()
-    if code:
+    if code != 0:
         msg = f"the last driver ended with {code}"
         raise RuntimeError(msg)
     return _outcome(folder, images)

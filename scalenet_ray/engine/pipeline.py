@@ -245,13 +245,7 @@ class ImageStream:
             patience=resources.patience,
         )
         return (
-            ray.data.read_datasource(
-                source,
-                num_cpus=cpus,
-                override_num_blocks=resources.readers,
-                # As for Ray Data's actors: a reader may be killed any number of times.
-                ray_remote_args={"max_retries": -1},
-            )
+            ray.data.read_datasource(source, num_cpus=cpus, override_num_blocks=resources.readers)
             .map_batches(
                 LookStage,
                 fn_constructor_args=(self._frontier, policy, self._networks, resources.patience),
