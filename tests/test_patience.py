@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +130,25 @@ def test_patience_refuses_what_makes_no_sense(wrong: dict, message: str) -> None
     for made in (Patience, Resources):
         with pytest.raises(ValueError, match=message):
             made(**wrong)
+
+
+HANGS = """
+import time
+from scalenet_ray.engine.patience import CarefulCalls, Patience
+calls = CarefulCalls("detect", None, Patience(call_seconds=0.5))
+with calls.watched():
+    pass
+time.sleep(1.0)
+with calls.watched():
+    time.sleep(100)
+"""
+
+
+def test_a_call_that_hangs_ends_its_process_with_1_and_shows_where_it_hung() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    # Not in the sleep between the calls, which nobody watches.
+    assert 'File "<string>", line 9 in <module>' in done.stderr
 
 
 # --- with Ray -----------------------------------------------------------------------------------------------
