@@ -23,6 +23,7 @@ from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.assemble import Assembler
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease
 from scalenet_ray.engine.microbatch import unpack_results
+from scalenet_ray.engine.patience import Patience
 from scalenet_ray.engine.stages import DetectStage, LookStage, Networks, OpenImage, TileSource
 
 __all__ = ["Died", "Handle", "InProcessEngine", "OwnDecisions", "Unjournaled"]
@@ -40,7 +41,7 @@ class Handle:
         dies: whether whoever asked dies before it has the answer.
     """
 
-    def __init__(self, frontier: Frontier, dies: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, frontier: Any, dies: Callable[[], bool] = lambda: False) -> None:
         self.frontier = frontier
         self._dies = dies
 
@@ -96,6 +97,7 @@ class InProcessEngine:
         rows_per_call: rows to a call of the detect stage.
         detector_batch_size: tiles to a call of the detector.
         max_open_images: as for the frontier.
+        max_tries: as for the stages; deaths at random are nobody's fault, and give nothing up.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class InProcessEngine:
         rows_per_call: int = 2,
         detector_batch_size: int = 4,
         max_open_images: int = 4,
+        max_tries: int = 10**6,
     ) -> None:
         self._random = Random(seed)
         self._death_rate, self._rerun_rate = death_rate, rerun_rate
@@ -122,12 +125,15 @@ class InProcessEngine:
         self._rows_per_call = rows_per_call
         self.frontier = frontier_class(records, max_open_images)
         handle = Handle(self.frontier, self._dies)
-        source = TileSource(handle, policy, self._mortal(open_image), readers=readers, lease_size=lease_size)
+        patience = Patience(max_tries=max_tries)
+        source = TileSource(
+            handle, policy, self._mortal(open_image), readers=readers, lease_size=lease_size, patience=patience
+        )
         self._tasks = source.get_read_tasks(1)
         self._readers = [_Replaying(task) for task in self._tasks]
-        self._look = LookStage(handle, policy, networks)
+        self._look = LookStage(handle, policy, networks, patience)
         detector = _Mortal(networks.detect(), self._dies)
-        self._detect = DetectStage(policy, Networks(lambda: detector), detector_batch_size)
+        self._detect = DetectStage(handle, policy, Networks(lambda: detector), detector_batch_size, patience)
         self._assembler = Assembler(policy.merging)
         self._rows: list[pa.Table] = []
         self._looked: list[pa.Table] = []

@@ -39,6 +39,18 @@ from tests.oracles import (
 )
 
 
+class Trusting:
+    """What a detect stage asks of a frontier: may it begin?"""
+
+    def begin(self, stage: str, tiles: object) -> bool:
+        return True
+
+    def end(self, stage: str, tiles: object) -> None: ...
+
+
+TRUSTING = Handle(Trusting())
+
+
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Handles answer at once, and a reader that would wait is a mistake of the test."""
@@ -66,7 +78,7 @@ def looking_networks(predict_scale: PredictScale, detector: Any = None) -> Netwo
 
 
 def detected(policy: Policy, networks: Networks, *rows: pa.Table, batch_size: int = 16) -> list[TileResult]:
-    return unpack_results(DetectStage(policy, networks, batch_size)(pa.concat_tables(rows)))
+    return unpack_results(DetectStage(TRUSTING, policy, networks, batch_size)(pa.concat_tables(rows)))
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -363,6 +375,6 @@ def test_a_tile_that_breaks_the_detector_fails_alone() -> None:
 
 
 def test_a_detect_call_gives_one_row_however_many_tiles_it_had() -> None:
-    stage = DetectStage(policy_of("whole"), Networks(Given(PerfectDetector())), 4)
+    stage = DetectStage(TRUSTING, policy_of("whole"), Networks(Given(PerfectDetector())), 4)
     for count in (0, 1, 9):
         assert stage(row_of_tiles(range(count))).num_rows == 1

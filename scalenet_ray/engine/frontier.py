@@ -27,10 +27,9 @@ from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.recursion import Expansion
 from scalenet_ray.core.results import Failure
 from scalenet_ray.core.window import Tile
+from scalenet_ray.engine.attempts import Attempts, TileId
 
 __all__ = ["Completion", "Decision", "Frontier", "FrontierActor", "FrontierStatus", "Lease", "Work", "child_credit"]
-
-TileId = tuple[int, tuple[int, ...]]
 
 
 def child_credit(credit: Fraction, expansion: Expansion) -> Fraction:
@@ -57,11 +56,12 @@ class Lease:
     """What a reader is told: work to do; nothing yet (wait); or that this sequence number is long since done.
 
     `forgotten` leases are of images that are written already: a replaying reader yields an empty block in
-    their place to keep its positions.
+    their place to keep its positions. `suspect` work was begun before, and its reader died: one piece at a time.
     """
 
     work: tuple[Work, ...] = ()
     forgotten: bool = False
+    suspect: bool = False
 
 
 class Decision(NamedTuple):
@@ -125,6 +125,7 @@ class Frontier:
         self._journal: defaultdict[int, _Reader] = defaultdict(_Reader)
         self._leases_of: dict[int, set[tuple[int, int]]] = {}
         self._uncommitted: dict[tuple[int, int], int] = {}
+        self._attempts = Attempts()
         self._admitted = 0
         self._conflicts = 0
         self._redelivered = 0
@@ -144,10 +145,12 @@ class Frontier:
         """
         journal = self._journal[reader]
         at = sequence - journal.first
+        if 0 < at <= len(journal.entries):
+            self._attempts.end_together("read", [item.id for item in journal.entries[at - 1] or ()])
         if at < len(journal.entries):
             self._redelivered += 1
             entry = journal.entries[at] if at >= 0 else None
-            return Lease(forgotten=True) if entry is None else Lease(entry)
+            return Lease(forgotten=True) if entry is None else self._begun(entry)
         work = tuple(self._pop() for _ in range(min(count, self._available(count))))
         if not work:
             return None if self._over() else Lease()
@@ -156,7 +159,29 @@ class Frontier:
         self._uncommitted[reader, sequence] = len(images)
         for image_id in images:
             self._leases_of[image_id].add((reader, sequence))
-        return Lease(work)
+        return self._begun(work)
+
+    def begin(self, stage: str, tiles: Sequence[TileId]) -> bool:
+        """A stage is about to work on some tiles in one call.
+
+        Returns:
+            Whether it may: False if one was begun before without an end, or its image is written by now; then they
+            are to be begun by themselves.
+        """
+        known = self._known(tiles)
+        return self._attempts.begin(stage, known) and len(known) == len(tiles)
+
+    def begin_alone(self, stage: str, tile: TileId, most: int) -> int | None:
+        """A stage is about to work on one tile by itself, unless it has tried so `most` times.
+
+        Returns:
+            How often it was begun so before, without an end; None if its image is written, and nothing need be done.
+        """
+        return self._attempts.begin_alone(stage, tile, most) if self._known([tile]) else None
+
+    def end(self, stage: str, tiles: Sequence[TileId]) -> None:
+        """The work on these tiles is over, and its process lives."""
+        self._attempts.end(stage, tiles)
 
     def complete(self, completions: Sequence[Completion]) -> list[Decision]:
         """Record decisions, in one step: tiles that come of them can be leased from now on.
@@ -177,6 +202,7 @@ class Frontier:
         for image_id in image_ids:
             self._decided.pop(image_id, None)
             self._order.pop(image_id, None)
+            self._attempts.forget(image_id)
             for reader, sequence in self._leases_of.pop(image_id, ()):
                 self._uncommitted[reader, sequence] -= 1
                 if not self._uncommitted[reader, sequence]:
@@ -195,6 +221,14 @@ class Frontier:
         )
 
     # --- inside -----------------------------------------------------------------------------------------
+
+    def _known(self, tiles: Sequence[TileId]) -> list[TileId]:
+        """Those of images that are not written yet."""
+        return [tile for tile in tiles if tile[0] in self._order]
+
+    def _begun(self, work: tuple[Work, ...]) -> Lease:
+        """A lease, its work begun."""
+        return Lease(work, suspect=not self._attempts.begin("read", self._known([item.id for item in work])))
 
     def _available(self, wanted: int) -> int:
         while len(self._ready) < wanted and len(self._open_tiles) < self._max_open and self._images is not None:

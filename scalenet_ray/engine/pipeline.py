@@ -28,6 +28,7 @@ from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.assemble import Assembler
 from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus
 from scalenet_ray.engine.microbatch import unpack_results
+from scalenet_ray.engine.patience import PATIENCE, Patience
 from scalenet_ray.engine.shares import cpu_share
 from scalenet_ray.engine.stages import DetectStage, LookStage, Networks, OpenImage, TileSource
 
@@ -54,6 +55,8 @@ class Resources:
         scale_batch_size: tiles of a micro-batch, the look stage's batch.
         detector_batch_size: tiles to a call of the detector.
         max_open_images: images in work at once; bounds memory. None: enough to keep every actor fed.
+        call_seconds: a call to the networks, or the reading of a lease, that takes longer: its process is replaced.
+        max_tries: a tile that by itself has ended its process so often is given up, and its image with it.
         no_progress_seconds: a run that finishes nothing for so long ends with an error.
 
     Raises:
@@ -68,7 +71,9 @@ class Resources:
     scale_batch_size: int = 8
     detector_batch_size: int = 16
     max_open_images: int | None = None
-    no_progress_seconds: float = 600.0
+    call_seconds: float = PATIENCE.call_seconds
+    max_tries: int = PATIENCE.max_tries
+    no_progress_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
         for name in ("scale_actors", "detector_actors"):
@@ -87,6 +92,12 @@ class Resources:
         if self.no_progress_seconds <= 0:
             msg = f"no_progress_seconds must be above 0, got {self.no_progress_seconds}"
             raise ValueError(msg)
+        _ = self.patience
+
+    @property
+    def patience(self) -> Patience:
+        """With a call that hangs, and with a tile that kills its process."""
+        return Patience(self.call_seconds, self.max_tries)
 
     @property
     def rows_per_detect_call(self) -> int:
@@ -231,12 +242,13 @@ class ImageStream:
             self._open_image,
             readers=resources.readers,
             lease_size=max(1, resources.scale_batch_size // _tiles_per_lease(policy)),
+            patience=resources.patience,
         )
         return (
             ray.data.read_datasource(source, num_cpus=cpus, override_num_blocks=resources.readers)
             .map_batches(
                 LookStage,
-                fn_constructor_args=(self._frontier, policy, self._networks),
+                fn_constructor_args=(self._frontier, policy, self._networks, resources.patience),
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=_pool(resources.scale_actors),
@@ -245,7 +257,13 @@ class ImageStream:
             )
             .map_batches(
                 DetectStage,
-                fn_constructor_args=(policy, self._networks, resources.detector_batch_size),
+                fn_constructor_args=(
+                    self._frontier,
+                    policy,
+                    self._networks,
+                    resources.detector_batch_size,
+                    resources.patience,
+                ),
                 batch_size=resources.rows_per_detect_call,
                 batch_format="pyarrow",
                 compute=_pool(resources.detector_actors),

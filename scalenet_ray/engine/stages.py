@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +23,11 @@ from scalenet_ray.core.look import Detect, PredictScale, ReadFeatures, Seen, ask
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Expansion, expand
 from scalenet_ray.core.results import Failure, TileResult, detect_tiles
+from scalenet_ray.core.window import Tile
 from scalenet_ray.engine.frontier import Completion, Decision, Lease, Work, child_credit
 from scalenet_ray.engine.generators import GeneratorSource
 from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, pack_results, unpack
+from scalenet_ray.engine.patience import PATIENCE, CarefulCalls, Patience
 
 __all__ = ["DetectStage", "LookStage", "Networks", "OpenImage", "TileSource"]
 
@@ -78,14 +80,25 @@ class TileSource(GeneratorSource):
         open_image: how images are read.
         readers: how many.
         lease_size: how much work a lease asks for.
+        patience: with an image that hangs or kills its reader.
     """
 
-    def __init__(self, frontier: Any, policy: Policy, open_image: OpenImage, *, readers: int, lease_size: int) -> None:
+    def __init__(
+        self,
+        frontier: Any,
+        policy: Policy,
+        open_image: OpenImage,
+        *,
+        readers: int,
+        lease_size: int,
+        patience: Patience = PATIENCE,
+    ) -> None:
         super().__init__(readers)
         self._frontier = frontier
         self._policy = policy
         self._open_image = open_image
         self._lease_size = lease_size
+        self._calls = CarefulCalls("read", frontier, patience)
 
     def read(self, reader: int) -> Iterator[pa.Table]:
         """The same leases again give the same tables again, byte for byte."""
@@ -98,8 +111,23 @@ class TileSource(GeneratorSource):
             if not lease.work and not lease.forgotten:
                 time.sleep(_WAIT_SECONDS)
                 continue
-            yield pack(cut_work(lease.work, self._policy, images))
+            yield pack(self._cut(lease, images))
             sequence += 1
+
+    def _cut(self, lease: Lease, images: OpenImage) -> MicroBatch:
+        if not lease.suspect:
+            with self._calls.watched():
+                return cut_work(lease.work, self._policy, images)
+        parts = self._calls.one_by_one(
+            [item.id for item in lease.work],
+            lambda at: [cut_work((lease.work[i],), self._policy, images) for i in at],
+            lambda i, error: MicroBatch([], [], [_unread(lease.work[i], error)]),
+        )
+        return MicroBatch(
+            [packed for part in parts for packed in part.tiles],
+            [pixels for part in parts for pixels in part.pixels],
+            [result for part in parts for result in part.results],
+        )
 
 
 def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> MicroBatch:
@@ -117,14 +145,13 @@ def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> M
     """
     batch = MicroBatch([], [], [])
     for item in work:
-        image_id, path = item.id
         try:
             image = open_image(item.image)
-            tile = item.tile or policy.root(image_id, (image.shape[0], image.shape[1]))
+            tile = item.tile or policy.root(item.image.image_id, (image.shape[0], image.shape[1]))
             expansion = Expansion(detect=True) if policy.looks else expand(tile, None, policy)
             cut = [cut_tile(image, each) for each in (tile, *expansion.children)]
         except TileError as error:
-            batch.results.append(TileResult(image_id, path, item.credit, failure=Failure("read", error.reason)))
+            batch.results.append(_unread(item, error))
             continue
         credit = child_credit(item.credit, expansion)
         batch.tiles.append(PackedTile(tile, credit))
@@ -140,11 +167,13 @@ class LookStage:
         frontier: the queue's actor.
         policy: the policy.
         networks: how its networks are made; only those that the policy needs are.
+        patience: with a tile that hangs or kills its process.
     """
 
-    def __init__(self, frontier: Any, policy: Policy, networks: Networks) -> None:
+    def __init__(self, frontier: Any, policy: Policy, networks: Networks, patience: Patience = PATIENCE) -> None:
         self._frontier = frontier
         self._policy = policy
+        self._calls = CarefulCalls("look", frontier, patience)
         needs_map = policy.looks and policy.kind != "first-pass"
         self._predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
         self._detect = networks.detect() if asks_detector(policy, self._predict_scale) else None
@@ -154,7 +183,7 @@ class LookStage:
         (batch,) = unpack(table)
         at = [i for i, packed in enumerate(batch.tiles) if not packed.settled]
         tiles, pixels = [batch.tiles[i].tile for i in at], [batch.pixels[i] for i in at]
-        seen = look(pixels, tiles, self._policy, detect=self._detect, predict_scale=self._predict_scale)
+        seen = self._look(tiles, pixels)
         completions = [
             Completion(tile.image_id, tile.path, self._decide(batch.tiles[i], one))
             for i, tile, one in zip(at, tiles, seen, strict=True)
@@ -167,6 +196,24 @@ class LookStage:
             for result, decision in zip(batch.results, recorded[len(at) :], strict=True)
         ]
         return pack(self._apply(batch, decided, read_failures))
+
+    def _look(self, tiles: list[Tile], pixels: list[np.ndarray]) -> list[Seen]:
+        def call(some: Sequence[int]) -> list[Seen]:
+            return look(
+                [pixels[at[i]] for i in some],
+                [tiles[at[i]] for i in some],
+                self._policy,
+                detect=self._detect,
+                predict_scale=self._predict_scale,
+            )
+
+        at = [i for i, tile in enumerate(tiles) if self._policy.looks_at(tile)]
+        ids = [(tiles[i].image_id, tiles[i].path) for i in at]
+        looked = self._calls.together(ids, call, lambda _, error: Seen(failure=error))
+        seen = [Seen()] * len(tiles)
+        for i, one in zip(at, looked, strict=True):
+            seen[i] = one
+        return seen
 
     def _decide(self, packed: PackedTile, seen: Seen) -> Decision:
         if seen.failure is not None:
@@ -208,13 +255,18 @@ class DetectStage:
     """Detects the tiles of some micro-batches, in batches that mix images and depths.
 
     Args:
+        frontier: the queue's actor.
         policy: the policy.
         networks: how the detector is made.
         batch_size: tiles to a call of the detector.
+        patience: with a tile that hangs or kills its process.
     """
 
-    def __init__(self, policy: Policy, networks: Networks, batch_size: int) -> None:
+    def __init__(
+        self, frontier: Any, policy: Policy, networks: Networks, batch_size: int, patience: Patience = PATIENCE
+    ) -> None:
         self._policy = policy
+        self._calls = CarefulCalls("detect", frontier, patience)
         self._detect = networks.detect()
         self._batch_size = batch_size
 
@@ -233,16 +285,28 @@ class DetectStage:
             tiles += batch.tiles
             pixels += batch.pixels
         for start in range(0, len(tiles), self._batch_size):
-            some = tiles[start : start + self._batch_size]
-            results += detect_tiles(
-                [_begun(packed) for packed in some],
-                [packed.tile for packed in some],
-                pixels[start : start + self._batch_size],
+            stop = start + self._batch_size
+            results += self._detected(tiles[start:stop], pixels[start:stop])
+        return pack_results(results)
+
+    def _detected(self, tiles: list[PackedTile], pixels: list[np.ndarray]) -> list[TileResult]:
+        def call(some: Sequence[int]) -> list[TileResult]:
+            return detect_tiles(
+                [_begun(tiles[i]) for i in some],
+                [tiles[i].tile for i in some],
+                [pixels[i] for i in some],
                 [None] * len(some),
                 self._detect,
                 self._policy.merging,
             )
-        return pack_results(results)
+
+        ids = [(packed.tile.image_id, packed.tile.path) for packed in tiles]
+        return self._calls.together(ids, call, lambda i, error: _begun(tiles[i], Failure("detect", error.reason)))
+
+
+def _unread(item: Work, error: TileError) -> TileResult:
+    image_id, path = item.id
+    return TileResult(image_id, path, item.credit, failure=Failure("read", error.reason))
 
 
 def _begun(packed: PackedTile, failure: Failure | None = None) -> TileResult:
