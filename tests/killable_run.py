@@ -1,0 +1,55 @@
+"""A driver that others kill: a run into a folder, in a process of its own, that says how far it is.
+
+python -m tests.killable_run RUN_FOLDER LOG_FOLDER
+
+It joins the Ray of RAY_ADDRESS or starts one, writes shards of four images, and goes on with what is there.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+from scalenet_ray.engine.batch import Progress, run_policy
+from scalenet_ray.engine.pipeline import Resources
+from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.engine.session import Session
+from scalenet_ray.engine.stages import Networks
+from tests.faults import FaultyScale, Given, Scenes, SlowDetector, WorkLog, policy_of, records_of
+from tests.oracles import RandomScale
+
+__all__ = ["OPEN_IMAGES", "POLICY", "RECORDS", "SCENES", "SHARD"]
+
+RECORDS = records_of(48)
+SCENES = Scenes(unreadable={7})
+POLICY = policy_of("scalenet")
+SHARD = 4
+OPEN_IMAGES = 6
+
+
+def say(progress: Progress) -> None:
+    """How many images this driver has finished."""
+    sys.stdout.write(f"{progress.images}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Run, a line for each finished image."""
+    output, log = sys.argv[1:]
+    networks = Networks(Given(SlowDetector(0.05)), Given(FaultyScale(RandomScale(), WorkLog(Path(log)))))
+    resources = Resources(scale_batch_size=2, detector_batch_size=4, max_open_images=OPEN_IMAGES)
+    session = Session("ray", resources)
+    start = partial(session.start, policy=POLICY, networks=networks, open_image=SCENES)
+    run = RunFolder(output)
+    with (
+        patch("scalenet_ray.engine.runs._IMAGES_PER_SHARD", SHARD),
+        patch("scalenet_ray.engine.batch._SECONDS_BETWEEN_LINES", -1.0),
+        run.begin({"images": len(RECORDS)}, resume=True),
+    ):
+        run_policy(RECORDS, POLICY.name, start, run, say)
+
+
+if __name__ == "__main__":
+    main()
