@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from scalenet_ray.core.clock import timed
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.policy import Policy
@@ -188,6 +189,7 @@ def asks_detector(policy: Policy, predict_scale: PredictScale | ReadFeatures | N
     return policy.needs_first_pass or (policy.needs_network and isinstance(predict_scale, ReadFeatures))
 
 
+@timed("look")
 def look(
     pixels: Sequence[np.ndarray],
     tiles: Sequence[Tile],

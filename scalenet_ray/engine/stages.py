@@ -10,12 +10,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 
+from scalenet_ray.core.clock import timed
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.images import cut_tile
@@ -23,6 +25,7 @@ from scalenet_ray.core.look import Detect, PredictScale, ReadFeatures, Seen, ask
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Expansion, expand
 from scalenet_ray.core.results import Failure, TileResult, detect_tiles
+from scalenet_ray.engine.carried import carries_seconds, measure
 from scalenet_ray.engine.frontier import Completion, Decision, Lease, Work, child_credit
 from scalenet_ray.engine.generators import GeneratorSource
 from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, pack_results, unpack
@@ -61,7 +64,8 @@ class _DecodedImages:
         if record.image_id in self._images:
             self._images.move_to_end(record.image_id)
             return self._images[record.image_id]
-        image = self._open_image(record)
+        with timed("decode"):
+            image = self._open_image(record)
         self._images[record.image_id] = image
         self._bytes += image.nbytes
         while self._bytes > _CACHE_BYTES and len(self._images) > 1:
@@ -88,7 +92,7 @@ class TileSource(GeneratorSource):
         self._lease_size = lease_size
 
     def read(self, reader: int) -> Iterator[pa.Table]:
-        """The same leases again give the same tables again, byte for byte."""
+        """The same leases again give the same tables again, byte for byte but for the seconds they took."""
         images = _DecodedImages(self._open_image)
         sequence = 0
         while True:
@@ -98,8 +102,11 @@ class TileSource(GeneratorSource):
             if not lease.work and not lease.forgotten:
                 time.sleep(_WAIT_SECONDS)
                 continue
-            yield pack(cut_work(lease.work, self._policy, images))
+            yield measure(partial(self._cut, lease.work, images))
             sequence += 1
+
+    def _cut(self, work: tuple[Work, ...], images: OpenImage) -> pa.Table:
+        return pack(cut_work(work, self._policy, images))
 
 
 def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> MicroBatch:
@@ -149,6 +156,7 @@ class LookStage:
         self._predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
         self._detect = networks.detect() if asks_detector(policy, self._predict_scale) else None
 
+    @carries_seconds
     def __call__(self, table: pa.Table) -> pa.Table:
         """One packed row -> one packed row, always."""
         (batch,) = unpack(table)
@@ -218,6 +226,7 @@ class DetectStage:
         self._detect = networks.detect()
         self._batch_size = batch_size
 
+    @carries_seconds
     def __call__(self, table: pa.Table) -> pa.Table:
         """Packed rows -> one row of tile results.
 
