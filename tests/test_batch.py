@@ -78,7 +78,8 @@ def images_looked_at(log: WorkLog) -> set[int]:
 
 
 def tables(run: RunFolder) -> list[pa.Table]:
-    return [run.table("images", POLICY.name), run.table("detections", POLICY.name)]
+    """What a run found, without when."""
+    return [run.table("images", POLICY.name).drop_columns(["finished_at"]), run.table("detections", POLICY.name)]
 
 
 def whole_run(folder: Path) -> RunFolder:

@@ -32,7 +32,7 @@ def writer_of(run: RunFolder, policy: str = "whole", committed: list[list[int]] 
 def write(run: RunFolder, *image_ids: int, policy: str = "whole") -> None:
     writer = writer_of(run, policy)
     for image_id in image_ids:
-        writer.add(result_of(image_id))
+        writer.add(result_of(image_id), 1.5)
     writer.flush()
 
 
@@ -105,7 +105,7 @@ def test_detections_are_written_before_the_record_that_their_images_are_finished
     monkeypatch.setattr(storage, "write_bytes_atomic", noted)
     committed: list[list[int]] = []
     writer = writer_of(run, committed=committed)
-    writer.add(result_of(5))
+    writer.add(result_of(5), 1.5)
     assert written == []
     assert committed == []
     writer.flush()
@@ -120,7 +120,7 @@ def test_images_are_committed_after_their_shard_is_there(run: RunFolder) -> None
     writer = ShardWriter(
         run, "whole", {1: ImageRecord(1, "1.jpg")}, lambda ids: seen.append(set(ids) <= set(run.finished("whole")))
     )
-    writer.add(result_of(1))
+    writer.add(result_of(1), 1.5)
     writer.flush()
     assert seen == [True]
 
@@ -190,7 +190,7 @@ def test_a_run_without_shards_has_tables_without_rows(run: RunFolder) -> None:
 
 def test_images_without_detections_are_finished_too(run: RunFolder) -> None:
     writer = writer_of(run)
-    writer.add(result_of(1, scores=()))
+    writer.add(result_of(1, scores=()), 1.5)
     writer.flush()
     assert list(run.finished("whole")) == [1]
     assert run.table("detections", "whole").num_rows == 0
@@ -202,8 +202,8 @@ def test_images_without_detections_are_finished_too(run: RunFolder) -> None:
 def test_failures_of_all_policies_are_gathered(run: RunFolder) -> None:
     for policy in ("whole", "grid-2"):
         writer = writer_of(run, policy)
-        writer.add(result_of(1, failure=Failure("read", "truncated")))
-        writer.add(result_of(2))
+        writer.add(result_of(1, failure=Failure("read", "truncated")), 1.5)
+        writer.add(result_of(2), 1.5)
         writer.flush()
     table = run.write_failures(["whole", "grid-2"])
     assert table.schema == FAILURES

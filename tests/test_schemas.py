@@ -140,10 +140,12 @@ def test_detections_of_images_survive_the_way_through_a_shard(results: list[Imag
 @settings(deadline=None, max_examples=60)
 @given(st.lists(image_results, max_size=4))
 def test_what_an_image_cost_and_why_it_failed_is_written(results: list[ImageResult]) -> None:
-    table = images_table(results, "scalenet", [f"{i}.jpg" for i in range(len(results))])
+    table = images_table(
+        results, "scalenet", [f"{i}.jpg" for i in range(len(results))], [0.5 * i for i in range(len(results))]
+    )
     assert table.schema == IMAGES
     for i, (row, result) in enumerate(zip(table.to_pylist(), results, strict=True)):
-        assert row["file"] == f"{i}.jpg"
+        assert (row["file"], row["finished_at"]) == (f"{i}.jpg", 0.5 * i)
         assert json.loads(row["guards"]) == result.guards
         assert (row["height"], row["width"]) == (result.image_hw or (None, None))
         failure = (row["failure_stage"], row["failure_reason"])
@@ -155,4 +157,4 @@ def test_what_an_image_cost_and_why_it_failed_is_written(results: list[ImageResu
 def test_an_image_without_its_file_is_refused() -> None:
     result = ImageResult(1, Detections.empty(), None, 1, 0, 1, 1.0, {}, (4, 4))
     with pytest.raises(ValueError, match="zip"):
-        images_table([result], "whole", [])
+        images_table([result], "whole", [], [])

@@ -31,6 +31,7 @@ from PIL import (
 )
 from PIL.ImageFile import ImageFile
 
+from scalenet_ray.core.clock import timed
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.storage import Address, read_bytes
 from scalenet_ray.core.window import Tile
@@ -240,6 +241,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
+@timed("cut")
 def cut_tile(image: np.ndarray, tile: Tile) -> np.ndarray:
     """Resample a tile's window to its size: bilinearly without antialiasing, by area where it shrinks much.
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from scalenet_ray.core.clock import timed
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.halving import BATCH_HALVED, in_halves
@@ -195,6 +196,7 @@ def asks_detector(policy: Policy, predict_scale: PredictScale | ReadFeatures | N
     return policy.needs_first_pass or (policy.needs_network and isinstance(predict_scale, ReadFeatures))
 
 
+@timed("look")
 def look(
     pixels: Sequence[np.ndarray],
     tiles: Sequence[Tile],

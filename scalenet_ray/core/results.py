@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scalenet_ray.core.clock import timed
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.halving import BATCH_HALVED, in_halves
@@ -73,6 +74,7 @@ class ImageResult:
         detector_passes: the same in passes over a whole image at the detector's own side.
         guards: how often each limit acted.
         image_hw: (height, width) of the image, in image pixels; None if it could not be opened.
+        tiles_by_depth: how many of `tiles` there are of each depth.
     """
 
     image_id: int
@@ -84,8 +86,10 @@ class ImageResult:
     detector_passes: float
     guards: dict[str, int]
     image_hw: tuple[int, int] | None
+    tiles_by_depth: dict[int, int] = field(default_factory=dict)
 
 
+@timed("detect")
 def detect_tiles(
     results: Sequence[TileResult],
     tiles: Sequence[Tile],
@@ -135,6 +139,7 @@ def _detected(
     return dataclasses.replace(result, detections=carry_to_image(found, tile, merging))
 
 
+@timed("merge")
 def merge_image(results: Sequence[TileResult], merging: Merging) -> ImageResult:
     """All tiles of one image -> the image.
 
@@ -150,15 +155,17 @@ def merge_image(results: Sequence[TileResult], merging: Merging) -> ImageResult:
     guards: Counter[str] = Counter()
     for result in ordered:
         guards.update(result.guards)
+    depths = [len(result.path) for result in ordered if result.look_pixels or result.detector_pixels]
     parts = [] if failure else [result.detections for result in ordered]
     return ImageResult(
         ordered[0].image_id,
         merge_detections(parts, merging),
         failure,
-        tiles=sum(1 for result in ordered if result.look_pixels or result.detector_pixels),
+        tiles=len(depths),
         look_pixels=sum(result.look_pixels for result in ordered),
         detector_pixels=sum(result.detector_pixels for result in ordered),
         detector_passes=sum(result.detector_passes for result in ordered),
         guards=dict(guards),
         image_hw=next((result.image_hw for result in ordered if result.image_hw), None),
+        tiles_by_depth=dict(sorted(Counter(depths).items())),
     )

@@ -81,9 +81,11 @@ IMAGES = pa.schema(
         ("guards", pa.string()),
         ("failure_stage", pa.string()),
         ("failure_reason", pa.string()),
+        ("finished_at", pa.float64()),
     ]
 )
-"""One row an image, written after its detections: the record that it is finished. guards is JSON: name -> count."""
+"""One row an image, written after its detections: the record that it is finished. guards is JSON: name -> count;
+finished_at is seconds since the run began."""
 
 
 def tile_results_table(results: Sequence[TileResult]) -> pa.Table:
@@ -177,13 +179,16 @@ def detections_from_rows(table: pa.Table) -> Detections:
     )
 
 
-def images_table(results: Sequence[ImageResult], policy: str, files: Sequence[str]) -> pa.Table:
+def images_table(
+    results: Sequence[ImageResult], policy: str, files: Sequence[str], finished_at: Sequence[float | None]
+) -> pa.Table:
     """Finished images as an Arrow table of schema `IMAGES`.
 
     Args:
         results: the images.
         policy: the policy's name.
         files: each image's file.
+        finished_at: when each was finished, in seconds since the run began.
     """
     rows = [
         {
@@ -199,8 +204,9 @@ def images_table(results: Sequence[ImageResult], policy: str, files: Sequence[st
             "guards": json.dumps(result.guards, sort_keys=True),
             "failure_stage": result.failure.stage if result.failure else None,
             "failure_reason": result.failure.reason if result.failure else None,
+            "finished_at": at,
         }
-        for result, file in zip(results, files, strict=True)
+        for result, file, at in zip(results, files, finished_at, strict=True)
     ]
     return pa.Table.from_pylist(rows, IMAGES)
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from scalenet_ray.core import storage
+from scalenet_ray.core.clock import measured
 from scalenet_ray.core.coco import ImageRecord, safe_file_name
 from scalenet_ray.core.images import read_image
 from scalenet_ray.core.results import ImageResult
@@ -137,18 +138,31 @@ def run_policy(
     state = Progress(policy, len(records) - len(left), len(records))
     if not left:
         return state
+    with measured():
+        return _work_through(left, state, start, run, report, begun)
+
+
+def _work_through(
+    left: Sequence[ImageRecord],
+    before: Progress,
+    start: Callable[[Sequence[ImageRecord]], Stream],
+    run: RunFolder,
+    report: Callable[[Progress], None],
+    begun: float,
+) -> Progress:
+    policy, at_work = before.policy, run.seconds_at_work(before.policy)
+    state = before
     stream = start(left)
     writer = ShardWriter(run, policy, {record.image_id: record for record in left}, stream.commit)
     failed = tiles = 0
     first = reported = written = time.monotonic()
     for images, result in enumerate(stream, start=1):
-        writer.add(result)
         now = time.monotonic()
+        writer.add(result, at_work + now - begun)
         first = now if images == 1 else first
         failed += result.failure is not None
         tiles += result.tiles
-        done = len(records) - len(left) + images
-        state = Progress(policy, done, len(records), failed, tiles, images, now - first, now - begun)
+        state = Progress(policy, before.done + images, before.total, failed, tiles, images, now - first, now - begun)
         if now - written > _SECONDS_BETWEEN_SHARDS:
             writer.flush()
             written = now

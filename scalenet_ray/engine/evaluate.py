@@ -55,6 +55,7 @@ def policy_cost(run: RunFolder, policy: str) -> dict[str, Any]:
         "detector_passes_per_image": mean("detector_passes"),
         "detector_megapixels_per_image": mean("detector_pixels", 1e6),
         "scalenet_megapixels_per_image": mean("scalenet_pixels", 1e6),
+        "seconds_by_stage": run.seconds_by_stage(policy),
         "guards": dict(sorted(guards.items())),
         "images_done": done.num_rows,
         "images_failed": table.num_rows - done.num_rows,

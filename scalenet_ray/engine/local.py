@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
+from scalenet_ray.core.clock import timed
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.policy import Policy
@@ -41,7 +42,8 @@ class LocalStream:
         predict_scale = self._networks.predict_scale() if needs_map and self._networks.predict_scale else None
         for record in self._images:
             try:
-                image = self._open_image(record)
+                with timed("decode"):
+                    image = self._open_image(record)
             except TileError as error:
                 failed = TileResult(record.image_id, (), Fraction(1), failure=Failure("read", error.reason))
                 yield merge_image([failed], policy.merging)

@@ -22,10 +22,12 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from scalenet_ray.core.clock import add_seconds
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.assemble import Assembler
+from scalenet_ray.engine.carried import seconds_of
 from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus
 from scalenet_ray.engine.microbatch import unpack_results
 from scalenet_ray.engine.patience import PATIENCE, Patience
@@ -199,6 +201,7 @@ class ImageStream:
         try:
             with _data_context(self._resources.no_progress_seconds):
                 for table in self._dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                    add_seconds(seconds_of(table))
                     for result in assembler.add(unpack_results(table)):
                         count += 1
                         yield result

@@ -2,10 +2,15 @@
 
     config.yaml            all that is needed to run it again, seeds and versions included
     detections/*.parquet   written while running, a shard at a time (schema DETECTIONS)
-    images/*.parquet       after each of those: the record that its images are finished (schema IMAGES)
+    images/*.parquet       after each of those: the record that its images are finished (schema IMAGES); `finished_at`
+                           says when, in seconds at work since the run began, pauses before a resume left out
     failures.parquet       every image that was given up: policy, image id, file, stage, reason
     metrics.json, results.json, report.html, policies.svg   written at the end
     driver.lock            while a driver is at work: a second one is refused
+
+The shards of `images` hold, in their schema's metadata, the busy seconds of each stage since the shard before, summed
+over all processes; metrics.json has their sum as `seconds_by_stage` of each policy: decode, cut, look, detect, merge,
+write. Shards of older versions have neither, and are read as null and as nothing.
 
 A shard of `images` is the commit: detections without it are of a run that died in between, and are
 written again. Local folders and s3:// alike.
@@ -29,6 +34,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from scalenet_ray.core import storage
+from scalenet_ray.core.clock import STAGES, current_tally, timed
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.core.schemas import DETECTIONS, IMAGES, detections_table, images_table
@@ -49,6 +55,7 @@ FAILURES = pa.schema(
 """One row an image that was given up."""
 
 _IMAGES_PER_SHARD = 256
+_SECONDS = b"seconds_by_stage"
 _VERSIONED = ("torch", "torchvision", "ray", "numpy", "pyarrow", "onnxruntime", "pycocotools")
 
 
@@ -137,13 +144,30 @@ class RunFolder:
         if columns is not None:
             schema = pa.schema([schema.field(name) for name in columns])
         parts = [self._read(uri, columns) for uri in self.shards(kind, policy)]
-        rows = pa.concat_tables([schema.empty_table(), *parts])
+        # A shard of an older version lacks the columns that came after it: they are null.
+        rows = pa.concat_tables([schema.empty_table(), *parts], promote_options="default")
         # Arrow's sort is not stable: a row's own position breaks ties and keeps the best first.
         numbered = rows.append_column("at", pa.array(range(rows.num_rows), pa.int64()))
         return numbered.sort_by([("image_id", "ascending"), ("at", "ascending")]).drop_columns(["at"])
 
     def _read(self, uri: str, columns: Sequence[str] | None) -> pa.Table:
-        return pq.read_table(io.BytesIO(storage.read_bytes(uri)), columns=None if columns is None else list(columns))
+        data = io.BytesIO(storage.read_bytes(uri))
+        # Not `read_table`: that one raises for a column which an older shard lacks.
+        return pq.ParquetFile(data).read(columns=None if columns is None else list(columns))
+
+    def seconds_by_stage(self, policy: str) -> dict[str, float]:
+        """Busy seconds of each stage, summed over all processes, up to the last finished shard."""
+        total = dict.fromkeys(STAGES, 0.0)
+        for uri in self.shards("images", policy):
+            metadata = pq.read_schema(io.BytesIO(storage.read_bytes(uri))).metadata or {}
+            for stage, seconds in json.loads(metadata.get(_SECONDS, b"{}")).items():
+                total[stage] += seconds
+        return total
+
+    def seconds_at_work(self, policy: str) -> float:
+        """When the last image that is written was finished, in seconds since the run began."""
+        times = self.table("images", policy, ["image_id", "finished_at"]).column("finished_at").to_pylist()
+        return max((at for at in times if at is not None), default=0.0)
 
     def finished(self, policy: str) -> dict[int, str]:
         """The images that are written: id -> file."""
@@ -198,13 +222,15 @@ class ShardWriter:
         self._records = records
         self._committed = committed
         self._pending: list[ImageResult] = []
+        self._finished_at: list[float] = []
         # One past the last number, not how many there are: a shard may have been deleted so that it is made again.
         shards = run.shards("images", policy)
         self._next = int(re.findall(r"\d+", shards[-1])[-1]) + 1 if shards else 0
 
-    def add(self, result: ImageResult) -> None:
-        """Take in a finished image; it is written with its shard."""
+    def add(self, result: ImageResult, finished_at: float) -> None:
+        """Take in an image, finished so many seconds after the run began; it is written with its shard."""
         self._pending.append(result)
+        self._finished_at.append(finished_at)
         if len(self._pending) >= _IMAGES_PER_SHARD:
             self.flush()
 
@@ -214,13 +240,20 @@ class ShardWriter:
             return
         self._run.check_lock()
         name = f"{self._policy}-{self._next:05d}.parquet"
-        detections = detections_table(self._pending, self._policy)
-        storage.write_bytes_atomic(storage.join(self._run.uri, "detections", name), _parquet(detections))
-        records = [self._records[result.image_id] for result in self._pending]
-        images = images_table(self._pending, self._policy, [record.file_name for record in records])
-        storage.write_bytes_atomic(storage.join(self._run.uri, "images", name), _parquet(images))
+        with timed("write"):
+            detections = detections_table(self._pending, self._policy)
+            storage.write_bytes_atomic(storage.join(self._run.uri, "detections", name), _parquet(detections))
+        # What writing the record itself takes is known when it is written: it counts with the next shard.
+        tally = current_tally()
+        seconds = json.dumps(tally.take() if tally else {}).encode()
+        with timed("write"):
+            files = [self._records[result.image_id].file_name for result in self._pending]
+            images = images_table(self._pending, self._policy, files, self._finished_at)
+            images = images.replace_schema_metadata({_SECONDS: seconds})
+            storage.write_bytes_atomic(storage.join(self._run.uri, "images", name), _parquet(images))
         self._committed([result.image_id for result in self._pending])
         self._pending.clear()
+        self._finished_at.clear()
         self._next += 1
 
 

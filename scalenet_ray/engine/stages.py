@@ -10,12 +10,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 
+from scalenet_ray.core.clock import timed
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.images import cut_tile
@@ -24,6 +26,7 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Expansion, expand
 from scalenet_ray.core.results import Failure, TileResult, detect_tiles
 from scalenet_ray.core.window import Tile
+from scalenet_ray.engine.carried import carries_seconds, measure
 from scalenet_ray.engine.frontier import Completion, Decision, Lease, Work, child_credit
 from scalenet_ray.engine.generators import GeneratorSource
 from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, pack_results, unpack
@@ -63,7 +66,8 @@ class _DecodedImages:
         if record.image_id in self._images:
             self._images.move_to_end(record.image_id)
             return self._images[record.image_id]
-        image = self._open_image(record)
+        with timed("decode"):
+            image = self._open_image(record)
         self._images[record.image_id] = image
         self._bytes += image.nbytes
         while self._bytes > _CACHE_BYTES and len(self._images) > 1:
@@ -101,7 +105,7 @@ class TileSource(GeneratorSource):
         self._calls = CarefulCalls("read", frontier, patience)
 
     def read(self, reader: int) -> Iterator[pa.Table]:
-        """The same leases again give the same tables again, byte for byte."""
+        """The same leases again give the same tables again, byte for byte but for the seconds they took."""
         images = _DecodedImages(self._open_image)
         sequence = 0
         while True:
@@ -111,8 +115,11 @@ class TileSource(GeneratorSource):
             if not lease.work and not lease.forgotten:
                 time.sleep(_WAIT_SECONDS)
                 continue
-            yield pack(self._cut(lease, images))
+            yield measure(partial(self._pack, lease, images))
             sequence += 1
+
+    def _pack(self, lease: Lease, images: OpenImage) -> pa.Table:
+        return pack(self._cut(lease, images))
 
     def _cut(self, lease: Lease, images: OpenImage) -> MicroBatch:
         if not lease.suspect:
@@ -178,6 +185,7 @@ class LookStage:
         self._predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
         self._detect = networks.detect() if asks_detector(policy, self._predict_scale) else None
 
+    @carries_seconds
     def __call__(self, table: pa.Table) -> pa.Table:
         """One packed row -> one packed row, always."""
         (batch,) = unpack(table)
@@ -270,6 +278,7 @@ class DetectStage:
         self._detect = networks.detect()
         self._batch_size = batch_size
 
+    @carries_seconds
     def __call__(self, table: pa.Table) -> pa.Table:
         """Packed rows -> one row of tile results.
 
