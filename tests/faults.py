@@ -38,6 +38,7 @@ __all__ = [
     "Given",
     "Scenes",
     "SlowDetector",
+    "SlowImages",
     "StuckDetector",
     "WhimsicalScale",
     "WorkLog",
@@ -78,6 +79,14 @@ class Scenes:
         if record.image_id in self._unreadable:
             raise TileError(f"image {record.image_id} cannot be read")
         return draw_squares(_SIZES_HW[record.image_id % len(_SIZES_HW)], *self.boxes(record.image_id))
+
+
+class SlowImages(Scenes):
+    """Scenes that take 20 ms to open."""
+
+    def __call__(self, record: ImageRecord) -> np.ndarray:
+        time.sleep(0.02)
+        return super().__call__(record)
 
 
 class FlatImages:

@@ -10,23 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from scalenet_ray.core.clock import STAGES, current_tally, measured, timed
-from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.engine.batch import run_policy
 from scalenet_ray.engine.local import LocalStream
 from scalenet_ray.engine.pipeline import ImageStream, Resources
 from scalenet_ray.engine.runs import RunFolder
-from tests.faults import Scenes, policy_of, random_networks, records_of
+from tests.faults import SlowImages, policy_of, random_networks, records_of
 
 RECORDS = records_of(6)
 POLICY = policy_of("scalenet")
-
-
-class SlowImages(Scenes):
-    """Scenes that take a while to open."""
-
-    def __call__(self, record: ImageRecord):
-        time.sleep(0.02)
-        return super().__call__(record)
 
 
 def on_local(left):

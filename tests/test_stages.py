@@ -179,7 +179,7 @@ def test_a_lease_of_written_images_is_an_empty_row_that_keeps_the_positions() ->
     frontier.commit([1, 3])
     again = list(read())
     assert [len(opened(row).tiles) for row in again] == [0, 1, 0]
-    assert again[1] == rows[1]
+    assert again[1].drop_columns(["seconds"]) == rows[1].drop_columns(["seconds"])
     empty = look(again[0])
     assert empty.num_rows == 1
     assert opened(empty) == MicroBatch([], [], [])
