@@ -223,7 +223,7 @@ def test_a_large_answer_that_breaks_off_is_fetched_again(s3_bucket: str, monkeyp
     with faulty_s3(os.environ["AWS_ENDPOINT_URL"], ["cut short"]) as server:
         use_endpoint(server.address, monkeypatch)
         assert read_bytes(f"{s3_bucket}/large") == data
-        assert server.injected["cut short"] == 1
+        assert server.injected["cut short"] >= 1
 
 
 def test_without_further_attempts_the_same_faults_are_errors(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 from collections.abc import Iterable, Sequence
@@ -17,7 +19,7 @@ _THEME = (
 
 
 def page(title: str, lead: str, sections: Iterable[str], data: dict[str, Any] | None = None) -> str:
-    """A whole page.
+    """A whole page, which can load nothing but what it holds and run no script but its own, whatever names data has.
 
     Args:
         title: plain text.
@@ -27,6 +29,8 @@ def page(title: str, lead: str, sections: Iterable[str], data: dict[str, Any] | 
     """
     assets = files("scalenet_ray.report")
     style, script = (assets.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     blob = ""
     if data is not None:
         # "<" alone could end the element, or begin a comment in it.
@@ -34,6 +38,7 @@ def page(title: str, lead: str, sections: Iterable[str], data: dict[str, Any] | 
         blob = f'<script type="application/json" id="data">{text}</script>'
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>{html.escape(title)}</title><style>{style}</style></head>"
