@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from scalenet_ray.core.front import front
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Step, out_of_range
+from scalenet_ray.log_lines import log_to_stderr
 
 __all__ = [
     "accuracy_table",
@@ -159,6 +160,7 @@ def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple
 def run_job(main: Callable[[Job], int], job: Job) -> None:
     """Run a job and exit with its status; what the user can mend is said in one line, exit status 2."""
     try:
+        log_to_stderr()
         status = main(job)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from scalenet_ray.engine.runs import RunFolder, ShardWriter
 
 __all__ = ["Progress", "Stream", "image_opener", "run_policy"]
 
+_LOG = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 2.0
 _SECONDS_BETWEEN_SHARDS = 30.0
 
@@ -153,12 +155,14 @@ def _work_through(
     policy, at_work = before.policy, run.seconds_at_work(before.policy)
     state = before
     stream = start(left)
-    writer = ShardWriter(run, policy, {record.image_id: record for record in left}, stream.commit)
+    records = {record.image_id: record for record in left}
+    writer = ShardWriter(run, policy, records, stream.commit)
     failed = tiles = 0
     first = reported = written = time.monotonic()
     for images, result in enumerate(stream, start=1):
         now = time.monotonic()
         writer.add(result, at_work + now - begun)
+        _log(result, policy, records[result.image_id].file_name)
         first = now if images == 1 else first
         failed += result.failure is not None
         tiles += result.tiles
@@ -171,3 +175,13 @@ def _work_through(
             reported = now
     writer.flush()
     return state
+
+
+def _log(result: ImageResult, policy: str, file: str) -> None:
+    """A warning for an image that was given up, and a note of the limits that acted on one, with what names it."""
+    about = {"policy": policy, "image_id": result.image_id, "file": file}
+    if result.failure is not None:
+        stage, reason = result.failure
+        _LOG.warning("image given up", extra={"fields": {**about, "stage": stage, "reason": reason}})
+    if result.guards:
+        _LOG.debug("limits acted", extra={"fields": {**about, "guards": result.guards}})

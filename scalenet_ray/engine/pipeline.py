@@ -12,6 +12,8 @@ Resources, pool sizes and batch sizes are said here and nowhere else.
 from __future__ import annotations
 
 import math
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +24,14 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from scalenet_ray.core.clock import add_seconds
+from scalenet_ray.core.clock import add_seconds, current_tally
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.assemble import Assembler
 from scalenet_ray.engine.carried import seconds_of
 from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus
+from scalenet_ray.engine.metrics import RunMetrics
 from scalenet_ray.engine.microbatch import unpack_results
 from scalenet_ray.engine.patience import PATIENCE, Patience
 from scalenet_ray.engine.shares import cpu_share
@@ -38,6 +41,8 @@ __all__ = ["ImageStream", "Resources"]
 
 PoolSize = int | tuple[int, int]
 """So many actors, or (fewest, most) of a pool that grows with the load."""
+
+_SECONDS_BETWEEN_STATUS = 2.0
 
 
 def _limits(size: PoolSize) -> tuple[int, int]:
@@ -189,6 +194,8 @@ class ImageStream:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = FrontierActor.options(scheduling_strategy=here)
         self._frontier = actor.remote(list(images), resources.open_images)
+        self._metrics = RunMetrics(policy.name)
+        self._told: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[ImageResult]:
         """Yields each image once.
@@ -198,13 +205,19 @@ class ImageStream:
         """
         assembler = Assembler(self._policy.merging)
         count = 0
+        told = -_SECONDS_BETWEEN_STATUS
         try:
             with _data_context(self._resources.no_progress_seconds):
                 for table in self._dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                     add_seconds(seconds_of(table))
                     for result in assembler.add(unpack_results(table)):
                         count += 1
+                        self._metrics.finished(result)
                         yield result
+                    if time.monotonic() - told > _SECONDS_BETWEEN_STATUS:
+                        told = time.monotonic()
+                        self._metrics.queue(self.status())
+                        self._tell_seconds()
         except Exception as error:
             if self._frontier_lives():
                 raise
@@ -213,6 +226,7 @@ class ImageStream:
                 "safe; run the same command with --resume to go on with the others"
             )
             raise RuntimeError(msg) from error
+        self._tell_seconds()
         if count != len(self._images):
             begun = assembler.unfinished
             msg = (
@@ -228,6 +242,12 @@ class ImageStream:
     def status(self) -> FrontierStatus:
         """How far the queue is."""
         return ray.get(self._frontier.status.remote())
+
+    def _tell_seconds(self) -> None:
+        tally = current_tally()
+        if tally is not None:
+            self._metrics.took({stage: seconds - self._told[stage] for stage, seconds in tally.seconds.items()})
+            self._told = Counter(tally.seconds)
 
     def _frontier_lives(self) -> bool:
         try:
@@ -251,7 +271,13 @@ class ImageStream:
             ray.data.read_datasource(source, num_cpus=cpus, override_num_blocks=resources.readers)
             .map_batches(
                 LookStage,
-                fn_constructor_args=(self._frontier, policy, self._networks, resources.patience),
+                fn_constructor_args=(
+                    self._frontier,
+                    policy,
+                    self._networks,
+                    resources.patience,
+                    resources.scale_batch_size,
+                ),
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=_pool(resources.scale_actors),

@@ -29,6 +29,7 @@ from scalenet_ray.core.window import Tile
 from scalenet_ray.engine.carried import carries_seconds, measure
 from scalenet_ray.engine.frontier import Completion, Decision, Lease, Work, child_credit
 from scalenet_ray.engine.generators import GeneratorSource
+from scalenet_ray.engine.metrics import BatchMetrics
 from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, pack_results, unpack
 from scalenet_ray.engine.patience import PATIENCE, CarefulCalls, Patience
 
@@ -175,11 +176,15 @@ class LookStage:
         policy: the policy.
         networks: how its networks are made; only those that the policy needs are.
         patience: with a tile that hangs or kills its process.
+        batch_size: tiles that a micro-batch has room for.
     """
 
-    def __init__(self, frontier: Any, policy: Policy, networks: Networks, patience: Patience = PATIENCE) -> None:
+    def __init__(
+        self, frontier: Any, policy: Policy, networks: Networks, patience: Patience = PATIENCE, batch_size: int = 1
+    ) -> None:
         self._frontier = frontier
         self._policy = policy
+        self._metrics = BatchMetrics(policy.name, "look", batch_size)
         self._calls = CarefulCalls("look", frontier, patience)
         needs_map = policy.looks and policy.kind != "first-pass"
         self._predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
@@ -217,6 +222,7 @@ class LookStage:
 
         at = [i for i, tile in enumerate(tiles) if self._policy.looks_at(tile)]
         ids = [(tiles[i].image_id, tiles[i].path) for i in at]
+        self._metrics.called(len(at))
         looked = self._calls.together(ids, call, lambda _, error: Seen(failure=error))
         seen = [Seen()] * len(tiles)
         for i, one in zip(at, looked, strict=True):
@@ -275,6 +281,7 @@ class DetectStage:
     ) -> None:
         self._policy = policy
         self._calls = CarefulCalls("detect", frontier, patience)
+        self._metrics = BatchMetrics(policy.name, "detect", batch_size)
         self._detect = networks.detect()
         self._batch_size = batch_size
 
@@ -310,6 +317,7 @@ class DetectStage:
             )
 
         ids = [(packed.tile.image_id, packed.tile.path) for packed in tiles]
+        self._metrics.called(len(tiles))
         return self._calls.together(ids, call, lambda i, error: _begun(tiles[i], Failure("detect", error.reason)))
 
 

@@ -1,0 +1,20 @@
+"""Images that need no files, one of which cannot be read."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bench.stand_ins import grey_image
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.errors import TileError
+
+__all__ = ["BAD_IMAGE", "open_but_one"]
+
+BAD_IMAGE = 3
+
+
+def open_but_one(record: ImageRecord) -> np.ndarray:
+    if record.image_id == BAD_IMAGE:
+        reason = "not a picture"
+        raise TileError(reason)
+    return grey_image(record)

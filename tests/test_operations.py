@@ -1,0 +1,128 @@
+"""How a run does: metrics as Prometheus gets them, the dashboard, the log, and the page that explains them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import urllib.request
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from bench.stand_ins import TILES_PER_IMAGE, records_of, stand_ins, two_windows
+from scalenet_ray.core.clock import STAGES
+from scalenet_ray.engine.batch import run_policy
+from scalenet_ray.engine.metrics import METRICS, exported_name
+from scalenet_ray.engine.pipeline import Resources
+from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.engine.session import Session
+from scalenet_ray.log_lines import JsonLines, log_to_stderr
+from tests.job_scripts import REPOSITORY
+from tests.one_bad_image import BAD_IMAGE, open_but_one
+
+PAGE = (REPOSITORY / "docs" / "operations.md").read_text()
+DASHBOARD = json.loads((REPOSITORY / "ops" / "grafana.json").read_text())
+
+
+def work(session: Session, images: int, folder: Path) -> None:
+    policy = two_windows()
+    start = partial(session.start, policy=policy, networks=stand_ins(), open_image=open_but_one)
+    run_policy(records_of(images), policy.name, start, RunFolder(str(folder)), lambda _: None)
+
+
+def scraped() -> dict[tuple[str, str], float]:
+    """(name, tags) -> value, of all that this node exports, summed over processes."""
+    import ray
+
+    node = ray.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    values: dict[tuple[str, str], float] = {}
+    for line in urllib.request.urlopen(address, timeout=10).read().decode().splitlines():
+        found = re.fullmatch(r"(ray_scalenet_\w+)\{(.*)\} (\S+)", line)
+        if found:
+            own = re.findall(r"(policy|outcome|depth|stage|guard|state)=\"([^\"]*)\"", found[2])
+            key = (found[1], ",".join(f"{name}={value}" for name, value in sorted(own) if name != "policy"))
+            values[key] = values.get(key, 0.0) + float(found[3])
+    return values
+
+
+@pytest.mark.ray
+def test_prometheus_is_told_what_was_done(idle_ray: None, tmp_path: Path) -> None:
+    before = scraped()
+    work(Session("ray", Resources()), 20, tmp_path / "run")
+    wanted = {
+        ("ray_scalenet_images_total", "outcome=done"): 19,
+        ("ray_scalenet_images_total", "outcome=failed"): 1,
+        ("ray_scalenet_failures_total", "stage=read"): 1,
+        ("ray_scalenet_tiles_total", "depth=1"): 19 * (TILES_PER_IMAGE - 1),
+        ("ray_scalenet_batch_tiles_total", "stage=detect"): 19 * TILES_PER_IMAGE,
+        ("ray_scalenet_batch_tiles_total", "stage=look"): 19,
+    }
+    until = time.monotonic() + 90
+    while True:
+        now = scraped()
+        gained = {key: now.get(key, 0.0) - before.get(key, 0.0) for key in wanted}
+        if gained == wanted or time.monotonic() > until:
+            break
+        time.sleep(2)
+    assert gained == wanted
+    names = {name for name, _ in now}
+    # No limit acted, so there is no counter of them.
+    assert names == {exported_name(name) for name in METRICS} - {"ray_scalenet_guards_total"}
+    assert now[("ray_scalenet_stage_seconds_total", "stage=detect")] > 0
+
+
+def test_the_dashboard_asks_for_each_metric_and_for_no_other() -> None:
+    queries = " ".join(target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"])
+    assert set(re.findall(r"ray_scalenet_\w+", queries)) == {exported_name(name) for name in METRICS}
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+def test_the_dashboard_tells_apart_by_tags_that_there_are() -> None:
+    for panel in DASHBOARD["panels"]:
+        for target in panel["targets"]:
+            names = [name for name in METRICS if exported_name(name) in target["expr"]]
+            tags = {tag for name in names for tag in METRICS[name].tags} | ({"instance"} if not names else set())
+            by = re.findall(r"by \(([^)]*)\)", target["expr"])
+            assert {tag.strip() for group in by for tag in group.split(",")} <= tags
+
+
+def test_the_page_explains_each_metric_stage_and_limit() -> None:
+    source = "".join(path.read_text() for path in (REPOSITORY / "scalenet_ray").rglob("*.py"))
+    guards = set(re.findall(r"guards\.append\(\"(\w+)\"\)", source)) | {"max_depth", "batch_halved"}
+    assert len(guards) > 4
+    failing = set(re.findall(r"Failure\(\"(\w+)\"", source))
+    assert failing == {"read", "look", "detect"}
+    wanted = {exported_name(name) for name in METRICS} | guards | failing
+    assert {name for name in wanted if f"`{name}`" not in PAGE} == set()
+    assert all(stage in PAGE for stage in STAGES)
+
+
+def test_an_image_that_is_given_up_is_a_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "scalenet_ray.engine.batch"):
+        work(Session("local", Resources()), 4, tmp_path / "run")
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    line = json.loads(JsonLines().format(record))
+    about = {"policy": "scalenet", "image_id": BAD_IMAGE, "file": "3.jpg", "stage": "read", "reason": "not a picture"}
+    assert line.items() >= {**about, "level": "WARNING", "message": "image given up"}.items()
+
+
+def test_the_log_says_more_where_it_is_asked_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logging.getLogger("scalenet_ray")
+    before = (logger.handlers, logger.propagate, logger.level)
+    try:
+        monkeypatch.setenv("SCALENET_RAY_LOG", "debug")
+        log_to_stderr()
+        logging.getLogger("scalenet_ray.engine.batch").debug("limits acted", extra={"fields": {"image_id": 7}})
+        assert json.loads(capsys.readouterr().err)["image_id"] == 7
+        monkeypatch.setenv("SCALENET_RAY_LOG", "loud")
+        with pytest.raises(ValueError, match="SCALENET_RAY_LOG must be DEBUG, INFO, WARNING or ERROR, got LOUD"):
+            log_to_stderr()
+    finally:
+        logger.handlers, logger.propagate = before[0], before[1]
+        logger.setLevel(before[2])
