@@ -108,7 +108,7 @@ def test_a_training_has_its_curves() -> None:
         for i in (1, 2, 3)
     ]
     page = render_training({"epochs": rows, "failed": ["a.jpg: damaged"]})
-    for title in ("Loss by epoch", "iou by class and epoch", "Learning rate by epoch"):
+    for title in ("Loss by epoch", "IoU by class and epoch", "Learning rate by epoch"):
         assert f'aria-label="{title}"' in page
     assert "3 epochs done; 1 images left out." in page
     assert "0 epochs done" in render_training({"epochs": [], "failed": []})

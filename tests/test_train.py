@@ -94,6 +94,7 @@ def test_each_epoch_is_reported_and_the_best_and_the_last_checkpoint_stay(
 ) -> None:
     weights, rows, folder = undisturbed
     assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[-1]["learning_rate"] == pytest.approx(0, abs=1e-9)
     assert all(row["seconds"] > 0 and row["images_per_second"] > 0 and not row["failed"] for row in rows)
     assert [row["val"]["seen"] for row in rows] == [[1.0] * 5] * 3
     kept = {state["epoch"] for state in checkpoints(folder)}

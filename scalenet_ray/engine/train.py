@@ -45,9 +45,9 @@ def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dic
         recipe: what is trained.
         training: how.
         folder: the run folder, local or s3://; gets checkpoints/ and, at the end, the recipe's file.
-        report: called with each epoch's row as it ends: "epoch" from 1, "loss", "val" (the recipe's figures),
-            "images_per_second", "seconds", "failed" (reasons of images that could not be used). It says all that
-            came before each time: an OSError is raised only if its last call ended in one.
+        report: called with each epoch's row as it ends: "epoch" from 1, "loss", "learning_rate" (at its end), "val"
+            (the recipe's figures), "images_per_second", "seconds", "failed" (reasons of images that could not be
+            used). It says all that came before each time: an OSError is raised only if its last call ended in one.
 
     Raises:
         ValueError: if there is nothing to train on, or the loss is NaN or infinite; it names step and images.

@@ -101,6 +101,7 @@ class _Worker:
             row = {
                 "epoch": epoch + 1,
                 "loss": loss,
+                "learning_rate": float(schedule.get_last_lr()[0]),
                 "val": figures,
                 "images_per_second": train_steps * self.how.batch_size / (trained - started),
                 "seconds": time.monotonic() - started,

@@ -37,10 +37,12 @@ def render_training(document: Mapping[str, Any]) -> str:
         *(
             section(
                 f"list-{name}",
-                f"{name} of each class",
+                f"{_title(name)} of each class",
                 "On what is held out, by epoch.",
                 _figure(
-                    flat, [each for each in names if each.startswith(f"val {name} ")], f"{name} by class and epoch"
+                    flat,
+                    [each for each in names if each.startswith(f"val {name} ")],
+                    f"{_title(name)} by class and epoch",
                 ),
             )
             for name in lists
@@ -48,7 +50,12 @@ def render_training(document: Mapping[str, Any]) -> str:
         section(
             "figures", "Figures", "On what is held out, by epoch.", *(_figure(flat, [name], name) for name in single)
         ),
-        section("rate", "Learning rate", "", _figure(flat, ["learning_rate"], "Learning rate by epoch")),
+        section(
+            "rate",
+            "Learning rate",
+            "At the end of each epoch.",
+            _figure(flat, ["learning_rate"], "Learning rate by epoch"),
+        ),
         section("epochs", "The last epochs", "", _epochs(flat, ["loss", *single, "images_per_second", "seconds"])),
     ]
     return page("What was learned", f'<p class="state">{state}.</p>', sections)
@@ -61,6 +68,10 @@ def _flat(row: Mapping[str, Any]) -> list[tuple[str, float]]:
         for key, one in ((f"val {key}", one) for key, one in value.items()) if name == "val" else ((name, value),):
             numbers += [(f"{key} {i}", each) for i, each in enumerate(one)] if isinstance(one, list) else [(key, one)]
     return [(key, value) for key, value in numbers if isinstance(value, int | float) and value == value]
+
+
+def _title(name: str) -> str:
+    return {"iou": "IoU", "pixel_ap": "AP of pixels"}.get(name, name.replace("_", " "))
 
 
 def _facts(rows: Sequence[Mapping[str, float]], figures: Sequence[str]) -> str:
