@@ -39,10 +39,10 @@ def write_run(folder: Path, files: Sequence[str] = FILES, policies: Sequence[str
     none = np.zeros((0, 4))
     for policy in policies:
         writer = ShardWriter(run, policy, records, lambda ids: None)
-        writer.add(finished(1, BOXES, [90, 3, 7]))
-        writer.add(finished(2, BOXES[:1], [7]))
-        writer.add(finished(3, none, [], failed=True))
-        writer.add(finished(4, none, []))
+        writer.add(finished(1, BOXES, [90, 3, 7]), 1.5)
+        writer.add(finished(2, BOXES[:1], [7]), 1.5)
+        writer.add(finished(3, none, [], failed=True), 1.5)
+        writer.add(finished(4, none, []), 1.5)
         writer.flush()
     run.write_json("metrics.json", {"categories": NAMES})
     return run.uri
@@ -181,7 +181,7 @@ def test_runs_are_exported_from_and_to_s3(s3_bucket: str) -> None:
     run = RunFolder(f"{s3_bucket}/run")
     run.begin({"images": "/photos", "policies": [{"name": "whole"}]}, resume=False)
     writer = ShardWriter(run, "whole", {1: ImageRecord(1, FILES[0])}, lambda ids: None)
-    writer.add(finished(1, BOXES, [90, 3, 7]))
+    writer.add(finished(1, BOXES, [90, 3, 7]), 1.5)
     writer.flush()
     run.write_json("metrics.json", {"categories": NAMES})
     for to in EXPORT_FORMATS:

@@ -150,7 +150,7 @@ def test_a_driver_that_was_paused_writes_nothing_once_another_has_taken_over(
         first = run.begin(SETTINGS, resume=False)
     with RunFolder(uri).begin(SETTINGS, resume=True):
         writer = ShardWriter(run, "whole", {1: ImageRecord(1, "1.jpg")}, lambda ids: None)
-        writer.add(result_of(1))
+        writer.add(result_of(1), 1.5)
         with pytest.raises(RuntimeError, match="another driver has taken over"):
             writer.flush()
         assert run.finished("whole") == {}

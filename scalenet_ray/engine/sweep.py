@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,7 +109,10 @@ def run_sweep(
                 verbose=0,
             ),
         )
-    return [_row(result, task) for result in tuner.fit()]
+    with warnings.catch_warnings():
+        # A trial that was cut short begins anew, and says again what its searcher knows already.
+        warnings.filterwarnings("ignore", "The reported value is ignored because this `step")
+        return [_row(result, task) for result in tuner.fit()]
 
 
 def best_policies(rows: list[dict[str, Any]], task: TrialTask) -> list[Policy]:
