@@ -260,6 +260,8 @@ def _by_image(run: RunFolder) -> dict[int, list[dict[str, Any]]]:
     rows: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
     for kind in ("images", "detections"):
         for row in run.table(kind, _POLICY.name).to_pylist():
+            # When it was finished is no part of what was found.
+            row.pop("finished_at", None)
             rows[row["image_id"]].append(row)
     return rows
 
