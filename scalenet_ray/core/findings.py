@@ -55,6 +55,7 @@ def gained_and_lost(
     areas = np.concatenate([*(image.object_areas for image in before), np.zeros(0)])
 
     def row(name: str, chosen: np.ndarray) -> dict[str, Any]:
+        """Counts over the chosen objects, [M] bool."""
         counts = [int(which[chosen].sum()) for which in (found, gained, lost)]
         return {
             "name": name,

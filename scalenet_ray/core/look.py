@@ -230,6 +230,7 @@ def look(
     some_pixels, some_tiles = [pixels[i] for i in at], [tiles[i] for i in at]
 
     def ask(some: slice) -> list[_Answer]:
+        """What the networks say of some of the tiles."""
         maps, found = _ask(some_pixels[some], some_tiles[some], policy, detect, predict_scale)
         return list(zip(maps, found, strict=True))
 

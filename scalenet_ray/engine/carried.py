@@ -32,7 +32,10 @@ def carries_seconds(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any,
 
     @wraps(call)
     def timed_call(stage: Any, table: pa.Table) -> pa.Table:
+        """The call, with its seconds in a column."""
+
         def make() -> pa.Table:
+            """The call, after what its input took has been added."""
             add_seconds(seconds_of(table))
             return call(stage, table)
 

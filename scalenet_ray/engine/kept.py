@@ -142,6 +142,7 @@ class KeptScale:
         """As the Scale Net's."""
 
         def ask(at: list[int]) -> Sequence[ScaleMap | TileError]:
+            """What the network says of the tiles at these places."""
             some, those = [pixels[i] for i in at], [tiles[i] for i in at]
             if not isinstance(self._predict_scale, ReadFeatures):
                 return self._predict_scale(some, those)

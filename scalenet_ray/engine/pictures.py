@@ -53,6 +53,7 @@ def choose_pictures(rows: Sequence[Mapping[str, Any]], policy: str, count: int) 
     """
 
     def change(row: Mapping[str, Any]) -> int:
+        """Objects gained less those lost."""
         _, gained, lost = row["by"][policy]
         return gained - lost
 

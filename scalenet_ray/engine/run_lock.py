@@ -80,6 +80,7 @@ class _Held:
     """What both kinds share."""
 
     def release(self) -> None:
+        """Let go."""
         raise NotImplementedError
 
     def __exit__(

@@ -212,6 +212,7 @@ class LookStage:
 
     def _look(self, tiles: list[Tile], pixels: list[np.ndarray]) -> list[Seen]:
         def call(some: Sequence[int]) -> list[Seen]:
+            """Look at the tiles at these places."""
             return look(
                 [pixels[at[i]] for i in some],
                 [tiles[at[i]] for i in some],
@@ -307,6 +308,7 @@ class DetectStage:
 
     def _detected(self, tiles: list[PackedTile], pixels: list[np.ndarray]) -> list[TileResult]:
         def call(some: Sequence[int]) -> list[TileResult]:
+            """Detect the tiles at these places."""
             return detect_tiles(
                 [_begun(tiles[i]) for i in some],
                 [tiles[i].tile for i in some],
