@@ -10,7 +10,16 @@ from typing import NamedTuple
 
 __all__ = ["CpuClock", "cpu_clocks", "spent_by_role"]
 
-_ROLES = ("ReadTileSource", "LookStage", "DetectStage", "FrontierActor", "raylet", "gcs_server", "dashboard")
+_ROLES = (
+    "ReadTileSource",
+    "LookStage",
+    "DetectStage",
+    "FrontierActor",
+    "PipelineActor",
+    "raylet",
+    "gcs_server",
+    "dashboard",
+)
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 

@@ -26,7 +26,8 @@ from bench.ratios import ratio, spread
 from bench.workloads import Workload, photographs
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.engine.batch import image_opener
-from scalenet_ray.engine.pipeline import ImageStream, Resources
+from scalenet_ray.engine.pipeline import ImageStream
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.session import join_ray
 
 __all__ = ["EngineRace", "compare_engine", "engine_race"]

@@ -28,7 +28,7 @@ from ray._private.internal_api import node_stats
 
 from bench.stand_ins import grey_image, records_of, stand_ins, two_windows
 from scalenet_ray.engine.batch import run_policy
-from scalenet_ray.engine.pipeline import Resources
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import Session
 

@@ -57,28 +57,36 @@ def merge_costs(counts: tuple[int, ...] = (100, 1000, 10_000, 33_000, 100_000), 
     return costs
 
 
-def frontier_tasks_per_second(images: int = 2000, windows: int = 3, lease_size: int = 8, rounds: int = 3) -> Any:
-    """Tiles a second that one queue leases and records, asked over Ray by one caller, each image with some windows."""
+def frontier_tasks_per_second(
+    images: int = 4000, windows: int = 2, lease_size: int = 8, readers: int = 8, rounds: int = 3
+) -> Any:
+    """Tiles a second that one queue leases, records and forgets, over Ray, each image with some windows.
+
+    One caller stands for all readers and actors that look: it asks for so many leases at once, as a pipeline has it.
+    """
     join_ray()
     records = [ImageRecord(i, f"{i}.jpg", 480, 640) for i in range(images)]
     rates = []
     for _ in range(rounds):
-        frontier: Any = FrontierActor.remote(records, 4 * lease_size)
-        sequence = tiles = 0
+        frontier: Any = FrontierActor.remote(records, 4 * lease_size * readers)
+        sequences = dict.fromkeys(range(readers), 0)
         left = Counter({record.image_id: 1 + windows for record in records})
         start = time.perf_counter()
-        while True:
-            lease: Lease | None = ray.get(frontier.lease.remote(0, sequence, lease_size))
-            if lease is None:
-                break
-            sequence += 1
-            tiles += len(lease.work)
-            decided = [_decided(work.image.image_id, work.tile, windows) for work in lease.work]
-            ray.get(frontier.complete.remote(decided))
-            left.subtract(completion.image_id for completion in decided)
-            written = {completion.image_id for completion in decided if not left[completion.image_id]}
-            frontier.commit.remote(list(written))
-        rates.append(tiles / (time.perf_counter() - start))
+        while sequences:
+            asked = [frontier.lease.remote(reader, sequence, lease_size) for reader, sequence in sequences.items()]
+            leases: dict[int, Lease | None] = dict(zip(list(sequences), ray.get(asked), strict=True))
+            decided = []
+            for reader, lease in leases.items():
+                if lease is None:
+                    del sequences[reader]
+                elif lease.work:
+                    sequences[reader] += 1
+                    decided.append([_decided(work.image.image_id, work.tile, windows) for work in lease.work])
+            ray.get([frontier.complete.remote(each) for each in decided])
+            done = [completion.image_id for each in decided for completion in each]
+            left.subtract(done)
+            frontier.commit.remote([image_id for image_id in set(done) if not left[image_id]])
+        rates.append((1 + windows) * images / (time.perf_counter() - start))
         ray.kill(frontier)
     return spread(rates)
 

@@ -24,7 +24,8 @@ from ray.cluster_utils import Cluster
 from bench.cpu_seconds import cpu_clocks, spent_by_role
 from bench.ratios import spread
 from bench.stand_ins import TILES_PER_IMAGE, Tally, grey_image, records_of, stand_ins, two_windows
-from scalenet_ray.engine.pipeline import ImageStream, Resources
+from scalenet_ray.engine.resources import Resources
+from scalenet_ray.engine.sharded import image_stream
 
 __all__ = ["ScaleOut", "scale_out"]
 
@@ -39,7 +40,7 @@ class ScaleOut:
     """Efficiency against the number of accelerators.
 
     Attributes:
-        detectors: how many actors detect; one Scale Net actor for eight of them, one reader for sixteen.
+        detectors: how many actors detect; one Scale Net actor and one reader for eight of them.
         slower: networks sleep so many times longer than accelerators would work.
         straggles: the first detector sleeps so many times longer than the others.
         rounds: how often each is run.
@@ -64,7 +65,7 @@ def scale_out(detectors: int, slower: float, straggles: float, rounds: int) -> d
         cluster.add_node(num_cpus=2 * _DETECTORS_PER_NODE)
     ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
     resources = Resources(
-        readers=math.ceil(detectors / 16),
+        readers=math.ceil(detectors / 8),
         scale_actors=math.ceil(detectors / 8),
         detector_actors=detectors,
         max_open_images=max(64, _OPEN_IMAGES_PER_DETECTOR * detectors),
@@ -95,13 +96,13 @@ def scale_out(detectors: int, slower: float, straggles: float, rounds: int) -> d
     return {
         "efficiency": spread(busy if straggles == 1.0 else [rate / most for rate in rates]),
         "batch_fill": spread(fills),
-        "seconds_a_tile": {role: spent[role] / tiles for role in ("driver", "FrontierActor")},
+        "seconds_a_tile": {role: spent[role] / tiles for role in ("driver", "PipelineActor", "FrontierActor")},
     }
 
 
 def _steady(count: int, networks: Any, resources: Resources) -> tuple[float, float, int]:
     """(start, end, finished images) of the time in which the pipeline is full."""
-    stream = ImageStream(records_of(count), two_windows(), networks, grey_image, resources)
+    stream = image_stream(records_of(count), two_windows(), networks, grey_image, resources)
     ends = []
     for result in stream:
         ends.append(time.time())

@@ -19,7 +19,7 @@ from scalenet_ray.engine.analysis import SHOWN_SCORE, new_boxes
 from scalenet_ray.engine.batch import image_opener, run_policy
 from scalenet_ray.engine.conclude import conclude
 from scalenet_ray.engine.pictures import PictureTask
-from scalenet_ray.engine.pipeline import Resources
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import EngineName, Session
 from scalenet_ray.engine.stages import Networks

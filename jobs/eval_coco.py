@@ -15,7 +15,7 @@ from scalenet_ray.coco_run import evaluate_policies, open_split
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
 from scalenet_ray.core.samples import ensure_sample
-from scalenet_ray.engine.pipeline import Resources
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import EngineName, Session
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames

@@ -15,8 +15,8 @@ from scalenet_ray.core import storage
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.samples import ensure_sample
 from scalenet_ray.core.search_space import SearchSpace, read_space
-from scalenet_ray.engine.pipeline import Resources
 from scalenet_ray.engine.recursion_trial import TrialTask
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import Session
 from scalenet_ray.engine.sweep import Sweep, best_policies, run_sweep

@@ -33,7 +33,8 @@ from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.core.window import Tile
 from scalenet_ray.engine.batch import Progress, run_policy
 from scalenet_ray.engine.local import LocalStream
-from scalenet_ray.engine.pipeline import ImageStream, Resources
+from scalenet_ray.engine.pipeline import ImageStream
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.stages import Networks
 from tests.faults import Given, Scenes, WorkLog, policy_of, random_networks, records_of

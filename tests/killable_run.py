@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from scalenet_ray.engine.batch import Progress, run_policy
-from scalenet_ray.engine.pipeline import Resources
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import Session
 from scalenet_ray.engine.stages import Networks

@@ -15,7 +15,8 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.batch import Progress, Stream, image_opener, run_policy
 from scalenet_ray.engine.local import LocalStream
-from scalenet_ray.engine.pipeline import ImageStream, Resources
+from scalenet_ray.engine.pipeline import ImageStream
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.stages import Networks
 from tests.faults import (

@@ -12,7 +12,8 @@ import pytest
 from scalenet_ray.core.clock import STAGES, current_tally, measured, timed
 from scalenet_ray.engine.batch import run_policy
 from scalenet_ray.engine.local import LocalStream
-from scalenet_ray.engine.pipeline import ImageStream, Resources
+from scalenet_ray.engine.pipeline import ImageStream
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from tests.faults import SlowImages, policy_of, random_networks, records_of
 

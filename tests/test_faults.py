@@ -7,7 +7,8 @@ import ray
 
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.results import ImageResult
-from scalenet_ray.engine.pipeline import ImageStream, Resources
+from scalenet_ray.engine.pipeline import ImageStream
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.stages import Networks, OpenImage
 from tests.faults import (
     BuggyScale,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from scalenet_ray.core.samples import write_sample
-from scalenet_ray.engine.pipeline import Resources
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from tests.job_scripts import load_job, same_results
 
@@ -45,8 +45,9 @@ def job_on(data: Path, output: Path, engine: str, **changes: Any) -> Any:
         Resources(),
         Resources(scale_actors=3, detector_actors=2, scale_batch_size=3, detector_batch_size=7),
         Resources(readers=2, detector_actors=(1, 2), scale_batch_size=1, detector_batch_size=1, max_open_images=3),
+        Resources(readers=2, scale_actors=2, detector_actors=2, pipelines=2),
     ],
-    ids=["defaults", "three scale actors", "single tiles and a growing pool"],
+    ids=["defaults", "three scale actors", "single tiles and a growing pool", "two pipelines"],
 )
 def test_real_networks_on_ray_find_what_the_reference_finds(
     ray_session: None, data: Path, tmp_path: Path, expected: list[dict[str, Any]], resources: Resources

@@ -17,7 +17,7 @@ from bench.stand_ins import TILES_PER_IMAGE, records_of, stand_ins, two_windows
 from scalenet_ray.core.clock import STAGES
 from scalenet_ray.engine.batch import run_policy
 from scalenet_ray.engine.metrics import METRICS, exported_name
-from scalenet_ray.engine.pipeline import Resources
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import Session
 from scalenet_ray.log_lines import JsonLines, log_to_stderr

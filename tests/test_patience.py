@@ -12,7 +12,8 @@ from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.attempts import Attempts
 from scalenet_ray.engine.frontier import Frontier
 from scalenet_ray.engine.patience import Patience
-from scalenet_ray.engine.pipeline import ImageStream, Resources
+from scalenet_ray.engine.pipeline import ImageStream
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.stages import Networks, OpenImage
 from tests.faults import Given, WorkLog, as_values, policy_of, random_networks, records_of, reference
 from tests.in_process import Died, InProcessEngine

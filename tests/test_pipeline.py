@@ -11,7 +11,8 @@ from ray.data import DataContext
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.results import ImageResult
-from scalenet_ray.engine.pipeline import ImageStream, Resources
+from scalenet_ray.engine.pipeline import ImageStream
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.stages import Networks, OpenImage
 from tests.faults import (
     FlatImages,

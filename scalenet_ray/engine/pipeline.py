@@ -1,22 +1,18 @@
 """The main job as one Ray Data run: read -> look <-> frontier -> detect -> assemble.
 
-    Frontier  --lease-->  readers (generator read tasks: cut the tiles' pixels)
-       ^                     |
-       | complete(tile,      v
-       |   children)      look actors --tiles to detect--> detector actors --> assembler
-       +---------------------+
-
-Resources, pool sizes and batch sizes are said here and nowhere else.
+Frontier  --lease-->  readers (generator read tasks: cut the tiles' pixels)
+^                     |
+| complete(tile,      v
+|   children)      look actors --tiles to detect--> detector actors --> assembler
++---------------------+
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -33,95 +29,13 @@ from scalenet_ray.engine.carried import seconds_of
 from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus
 from scalenet_ray.engine.metrics import RunMetrics
 from scalenet_ray.engine.microbatch import unpack_results
-from scalenet_ray.engine.patience import PATIENCE, Patience
+from scalenet_ray.engine.resources import PoolSize, Resources, limits
 from scalenet_ray.engine.shares import cpu_share
 from scalenet_ray.engine.stages import DetectStage, LookStage, Networks, OpenImage, TileSource
 
-__all__ = ["ImageStream", "Resources"]
-
-PoolSize = int | tuple[int, int]
-"""So many actors, or (fewest, most) of a pool that grows with the load."""
+__all__ = ["ImageStream"]
 
 _SECONDS_BETWEEN_STATUS = 2.0
-
-
-def _limits(size: PoolSize) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Who works, with what, on how much at a time. The same on one node or on many.
-
-    Attributes:
-        readers: read tasks, which decode and cut.
-        scale_actors: actors that look at tiles: so many, or (fewest, most).
-        detector_actors: actors that detect: so many, or (fewest, most).
-        gpus_per_scale_actor: GPUs of each look actor; fractions share one.
-        gpus_per_detector_actor: GPUs of each detector actor.
-        scale_batch_size: tiles of a micro-batch, the look stage's batch.
-        detector_batch_size: tiles to a call of the detector.
-        max_open_images: images in work at once; bounds memory. None: enough to keep every actor fed.
-        call_seconds: a call to the networks, or the reading of a lease, that takes longer: its process is replaced.
-        max_tries: a tile that by itself has ended its process so often is given up, and its image with it.
-        no_progress_seconds: a run that finishes nothing for so long ends with an error.
-
-    Raises:
-        ValueError: if a number leaves its range.
-    """
-
-    readers: int = 1
-    scale_actors: PoolSize = 1
-    detector_actors: PoolSize = 1
-    gpus_per_scale_actor: float = 0.0
-    gpus_per_detector_actor: float = 0.0
-    scale_batch_size: int = 8
-    detector_batch_size: int = 16
-    max_open_images: int | None = None
-    call_seconds: float = PATIENCE.call_seconds
-    max_tries: int = PATIENCE.max_tries
-    no_progress_seconds: float = 1800.0
-
-    def __post_init__(self) -> None:
-        for name in ("scale_actors", "detector_actors"):
-            fewest, most = _limits(getattr(self, name))
-            if not 1 <= fewest <= most:
-                msg = f"{name} must be 1 or more, or (fewest, most), got {getattr(self, name)}"
-                raise ValueError(msg)
-        for name in ("readers", "scale_batch_size", "detector_batch_size", "max_open_images"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                msg = f"{name} must be 1 or more, got {getattr(self, name)}"
-                raise ValueError(msg)
-        if min(self.gpus_per_scale_actor, self.gpus_per_detector_actor) < 0:
-            got = f"{self.gpus_per_scale_actor} and {self.gpus_per_detector_actor}"
-            msg = f"GPUs per actor must be 0 or more, got {got}"
-            raise ValueError(msg)
-        if self.no_progress_seconds <= 0:
-            msg = f"no_progress_seconds must be above 0, got {self.no_progress_seconds}"
-            raise ValueError(msg)
-        _ = self.patience
-
-    @property
-    def patience(self) -> Patience:
-        """With a call that hangs, and with a tile that kills its process."""
-        return Patience(self.call_seconds, self.max_tries)
-
-    @property
-    def rows_per_detect_call(self) -> int:
-        """Micro-batches that a detector actor takes at once, so that its batches are full."""
-        return math.ceil(self.detector_batch_size / self.scale_batch_size)
-
-    @property
-    def open_images(self) -> int:
-        """Images in work at once: above everything that the stages can hold back, so that none runs dry."""
-        if self.max_open_images is not None:
-            return self.max_open_images
-        return max(64, 8 * self.scale_batch_size * self.processes)
-
-    @property
-    def processes(self) -> int:
-        """Readers and actors that may be there at once."""
-        return self.readers + _limits(self.scale_actors)[1] + _limits(self.detector_actors)[1]
 
 
 @contextmanager
@@ -175,6 +89,7 @@ class ImageStream:
         networks: how actors make their networks.
         open_image: how readers read an image.
         resources: who works.
+        processes: readers and actors among which the cluster's CPUs are shared out; those of the resources by default.
     """
 
     def __init__(
@@ -184,12 +99,14 @@ class ImageStream:
         networks: Networks,
         open_image: OpenImage,
         resources: Resources,
+        processes: int | None = None,
     ) -> None:
         self._images = images
         self._policy = policy
         self._networks = networks
         self._open_image = open_image
         self._resources = resources
+        self._processes = processes or resources.processes
         # On the driver's own node: a worker node that is lost must not take the queue with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = FrontierActor.options(scheduling_strategy=here)
@@ -203,6 +120,14 @@ class ImageStream:
         Raises:
             RuntimeError: if the frontier died, or the run ended with images unfinished.
         """
+        return (result for results in self.groups() for result in results)
+
+    def groups(self) -> Iterator[list[ImageResult]]:
+        """Yields images in the groups in which they finish, each image once.
+
+        Raises:
+            RuntimeError: if the frontier died, or the run ended with images unfinished.
+        """
         assembler = Assembler(self._policy.merging)
         count = 0
         told = -_SECONDS_BETWEEN_STATUS
@@ -210,10 +135,11 @@ class ImageStream:
             with _data_context(self._resources.no_progress_seconds):
                 for table in self._dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                     add_seconds(seconds_of(table))
-                    for result in assembler.add(unpack_results(table)):
-                        count += 1
+                    results = assembler.add(unpack_results(table))
+                    count += len(results)
+                    for result in results:
                         self._metrics.finished(result)
-                        yield result
+                    yield results
                     if time.monotonic() - told > _SECONDS_BETWEEN_STATUS:
                         told = time.monotonic()
                         self._metrics.queue(self.status())
@@ -258,7 +184,7 @@ class ImageStream:
 
     def _dataset(self) -> Any:
         resources, policy = self._resources, self._policy
-        cpus = cpu_share(resources.processes)
+        cpus = cpu_share(self._processes)
         source = TileSource(
             self._frontier,
             policy,
@@ -303,5 +229,5 @@ class ImageStream:
 
 
 def _pool(size: PoolSize) -> ActorPoolStrategy:
-    fewest, most = _limits(size)
+    fewest, most = limits(size)
     return ActorPoolStrategy(size=fewest) if fewest == most else ActorPoolStrategy(min_size=fewest, max_size=most)

@@ -14,7 +14,8 @@ from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.engine.batch import Stream
 from scalenet_ray.engine.local import LocalStream
-from scalenet_ray.engine.pipeline import ImageStream, Resources
+from scalenet_ray.engine.resources import Resources
+from scalenet_ray.engine.sharded import image_stream
 from scalenet_ray.engine.stages import Networks, OpenImage
 
 __all__ = ["EngineName", "Session", "join_ray"]
@@ -64,4 +65,4 @@ class Session:
         """Begin to work on images."""
         if self._engine == "local":
             return LocalStream(images, policy, networks, open_image)
-        return ImageStream(images, policy, networks, open_image, self._resources)
+        return image_stream(images, policy, networks, open_image, self._resources)

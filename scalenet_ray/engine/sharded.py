@@ -1,0 +1,123 @@
+"""Several pipelines side by side, each with a part of the images, a queue and a driver of its own.
+
+One driver spends a millisecond or two on a tile's way through Ray Data, and one queue some tenths: enough for a few
+accelerators, and not for hundreds. An image goes through one pipeline from end to end, so that nothing is shared.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from scalenet_ray.core.clock import add_seconds, measured
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.results import ImageResult
+from scalenet_ray.engine.batch import Stream
+from scalenet_ray.engine.pipeline import ImageStream
+from scalenet_ray.engine.resources import Resources
+from scalenet_ray.engine.stages import Networks, OpenImage
+
+__all__ = ["ShardedStream", "image_stream"]
+
+_GROUPS_IN_HAND = 8
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class PipelineActor:
+    """An `ImageStream` and its driver, in a process of their own."""
+
+    def __init__(self, *args: Any) -> None:
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        self._stream = ImageStream(*args)
+
+    def groups(self) -> Iterator[tuple[list[ImageResult], dict[str, float]]]:
+        """Images in the groups in which they finish, and the seconds that each stage was busy since the last."""
+        with measured() as tally:
+            for results in self._stream.groups():
+                yield results, tally.take()
+
+    def commit(self, image_ids: list[int]) -> None:
+        """These are written."""
+        self._stream.commit(image_ids)
+
+
+class ShardedStream:
+    """`ImageStream` for more actors than one driver can feed.
+
+    Args:
+        images: the images, dealt out one by one.
+        policy: the policy.
+        networks: how actors make their networks.
+        open_image: how readers read an image.
+        resources: who works, in all pipelines together.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[ImageRecord],
+        policy: Policy,
+        networks: Networks,
+        open_image: OpenImage,
+        resources: Resources,
+    ) -> None:
+        shares = resources.dealt
+        # On the driver's own node, as the queues are. Of two threads one works through the images, and one hears which
+        # are written.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor: Any = PipelineActor.options(scheduling_strategy=here, max_concurrency=2)
+        parts = [images[i :: len(shares)] for i in range(len(shares))]
+        self._pipelines = [
+            actor.remote(part, policy, networks, open_image, share, resources.processes)
+            for part, share in zip(parts, shares, strict=True)
+        ]
+        self._pipeline_of = {image.image_id: i for i, part in enumerate(parts) for image in part}
+
+    def __iter__(self) -> Iterator[ImageResult]:
+        """Yields each image once.
+
+        Raises:
+            RuntimeError: if a pipeline or its queue died, or ended with images unfinished; as `RayTaskError` where the
+                pipeline itself said so.
+        """
+        streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": _GROUPS_IN_HAND}
+        left: list[Any] = [pipeline.groups.options(**streaming).remote() for pipeline in self._pipelines]
+        while left:
+            ready, left = ray.wait(left)
+            first: Any = ready[0]
+            try:
+                results, seconds = ray.get(next(first))
+            except StopIteration:
+                continue
+            except RayActorError as error:
+                msg = (
+                    "a pipeline's process died, and with it what was in work: images that are written are safe; run "
+                    "the same command with --resume to go on with the others"
+                )
+                raise RuntimeError(msg) from error
+            # The one that was asked last comes last, so that none waits for long.
+            left.append(first)
+            add_seconds(seconds)
+            yield from results
+
+    def commit(self, image_ids: Iterable[int]) -> None:
+        """Say that the results of these images are written: the queues need not remember them."""
+        of: defaultdict[int, list[int]] = defaultdict(list)
+        for image_id in image_ids:
+            of[self._pipeline_of[image_id]].append(image_id)
+        for i, ids in of.items():
+            self._pipelines[i].commit.remote(ids)
+
+
+def image_stream(
+    images: Sequence[ImageRecord], policy: Policy, networks: Networks, open_image: OpenImage, resources: Resources
+) -> Stream:
+    """One pipeline, driven from this process, or several: as the resources have it."""
+    stream = ImageStream if len(resources.dealt) == 1 else ShardedStream
+    return stream(images, policy, networks, open_image, resources)

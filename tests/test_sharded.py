@@ -1,0 +1,119 @@
+"""Several pipelines side by side find what one finds, each image once."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+
+from scalenet_ray.core.clock import measured
+from scalenet_ray.engine.pipeline import ImageStream
+from scalenet_ray.engine.resources import Resources, limits
+from scalenet_ray.engine.sharded import ShardedStream, image_stream
+from scalenet_ray.engine.stages import Networks
+from tests.faults import (
+    BuggyScale,
+    Given,
+    Scenes,
+    SlowImages,
+    as_values,
+    policy_of,
+    random_networks,
+    records_of,
+    reference,
+)
+from tests.oracles import RandomDetector
+
+TWO = Resources(
+    readers=2,
+    scale_actors=2,
+    detector_actors=3,
+    scale_batch_size=3,
+    detector_batch_size=4,
+    max_open_images=8,
+    pipelines=2,
+)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["scalenet", "grid-2"])
+def test_pipelines_side_by_side_equal_recursive_detect(idle_ray: None, name: str) -> None:
+    records, policy, scenes = records_of(23), policy_of(name), Scenes(unreadable={2, 23})
+    networks = random_networks(policy)
+    stream = image_stream(records, policy, networks, scenes, TWO)
+    assert isinstance(stream, ShardedStream)
+    results = []
+    with measured() as tally:
+        for result in stream:
+            results.append(result)
+            stream.commit([result.image_id])
+    assert len(results) == len(records)
+    expected = reference(records, policy, networks, scenes)
+    assert {result.image_id: as_values(result) for result in results} == expected
+    assert min(tally.seconds[stage] for stage in ("decode", "cut", "detect", "merge")) > 0
+
+
+@pytest.mark.ray
+def test_fewer_images_than_pipelines(idle_ray: None) -> None:
+    policy = policy_of("whole")
+    stream = image_stream(records_of(1), policy, random_networks(policy), Scenes(), TWO)
+    assert [result.image_id for result in stream] == [1]
+
+
+@pytest.mark.ray
+def test_a_pipeline_that_dies_ends_the_run_with_a_way_on(idle_ray: None) -> None:
+    policy = policy_of("scalenet")
+    stream = ShardedStream(records_of(200), policy, random_networks(policy), SlowImages(), TWO)
+    results = iter(stream)
+    next(results)
+    ray.kill(stream._pipelines[1])
+    with pytest.raises(RuntimeError, match=r"pipeline's process died.*--resume"):
+        list(results)
+
+
+@pytest.mark.ray
+def test_a_bug_in_a_pipeline_is_raised_here(idle_ray: None) -> None:
+    networks = Networks(Given(RandomDetector()), Given(BuggyScale(3)))
+    with pytest.raises(Exception, match="a bug"):
+        list(image_stream(records_of(4), policy_of("scalenet"), networks, Scenes(), TWO))
+
+
+@pytest.mark.ray
+def test_one_pipeline_is_driven_from_here(idle_ray: None) -> None:
+    policy = policy_of("whole")
+    assert isinstance(image_stream(records_of(1), policy, random_networks(policy), Scenes(), Resources()), ImageStream)
+
+
+def test_resources_are_dealt_out_whole() -> None:
+    all_of = Resources(readers=5, scale_actors=(3, 8), detector_actors=20, max_open_images=100)
+    parts = all_of.dealt
+    assert len(parts) == 3
+    assert [part.readers for part in parts] == [2, 2, 1]
+    assert [part.scale_actors for part in parts] == [(1, 3), (1, 3), (1, 2)]
+    assert [part.detector_actors for part in parts] == [7, 7, 6]
+    assert [part.max_open_images for part in parts] == [34, 33, 33]
+    assert sum(part.processes for part in parts) == all_of.processes
+    assert all(part.dealt == [part] for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("resources", "pipelines"),
+    [
+        (Resources(), 1),
+        (Resources(readers=4, scale_actors=4, detector_actors=8), 1),
+        (Resources(readers=4, scale_actors=4, detector_actors=9), 2),
+        (Resources(readers=1, scale_actors=4, detector_actors=64), 1),
+        (Resources(readers=40, scale_actors=64, detector_actors=256), 32),
+        (Resources(readers=8, scale_actors=8, detector_actors=(1, 64)), 1),
+        (Resources(readers=8, scale_actors=8, detector_actors=64, pipelines=2), 2),
+    ],
+)
+def test_there_is_a_pipeline_for_every_few_detectors(resources: Resources, pipelines: int) -> None:
+    assert len(resources.dealt) == pipelines
+    assert all(limits(part.detector_actors)[0] >= 1 for part in resources.dealt)
+
+
+def test_more_pipelines_than_can_work_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"pipelines must be at most 2, so that each has a reader.*got 3"):
+        Resources(readers=2, scale_actors=3, detector_actors=3, pipelines=3)
+    with pytest.raises(ValueError, match="pipelines must be 1 or more, got 0"):
+        Resources(pipelines=0)
