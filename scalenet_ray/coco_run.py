@@ -66,7 +66,7 @@ def evaluate_policies(
     policies: Sequence[Policy],
     networks: NetworkNames,
     split: CocoSplit,
-    report: Callable[[Progress], None],
+    report: Callable[[Progress | str], None],
     *,
     compare_with: str | None = None,
     pictures: int = PICTURES,
@@ -79,7 +79,7 @@ def evaluate_policies(
         policies: in the order in which they are done.
         networks: the detector and Scale Net.
         split: the images.
-        report: takes the progress.
+        report: takes the progress, and a line for what comes after the last image.
         compare_with: one of the policies; how the others differ from it is measured, with bootstrap intervals. By
             default the whole image, or the first policy, and for very many images without intervals.
         pictures: photographs in the report.
@@ -98,6 +98,7 @@ def evaluate_policies(
         metrics[policy.name] = run_policy(split.images, policy.name, start, run, log).speed()
         figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
         metrics[policy.name] |= {**figures.pop("bbox"), **figures}
+    report("all images are done: comparing what was found, and writing the report")
     document = conclude(session, run, metrics, len(split.images))
     base = compare_with or ("whole" if "whole" in metrics else next(iter(metrics)))
     intervals = compare_with is not None or len(ids) <= INTERVALS_UP_TO

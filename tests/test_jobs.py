@@ -93,6 +93,7 @@ def test_all_policies_run_into_one_run_folder(sample: Path, tmp_path: Path, caps
     assert "torch" in config["versions"]
     last = capsys.readouterr().out.splitlines()
     assert last[-1] == f"8 of 8 images done, results in {tmp_path / 'run'}"
+    assert "all images are done: comparing what was found, and writing the report" in last
     assert [line.split()[0] for line in last[-10:-1]] == list(policies)
 
 
