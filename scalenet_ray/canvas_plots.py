@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import FuncFormatter
 
 from scalenet_ray.svg import ACCENT, MUTED, drawing, quiet, to_svg
 
@@ -26,8 +27,10 @@ def response_plot(outcome: Mapping[str, Any]) -> str:
         ends = [min(outcome["true"]), max(outcome["true"])]
         axes.plot(ends, ends, color=MUTED, linewidth=0.8, linestyle="--", label="right")
         axes.plot(outcome["true"], outcome["predicted"], "o-", color=ACCENT, markersize=4, label="Scale Net")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel("true scale (1: the unit side)")
         axes.set_ylabel("predicted scale, mean of the object's pixels")
         quiet(axes, "both")

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torchvision.datasets import CIFAR10 as CIFAR10_FILES
 from scalenet_ray.canvas_plots import response_plot, steps_plot
 from scalenet_ray.core.canvas_recursion import settle_canvases
 from scalenet_ray.core.canvases import centred, resized
+from scalenet_ray.core.regions import top_k_mean
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.core.window import Tile
 from scalenet_ray.engine.canvas_units import ablations, plan_units, tabulate
@@ -180,6 +182,20 @@ def test_background_has_no_scale() -> None:
     assert isinstance(seen, ScaleMap)
     assert seen.scale is not None
     assert np.array_equal(seen.scale > 0, canvas.max(2) > 0)
+
+
+def test_an_objects_pixels_count_even_where_the_net_says_nothing() -> None:
+    def half_blind(pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap]:
+        del tiles
+        return [ScaleMap(scale=np.where(np.arange(each.shape[1]) < 4, 0.0, 2.0) + 0 * each[..., 0]) for each in pixels]
+
+    half_blind.input_pixels = 64  # type: ignore[attr-defined]
+    canvas = centred(np.full((4, 4, 3), 9, np.uint8), 8)
+    (seen,) = ObjectScales(half_blind)([canvas], [Tile])  # type: ignore[list-item,arg-type]
+    assert isinstance(seen, ScaleMap)
+    assert seen.scale is not None
+    # Half of the object is seen at 2: its mean is what the net was trained for.
+    assert top_k_mean(seen.scale, 1.0) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_the_papers_two_settings_each_go_one_way() -> None:

@@ -45,7 +45,7 @@ def run_units(
         gpus: that each takes up; a share such as 0.25 lets four use one.
 
     Returns:
-        The outcome of each by name.
+        The outcome of each by name, in the order of the units.
 
     Raises:
         ValueError: if a unit waits for one that is none of them.
@@ -83,7 +83,7 @@ def run_units(
         run.write_json(f"units/{name}.json", outcomes[name])
         left = (time.monotonic() - started) / (len(outcomes) - done_before) * (len(units) - len(outcomes))
         say(f"{len(outcomes)} of {len(units)} done: {name} {_in_words(outcomes[name])}, about {left / 60:.0f} min left")
-    return outcomes
+    return {unit.name: outcomes[unit.name] for unit in units}
 
 
 def _work(work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ __all__ = ["ObjectScales", "Score", "TrueScales", "pictures_at", "score_classifi
 
 _PICTURES = 500
 """Pictures that are worked through at a time."""
+_LEAST_SCALE = np.float32(1e-6)
 
 
 class Score(NamedTuple):
@@ -44,6 +45,8 @@ class Score(NamedTuple):
 class ObjectScales:
     """What a net says of the pixels of an object alone: black ones are background and have no scale.
 
+    Where the net says 0 of an object's pixel, the pixel still counts, as the net was trained: only the background is 0.
+
     Args:
         predict: the net.
     """
@@ -56,7 +59,9 @@ class ObjectScales:
         """Canvases, [h, w, 3] uint8 each -> maps, 0 where they are black."""
         seen = self._predict(pixels, tiles)
         return [
-            one if isinstance(one, TileError) or one.scale is None else ScaleMap(scale=one.scale * (canvas.max(2) > 0))
+            one
+            if isinstance(one, TileError) or one.scale is None
+            else ScaleMap(scale=np.where(canvas.max(2) > 0, np.maximum(one.scale, _LEAST_SCALE), np.float32(0)))
             for one, canvas in zip(seen, pixels, strict=True)
         ]
 
