@@ -1,6 +1,7 @@
 # The image that kuberay.yaml runs: Ray's own, and this project at its pinned versions.
 FROM rayproject/ray:2.60.0-py311-gpu
 
+# /home/ray is the home folder in all of Ray's images.
 RUN python -m venv /home/ray/venv
 ENV PATH="/home/ray/venv/bin:$PATH"
 WORKDIR /home/ray/project

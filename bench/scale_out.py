@@ -33,6 +33,8 @@ _DETECTOR_SECONDS, _SCALE_NET_SECONDS = 0.025, 0.008
 _DETECTORS_PER_NODE = 16
 _TILES_PER_DETECTOR = 160
 _OPEN_IMAGES_PER_DETECTOR = 24
+_SINGLE = ("driver", "PipelineActor", "FrontierActor")
+"""Of which there is one, or a few, however many detectors there are."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ScaleOut:
     """Efficiency against the number of accelerators.
 
     Attributes:
-        detectors: how many actors detect; one Scale Net actor and one reader for eight of them.
+        detectors: how many actors detect; one Scale Net actor and one reader for four of them.
         slower: networks sleep so many times longer than accelerators would work.
         straggles: the first detector sleeps so many times longer than the others.
         rounds: how often each is run.
@@ -58,15 +60,15 @@ def scale_out(detectors: int, slower: float, straggles: float, rounds: int) -> d
     Returns:
         While the pipeline is full, and as spreads of rounds: `efficiency`, the share of the time in which detectors are
         busy, or, where one straggles, tiles a second over the most that they could do; `batch_fill`, tiles of a call
-        over those it could have. And `seconds_a_tile` of CPU of the processes of which there is only one.
+        over those it could have. And `seconds_a_tile` of CPU of the processes of which there are one or few.
     """
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     for _ in range(math.ceil(detectors / _DETECTORS_PER_NODE)):
         cluster.add_node(num_cpus=2 * _DETECTORS_PER_NODE)
     ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
     resources = Resources(
-        readers=math.ceil(detectors / 8),
-        scale_actors=math.ceil(detectors / 8),
+        readers=math.ceil(detectors / 4),
+        scale_actors=math.ceil(detectors / 4),
         detector_actors=detectors,
         max_open_images=max(64, _OPEN_IMAGES_PER_DETECTOR * detectors),
     )
@@ -96,7 +98,7 @@ def scale_out(detectors: int, slower: float, straggles: float, rounds: int) -> d
     return {
         "efficiency": spread(busy if straggles == 1.0 else [rate / most for rate in rates]),
         "batch_fill": spread(fills),
-        "seconds_a_tile": {role: spent[role] / tiles for role in ("driver", "PipelineActor", "FrontierActor")},
+        "seconds_a_tile": {role: spent[role] / tiles for role in _SINGLE if role in spent},
     }
 
 

@@ -18,6 +18,7 @@ from scalenet_ray.core.look import PredictScale, ReadFeatures
 from scalenet_ray.core.merge import SuppressionMethod, nms
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.recursion import Step, recursive_detect
+from scalenet_ray.core.results import ImageResult
 from scalenet_ray.models.detectors import Detector, check_detector, load_detector
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from scalenet_ray.prediction import ScaledPrediction
@@ -107,10 +108,7 @@ def get_scaled_prediction(
     begun = time.monotonic()
     result = recursive_detect(pixels, 0, asked, detect=detector, predict_scale=look_net, observe=steps.append)
     seconds = time.monotonic() - begun
-    if result.failure is not None:
-        msg = f"the image could not be worked on ({result.failure.stage}): {result.failure.reason}"
-        raise ValueError(msg)
-    found = result.detections
+    found = _detections(result)
     if postprocess_class_agnostic:
         found = found[nms(found.boxes, found.scores, np.zeros(len(found)), asked.merging.iou_threshold)]
     found = _wanted(found, detector, confidence_threshold, exclude_classes_by_name, exclude_classes_by_id)
@@ -118,10 +116,16 @@ def get_scaled_prediction(
         say(step_table(steps, asked))
     if verbose:
         say(f"{asked.name}: {len(found)} objects, {len(steps)} tiles, {result.detector_passes:.2f} detector passes")
-    categories = dict(detector.categories)
-    return ScaledPrediction(
-        pixels, found, categories, asked, tuple(steps), result.detector_passes, {"prediction": seconds}
-    )
+    known, took = dict(detector.categories), {"prediction": seconds}
+    return ScaledPrediction(pixels, found, known, asked, tuple(steps), result.detector_passes, took)
+
+
+def _detections(result: ImageResult) -> Detections:
+    """Those of the image; its failure is the caller's."""
+    if result.failure is not None:
+        msg = f"the image could not be worked on ({result.failure.stage}): {result.failure.reason}"
+        raise ValueError(msg)
+    return result.detections
 
 
 def _refuse(of_slicing: dict[str, Any], standard: bool, postprocess_type: str, metric: str) -> None:

@@ -198,6 +198,18 @@ def test_an_objects_pixels_count_even_where_the_net_says_nothing() -> None:
     assert top_k_mean(seen.scale, 1.0) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_a_net_that_says_nothing_at_all_sees_no_object() -> None:
+    def blind(pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap]:
+        del tiles
+        return [ScaleMap(scale=np.zeros(each.shape[:2], np.float32)) for each in pixels]
+
+    blind.input_pixels = 64  # type: ignore[attr-defined]
+    picture = np.full((8, 8, 3), 9, np.uint8)
+    recipe = MNIST.recipes["scalenet"]
+    (settled,) = settle_canvases([picture], recipe.recursion(8, 28), recipe.rules, ObjectScales(blind))  # type: ignore[arg-type]
+    assert settled.sides == (8,)
+
+
 def test_the_papers_two_settings_each_go_one_way() -> None:
     paper = MNIST.recipes["scalenet_paper"]
     large, small = paper.recursion(28, 28).scale_range, paper.recursion(8, 28).scale_range

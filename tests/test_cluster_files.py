@@ -188,9 +188,9 @@ def test_pinned_versions_are_installed_and_the_images_hold_the_same_ray():
 
 @pytest.mark.parametrize("name", ["cluster.yaml", "kuberay.yaml"])
 def test_what_is_the_user_s_is_marked(name: str):
-    placeholder = re.compile(r"-0{17}|:0{12}:|us-west-2|BUCKET|REGISTRY")
+    of_the_user = re.compile(r"-0{17}|:0{12}:|us-west-2|BUCKET|REGISTRY")
     lines = (REPOSITORY / name).read_text().splitlines()
-    held = [i for i, line in enumerate(lines) if placeholder.search(line)]
+    held = [i for i, line in enumerate(lines) if of_the_user.search(line)]
     marked = {i for i, line in enumerate(lines) if "CHANGE" in line}
     # A block of text cannot hold a comment: its mark follows it.
     assert held

@@ -99,10 +99,10 @@ def test_resources_are_dealt_out_whole() -> None:
     ("resources", "pipelines"),
     [
         (Resources(), 1),
-        (Resources(readers=4, scale_actors=4, detector_actors=8), 1),
-        (Resources(readers=4, scale_actors=4, detector_actors=9), 2),
+        (Resources(readers=4, scale_actors=4, detector_actors=4), 1),
+        (Resources(readers=4, scale_actors=4, detector_actors=5), 2),
         (Resources(readers=1, scale_actors=4, detector_actors=64), 1),
-        (Resources(readers=40, scale_actors=64, detector_actors=256), 32),
+        (Resources(readers=80, scale_actors=64, detector_actors=256), 64),
         (Resources(readers=8, scale_actors=8, detector_actors=(1, 64)), 1),
         (Resources(readers=8, scale_actors=8, detector_actors=64, pipelines=2), 2),
     ],

@@ -12,8 +12,7 @@ __all__ = ["PoolSize", "Resources", "limits"]
 PoolSize = int | tuple[int, int]
 """So many actors, or (fewest, most) of a pool that grows with the load."""
 
-
-_DETECTORS_PER_PIPELINE = 8
+_DETECTORS_PER_PIPELINE = 4
 
 
 def limits(size: PoolSize) -> tuple[int, int]:
@@ -35,7 +34,7 @@ class Resources:
         detector_batch_size: tiles to a call of the detector.
         max_open_images: images in work at once; bounds memory. None: enough to keep every actor fed.
         pipelines: images, readers and actors are shared out among so many, each with a queue and a driver of its own.
-            None: one for every 8 detectors, as far as there are readers and actors for each.
+            None: one for every 4 detectors, as far as there are readers and actors for each.
         call_seconds: a call to the networks, or the reading of a lease, that takes longer: its process is replaced.
         max_tries: a tile that by itself has ended its process so often is given up, and its image with it.
         no_progress_seconds: a run that finishes nothing for so long ends with an error.

@@ -1,6 +1,6 @@
 """Several pipelines side by side, each with a part of the images, a queue and a driver of its own.
 
-One driver spends a millisecond or two on a tile's way through Ray Data, and one queue some tenths: enough for a few
+One driver spends some milliseconds on a tile's way through Ray Data, and one queue one or two: enough for a few
 accelerators, and not for hundreds. An image goes through one pipeline from end to end, so that nothing is shared.
 """
 

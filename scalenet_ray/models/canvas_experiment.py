@@ -130,7 +130,7 @@ class Experiment:
             recursion = CanvasRecipe().recursion(side, self.domain.canvas_side)
             first = settle_canvases(pictures, recursion, CanvasRecipe(max_depth=1).rules, predict)
             scales = [one.maps[0].scale for one in first]
-            # A net may see nothing in a picture far out of its range.
+            # A net may see no object in a picture far out of its range.
             told = [scale[scale > 0] for scale in scales if scale is not None and scale.any()]
             means.append(float(np.mean([scale.mean() for scale in told] or [np.nan])))
         return {"sides": list(sides), "true": [side / self.domain.unit_side for side in sides], "predicted": means}

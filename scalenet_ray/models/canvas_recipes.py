@@ -133,7 +133,7 @@ MNIST = Domain(
     unit_side=16,
     train_sides=(14, 16, 18),
     canvas_side=28,
-    test_sides=(28, 56, 84, 8, 112, 140),
+    test_sides=(28, 56, 84, 4, 5, 6, 7, 8, 112, 140),
     recipes={"scalenet": _TWO_SIDED, "scalenet_paper": _PAPER},
     classifiers={
         "classifier": ClassifierRecipe(),

@@ -24,6 +24,7 @@ __all__ = ["ObjectScales", "Score", "TrueScales", "pictures_at", "score_classifi
 _PICTURES = 500
 """Pictures that are worked through at a time."""
 _LEAST_SCALE = np.float32(1e-6)
+"""Of an object's pixel of which a net says nothing."""
 
 
 class Score(NamedTuple):
@@ -45,7 +46,8 @@ class Score(NamedTuple):
 class ObjectScales:
     """What a net says of the pixels of an object alone: black ones are background and have no scale.
 
-    Where the net says 0 of an object's pixel, the pixel still counts, as the net was trained: only the background is 0.
+    Where the net says 0 of an object's pixel, the pixel still counts, as the net was trained. Where it says 0 of all of
+    them, it sees no object.
 
     Args:
         predict: the net.
@@ -61,9 +63,15 @@ class ObjectScales:
         return [
             one
             if isinstance(one, TileError) or one.scale is None
-            else ScaleMap(scale=np.where(canvas.max(2) > 0, np.maximum(one.scale, _LEAST_SCALE), np.float32(0)))
+            else ScaleMap(scale=_of_object(one.scale, canvas.max(2) > 0))
             for one, canvas in zip(seen, pixels, strict=True)
         ]
+
+
+def _of_object(scale: np.ndarray, is_object: np.ndarray) -> np.ndarray:
+    """[h, w] scales, 0 outside the object."""
+    inside = np.where(is_object, scale, np.float32(0))
+    return np.where(is_object, np.maximum(inside, _LEAST_SCALE), inside) if inside.any() else inside
 
 
 class TrueScales:

@@ -90,6 +90,7 @@ def _trials(rows: Sequence[Mapping[str, Any]], paths: Sequence[str], best: Seque
         return ""
 
     def worth(row: Mapping[str, Any]) -> tuple[bool, float]:
+        """Trials that saw all images come first, then those that found most."""
         return (row["complete"], row["AP_small"] if row["AP_small"] == row["AP_small"] else -1.0)
 
     ordered = sorted(rows, key=worth, reverse=True)
