@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,3 +54,8 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest
     boto3.client("s3").create_bucket(Bucket=bucket)
     yield f"s3://{bucket}"
     S3FileSystem.clear_instance_cache()
+    # A run's lock that is not released would write to the servers of all tests that follow.
+    for thread in threading.enumerate():
+        if thread.name == "run-lock":
+            thread.join(timeout=10)
+            assert not thread.is_alive(), "the test has not released a run's lock"
