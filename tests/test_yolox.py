@@ -131,6 +131,11 @@ def count_calls(detector: YoloxDetector, monkeypatch: pytest.MonkeyPatch) -> lis
     return shapes
 
 
+def pretend_gpu(detector: YoloxDetector, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session says that it works on a GPU, where tiles are worth batching."""
+    monkeypatch.setattr(detector.session, "get_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
 @pytest.fixture
 def net(tmp_path: Path) -> str:
     return colour_net(tmp_path / "net.onnx")
@@ -163,15 +168,21 @@ def test_a_tile_of_one_pixel_and_no_tile_at_all_work(net: str) -> None:
     assert found.boxes.tolist() == [[0, 0, 1, 1]]
 
 
-def test_tiles_of_one_canvas_are_one_call_and_equal_one_by_one(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_tiles_of_one_canvas_are_one_call_on_a_gpu_and_equal_one_by_one(
+    net: str, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
     rng = np.random.default_rng(0)
     sizes = [(64, 64), (20, 33), (40, 64), (32, 32), (64, 33), (1, 1), (60, 50), (64, 64)]
     tiles = [rng.integers(0, 256, (*hw, 3)).astype(np.uint8) for hw in sizes]
     detector = YoloxDetector.load(net, iou_threshold=0.3)
     alone = [detections(detector([tile]))[0] for tile in tiles]
     shapes = count_calls(detector, monkeypatch)
+    if gpu:
+        pretend_gpu(detector, monkeypatch)
     together = detections(detector(tiles))
-    assert shapes == [(6, 3, 64, 64), (2, 3, 32, 32)]
+    batches = [(6, 3, 64, 64), (2, 3, 32, 32)]
+    assert shapes == (batches if gpu else [(1, *shape) for count, *shape in batches for _ in range(count)])
     for one, other in zip(alone, together, strict=True):
         assert one.labels.tolist() == other.labels.tolist()
         np.testing.assert_allclose(one.boxes, other.boxes, atol=0.01)
@@ -186,6 +197,7 @@ def test_the_canvas_is_the_smallest_square_of_whole_strides(net: str, hw: tuple[
 def test_what_an_export_fixed_is_freed_so_that_tiles_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = YoloxDetector.load(colour_net(tmp_path / "net.onnx", (1, 3, 96, 96), flat_batch=1))
     shapes = count_calls(detector, monkeypatch)
+    pretend_gpu(detector, monkeypatch)
     found = detections(detector([black(8, 8, red=(0, 0)), black(16, 32, blue=(1, 2)), black(128, 64, green=(15, 1))]))
     assert shapes == [(2, 3, 32, 32), (1, 3, 128, 128)]
     np.testing.assert_allclose([each.boxes[0] for each in found], [[0, 0, 8, 8], [16, 8, 24, 16], [8, 120, 16, 128]])
@@ -251,6 +263,7 @@ def test_a_network_that_breaks_on_a_tile_costs_that_tile_alone(
         return [output]
 
     monkeypatch.setattr(detector.session, "run", broken)
+    pretend_gpu(detector, monkeypatch)
     first, second, third = detector([black(32, 32, red=(0, 0))] * 3)
     assert isinstance(second, TileError)
     assert "infinite" in second.reason

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from scalenet_ray.models.onnx_features import expose_features
 
 __all__ = ["YoloxDetector"]
 
+_CPU = "CPUExecutionProvider"
 _CELL_STRIDES = (8, 16, 32)
 _PADDING_GREY = 114
 _ANSWER_MAPS = 5
@@ -168,33 +169,33 @@ class YoloxDetector:
         return detect_by_canvas(pixels, self.canvas_hw, self._glimpse_group)
 
     def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Glimpse]:
-        outputs, maps = self._run_all(self._featured, tiles, canvas)
         return [
             Glimpse(
                 self._decode(rows, canvas, tile.shape[:2]),
-                tuple(np.concatenate(level) for level in zip(levels, _answer_maps(rows, canvas), strict=True)),
+                tuple(np.concatenate(level) for level in zip(maps, _answer_maps(rows, canvas), strict=True)),
             )
-            for rows, tile, *levels in zip(outputs, tiles, *maps, strict=True)
+            for tile, (rows, *maps) in zip(tiles, self._run_all(self._featured, tiles, canvas), strict=True)
         ]
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
-        outputs, _ = self._run_all(self.session, tiles, canvas)
-        return [self._decode(rows, canvas, tile.shape[:2]) for rows, tile in zip(outputs, tiles, strict=True)]
+        return [
+            self._decode(rows, canvas, tile.shape[:2])
+            for tile, (rows,) in zip(tiles, self._run_all(self.session, tiles, canvas), strict=True)
+        ]
 
     def _run_all(
         self, session: onnxruntime.InferenceSession, tiles: list[np.ndarray], canvas: tuple[int, int]
-    ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-        """The answer of each tile, [rows, 5 + classes], and each level's map of each tile if the session has them."""
-        at_once = 1 if self._one_by_one else len(tiles)
-        answers: list[np.ndarray] = []
-        maps: list[list[np.ndarray]] = [[] for _ in session.get_outputs()[1:]]
+    ) -> Iterator[tuple[np.ndarray, ...]]:
+        """Of each tile the answer, [rows, 5 + classes], and each level's map if the session has them.
+
+        A GPU takes the tiles together. A CPU is a quarter faster one by one: what a tile leaves stays in its cache.
+        """
+        together = not self._one_by_one and session.get_providers()[0] != _CPU
+        at_once = len(tiles) if together else 1
         for start in range(0, len(tiles), at_once):
             batch = _batch(tiles[start : start + at_once], canvas)
             output, *levels = (np.asarray(each) for each in session.run(None, {self._input_name: batch}))
-            answers.extend(self._checked(output, batch))
-            for level, values in zip(maps, levels, strict=True):
-                level.extend(values)
-        return answers, maps
+            yield from zip(self._checked(output, batch), *levels, strict=True)
 
     def _checked(self, output: np.ndarray, batch: np.ndarray) -> np.ndarray:
         cells, _ = _grid(batch.shape[2:])
