@@ -27,12 +27,10 @@ from bench.workloads import Workload, photographs
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.engine.batch import image_opener
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.session import join_ray
 
 __all__ = ["EngineRace", "compare_engine", "engine_race"]
 
-_RESOURCES = Resources(scale_batch_size=16, detector_batch_size=32, max_open_images=128)
 _IMAGES_PER_SHARD = 64
 
 
@@ -72,10 +70,10 @@ def engine_race(workload: Workload, policy_name: str, repeats: int) -> EngineRac
     join_ray()
     records = workload.repeated(repeats)
     open_image = image_opener(str(workload.folder), 10**8)
-    stream = ImageStream(records, workload.policy(policy_name), workload.networks(), open_image, _RESOURCES)
+    stream = ImageStream(records, workload.policy(policy_name), workload.networks(), open_image, workload.resources)
     ends, found, passes = [], {}, 0.0
     # Before it is full, actors start; when nothing is left to admit, it begins to run dry.
-    full, dry = _RESOURCES.open_images, len(records) - _RESOURCES.open_images
+    full, dry = workload.resources.open_images, len(records) - workload.resources.open_images
     clocks, written = [], []
     for result in stream:
         ends.append(time.perf_counter())

@@ -17,6 +17,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.evaluation import evaluate
 from scalenet_ray.core.images import decode_image
 from scalenet_ray.core.policy import Policy, parse_policy
+from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.stages import Networks
 from scalenet_ray.models.networks import NetworkNames
 
@@ -24,6 +25,10 @@ __all__ = ["Workload", "detector_name", "large_images", "photographs"]
 
 _LARGE_HW = (3000, 4000)
 _CELL = 640
+
+_FOR_PHOTOGRAPHS = Resources(scale_batch_size=16, detector_batch_size=32, max_open_images=128)
+# A reader keeps the last 14 of these decoded: no more in work than that, or each is decoded again for its windows.
+_FOR_LARGE_IMAGES = Resources(scale_batch_size=8, detector_batch_size=16, max_open_images=14)
 
 
 def _data() -> Path:
@@ -46,11 +51,13 @@ class Workload:
         folder: of the images.
         annotations: of their objects, an instances file.
         detector: kind:what.
+        resources: who works, in the engine, on how much at a time.
     """
 
     folder: Path
     annotations: Path
     detector: str
+    resources: Resources
 
     @cached_property
     def dataset(self) -> CocoDataset:
@@ -93,13 +100,14 @@ class Workload:
 def photographs() -> Workload:
     """The real photographs of val2017."""
     coco = _data() / "coco"
-    return Workload(coco / "val2017", coco / "annotations" / "instances_val2017.json", detector_name())
+    annotations = coco / "annotations" / "instances_val2017.json"
+    return Workload(coco / "val2017", annotations, detector_name(), _FOR_PHOTOGRAPHS)
 
 
 def large_images(folder: Path, count: int = 12) -> Workload:
     """Images of 4,000 x 3,000 pixels, 24 photographs each, and their objects; written if they are not there."""
     annotations = folder / "instances_large.json"
-    made = Workload(folder, annotations, detector_name())
+    made = Workload(folder, annotations, detector_name(), _FOR_LARGE_IMAGES)
     if annotations.exists():
         return made
     folder.mkdir(parents=True, exist_ok=True)

@@ -135,14 +135,17 @@ def test_a_reader_decodes_an_image_once_for_all_its_windows() -> None:
     assert sorted(decoded) == [1, 2, 3, 4, 5]
 
 
-def test_decoded_images_are_kept_up_to_a_number_of_bytes_the_last_used_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "two"), [("_CACHE_BYTES", 2 * 300), ("_CACHE_IMAGES", 2)])
+def test_decoded_images_are_kept_up_to_a_limit_the_last_used_longest(
+    monkeypatch: pytest.MonkeyPatch, limit: str, two: int
+) -> None:
     decoded: list[int] = []
 
     def counted(record: ImageRecord) -> np.ndarray:
         decoded.append(record.image_id)
         return np.zeros((10, 10, 3), np.uint8)
 
-    monkeypatch.setattr("scalenet_ray.engine.stages._CACHE_BYTES", 2 * 300)
+    monkeypatch.setattr(f"scalenet_ray.engine.stages.{limit}", two)
     images = _DecodedImages(counted)
     for image_id in (1, 2, 1, 3, 1, 2):
         images(ImageRecord(image_id, "x.png"))

@@ -157,15 +157,11 @@ def _overlapping_pairs(boxes: np.ndarray, labels: np.ndarray, iou_threshold: flo
     Sweeps along x: the boxes that can overlap one are those that begin between its sides. No more than some thousand
     pairs are looked at at once, so that memory grows with what overlaps alone.
     """
-    corners = boxes.astype(np.float64)
-    _, group = np.unique(labels, return_inverse=True)
-    by_x = np.lexsort((corners[:, 0], group)).astype(np.int32)
-    corners, group = corners[by_x], group[by_x]
-    # Groups side by side, none touching the next, so that one search serves all.
-    left = corners[:, 0].min(initial=0.0)
-    shift = group * (corners[:, 2].max(initial=0.0) - left + 1.0)
-    first = np.arange(len(corners)) + 1
-    counts = np.maximum(np.searchsorted(corners[:, 0] + shift, corners[:, 2] + shift, side="right") - first, 0)
+    group = np.unique(labels, return_inverse=True)[1].astype(np.int32)
+    by_x = np.lexsort((boxes[:, 0], group)).astype(np.int32)
+    corners, group = boxes[by_x].astype(np.float64), group[by_x]
+    first = np.arange(1, len(corners) + 1, dtype=np.int32)
+    counts = np.maximum(_ends_along_x(corners, group) - first, 0)
     areas = np.prod(np.maximum(corners[:, 2:] - corners[:, :2], 0.0), axis=1)
     ends = np.cumsum(counts)
     found = [np.empty((0, 2), np.int32)]
@@ -184,6 +180,14 @@ def _overlapping_pairs(boxes: np.ndarray, labels: np.ndarray, iou_threshold: flo
         found.append(np.stack([one[over], other[over]], axis=1).astype(np.int32))
         row = last
     return by_x[np.concatenate(found)]
+
+
+def _ends_along_x(corners: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """For boxes in the order of their groups and left sides, [N] int32: before which one those that may overlap end."""
+    # Groups side by side, none touching the next, so that one search serves all.
+    left = corners[:, 0].min(initial=0.0)
+    shift = group * (corners[:, 2].max(initial=0.0) - left + 1.0)
+    return np.searchsorted(corners[:, 0] + shift, corners[:, 2] + shift, side="right").astype(np.int32)
 
 
 def soft_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, merging: Merging) -> np.ndarray:

@@ -39,7 +39,7 @@ OpenImage = Callable[[ImageRecord], np.ndarray]
 """An image's record -> its pixels [h, w, 3] uint8 RGB; raises `TileError` for an image that cannot be read."""
 
 _WAIT_SECONDS = 0.05
-_CACHE_BYTES = 128 * 2**20
+_CACHE_IMAGES, _CACHE_BYTES = 128, 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Networks:
 
 
 class _DecodedImages:
-    """The images decoded last, up to a number of bytes: the windows of an image follow it closely."""
+    """The images decoded last, up to a number and to so many bytes: the windows of an image follow it closely."""
 
     def __init__(self, open_image: OpenImage) -> None:
         self._open_image = open_image
@@ -71,7 +71,7 @@ class _DecodedImages:
             image = self._open_image(record)
         self._images[record.image_id] = image
         self._bytes += image.nbytes
-        while self._bytes > _CACHE_BYTES and len(self._images) > 1:
+        while len(self._images) > _CACHE_IMAGES or (self._bytes > _CACHE_BYTES and len(self._images) > 1):
             self._bytes -= self._images.popitem(last=False)[1].nbytes
         return image
 
