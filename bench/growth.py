@@ -4,8 +4,8 @@
     .venv/bin/python -m bench.growth --sizes 500 5000 50000
 
 Each size runs in a fresh process with a fresh Ray, into a run folder, with two windows to an image. The head is the
-driver, the frontier, and Ray's own head processes (GCS, raylet, dashboard); the peak of their resident memory, and of
-the object store, is sampled from start to end.
+driver, the frontier, and Ray's own head processes (GCS, raylet, dashboard); the peaks of their resident memory,
+together and some alone, and of the object store, are sampled from start to end.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ from scalenet_ray.engine.session import Session
 __all__ = ["growth"]
 
 _HEAD = ("gcs_server", "raylet", "ray::FrontierActor", "dashboard")
+_ALONE = {"gcs_mb": "gcs_server", "frontier_mb": "ray::FrontierActor", "statistics_mb": "ray::_StatsActor"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,12 @@ class Growth:
 
 
 class Peaks(threading.Thread):
-    """Samples memory five times a second until stopped: object store, head, in bytes."""
+    """Samples memory five times a second until stopped: object store, head, and some processes alone, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.store = self.head = 0
+        self.alone: Counter[str] = Counter()
         self._stop_asked = threading.Event()
 
     def run(self) -> None:
@@ -61,10 +64,14 @@ class Peaks(threading.Thread):
         node = ray.nodes()[0]
         while not self._stop_asked.wait(0.2):
             # Looked up each time: the frontier starts after this does.
-            head = [os.getpid(), *(pid for pid in _descendants(os.getpid()) if _is_head(pid))]
+            below = _descendants(os.getpid())
+            head = [os.getpid(), *(pid for pid in below if _is_one_of(pid, *_HEAD))]
             stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats
             self.store = max(self.store, stats.object_store_bytes_used)
             self.head = max(self.head, sum(map(_resident_bytes, head)))
+            self.alone |= {"driver_mb": _resident_bytes(os.getpid())}
+            for figure, name in _ALONE.items():
+                self.alone |= {figure: sum(_resident_bytes(pid) for pid in below if _is_one_of(pid, name))}
 
     def stop(self) -> None:
         """Stop and wait for the last sample."""
@@ -85,12 +92,12 @@ def _descendants(pid: int) -> list[int]:
     return found[1:]
 
 
-def _is_head(pid: int) -> bool:
+def _is_one_of(pid: int, *names: str) -> bool:
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:2]
     except OSError:
         return False
-    return any(name.encode() in word for name in _HEAD for word in words)
+    return any(name.encode() in word for name in names for word in words)
 
 
 def _resident_bytes(pid: int) -> int:
@@ -112,6 +119,7 @@ def _measure(images: int) -> dict[str, float]:
         "images_per_second": progress.images_per_second,
         "object_store_mb": peaks.store / 2**20,
         "head_mb": peaks.head / 2**20,
+        **{figure: peak / 2**20 for figure, peak in peaks.alone.items()},
     }
 
 
@@ -119,7 +127,7 @@ def growth(sizes: tuple[int, ...]) -> dict[str, Any]:
     """Each size in a process of its own.
 
     Returns:
-        Number of images -> images_per_second, object_store_mb, head_mb.
+        Number of images -> images_per_second; peaks of object_store_mb, head_mb, and of some processes alone.
     """
     rows = {}
     for size in sizes:
