@@ -15,6 +15,7 @@ import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -23,7 +24,7 @@ import tyro
 from bench.contenders import DETECTOR_ALONE, race
 from bench.cpu_seconds import cpu_clocks, spent_by_role
 from bench.ratios import ratio, spread
-from bench.workloads import Workload, photographs
+from bench.workloads import Workload, large_images, photographs
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.engine.batch import image_opener
 from scalenet_ray.engine.pipeline import ImageStream
@@ -40,13 +41,17 @@ class EngineOverLoop:
 
     Attributes:
         rounds: how often each runs.
-        repeats: the photographs so many times over.
+        repeats: the images so many times over.
         policy: how to zoom.
+        large: on images of 4,000 x 3,000 pixels, made of photographs, in place of the photographs.
+        folder: where large images are written.
     """
 
     rounds: int = 5
     repeats: int = 6
     policy: str = "first-pass"
+    large: bool = False
+    folder: Path = Path("runs/bench/large")
 
 
 class EngineRace(NamedTuple):
@@ -129,7 +134,8 @@ def compare_engine(workload: Workload, policy_name: str, rounds: int, repeats: i
 def main(job: EngineOverLoop) -> None:
     """Print the figures."""
     os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
-    print(json.dumps(compare_engine(photographs(), job.policy, job.rounds, job.repeats), indent=1))
+    workload = large_images(job.folder) if job.large else photographs()
+    print(json.dumps(compare_engine(workload, job.policy, job.rounds, job.repeats), indent=1))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,11 @@ def _is_one_of(pid: int, *names: str) -> bool:
 
 
 def _resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        # It ended since it was listed.
+        return 0
 
 
 def _measure(images: int) -> dict[str, float]:
