@@ -26,7 +26,7 @@ __all__ = ["Workload", "detector_name", "large_images", "photographs"]
 _LARGE_HW = (3000, 4000)
 _CELL = 640
 
-_FOR_PHOTOGRAPHS = Resources(scale_batch_size=16, detector_batch_size=32, max_open_images=128)
+_FOR_PHOTOGRAPHS = Resources(detector_batch_size=16, max_open_images=128)
 # A reader keeps the last 14 of these decoded: no more in work than that, or each is decoded again for its windows.
 _FOR_LARGE_IMAGES = Resources(scale_batch_size=8, detector_batch_size=16, max_open_images=14)
 

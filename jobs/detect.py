@@ -103,7 +103,8 @@ def main(job: DetectImages) -> int:
     }
     with run.begin(settings, resume=job.resume, workers={"engine": job.engine, **asdict(job.resources)}):
         log = ProgressLog(print)
-        networks = _networks(job.networks, info)
+        reads_features = session.call(job.networks.reads_features, [policy])
+        networks = replace(_networks(job.networks, info), reads_features=reads_features)
         open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
         start = partial(session.start, policy=policy, networks=networks, open_image=open_image)
         figures = run_policy(images, policy.name, start, run, log).speed()

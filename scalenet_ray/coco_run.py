@@ -90,11 +90,11 @@ def evaluate_policies(
     ids = [record.image_id for record in split.images]
     open_image = image_opener(split.folder, split.max_pixels)
     log = ProgressLog(report)
+    reads_features = session.call(networks.reads_features, policies)
     metrics: dict[str, Any] = {}
     for policy in policies:
-        start = partial(
-            session.start, policy=policy, networks=_networks(policy, networks, split), open_image=open_image
-        )
+        made = replace(_networks(policy, networks, split), reads_features=reads_features)
+        start = partial(session.start, policy=policy, networks=made, open_image=open_image)
         metrics[policy.name] = run_policy(split.images, policy.name, start, run, log).speed()
         figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
         metrics[policy.name] |= {**figures.pop("bbox"), **figures}
@@ -108,8 +108,8 @@ def evaluate_policies(
         run.write_json("metrics.json", document)
     run.write_text("policies.svg", policy_plot(document))
     # A task of the engine has no GPU of its own, and a few looks need none.
-    made = [(policy, _networks(policy, replace(networks, device="cpu"), split)) for policy in policies]
-    task = PictureTask(run.uri, made, open_image, split.annotations)
+    looks = [(policy, _networks(policy, replace(networks, device="cpu"), split)) for policy in policies]
+    task = PictureTask(run.uri, looks, open_image, split.annotations)
     write_report(session, run, document, analysis, split.images, split.categories, task, log, pictures)
     return document
 

@@ -8,6 +8,7 @@ and sent once more, as after the loss of a node.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from scalenet_ray.engine.assemble import Assembler
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease
 from scalenet_ray.engine.microbatch import unpack_results
 from scalenet_ray.engine.patience import Patience
-from scalenet_ray.engine.stages import DetectStage, LookStage, Networks, OpenImage, TileSource
+from scalenet_ray.engine.stages import DetectStage, LookAndDetectStage, LookStage, Networks, OpenImage, TileSource
 
 __all__ = ["Died", "Handle", "InProcessEngine", "OwnDecisions", "Unjournaled"]
 
@@ -123,6 +124,7 @@ class InProcessEngine:
         self._records = records
         self._max_open_images = max_open_images
         self._rows_per_call = rows_per_call
+        self._lease_size = lease_size
         self.frontier = frontier_class(records, max_open_images)
         handle = Handle(self.frontier, self._dies)
         patience = Patience(max_tries=max_tries)
@@ -131,9 +133,12 @@ class InProcessEngine:
         )
         self._tasks = source.get_read_tasks(1)
         self._readers = [_Replaying(task) for task in self._tasks]
-        self._look = LookStage(handle, policy, networks, patience)
         detector = _Mortal(networks.detect(), self._dies)
-        self._detect = DetectStage(handle, policy, Networks(lambda: detector), detector_batch_size, patience)
+        mortal = replace(networks, detect=lambda: detector)
+        together = networks.detect_where_they_look(policy)
+        self._look = _pass_on if together else LookStage(handle, policy, networks, patience)
+        stage = LookAndDetectStage if together else DetectStage
+        self._detect = stage(handle, policy, mortal, detector_batch_size, patience)
         self._assembler = Assembler(policy.merging)
         self._rows: list[pa.Table] = []
         self._looked: list[pa.Table] = []
@@ -166,12 +171,14 @@ class InProcessEngine:
 
     def _can_lease(self, reader: int) -> bool:
         """Whether a reader's next call would not wait: in one process nobody else would end the wait."""
-        status, journal = self.frontier.status(), self.frontier._journal[reader]
+        status, journal, waiting = self.frontier.status(), self.frontier._journal[reader], self.frontier._ready
+        has_work = self.frontier._fresh or waiting[reader]
+        takes = status.ready > 0 and (not self.frontier._out or max(map(len, waiting.values())) > self._lease_size)
         left = status.admitted < len(self._records)
         admits = left and status.open_images < self._max_open_images
         owed = journal.first + len(journal.entries) > self._readers[reader].sequence
         over = not left and not status.outstanding
-        return status.ready > 0 or admits or owed or over
+        return bool(has_work or takes or admits or owed or over)
 
     def _step(self) -> bool:
         """One reader, look or detect step at random; False if there is none left."""
@@ -226,6 +233,10 @@ class InProcessEngine:
             rows += again.advance()
         if rows:
             self._looked.append(self._until_it_lives(self._look, self._random.choice(rows)))
+
+
+def _pass_on(row: pa.Table) -> pa.Table:
+    return row
 
 
 class _Replaying:

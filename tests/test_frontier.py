@@ -12,7 +12,8 @@ from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.recursion import Expansion
 from scalenet_ray.core.results import Failure
 from scalenet_ray.core.window import Tile, Window
-from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Work, child_credit
+from scalenet_ray.engine.attempts import TileId
+from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease, Work, child_credit
 from tests.faults import records_of
 
 
@@ -41,6 +42,7 @@ class FrontierMachine(RuleBasedStateMachine):
         self.records = records_of(images)
         self.frontier = Frontier(self.records, max_open)
         self.admitted: list[int] = []
+        self.opened_by: dict[int, int] = {}
         self.ready: list[tuple[int, tuple[int, ...]]] = []
         self.out: dict[tuple[int, tuple[int, ...]], Work] = {}
         self.leased: dict[tuple[int, int], tuple[Work, ...]] = {}
@@ -58,15 +60,25 @@ class FrontierMachine(RuleBasedStateMachine):
     def over(self) -> bool:
         return len(self.admitted) == len(self.records) and not self.ready and not self.out
 
-    def expect(self, count: int) -> list[tuple[int, tuple[int, ...]]]:
-        """What a lease must give: new images only as far as needed, the deepest first, then the oldest image's."""
-        while len(self.ready) < count and len(self.open_images()) < self.max_open:
+    def expect(self, reader: int, count: int) -> list[tuple[int, tuple[int, ...]]]:
+        """What a lease must give: a reader's own tiles, or new images, or what is too much for another reader."""
+        own = [work for work in self.ready if work[1] and self.opened_by[work[0]] == reader]
+        own.sort(key=lambda work: (-len(work[1]), self.admitted.index(work[0]), work[1]))
+        fresh = [work for work in self.ready if not work[1]]
+        while len(own) < count and len(fresh) < count and len(self.open_images()) < self.max_open:
             if len(self.admitted) == len(self.records):
                 break
             self.admitted.append(self.records[len(self.admitted)].image_id)
-            self.ready.append((self.admitted[-1], ()))
-        self.ready.sort(key=lambda work: (-len(work[1]), self.admitted.index(work[0]), work[1]))
-        return self.ready[:count]
+            fresh.append((self.admitted[-1], ()))
+            self.ready.append(fresh[-1])
+        if own or fresh:
+            return (fresh if len(own) < count <= len(fresh) else own + fresh)[:count]
+        others = [work for work in self.ready if len(self.of_reader(work)) > count or not self.out]
+        others.sort(key=lambda work: (-len(self.of_reader(work)), -len(work[1]), self.admitted.index(work[0]), work[1]))
+        return [work for work in others if self.opened_by[work[0]] == self.opened_by[others[0][0]]][:count]
+
+    def of_reader(self, work: tuple[int, tuple[int, ...]]) -> list[tuple[int, tuple[int, ...]]]:
+        return [other for other in self.ready if self.opened_by[other[0]] == self.opened_by[work[0]]]
 
     def done(self) -> list[int]:
         return [i for i in self.admitted if i not in self.open_images() and i not in self.committed]
@@ -75,17 +87,25 @@ class FrontierMachine(RuleBasedStateMachine):
 
     @rule(reader=st.integers(0, 2), count=st.integers(1, 4))
     def lease(self, reader: int, count: int) -> None:
-        expected = self.expect(count)
+        expected = self.expect(reader, count)
         sequence = self.next.get(reader, 0)
         lease = self.frontier.lease(reader, sequence, count)
         assert (lease is None) == self.over()
         if lease is None:
             return
         assert not lease.forgotten
-        assert [work.id for work in lease.work] == expected
+        leased = [work.id for work in lease.work]
+        if expected and self.opened_by.get(expected[0][0], reader) != reader:
+            # Of several other readers with as much to do, any.
+            assert len(leased) == len(expected)
+            assert len(self.of_reader(leased[0])) == len(self.of_reader(expected[0]))
+        else:
+            assert leased == expected
         if not expected:
             return
-        self.ready = self.ready[len(expected) :]
+        for image_id, _ in leased:
+            self.opened_by.setdefault(image_id, reader)
+        self.ready = [work for work in self.ready if work not in leased]
         self.out |= {work.id: work for work in lease.work}
         self.leased[reader, sequence] = lease.work
         self.next[reader] = sequence + 1
@@ -178,12 +198,18 @@ class FrontierMachine(RuleBasedStateMachine):
 def remembered(frontier: Frontier) -> int:
     """How many things a frontier holds that grow with the images: journal entries, decisions, tiles."""
     entries = sum(len(journal.entries) for journal in frontier._journal.values())
-    kept = (frontier._ready, frontier._out, frontier._open_tiles, frontier._decided, frontier._order)
-    return entries + sum(map(len, (*kept, frontier._leases_of, frontier._uncommitted)))
+    kept = (frontier._fresh, *frontier._ready.values(), frontier._out, frontier._open_tiles, frontier._decided)
+    ids = (frontier._order, frontier._opened_by, frontier._leases_of, frontier._uncommitted)
+    return entries + sum(map(len, (*kept, *ids)))
 
 
 TestFrontier = FrontierMachine.TestCase
 TestFrontier.settings = settings(deadline=None, max_examples=150, stateful_step_count=40)
+
+
+def ids_of(lease: Lease | None) -> list[TileId]:
+    assert lease is not None
+    return [work.id for work in lease.work]
 
 
 def test_deepest_tiles_come_first_then_the_oldest_image() -> None:
@@ -194,12 +220,48 @@ def test_deepest_tiles_come_first_then_the_oldest_image() -> None:
     frontier.complete([completion(two, 2), completion(one, 2)])
     second = frontier.lease(0, 1, 3)
     assert second is not None
-    assert [work.id for work in second.work] == [(1, (0,)), (1, (1,)), (2, (0,))]
+    assert ids_of(second) == [(1, (0,)), (1, (1,)), (2, (0,))]
     frontier.complete([completion(second.work[2], 1)])
-    third = frontier.lease(0, 2, 9)
-    assert third is not None
-    assert [work.id for work in third.work] == [(2, (0, 0)), (2, (1,))]
+    assert ids_of(frontier.lease(0, 2, 9)) == [(2, (0, 0)), (2, (1,))]
     assert three.id == (3, ())
+
+
+def test_a_lease_is_of_windows_or_of_whole_images_where_either_fill_it() -> None:
+    frontier = Frontier(records_of(9), max_open_images=5)
+    first = frontier.lease(0, 0, 2)
+    assert first is not None
+    frontier.complete([completion(first.work[0], 1)])
+    assert ids_of(frontier.lease(0, 1, 2)) == [(3, ()), (4, ())]
+    # One more may be open: that is no lease.
+    assert ids_of(frontier.lease(0, 2, 3)) == [(1, (0,)), (5, ())]
+
+
+def test_a_reader_gets_the_windows_of_the_images_that_it_opened() -> None:
+    frontier = Frontier(records_of(9), max_open_images=2)
+    opened = [frontier.lease(reader, 0, 1) for reader in (0, 1)]
+    for lease in opened:
+        assert lease is not None
+        frontier.complete([completion(lease.work[0], 2)])
+    assert ids_of(frontier.lease(1, 1, 2)) == [(2, (0,)), (2, (1,))]
+    assert ids_of(frontier.lease(0, 1, 2)) == [(1, (0,)), (1, (1,))]
+
+
+def test_a_reader_without_work_takes_what_is_more_than_another_can() -> None:
+    frontier = Frontier(records_of(1), max_open_images=1)
+    lease = frontier.lease(0, 0, 1)
+    assert lease is not None
+    frontier.complete([completion(lease.work[0], 5)])
+    assert ids_of(frontier.lease(1, 0, 2)) == [(1, (0,)), (1, (1,))]
+    assert ids_of(frontier.lease(1, 1, 3)) == []
+    assert ids_of(frontier.lease(0, 1, 3)) == [(1, (2,)), (1, (3,)), (1, (4,))]
+
+
+def test_a_reader_that_never_comes_back_holds_nothing_up() -> None:
+    frontier = Frontier(records_of(1), max_open_images=1)
+    lease = frontier.lease(0, 0, 1)
+    assert lease is not None
+    frontier.complete([completion(lease.work[0], 1)])
+    assert ids_of(frontier.lease(1, 0, 8)) == [(1, (0,))]
 
 
 def test_no_image_is_opened_while_there_is_enough_to_do() -> None:

@@ -12,7 +12,7 @@ from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.resources import Resources
+from scalenet_ray.engine.resources import Resources, limits
 from scalenet_ray.engine.stages import Networks, OpenImage
 from tests.faults import (
     FlatImages,
@@ -149,6 +149,14 @@ def test_resources_out_of_range_are_refused(wrong: dict, message: str) -> None:
 
 def test_processes_are_readers_and_as_many_actors_as_there_may_be() -> None:
     assert Resources(readers=1, scale_actors=(1, 2), detector_actors=3).processes == 6
+
+
+def test_scale_actors_are_detectors_where_there_is_no_scale_net_unless_they_have_other_gpus() -> None:
+    assert limits(Resources(scale_actors=2, detector_actors=3).all_detectors) == (5, 5)
+    assert limits(Resources(scale_actors=(1, 2), detector_actors=(2, 4)).all_detectors) == (3, 6)
+    a_gpu_each = Resources(detector_actors=2, gpus_per_scale_actor=1, gpus_per_detector_actor=1)
+    assert limits(a_gpu_each.all_detectors) == (3, 3)
+    assert Resources(detector_actors=2, gpus_per_scale_actor=0.25, gpus_per_detector_actor=1).all_detectors == 2
 
 
 def test_a_detect_call_takes_rows_enough_for_a_full_batch() -> None:

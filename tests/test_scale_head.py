@@ -167,6 +167,14 @@ def test_either_kind_of_net_is_loaded_by_what_its_file_says(head: str) -> None:
     assert isinstance(load_predictor(SAMPLE_SCALE_NET), ScaleNetPredictor)
 
 
+def test_a_head_that_a_policy_needs_reads_features(head: str) -> None:
+    first_pass, gain = (parse_policy(name, input_side=64, iou_threshold=0.6) for name in ("first-pass", "gain"))
+    assert NetworkNames(scale_net=head).reads_features([first_pass, gain])
+    assert not NetworkNames(scale_net=head).reads_features([first_pass])
+    assert not NetworkNames(scale_net=SAMPLE_SCALE_NET).reads_features([gain])
+    assert not NetworkNames(scale_net="nowhere").reads_features([first_pass])
+
+
 def test_poisson_loss_is_lowest_where_the_rate_is_the_target() -> None:
     target = torch.tensor([[[0.5, 2.0]]])
     counted = torch.ones_like(target, dtype=torch.bool)

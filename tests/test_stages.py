@@ -16,6 +16,7 @@ from scalenet_ray.engine.frontier import Frontier, Work
 from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, unpack, unpack_results
 from scalenet_ray.engine.stages import (
     DetectStage,
+    LookAndDetectStage,
     LookStage,
     Networks,
     OpenImage,
@@ -135,17 +136,14 @@ def test_a_reader_decodes_an_image_once_for_all_its_windows() -> None:
     assert sorted(decoded) == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("limit", "two"), [("_CACHE_BYTES", 2 * 300), ("_CACHE_IMAGES", 2)])
-def test_decoded_images_are_kept_up_to_a_limit_the_last_used_longest(
-    monkeypatch: pytest.MonkeyPatch, limit: str, two: int
-) -> None:
+def test_decoded_images_are_kept_up_to_a_limit_the_last_used_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[int] = []
 
     def counted(record: ImageRecord) -> np.ndarray:
         decoded.append(record.image_id)
         return np.zeros((10, 10, 3), np.uint8)
 
-    monkeypatch.setattr(f"scalenet_ray.engine.stages.{limit}", two)
+    monkeypatch.setattr("scalenet_ray.engine.stages._CACHE_BYTES", 2 * 300)
     images = _DecodedImages(counted)
     for image_id in (1, 2, 1, 3, 1, 2):
         images(ImageRecord(image_id, "x.png"))
@@ -381,3 +379,57 @@ def test_a_detect_call_gives_one_row_however_many_tiles_it_had() -> None:
     stage = DetectStage(TRUSTING, policy_of("whole"), Networks(Given(PerfectDetector())), 4)
     for count in (0, 1, 9):
         assert stage(row_of_tiles(range(count))).num_rows == 1
+
+
+# --- both in one actor --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "reads_features", "together"),
+    [
+        ("whole", False, True),
+        ("grid-2", False, True),
+        ("first-pass", False, True),
+        ("fused", False, True),
+        ("scalenet", False, False),
+        ("scalenet", True, True),
+        ("oracle", True, False),
+    ],
+)
+def test_one_actor_looks_and_detects_but_for_a_scale_net_of_its_own(
+    name: str, reads_features: bool, together: bool
+) -> None:
+    networks = Networks(Given(RandomDetector()), reads_features=reads_features)
+    assert networks.detect_where_they_look(policy_of(name)) == together
+
+
+def test_one_detector_looks_at_whole_images_and_detects_their_windows() -> None:
+    policy, frontier = policy_of("first-pass", max_depth=1), Frontier(records_of(2), 2)
+    made: list[CountingDetector] = []
+
+    def make() -> CountingDetector:
+        made.append(CountingDetector(RandomDetector()))
+        return made[-1]
+
+    stage = LookAndDetectStage(Handle(frontier), policy, Networks(make), batch_size=4)
+    roots = unpack_results(stage(row_of(frontier, policy, Scenes(), 2)))
+    assert [(result.image_id, result.path) for result in roots] == [(1, ()), (2, ())]
+    windows = frontier.status().ready
+    assert windows > 0
+    row = pack(cut_work(leased(frontier, 99, sequence=1), policy, Scenes()))
+    results = unpack_results(stage(row))
+    assert len(results) == windows
+    assert sum((result.credit for result in (*roots, *results)), Fraction(0)) == 2
+    (detector,) = made
+    assert len(detector.sizes_hw) == 2 + windows
+
+
+def test_a_retry_in_one_actor_detects_what_was_recorded() -> None:
+    policy, frontier = policy_of("first-pass"), Frontier(records_of(3), 3)
+    row = row_of(frontier, policy, Scenes(), 3)
+    first, retry = (
+        unpack_results(LookAndDetectStage(Handle(frontier), policy, Networks(Given(detector)), 4)(row))
+        for detector in (RandomDetector(), PerfectDetector())
+    )
+    assert [result.credit for result in first] == [result.credit for result in retry]
+    assert frontier.status().conflicts > 0

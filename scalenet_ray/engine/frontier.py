@@ -15,7 +15,7 @@ pixels. Two records make it safe under Ray's retries:
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -117,7 +117,9 @@ class Frontier:
             raise ValueError(msg)
         self._images: Iterator[ImageRecord] | None = iter(images)
         self._max_open = max_open_images
-        self._ready: list[tuple[int, int, tuple[int, ...], Work]] = []
+        self._fresh: deque[Work] = deque()
+        self._ready: defaultdict[int, list[tuple[int, int, tuple[int, ...], Work]]] = defaultdict(list)
+        self._opened_by: dict[int, int] = {}
         self._order: dict[int, int] = {}
         self._out: dict[TileId, Work] = {}
         self._open_tiles: dict[int, int] = {}
@@ -133,7 +135,10 @@ class Frontier:
     def lease(self, reader: int, sequence: int, count: int) -> Lease | None:
         """Work for a reader, the same again for the same (reader, sequence).
 
-        Deepest tiles come first, then the oldest image's: open images are finished before new ones are opened.
+        A reader gets the tiles of the images that it opened, since it has them decoded: the deepest first, then the
+        oldest image's. While they do not fill a lease it opens new images, if those do, so that a batch is looked at or
+        detected as a whole. Tiles of another's images it gets where it has no other work: those that are more than
+        their reader would take at once, or, with nothing out, any.
 
         Args:
             reader: the reader's number.
@@ -151,7 +156,7 @@ class Frontier:
             self._redelivered += 1
             entry = journal.entries[at] if at >= 0 else None
             return Lease(forgotten=True) if entry is None else self._begun(entry)
-        work = tuple(self._pop() for _ in range(min(count, self._available(count))))
+        work = self._take(reader, count)
         if not work:
             return None if self._over() else Lease()
         journal.entries.append(work)
@@ -202,6 +207,7 @@ class Frontier:
         for image_id in image_ids:
             self._decided.pop(image_id, None)
             self._order.pop(image_id, None)
+            self._opened_by.pop(image_id, None)
             self._attempts.forget(image_id)
             for reader, sequence in self._leases_of.pop(image_id, ()):
                 self._uncommitted[reader, sequence] -= 1
@@ -214,8 +220,8 @@ class Frontier:
         return FrontierStatus(
             admitted=self._admitted,
             open_images=len(self._open_tiles),
-            ready=len(self._ready),
-            outstanding=len(self._out) + len(self._ready),
+            ready=self._waiting,
+            outstanding=len(self._out) + self._waiting,
             conflicts=self._conflicts,
             redelivered=self._redelivered,
         )
@@ -230,32 +236,47 @@ class Frontier:
         """A lease, its work begun."""
         return Lease(work, suspect=not self._attempts.begin("read", self._known([item.id for item in work])))
 
-    def _available(self, wanted: int) -> int:
-        while len(self._ready) < wanted and len(self._open_tiles) < self._max_open and self._images is not None:
+    @property
+    def _waiting(self) -> int:
+        return len(self._fresh) + sum(map(len, self._ready.values()))
+
+    def _take(self, reader: int, count: int) -> tuple[Work, ...]:
+        own = self._ready[reader]
+        if len(own) < count:
+            self._admit(count)
+        work: list[Work] = []
+        if len(own) >= count or len(self._fresh) < count:
+            work += _popped(own, count)
+        work += [self._fresh.popleft() for _ in range(min(count - len(work), len(self._fresh)))]
+        if not work:
+            others = max(self._ready.values(), key=len)
+            work = _popped(others, count) if len(others) > count or not self._out else []
+        for item in work:
+            self._out[item.id] = item
+            self._opened_by.setdefault(item.image.image_id, reader)
+        return tuple(work)
+
+    def _admit(self, wanted: int) -> None:
+        """Have so many images ready to be opened, if that many may be open."""
+        while len(self._fresh) < wanted and len(self._open_tiles) < self._max_open and self._images is not None:
             image = next(self._images, None)
             if image is None:
                 self._images = None
                 break
             self._order[image.image_id] = self._admitted
             self._admitted += 1
-            self._open_tiles[image.image_id] = 0
+            self._open_tiles[image.image_id] = 1
             self._decided[image.image_id] = {}
             self._leases_of[image.image_id] = set()
-            self._push(Work(image, None, Fraction(1)))
-        return len(self._ready)
+            self._fresh.append(Work(image, None, Fraction(1)))
 
     def _push(self, work: Work) -> None:
         image_id, path = work.id
         self._open_tiles[image_id] += 1
-        heapq.heappush(self._ready, (-len(path), self._order[image_id], path, work))
-
-    def _pop(self) -> Work:
-        work = heapq.heappop(self._ready)[-1]
-        self._out[work.id] = work
-        return work
+        heapq.heappush(self._ready[self._opened_by[image_id]], (-len(path), self._order[image_id], path, work))
 
     def _over(self) -> bool:
-        return self._images is None and not self._ready and not self._out
+        return self._images is None and not self._waiting and not self._out
 
     def _complete(self, completion: Completion) -> Decision:
         image_id, path, decision = completion
@@ -282,6 +303,10 @@ class Frontier:
         done = next((i for i, entry in enumerate(journal.entries) if entry is not None), len(journal.entries))
         del journal.entries[:done]
         journal.first += done
+
+
+def _popped(heap: list[tuple[int, int, tuple[int, ...], Work]], count: int) -> list[Work]:
+    return [heapq.heappop(heap)[-1] for _ in range(min(count, len(heap)))]
 
 
 @ray.remote(num_cpus=0, max_restarts=0)

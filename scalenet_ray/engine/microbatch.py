@@ -87,9 +87,8 @@ def pack(batch: MicroBatch) -> pa.Table:
         for packed in batch.tiles
     ]
     tiles = to_ipc(pa.Table.from_pylist(rows, _TILES))
-    pixels = b"".join(np.ascontiguousarray(pixels).data for pixels in batch.pixels)
     results = to_ipc(tile_results_table(batch.results))
-    return pa.table([[tiles], pa.array([pixels], pa.large_binary()), [results]], schema=_ROW)
+    return pa.table([[tiles], _cell(batch.pixels), [results]], schema=_ROW)
 
 
 def unpack(table: pa.Table) -> Iterator[MicroBatch]:
@@ -109,6 +108,13 @@ def unpack_results(table: pa.Table) -> list[TileResult]:
     """The tile results of a table's rows, in order."""
     cells = (table["results"][i].as_buffer() for i in range(table.num_rows))
     return [result for cell in cells for result in tile_results_from_table(from_ipc(cell))]
+
+
+def _cell(pixels: Sequence[np.ndarray]) -> pa.Array:
+    """The pixels of all tiles, one after the other, as one cell; they are copied once."""
+    data = b"".join(np.ascontiguousarray(each).data for each in pixels)
+    offsets = np.array([0, len(data)], np.int64)
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
 def _packed_tile(row: dict) -> PackedTile:

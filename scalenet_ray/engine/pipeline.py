@@ -5,6 +5,8 @@ Frontier  --lease-->  readers (generator read tasks: cut the tiles' pixels)
 | complete(tile,      v
 |   children)      look actors --tiles to detect--> detector actors --> assembler
 +---------------------+
+
+Where the detector itself looks, or nobody does, looking and detecting are one stage.
 """
 
 from __future__ import annotations
@@ -31,7 +33,14 @@ from scalenet_ray.engine.metrics import RunMetrics
 from scalenet_ray.engine.microbatch import unpack_results
 from scalenet_ray.engine.resources import PoolSize, Resources, limits
 from scalenet_ray.engine.shares import cpu_share
-from scalenet_ray.engine.stages import DetectStage, LookStage, Networks, OpenImage, TileSource
+from scalenet_ray.engine.stages import (
+    DetectStage,
+    LookAndDetectStage,
+    LookStage,
+    Networks,
+    OpenImage,
+    TileSource,
+)
 
 __all__ = ["ImageStream"]
 
@@ -183,48 +192,43 @@ class ImageStream:
         return True
 
     def _dataset(self) -> Any:
-        resources, policy = self._resources, self._policy
+        resources, policy, networks = self._resources, self._policy, self._networks
+        together = networks.detect_where_they_look(policy)
+        batch_size = resources.detector_batch_size if together else resources.scale_batch_size
         cpus = cpu_share(self._processes)
         source = TileSource(
             self._frontier,
             policy,
             self._open_image,
             readers=resources.readers,
-            lease_size=max(1, resources.scale_batch_size // _tiles_per_lease(policy)),
+            lease_size=max(1, batch_size // _tiles_per_lease(policy)),
             patience=resources.patience,
         )
-        return (
-            ray.data.read_datasource(source, num_cpus=cpus, override_num_blocks=resources.readers)
-            .map_batches(
-                LookStage,
-                fn_constructor_args=(
-                    self._frontier,
-                    policy,
-                    self._networks,
-                    resources.patience,
-                    resources.scale_batch_size,
-                ),
+        rows = ray.data.read_datasource(source, num_cpus=cpus, override_num_blocks=resources.readers)
+        detectors = {"batch_format": "pyarrow", "num_cpus": cpus, "num_gpus": resources.gpus_per_detector_actor or None}
+        detector_args = (self._frontier, policy, networks, resources.detector_batch_size, resources.patience)
+        if together:
+            return rows.map_batches(
+                LookAndDetectStage,
+                fn_constructor_args=detector_args,
                 batch_size=1,
-                batch_format="pyarrow",
-                compute=_pool(resources.scale_actors),
-                num_cpus=cpus,
-                num_gpus=resources.gpus_per_scale_actor or None,
+                compute=_pool(resources.all_detectors),
+                **detectors,
             )
-            .map_batches(
-                DetectStage,
-                fn_constructor_args=(
-                    self._frontier,
-                    policy,
-                    self._networks,
-                    resources.detector_batch_size,
-                    resources.patience,
-                ),
-                batch_size=resources.rows_per_detect_call,
-                batch_format="pyarrow",
-                compute=_pool(resources.detector_actors),
-                num_cpus=cpus,
-                num_gpus=resources.gpus_per_detector_actor or None,
-            )
+        return rows.map_batches(
+            LookStage,
+            fn_constructor_args=(self._frontier, policy, networks, resources.patience, resources.scale_batch_size),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=_pool(resources.scale_actors),
+            num_cpus=cpus,
+            num_gpus=resources.gpus_per_scale_actor or None,
+        ).map_batches(
+            DetectStage,
+            fn_constructor_args=detector_args,
+            batch_size=resources.rows_per_detect_call,
+            compute=_pool(resources.detector_actors),
+            **detectors,
         )
 
 

@@ -26,7 +26,8 @@ class Resources:
 
     Attributes:
         readers: read tasks, which decode and cut.
-        scale_actors: actors that look at tiles: so many, or (fewest, most).
+        scale_actors: actors that look at tiles with Scale Net: so many, or (fewest, most). Where a policy asks no
+            Scale Net, or one on the detector's features, they are detector actors, if they have the same GPUs.
         detector_actors: actors that detect: so many, or (fewest, most).
         gpus_per_scale_actor: GPUs of each look actor; fractions share one.
         gpus_per_detector_actor: GPUs of each detector actor.
@@ -85,6 +86,14 @@ class Resources:
     def patience(self) -> Patience:
         """With a call that hangs, and with a tile that kills its process."""
         return Patience(self.call_seconds, self.max_tries)
+
+    @property
+    def all_detectors(self) -> PoolSize:
+        """Actors of a policy that has no use for a Scale Net of its own."""
+        if self.gpus_per_scale_actor != self.gpus_per_detector_actor:
+            return self.detector_actors
+        fewest, most = (sum(pair) for pair in zip(limits(self.scale_actors), limits(self.detector_actors), strict=True))
+        return (fewest, most)
 
     @property
     def rows_per_detect_call(self) -> int:

@@ -1,4 +1,4 @@
-"""The stages, as Ray Data callables: read and cut, look and decide, detect.
+"""The stages, as Ray Data callables: read and cut, look and decide, detect; the last two in one where they can be.
 
 Each is thin: it unpacks a micro-batch, calls the core, and packs what comes. What data can cause (`TileError`)
 is caught here, completed as failed, and travels on with its credit; a bug is let through and ends the run.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,13 +33,13 @@ from scalenet_ray.engine.metrics import BatchMetrics
 from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, pack_results, unpack
 from scalenet_ray.engine.patience import PATIENCE, CarefulCalls, Patience
 
-__all__ = ["DetectStage", "LookStage", "Networks", "OpenImage", "TileSource"]
+__all__ = ["DetectStage", "LookAndDetectStage", "LookStage", "Networks", "OpenImage", "TileSource"]
 
 OpenImage = Callable[[ImageRecord], np.ndarray]
 """An image's record -> its pixels [h, w, 3] uint8 RGB; raises `TileError` for an image that cannot be read."""
 
 _WAIT_SECONDS = 0.05
-_CACHE_IMAGES, _CACHE_BYTES = 128, 512 * 2**20
+_CACHE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,20 @@ class Networks:
     Attributes:
         detect: makes the detector, labels already category ids.
         predict_scale: makes Scale Net or an oracle; None if no policy needs one.
+        reads_features: whether that is a `ReadFeatures`, so that the detector sees each tile that is looked at.
     """
 
     detect: Callable[[], Detect]
     predict_scale: Callable[[], PredictScale | ReadFeatures] | None = None
+    reads_features: bool = False
+
+    def detect_where_they_look(self, policy: Policy) -> bool:
+        """Whether no network but the detector, or one that needs it, looks at tiles: then one actor does both."""
+        return not policy.looks or policy.needs_first_pass or (policy.needs_network and self.reads_features)
 
 
 class _DecodedImages:
-    """The images decoded last, up to a number and to so many bytes: the windows of an image follow it closely."""
+    """The images decoded last, up to so many bytes: the windows of an image follow it closely."""
 
     def __init__(self, open_image: OpenImage) -> None:
         self._open_image = open_image
@@ -71,7 +77,7 @@ class _DecodedImages:
             image = self._open_image(record)
         self._images[record.image_id] = image
         self._bytes += image.nbytes
-        while len(self._images) > _CACHE_IMAGES or (self._bytes > _CACHE_BYTES and len(self._images) > 1):
+        while self._bytes > _CACHE_BYTES and len(self._images) > 1:
             self._bytes -= self._images.popitem(last=False)[1].nbytes
         return image
 
@@ -194,6 +200,10 @@ class LookStage:
     def __call__(self, table: pa.Table) -> pa.Table:
         """One packed row -> one packed row, always."""
         (batch,) = unpack(table)
+        return pack(self.looked_at(batch))
+
+    def looked_at(self, batch: MicroBatch) -> MicroBatch:
+        """The tiles that are to be detected yet, and results of the others."""
         at = [i for i, packed in enumerate(batch.tiles) if not packed.settled]
         tiles, pixels = [batch.tiles[i].tile for i in at], [batch.pixels[i] for i in at]
         seen = self._look(tiles, pixels)
@@ -208,7 +218,7 @@ class LookStage:
             replace(result, credit=child_credit(result.credit, decision.expansion))
             for result, decision in zip(batch.results, recorded[len(at) :], strict=True)
         ]
-        return pack(self._apply(batch, decided, read_failures))
+        return self._apply(batch, decided, read_failures)
 
     def _look(self, tiles: list[Tile], pixels: list[np.ndarray]) -> list[Seen]:
         def call(some: Sequence[int]) -> list[Seen]:
@@ -294,17 +304,21 @@ class DetectStage:
         position after a death; by then tiles of written images may be gone from the input, and others would be
         thrown away in their place.
         """
+        return pack_results(self.detected(unpack(table)))
+
+    def detected(self, batches: Iterable[MicroBatch]) -> list[TileResult]:
+        """Results of all tiles, those that came as results first."""
         results: list[TileResult] = []
         tiles: list[PackedTile] = []
         pixels: list[np.ndarray] = []
-        for batch in unpack(table):
+        for batch in batches:
             results += batch.results
             tiles += batch.tiles
             pixels += batch.pixels
         for start in range(0, len(tiles), self._batch_size):
             stop = start + self._batch_size
             results += self._detected(tiles[start:stop], pixels[start:stop])
-        return pack_results(results)
+        return results
 
     def _detected(self, tiles: list[PackedTile], pixels: list[np.ndarray]) -> list[TileResult]:
         def call(some: Sequence[int]) -> list[TileResult]:
@@ -321,6 +335,33 @@ class DetectStage:
         ids = [(packed.tile.image_id, packed.tile.path) for packed in tiles]
         self._metrics.called(len(tiles))
         return self._calls.together(ids, call, lambda i, error: _begun(tiles[i], Failure("detect", error.reason)))
+
+
+class LookAndDetectStage:
+    """Both stages in one actor, where the detector itself looks, or nobody does.
+
+    One detector serves both, all actors share the work of either kind, and no tile is passed on between them.
+
+    Args:
+        frontier: the queue's actor.
+        policy: the policy.
+        networks: how its networks are made; each is made once.
+        batch_size: tiles that a micro-batch has room for, and tiles to a call of the detector.
+        patience: with a tile that hangs or kills its process.
+    """
+
+    def __init__(
+        self, frontier: Any, policy: Policy, networks: Networks, batch_size: int, patience: Patience = PATIENCE
+    ) -> None:
+        detector = networks.detect()
+        networks = replace(networks, detect=lambda: detector)
+        self._look = LookStage(frontier, policy, networks, patience, batch_size)
+        self._detect = DetectStage(frontier, policy, networks, batch_size, patience)
+
+    @carries_seconds
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """One packed row -> one row of tile results."""
+        return pack_results(self._detect.detected(self._look.looked_at(batch) for batch in unpack(table)))
 
 
 def _unread(item: Work, error: TileError) -> TileResult:

@@ -94,6 +94,13 @@ class NetworkNames:
                 msg = f"a policy that goes by the gain needs a scale head, got {self.scale_net}: train --preset head"
                 raise ValueError(msg)
 
+    def reads_features(self, policies: Sequence[Policy]) -> bool:
+        """Whether a policy needs Scale Net, and that reads the detector's feature maps; raises as `load_scale_net`."""
+        from scalenet_ray.models.scale_head import ScaleHeadPredictor
+
+        needed = any(policy.needs_network for policy in policies)
+        return needed and isinstance(self._on_cpu().load_scale_net(), ScaleHeadPredictor)
+
     def load_detector(self, categories: Mapping[int, str]) -> MappedDetector:
         """The detector, its labels mapped by name to the ids of `categories`."""
         return MappedDetector(self._load(), categories)
