@@ -2,6 +2,7 @@
 
     make bench
     .venv/bin/python -m bench.scale_out --detectors 1 4 16 64
+    .venv/bin/python -m bench.scale_out --detectors 4 16 --policy first-pass
 
 A detector sleeps 25 ms a tile, Scale Net 8 ms, times `slower`: sleeping costs nothing, but the engine's own work for
 64 accelerators must all be done by this machine's few cores, where a cluster would have some for each of them. What
@@ -23,7 +24,8 @@ from ray.cluster_utils import Cluster
 
 from bench.cpu_seconds import cpu_clocks, spent_by_role
 from bench.ratios import spread
-from bench.stand_ins import TILES_PER_IMAGE, Tally, grey_image, records_of, stand_ins, two_windows
+from bench.stand_ins import TILES_PER_IMAGE, Looks, Tally, grey_image, records_of, stand_ins, two_windows
+from scalenet_ray.core.policy import Policy
 from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.sharded import image_stream
 
@@ -42,19 +44,23 @@ class ScaleOut:
     """Efficiency against the number of accelerators.
 
     Attributes:
-        detectors: how many actors detect; one Scale Net actor and one reader for four of them.
+        detectors: how many actors detect; one Scale Net actor, or another detector, and one reader for four of them.
         slower: networks sleep so many times longer than accelerators would work.
         straggles: the first detector sleeps so many times longer than the others.
         rounds: how often each is run.
+        policy: who looks: Scale Net, or the detector itself; then every actor looks and detects.
     """
 
     detectors: tuple[int, ...] = (1, 4, 16, 64)
     slower: float = 8.0
     straggles: float = 1.0
     rounds: int = 3
+    policy: Looks = "scalenet"
 
 
-def scale_out(detectors: int, slower: float, straggles: float, rounds: int) -> dict[str, Any]:
+def scale_out(
+    detectors: int, slower: float, straggles: float, rounds: int, policy: Looks = "scalenet"
+) -> dict[str, Any]:
     """Runs on a cluster of its own, with as many nodes as it takes.
 
     Returns:
@@ -66,12 +72,14 @@ def scale_out(detectors: int, slower: float, straggles: float, rounds: int) -> d
     for _ in range(math.ceil(detectors / _DETECTORS_PER_NODE)):
         cluster.add_node(num_cpus=2 * _DETECTORS_PER_NODE)
     ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+    scale_actors = math.ceil(detectors / 4)
     resources = Resources(
-        readers=math.ceil(detectors / 4),
-        scale_actors=math.ceil(detectors / 4),
+        readers=scale_actors,
+        scale_actors=scale_actors,
         detector_actors=detectors,
         max_open_images=max(64, _OPEN_IMAGES_PER_DETECTOR * detectors),
     )
+    with_detector = detectors + (scale_actors if policy == "first-pass" else 0)
     count = math.ceil(_TILES_PER_DETECTOR * detectors / TILES_PER_IMAGE) + 2 * resources.open_images
     busy: list[float] = []
     fills: list[float] = []
@@ -81,11 +89,15 @@ def scale_out(detectors: int, slower: float, straggles: float, rounds: int) -> d
         for _ in range(rounds):
             tally: Any = Tally.remote()
             networks = stand_ins(
-                _DETECTOR_SECONDS * slower, _SCALE_NET_SECONDS * slower, tally=tally, straggles=straggles
+                _DETECTOR_SECONDS * slower,
+                _SCALE_NET_SECONDS * slower,
+                tally=tally,
+                straggles=straggles,
+                in_corners=policy == "first-pass",
             )
-            start, end, images = _steady(count, networks, resources)
+            start, end, images = _steady(count, two_windows(policy), networks, resources)
             detectors_busy, tiles_per_call = ray.get(tally.between.remote(start, end))
-            busy.append(detectors_busy / detectors)
+            busy.append(detectors_busy / with_detector)
             fills.append(tiles_per_call / resources.detector_batch_size)
             rates.append(TILES_PER_IMAGE * images / (end - start))
         spent = spent_by_role(before, cpu_clocks())
@@ -94,7 +106,7 @@ def scale_out(detectors: int, slower: float, straggles: float, rounds: int) -> d
         cluster.shutdown()
     tiles = rounds * TILES_PER_IMAGE * count
     # A detector that straggles is a part of one.
-    most = (detectors - 1 + 1 / straggles) / (_DETECTOR_SECONDS * slower)
+    most = (with_detector - 1 + 1 / straggles) / (_DETECTOR_SECONDS * slower)
     return {
         "efficiency": spread(busy if straggles == 1.0 else [rate / most for rate in rates]),
         "batch_fill": spread(fills),
@@ -102,9 +114,9 @@ def scale_out(detectors: int, slower: float, straggles: float, rounds: int) -> d
     }
 
 
-def _steady(count: int, networks: Any, resources: Resources) -> tuple[float, float, int]:
+def _steady(count: int, policy: Policy, networks: Any, resources: Resources) -> tuple[float, float, int]:
     """(start, end, finished images) of the time in which the pipeline is full."""
-    stream = image_stream(records_of(count), two_windows(), networks, grey_image, resources)
+    stream = image_stream(records_of(count), policy, networks, grey_image, resources)
     ends = []
     for result in stream:
         ends.append(time.time())
@@ -116,7 +128,8 @@ def _steady(count: int, networks: Any, resources: Resources) -> tuple[float, flo
 def main(job: ScaleOut) -> None:
     """Print the figures of each number of detectors."""
     for detectors in job.detectors:
-        print(json.dumps({detectors: scale_out(detectors, job.slower, job.straggles, job.rounds)}), flush=True)
+        figures = scale_out(detectors, job.slower, job.straggles, job.rounds, job.policy)
+        print(json.dumps({detectors: figures}), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -18,7 +18,9 @@ from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.core.window import Tile
 from scalenet_ray.engine.stages import Networks
 
-__all__ = ["TILES_PER_IMAGE", "Tally", "grey_image", "records_of", "stand_ins", "two_windows"]
+__all__ = ["TILES_PER_IMAGE", "Looks", "Tally", "grey_image", "records_of", "stand_ins", "two_windows"]
+
+Looks = Literal["scalenet", "first-pass"]
 
 TILES_PER_IMAGE = 3
 """The whole image and two windows: about what looking first takes of photographs."""
@@ -52,12 +54,14 @@ class Tally:
 
 
 class _Detector:
-    """Finds one object in the middle of every tile, after a sleep for each."""
+    """Finds an object in the middle of every tile, or in two of its corners, after a sleep for each."""
 
     input_side = _SIDE
 
-    def __init__(self, seconds: float, tally: Any) -> None:
+    def __init__(self, seconds: float, tally: Any, in_corners: bool) -> None:
         self._seconds, self._tally = seconds, tally
+        # Small enough to be worth a window, if they shall be.
+        self._places, self._half_side = ((1, 7), 2) if in_corners else ((4,), 4)
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """Tiles are computed as they are."""
@@ -69,12 +73,13 @@ class _Detector:
         time.sleep(self._seconds * len(pixels))
         if self._tally is not None:
             self._tally.add.remote(start, time.time(), len(pixels))
-        return [_in_the_middle(*each.shape[:2]) for each in pixels]
+        return [self._found(*each.shape[:2]) for each in pixels]
 
-
-def _in_the_middle(height: int, width: int) -> Detections:
-    box = [[width / 2 - 4, height / 2 - 4, width / 2 + 4, height / 2 + 4]]
-    return Detections(np.array(box, np.float32), np.array([0.9], np.float32), np.array([1], np.int64))
+    def _found(self, height: int, width: int) -> Detections:
+        centres = np.array([(width / 8 * place, height / 8 * place) for place in self._places], np.float32)
+        ones = np.ones(len(centres))
+        boxes = np.concatenate([centres - self._half_side, centres + self._half_side], axis=1)
+        return Detections(boxes, (0.9 * ones).astype(np.float32), ones.astype(np.int64))
 
 
 class _ScaleNet:
@@ -102,10 +107,11 @@ class _Detectors:
     seconds: float
     tally: Any
     straggles: float
+    in_corners: bool
 
     def __call__(self) -> _Detector:
         first = self.tally is not None and ray.get(self.tally.enter.remote()) == 0
-        return _Detector(self.seconds * (self.straggles if first else 1.0), self.tally)
+        return _Detector(self.seconds * (self.straggles if first else 1.0), self.tally, self.in_corners)
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,14 @@ class _ScaleNets:
         return _ScaleNet(self.seconds)
 
 
-def stand_ins(detector: float = 0.0, scale_net: float = 0.0, *, tally: Any = None, straggles: float = 1.0) -> Networks:
+def stand_ins(
+    detector: float = 0.0,
+    scale_net: float = 0.0,
+    *,
+    tally: Any = None,
+    straggles: float = 1.0,
+    in_corners: bool = False,
+) -> Networks:
     """Networks that sleep.
 
     Args:
@@ -124,8 +137,9 @@ def stand_ins(detector: float = 0.0, scale_net: float = 0.0, *, tally: Any = Non
         scale_net: seconds a tile.
         tally: a `Tally` that is told of every call, or None.
         straggles: the first detector sleeps so many times longer.
+        in_corners: the detector finds objects in two corners of a tile, where Scale Net sees them, for `first-pass`.
     """
-    return Networks(_Detectors(detector, tally, straggles), _ScaleNets(scale_net))
+    return Networks(_Detectors(detector, tally, straggles, in_corners), _ScaleNets(scale_net))
 
 
 def grey_image(record: ImageRecord) -> np.ndarray:
@@ -138,6 +152,6 @@ def records_of(count: int) -> list[ImageRecord]:
     return [ImageRecord(i, f"{i}.jpg", _SIDE, _SIDE) for i in range(1, count + 1)]
 
 
-def two_windows() -> Policy:
-    """Two windows to an image, where Scale Net says so."""
-    return Policy("scalenet", "scalenet", _SIDE, Recursion(max_depth=1, max_windows=TILES_PER_IMAGE - 1))
+def two_windows(kind: Looks = "scalenet") -> Policy:
+    """Two windows to an image, where Scale Net or the detector's first pass says so."""
+    return Policy(kind, kind, _SIDE, Recursion(max_depth=1, max_windows=TILES_PER_IMAGE - 1))

@@ -28,7 +28,7 @@ _CELL = 640
 
 _FOR_PHOTOGRAPHS = Resources(detector_batch_size=16, max_open_images=128)
 # A reader keeps the last 14 of these decoded: no more in work than that, or each is decoded again for its windows.
-_FOR_LARGE_IMAGES = Resources(scale_batch_size=8, detector_batch_size=16, max_open_images=14)
+_FOR_LARGE_IMAGES = Resources(readers=2, detector_batch_size=4, max_open_images=28)
 
 
 def _data() -> Path:
