@@ -4,8 +4,8 @@
     PYTHONPATH=.venv/peers .venv/bin/python -m bench.engine --rounds 5
 
 Two processes written by hand share the images out and run `recursive_detect` on one thread each: nothing waits,
-nothing is passed on. The engine has a reader, one actor that looks and one that detects, the driver and Ray's own
-processes on the same two cores.
+nothing is passed on. The engine has a reader, two actors that look and detect, the driver and Ray's own processes on
+the same two cores.
 """
 
 from __future__ import annotations

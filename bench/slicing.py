@@ -4,7 +4,7 @@
     PYTHONPATH=.venv/peers .venv/bin/python -m bench.slicing --rounds 3
 
 Each round runs every contender once. In one process each has one thread; in two, the peers and our plain loop take
-half of the images each, and the engine has one actor that looks and one that detects.
+half of the images each, and the engine has two actors that look and detect.
 """
 
 from __future__ import annotations
