@@ -170,3 +170,6 @@ def test_there_are_more_images_open_than_the_stages_can_hold() -> None:
     assert Resources(max_open_images=3).open_images == 3
     many = Resources(scale_actors=10, detector_actors=(1, 20), scale_batch_size=16)
     assert many.open_images > 16 * (1 + 10 + 20)
+    # In one stage each actor has a row in work and one that waits.
+    large_batches = Resources(detector_actors=4, detector_batch_size=64)
+    assert large_batches.open_images > 2 * 64 * 5 + 64

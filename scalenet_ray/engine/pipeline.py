@@ -33,14 +33,7 @@ from scalenet_ray.engine.metrics import RunMetrics
 from scalenet_ray.engine.microbatch import unpack_results
 from scalenet_ray.engine.resources import PoolSize, Resources, limits
 from scalenet_ray.engine.shares import cpu_share
-from scalenet_ray.engine.stages import (
-    DetectStage,
-    LookAndDetectStage,
-    LookStage,
-    Networks,
-    OpenImage,
-    TileSource,
-)
+from scalenet_ray.engine.stages import DetectStage, LookAndDetectStage, LookStage, Networks, OpenImage, TileSource
 
 __all__ = ["ImageStream"]
 

@@ -105,7 +105,8 @@ class Resources:
         """Images in work at once: above everything that the stages can hold back, so that none runs dry."""
         if self.max_open_images is not None:
             return self.max_open_images
-        return max(64, 8 * self.scale_batch_size * self.processes)
+        # A row is of either size; of the detector's, where looking and detecting are one stage, fewer are on their way.
+        return max(64, 8 * self.scale_batch_size * self.processes, 4 * self.detector_batch_size * self.processes)
 
     @property
     def processes(self) -> int:
