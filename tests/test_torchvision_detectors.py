@@ -43,7 +43,7 @@ def lively_model(name: str) -> Any:
         else:
             # Sane boxes, and scores well within float32's noise.
             model.roi_heads.box_predictor.bbox_pred.weight *= 0.1
-            model.roi_heads.box_predictor.cls_score.weight *= 0.3
+            model.roi_heads.box_predictor.cls_score.weight *= 0.2
             model.roi_heads.detections_per_img = 8
     return model.eval()
 

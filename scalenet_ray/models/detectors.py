@@ -25,6 +25,9 @@ _LOADERS = {
 }
 """Kind -> where its loader is; imported when asked for, so that an ONNX detector never loads torch."""
 
+_OF_TORCH = ("tiny", "torchvision")
+"""Kinds that can compute in bfloat16; the networks of the others are in the precision that their makers gave them."""
+
 _OWN_CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _MEMBERS = ("input_side", "categories", "iou_threshold", "canvas_hw", "__call__")
 
@@ -69,7 +72,12 @@ class ShowsFeatures(DetectWithFeatures, Protocol):
 
 
 def load_detector(
-    spec: str, *, device: str = "cpu", score_threshold: float = 0.01, iou_threshold: float | None = None
+    spec: str,
+    *,
+    device: str = "cpu",
+    score_threshold: float = 0.01,
+    iou_threshold: float | None = None,
+    mixed_precision: bool = False,
 ) -> Detector:
     """Load a detector by its name.
 
@@ -77,11 +85,12 @@ def load_detector(
         spec: `kind:what`: `yolox-onnx:PATH`; `torchvision:NAME` (torchvision's own weights, from the network),
             `torchvision:NAME@PATH`, `torchvision:PATH` (a file of `save_detector`); `tiny:PATH`; a kind that an
             installed package adds (`DETECTOR_GROUP`), whose function is called with what stands after the colon and
-            the three settings below by name; or `module:Class`, a class of yours that is made without arguments and
+            the next three settings by name; or `module:Class`, a class of yours that is made without arguments and
             sets its thresholds itself. A path may be local, file:// or s3://.
         device: where it computes, as torch names it.
         score_threshold: boxes that score less are dropped.
         iou_threshold: overlap above which a box of the same class is suppressed; None for the detector's own.
+        mixed_precision: compute in bfloat16 what bears it; for torchvision: and tiny: alone.
 
     Returns:
         The detector, ready for tiles.
@@ -89,15 +98,27 @@ def load_detector(
     Raises:
         FileNotFoundError: if a file is not there.
         ConnectionError: if torchvision's weights can't be fetched.
-        ValueError: if the name, a threshold or a file is not what it must be, a class lacks part of `Detector`, or
-            packages add a kind that is there already.
+        ValueError: if the name, a threshold or a file is not what it must be, a class lacks part of `Detector`,
+            packages add a kind that is there already, or the detector has a precision of its own.
     """
     for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
         if value is not None and not 0.0 <= value <= 1.0:
             msg = f"{name} must be between 0 and 1, got {value}"
             raise ValueError(msg)
     kind, _, what = spec.partition(":")
-    settings = {"device": device, "score_threshold": score_threshold, "iou_threshold": iou_threshold}
+    settings: dict[str, Any] = {
+        "device": device,
+        "score_threshold": score_threshold,
+        "iou_threshold": iou_threshold,
+    }
+    if kind in _OF_TORCH:
+        settings["mixed_precision"] = mixed_precision
+    elif mixed_precision:
+        msg = (
+            f"mixed precision is for detectors of kind {' or '.join(_OF_TORCH)}, got {spec!r}, which has a precision "
+            "of its own: leave mixed precision out"
+        )
+        raise ValueError(msg)
     added = _added_kind(kind)
     if added is not None and what:
         return check_detector(added.load()(what, **settings), spec)

@@ -43,6 +43,8 @@ class NetworkNames:
             --data: the embedded sample's.
         scale_net: weights of Scale Net, a local path or s3://. Without --data: the embedded sample's.
         device: where the networks compute, as torch names it.
+        mixed_precision: Scale Net and detectors of torch compute in bfloat16 what bears it: faster on GPUs, and on
+            CPUs that know it (AMX, AVX-512 BF16); others imitate it, many times slower. Scores differ a little.
         score_threshold: boxes that score less are dropped.
         iou_threshold: of NMS; None: the detector's own.
     """
@@ -50,6 +52,7 @@ class NetworkNames:
     detector: str | None = None
     scale_net: str | None = None
     device: str = "cpu"
+    mixed_precision: bool = False
     score_threshold: float = 0.01
     iou_threshold: float | None = None
 
@@ -118,6 +121,7 @@ class NetworkNames:
             device=self.device,
             score_threshold=self.score_threshold,
             iou_threshold=self.iou_threshold,
+            mixed_precision=self.mixed_precision,
         )
 
     def load_scale_net(self) -> ScaleNetPredictor | ScaleHeadPredictor:
@@ -132,4 +136,4 @@ class NetworkNames:
         if self.scale_net is None:
             msg = "the policies scalenet and fused need Scale Net's weights: give --scale-net PATH"
             raise ValueError(msg)
-        return load_predictor(self.scale_net, self.device)
+        return load_predictor(self.scale_net, self.device, mixed_precision=self.mixed_precision)

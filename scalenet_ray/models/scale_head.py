@@ -96,7 +96,7 @@ class ScaleHeadPredictor:
 
     input_pixels = 0
 
-    def __init__(self, path: str | Path, device: str = "cpu") -> None:
+    def __init__(self, path: str | Path, device: str = "cpu", *, mixed_precision: bool = False) -> None:
         tensors, fields = read_checkpoint(path, _FORMAT)
         try:
             channels = tuple(fields.pop("feature_channels"))
@@ -108,6 +108,7 @@ class ScaleHeadPredictor:
         load_state(self.model, tensors, path)
         self.model.eval().to(device)
         self.device = device
+        self._autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision)
 
     def check(self, detector: ShowsFeatures) -> None:
         """Compare a detector with the one that the head was trained on.
@@ -147,7 +148,7 @@ class ScaleHeadPredictor:
         for shape in dict.fromkeys(shapes):
             at = [i for i, other in enumerate(shapes) if other == shape]
             batch = [torch.from_numpy(np.stack(level)) for level in zip(*(features[i] for i in at), strict=True)]
-            with torch.inference_mode():
+            with torch.inference_mode(), self._autocast:
                 answer = self.model([level.to(self.device) for level in batch]).float()
                 prob = answer[:, :NUM_CLASSES].softmax(dim=1).cpu().numpy()
                 gain = answer[:, NUM_CLASSES].exp().cpu().numpy()
@@ -164,12 +165,16 @@ def _map(prob: np.ndarray, gain: np.ndarray) -> ScaleMap | TileError:
         return error
 
 
-def load_predictor(path: str | Path, device: str = "cpu") -> ScaleNetPredictor | ScaleHeadPredictor:
+def load_predictor(
+    path: str | Path, device: str = "cpu", *, mixed_precision: bool = False
+) -> ScaleNetPredictor | ScaleHeadPredictor:
     """A Scale Net of either kind, by what its file says it is; raises as they do.
 
     Args:
         path: weights, local or s3://.
         device: where it computes, as torch names it.
+        mixed_precision: compute in bfloat16 what bears it.
     """
     _, header = load_weights(str(path))
-    return ScaleHeadPredictor(path, device) if _FORMAT in header else ScaleNetPredictor(path, device)
+    predictor = ScaleHeadPredictor if _FORMAT in header else ScaleNetPredictor
+    return predictor(path, device, mixed_precision=mixed_precision)

@@ -310,10 +310,11 @@ class ScaleNetPredictor:
         input_pixels: pixels looked at for a tile; 0 for a net that takes each tile as it is.
     """
 
-    def __init__(self, path: str | Path, device: str = "cpu") -> None:
+    def __init__(self, path: str | Path, device: str = "cpu", *, mixed_precision: bool = False) -> None:
         model, self.config = load_scale_net(path, device)
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
+        self._autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision)
         self.input_pixels = (self.config.input_side or 0) ** 2
 
     def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile] = ()) -> list[ScaleMap | TileError]:
@@ -341,7 +342,7 @@ class ScaleNetPredictor:
         return [maps[i] for i in range(len(pixels))]
 
     def _look(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
-        with torch.inference_mode():
+        with torch.inference_mode(), self._autocast:
             tiles = torch.from_numpy(np.stack([squashed(tile, self.config) for tile in pixels]))
             output = self.model(normalised(tiles.to(self.device), self.config)).float()
             output = output.softmax(dim=1) if self.config.kind == "classes" else output

@@ -278,9 +278,11 @@ class TinyDetector:
         device: str = "cpu",
         score_threshold: float = 0.01,
         iou_threshold: float | None = None,
+        mixed_precision: bool = False,
     ) -> None:
         self.model = model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
+        self._autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision)
         self.score_threshold = score_threshold
         self.iou_threshold = config.iou_threshold if iou_threshold is None else iou_threshold
         self.input_side = config.input_side
@@ -295,6 +297,7 @@ class TinyDetector:
         device: str = "cpu",
         score_threshold: float = 0.01,
         iou_threshold: float | None = None,
+        mixed_precision: bool = False,
     ) -> TinyDetector:
         """Read a checkpoint of `save_tiny_detector`, local or s3://.
 
@@ -306,7 +309,14 @@ class TinyDetector:
         config = TinyNetConfig(**fields)
         model = TinyNet(len(config.category_ids))
         load_state(model, tensors, path)
-        return cls(model, config, device=device, score_threshold=score_threshold, iou_threshold=iou_threshold)
+        return cls(
+            model,
+            config,
+            device=device,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            mixed_precision=mixed_precision,
+        )
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """The padded square that is computed for a tile of (height, width)."""
@@ -325,10 +335,12 @@ class TinyDetector:
 
     def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Glimpse]:
         with torch.inference_mode():
-            answers = self.model(pack_tiles(tiles, canvas).to(self.device))
-            scores = (answers.quality.sigmoid()[:, :, None] * answers.classes.softmax(dim=2)).cpu().numpy()
-            boxes = answers.boxes.cpu().numpy()
-            features = [level.cpu().numpy() for level in answers.levels]
+            with self._autocast:
+                answers = self.model(pack_tiles(tiles, canvas).to(self.device))
+            scores = answers.quality.float().sigmoid()[:, :, None] * answers.classes.float().softmax(dim=2)
+            scores = scores.cpu().numpy()
+            boxes = answers.boxes.float().cpu().numpy()
+            features = [level.float().cpu().numpy() for level in answers.levels]
         return [
             Glimpse(self._select(scores[i], boxes[i], tile.shape[:2]), tuple(level[i] for level in features))
             for i, tile in enumerate(tiles)

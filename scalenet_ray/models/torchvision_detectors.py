@@ -48,21 +48,24 @@ class TorchvisionDetector:
         device: str = "cpu",
         score_threshold: float = 0.01,
         iou_threshold: float | None = None,
+        mixed_precision: bool = False,
     ) -> None:
         """Take a model over.
 
         Args:
-            model: changed in place: evaluation mode, device, thresholds, no resizing.
+            model: changed in place: evaluation mode, device, channels last in memory, thresholds, no resizing.
             categories: class id -> name.
             device: a torch device.
             score_threshold: boxes that score less are dropped.
             iou_threshold: of the suppression within each class; None for the model's own.
+            mixed_precision: compute in bfloat16 what bears it.
 
         Raises:
             ValueError: if there is no such device.
         """
         self._device = _checked_device(device)
-        self.model: Any = model.eval().to(self._device)
+        self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=mixed_precision)
+        self.model: Any = model.eval().to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.categories = dict(categories)
         resizing = self.model.transform
         self.input_side = int(resizing.min_size[-1])
@@ -96,18 +99,21 @@ class TorchvisionDetector:
         with torch.inference_mode():
             # Copies, since torch warns of arrays that may not be written to.
             channels_first = [torch.from_numpy(np.array(tile.transpose(2, 0, 1), order="C")) for tile in tiles]
-            outputs = self.model([image.to(self._device).float() / 255 for image in channels_first])
+            images = [image.to(self._device).float() / 255 for image in channels_first]
+            with self._autocast:
+                outputs = self.model(images)
             finite = self._finite.tiles.tolist()
             return [self._read(*each) for each in zip(outputs, finite, tiles, strict=True)]
 
     def _read(self, output: dict[str, torch.Tensor], finite: bool, tile: np.ndarray) -> Detections | TileError:
-        arrays = {key: output[key].cpu().numpy() for key in ("boxes", "scores", "labels")}
-        masks = output["masks"].cpu() if "masks" in output else None
+        arrays = {key: output[key].float().cpu().numpy() for key in ("boxes", "scores")}
+        arrays["labels"] = output["labels"].cpu().numpy()
+        masks = output["masks"].float().cpu() if "masks" in output else None
         if not finite or not all(np.isfinite(array).all() for array in arrays.values()):
             return TileError("the detector gave values that are NaN or infinite: check its weights and precision")
         if masks is not None and not masks.isfinite().all():
             return TileError("the detector gave masks that are NaN or infinite: check its weights and precision")
-        encoded = None if masks is None else _encode_masks(masks, output["boxes"].cpu(), tile.shape[:2])
+        encoded = None if masks is None else _encode_masks(masks, output["boxes"].float().cpu(), tile.shape[:2])
         found = Detections(**arrays, masks=encoded)
         return found[np.isin(found.labels, list(self.categories)) & (found.areas > 0)]
 
@@ -127,7 +133,7 @@ class _OnCanvas(GeneralizedRCNNTransform):
         """Tiles, [3, h, w] each, of one canvas -> [B, 3, side, side], padded at the right and below."""
         del size_divisible
         height, width = square_canvas((images[0].shape[-2], images[0].shape[-1]), self._least_side)
-        batch = images[0].new_zeros((len(images), 3, height, width))
+        batch = images[0].new_zeros((len(images), 3, height, width)).contiguous(memory_format=torch.channels_last)
         for canvas, image in zip(batch, images, strict=True):
             canvas[:, : image.shape[-2], : image.shape[-1]] = image
         return batch
@@ -237,7 +243,12 @@ def _checked_device(name: str) -> torch.device:
 
 
 def load_torchvision(
-    what: str, *, device: str = "cpu", score_threshold: float = 0.01, iou_threshold: float | None = None
+    what: str,
+    *,
+    device: str = "cpu",
+    score_threshold: float = 0.01,
+    iou_threshold: float | None = None,
+    mixed_precision: bool = False,
 ) -> TorchvisionDetector:
     """Load a torchvision detector.
 
@@ -247,6 +258,7 @@ def load_torchvision(
         device: a torch device.
         score_threshold: boxes that score less are dropped.
         iou_threshold: of the suppression within each class; None for the model's own.
+        mixed_precision: compute in bfloat16 what bears it.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -261,7 +273,12 @@ def load_torchvision(
     else:
         model, categories = fetch_detector(what), COCO_CATEGORIES
     return TorchvisionDetector(
-        model, categories, device=device, score_threshold=score_threshold, iou_threshold=iou_threshold
+        model,
+        categories,
+        device=device,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        mixed_precision=mixed_precision,
     )
 
 

@@ -1,0 +1,108 @@
+"""Networks in bfloat16: what computes in it, how near its answers are, and what cannot do it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.merge import iou_matrix
+from scalenet_ray.core.samples import SAMPLE_CATEGORIES, make_scene
+from scalenet_ray.core.scale import ScaleMap
+from scalenet_ray.models.detectors import load_detector
+from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.scale_head import ScaleHead, load_predictor, save_scale_head
+from scalenet_ray.models.torchvision_builders import build_detector
+from scalenet_ray.models.torchvision_detectors import TorchvisionDetector
+from tests.oracles import tile_of
+
+SAMPLE = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
+
+
+def dtypes_seen(model: nn.Module) -> set[torch.dtype]:
+    """What its convolutions give from now on."""
+    seen: set[torch.dtype] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    return seen
+
+
+def scenes(count: int) -> list[np.ndarray]:
+    """Scenes like the sample's, [h, w, 3] uint8 RGB, at half their size: as a whole image's tile."""
+    rng = np.random.default_rng(5)
+    return [make_scene(rng).pixels[::2, ::2] for _ in range(count)]
+
+
+@pytest.mark.parametrize("mixed_precision", [False, True])
+@pytest.mark.parametrize(
+    "name", ["fasterrcnn_resnet50_fpn", "fcos_resnet50_fpn", "maskrcnn_resnet50_fpn", "ssdlite320_mobilenet_v3_large"]
+)
+def test_torchvisions_detectors_compute_in_it_where_asked_and_answer_in_float32(
+    name: str, mixed_precision: bool
+) -> None:
+    torch.manual_seed(0)
+    model = build_detector(name, 3)
+    detector = TorchvisionDetector(model, {1: "cat", 2: "dog"}, score_threshold=0.0, mixed_precision=mixed_precision)
+    seen = dtypes_seen(model)
+    (found,) = detector([np.zeros((64, 48, 3), np.uint8)])
+    assert seen == {torch.bfloat16 if mixed_precision else torch.float32}
+    assert isinstance(found, Detections)
+    assert found.boxes.dtype == found.scores.dtype == np.float32
+
+
+def test_the_samples_detector_finds_the_same_in_bfloat16() -> None:
+    detectors: list[Any] = [load_detector(SAMPLE_DETECTOR, mixed_precision=mixed) for mixed in (False, True)]
+    seen = dtypes_seen(detectors[1].model)
+    pixels = scenes(6)
+    compared = 0
+    for plain, mixed in zip(*(detector(pixels) for detector in detectors), strict=True):
+        for box, score, label in zip(plain.boxes, plain.scores, plain.labels, strict=True):
+            if score < 0.3:
+                continue
+            same = (iou_matrix(box[None], mixed.boxes)[0] > 0.7) & (mixed.labels == label)
+            assert np.abs(mixed.scores[same] - score).min() < 0.03
+            compared += 1
+    assert compared > 10
+    assert seen == {torch.bfloat16}
+
+
+def test_scale_net_says_nearly_the_same_in_bfloat16() -> None:
+    predictors: list[Any] = [load_predictor(SAMPLE_SCALE_NET, mixed_precision=mixed) for mixed in (False, True)]
+    seen = dtypes_seen(predictors[1].model)
+    for plain, mixed in zip(*(predictor(scenes(3)) for predictor in predictors), strict=True):
+        assert isinstance(mixed, ScaleMap)
+        assert mixed.prob is not None
+        assert mixed.prob.dtype == np.float32
+        assert 0 < np.abs(mixed.prob - plain.prob).mean() < 0.005
+    assert seen == {torch.bfloat16}
+
+
+def test_a_scale_head_reads_a_detectors_features_in_bfloat16(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = SAMPLE.describe_features()
+    save_scale_head(ScaleHead(config), config, path := str(tmp_path / "head.safetensors"))
+    pixels = scenes(2)
+    names = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=path, mixed_precision=True)
+    features = [one.features for one in names.load_detector(SAMPLE_CATEGORIES).with_features(pixels)]
+    assert all(level.dtype == np.float32 for levels in features for level in levels)
+    head: Any = names.load_scale_net()
+    seen = dtypes_seen(head.model)
+    tiles = [tile_of(tile.shape[:2]) for tile in pixels]
+    for plain, mixed in zip(
+        load_predictor(path).from_features(features, tiles), head.from_features(features, tiles), strict=True
+    ):
+        np.testing.assert_allclose(mixed.prob, plain.prob, atol=0.02)
+        np.testing.assert_allclose(mixed.gain, plain.gain, rtol=0.1)
+    assert seen == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("spec", ["yolox-onnx:net.onnx", "own.module:Class"])
+def test_a_network_that_has_its_own_precision_is_refused(spec: str) -> None:
+    with pytest.raises(ValueError, match=f"is for detectors of kind tiny or torchvision, got '{spec}'.* leave mixed"):
+        NetworkNames(detector=spec, mixed_precision=True).describe_detector()
