@@ -3,8 +3,8 @@
     SCALENET_RAY_DATA=DATA make bench
     SCALENET_RAY_DATA=DATA PYTHONPATH=.venv/peers .venv/bin/python -m bench --parts engine growth
 
-Parts that are not asked for keep the figures that they have. What needs the real photographs is left out without
-them. All of it takes an hour on two cores; nothing else should run beside it.
+Parts that are not asked for keep the figures that they have. What needs the real photographs, or a CUDA device, is
+left out without them. All of it takes an hour on two cores; nothing else should run beside it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 
 from bench.engine import compare_engine
 from bench.growth import growth
+from bench.networks import NetworkSpeed, network_speed
 from bench.parts import frontier_tasks_per_second, merge_costs
 from bench.scale_out import scale_out
 from bench.slicing import compare
@@ -70,8 +72,10 @@ _OF_PHOTOGRAPHS: dict[str, Callable[[], dict[str, Any]]] = {
         "large_images_one_process": compare(large_images(_LARGE), _ROUNDS, processes=1)
     },
 }
+_ON_CUDA: dict[str, Callable[[], dict[str, Any]]] = {"networks": lambda: {"networks": network_speed(NetworkSpeed())}}
 _PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     **_OF_PHOTOGRAPHS,
+    **_ON_CUDA,
     "merge": _merge,
     "frontier": lambda: {"frontier_tasks_per_second": frontier_tasks_per_second()},
     "scale-out": _scale_out,
@@ -107,6 +111,9 @@ def main(job: Bench) -> None:
     for part in job.parts:
         if part in _OF_PHOTOGRAPHS and "SCALENET_RAY_DATA" not in os.environ:
             print(f"{part} is left out: SCALENET_RAY_DATA is not set, and it needs the real photographs")
+            continue
+        if part in _ON_CUDA and not torch.cuda.is_available():
+            print(f"{part} is left out: torch finds no CUDA device, and it needs one")
             continue
         print(f"{part}:", flush=True)
         figures = _PARTS[part]()
