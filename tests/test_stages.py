@@ -193,21 +193,25 @@ def test_a_data_set_gets_as_many_read_tasks_as_readers_whatever_ray_data_would_l
     assert source.estimate_inmemory_data_size() is None
 
 
-def test_a_reader_waits_for_work_that_is_still_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, frontier = policy_of("whole"), Frontier(records_of(1), 1)
-    handle = Handle(frontier)
-    row = row_of(frontier, policy, Scenes(), 1)
+def test_a_reader_waits_for_work_that_is_still_out_and_each_time_a_little_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy, frontier = policy_of("whole"), Frontier(records_of(2), 1)
+    look = LookStage(Handle(frontier), policy, random_networks(policy))
+    rows: list[pa.Table] = []
     waits: list[float] = []
 
     def sleep(seconds: float) -> None:
         waits.append(seconds)
-        if len(waits) == 3:
-            LookStage(handle, policy, random_networks(policy))(row)
+        if len(waits) in (4, 6):
+            look(rows[-1])
 
     monkeypatch.setattr("scalenet_ray.engine.stages.time.sleep", sleep)
-    (read,) = TileSource(handle, policy, Scenes(), readers=1, lease_size=1).get_read_tasks(1)
-    assert [len(opened(table).tiles) for table in read()] == [1]
-    assert len(waits) == 3
+    (read,) = TileSource(Handle(frontier), policy, Scenes(), readers=1, lease_size=1).get_read_tasks(1)
+    for table in read():
+        rows.append(table)
+    assert [len(opened(table).tiles) for table in rows] == [1, 1]
+    assert waits == [0.05, 0.1, 0.2, 0.2, 0.05, 0.1]
 
 
 # --- looking ------------------------------------------------------------------------------------------------

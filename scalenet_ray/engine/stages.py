@@ -38,7 +38,8 @@ __all__ = ["DetectStage", "LookAndDetectStage", "LookStage", "Networks", "OpenIm
 OpenImage = Callable[[ImageRecord], np.ndarray]
 """An image's record -> its pixels [h, w, 3] uint8 RGB; raises `TileError` for an image that cannot be read."""
 
-_WAIT_SECONDS = 0.05
+# Short beside a batch on an accelerator, and long beside a question, which costs both sides a millisecond.
+_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.05, 0.2
 _CACHE_BYTES = 512 * 2**20
 
 
@@ -115,13 +116,16 @@ class TileSource(GeneratorSource):
         """The same leases again give the same tables again, byte for byte but for the seconds they took."""
         images = _DecodedImages(self._open_image)
         sequence = 0
+        wait = _WAIT_SECONDS
         while True:
             lease: Lease | None = ray.get(self._frontier.lease.remote(reader, sequence, self._lease_size))
             if lease is None:
                 return
             if not lease.work and not lease.forgotten:
-                time.sleep(_WAIT_SECONDS)
+                time.sleep(wait)
+                wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
                 continue
+            wait = _WAIT_SECONDS
             yield measure(partial(self._pack, lease, images))
             sequence += 1
 
