@@ -123,7 +123,7 @@ def _compare(job: NetworkSpeed, make: Callable[[Variant, str], Look]) -> dict[st
 
 
 def network_speed(job: NetworkSpeed) -> dict[str, Any]:
-    """Of the detector and of Scale Net, each variant's tiles a second, their ratio to the first's, gigabytes at most."""
+    """Of the detector and of Scale Net, each variant's tiles a second, their ratio to the first's, gigabytes."""
     return {"detector": _compare(job, _detector), "scale_net": _compare(job, _scale_net)}
 
 

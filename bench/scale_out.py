@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from ray.cluster_utils import Cluster
 from bench.cpu_seconds import cpu_clocks, spent_by_role
 from bench.ratios import spread
 from bench.stand_ins import TILES_PER_IMAGE, Looks, Tally, grey_image, records_of, stand_ins, two_windows
-from scalenet_ray.core.policy import Policy
+from scalenet_ray.engine.batch import Stream
 from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.sharded import image_stream
 
@@ -84,7 +85,7 @@ def scale_out(
     busy: list[float] = []
     fills: list[float] = []
     rates: list[float] = []
-    before = cpu_clocks()
+    spent: defaultdict[str, float] = defaultdict(float)
     try:
         for _ in range(rounds):
             tally: Any = Tally.remote()
@@ -95,12 +96,16 @@ def scale_out(
                 straggles=straggles,
                 in_corners=policy == "first-pass",
             )
-            start, end, images = _steady(count, two_windows(policy), networks, resources)
+            before = cpu_clocks()
+            stream = image_stream(records_of(count), two_windows(policy), networks, grey_image, resources)
+            start, end, images = _steady(count, stream, resources.open_images)
+            # Its processes are still there.
+            for role, seconds in spent_by_role(before, cpu_clocks()).items():
+                spent[role] += seconds
             detectors_busy, tiles_per_call = ray.get(tally.between.remote(start, end))
             busy.append(detectors_busy / with_detector)
             fills.append(tiles_per_call / resources.detector_batch_size)
             rates.append(TILES_PER_IMAGE * images / (end - start))
-        spent = spent_by_role(before, cpu_clocks())
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -114,14 +119,13 @@ def scale_out(
     }
 
 
-def _steady(count: int, policy: Policy, networks: Any, resources: Resources) -> tuple[float, float, int]:
+def _steady(count: int, stream: Stream, open_images: int) -> tuple[float, float, int]:
     """(start, end, finished images) of the time in which the pipeline is full."""
-    stream = image_stream(records_of(count), policy, networks, grey_image, resources)
     ends = []
     for result in stream:
         ends.append(time.time())
         stream.commit([result.image_id])
-    full, dry = resources.open_images, count - resources.open_images
+    full, dry = open_images, count - open_images
     return ends[full - 1], ends[dry - 1], dry - full
 
 
