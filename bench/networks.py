@@ -107,10 +107,10 @@ def _compare(job: NetworkSpeed, make: Callable[[Variant, str], Look]) -> dict[st
     looks = {variant: make(variant, job.device) for variant in job.variants}
     # Kernels are chosen and compiled in the first call.
     gigabytes = {variant: (look(tiles), _memory(job.device, look, tiles))[1] for variant, look in looks.items()}
-    rates: dict[Variant, list[float]] = {variant: [] for variant in looks}
+    rates: dict[Variant, list[float]] = {variant: [] for variant in job.variants}
     for _ in range(job.rounds):
-        for variant, look in looks.items():
-            rates[variant].append(_tiles_per_second(look, tiles))
+        for variant, measured in rates.items():
+            measured.append(_tiles_per_second(looks[variant], tiles))
     first = rates[job.variants[0]]
     return {
         variant: {
