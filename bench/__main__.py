@@ -4,7 +4,7 @@
     SCALENET_RAY_DATA=DATA PYTHONPATH=.venv/peers .venv/bin/python -m bench --parts engine growth
 
 Parts that are not asked for keep the figures that they have. What needs the real photographs, or a CUDA device, is
-left out without them. All of it takes an hour on two cores; nothing else should run beside it.
+left out without them. All of it takes hours on two cores; nothing else should run beside it.
 """
 
 from __future__ import annotations

@@ -113,8 +113,9 @@ def main(job: DetectImages) -> int:
         run.write_json("metrics.json", document)
         rows = session.call(new_boxes, run.uri, policy.name, [record.image_id for record in images])
         analysis = {"shown_score": SHOWN_SCORE, "images": rows}
-        # A task of the engine has no GPU of its own, and a few looks need none.
-        task = PictureTask(run.uri, [(policy, _networks(replace(job.networks, device="cpu"), info))], open_image)
+        # A task of the engine has no GPU of its own, and a few looks need none. Most CPUs only imitate bfloat16.
+        on_cpu = replace(job.networks, device="cpu", mixed_precision=False)
+        task = PictureTask(run.uri, [(policy, _networks(on_cpu, info))], open_image)
         write_report(session, run, document, analysis, images, info.categories, task, log, job.report_pictures)
     print(policy_table(document))
     line, status = last_line(document, run.uri, job.max_failures)

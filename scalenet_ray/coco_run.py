@@ -107,8 +107,9 @@ def evaluate_policies(
         document |= {"compared_with": base, "differences": analysis["differences"]}
         run.write_json("metrics.json", document)
     run.write_text("policies.svg", policy_plot(document))
-    # A task of the engine has no GPU of its own, and a few looks need none.
-    looks = [(policy, _networks(policy, replace(networks, device="cpu"), split)) for policy in policies]
+    # A task of the engine has no GPU of its own, and a few looks need none. Most CPUs only imitate bfloat16.
+    on_cpu = replace(networks, device="cpu", mixed_precision=False)
+    looks = [(policy, _networks(policy, on_cpu, split)) for policy in policies]
     task = PictureTask(run.uri, looks, open_image, split.annotations)
     write_report(session, run, document, analysis, split.images, split.categories, task, log, pictures)
     return document
