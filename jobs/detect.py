@@ -12,6 +12,7 @@ import tyro
 
 from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
 from scalenet_ray.core.coco import list_images
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
 from scalenet_ray.core.samples import ensure_sample
@@ -77,7 +78,7 @@ def _policy(job: DetectImages, info: DetectorInfo) -> Policy:
     policies = check_names(read_policies(job.policy_file) if job.policy_file else [named])
     if len(policies) != 1 or policies[0].kind == "oracle":
         msg = f"detection takes one policy and has no ground truth, got {', '.join(p.name for p in policies)}"
-        raise ValueError(msg)
+        raise UserError(msg)
     return policies[0]
 
 

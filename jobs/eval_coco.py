@@ -12,6 +12,7 @@ import tyro
 
 from scalenet_ray.batch_report import PICTURES
 from scalenet_ray.coco_run import evaluate_policies, open_split
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
 from scalenet_ray.core.samples import ensure_sample
@@ -93,7 +94,7 @@ def main(job: EvalCoco) -> int:
     policies = _policies(job, session, split.categories)
     if job.compare_with is not None and job.compare_with not in [policy.name for policy in policies]:
         msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     run = RunFolder(job.output or time.strftime("runs/eval_coco/%Y%m%d-%H%M%S"))
     workers = {"engine": job.engine, **asdict(job.resources)}
     options: dict[str, Any] = {"compare_with": job.compare_with, "pictures": job.report_pictures}

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from scalenet_ray.core import storage
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.samples import ensure_sample
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.train import train
@@ -57,7 +58,7 @@ def main(job: FinetuneDetector) -> int:
     """Fine-tune, measure after each epoch, and write config.yaml, metrics.json, report.html and the weights."""
     if job.detector is None and job.data is not None:
         msg = "--detector must name what is fine-tuned on --data, torchvision:NAME or torchvision:PATH, got none"
-        raise ValueError(msg)
+        raise UserError(msg)
     data = job.data or str(ensure_sample(Path("runs/sample")))
     job = replace(job, data=data, detector=job.detector or SAMPLE_START)
     images = TrainingImages(data, job.split, job.val_split, job.holdout, job.limit)

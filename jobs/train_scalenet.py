@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from scalenet_ray.core import storage
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.samples import ensure_sample
 from scalenet_ray.engine.gains import measure_dataset
 from scalenet_ray.engine.runs import RunFolder
@@ -73,7 +74,7 @@ class TrainScaleNet:
 def _pixel_recipe(job: TrainScaleNet, images: TrainingImages) -> Recipe:
     if job.preset not in PRESETS:
         msg = f"--preset must be one of head, {', '.join(PRESETS)}, got {job.preset!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     config = PRESETS[job.preset]
     if config.kind == "regression":
         return RegressionRecipe(images, config, job.tile_side or DIGITS_TILE_SIDE, job.training.seed)

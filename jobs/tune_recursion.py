@@ -12,6 +12,7 @@ import yaml
 
 from scalenet_ray.coco_run import CocoSplit, evaluate_policies, open_split
 from scalenet_ray.core import storage
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.samples import ensure_sample
 from scalenet_ray.core.search_space import SearchSpace, read_space
@@ -104,10 +105,10 @@ def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> Trial
     ):
         wanted = f"at most {_MOST_STEPS} growing shares of the images that end at 1, e.g. 0.25 0.5 1"
         msg = f"--subsets must be {wanted}, got {list(shares)}"
-        raise ValueError(msg)
+        raise UserError(msg)
     if job.ceiling is not None and job.ceiling < 1:
         msg = f"--ceiling must be 1 pass an image, which the whole image takes, or more, got {job.ceiling}"
-        raise ValueError(msg)
+        raise UserError(msg)
     sizes = sorted({max(1, round(share * len(split.images))) for share in shares})
     return TrialTask(
         {policy.name: policy for policy in policies},

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from scalenet_ray.canvas_plots import response_plot, steps_plot
 from scalenet_ray.core import storage
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.engine.canvas_units import ablations, plan_pictures, plan_units, tabulate
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.units import run_units
@@ -65,10 +66,10 @@ def run_experiment(
     """
     if options.seeds < 1:
         msg = f"--seeds must be 1 or more, got {options.seeds}"
-        raise ValueError(msg)
+        raise UserError(msg)
     if options.ablation and not options.held_out:
         msg = "--ablation chooses settings, which the test set must not: add --held-out, e.g. --held-out 5000"
-        raise ValueError(msg)
+        raise UserError(msg)
     run = RunFolder(options.output or time.strftime(f"runs/eval_{name}/%Y%m%d-%H%M%S"))
     experiment = Experiment(
         name,

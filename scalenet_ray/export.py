@@ -18,6 +18,7 @@ import yaml
 
 from scalenet_ray.core import storage
 from scalenet_ray.core.coco import images_and_categories, safe_file_name, to_results, write_results
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.interchange import SUPERVISION_COLUMNS, fiftyone_objects, supervision_rows, yolo_lines
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.core.schemas import DETECTIONS, detections_table
@@ -104,14 +105,14 @@ def export_run(
     """
     if to not in EXPORT_FORMATS:
         msg = f"the format must be one of {', '.join(EXPORT_FORMATS)}, got {to!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     run = RunFolder(run_uri)
     settings = _settings(run)
     named = [one["name"] for one in settings["policies"]]
     name = str(named[0]) if policy is None else policy
     if name not in named:
         msg = f"--policy must be one of the run's, {', '.join(named)}, got {name!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     uri = output or storage.join(run_uri, "exports", _PLACES[to].format(name))
     counts = {"images": 0, "detections": 0}
 
@@ -136,7 +137,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     settings = yaml.safe_load(storage.read_bytes(config)).get("settings", {})
     if not settings.get("policies"):
         msg = f"{run.uri} must be a run of eval_coco or detect, got one without policies: name another run folder"
-        raise ValueError(msg)
+        raise UserError(msg)
     return settings
 
 
@@ -148,7 +149,7 @@ def _category_names(run: RunFolder, settings: dict[str, Any]) -> dict[int, str]:
     metrics = storage.join(run.uri, "metrics.json")
     if not storage.exists(metrics):
         msg = f"{run.uri} must be finished, got no metrics.json, which names the categories: finish it with --resume"
-        raise ValueError(msg)
+        raise UserError(msg)
     return {int(key): name for key, name in json.loads(storage.read_bytes(metrics))["categories"].items()}
 
 
@@ -250,7 +251,7 @@ def _by_stem(images: Sequence[FinishedImage]) -> Iterator[tuple[str, FinishedIma
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
         msg = f"two images would share the label file {twice[0]}: give them names that differ before the suffix"
-        raise ValueError(msg)
+        raise UserError(msg)
     yield from zip(stems, images, strict=True)
 
 

@@ -7,6 +7,8 @@ import logging
 import os
 from datetime import UTC, datetime
 
+from scalenet_ray.core.errors import UserError
+
 __all__ = ["JsonLines", "log_to_stderr"]
 
 
@@ -36,7 +38,7 @@ def log_to_stderr() -> None:
     level = os.environ.get("SCALENET_RAY_LOG", "WARNING").upper()
     if level not in logging.getLevelNamesMapping():
         msg = f"SCALENET_RAY_LOG must be DEBUG, INFO, WARNING or ERROR, got {level}"
-        raise ValueError(msg)
+        raise UserError(msg)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logger = logging.getLogger("scalenet_ray")

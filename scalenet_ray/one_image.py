@@ -13,6 +13,7 @@ from PIL import Image
 
 from scalenet_ray.core import storage
 from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.images import decode_image, to_rgb
 from scalenet_ray.core.look import PredictScale, ReadFeatures
 from scalenet_ray.core.merge import SuppressionMethod, nms
@@ -124,7 +125,7 @@ def _detections(result: ImageResult) -> Detections:
     """Those of the image; its failure is the caller's."""
     if result.failure is not None:
         msg = f"the image could not be worked on ({result.failure.stage}): {result.failure.reason}"
-        raise ValueError(msg)
+        raise UserError(msg)
     return result.detections
 
 
@@ -135,16 +136,16 @@ def _refuse(of_slicing: dict[str, Any], standard: bool, postprocess_type: str, m
         raise TypeError(msg)
     if not standard:
         msg = "perform_standard_pred must be True: the whole image is always detected too, it finds the large objects"
-        raise ValueError(msg)
+        raise UserError(msg)
     if postprocess_type.upper() not in _SUPPRESSION:
         msg = (
             f"postprocess_type must be {', '.join(_SUPPRESSION)}, got {postprocess_type!r}: boxes are not averaged; "
             "fragments at a window's edge, which merging is for, are dropped there"
         )
-        raise ValueError(msg)
+        raise UserError(msg)
     if metric.upper() != "IOU":
         msg = f"postprocess_match_metric must be IOU, got {metric!r}: fragments, which IOS is for, are dropped before"
-        raise ValueError(msg)
+        raise UserError(msg)
 
 
 def _pixels(image: str | os.PathLike[str] | np.ndarray | Image.Image) -> np.ndarray:
@@ -154,7 +155,7 @@ def _pixels(image: str | os.PathLike[str] | np.ndarray | Image.Image) -> np.ndar
         return decode_image(storage.read_bytes(image))
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         msg = f"an image must be [h, w, 3] uint8 RGB, got shape {list(image.shape)} of {image.dtype}: convert it"
-        raise ValueError(msg)
+        raise UserError(msg)
     return image
 
 
@@ -191,7 +192,7 @@ def _policy(
     )
     if named.kind == "oracle":
         msg = "policy oracle reads the ground truth, which one image has not: give another one"
-        raise ValueError(msg)
+        raise UserError(msg)
     return replace(named, merging=replace(named.merging, method=_SUPPRESSION[postprocess_type.upper()]))
 
 
@@ -203,6 +204,6 @@ def _wanted(
     lost = [name for name in names if name not in known]
     if lost:
         msg = f"exclude_classes_by_name must be among the detector's {len(known)} categories, got {', '.join(lost)}"
-        raise ValueError(msg)
+        raise UserError(msg)
     excluded = [label for label, name in detector.categories.items() if name in names or label in ids]
     return found[(found.scores >= threshold) & ~np.isin(found.labels, excluded)]

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.merge import iou_matrix
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Step
@@ -187,7 +188,7 @@ def picture_bytes(figure: Figure, suffix: str, dots_per_inch: float = 110.0) -> 
     kind = suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
         msg = f"a picture is written as .png, .svg or .pdf, got {suffix!r}: name the output so"
-        raise ValueError(msg)
+        raise UserError(msg)
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, dpi=dots_per_inch, metadata={"CreationDate": None} if kind == "pdf" else None)
     return drawn.getvalue()

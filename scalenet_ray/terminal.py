@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.front import front
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Step, out_of_range
@@ -162,7 +163,7 @@ def run_job(main: Callable[[Job], int], job: Job) -> None:
     try:
         log_to_stderr()
         status = main(job)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         status = 2
     sys.exit(status)

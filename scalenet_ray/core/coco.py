@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.images import IMAGE_SUFFIXES
 from scalenet_ray.core.masks import mask_of_image
 from scalenet_ray.core.storage import Address, atomic_writer, join, list_files, read_bytes
@@ -119,7 +119,7 @@ class CocoDataset:
 
 
 def _fail(message: str) -> NoReturn:
-    raise ValueError(message)
+    raise UserError(message)
 
 
 def _first(values: Iterable[object]) -> str:
@@ -231,7 +231,7 @@ def read_annotations(uri: Address) -> CocoDataset:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:  # The second: brackets without end.
         msg = f"{uri} must be JSON, got something else ({error}): fetch or export it again"
-        raise ValueError(msg) from error
+        raise UserError(msg) from error
     return parse_annotations(document, str(uri))
 
 
@@ -297,7 +297,7 @@ def _addresses_in_parquet(uri: str) -> list[str]:
         names = file.read([column]).column(column).to_pylist()
     except pa.ArrowInvalid as error:
         msg = f"{uri} must be a Parquet file, got something else ({error}): write it again"
-        raise ValueError(msg) from error
+        raise UserError(msg) from error
     wrong = [i for i, name in enumerate(names) if not isinstance(name, str) or not name]
     if wrong:
         _fail(f"column {column} of {uri} must hold an address in each row, got none in rows {_first(wrong)}: fill it")

@@ -1,11 +1,18 @@
-"""What may go wrong with one image or one tile, and costs that image alone; and with a batch, which is made smaller."""
+"""Errors that are not bugs: what a user can correct, what costs one image alone, and a batch that is too large."""
 
 from __future__ import annotations
 
-__all__ = ["OutOfMemoryError", "TileError"]
+__all__ = ["OutOfMemoryError", "TileError", "UserError"]
 
 
-class TileError(ValueError):
+class UserError(ValueError):
+    """An argument, a setting, a file or a detector that the user can correct; jobs print it in one line, no trace.
+
+    The message says what was wanted, what was given, and what to do. Any other exception is a bug and keeps its trace.
+    """
+
+
+class TileError(UserError):
     """One image or tile cannot be worked on: it is named, counted and left out; the run goes on.
 
     Raised for what data can cause (a truncated JPEG, NaN from a network), never for a bug: any

@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from scalenet_ray.core.coco import CocoDataset, parse_annotations, read_annotations
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.storage import Address
 
 __all__ = ["METRICS", "evaluate", "match_results"]
@@ -77,10 +78,10 @@ def match_results(
     chosen = known if image_ids is None else set(image_ids)
     if chosen - known:
         msg = f"image_ids must be of the annotations' images, got {sorted(chosen - known)[:5]}: leave them out"
-        raise ValueError(msg)
+        raise UserError(msg)
     if iou_type == "segm" and any(record.hw is None for record in dataset.images if record.image_id in chosen):
         msg = "segm needs the height and width of every image, got images without: add them, or evaluate bbox"
-        raise ValueError(msg)
+        raise UserError(msg)
     found = _results_to_count(results, dataset, known, chosen, iou_type)
     images = [{"id": r.image_id, "height": r.height, "width": r.width} for r in dataset.images if r.image_id in chosen]
     categories = [{"id": category_id, "name": name} for category_id, name in dataset.categories.items()]
@@ -140,7 +141,7 @@ def _results_to_count(
         if image_id not in known or label not in dataset.categories:
             what = f"image {image_id}" if image_id not in known else f"category {label}"
             msg = f"results must be of the annotations' images and categories, got {what}: use the same data set"
-            raise ValueError(msg)
+            raise UserError(msg)
         if image_id not in chosen:
             continue
         box = list(result["bbox"])
@@ -149,7 +150,7 @@ def _results_to_count(
         if iou_type == "segm":
             if "segmentation" not in result:
                 msg = f"segm needs a segmentation in each result, got none in image {image_id}: evaluate bbox"
-                raise ValueError(msg)
+                raise UserError(msg)
             row["segmentation"] = dict(result["segmentation"])
             # A box around a thin object is of another size class than the object.
             row["area"] = float(coco_mask.area(result["segmentation"]))

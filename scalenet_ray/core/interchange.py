@@ -9,6 +9,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.masks import mask_of_image
 from scalenet_ray.core.window import Window
 
@@ -118,7 +119,7 @@ def to_supervision(
     if detections.masks is not None:
         if image_hw is None:
             msg = "masks need the image's size, got none: give image_hw"
-            raise ValueError(msg)
+            raise UserError(msg)
         masks = np.zeros((len(detections), *image_hw), bool)
         for i, (counts, window) in enumerate(zip(detections.masks, detections.windows.tolist(), strict=True)):
             whole = mask_of_image(counts, Window(*window), image_hw)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
+from scalenet_ray.core.errors import UserError
+
 __all__ = ["ResampledAP", "paired_intervals"]
 
 _AREAS = {"AP": 0, "AP_small": 1, "AP_large": 3}
@@ -116,7 +118,7 @@ def paired_intervals(
     """
     if baseline not in matched:
         msg = f"the policy to compare with must be one of {', '.join(matched)}, got {baseline!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     count = len(matched[baseline].params.imgIds)
     rng = np.random.default_rng(seed)
     draws = [np.ones(count), *(np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(resamples))]

@@ -15,7 +15,7 @@ import numpy as np
 
 from scalenet_ray.core.clock import timed
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.halving import BATCH_HALVED, in_halves
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap, fuse_maps, map_of_boxes
@@ -253,21 +253,21 @@ def _ask(
     nothing = [None] * len(tiles)
     if policy.kind != "first-pass" and predict_scale is None:
         msg = f"policy {policy.name} needs a scale map, got no Scale Net: give its weights with --scale-net PATH"
-        raise ValueError(msg)
+        raise UserError(msg)
     if not asks_detector(policy, predict_scale):
         assert not isinstance(predict_scale, ReadFeatures)
         assert predict_scale is not None
         return predict_scale(pixels, tiles), nothing
     if detect is None:
         msg = f"policy {policy.name} needs the detector's first pass, got no detector"
-        raise ValueError(msg)
+        raise UserError(msg)
     if policy.kind == "first-pass" or predict_scale is None:
         return nothing, [refuse_nan(one) for one in detect(pixels)]
     if not isinstance(predict_scale, ReadFeatures):
         return predict_scale(pixels, tiles), [refuse_nan(one) for one in detect(pixels)]
     if not isinstance(detect, DetectWithFeatures):
         msg = "this Scale Net reads the detector's feature maps, which this detector does not show: give another one"
-        raise ValueError(msg)
+        raise UserError(msg)
     glimpses = detect.with_features(pixels)
     maps = predict_scale.from_features([one.features for one in glimpses], tiles)
     return maps, [refuse_nan(one.detections) for one in glimpses]

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.masks import mask_of_window
 from scalenet_ray.core.window import Tile, boxes_to_image, edges_inside_image
 
@@ -49,14 +50,14 @@ class Merging:
     def __post_init__(self) -> None:
         if self.method not in ("nms", "soft-nms-linear", "soft-nms-gaussian"):
             msg = f"method must be nms, soft-nms-linear or soft-nms-gaussian, got {self.method!r}"
-            raise ValueError(msg)
+            raise UserError(msg)
         for name in ("iou_threshold", "score_threshold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 msg = f"{name} must be between 0 and 1, got {getattr(self, name)}"
-                raise ValueError(msg)
+                raise UserError(msg)
         if not (self.sigma > 0 and self.edge_margin >= 0):
             msg = f"sigma must be above 0 and edge_margin not below, got {self.sigma} and {self.edge_margin}"
-            raise ValueError(msg)
+            raise UserError(msg)
 
 
 _PAIRS_AT_ONCE = 2**12

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.scale import UNIT_AREA, ScaleRange
 from scalenet_ray.core.window import Tile, Window
@@ -50,7 +51,7 @@ _LOOKING: frozenset[str] = frozenset({"first-pass", "scalenet", "fused", "oracle
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def parse_policy(name: str, *, input_side: int, iou_threshold: float, score_thre
         f"there is no policy {name!r}: use whole, whole@SIZE (e.g. whole@640), pyramid, grid-N (e.g. grid-2), random, "
         "first-pass, scalenet, gain, fused or oracle, or describe one in a file for --policy-file"
     )
-    raise ValueError(msg)
+    raise UserError(msg)
 
 
 def check_names(policies: Sequence[Policy]) -> list[Policy]:

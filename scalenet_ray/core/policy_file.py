@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, policy_from_dict
 from scalenet_ray.core.yaml_file import read_yaml
 
@@ -21,5 +22,5 @@ def read_policies(uri: str | Path) -> list[Policy]:
     entries = content if isinstance(content, list) else [content]
     if not all(isinstance(entry, dict) for entry in entries):
         msg = f"{uri} must hold a policy (name: value lines) or a list of them, got {type(content).__name__}"
-        raise ValueError(msg)
+        raise UserError(msg)
     return [policy_from_dict(entry) for entry in entries]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.images import cut_tile
 from scalenet_ray.core.look import Detect, PredictScale, ReadFeatures, look
 from scalenet_ray.core.policy import Policy, Recursion, fitted_hw
@@ -163,7 +164,7 @@ def _directions(tile: Tile, scale_map: ScaleMap, policy: Policy) -> list[_Direct
         ]
     if rules.method == "gain" and scale_map.gain is None:
         msg = "method gain needs a map that says what a closer look gains, got one without: train a scale head"
-        raise ValueError(msg)
+        raise UserError(msg)
     directions = []
     for classes, zooms_in in ((rules.large_classes, False), (rules.small_classes, True)):
         if not classes:
@@ -242,7 +243,7 @@ def _zoom_factor(scale_map: ScaleMap, cells: CellWindow, direction: _Direction, 
         return rules.zoom if direction.zooms_in else 1.0 / rules.zoom
     if scale_map.scale is None:
         msg = "zoom none rescales by 1 / TopK, which needs a regression map, got a class map: give a fixed zoom"
-        raise ValueError(msg)
+        raise UserError(msg)
     return rescale_factor(scale_map.scale[cells.cells], rules)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 
 __all__ = [
     "BACKGROUND",
@@ -226,7 +226,7 @@ def fuse_maps(one: ScaleMap, other: ScaleMap) -> ScaleMap:
     """
     if one.prob is None or other.prob is None:
         msg = "only class maps can be fused, got a regression map: train Scale Net with a class preset"
-        raise ValueError(msg)
+        raise UserError(msg)
     hw = (max(one.hw[0], other.hw[0]), max(one.hw[1], other.hw[1]))
     gain = None
     if one.gain is not None and other.gain is not None:

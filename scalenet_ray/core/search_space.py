@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.policy import Policy, Recursion, policy_from_dict, policy_to_dict
 from scalenet_ray.core.yaml_file import read_yaml
@@ -72,19 +73,19 @@ def read_space(uri: str | Path) -> SearchSpace:
     if not isinstance(content, dict) or content.get("version") != SPACE_VERSION:
         got = content.get("version") if isinstance(content, dict) else type(content).__name__
         msg = f"{uri} must be a search space with version: {SPACE_VERSION}, got {got!r}: write it anew for this release"
-        raise ValueError(msg)
+        raise UserError(msg)
     unknown = sorted(set(content) - {"version", "policies", "search"})
     if unknown:
         msg = f"{uri} has {', '.join(unknown)}, which no search space has: it may have version, policies and search"
-        raise ValueError(msg)
+        raise UserError(msg)
     policies, search = content.get("policies"), content.get("search")
     if not isinstance(policies, list) or not policies or not all(isinstance(name, str) for name in policies):
         msg = f"{uri} must list the policies to start from, e.g. policies: [first-pass], got {policies!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     if not isinstance(search, dict) or not search:
         wanted = "what may change, e.g. recursion.window: {from: 0.3, to: 0.6}"
         msg = f"{uri} must say under search {wanted}, got {search!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     return SearchSpace(tuple(policies), {path: _field(str(path), value, uri) for path, value in search.items()})
 
 
@@ -97,13 +98,13 @@ def _field(path: str, value: Any, uri: str | Path) -> Range | Choice:
     if kind not in (int, float) or not {"from", "to"} <= set(ends) <= {"from", "to", "log"}:
         ranges = "{from: LOW, to: HIGH} or " if kind in (int, float) else ""
         msg = f"{where} must be {ranges}{{of: [VALUE, ...]}}, got {value!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     low, high, log = ends["from"], ends["to"], ends.get("log", False)
     numbers = all(isinstance(end, kind if kind is int else int | float) and end is not True for end in (low, high))
     if not numbers or not low < high or (log and low <= 0):
         wanted = f"from one {'whole number' if kind is int else 'number'} to a higher one, above 0 if log"
         msg = f"{where} must go {wanted}, got {value!r}: the range is empty"
-        raise ValueError(msg)
+        raise UserError(msg)
     return Range(low, high, bool(log), kind is int)
 
 
@@ -121,7 +122,7 @@ def _kind_of(path: str, uri: str | Path) -> Any:
         known = [f"{part}.{field.name}" for part, of in _PARTS for field in dataclasses.fields(of)]
         known += [field.name for field in dataclasses.fields(Policy) if field.name not in fixed]
         msg = f"{uri} would change {path}, which no policy has: it may be {', '.join(known)}"
-        raise ValueError(msg)
+        raise UserError(msg)
     kind = hints[name]
     return float if kind == float | None else kind
 

@@ -23,6 +23,8 @@ import pyarrow.fs
 from fsspec import AbstractFileSystem
 from fsspec.spec import AbstractBufferedFile
 
+from scalenet_ray.core.errors import UserError
+
 __all__ = [
     "Address",
     "as_arrow",
@@ -73,11 +75,11 @@ def _locate(uri: Address) -> tuple[AbstractFileSystem, str]:
         return fsspec.filesystem("file"), os.path.abspath(rest if separator else text)
     if scheme != "s3":
         msg = f"an address must be a local path, file:// or s3://, got {scheme}://: copy the files to one of these"
-        raise ValueError(msg)
+        raise UserError(msg)
     if "@" in rest.partition("/")[0]:
         # The address itself is not repeated: it holds a secret.
         msg = "an s3:// address must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
-        raise ValueError(msg)
+        raise UserError(msg)
     return _s3(), rest
 
 
@@ -174,7 +176,7 @@ def read_bytes(uri: Address, *, max_bytes: int | None = None) -> bytes:
 def _check_size(uri: Address, size: int, most: int) -> None:
     if size > most:
         msg = f"{os.fspath(uri)} may have {most} bytes, got {size}: split or shrink it, if it is the right one"
-        raise ValueError(msg)
+        raise UserError(msg)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.storage import read_bytes
 
 __all__ = ["read_yaml"]
@@ -27,4 +28,4 @@ def read_yaml(uri: str | Path) -> Any:
     # A ValueError: a date that is none. A RecursionError: brackets without end.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         msg = f"{uri} must be YAML, got something else ({error}): correct it"
-        raise ValueError(msg) from error
+        raise UserError(msg) from error

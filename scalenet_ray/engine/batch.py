@@ -14,6 +14,7 @@ import numpy as np
 from scalenet_ray.core import storage
 from scalenet_ray.core.clock import measured
 from scalenet_ray.core.coco import ImageRecord, safe_file_name
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.images import read_image
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.runs import RunFolder, ShardWriter
@@ -108,7 +109,7 @@ def _check_same_files(records: Sequence[ImageRecord], written: Mapping[int, str]
                 f"image {record.image_id} was {before} in the run to resume, got {record.file_name}: the images are "
                 "other ones by now; use another --output"
             )
-            raise ValueError(msg)
+            raise UserError(msg)
 
 
 def run_policy(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scalenet_ray.core.errors import UserError
+
 __all__ = ["Epochs", "Pick"]
 
 
@@ -46,10 +48,10 @@ class Epochs:
     def __post_init__(self) -> None:
         if self.train < 1:
             msg = f"training wants at least one image, got {self.train}: check the split and the limit"
-            raise ValueError(msg)
+            raise UserError(msg)
         if self.batch_size < 1 or self.batch_size % self.workers:
             msg = f"batch_size must be a multiple of the workers, got {self.batch_size} for {self.workers}"
-            raise ValueError(msg)
+            raise UserError(msg)
 
     @property
     def share(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.engine.attempts import TileId
 
 __all__ = ["PATIENCE", "CarefulCalls", "Patience"]
@@ -42,10 +42,10 @@ class Patience:
     def __post_init__(self) -> None:
         if self.call_seconds <= 0:
             msg = f"call_seconds must be above 0, got {self.call_seconds}"
-            raise ValueError(msg)
+            raise UserError(msg)
         if self.max_tries < 1:
             msg = f"max_tries must be 1 or more, got {self.max_tries}"
-            raise ValueError(msg)
+            raise UserError(msg)
 
 
 PATIENCE = Patience()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.engine.patience import PATIENCE, Patience
 
 __all__ = ["PoolSize", "Resources", "limits"]
@@ -62,24 +63,24 @@ class Resources:
             fewest, most = limits(getattr(self, name))
             if not 1 <= fewest <= most:
                 msg = f"{name} must be 1 or more, or (fewest, most), got {getattr(self, name)}"
-                raise ValueError(msg)
+                raise UserError(msg)
         for name in ("readers", "scale_batch_size", "detector_batch_size", "max_open_images", "pipelines"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 msg = f"{name} must be 1 or more, got {getattr(self, name)}"
-                raise ValueError(msg)
+                raise UserError(msg)
         if min(self.gpus_per_scale_actor, self.gpus_per_detector_actor) < 0:
             got = f"{self.gpus_per_scale_actor} and {self.gpus_per_detector_actor}"
             msg = f"GPUs per actor must be 0 or more, got {got}"
-            raise ValueError(msg)
+            raise UserError(msg)
         if self.no_progress_seconds <= 0:
             msg = f"no_progress_seconds must be above 0, got {self.no_progress_seconds}"
-            raise ValueError(msg)
+            raise UserError(msg)
         if self.pipelines is not None and self.pipelines > self._most_pipelines:
             msg = (
                 f"pipelines must be at most {self._most_pipelines}, so that each has a reader and an actor of either "
                 f"kind, got {self.pipelines}"
             )
-            raise ValueError(msg)
+            raise UserError(msg)
         _ = self.patience
 
     @property

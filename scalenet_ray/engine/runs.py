@@ -36,6 +36,7 @@ import yaml
 from scalenet_ray.core import storage
 from scalenet_ray.core.clock import STAGES, current_tally, timed
 from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.core.schemas import DETECTIONS, IMAGES, detections_table, images_table
 from scalenet_ray.engine.run_lock import RunLock, lock_run
@@ -127,7 +128,7 @@ class RunFolder:
         ]
         if differ:
             msg = f"{self.uri} was begun with other settings ({'; '.join(differ)}): use the same, or another --output"
-            raise ValueError(msg)
+            raise UserError(msg)
 
     def shards(self, kind: str, policy: str) -> list[str]:
         """Addresses of the finished shards of `detections` or `images` of one policy, in order."""

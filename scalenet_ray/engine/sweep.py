@@ -15,6 +15,7 @@ from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
 from scalenet_ray.core import storage
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.front import front
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.search_space import Choice, Range, SearchSpace, changed_policy, start_values
@@ -54,7 +55,7 @@ class Sweep:
         for name in ("trials", "at_once"):
             if getattr(self, name) < 1:
                 msg = f"{name} must be 1 or more, got {getattr(self, name)}"
-                raise ValueError(msg)
+                raise UserError(msg)
 
 
 def run_sweep(
@@ -125,7 +126,7 @@ def best_policies(rows: list[dict[str, Any]], task: TrialTask) -> list[Policy]:
     if not complete:
         failed = next((row["error"] for row in rows if row["error"]), "no trial came to its end")
         msg = f"no trial of {len(rows)} saw all images to its end: {failed}"
-        raise ValueError(msg)
+        raise UserError(msg)
     if task.ceiling is None:
         chosen = [complete[i] for i in front([(row["passes"], row["AP_small"]) for row in complete])]
         return [_policy(row, task, f"front-{i}") for i, row in enumerate(chosen, start=1)]
@@ -136,7 +137,7 @@ def best_policies(rows: list[dict[str, Any]], task: TrialTask) -> list[Policy]:
             f"no trial of {len(rows)} stays at {task.ceiling:g} passes an image or under, the cheapest takes "
             f"{least:.2f}: raise the ceiling, or let the space hold cheaper policies"
         )
-        raise ValueError(msg)
+        raise UserError(msg)
     return [_policy(max(under, key=lambda row: row["AP_small"]), task, "tuned")]
 
 
@@ -155,7 +156,7 @@ def _param_space(space: SearchSpace, sweep: Sweep) -> dict[str, Any]:
         msg = (
             f"a grid wants lists, {{of: [VALUE, ...]}}, got ranges for {', '.join(ranges)}: list values, or use optuna"
         )
-        raise ValueError(msg)
+        raise UserError(msg)
     return {path: tune.grid_search(list(field.options)) for path, field in fields.items() if isinstance(field, Choice)}
 
 

@@ -22,6 +22,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from scalenet_ray.core import storage
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.engine.epochs import Epochs
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.shares import cpu_share
@@ -87,7 +88,7 @@ def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dic
             raise RuntimeError(msg) from error
     if stopped:
         msg = f"{stopped[0]}: lower the learning rate or look at these"
-        raise ValueError(msg)
+        raise UserError(msg)
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as last:
         content = Path(last, recipe.file_name).read_bytes()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from scalenet_ray.core.errors import UserError
+
 __all__ = ["Training"]
 
 _FREE = ("gpus_per_worker", "readers", "keep", "max_restarts")
@@ -51,19 +53,19 @@ class Training:
         for name in ("workers", "readers", "epochs", "batch_size", "accumulate", "keep"):
             if getattr(self, name) < 1:
                 msg = f"{name} must be 1 or more, got {getattr(self, name)}"
-                raise ValueError(msg)
+                raise UserError(msg)
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 msg = f"{name} must be above 0, got {value}"
-                raise ValueError(msg)
+                raise UserError(msg)
         if min(self.max_restarts, self.gpus_per_worker) < 0:
             msg = f"max_restarts and gpus_per_worker must be 0 or more, got {self.max_restarts}, {self.gpus_per_worker}"
-            raise ValueError(msg)
+            raise UserError(msg)
         if self.batch_size % (self.workers * self.accumulate):
             parts = f"{self.workers} workers x {self.accumulate} parts"
             msg = f"batch_size must be a multiple of {parts}, got {self.batch_size}: change one of them"
-            raise ValueError(msg)
+            raise UserError(msg)
 
     def settings(self) -> dict[str, Any]:
         """What the weights depend on, by name: a run that is taken up must have the same."""

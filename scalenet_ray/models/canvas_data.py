@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, MNIST
 
 from scalenet_ray.core.canvases import resized
+from scalenet_ray.core.errors import UserError
 
 __all__ = ["Pictures", "load_pictures"]
 
@@ -59,10 +60,10 @@ def load_pictures(name: str, data: str | None, *, train: bool) -> Pictures:
         return _sklearn_digits(train)
     if name not in ("mnist", "cifar10"):
         msg = f"the data must be mnist, cifar10 or digits, got {name!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     if data is None:
         msg = f"{name} needs --data, the folder that holds it or that it is fetched into, got none"
-        raise ValueError(msg)
+        raise UserError(msg)
     if name == "mnist":
         mnist = _mnist(data, train)
         return Pictures(np.repeat(mnist.data.numpy()[..., None], 3, axis=3), mnist.targets.numpy().astype(np.int64))

@@ -11,6 +11,7 @@ from torch import nn
 
 from scalenet_ray.core.canvas_recursion import settle_canvases
 from scalenet_ray.core.canvases import resized
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.storage import join
 from scalenet_ray.models.canvas_data import Pictures, load_pictures
 from scalenet_ray.models.canvas_recipes import DOMAINS, CanvasRecipe, ClassifierRecipe, Domain, NetRecipe
@@ -72,7 +73,7 @@ class Experiment:
         kept = len(pictures.labels) - self.held_out
         if kept < 1:
             msg = f"held_out must leave pictures to train on, got {self.held_out} of {len(pictures.labels)}"
-            raise ValueError(msg)
+            raise UserError(msg)
         return pictures.part(slice(0, min(kept, self.train_limit or kept)))
 
     def tested(self, tests: str = "") -> Pictures:

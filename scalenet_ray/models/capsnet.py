@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from scalenet_ray.core.errors import UserError
+
 __all__ = ["ROUTING_ITERATIONS", "CapsNet", "margin_loss", "route", "squash"]
 
 ROUTING_ITERATIONS = 3
@@ -74,7 +76,7 @@ class CapsNet(nn.Module):
         super().__init__()
         if side < 2 * _KERNEL - 1:
             msg = f"a capsnet's side must be at least {2 * _KERNEL - 1}, got {side}: use a larger canvas"
-            raise ValueError(msg)
+            raise UserError(msg)
         cells = ((side - 2 * _KERNEL + 1) // _STRIDE + 1) ** 2
         channels, types = max(1, round(_CHANNELS * width)), max(1, round(_TYPES * width))
         self.features = nn.Conv2d(in_channels, channels, _KERNEL)

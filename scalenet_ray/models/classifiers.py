@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 from torchvision.ops import DeformConv2d
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.models.capsnet import CapsNet, margin_loss
 
 __all__ = ["KINDS", "build_classifier", "classifier_loss"]
@@ -58,14 +59,14 @@ def build_classifier(kind: str, *, side: int, in_channels: int, classes: int = 1
     _check_kind(kind)
     if width <= 0 or (width != 1 and kind in ("plain", "deformable")):
         msg = f"width must be above 0 for capsnet and vgg11 and 1 for the others, got {width} for {kind}: leave it out"
-        raise ValueError(msg)
+        raise UserError(msg)
     if kind == "capsnet":
         return CapsNet(side=side, in_channels=in_channels, classes=classes, width=width)
     if kind == "vgg11":
         return _vgg11(side, in_channels, classes, width)
     if side < _LEAST_SIDE:
         msg = f"the side for {kind} must be at least {_LEAST_SIDE}, got {side}: use a larger canvas"
-        raise ValueError(msg)
+        raise UserError(msg)
     first, second = _FILTERS
     return nn.Sequential(
         nn.Conv2d(in_channels, first, _KERNEL, padding=_KERNEL // 2),
@@ -86,7 +87,7 @@ def build_classifier(kind: str, *, side: int, in_channels: int, classes: int = 1
 def _vgg11(side: int, in_channels: int, classes: int, width: float) -> nn.Module:
     if side < _VGG_STRIDE or side % _VGG_STRIDE:
         msg = f"the side for vgg11 must be a multiple of {_VGG_STRIDE}, got {side}: use a canvas of such a side"
-        raise ValueError(msg)
+        raise UserError(msg)
     layers: list[nn.Module] = []
     channels = in_channels
     for stage in _VGG_STAGES:
@@ -114,11 +115,11 @@ def classifier_loss(kind: str, scores: torch.Tensor, labels: torch.Tensor) -> to
     _check_kind(kind)
     if scores.ndim != 2 or labels.shape != scores.shape[:1]:
         msg = f"scores must be [B, classes] and labels [B], got shapes {list(scores.shape)} and {list(labels.shape)}"
-        raise ValueError(msg)
+        raise UserError(msg)
     return margin_loss(scores, labels) if kind == "capsnet" else functional.cross_entropy(scores, labels.long())
 
 
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         msg = f"a classifier's kind must be of {', '.join(KINDS)}, got {kind}: name one of them"
-        raise ValueError(msg)
+        raise UserError(msg)

@@ -13,6 +13,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
 from scalenet_ray.core.coco import map_categories, read_annotations
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.images import cut_tile
 from scalenet_ray.core.storage import join
 from scalenet_ray.core.window import Window
@@ -217,23 +218,23 @@ def plan_fine_tuning(
             "a detector that is fine-tuned must be torchvision:NAME, torchvision:PATH or untrained:NAME, "
             f"got {start!r}: other kinds, such as exported ONNX files, can't be trained here"
         )
-        raise ValueError(msg)
+        raise UserError(msg)
     dataset_categories = _categories(images)
     detector = _open(start, dict(enumerate(dataset_categories.values(), start=1)))
     name = _network_name(what)
     if name.startswith("maskrcnn"):
         msg = f"{name} learns masks too, which are not cut into windows here: fine-tune a Faster R-CNN, got {start!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     side = detector.input_side if input_side is None else input_side
     if side < LEAST_SIDE:
         msg = f"input_side must be {LEAST_SIDE} tile pixels or more, got {side}"
-        raise ValueError(msg)
+        raise UserError(msg)
     mapping = map_categories(detector.categories, dataset_categories)
     examples = [example for part in images.examples() for example in part]
     most_boxes = max((len(example.objects.boxes) for example in examples), default=0)
     if not most_boxes:
         msg = f"fine-tuning wants objects, got {len(examples)} images without any: check the splits and the limit"
-        raise ValueError(msg)
+        raise UserError(msg)
     return DetectorRecipe(
         images=images,
         start=start,
@@ -274,5 +275,5 @@ def _categories(images: TrainingImages) -> dict[int, str]:
     found = [read_annotations(join(images.data, "annotations", f"instances_{split}.json")) for split in splits]
     if found[0].categories != found[-1].categories:
         msg = f"{' and '.join(splits)} must have the same categories, got others: correct the annotations"
-        raise ValueError(msg)
+        raise UserError(msg)
     return found[0].categories

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.look import Detect, DetectWithFeatures
 
 __all__ = ["DETECTOR_GROUP", "Detector", "ShowsFeatures", "check_detector", "load_detector"]
@@ -104,7 +105,7 @@ def load_detector(
     for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
         if value is not None and not 0.0 <= value <= 1.0:
             msg = f"{name} must be between 0 and 1, got {value}"
-            raise ValueError(msg)
+            raise UserError(msg)
     kind, _, what = spec.partition(":")
     settings: dict[str, Any] = {
         "device": device,
@@ -118,7 +119,7 @@ def load_detector(
             f"mixed precision is for detectors of kind {' or '.join(_OF_TORCH)}, got {spec!r}, which has a precision "
             "of its own: leave mixed precision out"
         )
-        raise ValueError(msg)
+        raise UserError(msg)
     added = _added_kind(kind)
     if added is not None and what:
         return check_detector(added.load()(what, **settings), spec)
@@ -126,7 +127,7 @@ def load_detector(
         return pkgutil.resolve_name(_LOADERS[kind])(what, **settings)
     if added is not None or kind in _LOADERS or not _OWN_CLASS.fullmatch(spec):
         msg = f"{_wanted()}, got {spec!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     return _load_own(spec)
 
 
@@ -137,7 +138,7 @@ def _added_kind(kind: str) -> EntryPoint | None:
         owners = sorted({f"package {point.dist.name}" if point.dist else point.value for point in found})
         ours = ["scalenet_ray itself"] if kind in _LOADERS else []
         msg = f"a kind of detector must have one maker, got {kind!r} from {' and '.join(ours + owners)}: rename one"
-        raise ValueError(msg)
+        raise UserError(msg)
     return found[0] if found else None
 
 
@@ -159,7 +160,7 @@ def check_detector(detector: Any, name: str) -> Detector:
     missing = [member for member in _MEMBERS if not hasattr(detector, member)]
     if missing:
         msg = f"detector {name!r} must have {', '.join(_MEMBERS)}, lacks {', '.join(missing)}: see Detector"
-        raise ValueError(msg)
+        raise UserError(msg)
     return detector
 
 
@@ -174,8 +175,8 @@ def _load_own(spec: str) -> Detector:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
         msg = f"{_wanted()}, got {spec!r}: there is no module {error.name!r} here or among the installed ones"
-        raise ValueError(msg) from error
+        raise UserError(msg) from error
     if not hasattr(module, class_name):
         msg = f"module {module_name} must have a class {class_name!r} for detector {spec!r}, got none of that name"
-        raise ValueError(msg)
+        raise UserError(msg)
     return check_detector(getattr(module, class_name)(), spec)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scalenet_ray.core.coco import Objects, objects_of, read_annotations, safe_file_name
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.images import read_image
 from scalenet_ray.core.masks import mask_of_segmentation
 from scalenet_ray.core.storage import join
@@ -57,7 +57,7 @@ def read_examples(data: str, split: str, limit: int | None = None) -> list[Examp
     dataset = read_annotations(join(data, "annotations", f"instances_{split}.json"))
     if limit is not None and limit < 1:
         msg = f"training wants at least one image, got a limit of {limit}: raise it"
-        raise ValueError(msg)
+        raise UserError(msg)
     return [
         Example(
             record.image_id,
@@ -93,7 +93,7 @@ class TrainingImages:
     def __post_init__(self) -> None:
         if not 0.0 <= self.holdout < 1.0:
             msg = f"holdout must be a share of the images, at least 0 and under 1, got {self.holdout}"
-            raise ValueError(msg)
+            raise UserError(msg)
 
     def examples(self) -> tuple[list[Example], list[Example]]:
         """Those to train on and those to validate on.

@@ -9,6 +9,7 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.models.weights import load_weights
 
 __all__ = ["IMAGENET", "load_encoder_weights"]
@@ -34,7 +35,7 @@ def load_encoder_weights(model: nn.Module, encoder_name: str | None, source: str
     """
     if encoder_name is None:
         msg = "encoder weights are for a preset with a named encoder, unet-lite0 or unet-vgg16: leave them out"
-        raise ValueError(msg)
+        raise UserError(msg)
     encoder = model.get_submodule("encoder")
     encoder = getattr(encoder, "model", encoder)
     if source != IMAGENET:
@@ -83,5 +84,5 @@ def _fill(encoder: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> 
             f"{source} lacks {len(wrong)} of the encoder's {len(wanted)} weights or has them in another shape, "
             f"e.g. {wrong[0]}: give the weights of the classifier that the preset's encoder is named after"
         )
-        raise ValueError(msg)
+        raise UserError(msg)
     encoder.load_state_dict({name: tensors[name] for name in wanted if name in tensors}, strict=False)

@@ -10,7 +10,7 @@ import numpy as np
 
 from scalenet_ray.core.coco import map_categories
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.look import Glimpse
 from scalenet_ray.models.detectors import Detector, ShowsFeatures
 from scalenet_ray.models.memory import saying_what_does_not_fit
@@ -78,7 +78,7 @@ class MappedDetector:
                 f"this Scale Net reads the detector's feature maps, which {type(self._detector).__name__} does not "
                 "show: use yolox-onnx:PATH or tiny:PATH, or a Scale Net that looks at pixels"
             )
-            raise ValueError(msg)
+            raise UserError(msg)
         return cast(ShowsFeatures, self._detector)
 
     def _mapped(self, found: Detections) -> Detections:

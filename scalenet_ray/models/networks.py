@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.models.detectors import Detector, load_detector
 from scalenet_ray.models.mapped_detector import MappedDetector
@@ -95,7 +96,7 @@ class NetworkNames:
                 predictor.check(detector)
             elif any(policy.recursion.method == "gain" for policy in policies):
                 msg = f"a policy that goes by the gain needs a scale head, got {self.scale_net}: train --preset head"
-                raise ValueError(msg)
+                raise UserError(msg)
 
     def reads_features(self, policies: Sequence[Policy]) -> bool:
         """Whether a policy needs Scale Net, and that reads the detector's feature maps; raises as `load_scale_net`."""
@@ -115,7 +116,7 @@ class NetworkNames:
     def _load(self) -> Detector:
         if self.detector is None:
             msg = "a detector must be named: give --detector kind:what, e.g. yolox-onnx:PATH or torchvision:NAME"
-            raise ValueError(msg)
+            raise UserError(msg)
         return load_detector(
             self.detector,
             device=self.device,
@@ -135,5 +136,5 @@ class NetworkNames:
 
         if self.scale_net is None:
             msg = "the policies scalenet and fused need Scale Net's weights: give --scale-net PATH"
-            raise ValueError(msg)
+            raise UserError(msg)
         return load_predictor(self.scale_net, self.device, mixed_precision=self.mixed_precision)

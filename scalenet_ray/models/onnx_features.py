@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
+from scalenet_ray.core.errors import UserError
+
 __all__ = ["expose_features"]
 
 
@@ -40,7 +42,7 @@ def expose_features(data: bytes) -> bytes:
         names.append(graph.nodes[max(shared)].output[0])
     if len(names) < 2 or len(set(names)) != len(names):
         msg = f"the network must end in a Concat of its levels' answers, each of branches from one map, got {names}"
-        raise ValueError(msg)
+        raise UserError(msg)
     model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     return model.SerializeToString()
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.core.window import Tile
 from scalenet_ray.models.detectors import ShowsFeatures
@@ -103,7 +103,7 @@ class ScaleHeadPredictor:
             self.config = HeadConfig(channels, **fields)
         except (TypeError, KeyError) as error:
             msg = f"{path} holds a scale head that this version can't build: {error}"
-            raise ValueError(msg) from error
+            raise UserError(msg) from error
         self.model = ScaleHead(self.config)
         load_state(self.model, tensors, path)
         self.model.eval().to(device)
@@ -123,7 +123,7 @@ class ScaleHeadPredictor:
                 f"this scale head reads the features of {self.config.detector or 'another detector'}, channels "
                 f"{wanted[0]} from stride {wanted[1]} on, got {got[0]} from {got[1]}: train one for this detector"
             )
-            raise ValueError(msg)
+            raise UserError(msg)
 
     def from_features(
         self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]

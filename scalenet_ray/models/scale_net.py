@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.core.window import Tile
 from scalenet_ray.models.memory import saying_what_does_not_fit
@@ -84,22 +84,22 @@ class ScaleNetConfig:
         if self.architecture not in get_args(Architecture) or self.kind not in get_args(Kind):
             known = f"{', '.join(get_args(Architecture))} and {', '.join(get_args(Kind))}"
             msg = f"a scale net's architecture and kind must be of {known}, got {self.architecture} and {self.kind}"
-            raise ValueError(msg)
+            raise UserError(msg)
         if self.classes != NUM_CLASSES:
             msg = f"a scale net must have {NUM_CLASSES} classes, got {self.classes}: train it on this version's classes"
-            raise ValueError(msg)
+            raise UserError(msg)
         if self.in_channels not in (1, 3):
             msg = f"in_channels must be 3 (RGB) or 1 (grey), got {self.in_channels}"
-            raise ValueError(msg)
+            raise UserError(msg)
         if (self.kind == "regression") != (self.input_side is None):
             msg = f"a regression takes tiles as they are and classes a fixed side, got {self.kind}, {self.input_side}"
-            raise ValueError(msg)
+            raise UserError(msg)
         if self.architecture != "fcn" and (self.input_side is None or self.input_side < 32 or self.input_side % 32):
             msg = f"a U-Net's input_side must be a multiple of 32, got {self.input_side}"
-            raise ValueError(msg)
+            raise UserError(msg)
         if self.architecture == "unet" and self.encoder is None:
             msg = "the architecture unet wants the name of an encoder, got none: e.g. vgg16"
-            raise ValueError(msg)
+            raise UserError(msg)
 
     @property
     def output_stride(self) -> int:
@@ -115,7 +115,7 @@ class ScaleNetConfig:
         """
         if self.input_side is None:
             msg = "the output of a net that takes tiles as they are is as large as its input: it has no fixed size"
-            raise ValueError(msg)
+            raise UserError(msg)
         side = self.input_side // self.output_stride
         return (side, side)
 
@@ -263,7 +263,7 @@ def read_checkpoint(path: str | Path, name: str) -> tuple[dict[str, torch.Tensor
     tensors, header = load_weights(str(path))
     if name not in header:
         msg = f"{path} must have '{name}' in its header, got {sorted(header)}: it is the checkpoint of something else"
-        raise ValueError(msg)
+        raise UserError(msg)
     return tensors, json.loads(header[name])
 
 
@@ -277,7 +277,7 @@ def load_state(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | P
         model.load_state_dict(tensors)
     except RuntimeError as error:
         msg = f"the weights in {path} do not fit the network that its own header describes: {error}"
-        raise ValueError(msg) from error
+        raise UserError(msg) from error
 
 
 def save_scale_net(model: nn.Module, config: ScaleNetConfig, path: str | Path) -> None:
@@ -296,7 +296,7 @@ def load_scale_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Sc
         config = ScaleNetConfig(**fields)
     except (TypeError, ValueError) as error:
         msg = f"{path} holds a scale net that this version can't build: {error}"
-        raise ValueError(msg) from error
+        raise UserError(msg) from error
     model = build_scale_net(config)
     load_state(model, tensors, path)
     return model.eval().to(device), config

@@ -14,6 +14,8 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from scalenet_ray.core.errors import UserError
+
 __all__ = ["build_detector", "detector_names", "fetch_detector", "norm_eps", "published_name", "set_norm_eps"]
 
 _ZERO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
@@ -49,7 +51,7 @@ def fetch_detector(name: str) -> nn.Module:
     _check_name(name)
     if name in _OF_THE_PAPER:
         msg = f"torchvision has no weights for {name}: give a file, as torchvision:{name}@PATH"
-        raise ValueError(msg)
+        raise UserError(msg)
     try:
         return torchvision.models.get_model(name, weights="DEFAULT", progress=False)
     except OSError as error:
@@ -96,7 +98,7 @@ def set_norm_eps(model: nn.Module, path: str, saved: dict[str, float]) -> None:
 def _check_name(name: str) -> None:
     if name not in detector_names():
         msg = f"a torchvision detector must be one of {', '.join(detector_names())}, got {name!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
 
 
 def _resnet101_fpn() -> BackboneWithFPN:

@@ -15,7 +15,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.models.canvas import detect_by_canvas, square_canvas
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES, COCO_NUM_CLASSES
 from scalenet_ray.models.torchvision_builders import (
@@ -235,10 +235,10 @@ def _checked_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         msg = f"device must be one that torch knows, such as cpu or cuda:0, got {name!r}"
-        raise ValueError(msg) from error
+        raise UserError(msg) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         msg = f"device {name!r} was wanted, torch finds {torch.cuda.device_count()} CUDA devices: use device cpu"
-        raise ValueError(msg)
+        raise UserError(msg)
     return device
 
 
@@ -298,13 +298,13 @@ def save_detector(model: nn.Module, name: str, categories: Mapping[int, str], pa
     outside = [category for category in categories if not 0 < category < num_classes]
     if outside or not categories:
         msg = f"category ids must be in 1..{num_classes - 1}, the model's classes, got {outside or 'none at all'}"
-        raise ValueError(msg)
+        raise UserError(msg)
     with torch.device("meta"):
         wanted = _shapes(build_detector(name, num_classes))
     differing = sorted(wanted.items() ^ _shapes(model).items())
     if differing:
         msg = f"the model must be a {name}, but they differ in {len(differing)} tensors, such as {differing[0][0]}"
-        raise ValueError(msg)
+        raise UserError(msg)
     metadata = {
         "detector": name,
         "num_classes": str(num_classes),
@@ -334,10 +334,10 @@ def _from_file(path: str, name: str | None) -> tuple[nn.Module, Mapping[int, str
     of_file = metadata.get("detector") or published_name(path)
     if name is None and of_file is None:
         msg = f"{path} doesn't say which detector it is: name it as torchvision:NAME@{path}, or use save_detector"
-        raise ValueError(msg)
+        raise UserError(msg)
     if name is not None and of_file not in (None, name):
         msg = f"{path} must hold a {name}, got a {of_file}: load it as torchvision:{path}"
-        raise ValueError(msg)
+        raise UserError(msg)
     num_classes = int(metadata.get("num_classes", COCO_NUM_CLASSES))
     model = build_detector(name or str(of_file), num_classes)
     try:
@@ -345,7 +345,7 @@ def _from_file(path: str, name: str | None) -> tuple[nn.Module, Mapping[int, str
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         msg = f"the weights in {path} are not those of a {name or of_file} with {num_classes} classes: {reason}"
-        raise ValueError(msg) from error
+        raise UserError(msg) from error
     set_norm_eps(model, path, json.loads(metadata.get("norm_eps", "{}")))
     named = json.loads(metadata["categories"]) if "categories" in metadata else COCO_CATEGORIES
     return model, {int(category): title for category, title in named.items()}

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.storage import read_bytes, write_bytes_atomic
 
 __all__ = ["SUFFIXES", "load_weights", "save_weights"]
@@ -33,7 +34,7 @@ def load_weights(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
     if not path.endswith(SUFFIXES):
         msg = f"weights must be a file that ends in {', '.join(SUFFIXES)}, got {path!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     data = read_bytes(path)
     if path.endswith(".safetensors"):
         return _parse_safetensors(data, path)
@@ -53,7 +54,7 @@ def save_weights(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     """
     if not path.endswith(".safetensors"):
         msg = f"weights are written as safetensors, got {path!r}: end the path in .safetensors"
-        raise ValueError(msg)
+        raise UserError(msg)
     # Copies, since safetensors refuses tensors that share memory.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_bytes_atomic(path, save(copies, dict(metadata)))
@@ -64,7 +65,7 @@ def _parse_safetensors(data: bytes, path: str) -> tuple[dict[str, torch.Tensor],
         tensors = load(data)
     except SafetensorError as error:
         msg = f"{path} must be a whole safetensors file, got {len(data)} bytes that are none ({error}): copy it again"
-        raise ValueError(msg) from error
+        raise UserError(msg) from error
     # The library gives metadata from a local file only; the header is JSON after its length in eight bytes.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, header.get("__metadata__", {})
@@ -76,9 +77,9 @@ def _parse_pickle(data: bytes, path: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # Damage shows as errors of many kinds.
         reason = str(error).partition("\n")[0]
         msg = f"{path} must hold tensors alone, whole and without code, got: {reason} Save the model's state_dict()"
-        raise ValueError(msg) from error
+        raise UserError(msg) from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         content = f"entries {sorted(map(str, found))[:5]}" if isinstance(found, dict) else f"a {type(found).__name__}"
         msg = f"{path} must be a state dict, tensors by name, got {content}: save the model's state_dict()"
-        raise ValueError(msg)
+        raise UserError(msg)
     return found

@@ -18,7 +18,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: ignore[attr-defined]
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.look import Glimpse
 from scalenet_ray.core.merge import nms
 from scalenet_ray.core.storage import read_bytes
@@ -104,10 +104,10 @@ class YoloxDetector:
             session = onnxruntime.InferenceSession(data, options, providers=providers)
         except (ort_errors.InvalidProtobuf, ort_errors.InvalidGraph, ort_errors.Fail) as error:
             msg = f"{path} must be a whole ONNX file, got {len(data)} bytes that onnxruntime can't read: {error}"
-            raise ValueError(msg) from error
+            raise UserError(msg) from error
         if device != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":
             msg = f"device {device!r} was wanted, but onnxruntime fell back to the CPU: check the GPU and its CUDA"
-            raise ValueError(msg)
+            raise UserError(msg)
         try:
             exported = cls(session, score_threshold=score_threshold, iou_threshold=iou_threshold)
             freed, data = _free_session(session, data, options)
@@ -120,7 +120,7 @@ class YoloxDetector:
             )
         except ValueError as error:
             msg = f"{path}: {error}"
-            raise ValueError(msg) from error
+            raise UserError(msg) from error
 
     feature_stride = _CELL_STRIDES[0]
 
@@ -137,7 +137,7 @@ class YoloxDetector:
                 f"a tile of {hw[0]} x {hw[1]} does not fit this network's fixed input of {self._fixed_hw[0]} x "
                 f"{self._fixed_hw[1]}: cut tiles of at most {self.input_side} or export it with free height and width"
             )
-            raise ValueError(msg)
+            raise UserError(msg)
         return self._fixed_hw
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
@@ -148,7 +148,7 @@ class YoloxDetector:
     def _featured(self) -> onnxruntime.InferenceSession:
         if self._open_features is None:
             msg = "this YOLOX shows no feature maps: load it from its file"
-            raise ValueError(msg)
+            raise UserError(msg)
         return self._open_features()
 
     @property
@@ -205,7 +205,7 @@ class YoloxDetector:
                 f"YOLOX must answer {list(batch.shape)} with {list(wanted)}, one row for each cell of strides "
                 f"8, 16 and 32, got {list(output.shape)}: export the network with these three strides"
             )
-            raise ValueError(msg)
+            raise UserError(msg)
         return output
 
     def _decode(self, rows: np.ndarray, canvas: tuple[int, int], tile_hw: tuple[int, int]) -> Detections | TileError:
@@ -311,7 +311,7 @@ def _read_input_shape(shape: list[Any]) -> tuple[bool, tuple[int, int] | None]:
     fixed = [side for side in shape[2:] if isinstance(side, int)]
     if not is_yolox or len(fixed) == 1 or any(side < STRIDE or side % STRIDE for side in fixed):
         msg = f"the input must be {wanted}, got {shape}: export the network so"
-        raise ValueError(msg)
+        raise UserError(msg)
     return shape[0] == 1, (fixed[0], fixed[1]) if fixed else None
 
 
@@ -326,7 +326,7 @@ def _read_categories(metadata: Mapping[str, str], output_shape: list[Any]) -> di
             f"the output must be [batch, rows, {5 + len(categories)}] for {len(categories)} categories, got "
             f"{output_shape}: name the network's own in the ONNX metadata 'categories', as JSON of id -> name"
         )
-        raise ValueError(msg)
+        raise UserError(msg)
     return categories
 
 
@@ -337,9 +337,9 @@ def _providers(device: str) -> list[Any]:
         return ["CPUExecutionProvider"]
     if kind != "cuda" or (index and not index.isdecimal()):
         msg = f"device must be cpu, cuda or cuda:INDEX, got {device!r}"
-        raise ValueError(msg)
+        raise UserError(msg)
     available = onnxruntime.get_available_providers()
     if "CUDAExecutionProvider" not in available:
         msg = f"device {device!r} needs onnxruntime-gpu, got one with {available}: install it, or use device cpu"
-        raise ValueError(msg)
+        raise UserError(msg)
     return [("CUDAExecutionProvider", {"device_id": int(index or 0)}), "CPUExecutionProvider"]
