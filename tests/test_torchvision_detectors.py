@@ -48,6 +48,16 @@ def lively_model(name: str) -> Any:
     return model.eval()
 
 
+def in_float64(model: Any) -> Any:
+    """The same network, computing in float64 from its backbone on, in place.
+
+    With random weights many boxes nearly tie, in score and in overlap. float32 breaks such ties by how a CPU sums, so
+    that batches and machines disagree about which box stays; float64 leaves them 1e9 times less room.
+    """
+    model.double().backbone.register_forward_pre_hook(lambda _module, inputs: (inputs[0].double(),))
+    return model
+
+
 def make_tiles(*sizes: tuple[int, int]) -> list[np.ndarray]:
     """Tiles of (height, width), of random coloured blocks."""
     rng = np.random.default_rng(0)
@@ -69,9 +79,10 @@ def inputs_seen(model: nn.Module) -> list[torch.Tensor]:
 
 
 def assert_same(one: Detections, other: Detections) -> None:
+    """Equal but for the rounding to float32 of what was computed in float64: an ulp, at most 1.2e-7 of a value."""
     assert one.labels.tolist() == other.labels.tolist()
-    np.testing.assert_allclose(one.boxes, other.boxes, atol=0.01)
-    np.testing.assert_allclose(one.scores, other.scores, atol=1e-4)
+    np.testing.assert_allclose(one.boxes, other.boxes, rtol=2.4e-7, atol=1e-9)
+    np.testing.assert_allclose(one.scores, other.scores, rtol=2.4e-7)
     assert one.masks == other.masks
 
 
@@ -97,16 +108,15 @@ def test_every_network_sees_tiles_at_their_own_size_in_one_batch(name: str) -> N
 
 @pytest.mark.parametrize(("name", "side"), [(SMALL_RCNN, 64), (SMALL_SSD, 320)])
 def test_boxes_are_torchvisions_own_where_its_resizing_does_nothing(name: str, side: int) -> None:
-    model, (tile,) = lively_model(name), make_tiles((side, side))
+    model, (tile,) = in_float64(lively_model(name)), make_tiles((side, side))
     model.transform.min_size, model.transform.max_size = (side,), side
     with torch.inference_mode():
         expected = model([torch.from_numpy(tile.transpose(2, 0, 1).copy()) / 255])[0]
-    keep = expected["scores"] > 0.05
-    (found,) = detections(TorchvisionDetector(lively_model(name), CATEGORIES, score_threshold=0.05)([tile]))
-    assert keep.sum() > 1
-    assert found.labels.tolist() == expected["labels"][keep].tolist()
-    np.testing.assert_allclose(found.boxes, expected["boxes"][keep].numpy(), atol=0.01)
-    np.testing.assert_allclose(found.scores, expected["scores"][keep].numpy(), atol=1e-4)
+    own = Detections(**{key: values[expected["scores"] > 0.05].numpy() for key, values in expected.items()})
+    detector = TorchvisionDetector(in_float64(lively_model(name)), CATEGORIES, score_threshold=0.05)
+    (found,) = detections(detector([tile]))
+    assert len(own) > 1
+    assert_same(found, own)
 
 
 def test_boxes_stay_inside_their_tile_and_not_only_its_canvas() -> None:
@@ -136,13 +146,13 @@ def test_an_ssds_default_boxes_keep_their_size_in_pixels_on_a_larger_canvas() ->
 
 @pytest.mark.parametrize("name", [SMALL_RCNN, SMALL_SSD, "maskrcnn_resnet50_fpn"])
 def test_tiles_of_one_canvas_are_one_call_and_equal_one_by_one(name: str) -> None:
-    detector = TorchvisionDetector(lively_model(name), CATEGORIES)
-    sizes = [(64, 64), (40, 64), (32, 32), (64, 64), (1, 1), (64, 33), (20, 20), (50, 60)]
+    detector = TorchvisionDetector(in_float64(lively_model(name)), CATEGORIES)
+    sizes = [(64, 64), (40, 64), (32, 32), (1, 1), (64, 33)]
     tiles = make_tiles(*sizes)
     alone = [detections(detector([tile]))[0] for tile in tiles]
     seen = inputs_seen(detector.model)
     together = detections(detector(tiles))
-    assert [len(batch) for batch in seen] == ([8] if name == SMALL_SSD else [5, 3])
+    assert [len(batch) for batch in seen] == ([5] if name == SMALL_SSD else [3, 2])
     assert sum(map(len, alone)) > 8
     for one, other in zip(alone, together, strict=True):
         assert_same(one, other)
@@ -210,7 +220,7 @@ def _regions_of_second(inputs: Any) -> slice:
 )
 def test_a_network_that_breaks_on_a_tile_costs_that_tile_alone(name: str, module: str, rows: Any) -> None:
     tiles = make_tiles((64, 64), (60, 64), (64, 64))
-    detector = TorchvisionDetector(lively_model(name), CATEGORIES)
+    detector = TorchvisionDetector(in_float64(lively_model(name)), CATEGORIES)
     first, _, third = detections(detector(tiles))
     break_second_tile(detector.model.get_submodule(module), rows)
     found = detector(tiles)
@@ -223,14 +233,16 @@ def test_a_network_that_breaks_on_a_tile_costs_that_tile_alone(name: str, module
 
 def test_thresholds_are_the_models_own_unless_given() -> None:
     tiles = make_tiles((64, 64))
-    own = TorchvisionDetector(lively_model(SMALL_SSD), CATEGORIES)
+    own = TorchvisionDetector(in_float64(lively_model(SMALL_SSD)), CATEGORIES)
     assert own.iou_threshold == 0.55
     assert TorchvisionDetector(lively_model(SMALL_RCNN), CATEGORIES).iou_threshold == 0.5
     (found,) = detections(own(tiles))
-    middle = float(np.median(found.scores))
-    sure = TorchvisionDetector(lively_model(SMALL_SSD), CATEGORIES, score_threshold=middle)
+    ranked = np.sort(found.scores)
+    gap = np.diff(ranked).argmax()
+    middle = float(ranked[gap : gap + 2].mean())
+    sure = TorchvisionDetector(in_float64(lively_model(SMALL_SSD)), CATEGORIES, score_threshold=middle)
     assert detections(sure(tiles))[0].scores.tolist() == found.scores[found.scores > middle].tolist()
-    apart = TorchvisionDetector(lively_model(SMALL_SSD), CATEGORIES, iou_threshold=0.05)
+    apart = TorchvisionDetector(in_float64(lively_model(SMALL_SSD)), CATEGORIES, iou_threshold=0.05)
     assert apart.iou_threshold == 0.05
     assert len(detections(apart(tiles))[0]) < len(found)
 
