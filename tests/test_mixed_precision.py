@@ -57,7 +57,10 @@ def test_torchvisions_detectors_compute_in_it_where_asked_and_answer_in_float32(
 
 
 def test_the_samples_detector_finds_the_same_in_bfloat16() -> None:
-    detectors: list[Any] = [load_detector(SAMPLE_DETECTOR, mixed_precision=mixed) for mixed in (False, True)]
+    # Nothing is suppressed: which of two boxes that nearly tie is kept hangs on rounding, and bfloat16's is coarse.
+    detectors: list[Any] = [
+        load_detector(SAMPLE_DETECTOR, mixed_precision=mixed, iou_threshold=1.0) for mixed in (False, True)
+    ]
     seen = dtypes_seen(detectors[1].model)
     pixels = scenes(6)
     compared = 0
@@ -65,7 +68,7 @@ def test_the_samples_detector_finds_the_same_in_bfloat16() -> None:
         for box, score, label in zip(plain.boxes, plain.scores, plain.labels, strict=True):
             if score < 0.3:
                 continue
-            same = (iou_matrix(box[None], mixed.boxes)[0] > 0.7) & (mixed.labels == label)
+            same = (iou_matrix(box[None], mixed.boxes)[0] > 0.9) & (mixed.labels == label)
             assert np.abs(mixed.scores[same] - score).min() < 0.03
             compared += 1
     assert compared > 10

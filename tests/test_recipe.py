@@ -26,9 +26,10 @@ def _gradients(model: nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_parts_give_the_gradient_of_the_whole(parts: int) -> None:
-    whole, apart = _model(), _model()
-    loss = forward_backward(whole, BATCH, _loss)
-    torch.testing.assert_close(forward_backward(apart, BATCH, _loss, parts=parts), loss)
+    whole, apart = _model().double(), _model().double()
+    batch = {name: values.double() for name, values in BATCH.items()}
+    loss = forward_backward(whole, batch, _loss)
+    torch.testing.assert_close(forward_backward(apart, batch, _loss, parts=parts), loss)
     assert len(_gradients(whole)) == 4
     torch.testing.assert_close(_gradients(apart), _gradients(whole))
     assert not loss.requires_grad

@@ -20,6 +20,7 @@ from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.torchvision_builders import build_detector, detector_names, norm_eps
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector, save_detector
 from scalenet_ray.models.weights import load_weights, save_weights
+from tests.float64 import in_float64
 
 SMALL_RCNN, SMALL_SSD = "fasterrcnn_mobilenet_v3_large_fpn", "ssdlite320_mobilenet_v3_large"
 CATEGORIES = {1: "cat", 2: "dog"}
@@ -48,14 +49,9 @@ def lively_model(name: str) -> Any:
     return model.eval()
 
 
-def in_float64(model: Any) -> Any:
-    """The same network, computing in float64 from its backbone on, in place.
-
-    With random weights many boxes nearly tie, in score and in overlap. float32 breaks such ties by how a CPU sums, so
-    that batches and machines disagree about which box stays; float64 leaves them 1e9 times less room.
-    """
-    model.double().backbone.register_forward_pre_hook(lambda _module, inputs: (inputs[0].double(),))
-    return model
+def exact(model: Any) -> Any:
+    """A detector whose boxes do not depend on how a CPU rounds; images are still normalised in float32."""
+    return in_float64(model, "backbone")
 
 
 def make_tiles(*sizes: tuple[int, int]) -> list[np.ndarray]:
@@ -108,12 +104,12 @@ def test_every_network_sees_tiles_at_their_own_size_in_one_batch(name: str) -> N
 
 @pytest.mark.parametrize(("name", "side"), [(SMALL_RCNN, 64), (SMALL_SSD, 320)])
 def test_boxes_are_torchvisions_own_where_its_resizing_does_nothing(name: str, side: int) -> None:
-    model, (tile,) = in_float64(lively_model(name)), make_tiles((side, side))
+    model, (tile,) = exact(lively_model(name)), make_tiles((side, side))
     model.transform.min_size, model.transform.max_size = (side,), side
     with torch.inference_mode():
         expected = model([torch.from_numpy(tile.transpose(2, 0, 1).copy()) / 255])[0]
     own = Detections(**{key: values[expected["scores"] > 0.05].numpy() for key, values in expected.items()})
-    detector = TorchvisionDetector(in_float64(lively_model(name)), CATEGORIES, score_threshold=0.05)
+    detector = TorchvisionDetector(exact(lively_model(name)), CATEGORIES, score_threshold=0.05)
     (found,) = detections(detector([tile]))
     assert len(own) > 1
     assert_same(found, own)
@@ -146,7 +142,7 @@ def test_an_ssds_default_boxes_keep_their_size_in_pixels_on_a_larger_canvas() ->
 
 @pytest.mark.parametrize("name", [SMALL_RCNN, SMALL_SSD, "maskrcnn_resnet50_fpn"])
 def test_tiles_of_one_canvas_are_one_call_and_equal_one_by_one(name: str) -> None:
-    detector = TorchvisionDetector(in_float64(lively_model(name)), CATEGORIES)
+    detector = TorchvisionDetector(exact(lively_model(name)), CATEGORIES)
     sizes = [(64, 64), (40, 64), (32, 32), (1, 1), (64, 33)]
     tiles = make_tiles(*sizes)
     alone = [detections(detector([tile]))[0] for tile in tiles]
@@ -220,7 +216,7 @@ def _regions_of_second(inputs: Any) -> slice:
 )
 def test_a_network_that_breaks_on_a_tile_costs_that_tile_alone(name: str, module: str, rows: Any) -> None:
     tiles = make_tiles((64, 64), (60, 64), (64, 64))
-    detector = TorchvisionDetector(in_float64(lively_model(name)), CATEGORIES)
+    detector = TorchvisionDetector(exact(lively_model(name)), CATEGORIES)
     first, _, third = detections(detector(tiles))
     break_second_tile(detector.model.get_submodule(module), rows)
     found = detector(tiles)
@@ -233,16 +229,16 @@ def test_a_network_that_breaks_on_a_tile_costs_that_tile_alone(name: str, module
 
 def test_thresholds_are_the_models_own_unless_given() -> None:
     tiles = make_tiles((64, 64))
-    own = TorchvisionDetector(in_float64(lively_model(SMALL_SSD)), CATEGORIES)
+    own = TorchvisionDetector(exact(lively_model(SMALL_SSD)), CATEGORIES)
     assert own.iou_threshold == 0.55
     assert TorchvisionDetector(lively_model(SMALL_RCNN), CATEGORIES).iou_threshold == 0.5
     (found,) = detections(own(tiles))
     ranked = np.sort(found.scores)
     gap = np.diff(ranked).argmax()
     middle = float(ranked[gap : gap + 2].mean())
-    sure = TorchvisionDetector(in_float64(lively_model(SMALL_SSD)), CATEGORIES, score_threshold=middle)
+    sure = TorchvisionDetector(exact(lively_model(SMALL_SSD)), CATEGORIES, score_threshold=middle)
     assert detections(sure(tiles))[0].scores.tolist() == found.scores[found.scores > middle].tolist()
-    apart = TorchvisionDetector(in_float64(lively_model(SMALL_SSD)), CATEGORIES, iou_threshold=0.05)
+    apart = TorchvisionDetector(exact(lively_model(SMALL_SSD)), CATEGORIES, iou_threshold=0.05)
     assert apart.iou_threshold == 0.05
     assert len(detections(apart(tiles))[0]) < len(found)
 
