@@ -350,7 +350,7 @@ def test_sums_of_batches_are_the_sum_of_all(recipe: ScaleRecipe) -> None:
         apart = [recipe.count(model, _batch(row)) for row in rows]
         together = recipe.count(model, _batch(*rows))
     for name, value in together.items():
-        # The loss is a float32, within some ulps of 1.2e-7; all else is whole numbers, that one pixel would change by more.
+        # The loss is a float32, within some ulps of 1.2e-7; all else are whole numbers, which a pixel changes by more.
         np.testing.assert_allclose(sum(part[name] for part in apart), value, rtol=1e-6, err_msg=name)
 
 
