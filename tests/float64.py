@@ -1,4 +1,4 @@
-"""Networks that compute in float64, where answers must not hang on how a CPU rounds."""
+"""Networks that compute in float64, where answers must not depend on how a CPU rounds."""
 
 from __future__ import annotations
 

@@ -35,9 +35,8 @@ def _rows(results: list[dict[str, Any]]) -> np.ndarray:
 def same_results(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
     """COCO results that match one to one but for a network's last digits, in any order.
 
-    Boxes match within 0.01 px, scores within 1e-4. Rounding in float32, of some 1e-7 at each layer, leaves less than a
-    tenth of either between the sample's networks computing tiles alone and in batches; and noise of 1e-5 at each layer
-    changes none of their decisions on the sample's scenes.
+    Boxes match within 0.01 px, scores within 1e-4. Noise of 1e-6 at each layer, ten times float32's rounding, moves
+    what the sample's networks find by a tenth of either, and noise of 1e-5 changes none of their decisions.
     """
     left, right = _rows(one), _rows(other)
     if left.shape != right.shape:

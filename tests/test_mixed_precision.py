@@ -57,7 +57,7 @@ def test_torchvisions_detectors_compute_in_it_where_asked_and_answer_in_float32(
 
 
 def test_the_samples_detector_finds_the_same_in_bfloat16() -> None:
-    # Nothing is suppressed: which of two boxes that nearly tie is kept hangs on rounding, and bfloat16's is coarse.
+    # Nothing is suppressed: which of two boxes that nearly tie is kept depends on rounding, and bfloat16's is coarse.
     detectors: list[Any] = [
         load_detector(SAMPLE_DETECTOR, mixed_precision=mixed, iou_threshold=1.0) for mixed in (False, True)
     ]
