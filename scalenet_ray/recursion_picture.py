@@ -13,13 +13,12 @@ from matplotlib.patches import Rectangle
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.merge import iou_matrix
+from scalenet_ray.core.findings import are_new
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.recursion import Step
-from scalenet_ray.core.scale import ScaleMap
+from scalenet_ray.core.recursion import Step, planning_weights
 from scalenet_ray.svg import drawing
 
-__all__ = ["NEW", "SEEN", "are_new", "draw_boxes", "draw_look", "picture_bytes", "recursion_figure"]
+__all__ = ["NEW", "SEEN", "draw_boxes", "draw_look", "picture_bytes", "recursion_figure"]
 
 # Okabe and Ito's palette: apart for colour-blind readers too.
 SEEN, NEW = "#56b4e9", "#e69f00"
@@ -27,38 +26,12 @@ SEEN, NEW = "#56b4e9", "#e69f00"
 
 _HEAT = np.array([230, 159, 0], np.float32)
 _DIMMED = 0.35
-_SAME_OBJECT = 0.5
 _MOST_PIXELS_ALONG = 1200
 _PANEL_INCHES = 4.2
 
 
-def are_new(found: Detections, before: Detections) -> np.ndarray:
-    """Which detections overlap none of `before` of their own category by half (IoU).
-
-    Args:
-        found: N detections.
-        before: M detections in the same frame.
-
-    Returns:
-        [N] bool.
-    """
-    overlap = iou_matrix(found.boxes, before.boxes) * (found.labels[:, None] == before.labels[None, :])
-    return overlap.max(axis=1, initial=0.0) < _SAME_OBJECT
-
-
-def _asking(scale_map: ScaleMap, policy: Policy) -> np.ndarray:
-    """[h, w] float32 in [0, 1]: how strongly each cell of a map asks for a closer look."""
-    if scale_map.scale is not None:
-        return scale_map.scale / max(float(scale_map.scale.max()), 1e-6)
-    if policy.recursion.method == "gain" and scale_map.gain is not None:
-        return scale_map.gain / max(float(scale_map.gain.max()), 1e-6)
-    assert scale_map.prob is not None
-    classes = [*policy.recursion.small_classes, *policy.recursion.large_classes]
-    return scale_map.prob[classes].sum(axis=0)
-
-
 def draw_look(axes: Axes, image: np.ndarray, steps: Sequence[Step], policy: Policy) -> None:
-    """The image, dark but where the maps of some steps ask for a closer look, with the windows that were asked.
+    """The image, dark but where cells of some steps' maps counted for their windows, with the windows that were asked.
 
     Args:
         axes: where to.
@@ -71,7 +44,8 @@ def draw_look(axes: Axes, image: np.ndarray, steps: Sequence[Step], policy: Poli
         if step.scale_map is None:
             continue
         window = step.tile.window
-        heat = cv2.resize(_asking(step.scale_map, policy), (window.width, window.height))[..., None]
+        weights = planning_weights(step.tile, step.scale_map, policy)
+        heat = cv2.resize(weights, (window.width, window.height))[..., None]
         rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
         shown[rows, columns] = shown[rows, columns] * (1 - heat) + _HEAT * heat
     _draw_image(axes, np.clip(shown, 0, 255).astype(np.uint8))

@@ -138,6 +138,8 @@ def as_values(result: ImageResult) -> dict[str, Any]:
     found: Detections = values.pop("detections")
     arrays = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     masks = arrays.pop("masks")
+    alone: Detections | None = values.pop("whole_pass")
+    values["whole_pass"] = alone and [alone.boxes.tolist(), alone.scores.tolist(), alone.labels.tolist()]
     return {**values, **{name: array.tolist() for name, array in arrays.items()}, "masks": masks}
 
 

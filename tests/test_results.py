@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.detections import SHOWN_SCORE, Detections
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.results import Failure, ImageResult, TileResult, detect_tiles, merge_image
 from scalenet_ray.core.window import Tile, Window
@@ -155,10 +155,12 @@ def _parts() -> list[TileResult]:
 
 def _assert_same(one: ImageResult, other: ImageResult) -> None:
     for field in dataclasses.fields(ImageResult):
-        if field.name != "detections":
+        if field.name not in ("detections", "whole_pass"):
             assert getattr(one, field.name) == getattr(other, field.name), field.name
-    for name in ("boxes", "scores", "labels", "depth", "windows"):
-        np.testing.assert_array_equal(getattr(one.detections, name), getattr(other.detections, name))
+    assert (one.whole_pass is None) == (other.whole_pass is None)
+    for found, expected in ((one.detections, other.detections), (one.whole_pass, other.whole_pass)):
+        for name in ("boxes", "scores", "labels", "depth", "windows"):
+            np.testing.assert_array_equal(getattr(found, name, None), getattr(expected, name, None))
 
 
 @settings(deadline=None, max_examples=40)
@@ -170,6 +172,45 @@ def test_no_order_of_tiles_matters(order: list[int], method: Any, fails: bool) -
         parts[2] = dataclasses.replace(parts[2], failure=Failure("look", "sooner"))
     merging = dataclasses.replace(MERGING, method=method)
     _assert_same(merge_image([parts[i] for i in order], merging), merge_image(parts, merging))
+
+
+@pytest.mark.parametrize("method", ["nms", "soft-nms-linear", "soft-nms-gaussian"])
+def test_the_whole_pass_is_what_policy_whole_shows(method: Any) -> None:
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 40, (60, 2))
+    crowded = Detections(np.hstack([corners, corners + 20]), rng.uniform(0, 1, 60), rng.integers(1, 3, 60))
+    root, *others = _parts()
+    parts, merging = (
+        [dataclasses.replace(root, detections=crowded), *others],
+        dataclasses.replace(MERGING, method=method),
+    )
+    alone = merge_image(parts[:1], merging).detections
+    shown = alone[alone.scores >= SHOWN_SCORE]
+    kept = merge_image(parts, merging).whole_pass
+    assert kept is not None
+    assert 0 < len(kept) < len(alone)
+    for name in ("boxes", "scores", "labels"):
+        np.testing.assert_array_equal(getattr(kept, name), getattr(shown, name))
+
+
+def test_the_whole_pass_keeps_what_a_window_suppresses() -> None:
+    def found(path: tuple[int, ...], score: float) -> TileResult:
+        return _result(_tile(1, path), detections=Detections([[0, 0, 9, 9]], [score], [1]), detector_pixels=1)
+
+    merged = merge_image([found((), 0.5), found((0,), 0.9)], MERGING)
+    assert merged.detections.scores.tolist() == pytest.approx([0.9])
+    assert merged.whole_pass is not None
+    assert merged.whole_pass.scores.tolist() == pytest.approx([0.5])
+
+
+def test_without_a_pass_over_the_whole_there_is_no_whole_pass() -> None:
+    root, *others = _parts()
+    assert merge_image(others, MERGING).whole_pass is None
+    # A root that only leads to others, as a pyramid's does, was not detected.
+    led = dataclasses.replace(root, detections=Detections.empty(), detector_pixels=0)
+    assert merge_image([led, *others], MERGING).whole_pass is None
+    failed = dataclasses.replace(others[0], failure=Failure("detect", "broke"))
+    assert merge_image([root, failed], MERGING).whole_pass is None
 
 
 def test_an_images_costs_and_guards_are_those_of_its_tiles() -> None:

@@ -18,6 +18,7 @@ from scalenet_ray.core.schemas import (
     IMAGES,
     TILE_RESULTS,
     detections_from_rows,
+    detections_from_structs,
     detections_table,
     from_ipc,
     images_table,
@@ -152,6 +153,16 @@ def test_what_an_image_cost_and_why_it_failed_is_written(results: list[ImageResu
         assert failure == (tuple(result.failure) if result.failure else (None, None))
         assert (row["tiles"], row["detector_pixels"]) == (result.tiles, result.detector_pixels)
         assert (row["scalenet_pixels"], row["detector_passes"]) == (result.look_pixels, result.detector_passes)
+
+
+@pytest.mark.parametrize("alone", [None, Detections.empty(), Detections([[1, 2, 3, 4.5]], [0.5], [7])])
+def test_what_the_whole_image_alone_gave_is_written_or_null(alone: Detections | None) -> None:
+    result = ImageResult(1, Detections.empty(), None, 1, 0, 1, 1.0, {}, (4, 4), whole_pass=alone)
+    (row,) = images_table([result], "whole", ["1.jpg"], [0.0]).to_pylist()
+    if alone is None:
+        assert row["whole_pass"] is None
+    else:
+        assert same_detections(detections_from_structs(row["whole_pass"]), alone)
 
 
 def test_an_image_without_its_file_is_refused() -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 
 from scalenet_ray.__main__ import main
 from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.findings import are_new
 from scalenet_ray.core.samples import sample_scene
-from scalenet_ray.recursion_picture import are_new, picture_bytes
+from scalenet_ray.recursion_picture import picture_bytes
 from scalenet_ray.svg import drawing
 from tests.job_scripts import REPOSITORY
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-__all__ = ["Detections"]
+__all__ = ["SHOWN_SCORE", "Detections"]
+
+SHOWN_SCORE = 0.3
+"""Boxes that score less are not drawn, and do not count where objects are counted as found."""
 
 
 def _rows(values: object, dtype: type, name: str, count: int) -> np.ndarray:

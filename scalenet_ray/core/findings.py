@@ -9,15 +9,34 @@ from typing import Any
 
 import numpy as np
 
-from scalenet_ray.core.error_kinds import Explained
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.error_kinds import FOREGROUND_IOU, Explained
+from scalenet_ray.core.merge import iou_matrix
 
-__all__ = ["SIDE_BOUNDS", "SMALL_AREA", "found_and_lost", "gained_and_lost"]
+__all__ = ["SIDE_BOUNDS", "SMALL_AREA", "are_new", "found_and_lost", "gained_and_lost"]
 
 SMALL_AREA = 32.0**2
 """COCO's bound of small objects, in mask pixels."""
 
 SIDE_BOUNDS = (8, 12, 16, 24, 32, 48, 64, 96)
 """Where the ranges of objects' sides end, in image pixels; a side is the root of the mask's area."""
+
+
+def are_new(found: Detections, before: Detections) -> np.ndarray:
+    """Which detections overlap none of `before` of their own category by half (IoU).
+
+    A box that moved stands for the same object, and so does a second box on it. With the arguments the other way round,
+    it says which of `before` are lost.
+
+    Args:
+        found: N detections.
+        before: M detections in the same frame.
+
+    Returns:
+        [N] bool.
+    """
+    overlap = iou_matrix(found.boxes, before.boxes) * (found.labels[:, None] == before.labels[None, :])
+    return overlap.max(axis=1, initial=0.0) < FOREGROUND_IOU
 
 
 def found_and_lost(before: Explained, after: Explained, shown_score: float) -> tuple[np.ndarray, np.ndarray]:

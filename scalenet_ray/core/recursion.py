@@ -25,7 +25,15 @@ from scalenet_ray.core.results import Failure, ImageResult, TileResult, detect_t
 from scalenet_ray.core.scale import CLASS_BOUNDS, REFERENCE_AREA, ScaleMap
 from scalenet_ray.core.window import ANY_AREA, AreaRange, Tile, Window
 
-__all__ = ["Expansion", "Step", "expand", "out_of_range", "recursive_detect", "rescale_factor"]
+__all__ = [
+    "Expansion",
+    "Step",
+    "expand",
+    "out_of_range",
+    "planning_weights",
+    "recursive_detect",
+    "rescale_factor",
+]
 
 
 class Expansion(NamedTuple):
@@ -196,6 +204,33 @@ def out_of_range(tile: Tile, scale_map: ScaleMap, policy: Policy) -> np.ndarray:
     return cells
 
 
+def planning_weights(tile: Tile, scale_map: ScaleMap, policy: Policy) -> np.ndarray:
+    """What each cell of a map counts for when windows are planned: 0 where it is in the detector's range.
+
+    Args:
+        tile: the tile that was looked at.
+        scale_map: what was seen in it, on a grid of [h, w] cells.
+        policy: the policy.
+
+    Returns:
+        [h, w] float64 in [0, 1], over the greatest: all alike, or where the map says what a closer look gains, by that
+        gain. Of large and small objects the one that counts for more.
+
+    Raises:
+        ValueError: if the policy goes by the gain and the map has none.
+    """
+    weights = [_weights(direction, scale_map) for direction in _directions(tile, scale_map, policy)]
+    most = np.max([np.zeros(scale_map.hw), *weights], axis=0)
+    return most / most.max() if most.any() else most
+
+
+def _weights(direction: _Direction, scale_map: ScaleMap) -> np.ndarray:
+    """[h, w] float64: what the cells of one direction count for."""
+    if scale_map.gain is not None:
+        return direction.out_of_range * scale_map.gain.astype(np.float64)
+    return direction.out_of_range * (1.0 / direction.out_of_range.size)
+
+
 def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansion:
     rules = policy.recursion
     grid_hw = scale_map.hw
@@ -210,11 +245,8 @@ def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansi
     in_range_window = False
     left_behind = np.zeros(grid_hw, bool) if scale_map.scale is None else scale_map.scale > 0
     for direction in _directions(tile, scale_map, policy):
-        weights = direction.out_of_range * (1.0 / direction.out_of_range.size)
-        if scale_map.gain is not None:
-            weights = direction.out_of_range * scale_map.gain.astype(np.float64)
         limit = tile.allowance - len(children)
-        windows = plan_windows(weights, window_hw, limit=limit + 1, price=rules.price)
+        windows = plan_windows(_weights(direction, scale_map), window_hw, limit=limit + 1, price=rules.price)
         if len(windows) > limit:
             guards.append("max_windows")
         for cells in windows[:limit]:

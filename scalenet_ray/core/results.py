@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scalenet_ray.core.clock import timed
-from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.detections import SHOWN_SCORE, Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.halving import BATCH_HALVED, in_halves
 from scalenet_ray.core.look import Detect, refuse_nan
@@ -75,6 +75,9 @@ class ImageResult:
         guards: how often each limit acted.
         image_hw: (height, width) of the image, in image pixels; None if it could not be opened.
         tiles_by_depth: how many of `tiles` there are of each depth.
+        whole_pass: what the pass over the whole image finds alone, merged by itself as policy `whole` does, in image
+            pixels and without masks: boxes that score `SHOWN_SCORE` or more. None where there was no such pass, or the
+            image failed.
     """
 
     image_id: int
@@ -87,6 +90,7 @@ class ImageResult:
     guards: dict[str, int]
     image_hw: tuple[int, int] | None
     tiles_by_depth: dict[int, int] = field(default_factory=dict)
+    whole_pass: Detections | None = None
 
 
 @timed("detect")
@@ -168,4 +172,16 @@ def merge_image(results: Sequence[TileResult], merging: Merging) -> ImageResult:
         guards=dict(guards),
         image_hw=next((result.image_hw for result in ordered if result.image_hw), None),
         tiles_by_depth=dict(sorted(Counter(depths).items())),
+        whole_pass=None if failure else _whole_pass(ordered, merging),
     )
+
+
+def _whole_pass(results: Sequence[TileResult], merging: Merging) -> Detections | None:
+    """The shown boxes of the whole image's own tile, merged without those of any other; None if it was not detected."""
+    whole = next((result for result in results if not result.path and result.detector_pixels), None)
+    if whole is None:
+        return None
+    # A box is suppressed by better ones alone: those that are not shown need not take part.
+    found = whole.detections[whole.detections.scores >= SHOWN_SCORE]
+    merged = merge_detections([dataclasses.replace(found, masks=None)], merging)
+    return merged[merged.scores >= SHOWN_SCORE]

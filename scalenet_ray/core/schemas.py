@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -17,6 +17,7 @@ __all__ = [
     "IMAGES",
     "TILE_RESULTS",
     "detections_from_rows",
+    "detections_from_structs",
     "detections_table",
     "from_ipc",
     "images_table",
@@ -82,10 +83,20 @@ IMAGES = pa.schema(
         ("failure_stage", pa.string()),
         ("failure_reason", pa.string()),
         ("finished_at", pa.float64()),
+        (
+            "whole_pass",
+            pa.list_(
+                pa.struct(
+                    [("category_id", pa.int64()), ("score", pa.float32())]
+                    + [(name, pa.float32()) for name in ("x0", "y0", "x1", "y1")]
+                )
+            ),
+        ),
     ]
 )
 """One row an image, written after its detections: the record that it is finished. guards is JSON: name -> count;
-finished_at is seconds since the run began."""
+finished_at is seconds since the run began; whole_pass: the boxes that the pass over the whole image finds alone, of a
+score of `SHOWN_SCORE` or more, xyxy in image pixels; null without such a pass, and in runs of older versions."""
 
 
 def tile_results_table(results: Sequence[TileResult]) -> pa.Table:
@@ -205,10 +216,28 @@ def images_table(
             "failure_stage": result.failure.stage if result.failure else None,
             "failure_reason": result.failure.reason if result.failure else None,
             "finished_at": at,
+            "whole_pass": None if result.whole_pass is None else _box_structs(result.whole_pass),
         }
         for result, file, at in zip(results, files, finished_at, strict=True)
     ]
     return pa.Table.from_pylist(rows, IMAGES)
+
+
+def _box_structs(found: Detections) -> list[dict[str, float]]:
+    """Detections as values of the column `whole_pass` of `IMAGES`."""
+    rows = zip(found.labels.tolist(), found.scores.tolist(), *found.boxes.T.tolist(), strict=True)
+    names = ("category_id", "score", "x0", "y0", "x1", "y1")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def detections_from_structs(boxes: Sequence[Mapping[str, float]]) -> Detections:
+    """The detections of a value of the column `whole_pass` of `IMAGES`."""
+    corners = [[box[name] for name in ("x0", "y0", "x1", "y1")] for box in boxes]
+    return Detections(
+        np.array(corners, np.float32).reshape(-1, 4),
+        np.array([box["score"] for box in boxes]),
+        np.array([box["category_id"] for box in boxes]),
+    )
 
 
 def to_ipc(table: pa.Table) -> bytes:

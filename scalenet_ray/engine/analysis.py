@@ -5,6 +5,7 @@ Runs as a Ray task, from the run folder and the annotations alone.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,19 +14,16 @@ import numpy as np
 
 from scalenet_ray.core.coco import CocoDataset, objects_of, read_annotations
 from scalenet_ray.core.curves import precision_curves
-from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.detections import SHOWN_SCORE, Detections
 from scalenet_ray.core.error_kinds import Explained, error_breakdown, explain
 from scalenet_ray.core.evaluation import match_results
-from scalenet_ray.core.findings import found_and_lost, gained_and_lost
+from scalenet_ray.core.findings import are_new, found_and_lost, gained_and_lost
 from scalenet_ray.core.intervals import paired_intervals
-from scalenet_ray.core.schemas import detections_from_rows
+from scalenet_ray.core.schemas import detections_from_rows, detections_from_structs
 from scalenet_ray.engine.evaluate import coco_results
 from scalenet_ray.engine.runs import RunFolder
 
-__all__ = ["INTERVALS_UP_TO", "SHOWN_SCORE", "analyse_run", "detections_by_image", "new_boxes"]
-
-SHOWN_SCORE = 0.3
-"""Boxes that score less are not drawn, and do not count where objects are counted as found."""
+__all__ = ["INTERVALS_UP_TO", "analyse_detections", "analyse_run", "detections_by_image", "whole_passes"]
 
 INTERVALS_UP_TO = 5000
 """Images up to which the bootstrap's intervals are made unasked: it takes time in proportion to them."""
@@ -103,17 +101,77 @@ def _image_rows(
 
 def _most_changed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows that change most under any policy, in the images' order: all of COCO would be too long a page."""
-    by_change = sorted(rows, key=lambda row: -max(gained + lost for _, gained, lost in row["by"].values()))
+    by_change = sorted(
+        rows, key=lambda row: -max((gained or 0) + (lost or 0) for _, gained, lost in row["by"].values())
+    )
     kept = {row["id"] for row in by_change[:_LISTED_IMAGES]}
     return [row for row in rows if row["id"] in kept]
 
 
-def new_boxes(run_uri: str, policy: str, image_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Rows as `analyse_run`'s "images", without ground truth: gained are the boxes that only a closer look found."""
-    rows = {each: {"id": each, "objects": 0, "labels": [], "by": {policy: [0, 0, 0]}} for each in image_ids}
-    for image_id, detections in detections_by_image(RunFolder(run_uri), policy):
-        shown = detections[detections.scores >= SHOWN_SCORE]
-        if image_id in rows:
-            rows[image_id]["labels"] = np.unique(shown.labels).tolist()
-            rows[image_id]["by"] = {policy: [len(shown), int((shown.depth > 0).sum()), 0]}
-    return _most_changed(list(rows.values()))
+def whole_passes(run: RunFolder, policy: str) -> Iterator[tuple[int, Detections]]:
+    """What the pass over each whole image found alone (`ImageResult.whole_pass`), image after image.
+
+    Images without such a pass, and those of older versions, are left out.
+    """
+    table = run.table("images", policy, ["image_id", "whole_pass"])
+    for image_id, boxes in zip(table.column("image_id").to_pylist(), table.column("whole_pass"), strict=True):
+        if boxes.is_valid:
+            yield image_id, detections_from_structs(boxes.as_py())
+
+
+def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> dict[str, Any]:
+    """What one policy found without ground truth, and what of that the whole image's pass alone would have found.
+
+    A box is new if it overlaps none of that pass by half (`are_new`), and one of that pass is lost if no box of the
+    policy overlaps it so. Boxes count from `SHOWN_SCORE` on.
+
+    Args:
+        run_uri: the run folder, the policy worked through.
+        policy: its name.
+        image_ids: the images that count.
+
+    Returns:
+        "shown_score"; "images": rows as those of `analyse_run`, where gained are the new boxes, and gained and lost are
+        None for an image without a pass over the whole; "found": "boxes", "images" (that have one), "before" (boxes of
+        the whole images' passes), "new", "lost", "compared" (images with such a pass; 0 if there is nothing to compare
+        with), and "by_class": a row for each class, the most frequent first, with "label", "boxes", "images", "before",
+        "new" and "lost".
+    """
+    run = RunFolder(run_uri)
+    alone = dict(whole_passes(run, policy))
+    found = {each: boxes[boxes.scores >= SHOWN_SCORE] for each, boxes in detections_by_image(run, policy)}
+    counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
+    rows = []
+    for image_id in image_ids:
+        after, before = found.get(image_id, Detections.empty()), alone.get(image_id)
+        for label in np.unique(after.labels).tolist():
+            counts[label]["images"] += 1
+        changes: list[int | None] = [None, None]
+        shown = {"boxes": after}
+        if before is not None:
+            shown |= {"before": before, "new": after[are_new(after, before)], "lost": before[are_new(before, after)]}
+            changes = [len(shown["new"]), len(shown["lost"])]
+        for what, boxes in shown.items():
+            for label in boxes.labels.tolist():
+                counts[label][what] += 1
+        rows.append(
+            {
+                "id": image_id,
+                "objects": 0,
+                "labels": np.unique(after.labels).tolist(),
+                "by": {policy: [len(after), *changes]},
+            }
+        )
+    names = ("boxes", "images", "before", "new", "lost")
+    by_class = [{"label": label, **{name: count[name] for name in names}} for label, count in counts.items()]
+    total = {name: sum(row[name] for row in by_class) for name in names}
+    total["images"] = sum(bool(row["by"][policy][0]) for row in rows)
+    return {
+        "shown_score": SHOWN_SCORE,
+        "images": _most_changed(rows),
+        "found": {
+            **total,
+            "compared": len(alone.keys() & set(image_ids)),
+            "by_class": sorted(by_class, key=lambda row: (-row["boxes"], row["label"])),
+        },
+    }

@@ -17,15 +17,15 @@ import numpy as np
 from PIL import Image
 
 from scalenet_ray.core.coco import CocoDataset, ImageRecord, objects_of, read_annotations
-from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.detections import SHOWN_SCORE, Detections
 from scalenet_ray.core.error_kinds import KINDS, explain
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.findings import SMALL_AREA
+from scalenet_ray.core.findings import SMALL_AREA, are_new
 from scalenet_ray.core.look import asks_detector
 from scalenet_ray.core.looks import Looked, look_through
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.engine.analysis import SHOWN_SCORE, detections_by_image
+from scalenet_ray.core.recursion import planning_weights
+from scalenet_ray.engine.analysis import detections_by_image, whole_passes
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.stages import Networks, OpenImage
 
@@ -39,12 +39,14 @@ _MAP_SIDE = 96
 _SEEN_COLOUR = (230, 159, 0)
 """Okabe and Ito's orange, as the page draws what a closer look brought."""
 
+_ByImage = Mapping[int, Detections]
+
 
 def choose_pictures(rows: Sequence[Mapping[str, Any]], policy: str, count: int) -> dict[int, str]:
     """Which images are worth a look: a third that gained most, a third that lost most, the others drawn by chance.
 
     Args:
-        rows: "images" of `analyse_run` or `new_boxes`.
+        rows: "images" of `analyse_run` or `analyse_detections`.
         policy: the policy by which they gain or lose.
         count: the most pictures.
 
@@ -55,12 +57,12 @@ def choose_pictures(rows: Sequence[Mapping[str, Any]], policy: str, count: int) 
     def change(row: Mapping[str, Any]) -> int:
         """Objects gained less those lost."""
         _, gained, lost = row["by"][policy]
-        return gained - lost
+        return (gained or 0) - (lost or 0)
 
     share = max(1, count // 3)
     by_change = sorted(rows, key=lambda row: -change(row))
     chosen = {row["id"]: "gained" for row in by_change[:share] if change(row) > 0}
-    by_loss = sorted(rows, key=lambda row: -row["by"][policy][2])
+    by_loss = sorted(rows, key=lambda row: -(row["by"][policy][2] or 0))
     chosen |= {row["id"]: "lost" for row in by_loss[:share] if row["by"][policy][2] and row["id"] not in chosen}
     left = [row["id"] for row in rows if row["id"] not in chosen]
     chosen |= dict.fromkeys(random.Random(0).sample(left, min(len(left), max(0, count - len(chosen)))), "random")
@@ -76,12 +78,15 @@ class PictureTask:
         policies: with how each one's networks are made.
         open_image: how an image is read.
         annotations: address of the instances file; None without ground truth.
+        compared_with: the policy that the others' boxes are new to; None where a policy is compared with its own pass
+            over the whole image.
     """
 
     run_uri: str
     policies: Sequence[tuple[Policy, Networks]]
     open_image: OpenImage
     annotations: str | None = None
+    compared_with: str | None = None
 
     def __call__(self, chosen: Sequence[tuple[ImageRecord, str]]) -> list[dict[str, Any]]:
         """Make them; an image that cannot be read is left out, and so are those past ten megabytes in all.
@@ -92,10 +97,13 @@ class PictureTask:
         Returns:
             For each picture "id", "file", "group", "width", "height" (image pixels), "photo" (data URI), "truth": [x0,
             y0, x1, y1, label, whether small, whether a crowd] each, "boxes": policy -> [x0, y0, x1, y1, score, label,
-            depth, kind] each, and "looks": policy -> "windows" [x0, y0, x1, y1, depth] and "map" (data URI or None).
+            depth, kind, whether new] each, "before": policy -> the boxes that it is compared with, None where there is
+            nothing to compare with, and "looks": policy -> "windows" [x0, y0, x1, y1, depth] and "map" (data URI or
+            None).
         """
         dataset = None if self.annotations is None else read_annotations(self.annotations)
-        boxes = self._boxes({record.image_id for record, _ in chosen})
+        ids = {record.image_id for record, _ in chosen}
+        boxes, before = self._boxes(ids), self._before(ids)
         pictures: list[dict[str, Any]] = []
         opened: list[np.ndarray] = []
         left = _MOST_BYTES
@@ -118,9 +126,7 @@ class PictureTask:
                     "width": image.shape[1],
                     "photo": photo,
                     "truth": _truth(dataset, record.image_id),
-                    "boxes": {
-                        name: _box_rows(found.get(record.image_id), dataset, record.image_id) for name, found in boxes
-                    },
+                    **_all_box_rows(boxes, before, dataset, record.image_id),
                     "looks": {},
                 }
             )
@@ -128,12 +134,25 @@ class PictureTask:
             self._look(policy, networks, opened, pictures)
         return pictures
 
-    def _boxes(self, ids: set[int]) -> list[tuple[str, dict[int, Detections]]]:
+    def _boxes(self, ids: set[int]) -> dict[str, _ByImage]:
+        """Policy -> the detections of each of some images; an image without any has none."""
         run = RunFolder(self.run_uri)
-        return [
-            (policy.name, {each: found for each, found in detections_by_image(run, policy.name) if each in ids})
+        return {
+            policy.name: dict.fromkeys(ids, Detections.empty())
+            | {each: found for each, found in detections_by_image(run, policy.name) if each in ids}
             for policy, _ in self.policies
-        ]
+        }
+
+    def _before(self, ids: set[int]) -> dict[str, _ByImage]:
+        """Policy -> what it is compared with, of each of some images; an image with nothing to compare is left out."""
+        if self.compared_with is not None:
+            base = self._boxes(ids)[self.compared_with]
+            return {policy.name: base for policy, _ in self.policies}
+        run = RunFolder(self.run_uri)
+        return {
+            policy.name: {each: found for each, found in whole_passes(run, policy.name) if each in ids}
+            for policy, _ in self.policies
+        }
 
     def _look(
         self, policy: Policy, networks: Networks, images: Sequence[np.ndarray], pictures: Sequence[dict[str, Any]]
@@ -160,10 +179,25 @@ def _rounded(box: Sequence[float]) -> list[float]:
     return [round(value, 1) for value in box]
 
 
-def _box_rows(found: Detections | None, dataset: CocoDataset | None, image_id: int) -> list[list[Any]]:
-    """The shown boxes of one image, the best first; kind is "" without ground truth."""
-    if found is None:
-        return []
+def _all_box_rows(
+    boxes: Mapping[str, _ByImage], before: Mapping[str, _ByImage], dataset: CocoDataset | None, image_id: int
+) -> dict[str, Any]:
+    """What one picture holds as "boxes" and "before"."""
+    rows: dict[str, dict[str, Any]] = {"boxes": {}, "before": {}}
+    for name, by_image in boxes.items():
+        found, known = by_image[image_id], before[name].get(image_id)
+        new = np.zeros(len(found), bool)
+        rows["before"][name] = None
+        if known is not None:
+            known = known[known.scores >= SHOWN_SCORE]
+            new = are_new(found, known)
+            rows["before"][name] = _box_rows(known, np.zeros(len(known), bool), dataset, image_id)
+        rows["boxes"][name] = _box_rows(found, new, dataset, image_id)
+    return rows
+
+
+def _box_rows(found: Detections, new: np.ndarray, dataset: CocoDataset | None, image_id: int) -> list[list[Any]]:
+    """The shown boxes of one image, the best first; new: [N] bool; kind is "" without ground truth."""
     kinds = [""] * len(found)
     if dataset is not None:
         explained = explain(found, objects_of(dataset, image_id))
@@ -177,31 +211,22 @@ def _box_rows(found: Detections | None, dataset: CocoDataset | None, image_id: i
             int(found.labels[i]),
             int(found.depth[i]),
             kinds[i],
+            int(new[i]),
         ]
         for i in shown
     ]
 
 
 def _look_rows(looked: Sequence[Looked], policy: Policy) -> dict[str, Any]:
-    """The windows, and the whole image's map as an overlay. The first tile is the whole image."""
+    """The windows, and what the cells of the whole image's map counted for, as an overlay. Its tile is the first."""
     windows = [[*one.tile.window.xyxy, one.tile.depth] for one in looked[1:]]
-    seen = looked[0].scale_map
-    return {"windows": windows, "map": None if seen is None else _overlay(_out_of_range(seen, policy))}
+    whole, seen = looked[0]
+    return {"windows": windows, "map": None if seen is None else _overlay(planning_weights(whole, seen, policy))}
 
 
-def _out_of_range(seen: ScaleMap, policy: Policy) -> np.ndarray:
-    """[h, w] in 0..1: how sure the map is that a cell is out of the detector's range, or what it would gain."""
-    if seen.gain is not None:
-        return seen.gain / max(float(seen.gain.max()), 1e-9)
-    if seen.prob is not None:
-        return seen.prob[list(policy.recursion.small_classes)].sum(axis=0)
-    assert seen.scale is not None
-    return ((seen.scale > 0) & (seen.scale < policy.recursion.scale_range.low)).astype(np.float32)
-
-
-def _overlay(shares: np.ndarray) -> str:
-    """A map in 0..1 as a picture of one colour, opaque where it is 1."""
-    alpha = np.clip(shares * 255, 0, 255).astype(np.uint8)
+def _overlay(weights: np.ndarray) -> str:
+    """[h, w] weights in [0, 1] as a picture of one colour, opaque where they are 1."""
+    alpha = np.rint(255 * weights).astype(np.uint8)
     colour = np.broadcast_to(np.array(_SEEN_COLOUR, np.uint8), (*alpha.shape, 3))
     image = Image.fromarray(np.dstack([colour, alpha]))
     image.thumbnail((_MAP_SIDE, _MAP_SIDE))
