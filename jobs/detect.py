@@ -11,12 +11,13 @@ from typing import Annotated
 import tyro
 
 from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
+from scalenet_ray.core import storage
 from scalenet_ray.core.coco import list_images
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
 from scalenet_ray.core.samples import ensure_sample
-from scalenet_ray.engine.analysis import SHOWN_SCORE, new_boxes
+from scalenet_ray.engine.analysis import analyse_detections
 from scalenet_ray.engine.batch import image_opener, run_policy
 from scalenet_ray.engine.conclude import conclude
 from scalenet_ray.engine.pictures import PictureTask
@@ -25,7 +26,7 @@ from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import EngineName, Session
 from scalenet_ray.engine.stages import Networks
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
-from scalenet_ray.terminal import last_line, policy_table, run_job
+from scalenet_ray.terminal import found_lines, last_line, policy_table, run_job
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,19 @@ def main(job: DetectImages) -> int:
         open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
         start = partial(session.start, policy=policy, networks=networks, open_image=open_image)
         figures = run_policy(images, policy.name, start, run, log).speed()
-        document = conclude(session, run, {policy.name: figures}, len(images))
+        document = conclude(session, run, {policy.name: {"kind": policy.kind, **figures}}, len(images))
         document["categories"] = info.categories
+        ids = [record.image_id for record in images]
+        analysis = session.call(analyse_detections, run.uri, policy.name, ids)
+        document["found"] = analysis["found"]
         run.write_json("metrics.json", document)
-        rows = session.call(new_boxes, run.uri, policy.name, [record.image_id for record in images])
-        analysis = {"shown_score": SHOWN_SCORE, "images": rows}
         # A task of the engine has no GPU of its own, and a few looks need none. Most CPUs only imitate bfloat16.
         on_cpu = replace(job.networks, device="cpu", mixed_precision=False)
         task = PictureTask(run.uri, [(policy, _networks(on_cpu, info))], open_image)
         write_report(session, run, document, analysis, images, info.categories, task, log, job.report_pictures)
     print(policy_table(document))
+    print(found_lines(document))
+    print(f"look at {storage.join(run.uri, 'report.html')}")
     line, status = last_line(document, run.uri, job.max_failures)
     print(line)
     return status

@@ -20,10 +20,10 @@ from scalenet_ray.engine.recursion_trial import TrialTask
 from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import Session
-from scalenet_ray.engine.sweep import Sweep, best_policies, run_sweep
+from scalenet_ray.engine.sweep import Sweep, best_policies, best_trials, run_sweep, start_trials
 from scalenet_ray.front_plot import front_plot
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
-from scalenet_ray.report.sweep import render_sweep
+from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
 from scalenet_ray.terminal import difference_table, last_line, policy_table, run_job, trial_table
 
 SPACE = Path(__file__).with_name("tune_recursion.yaml")
@@ -90,6 +90,10 @@ def _start_policies(
             for name in space.policies
         ]
     )
+    knowing = [policy.name for policy in policies if policy.kind == "oracle"]
+    if knowing:
+        msg = f"a sweep tunes policies that read no ground truth, got {', '.join(knowing)}: leave it out of {job.space}"
+        raise UserError(msg)
     session.call(job.networks.check, policies, categories)
     return policies
 
@@ -137,7 +141,7 @@ def main(job: TuneRecursion) -> int:
         run.write_text("front.svg", front_plot(rows, job.ceiling))
         run.write_text("report.html", render_sweep(rows, job.ceiling))
         print(trial_table(rows))
-        best = best_policies(rows, task)
+        best, starts, found = best_policies(rows, task), start_trials(rows, task, space), best_trials(rows, task)
         run.write_text("best.yaml", yaml.safe_dump([policy_to_dict(policy) for policy in best], sort_keys=False))
 
     reported_on = open_split(session, str(job.data), job.report_split, limit=None, **limits)
@@ -156,6 +160,10 @@ def main(job: TuneRecursion) -> int:
     print(f"tuned on {job.split}, {len(tuned_on.images)} images; on {job.report_split}:")
     print(policy_table(document))
     print(difference_table(document))
+    splits, contenders = (job.split, job.report_split), contenders_of(starts, found, document)
+    run.write_text("report.html", render_sweep(rows, job.ceiling, contenders, splits))
+    for line in sweep_verdict(contenders, job.ceiling, splits):
+        print(line)
     print(f"the best policy: {storage.join(run.uri, 'best.yaml')}, for --policy-file")
     line, status = last_line(document, report.uri, job.max_failures)
     print(line)

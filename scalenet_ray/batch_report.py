@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ PICTURES = 24
 """Photographs in a report, so that it stays a few megabytes."""
 
 _MOST_POINTS = 200
+_MOST_FAILURES = 200
 
 
 class ProgressLog:
@@ -61,7 +63,7 @@ def write_report(
         session: the engine; it makes the pictures.
         run: the run folder.
         document: what metrics.json holds.
-        analysis: from `analyse_run`, or with `new_boxes` as its "images".
+        analysis: from `analyse_run` or `analyse_detections`.
         records: all images of the run.
         categories: id -> name.
         make_pictures: how the pictures are made.
@@ -74,5 +76,31 @@ def write_report(
     chosen = choose_pictures(analysis["images"], winner_of(document["policies"]) or "", count)
     pictures = session.call(make_pictures, [(by_id[image_id], group) for image_id, group in chosen.items()])
     files = {row["id"]: by_id[row["id"]].file_name for row in analysis["images"]}
-    details = {**analysis, "pictures": pictures, "files": files, "categories": dict(categories)}
+    details = {
+        **analysis,
+        "pictures": pictures,
+        "files": files,
+        "categories": dict(categories),
+        "failures": _failures(run, document),
+        "run": {**run.config(), "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"), "resumed": run.resumed},
+    }
     run.write_text("report.html", render_report(document, details))
+
+
+def _failures(run: RunFolder, document: Mapping[str, Any]) -> dict[str, Any]:
+    """What `failures_section` shows: an image that several policies gave up for one reason is one row."""
+    policies: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for row in run.failures().to_pylist():
+        policies[row["file"], row["stage"], row["reason"]].append(row["policy"])
+    counts = Counter((stage, reason) for _, stage, reason in policies)
+    reasons = [{"stage": stage, "reason": why, "count": count} for (stage, why), count in counts.most_common()]
+    rows = [
+        {"file": file, "stage": stage, "reason": reason, "policies": names}
+        for (file, stage, reason), names in list(policies.items())[:_MOST_FAILURES]
+    ]
+    return {
+        "total": document["images"]["failed"],
+        "listed": len(policies),
+        "reasons": (document.get("failures") or reasons)[:_MOST_FAILURES],
+        "rows": rows,
+    }

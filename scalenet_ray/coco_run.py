@@ -81,7 +81,8 @@ def evaluate_policies(
         split: the images.
         report: takes the progress, and a line for what comes after the last image.
         compare_with: one of the policies; how the others differ from it is measured, with bootstrap intervals. By
-            default the whole image, or the first policy, and for very many images without intervals.
+            default the whole image, or the first policy that reads no ground truth, and for very many images without
+            intervals.
         pictures: photographs in the report.
 
     Returns:
@@ -97,10 +98,10 @@ def evaluate_policies(
         start = partial(session.start, policy=policy, networks=made, open_image=open_image)
         metrics[policy.name] = run_policy(split.images, policy.name, start, run, log).speed()
         figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
-        metrics[policy.name] |= {**figures.pop("bbox"), **figures}
+        metrics[policy.name] |= {"kind": policy.kind, **figures.pop("bbox"), **figures}
     report("all images are done: comparing what was found, and writing the report")
     document = conclude(session, run, metrics, len(split.images))
-    base = compare_with or ("whole" if "whole" in metrics else next(iter(metrics)))
+    base = compare_with or _baseline(policies)
     intervals = compare_with is not None or len(ids) <= INTERVALS_UP_TO
     analysis = session.call(analyse_run, run.uri, list(metrics), base, split.annotations, ids, intervals)
     if analysis["differences"]:
@@ -110,9 +111,17 @@ def evaluate_policies(
     # A task of the engine has no GPU of its own, and a few looks need none. Most CPUs only imitate bfloat16.
     on_cpu = replace(networks, device="cpu", mixed_precision=False)
     looks = [(policy, _networks(policy, on_cpu, split)) for policy in policies]
-    task = PictureTask(run.uri, looks, open_image, split.annotations)
+    task = PictureTask(run.uri, looks, open_image, split.annotations, base)
     write_report(session, run, document, analysis, split.images, split.categories, task, log, pictures)
     return document
+
+
+def _baseline(policies: Sequence[Policy]) -> str:
+    """What the others are compared with: the whole image, else the first policy that reads no ground truth, if any."""
+    whole = [policy for policy in policies if policy.kind == "whole"]
+    honest = [policy for policy in policies if policy.kind != "oracle"]
+    named = [policy for policy in whole if policy.name == "whole"]
+    return next(policy.name for policy in (*named, *whole, *honest, *policies))
 
 
 def _networks(policy: Policy, names: NetworkNames, split: CocoSplit) -> Networks:

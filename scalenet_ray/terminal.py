@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from scalenet_ray.core.detections import SHOWN_SCORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.front import front
 from scalenet_ray.core.policy import Policy
@@ -15,6 +16,7 @@ from scalenet_ray.log_lines import log_to_stderr
 __all__ = [
     "accuracy_table",
     "difference_table",
+    "found_lines",
     "last_line",
     "policy_table",
     "run_job",
@@ -38,6 +40,8 @@ _COLUMNS = (
     ("images/s", "images_per_second"),
 )
 
+_MOST_CLASSES = 5
+
 Job = TypeVar("Job")
 
 
@@ -49,6 +53,38 @@ def policy_table(document: Mapping[str, Any]) -> str:
     for name, row in policies.items():
         rows.append([name, *(_figure(row.get(key), key) for _, key in columns)])
     return _aligned(rows)
+
+
+def found_lines(document: Mapping[str, Any]) -> str:
+    """What a run without ground truth found, as lines: boxes, images, the most frequent classes, and what is new.
+
+    Args:
+        document: what metrics.json holds, with "found" (`analyse_detections`) and "categories", id -> name.
+    """
+    found, done = document["found"], document["images"]["done"]
+    names = {str(label): name for label, name in document["categories"].items()}
+    classes = [
+        f"{names.get(str(row['label']), 'category ' + str(row['label']))} {row['boxes']}" for row in found["by_class"]
+    ]
+    more = f" and {len(classes) - _MOST_CLASSES} classes more" if len(classes) > _MOST_CLASSES else ""
+    listed = f": {', '.join(classes[:_MOST_CLASSES])}{more}" if classes else ""
+    lines = [
+        f"found {_counted(found['boxes'], 'box', 'boxes')} that score {SHOWN_SCORE:g} or more, in {found['images']} of "
+        f"{_counted(done, 'image')}{listed}"
+    ]
+    if found["compared"]:
+        among = "" if found["compared"] == done else f" in {_counted(found['compared'], 'image')}"
+        lines.append(
+            f"{found['new']} new by looking closer{among}: the pass over the whole image alone finds "
+            f"{found['before']}, of which {found['lost']} are lost"
+        )
+    elif done:
+        lines.append("nothing says which are new: there was no pass over the whole image alone to compare with")
+    return "\n".join(lines)
+
+
+def _counted(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def accuracy_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:

@@ -46,13 +46,14 @@ def big_page(images: int, pictures: int, hw: tuple[int, int] = (120, 160)) -> tu
             "photo": photo(i, hw),
             "truth": [[5, 5, 25, 25, 1 + i % 3, 1, 0]],
             "boxes": {
-                "whole": [[60, 60, 90, 90, 0.9, 1 + i % 3, 0, "correct"]],
+                "whole": [[60, 60, 90, 90, 0.9, 1 + i % 3, 0, "correct", 0]],
                 "scalenet": [
-                    [60, 60, 90, 90, 0.9, 1 + i % 3, 0, "correct"],
-                    [5, 5, 25, 25, 0.8, 1 + i % 3, 1, "correct"],
-                    [100, 10, 120, 30, 0.5, 1 + i % 3, 1, "background"],
+                    [60, 60, 90, 90, 0.9, 1 + i % 3, 0, "correct", 0],
+                    [5, 5, 25, 25, 0.8, 1 + i % 3, 1, "correct", 1],
+                    [100, 10, 120, 30, 0.5, 1 + i % 3, 1, "background", 1],
                 ],
             },
+            "before": {name: [[60, 60, 90, 90, 0.9, 1 + i % 3, 0, "correct", 0]] for name in ("whole", "scalenet")},
             "looks": {
                 "whole": {"windows": [], "map": None},
                 "scalenet": {"windows": [[0, 0, 80, 60, 1], [0, 0, 40, 30, 2]], "map": photo(i, (16, 16))},

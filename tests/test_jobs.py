@@ -279,6 +279,100 @@ def test_detect_takes_a_folder_a_glob_and_a_parquet_file_alike(sample: Path, tmp
     assert len(metrics["categories"]) >= 8
 
 
+def shown_boxes(folder: Path, policy: str) -> dict[int, list[tuple[int, list[float]]]]:
+    """Image id -> label and corners of each box that scores 0.3 or more."""
+    found: dict[int, list[tuple[int, list[float]]]] = {}
+    for row in pq.read_table(folder / "detections" / f"{policy}-00000.parquet").to_pylist():
+        if row["score"] >= np.float32(0.3):
+            corners = [row[name] for name in ("x0", "y0", "x1", "y1")]
+            found.setdefault(row["image_id"], []).append((row["category_id"], corners))
+    return found
+
+
+def same_object(one: tuple[int, list[float]], other: tuple[int, list[float]]) -> bool:
+    (label, a), (other_label, b) = one, other
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0.0) * max(height, 0.0)
+    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return label == other_label and shared / (areas - shared) >= 0.5
+
+
+@pytest.mark.parametrize("policy", ["first-pass", "grid-2", "scalenet"])
+def test_new_is_what_a_run_of_the_whole_image_does_not_find(sample: Path, tmp_path: Path, policy: str) -> None:
+    for name in ("whole", policy):
+        assert load_job("detect").main(detect_job(sample / "val2017", tmp_path / name, policy=name)) == 0
+    before, after = (shown_boxes(tmp_path / name, name) for name in ("whole", policy))
+    rows = read_json(tmp_path / policy / "analysis.json")["images"]
+    assert len(rows) == 8
+    total = {"boxes": 0, "before": 0, "new": 0, "lost": 0}
+    for row in rows:
+        one, other = before.get(row["id"], []), after.get(row["id"], [])
+        new = sum(not any(same_object(box, known) for known in one) for box in other)
+        lost = sum(not any(same_object(known, box) for box in other) for known in one)
+        assert row["by"][policy] == [len(other), new, lost]
+        for key, value in zip(total, (len(other), len(one), new, lost), strict=True):
+            total[key] += value
+    found = read_json(tmp_path / policy / "metrics.json")["found"]
+    assert {key: found[key] for key in total} == total
+    assert found["new"] > 0
+    assert found["compared"] == 8
+    assert read_json(tmp_path / "whole" / "metrics.json")["found"]["new"] == 0
+
+
+def test_detect_and_eval_call_the_same_boxes_new(sample: Path, tmp_path: Path) -> None:
+    def pictures(run: str) -> dict[str, dict[str, Any]]:
+        text = (tmp_path / run / "report.html").read_text()
+        data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+        return {Path(picture["file"]).name: picture for picture in data["pictures"]}
+
+    assert load_job("detect").main(detect_job(sample / "val2017", tmp_path / "detect", policy="grid-2")) == 0
+    assert run_eval(eval_job(sample, tmp_path / "eval", "whole", "grid-2")) == 0
+    detected, evaluated = pictures("detect"), pictures("eval")
+    assert len(detected) == len(evaluated) == 8
+    for name, picture in detected.items():
+        for part in ("boxes", "before"):
+            # A box with its ground truth's verdict left out.
+            here, there = ([[*box[:7], box[8]] for box in one[part]["grid-2"]] for one in (picture, evaluated[name]))
+            assert here == there
+
+
+def test_a_policy_without_a_whole_pass_claims_nothing_new(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load_job("detect").main(detect_job(sample / "val2017", tmp_path / "run", policy="pyramid", limit=2)) == 0
+    found = read_json(tmp_path / "run" / "metrics.json")["found"]
+    assert found["boxes"] > 0
+    assert (found["compared"], found["new"]) == (0, 0)
+    assert "nothing says which are new" in capsys.readouterr().out
+
+
+def test_a_run_of_an_older_version_is_resumed_without_claiming_what_is_new(sample: Path, tmp_path: Path) -> None:
+    job = detect_job(sample / "val2017", tmp_path / "run", policy="grid-2", limit=2)
+    assert load_job("detect").main(job) == 0
+    shard = tmp_path / "run" / "images" / "grid-2-00000.parquet"
+    pq.write_table(pq.read_table(shard).drop_columns(["whole_pass"]), shard)
+    assert load_job("detect").main(replace(job, resume=True)) == 0
+    found = read_json(tmp_path / "run" / "metrics.json")["found"]
+    assert found["boxes"] > 0
+    assert found["compared"] == 0
+
+
+def test_detect_says_what_was_found(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_job("detect").main(detect_job(sample / "val2017", tmp_path / "run")) == 0
+    metrics = read_json(tmp_path / "run" / "metrics.json")
+    found, lines = metrics["found"], capsys.readouterr().out.splitlines()
+    most = found["by_class"][0]
+    assert lines[-4].startswith(
+        f"found {found['boxes']} boxes that score 0.3 or more, in {found['images']} of 8 images: "
+        f"{metrics['categories'][str(most['label'])]} {most['boxes']}, "
+    )
+    assert lines[-3] == (
+        f"{found['new']} new by looking closer: the pass over the whole image alone finds {found['before']}, of which "
+        f"{found['lost']} are lost"
+    )
+    assert lines[-2] == f"look at {tmp_path / 'run' / 'report.html'}"
+
+
 def test_detect_has_no_ground_truth_for_an_oracle(
     sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +413,17 @@ def test_a_policy_file_says_exactly_what_to_do(sample: Path, tmp_path: Path) -> 
     run_eval(job)
     figures = read_json(tmp_path / "run" / "metrics.json")["policies"]
     assert figures["mine"]["detector_passes_per_image"] == 10
+
+
+def test_what_reads_the_ground_truth_never_wins_whatever_its_name(sample: Path, tmp_path: Path) -> None:
+    named = {"whole": "oracle", "plain": "whole"}
+    entries = [{"version": 1, "name": name, "kind": kind, "input_side": 192} for name, kind in named.items()]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(entries))
+    run_eval(eval_job(sample, tmp_path / "run", limit=4, policies=(), policy_file=str(tmp_path / "mine.yaml")))
+    kinds = {name: row["kind"] for name, row in read_json(tmp_path / "run" / "metrics.json")["policies"].items()}
+    assert kinds == named
+    assert read_json(tmp_path / "run" / "analysis.json")["compared_with"] == "plain"
+    assert '<tr class=best><th scope="row">plain' in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_policy_file_of_another_version_is_refused(

@@ -8,13 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from scalenet_ray.core.samples import write_sample
 from scalenet_ray.engine.pictures import choose_pictures
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from scalenet_ray.report.canvases import render_canvases
 from scalenet_ray.report.page import render_report
 from scalenet_ray.report.policies import winner_of
-from scalenet_ray.report.sweep import render_sweep
+from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
 from scalenet_ray.report.training import render_training
 from tests.job_scripts import load_job
 from tests.report_fakes import big_page
@@ -28,9 +30,25 @@ def pictures_of(page: str) -> list[dict[str, Any]]:
     return json.loads(found[1])["pictures"]
 
 
-def test_the_best_policy_that_reads_no_ground_truth_wins() -> None:
-    rows = {"whole": {"AP_small": 3.0}, "scalenet": {"AP_small": 5.0}, "oracle": {"AP_small": 9.0}}
+@pytest.mark.parametrize(
+    "oracle",
+    [
+        pytest.param({"best": {"kind": "oracle", "AP_small": 9.0}}, id="by-its-kind"),
+        pytest.param({"whole@64": {"kind": "oracle", "AP_small": 9.0}}, id="whatever-its-name"),
+        pytest.param({"oracle": {"AP_small": 9.0}}, id="by-name-in-older-documents"),
+    ],
+)
+def test_the_best_policy_that_reads_no_ground_truth_wins(oracle: dict[str, Any]) -> None:
+    rows = {"whole": {"kind": "whole", "AP_small": 3.0}, "scalenet": {"kind": "scalenet", "AP_small": 5.0}, **oracle}
     assert winner_of(rows) == "scalenet"
+
+
+def test_a_name_makes_no_oracle() -> None:
+    rows = {"whole": {"kind": "whole", "AP_small": 3.0}, "oracle": {"kind": "grid", "AP_small": 5.0}}
+    assert winner_of(rows) == "oracle"
+
+
+def test_without_figures_the_first_policy_is_shown() -> None:
     assert winner_of({"whole": {"AP_small": math.nan}, "grid-2": {"AP_small": 1.0}}) == "grid-2"
     assert winner_of({"first-pass": {}}) == "first-pass"
     assert winner_of({}) is None
@@ -56,6 +74,19 @@ def test_the_page_marks_the_winner_and_shows_its_interval() -> None:
     for title in ("Precision and recall", "What goes wrong", "Where objects were gained", "Time and pixels"):
         assert title in page
     assert not re.search(r'(?:src|href)="(?:http|//)', page)
+
+
+def test_what_reads_the_ground_truth_is_neither_marked_nor_bold() -> None:
+    document, details = big_page(3, 0)
+    document["policies"] = {"best": document["policies"]["scalenet"] | {"kind": "oracle"}}
+    for one in (
+        document,
+        {**document, "policies": {"whole": big_page(1, 0)[0]["policies"]["whole"], **document["policies"]}},
+    ):
+        page = render_report(one, details | {"compared_with": next(iter(one["policies"]))})
+        assert re.findall(r'<tr class=best><th scope="row">(\w+)', page) == ["whole"] * ("whole" in one["policies"])
+        assert "best <small>(reads the ground truth)</small>" in page
+        assert "<b>20.0</b>" not in page
 
 
 def test_a_run_without_figures_still_has_a_page() -> None:
@@ -99,7 +130,93 @@ def test_a_run_that_lost_every_image_has_a_page_without_pictures(tmp_path: Path)
     page = (tmp_path / "run" / "report.html").read_text()
     assert pictures_of(page) == []
     assert "<script>.jpg" not in page
+    assert "&lt;script&gt;.jpg</th><td>read</td>" in page
     assert "0 of 1 images done, 1 failed" in page
+
+
+# --- without ground truth ---------------------------------------------------------------------------
+
+
+def found_page(**changes: Any) -> str:
+    """The page of a run of `detect`: 5 boxes in 2 of 4 images, 3 of them new, and one lost."""
+    row = {"label": 1, "boxes": 5, "images": 2, "before": 3, "new": 3, "lost": 1}
+    document = {
+        "images": {"total": 4, "done": 4, "failed": 0},
+        "policies": {"first-pass": {"kind": "first-pass", "detector_passes_per_image": 2.0, "images_per_second": None}},
+    }
+    found = {**row, "compared": 4, "by_class": [row], **changes}
+    rows = [{"id": 1, "objects": 0, "labels": [1], "by": {"first-pass": [5, 3, 1]}}]
+    details = {"shown_score": 0.3, "images": rows, "found": found, "categories": {1: "cat"}, "files": {1: "a.jpg"}}
+    return render_report(document, details)
+
+
+def test_the_page_says_what_the_whole_image_alone_would_have_found() -> None:
+    page = found_page()
+    assert "<b>5</b> boxes that score 0.3 or more, in 2 of 4 images. <b>3</b> are new by looking closer" in page
+    assert "finds 3, of which 1 are lost" in page
+    cells = "".join(f"<td>{cell}</td>" for cell in (5, 2, 3, 3, 1))
+    assert f'<tr><th scope="row">cat</th>{cells}</tr>' in page
+
+
+def test_the_page_says_on_how_many_images_it_could_compare() -> None:
+    assert "In the 2 images with such a pass: <b>3</b> are new" in found_page(compared=2)
+
+
+def test_without_a_whole_pass_the_page_claims_nothing_new() -> None:
+    page = found_page(compared=0, before=0, new=0, lost=0)
+    assert "Nothing says which are new: first-pass made no pass over the whole image alone" in page
+    assert "are new" not in page.replace("which are new", "")
+    assert '<tr><th scope="row">cat</th><td>5</td><td>2</td></tr>' in page
+
+
+def test_a_speed_that_was_too_short_to_measure_is_a_dash() -> None:
+    page = found_page()
+    assert "<strong>\N{EN DASH}</strong><span>images a second</span><em>too short to tell</em>" in page
+    assert "<td>\N{EN DASH}</td>" in page
+
+
+# --- what was run, and what was given up ------------------------------------------------------------
+
+
+def test_the_page_says_what_was_run() -> None:
+    document, details = big_page(1, 0)
+    run = {
+        "command": "jobs/eval_coco.py --data <here>",
+        "settings": {
+            "data": "s3://bucket/data",
+            "split": "val2017",
+            "networks": {"detector": "tiny:a.safetensors", "score_threshold": 0.01},
+            "policies": [{"name": "mine", "kind": "grid"}],
+        },
+        "workers": {"engine": "local"},
+        "versions": {"torch": "2.0"},
+        "begun": "2026-11-26 23:00:00 +0000",
+        "finished": "2026-11-27 01:00:00 +0000",
+        "resumed": True,
+    }
+    page = render_report(document, details | {"run": run})
+    assert "s3://bucket/data \N{MIDDLE DOT} val2017 \N{MIDDLE DOT} tiny:a.safetensors \N{MIDDLE DOT} 2026-11-27" in page
+    for text in (
+        "jobs/eval_coco.py --data &lt;here&gt;",
+        "torch 2.0",
+        "engine local",
+        "name: mine",
+        "2026-11-26 23:00:00",
+    ):
+        assert text in page
+    assert "<dt>resumed</dt><dd>yes, in this run folder</dd>" in page
+
+
+def test_failures_are_counted_by_reason_and_listed() -> None:
+    document, details = big_page(1, 0)
+    rows = [{"file": f"<{i}>.jpg", "stage": "read", "reason": "damaged", "policies": ["whole"]} for i in range(2)]
+    reasons = [{"stage": "read", "reason": "damaged", "count": 300, "example": "<0>.jpg"}]
+    failures = {"total": 300, "listed": 300, "reasons": reasons, "rows": rows}
+    page = render_report(document, details | {"failures": failures})
+    assert '<th scope="row">damaged</th><td>read</td><td>300</td>' in page
+    assert '<th scope="row">&lt;0&gt;.jpg</th><td>read</td><td>damaged</td>' in page
+    assert "The first 2 of 300" in page
+    assert "Images given up" not in render_report(document, details | {"failures": failures | {"total": 0}})
 
 
 def test_a_training_has_its_curves() -> None:
@@ -129,6 +246,94 @@ def test_a_sweep_has_its_front_and_all_trials() -> None:
     # The best at the price that was asked for.
     assert "<strong>20.0</strong>" in page
     assert "0 of 0 trials" in render_sweep([], None)
+
+
+# --- what a sweep came to ---------------------------------------------------------------------------
+
+
+def verdict(
+    start: dict[str, float] | None,
+    best: dict[str, float],
+    reported_passes: float = 2.0,
+    interval: tuple[float, ...] = (1.0, 0.5, 1.5),
+    ceiling: float | None = 2.5,
+) -> list[str]:
+    found = dict(zip(("difference", "low", "high"), interval, strict=True))
+    document = {
+        "policies": {"tuned": {"AP_small": 20.0, "detector_passes_per_image": reported_passes}},
+        "differences": {"tuned": {"AP_small": found}},
+    }
+    contenders = contenders_of({"first-pass": start}, {"tuned": best}, document)
+    return sweep_verdict(contenders, ceiling, ("train2017", "val2017"))
+
+
+START = {"AP_small": 20.0, "passes": 2.0}
+
+
+@pytest.mark.parametrize("best", [START, {"AP_small": 20.0, "passes": 1.5}, {"AP_small": 19.0, "passes": 2.5}])
+def test_a_sweep_that_nothing_beat_the_start_in_says_so(best: dict[str, float]) -> None:
+    said = verdict(START, best)
+    assert said[0] == (
+        "nothing beat the start on train2017: first-pass has AP_small 20.0 at 2.00 passes; best.yaml holds the best "
+        "trial all the same, tuned"
+    )
+
+
+def test_a_sweep_says_by_how_much_the_start_was_beaten() -> None:
+    said = verdict(START, {"AP_small": 23.5, "passes": 2.25})
+    assert said[0].startswith("on train2017 tuned finds AP_small 23.5 at 2.25 passes, +3.5 to first-pass")
+
+
+def test_a_start_that_was_not_tried_or_is_too_dear_is_beaten_by_nothing() -> None:
+    for start, reason in (
+        (None, "has no trial that saw all images"),
+        (START | {"passes": 2.6}, "over the ceiling of 2.5"),
+    ):
+        said = verdict(start, {"AP_small": 1.0, "passes": 2.0})
+        assert reason in said[0]
+        assert not any("beat" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("best", "beaten"),
+    [
+        # More, but dearer than the start.
+        ({"AP_small": 30.0, "passes": 3.0}, False),
+        ({"AP_small": 20.5, "passes": 2.0}, True),
+    ],
+)
+def test_without_a_ceiling_the_start_is_beaten_at_its_own_price(best: dict[str, float], beaten: bool) -> None:
+    said = verdict(START, best, ceiling=None)
+    assert ("nothing beat the start" not in said[0]) == beaten
+
+
+@pytest.mark.parametrize(
+    ("interval", "kind"),
+    [
+        ((0.5, -0.5, 1.5), "no sure gain on val2017"),
+        ((0.5, 0.0, 1.0), "no sure gain on val2017"),
+        ((1.0, 0.5, 1.5), "a gain on val2017"),
+        ((-1.0, -1.5, -0.5), "a loss on val2017"),
+        ((math.nan, math.nan, math.nan), "cannot be compared with first-pass on val2017"),
+    ],
+)
+def test_a_sweep_says_how_sure_its_gain_is(interval: tuple[float, ...], kind: str) -> None:
+    assert kind in verdict(START, START, interval=interval)[1]
+
+
+def test_passes_over_the_ceiling_in_the_report_are_said() -> None:
+    best = {"AP_small": 23.0, "passes": 2.48}
+    said = "2.70 passes on val2017 exceed the ceiling of 2.5, which held on train2017 (2.48)"
+    assert said in verdict(START, best, 2.7)[-1]
+    assert not any("exceed" in line for line in verdict(START, best, 2.5) + verdict(START, best, 2.7, ceiling=None))
+
+
+def test_the_page_of_a_sweep_has_the_start_beside_the_best() -> None:
+    rows = [{"trial": "a", "passes": 2.0, "AP_small": 20.0, "AP": 30.0, "complete": True, "error": None, "values": {}}]
+    contenders = contenders_of({"first-pass": rows[0]}, {"tuned": rows[0]})
+    page = render_sweep(rows, 2.5, contenders, ("train2017", "val2017"))
+    assert '<th scope="row">first-pass (start)</th><td>20.0</td><td>2.00</td>' in page
+    assert "Nothing beat the start on train2017" in page
 
 
 def test_an_experiment_on_canvases_has_its_table_and_pictures() -> None:

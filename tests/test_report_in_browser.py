@@ -147,6 +147,7 @@ def test_names_are_never_read_as_html(visit: Any) -> None:
         row["name"] = HOSTILE
     for picture in details["pictures"]:
         picture["boxes"] = {HOSTILE: picture["boxes"]["scalenet"], "whole": picture["boxes"]["whole"]}
+        picture["before"] = {HOSTILE: picture["before"]["whole"], "whole": picture["before"]["whole"]}
         picture["looks"] = {HOSTILE: picture["looks"]["scalenet"], "whole": picture["looks"]["whole"]}
     for row in details["images"]:
         row["by"] = {"whole": row["by"]["whole"], HOSTILE: row["by"]["scalenet"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from scalenet_ray.core.coco import images_and_categories
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.policy_file import read_policies
 from scalenet_ray.core.samples import write_sample
+from scalenet_ray.core.search_space import read_space, start_values
 from scalenet_ray.engine.kept import Keeper
 from scalenet_ray.engine.recursion_trial import RecursionTrial, TrialTask
-from scalenet_ray.engine.sweep import ResumableAsha, Sweep, best_policies
+from scalenet_ray.engine.sweep import ResumableAsha, Sweep, best_policies, start_trials
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from tests.job_scripts import REPOSITORY, load_job
 
@@ -146,6 +148,28 @@ def test_a_ceiling_that_no_trial_stays_under_is_said(data: Path) -> None:
         best_policies([row(2.0, 10.0), row(3.0, 20.0)], task_on(data, ceiling=1.5))
 
 
+def test_what_reads_the_ground_truth_is_never_the_best(data: Path) -> None:
+    policies = dict(task_on(data).policies)
+    task = task_on(data, policies={**policies, "mine": replace(policies["first-pass"], name="mine", kind="oracle")})
+    knowing = row(3.0, 90.0, values={"policy": "mine"})
+    for ceiling in (4.0, None):
+        (best,) = best_policies([knowing, row(3.0, 20.0)], replace(task, ceiling=ceiling))
+        assert best.kind == "first-pass"
+    with pytest.raises(ValueError, match="read the ground truth: let the sweep start from a policy that reads none"):
+        best_policies([knowing], task)
+
+
+def test_the_start_is_the_trial_with_its_own_values(data: Path, tmp_path: Path) -> None:
+    task, space = task_on(data), read_space(space_file(tmp_path))
+    start = start_values(task.policies["first-pass"], space)
+    assert start is not None
+    wanted = {"policy": "first-pass", **start, "recursion.window": start["recursion.window"] * (1 + 1e-15)}
+    other = row(1.0, 9.0, values={**wanted, "recursion.window": 0.55})
+    own = row(2.0, 10.0, values=wanted)
+    assert start_trials([other, own], task, space) == {"first-pass": own}
+    assert start_trials([other, own | {"complete": False}], task, space) == {"first-pass": None}
+
+
 def test_a_sweep_whose_trials_all_failed_says_why(data: Path) -> None:
     with pytest.raises(ValueError, match="no trial of 1 saw all images to its end: the reason"):
         best_policies([row(2.0, 10.0, complete=False, error="the reason")], task_on(data))
@@ -196,6 +220,9 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
     output = capsys.readouterr().out
     assert "trial 8 of 8: AP_small" in output
     assert "difference to first-pass" in output
+    assert re.search("nothing beat the start on train2017|on train2017 tuned finds AP_small", output)
+    assert re.search("(no sure gain|a gain|a loss) on val2017: tuned has AP_small", output)
+    assert "The start beside the best" in (tmp_path / "whole" / "run" / "report.html").read_text()
     run = tmp_path / "whole" / "run"
     trials = json.loads((run / "trials.json").read_text())
     assert len(trials) == 8
@@ -254,6 +281,7 @@ def test_trials_that_fail_are_named_and_the_sweep_goes_on(
         ({"subsets": (0.5, 0.25, 1.0)}, "--subsets must be at most 10 growing shares of the images that end at 1"),
         ({"subsets": (0.5,)}, "--subsets must be at most 10 growing shares"),
         ({"ceiling": 0.5}, "--ceiling must be 1 pass an image"),
+        ({"space": {**SPACE, "policies": ["first-pass", "oracle"]}}, "read no ground truth, got oracle: leave it out"),
         (
             {"sweep": Sweep("grid")},
             r"a grid wants lists, {of: \[VALUE, ...\]}, got ranges for recursion.max_windows, recursion.window",
@@ -263,8 +291,11 @@ def test_trials_that_fail_are_named_and_the_sweep_goes_on(
 def test_bad_input_is_refused(
     ray_session: None, data: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
+    job = job_on(data, tmp_path, **changes)
+    if "space" in changes:
+        job = replace(job, space=space_file(tmp_path, changes["space"]))
     with pytest.raises(ValueError, match=message):
-        load_job("tune_recursion").main(job_on(data, tmp_path, **changes))
+        load_job("tune_recursion").main(job)
 
 
 def test_a_sweep_has_trials() -> None:

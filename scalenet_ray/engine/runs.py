@@ -24,6 +24,7 @@ import math
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -65,11 +66,15 @@ class RunFolder:
 
     Args:
         uri: local path or s3:// address.
+
+    Attributes:
+        resumed: whether `begin` took up a run that was there.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._lock: RunLock | None = None
+        self.resumed = False
 
     def begin(self, settings: Mapping[str, Any], *, resume: bool, workers: Mapping[str, Any] | None = None) -> RunLock:
         """Lock the folder for this driver and write config.yaml, or take up the run that is there.
@@ -107,11 +112,13 @@ class RunFolder:
                 msg = f"{self.uri} holds a run already: add --resume to go on with it, or give another --output"
                 raise FileExistsError(msg)
             self._check_settings(settings)
+            self.resumed = True
             return
         versions = {name: version(name) for name in _VERSIONED}
         versions |= {"python": platform.python_version(), "scalenet-ray": __version__}
         content = {
             "command": " ".join(sys.argv),
+            "begun": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "settings": dict(settings),
             "workers": dict(workers),
             "versions": versions,
@@ -119,7 +126,7 @@ class RunFolder:
         storage.write_bytes_atomic(config, yaml.safe_dump(content, sort_keys=False).encode())
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        before = yaml.safe_load(storage.read_bytes(storage.join(self.uri, "config.yaml")))["settings"]
+        before = self.config()["settings"]
         after = yaml.safe_load(yaml.safe_dump(dict(settings)))
         differ = [
             f"{name}: {before.get(name)!r} then, {after.get(name)!r} now"
@@ -129,6 +136,10 @@ class RunFolder:
         if differ:
             msg = f"{self.uri} was begun with other settings ({'; '.join(differ)}): use the same, or another --output"
             raise UserError(msg)
+
+    def config(self) -> dict[str, Any]:
+        """What config.yaml holds."""
+        return yaml.safe_load(storage.read_bytes(storage.join(self.uri, "config.yaml")))
 
     def shards(self, kind: str, policy: str) -> list[str]:
         """Addresses of the finished shards of `detections` or `images` of one policy, in order."""
@@ -199,6 +210,10 @@ class RunFolder:
         table = pa.Table.from_pylist(rows, FAILURES)
         storage.write_bytes_atomic(storage.join(self.uri, "failures.parquet"), _parquet(table))
         return table
+
+    def failures(self) -> pa.Table:
+        """The table of failures.parquet (schema `FAILURES`), as `write_failures` left it."""
+        return pq.ParquetFile(io.BytesIO(storage.read_bytes(storage.join(self.uri, "failures.parquet")))).read()
 
 
 class ShardWriter:

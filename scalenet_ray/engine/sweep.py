@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from scalenet_ray.engine.kept import Keeper
 from scalenet_ray.engine.recursion_trial import RecursionTrial, TrialTask
 from scalenet_ray.engine.session import join_ray
 
-__all__ = ["ResumableAsha", "Sweep", "best_policies", "run_sweep"]
+__all__ = ["ResumableAsha", "Sweep", "best_policies", "best_trials", "run_sweep", "start_trials"]
 
 Searcher = Literal["optuna", "random", "grid"]
 """optuna: where earlier trials did well (TPE); random: anywhere; grid: every combination of listed values."""
@@ -116,8 +117,17 @@ def run_sweep(
         return [_row(result, task) for result in tuner.fit()]
 
 
-def best_policies(rows: list[dict[str, Any]], task: TrialTask) -> list[Policy]:
-    """The best policy under the ceiling, named "tuned"; without a ceiling the front, named "front-1" and so on.
+def best_trials(rows: Sequence[dict[str, Any]], task: TrialTask) -> dict[str, dict[str, Any]]:
+    """The best trial under the ceiling, named "tuned"; without a ceiling the front, named "front-1" and so on.
+
+    One that reads the ground truth is not among them: what is tuned is followed where there is none.
+
+    Args:
+        rows: as `run_sweep` gives them.
+        task: what the trials did.
+
+    Returns:
+        Name -> its row.
 
     Raises:
         ValueError: if no trial saw all images, or none stayed under the ceiling.
@@ -127,9 +137,13 @@ def best_policies(rows: list[dict[str, Any]], task: TrialTask) -> list[Policy]:
         failed = next((row["error"] for row in rows if row["error"]), "no trial came to its end")
         msg = f"no trial of {len(rows)} saw all images to its end: {failed}"
         raise UserError(msg)
+    complete = [row for row in complete if task.policies[row["values"]["policy"]].kind != "oracle"]
+    if not complete:
+        msg = "all trials that saw all images read the ground truth: let the sweep start from a policy that reads none"
+        raise UserError(msg)
     if task.ceiling is None:
         chosen = [complete[i] for i in front([(row["passes"], row["AP_small"]) for row in complete])]
-        return [_policy(row, task, f"front-{i}") for i, row in enumerate(chosen, start=1)]
+        return {f"front-{i}": row for i, row in enumerate(chosen, start=1)}
     under = [row for row in complete if row["passes"] <= task.ceiling]
     if not under:
         least = min(row["passes"] for row in complete)
@@ -138,7 +152,46 @@ def best_policies(rows: list[dict[str, Any]], task: TrialTask) -> list[Policy]:
             f"{least:.2f}: raise the ceiling, or let the space hold cheaper policies"
         )
         raise UserError(msg)
-    return [_policy(max(under, key=lambda row: row["AP_small"]), task, "tuned")]
+    return {"tuned": max(under, key=lambda row: row["AP_small"])}
+
+
+def best_policies(rows: Sequence[dict[str, Any]], task: TrialTask) -> list[Policy]:
+    """The policies of `best_trials`, by their names there.
+
+    Raises:
+        ValueError: as there.
+    """
+    return [_policy(row, task, name) for name, row in best_trials(rows, task).items()]
+
+
+def start_trials(
+    rows: Sequence[dict[str, Any]], task: TrialTask, space: SearchSpace
+) -> dict[str, dict[str, Any] | None]:
+    """The trials of the policies that a sweep starts from, as they are.
+
+    Args:
+        rows: as `run_sweep` gives them.
+        task: what the trials did.
+        space: what may change.
+
+    Returns:
+        Name -> its row; None for a policy that lies outside the space, or whose trial did not see all images.
+    """
+    found: dict[str, dict[str, Any] | None] = {}
+    for name, policy in task.policies.items():
+        start = start_values(policy, space)
+        wanted = None if start is None else {"policy": name, **start}
+        same = (row for row in rows if row["complete"] and wanted is not None and _same_values(row["values"], wanted))
+        found[name] = next(same, None)
+    return found
+
+
+def _same_values(values: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether two trials are of one policy; a searcher may hand numbers back through a logarithm."""
+    return values.keys() == wanted.keys() and all(
+        math.isclose(value, wanted[path]) if isinstance(value, float) else value == wanted[path]
+        for path, value in values.items()
+    )
 
 
 def _policy(row: dict[str, Any], task: TrialTask, name: str) -> Policy:

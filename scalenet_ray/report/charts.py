@@ -126,7 +126,7 @@ def throughput_chart(throughput: Mapping[str, Sequence[Sequence[float]]]) -> str
         axes.set_ylabel("images done")
         axes.set_ylim(bottom=0)
         quiet(axes)
-        axes.legend(frameon=False)
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8)
         return themed(to_svg(figure), "Images finished over time")
 
 
@@ -141,7 +141,7 @@ def cost_chart(policies: Mapping[str, Mapping[str, Any]]) -> str:
     }
     seconds = {policy: dict(row["seconds_by_stage"]) for policy, row in policies.items() if row.get("seconds_by_stage")}
     panels = [("megapixels per image", pixels), *([("seconds by stage", seconds)] if seconds else [])]
-    with drawing(4.3, (0.9 + 0.3 * max(len(policies), 2)) * len(panels) + 0.3) as figure:
+    with drawing(4.3, (1.2 + 0.3 * max(len(policies), 2)) * len(panels) + 0.3) as figure:
         for axes, (title, rows) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             left = np.zeros(len(rows))
             for i, stage in enumerate(dict.fromkeys(stage for row in rows.values() for stage in row)):
@@ -153,5 +153,6 @@ def cost_chart(policies: Mapping[str, Mapping[str, Any]]) -> str:
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_xlabel(title)
             quiet(axes, "x")
-            axes.legend(frameon=False, loc="best", fontsize=8)
+            # Above the bars: inside, the best place may still lie on one.
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8, borderaxespad=0)
         return themed(to_svg(figure), "Pixels and seconds by stage")

@@ -8,17 +8,17 @@ from typing import Any
 
 from scalenet_ray.policy_plot import policy_plot
 from scalenet_ray.report.charts import cost_chart, curves_chart, errors_chart, found_chart, throughput_chart
-from scalenet_ray.report.policies import is_known, policy_rows, winner_of
+from scalenet_ray.report.origin import failures_section, origin_line, origin_section
+from scalenet_ray.report.policies import is_known, policy_rows, reads_truth, winner_of
 from scalenet_ray.report.shell import cards, page, section, table
 from scalenet_ray.svg import themed
 
 __all__ = ["render_report"]
 
 _MOST_CLASSES = 16
-_POLICIES = (
-    "Every way to zoom, on the same images with the same frozen detector. The marked one finds most small objects "
-    "without reading the ground truth."
-)
+_MOST_FOUND = 100
+_POLICIES = "Every way to zoom, on the same images with the same frozen detector."
+_BEST = " The marked one finds most small objects without reading the ground truth."
 _ERRORS = (
     "Each box that is wrong is wrong in one way. The bars say what AP at IoU .5 would gain if that alone were mended "
     "(TIDE's definitions); the counts are of boxes that score {score} or more."
@@ -38,8 +38,8 @@ def render_report(document: Mapping[str, Any], details: Mapping[str, Any] | None
 
     Args:
         document: what metrics.json holds.
-        details: what analysis.json holds, with "pictures" (`PictureTask`), "files" and "categories" besides; None for
-            the figures alone.
+        details: what analysis.json holds, with "pictures" (`PictureTask`), "files", "categories", "failures"
+            (`failures_section`) and "run" (`origin_section`) besides; None for the figures alone.
 
     Returns:
         HTML, one file that fetches nothing.
@@ -48,18 +48,21 @@ def render_report(document: Mapping[str, Any], details: Mapping[str, Any] | None
     policies: Mapping[str, Mapping[str, Any]] = document["policies"]
     measured = any(is_known(row.get("AP_small")) for row in policies.values())
     winner = winner_of(policies)
+    marked = winner is not None and measured and not reads_truth(winner, policies[winner])
     base = details.get("compared_with") or document.get("compared_with")
     changes = details.get("changes", {}).get(winner)
     head, rows = policy_rows(document)
     plot = policy_plot(document)
     plot_title = "AP of small objects against detector passes"
     sections = [
-        section("facts", "At a glance", "", _facts(document, winner, base, changes)),
+        section("facts", "At a glance", "", _facts(document, winner, base, changes, details)),
+        failures_section(details.get("failures")),
+        _found(details),
         section(
             "policies",
             "Policies",
-            _POLICIES if measured else "What each policy did.",
-            table("Policies", head, rows, list(policies).index(winner) if winner and measured else None),
+            _POLICIES + (_BEST if marked else "") if measured else "What each policy did.",
+            table("Policies", head, rows, list(policies).index(winner) if winner and marked else None),
         ),
         section(
             "price",
@@ -86,9 +89,11 @@ def render_report(document: Mapping[str, Any], details: Mapping[str, Any] | None
             "What the networks computed for an image, and how the run went.",
             _pair(cost_chart(policies), throughput_chart(details.get("throughput", {}))),
         ),
+        origin_section(details.get("run")),
         _gallery(details),
     ]
-    return page("What a closer look found", _lead(document, winner, base), sections, _data(details, base, winner))
+    lead = _lead(document, winner, base, details)
+    return page("What a closer look found", lead, sections, _data(details, base, winner))
 
 
 def _figure(svg: str) -> str:
@@ -99,15 +104,18 @@ def _pair(*svgs: str) -> str:
     return f'<div class="pair">{"".join(map(_figure, svgs))}</div>'
 
 
-def _lead(document: Mapping[str, Any], winner: str | None, base: str | None) -> str:
+def _lead(document: Mapping[str, Any], winner: str | None, base: str | None, details: Mapping[str, Any]) -> str:
     images = document["images"]
     parts = []
+    if "found" in details:
+        parts.append(f'<p class="lead">{_found_sentence(details, document, winner)}</p>')
     row = document["policies"].get(winner, {})
     if base and winner and base != winner and is_known(row.get("AP_small")):
         before = document["policies"][base]
         passes = row["detector_passes_per_image"]
+        reading = ", reading the ground truth," if reads_truth(winner, row) else ""
         sentence = (
-            f"<b>{html.escape(winner)}</b> takes AP of small objects from {before['AP_small'] or 0:.1f} to "
+            f"<b>{html.escape(winner)}</b>{reading} takes AP of small objects from {before['AP_small'] or 0:.1f} to "
             f"<b>{row['AP_small']:.1f}</b>, for {passes:.2f} detector passes an image in place of "
             f"{before['detector_passes_per_image']:.2f}."
         )
@@ -115,10 +123,68 @@ def _lead(document: Mapping[str, Any], winner: str | None, base: str | None) -> 
     reason = " (failures.parquet names each with its reason)" if images["failed"] else ""
     state = f"{images['done']} of {images['total']} images done, {images['failed']} failed{reason}."
     parts.append(f'<p class="state{" bad" if images["failed"] else ""}">{state}</p>')
-    return "".join(parts)
+    return "".join([*parts, origin_line(details.get("run"))])
 
 
-def _facts(document: Mapping[str, Any], winner: str | None, base: str | None, changes: Mapping[str, Any] | None) -> str:
+def _found_sentence(details: Mapping[str, Any], document: Mapping[str, Any], policy: str | None) -> str:
+    """What a run without ground truth found, and what of it the whole images alone would not have given, as HTML."""
+    found, done = details["found"], document["images"]["done"]
+    boxes = (
+        f"<b>{found['boxes']}</b> boxes that score {details['shown_score']:g} or more, in {found['images']} of {done} "
+        "images."
+    )
+    if not found["compared"]:
+        return f"{boxes} {_no_whole_pass(policy)}"
+    where = "" if found["compared"] == done else f" In the {found['compared']} images with such a pass:"
+    return (
+        f"{boxes}{where} <b>{found['new']}</b> are new by looking closer: the pass over the whole image alone, with "
+        f"the same detector, thresholds and NMS, finds {found['before']}, of which {found['lost']} are lost."
+    )
+
+
+def _no_whole_pass(policy: str | None) -> str:
+    return (
+        f"Nothing says which are new: {html.escape(policy or 'the policy')} made no pass over the whole image alone, "
+        "or an older version worked on it."
+    )
+
+
+def _found(details: Mapping[str, Any]) -> str:
+    """What was found, class by class, without ground truth."""
+    found = details.get("found")
+    if not found or not found["by_class"]:
+        return ""
+    names = {str(label): name for label, name in details.get("categories", {}).items()}
+    known = bool(found["compared"])
+    rows = [
+        [
+            html.escape(str(names.get(str(row["label"]), f"category {row['label']}"))),
+            str(row["boxes"]),
+            str(row["images"]),
+            *([str(row[key]) for key in ("before", "new", "lost")] if known else []),
+        ]
+        for row in found["by_class"][:_MOST_FOUND]
+    ]
+    head = ["class", "boxes", "images", *(["whole image alone", "new", "lost"] if known else [])]
+    left = len(found["by_class"]) - _MOST_FOUND
+    more = f" Of {len(found['by_class'])} classes the {_MOST_FOUND} most frequent." if left > 0 else ""
+    meant = (
+        " New is what overlaps no box of its class by half that the pass over the whole image finds alone; lost is "
+        "what only that pass finds."
+        if known
+        else ""
+    )
+    words = f"Boxes that score {details['shown_score']:g} or more, the most frequent class first.{meant}{more}"
+    return section("found", "What was found", words, table("Boxes by class", head, rows))
+
+
+def _facts(
+    document: Mapping[str, Any],
+    winner: str | None,
+    base: str | None,
+    changes: Mapping[str, Any] | None,
+    details: Mapping[str, Any],
+) -> str:
     row = document["policies"].get(winner or "", {})
     facts = []
     interval = document.get("differences", {}).get(winner, {})
@@ -137,10 +203,20 @@ def _facts(document: Mapping[str, Any], winner: str | None, base: str | None, ch
         total = {key: sum(one[key] for one in changes["by_class"]) for key in ("objects", "before", "after")}
         remark = f"{total['before']} without a closer look" if base != winner else ""
         facts.append((f"{total['after']} of {total['objects']}", "small objects found", remark))
+    found = details.get("found")
+    if found:
+        done = document["images"]["done"]
+        facts.append((str(found["boxes"]), "boxes found", f"score {details['shown_score']:g} or more"))
+        facts.append((f"{found['images']} of {done}", "images have one", ""))
+        new = str(found["new"]) if found["compared"] else "\N{EN DASH}"
+        against = f"{found['before']} in the whole image alone, {found['lost']} lost" if found["compared"] else ""
+        facts.append((new, "new by looking closer", against))
     if row:
         facts.append((f"{row['detector_passes_per_image']:.2f}", "detector passes an image", f"policy {winner}"))
-        if row.get("images_per_second"):
-            facts.append((f"{row['images_per_second']:.1f}", "images a second", ""))
+        if "images_per_second" in row:
+            speed = row["images_per_second"]
+            short = speed is None or not is_known(speed)
+            facts.append(("\N{EN DASH}" if short else f"{speed:.1f}", "images a second", "too short to tell" * short))
     return cards(facts) if facts else ""
 
 
@@ -178,6 +254,7 @@ def _data(details: Mapping[str, Any], base: str | None, winner: str | None) -> d
         "chosen": winner if winner in names else names[0],
         "score": details["shown_score"],
         "truth": "changes" in details,
+        "compared": "found" not in details or bool(details["found"]["compared"]),
         "categories": details.get("categories", {}),
         "files": details.get("files", {}),
         "images": details["images"],

@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["is_known", "policy_rows", "winner_of"]
+__all__ = ["is_known", "policy_rows", "reads_truth", "winner_of"]
 
 _FIGURES = (
     ("AP small", "AP_small", 1),
@@ -26,10 +26,23 @@ _FIGURES = (
 def winner_of(policies: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The policy with the most AP_small that reads no ground truth; without figures the first; None of none.
 
-    By name: the oracle is the one that reads it, and its name cannot be given to another.
+    Where all read the ground truth it is one of those: ask `reads_truth`.
+
+    Args:
+        policies: name -> its row of metrics.json.
     """
-    honest = {name: row for name, row in policies.items() if name != "oracle"} or dict(policies)
+    honest = {name: row for name, row in policies.items() if not reads_truth(name, row)} or dict(policies)
     return max(honest, key=lambda name: _known(honest[name].get("AP_small")), default=None)
+
+
+def reads_truth(name: str, row: Mapping[str, Any]) -> bool:
+    """Whether a policy reads the ground truth: by its kind, whatever its name.
+
+    Args:
+        name: the policy's; it decides where an older version noted no kind.
+        row: its row of metrics.json.
+    """
+    return row.get("kind", name) == "oracle"
 
 
 def is_known(value: float | None) -> bool:
@@ -45,12 +58,13 @@ def policy_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     """The titles of the columns, and the cells of each policy as HTML.
 
     Args:
-        document: what metrics.json holds; columns that no policy has are left out.
+        document: what metrics.json holds; columns that no policy has are left out. The best of a column is bold; one
+            that reads the ground truth says so, and is never the best.
     """
     policies: Mapping[str, Mapping[str, Any]] = document["policies"]
     columns = [column for column in _FIGURES if any(column[1] in row for row in policies.values())]
     best = {
-        key: max((_known(row.get(key)) for row in policies.values()), default=0.0)
+        key: max((_known(row.get(key)) for name, row in policies.items() if not reads_truth(name, row)), default=0.0)
         for _, key, _ in columns
         if key[0] == "A"
     }
@@ -63,10 +77,11 @@ def policy_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         head.insert(2, f"AP small to {document['compared_with']}")
     rows = []
     for name, row in policies.items():
-        cells = [_cell(row.get(key), digits, best.get(key)) for _, key, digits in columns]
+        knows = reads_truth(name, row)
+        cells = [_cell(row.get(key), digits, None if knows else best.get(key)) for _, key, digits in columns]
         if differences:
             cells.insert(1, _interval(differences.get(name, {}).get("AP_small"), widest))
-        rows.append([html.escape(name), *cells])
+        rows.append([html.escape(name) + (" <small>(reads the ground truth)</small>" if knows else ""), *cells])
     return head, rows
 
 

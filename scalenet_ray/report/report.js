@@ -28,7 +28,12 @@
     return element;
   }
   const nameOf = (label) => data.categories[label] ?? `category ${label}`;
-  const fileOf = (id) => data.files[id] ?? `image ${id}`;
+  const pathOf = (id) => data.files[id] ?? `image ${id}`;
+  // The file's own name, or its whole path where another file has the same.
+  const ending = (path) => path.slice(path.lastIndexOf("/") + 1);
+  const bearers = new Map();
+  for (const path of Object.values(data.files)) bearers.set(ending(path), (bearers.get(ending(path)) ?? 0) + 1);
+  const fileOf = (id) => bearers.get(ending(pathOf(id))) === 1 ? ending(pathOf(id)) : pathOf(id);
 
   // One object URL for each photograph, however often it is shown: it is decoded once.
   function photo(picture) {
@@ -46,17 +51,15 @@
     return w * h / (area(a) + area(b) - w * h);
   };
   const isWrong = (box) => box[7] !== "" && box[7] !== "correct" && box[7] !== "ignored";
-  // Without another policy to compare with, what the whole image alone shows is what was known before.
   const compares = () => data.base && data.base !== state.policy && data.policies.includes(data.base);
+  // What a policy is compared with is the base's boxes, or without another policy those of its own pass over the whole image; null where there is none.
   function boxesOf(picture) {
-    const after = picture.boxes[state.policy] ?? [];
-    const before = compares() ? picture.boxes[data.base] ?? [] : after.filter((box) => box[6] === 0);
-    const isNew = (box) => compares() ? !before.some((other) => other[5] === box[5] && overlap(box, other) >= 0.5) : box[6] > 0;
-    return { before, after, isNew };
+    return { before: picture.before[state.policy] ?? null, after: picture.boxes[state.policy] ?? [], isNew: (box) => box[8] === 1 };
   }
 
-  function frame(picture, text, kind) {
+  function frame(picture, text, kind, large) {
     const { before, after, isNew } = boxesOf(picture), look = picture.looks[state.policy] ?? { windows: [], map: null };
+    const tags = [];
     const holder = make("div", { class: kind === "seen" && look.map ? "frame dim" : "frame" });
     holder.append(make("img", { src: photo(picture), alt: text, width: picture.width, height: picture.height, decoding: "async" }));
     if (kind === "seen" && look.map) holder.append(make("img", { src: look.map, class: "map", alt: "" }));
@@ -67,36 +70,39 @@
       const rect = draw("rect", { ...place, class: name });
       if (words) { const title = draw("title", {}); title.textContent = words; rect.append(title); }
       layer.append(rect);
+      if (large && words && kind !== "seen") tags.push(make("span", { class: `tag ${name}`, style: `left:${100 * place.x / picture.width}%;top:${100 * place.y / picture.height}%` }, words));
     };
     const wanted = (label) => state.label === "" || String(label) === state.label;
     const say = (box) => `${nameOf(box[5])} ${box[4].toFixed(2)}${box[7] ? ", " + box[7] : ""}`;
     if (kind === "seen") for (const window of look.windows) add(window, `w${Math.min(window[4], 3)}`, `window at depth ${window[4]}`);
-    if (kind === "before") for (const box of before) if (wanted(box[5])) add(box, isWrong(box) ? "wrong" : "known", say(box));
+    if (kind === "before") for (const box of before ?? []) if (wanted(box[5])) add(box, isWrong(box) ? "wrong" : "known", say(box));
     if (kind === "after") {
       for (const box of after) if (wanted(box[5])) add(box, isWrong(box) ? "wrong" : isNew(box) ? "new" : "known", say(box));
       for (const object of picture.truth) if (!object[6] && wanted(object[4]) && !after.some((box) => box[7] === "correct" && box[5] === object[4] && overlap(box, object) >= 0.5)) add(object, "missed", `${nameOf(object[4])}, missed`);
     }
-    holder.append(layer);
+    holder.append(layer, ...tags);
     return holder;
   }
   function panels(picture, large) {
     const { before, after, isNew } = boxesOf(picture), look = picture.looks[state.policy] ?? { windows: [] };
     const count = (boxes) => boxes.filter((box) => state.label === "" || String(box[5]) === state.label).length;
-    const first = compares() ? data.base : "the whole image";
+    const first = compares() ? data.base : "the whole image alone";
     const file = fileOf(picture.id), windows = look.windows.length;
+    const known = before === null ? "Before: no pass over the whole image alone" : `Before: ${first}, ${count(before)} boxes`;
+    const news = before === null ? "" : `, ${count(after.filter(isNew))} new`;
     const rows = [
-      ["before", `Before: ${first}, ${count(before)} boxes`, `${file}: ${count(before)} boxes found by ${first}`],
-      ["seen", look.map ? `Seen: too small, and ${windows} window${windows === 1 ? "" : "s"}` : `${windows} window${windows === 1 ? "" : "s"}`, `${file}: scale map and ${windows} windows`],
-      ["after", `After: ${state.policy}, ${count(after)} boxes, ${count(after.filter(isNew))} new`, `${file}: ${count(after)} boxes found by ${state.policy}`],
+      ["before", known, before === null ? file : `${file}: ${count(before)} boxes found by ${first}`],
+      ["seen", look.map ? `Seen: what asked for a closer look, and ${windows} window${windows === 1 ? "" : "s"}` : `${windows} window${windows === 1 ? "" : "s"}`, `${file}: scale map and ${windows} windows`],
+      ["after", `After: ${state.policy}, ${count(after)} boxes${news}`, `${file}: ${count(after)} boxes found by ${state.policy}`],
     ];
     if (large) rows.unshift(["plain", "The photograph", file]);
     const order = large ? ["before", "after", "seen", "plain"] : ["before", "seen", "after"];
     rows.sort((a, b) => order.indexOf(a[0]) - order.indexOf(b[0]));
-    return make("div", { class: "panels" }, ...rows.map(([kind, words, alt]) => make("div", { class: "panel" }, frame(picture, alt, kind), make("p", {}, words))));
+    return make("div", { class: "panels" }, ...rows.map(([kind, words, alt]) => make("div", { class: "panel" }, frame(picture, alt, kind, large), make("p", {}, words))));
   }
   function verdict(id) {
     const [found, gained, lost] = images.get(id)?.by[state.policy] ?? [0, 0, 0];
-    if (!data.truth) return `${found} boxes, ${gained} of them from a closer look`;
+    if (!data.truth) return gained === null ? `${found} boxes` : `${found} boxes, ${gained} new by looking closer, ${lost} lost`;
     return compares() ? `${gained} object${gained === 1 ? "" : "s"} gained, ${lost} lost, to ${data.base}` : `${found} objects found`;
   }
 
@@ -122,7 +128,7 @@
   function showPictures() {
     const all = shownPictures(), from = state.page * PICTURES;
     shots.replaceChildren(...all.slice(from, from + PICTURES).map((picture, i) => make("li", { class: "shot" },
-      make("header", {}, make("b", {}, fileOf(picture.id)), make("span", {}, verdict(picture.id))),
+      make("header", {}, make("b", { title: pathOf(picture.id) }, fileOf(picture.id)), make("span", {}, verdict(picture.id))),
       make("button", { type: "button", class: "open", "aria-label": `Open ${fileOf(picture.id)}: ${verdict(picture.id)}`, onclick: () => open(from + i) }, panels(picture, false)))));
     if (!all.length) shots.append(make("li", {}, data.pictures.length ? "No picture of this kind." : "This page holds no pictures."));
     turn(pager, state.page, Math.ceil(all.length / PICTURES), (page) => { state.page = page; showPictures(); shots.scrollIntoView({ block: "start" }); });
@@ -130,11 +136,11 @@
   }
   function showImages() {
     const all = shownImages(), pictured = new Set(data.pictures.map((picture) => picture.id));
-    const head = data.truth ? ["image", "objects", "found", "gained", "lost"] : ["image", "boxes", "from a closer look"];
+    const head = data.truth ? ["image", "objects", "found", "gained", "lost"] : ["image", "boxes", "new", "lost"];
     const body = all.slice(state.row * ROWS, state.row * ROWS + ROWS).map((image) => {
       const [found, gained, lost] = image.by[state.policy] ?? [0, 0, 0];
-      const cells = data.truth ? [image.objects, found, gained, lost] : [found, gained];
-      const name = pictured.has(image.id) ? make("button", { type: "button", onclick: () => openImage(image.id) }, fileOf(image.id)) : fileOf(image.id);
+      const cells = (data.truth ? [image.objects, found, gained, lost] : [found, gained, lost]).map((cell) => cell ?? "\u2013");
+      const name = pictured.has(image.id) ? make("button", { type: "button", title: pathOf(image.id), onclick: () => openImage(image.id) }, fileOf(image.id)) : make("span", { title: pathOf(image.id) }, fileOf(image.id));
       return make("tr", {}, make("th", { scope: "row" }, name), ...cells.map((cell) => make("td", {}, String(cell))));
     });
     list.replaceChildren(make("div", { class: "scroll" }, make("table", {},
@@ -158,7 +164,7 @@
     const picture = all[state.open];
     if (!dialog.open) back = document.activeElement;
     dialog.replaceChildren(make("div", { class: "view" },
-      make("header", {}, make("b", {}, fileOf(picture.id)), make("span", {}, `${verdict(picture.id)} \u00b7 ${state.open + 1} of ${all.length}`),
+      make("header", {}, make("b", { title: pathOf(picture.id) }, fileOf(picture.id)), make("span", {}, `${verdict(picture.id)} \u00b7 ${state.open + 1} of ${all.length}`),
         make("div", { class: "keys" },
           make("button", { type: "button", "aria-label": "Previous picture", onclick: () => open(state.open - 1) }, "\u2190"),
           make("button", { type: "button", "aria-label": "Next picture", onclick: () => open(state.open + 1) }, "\u2192"),
@@ -199,7 +205,7 @@
   const bar = make("div", { class: "bar" }, tabs, picker("class", "Class", [["", "all classes"], ...labels], "", (label) => choose({ label })));
   if (data.policies.length > 1) bar.append(picker("policy", "Policy", data.policies.map((name) => [name, name]), state.policy, (policy) => choose({ policy })));
   const legend = make("ul", { class: "legend" });
-  const entries = [["known", data.truth ? "right, known before" : "from the whole image"], ["new", data.truth ? "right, and new" : "from a closer look"], ...(data.truth ? [["wrong", "wrong"], ["missed", "missed"]] : []), ["w1", "window"], ["w2", "window in a window"]];
+  const entries = [["known", data.truth ? "right, known before" : data.compared ? "found in the whole image alone" : "found"], ...(data.truth || data.compared ? [["new", data.truth ? "right, and new" : "new by looking closer"]] : []), ...(data.truth ? [["wrong", "wrong"], ["missed", "missed"]] : []), ["w1", "window"], ["w2", "window in a window"]];
   for (const [name, words] of entries) {
     const sign = draw("svg", { viewBox: "0 0 24 16", "aria-hidden": "true" });
     sign.append(draw("rect", { x: 2, y: 2, width: 20, height: 12, class: name }));
