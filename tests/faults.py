@@ -139,7 +139,8 @@ def as_values(result: ImageResult) -> dict[str, Any]:
     arrays = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     masks = arrays.pop("masks")
     alone: Detections | None = values.pop("whole_pass")
-    values["whole_pass"] = alone and [alone.boxes.tolist(), alone.scores.tolist(), alone.labels.tolist()]
+    columns = () if alone is None else (alone.boxes, alone.scores, alone.labels)
+    values["whole_pass"] = [column.tolist() for column in columns]
     return {**values, **{name: array.tolist() for name, array in arrays.items()}, "masks": masks}
 
 

@@ -133,8 +133,81 @@ def test_it_follows_the_system_into_the_dark_and_has_a_switch(visit: Any) -> Non
 
 
 def test_a_narrow_screen_need_not_be_scrolled_sideways(visit: Any) -> None:
-    page = visit(page_of(9, 9), viewport={"width": 360, "height": 700})
+    document, details = big_page(9, 9)
+    long = "/".join(["a-folder-with-a-long-name"] * 8)
+    details |= {
+        "run": {"command": long, "settings": {"data": long, "networks": {"detector": f"tiny:{long}"}}},
+        "failures": {
+            "total": 1,
+            "listed": 1,
+            "reasons": [{"stage": "read", "reason": long, "count": 1}],
+            "rows": [{"file": long, "stage": "read", "reason": long, "policies": ["whole"]}],
+        },
+    }
+    page = visit(render_report(document, details), viewport={"width": 360, "height": 700})
+    page.locator("#failures summary").click()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("width", [360, 1000, 1280, 1800])
+def test_a_wide_table_of_policies_is_cut_by_no_edge_but_its_own(visit: Any, width: int) -> None:
+    document, details = big_page(3, 0)
+    figures = ("AP_medium", "AR_small", "detector_megapixels_per_image", "tiles_per_image", "images_per_second")
+    for row in document["policies"].values():
+        row.update(dict.fromkeys(figures, 1234.5))
+    interval = {"difference": 10.0, "low": 4.0, "high": 16.0}
+    document |= {"compared_with": "whole", "differences": {"scalenet": {"AP_small": interval}}}
+    page = visit(render_report(document, details), viewport={"width": width, "height": 700})
+    holder = "document.querySelector('#policies .scroll')"
+    left, right = page.evaluate(f"(({{left, right}}) => [left, right])({holder}.getBoundingClientRect())")
+    assert 0 <= left < right <= width
+    # All of it can be reached: it fits, or scrolls.
+    page.evaluate(f"{holder}.scrollTo(10000, 0)")
+    last = page.evaluate("document.querySelector('#policies thead th:last-child').getBoundingClientRect().right")
+    assert last <= right + 1
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_boxes_carry_their_class_and_score(visit: Any) -> None:
+    page = visit(page_of(9, 9))
+    assert page.locator(".shot").first.locator("rect.new title").all_text_contents() == ["cat 0.80, correct"]
+    # The middle of a box answers too, not its line alone.
+    box = page.locator(".shot").first.locator("rect.new")
+    box.scroll_into_view_if_needed()
+    answers = "box => { const r = box.getBoundingClientRect(); const at = [r.x + r.width / 2, r.y + r.height / 2]; "
+    answers += "return document.elementFromPoint(...at) === box; }"
+    assert box.evaluate(answers)
+    page.locator(".open").first.click()
+    tags = page.locator("dialog .tag").all_inner_texts()
+    assert {"cat 0.80, correct", "cat 0.50, background", "cat 0.90, correct"} <= set(tags)
+
+
+def test_files_are_called_by_their_own_name_with_the_path_at_hand(visit: Any) -> None:
+    document, details = big_page(3, 3)
+    details["files"] = {0: "s3://bucket/a/one.jpg", 1: "s3://bucket/a/two.jpg", 2: "s3://bucket/b/two.jpg"}
+    page = visit(render_report(document, details))
+    # Of two files of one name the whole path tells which.
+    assert shown_names(page) == ["one.jpg", "s3://bucket/a/two.jpg", "s3://bucket/b/two.jpg"]
+    assert page.locator(".shot header b").first.get_attribute("title") == "s3://bucket/a/one.jpg"
+
+
+def test_without_a_whole_pass_no_picture_claims_a_new_box(visit: Any) -> None:
+    document, details = big_page(3, 3)
+    document["policies"] = {"scalenet": {"kind": "scalenet", "detector_passes_per_image": 2.0}}
+    for name in ("compared_with", "changes", "curves", "errors"):
+        details.pop(name)
+    for row in details["images"]:
+        row["by"] = {"scalenet": [5, None, None]}
+    for picture in details["pictures"]:
+        picture["before"] = {"scalenet": None}
+        picture["boxes"]["scalenet"] = [[*box[:7], "", 0] for box in picture["boxes"]["scalenet"]]
+    row = {"boxes": 5, "images": 3, "before": 0, "new": 0, "lost": 0}
+    details["found"] = {**row, "compared": 0, "by_class": [{"label": 1, **row}]}
+    page = visit(render_report(document, details))
+    words = page.locator("#pictures").inner_text()
+    assert "Before: no pass over the whole image alone" in words
+    assert "new" not in words.replace("Most new boxes", "")
+    assert page.locator(".shot rect.new").count() == 0
 
 
 def test_names_are_never_read_as_html(visit: Any) -> None:
