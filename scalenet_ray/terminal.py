@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from scalenet_ray.core.detections import SHOWN_SCORE
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.findings import closer_look_in_words
 from scalenet_ray.core.front import front
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Step, out_of_range
@@ -73,11 +74,8 @@ def found_lines(document: Mapping[str, Any]) -> str:
         f"{_counted(done, 'image')}{listed}"
     ]
     if found["compared"]:
-        among = "" if found["compared"] == done else f" in {_counted(found['compared'], 'image')}"
-        lines.append(
-            f"{found['new']} new by looking closer{among}: the pass over the whole image alone finds "
-            f"{found['before']}, of which {found['lost']} are lost"
-        )
+        among = "" if found["compared"] == done else f"in {_counted(found['compared'], 'image')} with such a pass, "
+        lines.append(among + closer_look_in_words(found))
     elif done:
         lines.append("nothing says which are new: there was no pass over the whole image alone to compare with")
     return "\n".join(lines)

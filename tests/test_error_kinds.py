@@ -9,7 +9,7 @@ from scalenet_ray.core.coco import Objects, parse_annotations
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.error_kinds import KINDS, Explained, average_precision, error_breakdown, explain
 from scalenet_ray.core.evaluation import evaluate
-from scalenet_ray.core.findings import found_and_lost, gained_and_lost
+from scalenet_ray.core.findings import closer_look_in_words, found_and_lost, gained_and_lost
 
 SQUARE = (0.0, 0.0, 10.0, 10.0)
 FAR = (100.0, 100.0, 110.0, 110.0)
@@ -139,3 +139,28 @@ def test_gains_and_losses_are_told_by_class_and_by_size() -> None:
     assert list(rows) == ["cat", "dog"]
     sides = {row["name"]: row["objects"] for row in changes["by_side"]}
     assert sides == {"8 to 12": 2, "96 or more": 1}
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "new", "lost", "words"),
+    [
+        (
+            6,
+            3,
+            3,
+            1,
+            "3 more than the pass over the whole image alone finds (3): 3 new by looking closer, 1 lost, 1 further",
+        ),
+        (5, 3, 2, 0, "2 more than the pass over the whole image alone finds (3): 2 new by looking closer, 0 lost"),
+        (
+            2,
+            4,
+            1,
+            2,
+            "2 fewer than the pass over the whole image alone finds (4): 1 new by looking closer, 2 lost, 1 fewer",
+        ),
+    ],
+)
+def test_what_a_closer_look_brought_adds_up(after: int, before: int, new: int, lost: int, words: str) -> None:
+    said = closer_look_in_words({"after": after, "before": before, "new": new, "lost": lost})
+    assert said.removesuffix(" on what it found") == words

@@ -13,7 +13,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.error_kinds import FOREGROUND_IOU, Explained
 from scalenet_ray.core.merge import iou_matrix
 
-__all__ = ["SIDE_BOUNDS", "SMALL_AREA", "are_new", "found_and_lost", "gained_and_lost"]
+__all__ = ["SIDE_BOUNDS", "SMALL_AREA", "are_new", "closer_look_in_words", "found_and_lost", "gained_and_lost"]
 
 SMALL_AREA = 32.0**2
 """COCO's bound of small objects, in mask pixels."""
@@ -37,6 +37,23 @@ def are_new(found: Detections, before: Detections) -> np.ndarray:
     """
     overlap = iou_matrix(found.boxes, before.boxes) * (found.labels[:, None] == before.labels[None, :])
     return overlap.max(axis=1, initial=0.0) < FOREGROUND_IOU
+
+
+def closer_look_in_words(found: Mapping[str, int]) -> str:
+    """What a closer look brought to what the passes over whole images alone find; its numbers add up.
+
+    Args:
+        found: counts of boxes, over the images that have such a pass: "after" in all, "before" those of the passes,
+            "new" and "lost" (`are_new`).
+    """
+    net = found["after"] - found["before"]
+    further = net - found["new"] + found["lost"]
+    parts = [f"{found['new']} new by looking closer", f"{found['lost']} lost"]
+    parts += [f"{abs(further)} {'further' if further > 0 else 'fewer'} on what it found"] if further else []
+    return (
+        f"{abs(net)} {'fewer' if net < 0 else 'more'} than the pass over the whole image alone finds "
+        f"({found['before']}): {', '.join(parts)}"
+    )
 
 
 def found_and_lost(before: Explained, after: Explained, shown_score: float) -> tuple[np.ndarray, np.ndarray]:

@@ -132,10 +132,10 @@ def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> d
 
     Returns:
         "shown_score"; "images": rows as those of `analyse_run`, where gained are the new boxes, and gained and lost are
-        None for an image without a pass over the whole; "found": "boxes", "images" (that have one), "before" (boxes of
-        the whole images' passes), "new", "lost", "compared" (images with such a pass; 0 if there is nothing to compare
-        with), and "by_class": a row for each class, the most frequent first, with "label", "boxes", "images", "before",
-        "new" and "lost".
+        None for an image without a pass over the whole; "found": "boxes", "images" (that have one), "compared" (images
+        with a pass over the whole; 0 if there is nothing to compare with), of these "after" (boxes), "before" (boxes of
+        those passes), "new" and "lost", and "by_class": a row for each class, the most frequent first, with "label",
+        "boxes", "images", "after", "before", "new" and "lost".
     """
     run = RunFolder(run_uri)
     alone = dict(whole_passes(run, policy))
@@ -149,7 +149,12 @@ def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> d
         changes: list[int | None] = [None, None]
         shown = {"boxes": after}
         if before is not None:
-            shown |= {"before": before, "new": after[are_new(after, before)], "lost": before[are_new(before, after)]}
+            shown |= {
+                "after": after,
+                "before": before,
+                "new": after[are_new(after, before)],
+                "lost": before[are_new(before, after)],
+            }
             changes = [len(shown["new"]), len(shown["lost"])]
         for what, boxes in shown.items():
             for label in boxes.labels.tolist():
@@ -162,7 +167,7 @@ def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> d
                 "by": {policy: [len(after), *changes]},
             }
         )
-    names = ("boxes", "images", "before", "new", "lost")
+    names = ("boxes", "images", "after", "before", "new", "lost")
     by_class = [{"label": label, **{name: count[name] for name in names}} for label, count in counts.items()]
     total = {name: sum(row[name] for row in by_class) for name in names}
     total["images"] = sum(bool(row["by"][policy][0]) for row in rows)

@@ -6,6 +6,7 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
+from scalenet_ray.core.findings import closer_look_in_words
 from scalenet_ray.policy_plot import policy_plot
 from scalenet_ray.report.charts import cost_chart, curves_chart, errors_chart, found_chart, throughput_chart
 from scalenet_ray.report.origin import failures_section, origin_line, origin_section
@@ -135,11 +136,8 @@ def _found_sentence(details: Mapping[str, Any], document: Mapping[str, Any], pol
     )
     if not found["compared"]:
         return f"{boxes} {_no_whole_pass(policy)}"
-    where = "" if found["compared"] == done else f" In the {found['compared']} images with such a pass:"
-    return (
-        f"{boxes}{where} <b>{found['new']}</b> are new by looking closer: the pass over the whole image alone, with "
-        f"the same detector, thresholds and NMS, finds {found['before']}, of which {found['lost']} are lost."
-    )
+    among = "That is " if found["compared"] == done else f"In the {found['compared']} images with such a pass, "
+    return f"{boxes} {among}<b>{closer_look_in_words(found)}</b>, with the same detector, thresholds and NMS."
 
 
 def _no_whole_pass(policy: str | None) -> str:
