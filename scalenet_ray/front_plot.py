@@ -35,5 +35,6 @@ def front_plot(rows: Sequence[Mapping[str, Any]], ceiling: float | None) -> str:
         axes.set_ylabel("AP of small objects (%)")
         figure.suptitle(f"{len(points)} of {len(rows)} trials saw all images", fontsize=9)
         quiet(axes, "both")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        if points or ceiling is not None:
+            figure.legend(loc="outside lower center", ncols=3, frameon=False)
         return to_svg(figure)

@@ -12,6 +12,7 @@ import pytest
 
 from scalenet_ray.core.samples import write_sample
 from scalenet_ray.engine.pictures import choose_pictures
+from scalenet_ray.front_plot import front_plot
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from scalenet_ray.report.canvases import render_canvases
 from scalenet_ray.report.page import render_report
@@ -249,6 +250,8 @@ def test_a_sweep_has_its_front_and_all_trials() -> None:
     # The best at the price that was asked for.
     assert "<strong>20.0</strong>" in page
     assert "0 of 0 trials" in render_sweep([], None)
+    # What follows says why no trial came to its end: its picture must not break before.
+    assert "0 of 1 trials saw all images" in front_plot([lost], None)
 
 
 # --- what a sweep came to ---------------------------------------------------------------------------
