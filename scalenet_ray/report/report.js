@@ -86,7 +86,7 @@
   function panels(picture, large) {
     const { before, after, isNew } = boxesOf(picture), look = picture.looks[state.policy] ?? { windows: [] };
     const count = (boxes) => boxes.filter((box) => state.label === "" || String(box[5]) === state.label).length;
-    const first = compares() ? data.base : "the whole image alone";
+    const first = data.base ?? "the whole image alone";
     const file = fileOf(picture.id), windows = look.windows.length;
     const known = before === null ? "Before: no pass over the whole image alone" : `Before: ${first}, ${count(before)} boxes`;
     const news = before === null ? "" : `, ${count(after.filter(isNew))} new`;
