@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Annotated
 import tyro
 
 from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
-from scalenet_ray.core import storage
 from scalenet_ray.core.coco import list_images
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
@@ -20,13 +18,14 @@ from scalenet_ray.core.samples import ensure_sample
 from scalenet_ray.engine.analysis import analyse_detections
 from scalenet_ray.engine.batch import image_opener, run_policy
 from scalenet_ray.engine.conclude import conclude
+from scalenet_ray.engine.inputs import keep_image_ids
 from scalenet_ray.engine.pictures import PictureTask
 from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import EngineName, Session
 from scalenet_ray.engine.stages import Networks
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
-from scalenet_ray.terminal import found_lines, last_line, policy_table, run_job
+from scalenet_ray.terminal import check_retry, failure_lines, found_lines, last_line, policy_table, run_job
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class DetectImages:
         policy_file: YAML of one policy, in place of --policy.
         limit: only the first so many images.
         output: the run folder, local or s3://; by default a new one under runs/detect.
-        resume: go on with the run that is in the output folder.
+        resume: go on with the run that is in the output folder; images are known by their files.
+        retry_failed: with --resume: also try those images again that failed before.
         max_failures: images that may fail before the job exits with 1.
         max_image_megapixels: larger images are refused before they are decoded.
         report_pictures: photographs in report.html.
@@ -54,6 +54,7 @@ class DetectImages:
     limit: int | None = None
     output: str | None = None
     resume: bool = False
+    retry_failed: bool = False
     max_failures: int = 0
     max_image_megapixels: float = 200.0
     report_pictures: int = PICTURES
@@ -89,28 +90,31 @@ def _networks(names: NetworkNames, info: DetectorInfo) -> Networks:
 
 def main(job: DetectImages) -> int:
     """Detect, and write COCO results and Parquet; the exit status says whether an image was lost."""
+    check_retry(job.retry_failed, resume=job.resume)
     job = job if job.images else _on_sample(job)
     session = Session(job.engine, job.resources)
     images = session.call(list_images, str(job.images))[: job.limit]
     info = session.call(job.networks.describe_detector)
     policy = _policy(job, info)
     session.call(job.networks.check, [policy], info.categories)
-    run = RunFolder(job.output or time.strftime("runs/detect/%Y%m%d-%H%M%S"))
+    run = RunFolder.of_job(job.output, "detect", resume=job.resume)
     settings = {
         "images": job.images,
         "limit": job.limit,
         "max_image_megapixels": job.max_image_megapixels,
-        "networks": asdict(job.networks),
+        "networks": job.networks.settings(),
         "policies": [policy_to_dict(policy)],
     }
-    with run.begin(settings, resume=job.resume, workers={"engine": job.engine, **asdict(job.resources)}):
+    workers = {"engine": job.engine, "device": job.networks.device, **asdict(job.resources)}
+    with run.begin(settings, resume=job.resume, workers=workers):
+        images = keep_image_ids(run, images, str(job.images), policy.name)
         log = ProgressLog(print)
         reads_features = session.call(job.networks.reads_features, [policy])
         networks = replace(_networks(job.networks, info), reads_features=reads_features)
         open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
         start = partial(session.start, policy=policy, networks=networks, open_image=open_image)
-        figures = run_policy(images, policy.name, start, run, log).speed()
-        document = conclude(session, run, {policy.name: {"kind": policy.kind, **figures}}, len(images))
+        run_policy(images, policy.name, start, run, log, retry_failed=job.retry_failed)
+        document = conclude(session, run, {policy.name: {"kind": policy.kind}}, len(images))
         document["categories"] = info.categories
         ids = [record.image_id for record in images]
         analysis = session.call(analyse_detections, run.uri, policy.name, ids)
@@ -122,7 +126,7 @@ def main(job: DetectImages) -> int:
         write_report(session, run, document, analysis, images, info.categories, task, log, job.report_pictures)
     print(policy_table(document))
     print(found_lines(document))
-    print(f"look at {storage.join(run.uri, 'report.html')}")
+    print(failure_lines(document), end="")
     line, status = last_line(document, run.uri, job.max_failures)
     print(line)
     return status

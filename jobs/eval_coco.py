@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import EngineName, Session
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
-from scalenet_ray.terminal import difference_table, last_line, policy_table, run_job
+from scalenet_ray.terminal import check_retry, difference_table, failure_lines, last_line, policy_table, run_job
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class EvalCoco:
         limit: only the first so many images.
         output: the run folder, local or s3://; by default a new one under runs/eval_coco.
         resume: go on with the run that is in the output folder.
+        retry_failed: with --resume: also try those images again that failed before.
         max_failures: images that may fail before the job exits with 1.
         max_image_megapixels: larger images are refused before they are decoded.
         report_pictures: photographs in report.html.
@@ -53,6 +53,7 @@ class EvalCoco:
     limit: int | None = None
     output: str | None = None
     resume: bool = False
+    retry_failed: bool = False
     max_failures: int = 0
     max_image_megapixels: float = 200.0
     report_pictures: int = PICTURES
@@ -88,6 +89,7 @@ def _policies(job: EvalCoco, session: Session, categories: dict[int, str]) -> li
 
 def main(job: EvalCoco) -> int:
     """Run all policies, evaluate them, and print one table; the exit status says whether an image was lost."""
+    check_retry(job.retry_failed, resume=job.resume)
     job = job if job.data else _on_sample(job)
     session = Session(job.engine, job.resources)
     split = open_split(session, str(job.data), job.split, limit=job.limit, max_megapixels=job.max_image_megapixels)
@@ -95,14 +97,16 @@ def main(job: EvalCoco) -> int:
     if job.compare_with is not None and job.compare_with not in [policy.name for policy in policies]:
         msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
         raise UserError(msg)
-    run = RunFolder(job.output or time.strftime("runs/eval_coco/%Y%m%d-%H%M%S"))
-    workers = {"engine": job.engine, **asdict(job.resources)}
+    run = RunFolder.of_job(job.output, "eval_coco", resume=job.resume)
+    workers = {"engine": job.engine, "device": job.networks.device, **asdict(job.resources)}
     options: dict[str, Any] = {"compare_with": job.compare_with, "pictures": job.report_pictures}
+    options["retry_failed"] = job.retry_failed
     with run.begin(_settings(job, policies), resume=job.resume, workers=workers):
         document = evaluate_policies(session, run, policies, job.networks, split, print, **options)
     print(policy_table(document))
     if job.compare_with is not None:
         print(difference_table(document))
+    print(failure_lines(document), end="")
     line, status = last_line(document, run.uri, job.max_failures)
     print(line)
     return status
@@ -114,7 +118,7 @@ def _settings(job: EvalCoco, policies: Sequence[Policy]) -> dict[str, Any]:
         "split": job.split,
         "limit": job.limit,
         "max_image_megapixels": job.max_image_megapixels,
-        "networks": asdict(job.networks),
+        "networks": job.networks.settings(),
         "policies": [policy_to_dict(policy) for policy in policies],
     }
 

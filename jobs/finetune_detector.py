@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -63,7 +62,7 @@ def main(job: FinetuneDetector) -> int:
     job = replace(job, data=data, detector=job.detector or SAMPLE_START)
     images = TrainingImages(data, job.split, job.val_split, job.holdout, job.limit)
     recipe = plan_fine_tuning(images, str(job.detector), input_side=job.input_side, seed=job.training.seed)
-    run = RunFolder(job.output or time.strftime("runs/finetune_detector/%Y%m%d-%H%M%S"))
+    run = RunFolder.of_job(job.output, "finetune_detector", resume=job.resume)
     settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training")}
     with run.begin(settings | job.training.settings(), resume=job.resume, workers=job.training.free_settings()):
         train_images, val_tiles = recipe.sizes()

@@ -7,7 +7,6 @@ The embedded sample's weights, scalenet_ray/weights/sample_scale_net.safetensors
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -97,7 +96,7 @@ def main(job: TrainScaleNet) -> int:
         job = replace(job, data=str(ensure_sample(Path("runs/sample"))), detector=job.detector or SAMPLE_DETECTOR)
     images = TrainingImages(str(job.data), job.split, job.val_split, job.holdout, job.limit)
     recipe = None if job.preset == "head" else _pixel_recipe(job, images)
-    run = RunFolder(job.output or time.strftime("runs/train_scalenet/%Y%m%d-%H%M%S"))
+    run = RunFolder.of_job(job.output, "train_scalenet", resume=job.resume)
     settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training")}
     with run.begin(settings | job.training.settings(), resume=job.resume, workers=job.training.free_settings()):
         if boxes_alone := images.count_boxes_alone():

@@ -7,7 +7,6 @@ The weights in scalenet_ray/weights/sample_detector.safetensors are those of
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def main(job: TrainTinyDetector) -> int:
     """Train and write config.yaml, metrics.json and detector.safetensors."""
     examples = read_examples(str(ensure_sample(Path(job.data))), "train2017", job.limit)
     config = TinyNetConfig(tuple(SAMPLE_CATEGORIES), tuple(SAMPLE_CATEGORIES.values()))
-    run = RunFolder(job.output or time.strftime("runs/train_tiny_detector/%Y%m%d-%H%M%S"))
+    run = RunFolder.of_job(job.output, "train_tiny_detector")
     epochs: list[dict] = []
 
     def report(row: dict) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from scalenet_ray.coco_run import CocoSplit, evaluate_policies, open_split
+from scalenet_ray.coco_run import CocoSplit, check_split, evaluate_policies, open_split
 from scalenet_ray.core import storage
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
@@ -24,7 +23,7 @@ from scalenet_ray.engine.sweep import Sweep, best_policies, best_trials, run_swe
 from scalenet_ray.front_plot import front_plot
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
-from scalenet_ray.terminal import difference_table, last_line, policy_table, run_job, trial_table
+from scalenet_ray.terminal import difference_table, failure_lines, last_line, policy_table, run_job, trial_table
 
 SPACE = Path(__file__).with_name("tune_recursion.yaml")
 _MOST_STEPS = 10
@@ -134,8 +133,10 @@ def main(job: TuneRecursion) -> int:
     tuned_on = open_split(session, str(job.data), job.split, limit=job.limit, **limits)
     policies = _start_policies(job, space, session, tuned_on.categories)
     task = _task(job, policies, tuned_on)
-    run = RunFolder(job.output or time.strftime("runs/tune_recursion/%Y%m%d-%H%M%S"))
-    with run.begin(_settings(job, space, policies), resume=job.resume):
+    run = RunFolder.of_job(job.output, "tune_recursion", resume=job.resume)
+    workers = {"device": job.networks.device, **asdict(job.resources)}
+    with run.begin(_settings(job, space, policies), resume=job.resume, workers=workers):
+        check_split(session, run, tuned_on)
         rows = run_sweep(space, task, job.sweep, run.uri, print, resume=job.resume)
         run.write_json("trials.json", rows)
         run.write_text("front.svg", front_plot(rows, job.ceiling))
@@ -150,10 +151,10 @@ def main(job: TuneRecursion) -> int:
     settings = {
         "data": job.data,
         "split": job.report_split,
-        "networks": asdict(job.networks),
+        "networks": job.networks.settings(),
         "policies": [policy_to_dict(policy) for policy in contenders],
     }
-    with report.begin(settings, resume=job.resume):
+    with report.begin(settings, resume=job.resume, workers=workers):
         document = evaluate_policies(
             session, report, contenders, job.networks, reported_on, print, compare_with=policies[0].name
         )
@@ -165,6 +166,7 @@ def main(job: TuneRecursion) -> int:
     for line in sweep_verdict(contenders, job.ceiling, splits):
         print(line)
     print(f"the best policy: {storage.join(run.uri, 'best.yaml')}, for --policy-file")
+    print(failure_lines(document), end="")
     line, status = last_line(document, report.uri, job.max_failures)
     print(line)
     return status
@@ -178,6 +180,7 @@ def _settings(job: TuneRecursion, space: SearchSpace, policies: list[Policy]) ->
     }
     return {
         **settings,
+        "networks": job.networks.settings(),
         "sweep": {"searcher": job.sweep.searcher, "trials": job.sweep.trials, "seed": job.sweep.seed},
         "space": {path: list(value) for path, value in space.fields.items()},
         "policies": [policy_to_dict(policy) for policy in policies],

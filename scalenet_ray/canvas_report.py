@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -70,21 +69,21 @@ def run_experiment(
     if options.ablation and not options.held_out:
         msg = "--ablation chooses settings, which the test set must not: add --held-out, e.g. --held-out 5000"
         raise UserError(msg)
-    run = RunFolder(options.output or time.strftime(f"runs/eval_{name}/%Y%m%d-%H%M%S"))
-    experiment = Experiment(
-        name,
-        data,
-        storage.join(run.uri, "weights"),
-        options.held_out,
-        options.train_limit,
-        options.test_limit,
-        width,
-        device="cuda" if options.gpus_per_task else "cpu",
-        mixed_precision=options.mixed_precision,
-    )
+    run = RunFolder.of_job(options.output, f"eval_{name}", resume=options.resume)
     settings = {key: value for key, value in asdict(options).items() if key not in _NOT_ITS_RESULTS}
     others = {"gpus_per_task": options.gpus_per_task, "seeds": options.seeds}
     with run.begin(settings, resume=options.resume, workers=others):
+        experiment = Experiment(
+            name,
+            data,
+            storage.join(run.uri, "weights"),
+            options.held_out,
+            options.train_limit,
+            options.test_limit,
+            width,
+            device="cuda" if options.gpus_per_task else "cpu",
+            mixed_precision=options.mixed_precision,
+        )
         # Here, so that what is missing is fetched and unpacked once.
         learned, tested = len(experiment.learned().labels), len(experiment.tested().labels)
         recipe = experiment.domain.recipes["scalenet"]

@@ -16,6 +16,7 @@ from scalenet_ray.engine.analysis import INTERVALS_UP_TO, analyse_run
 from scalenet_ray.engine.batch import Progress, image_opener, run_policy
 from scalenet_ray.engine.conclude import conclude
 from scalenet_ray.engine.evaluate import evaluate_policy
+from scalenet_ray.engine.inputs import annotation_digests, check_ground_truth
 from scalenet_ray.engine.pictures import PictureTask
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import Session
@@ -23,7 +24,7 @@ from scalenet_ray.engine.stages import Networks
 from scalenet_ray.models.networks import NetworkNames
 from scalenet_ray.policy_plot import policy_plot
 
-__all__ = ["CocoSplit", "evaluate_policies", "open_split"]
+__all__ = ["CocoSplit", "check_split", "evaluate_policies", "open_split"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ def open_split(session: Session, data: str, split: str, *, limit: int | None, ma
     return CocoSplit(storage.join(data, split), annotations, images[:limit], categories, round(max_megapixels * 1e6))
 
 
+def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:
+    """Refuse to go on with a run whose images, categories or objects are other ones by now; raises `UserError`."""
+    digests = session.call(annotation_digests, split.annotations, [record.image_id for record in split.images])
+    check_ground_truth(run, split.images, split.categories, digests)
+
+
 def evaluate_policies(
     session: Session,
     run: RunFolder,
@@ -70,6 +77,7 @@ def evaluate_policies(
     *,
     compare_with: str | None = None,
     pictures: int = PICTURES,
+    retry_failed: bool = False,
 ) -> dict[str, Any]:
     """Work through all policies and evaluate them; writes metrics.json, analysis.json, policies.svg and report.html.
 
@@ -84,11 +92,13 @@ def evaluate_policies(
             default the whole image, or the first policy that reads no ground truth, and for very many images without
             intervals.
         pictures: photographs in the report.
+        retry_failed: also try those images again that failed before.
 
     Returns:
         What metrics.json holds.
     """
     ids = [record.image_id for record in split.images]
+    check_split(session, run, split)
     open_image = image_opener(split.folder, split.max_pixels)
     log = ProgressLog(report)
     reads_features = session.call(networks.reads_features, policies)
@@ -96,9 +106,9 @@ def evaluate_policies(
     for policy in policies:
         made = replace(_networks(policy, networks, split), reads_features=reads_features)
         start = partial(session.start, policy=policy, networks=made, open_image=open_image)
-        metrics[policy.name] = run_policy(split.images, policy.name, start, run, log).speed()
+        run_policy(split.images, policy.name, start, run, log, retry_failed=retry_failed)
         figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
-        metrics[policy.name] |= {"kind": policy.kind, **figures.pop("bbox"), **figures}
+        metrics[policy.name] = {"kind": policy.kind, **figures.pop("bbox"), **figures}
     report("all images are done: comparing what was found, and writing the report")
     document = conclude(session, run, metrics, len(split.images))
     base = compare_with or _baseline(policies)

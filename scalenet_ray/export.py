@@ -130,11 +130,10 @@ def export_run(
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:
-    config = storage.join(run.uri, "config.yaml")
-    if not storage.exists(config):
+    if not storage.exists(storage.join(run.uri, "config.yaml")):
         msg = f"{run.uri} must be a run folder, got no config.yaml in it: check the path"
         raise FileNotFoundError(msg)
-    settings = yaml.safe_load(storage.read_bytes(config)).get("settings", {})
+    settings = run.config()["settings"]
     if not settings.get("policies"):
         msg = f"{run.uri} must be a run of eval_coco or detect, got one without policies: name another run folder"
         raise UserError(msg)

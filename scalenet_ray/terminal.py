@@ -16,7 +16,9 @@ from scalenet_ray.log_lines import log_to_stderr
 
 __all__ = [
     "accuracy_table",
+    "check_retry",
     "difference_table",
+    "failure_lines",
     "found_lines",
     "last_line",
     "policy_table",
@@ -166,6 +168,21 @@ def step_table(steps: Sequence[Step], policy: Policy) -> str:
     return _aligned(rows)
 
 
+def check_retry(retry_failed: bool, *, resume: bool) -> None:
+    """Refuse --retry-failed without --resume; raises `UserError`."""
+    if retry_failed and not resume:
+        msg = "--retry-failed tries the failed images of a run again, got no --resume: add it, and the run's --output"
+        raise UserError(msg)
+
+
+def failure_lines(document: Mapping[str, Any]) -> str:
+    """The failed images of a metrics.json by stage and reason, a line each; "" if none failed."""
+    return "".join(
+        f"{row['count']} failed in {row['stage']}: {row['reason']} (e.g. {row['example']})\n"
+        for row in document["failures"]
+    )
+
+
 def say(text: str) -> None:
     """Print what a person asked to be told."""
     print(text)  # noqa: T201
@@ -183,7 +200,7 @@ def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple
         The line, and 1 if more images failed than may, else 0.
     """
     images = document["images"]
-    line = f"{images['done']} of {images['total']} images done, results in {uri}"
+    line = f"{images['done']} of {images['total']} images done, results in {uri} (open its report.html)"
     if not images["failed"]:
         return line, 0
     line += f"; {images['failed']} FAILED: failures.parquet there names each with its reason"

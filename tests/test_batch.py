@@ -134,7 +134,7 @@ def test_a_finished_run_starts_nothing_again(tmp_path: Path) -> None:
 def test_images_that_became_other_files_are_not_resumed(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "run")
     one_more = [ImageRecord(i, f"{i - 1}.png") for i in range(1, 13)]
-    with pytest.raises(ValueError, match=r"image 1 was 1\.png in the run to resume, got 0\.png.*use another --output"):
+    with pytest.raises(ValueError, match=r"image 1 was 1\.png in the run to resume, is 0\.png.*use another --output"):
         run_policy(one_more, POLICY.name, local, run, ignore)
 
 
@@ -172,13 +172,12 @@ def test_progress_counts_images_tiles_and_failures(tmp_path: Path) -> None:
     assert last.tiles == sum(run.table("images", POLICY.name).column("tiles").to_pylist())
     assert str(last).startswith("scalenet: 11/11 images, ")
     assert "1 failed" in str(last)
-    assert set(last.speed()) == {"images_per_second", "seconds"}
 
 
 def test_the_rate_leaves_start_up_out() -> None:
     progress = Progress("whole", done=3, total=9, images=3, seconds=4.0, elapsed=100.0)
-    assert progress.images_per_second == 0.5
-    assert str(progress).endswith("12 s left")
+    assert progress.images_per_second == 0.75
+    assert str(progress).endswith("8 s left")
     assert Progress("whole", 1, 9, images=1, seconds=0.0).images_per_second == 0.0
     assert str(Progress("whole", 1, 9, images=1)).endswith("starting")
 

@@ -92,7 +92,7 @@ def test_all_policies_run_into_one_run_folder(sample: Path, tmp_path: Path, caps
     assert [policy["name"] for policy in config["settings"]["policies"]] == list(policies)
     assert "torch" in config["versions"]
     last = capsys.readouterr().out.splitlines()
-    assert last[-1] == f"8 of 8 images done, results in {tmp_path / 'run'}"
+    assert last[-1] == f"8 of 8 images done, results in {tmp_path / 'run'} (open its report.html)"
     assert "all images are done: comparing what was found, and writing the report" in last
     assert [line.split()[0] for line in last[-10:-1]] == list(policies)
 

@@ -63,7 +63,7 @@ DETECTIONS = pa.schema(
         ("window_y0", pa.int32()),
         ("window_x1", pa.int32()),
         ("window_y1", pa.int32()),
-        ("mask", pa.binary()),
+        ("mask", pa.large_binary()),
     ]
 )
 """One row a detection, the best of an image first; xyxy in image pixels; mask: run lengths of the window, or null."""

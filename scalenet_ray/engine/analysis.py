@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,25 +18,17 @@ from scalenet_ray.core.error_kinds import Explained, error_breakdown, explain
 from scalenet_ray.core.evaluation import match_results
 from scalenet_ray.core.findings import are_new, found_and_lost, gained_and_lost
 from scalenet_ray.core.intervals import paired_intervals
-from scalenet_ray.core.schemas import detections_from_rows, detections_from_structs
+from scalenet_ray.core.schemas import detections_from_structs
 from scalenet_ray.engine.evaluate import coco_results
+from scalenet_ray.engine.finished import detections_by_image
 from scalenet_ray.engine.runs import RunFolder
 
-__all__ = ["INTERVALS_UP_TO", "analyse_detections", "analyse_run", "detections_by_image", "whole_passes"]
+__all__ = ["INTERVALS_UP_TO", "analyse_detections", "analyse_run", "whole_passes"]
 
 INTERVALS_UP_TO = 5000
 """Images up to which the bootstrap's intervals are made unasked: it takes time in proportion to them."""
 
 _LISTED_IMAGES = 2000
-
-
-def detections_by_image(run: RunFolder, policy: str) -> Iterator[tuple[int, Detections]]:
-    """The detections of one policy, image after image; images without any are left out."""
-    table = run.table("detections", policy).combine_chunks()
-    ids = table.column("image_id").to_numpy()
-    _, starts = np.unique(ids, return_index=True)
-    for start, end in pairwise([*starts.tolist(), len(ids)]):
-        yield int(ids[start]), detections_from_rows(table.slice(start, end - start))
 
 
 def analyse_run(

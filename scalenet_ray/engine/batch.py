@@ -37,6 +37,10 @@ class Stream(Protocol):
         """These images are written."""
         ...
 
+    def seconds_at_work(self) -> float:
+        """Seconds since the first image was leased or begun to be read; 0 before."""
+        ...
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -49,7 +53,7 @@ class Progress:
         failed: images given up in this run.
         tiles: tiles worked on in this run.
         images: images finished in this run.
-        seconds: from the first finished image of this run to now: start-up is left out.
+        seconds: from the first image that was begun in this run to the last that was finished: start-up is left out.
         elapsed: seconds since this run of the policy began, start-up included.
     """
 
@@ -64,12 +68,8 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Images after the first over the time that they took; 0 while there is one at most."""
-        return (self.images - 1) / self.seconds if self.images > 1 and self.seconds > 0 else 0.0
-
-    def speed(self) -> dict[str, float]:
-        """images_per_second, start-up left out, and seconds, start-up included."""
-        return {"images_per_second": self.images_per_second, "seconds": self.elapsed}
+        """Images of this run over the time that they took; 0 while there is none."""
+        return self.images / self.seconds if self.seconds > 0 else 0.0
 
     def __str__(self) -> str:
         """One line for the terminal."""
@@ -101,12 +101,12 @@ def image_opener(folder: str | None, max_pixels: int) -> Callable[[ImageRecord],
 
 
 def _check_same_files(records: Sequence[ImageRecord], written: Mapping[int, str]) -> None:
-    """Ids of listed images are their positions: a file more or less would lend an image the results of another."""
+    """An id that stands for another file by now would lend an image the results of another."""
     for record in records:
         before = written.get(record.image_id, record.file_name)
         if before != record.file_name:
             msg = (
-                f"image {record.image_id} was {before} in the run to resume, got {record.file_name}: the images are "
+                f"image {record.image_id} was {before} in the run to resume, is {record.file_name}: the images are "
                 "other ones by now; use another --output"
             )
             raise UserError(msg)
@@ -118,6 +118,8 @@ def run_policy(
     start: Callable[[Sequence[ImageRecord]], Stream],
     run: RunFolder,
     report: Callable[[Progress], None],
+    *,
+    retry_failed: bool = False,
 ) -> Progress:
     """Work through all images that the run folder does not have yet, and write them there.
 
@@ -127,16 +129,23 @@ def run_policy(
         start: the images left -> their stream.
         run: the run folder.
         report: called with the progress every few seconds.
+        retry_failed: also try those again that failed before; what comes of it replaces the record of the failure.
 
     Returns:
         The progress at the end.
 
     Raises:
-        ValueError: if an image that is written already was another file.
+        UserError: if an image that is written already was another file, or a finished shard is damaged.
     """
     begun = time.monotonic()
-    finished = run.finished(policy)
-    _check_same_files(records, finished)
+    finished: dict[int, str] = {}
+    if storage.exists(run.uri):
+        run.check_shards(policy)
+        finished = run.finished(policy)
+        _check_same_files(records, finished)
+        if retry_failed:
+            for image_id in run.find_failures([policy]).column("image_id").to_pylist():
+                del finished[image_id]
     left = [record for record in records if record.image_id not in finished]
     state = Progress(policy, len(records) - len(left), len(records))
     if not left:
@@ -162,9 +171,11 @@ def _work_through(
     first = reported = written = time.monotonic()
     for images, result in enumerate(stream, start=1):
         now = time.monotonic()
+        if images == 1:
+            first = now - stream.seconds_at_work()
+            writer.work_began(at_work + first - begun)
         writer.add(result, at_work + now - begun)
         _log(result, policy, records[result.image_id].file_name)
-        first = now if images == 1 else first
         failed += result.failure is not None
         tiles += result.tiles
         state = Progress(policy, before.done + images, before.total, failed, tiles, images, now - first, now - begun)

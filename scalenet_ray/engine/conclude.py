@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+import pyarrow as pa
 
 from scalenet_ray.engine.evaluate import policy_cost, write_policy_results
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import Session
 
-__all__ = ["conclude"]
+__all__ = ["conclude", "failure_counts"]
+
+_MOST_REASONS = 20
+_NAMED = re.compile(r"""(?P<quote>['"]).*?(?P=quote)|\S*/\S*[^\s:;,)]""")
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 def conclude(session: Session, run: RunFolder, figures: Mapping[str, Mapping[str, Any]], total: int) -> dict[str, Any]:
@@ -20,7 +28,7 @@ def conclude(session: Session, run: RunFolder, figures: Mapping[str, Mapping[str
     Args:
         session: the engine.
         run: the run folder, all policies worked through.
-        figures: policy -> what was measured; its cost is added here.
+        figures: policy -> what was measured; its speed and its cost are added here.
         total: images of the run.
 
     Returns:
@@ -34,7 +42,41 @@ def conclude(session: Session, run: RunFolder, figures: Mapping[str, Mapping[str
     failed = len(set(failures.column("image_id").to_pylist()))
     document = {
         "images": {"total": total, "done": total - failed, "failed": failed},
-        "policies": {policy: {**figures[policy], **policy_cost(run, policy)} for policy in policies},
+        "failures": failure_counts(failures),
+        "policies": {
+            policy: {**figures[policy], **run.speed(policy), **policy_cost(run, policy)} for policy in policies
+        },
     }
     run.write_json("metrics.json", document)
     return document
+
+
+def failure_counts(failures: pa.Table) -> list[dict[str, Any]]:
+    """Failed images by stage and kind of reason.
+
+    Args:
+        failures: schema `FAILURES`.
+
+    Returns:
+        The most frequent first, 20 at most: "stage"; "reason", without the names and numbers by which those of one kind
+        differ; "count", of images, whatever the policy; "example", the file of one.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[tuple[str, str], str] = {}
+    seen: set[tuple[int, str, str]] = set()
+    columns = (failures.column(name).to_pylist() for name in ("image_id", "file", "stage", "reason"))
+    for image_id, file, stage, reason in zip(*columns, strict=True):
+        kind = (stage, _kind_of(reason, file))
+        if (image_id, *kind) not in seen:
+            seen.add((image_id, *kind))
+            counts[kind] += 1
+            examples.setdefault(kind, file)
+    return [
+        {"stage": stage, "reason": reason, "count": count, "example": examples[stage, reason]}
+        for (stage, reason), count in counts.most_common(_MOST_REASONS)
+    ]
+
+
+def _kind_of(reason: str, file: str) -> str:
+    """A reason without what names this one image: its file, other paths and quoted text, and numbers."""
+    return _NUMBER.sub("N", _NAMED.sub("...", reason.replace(file, "...")))

@@ -39,11 +39,14 @@ def write_policy_results(run_uri: str, policy: str, names: Sequence[str]) -> int
 
 def policy_cost(run: RunFolder, policy: str) -> dict[str, Any]:
     """What one policy spent, from its finished images: means over the images that did not fail, and counts."""
-    table = run.table("images", policy)
-    done = table.filter(pc.field("failure_stage").is_null())
+    counting = run.counting(policy)
     guards: Counter[str] = Counter()
-    for text in done.column("guards").to_pylist():
-        guards.update(json.loads(text))
+    for part in run.parts("images", policy, ["image_id", "guards", "failure_stage"], counting):
+        for text in part.filter(pc.field("failure_stage").is_null()).column("guards").to_pylist():
+            guards.update(json.loads(text))
+    measured = ["tiles", "detector_passes", "detector_pixels", "scalenet_pixels"]
+    table = run.table("images", policy, ["image_id", "failure_stage", *measured])
+    done = table.filter(pc.field("failure_stage").is_null())
 
     def mean(column: str, unit: float = 1.0) -> float:
         """The mean of a column over finished images, in `unit`; 0 if there is none."""

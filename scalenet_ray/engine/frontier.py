@@ -15,6 +15,7 @@ pixels. Two records make it safe under Ray's retries:
 from __future__ import annotations
 
 import heapq
+import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -131,6 +132,7 @@ class Frontier:
         self._admitted = 0
         self._conflicts = 0
         self._redelivered = 0
+        self._began: float | None = None
 
     def lease(self, reader: int, sequence: int, count: int) -> Lease | None:
         """Work for a reader, the same again for the same (reader, sequence).
@@ -159,6 +161,7 @@ class Frontier:
         work = self._take(reader, count)
         if not work:
             return None if self._over() else Lease()
+        self._began = self._began or time.monotonic()
         journal.entries.append(work)
         images = {item.image.image_id for item in work}
         self._uncommitted[reader, sequence] = len(images)
@@ -225,6 +228,10 @@ class Frontier:
             conflicts=self._conflicts,
             redelivered=self._redelivered,
         )
+
+    def seconds_at_work(self) -> float:
+        """Seconds since the first lease; 0 before."""
+        return 0.0 if self._began is None else time.monotonic() - self._began
 
     # --- inside -----------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
@@ -33,6 +34,7 @@ class LocalStream:
         self._policy = policy
         self._networks = networks
         self._open_image = open_image
+        self._began: float | None = None
 
     def __iter__(self) -> Iterator[ImageResult]:
         """Yields each image once, in order."""
@@ -41,6 +43,7 @@ class LocalStream:
         needs_map = policy.looks and policy.kind != "first-pass"
         predict_scale = self._networks.predict_scale() if needs_map and self._networks.predict_scale else None
         for record in self._images:
+            self._began = self._began or time.monotonic()
             try:
                 with timed("decode"):
                     image = self._open_image(record)
@@ -52,3 +55,7 @@ class LocalStream:
 
     def commit(self, image_ids: Iterable[int]) -> None:
         """Nothing is remembered, so there is nothing to forget."""
+
+    def seconds_at_work(self) -> float:
+        """Seconds since the first image was begun to be read; 0 before."""
+        return 0.0 if self._began is None else time.monotonic() - self._began

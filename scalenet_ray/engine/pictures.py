@@ -25,7 +25,8 @@ from scalenet_ray.core.look import asks_detector
 from scalenet_ray.core.looks import Looked, look_through
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import planning_weights
-from scalenet_ray.engine.analysis import detections_by_image, whole_passes
+from scalenet_ray.engine.analysis import whole_passes
+from scalenet_ray.engine.finished import detections_by_image
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.stages import Networks, OpenImage
 

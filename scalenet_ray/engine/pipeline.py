@@ -167,6 +167,10 @@ class ImageStream:
         """Say that the results of these images are written: the queue need not remember them."""
         self._frontier.commit.remote(list(image_ids))
 
+    def seconds_at_work(self) -> float:
+        """Seconds since the first lease; 0 before."""
+        return ray.get(self._frontier.seconds_at_work.remote())
+
     def status(self) -> FrontierStatus:
         """How far the queue is."""
         return ray.get(self._frontier.status.remote())

@@ -1,6 +1,7 @@
 """The run folder: what was asked, what is finished, what came of it, what went wrong.
 
     config.yaml            all that is needed to run it again, seeds and versions included
+    inputs.parquet         the images that the run was given, with their ids (schema INPUTS); see `engine.inputs`
     detections/*.parquet   written while running, a shard at a time (schema DETECTIONS)
     images/*.parquet       after each of those: the record that its images are finished (schema IMAGES); `finished_at`
                            says when, in seconds at work since the run began, pauses before a resume left out
@@ -8,27 +9,33 @@
     metrics.json, results.json, report.html, policies.svg   written at the end
     driver.lock            while a driver is at work: a second one is refused
 
-The shards of `images` hold, in their schema's metadata, the busy seconds of each stage since the shard before, summed
-over all processes; metrics.json has their sum as `seconds_by_stage` of each policy: decode, cut, look, detect, merge,
-write. Shards of older versions have neither, and are read as null and as nothing.
+The shards of `images` hold, in their schema's metadata, what passed since the shard before: the busy seconds of each
+stage, summed over all processes (metrics.json has their sum as `seconds_by_stage` of each policy: decode, cut, look,
+detect, merge, write), and the seconds of work on the clock, from the first image that was begun. Shards of older
+versions lack some of it, and are read as null and as nothing.
 
 A shard of `images` is the commit: detections without it are of a run that died in between, and are
-written again. Local folders and s3:// alike.
+written again. Shards are read in the order of their numbers. Where two record one image, which failed and was tried
+again, the later one counts; an image that the run is no longer given does not count. Local folders and s3:// alike.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
+import os
 import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -41,9 +48,10 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.core.schemas import DETECTIONS, IMAGES, detections_table, images_table
 from scalenet_ray.engine.run_lock import RunLock, lock_run
+from scalenet_ray.engine.settings import settings_that_differ
 from scalenet_ray.version import __version__
 
-__all__ = ["FAILURES", "RunFolder", "ShardWriter"]
+__all__ = ["FAILURES", "INPUTS", "BegunRun", "Counting", "RunFolder", "ShardWriter", "in_image_order"]
 
 FAILURES = pa.schema(
     [
@@ -56,9 +64,54 @@ FAILURES = pa.schema(
 )
 """One row an image that was given up."""
 
+INPUTS = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("file", pa.string()),
+        ("height", pa.int64()),
+        ("width", pa.int64()),
+        ("counts", pa.bool_()),
+    ]
+)
+"""One row an image that the run was ever given; counts: it is given now. height and width are as annotated, or null."""
+
+_SCHEMAS = {"detections": DETECTIONS, "images": IMAGES}
 _IMAGES_PER_SHARD = 256
 _SECONDS = b"seconds_by_stage"
+_WORK = b"seconds_of_work"
+_SECONDS_WORTH_A_RATE = 2.0
+"""Work that took less says nothing of the speed."""
+
+_BEGUN_WITH = ("config.yaml", "inputs.parquet", "annotations.parquet")
+"""Files of a run that has not done anything yet."""
+
 _VERSIONED = ("torch", "torchvision", "ray", "numpy", "pyarrow", "onnxruntime", "pycocotools")
+
+
+class Counting(NamedTuple):
+    """The records of one policy that count.
+
+    Attributes:
+        ids: [N] int64, the images, in order.
+        shards: [N] int64, each one's place among the policy's shards.
+        files: N files, as the run was last given them; None for a run of an older version.
+    """
+
+    ids: np.ndarray
+    shards: np.ndarray
+    files: pa.Array | None
+
+    def rows(self, table: pa.Table, shard: int) -> pa.Table:
+        """Those rows of the shard at a place, of images or of detections, whose record counts."""
+        if not len(self.ids):
+            return table.slice(0, 0)
+        ids = table.column("image_id").to_numpy()
+        at = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        counts = (self.ids[at] == ids) & (self.shards[at] == shard)
+        rows = table.filter(pa.array(counts))
+        if self.files is None or "file" not in table.column_names:
+            return rows
+        return rows.set_column(rows.column_names.index("file"), "file", self.files.take(pa.array(at[counts])))
 
 
 class RunFolder:
@@ -75,116 +128,324 @@ class RunFolder:
         self.uri = uri
         self._lock: RunLock | None = None
         self.resumed = False
+        self._missing: list[str] = []
 
-    def begin(self, settings: Mapping[str, Any], *, resume: bool, workers: Mapping[str, Any] | None = None) -> RunLock:
+    @classmethod
+    def of_job(cls, output: str | None, job: str, *, resume: bool = False) -> RunFolder:
+        """The folder that --output names; without it a new one, runs/JOB/DATE-TIME, that no other job has.
+
+        Args:
+            output: what --output says.
+            job: the job's name.
+            resume: whether --resume was given.
+
+        Raises:
+            UserError: if a run is to be resumed and no folder is named.
+        """
+        if output is not None:
+            return cls(output)
+        if resume:
+            msg = "--resume goes on with the run in --output, got no --output: name the run's folder"
+            raise UserError(msg)
+        moment = time.strftime("%Y%m%d-%H%M%S")
+        for count in itertools.count(1):
+            run = cls(f"runs/{job}/{moment}" + (f"-{count}" if count > 1 else ""))
+            missing = _missing_folders(os.path.abspath(run.uri))
+            try:
+                os.makedirs(os.path.dirname(run.uri), exist_ok=True)
+                os.mkdir(run.uri)
+            except (FileExistsError, FileNotFoundError):
+                # Another job's; or a job that was refused has just removed the folder above.
+                continue
+            run._missing = missing
+            return run
+        raise AssertionError
+
+    def begin(self, settings: Mapping[str, Any], *, resume: bool, workers: Mapping[str, Any] | None = None) -> BegunRun:
         """Lock the folder for this driver and write config.yaml, or take up the run that is there.
 
         Args:
             settings: what the results depend on, plain values.
-            workers: what they do not depend on: engine, pools, batches; noted, and free to differ on resuming.
+            workers: what they do not depend on: engine, device, pools, batches; noted, and free to differ on resuming.
             resume: go on with a run that is there; else one that is there is refused.
 
         Returns:
-            The lock: `with run.begin(...):` lets go at the end, also when the block raises.
+            The lock: `with run.begin(...):` lets go at the end, also when the block raises. If a new run is refused
+            before it has done anything (`UserError`, `OSError`), what was written of it is removed.
 
         Raises:
             FileExistsError: if there is a run and `resume` is not asked for, or another driver is at work on it.
-            ValueError: if the run to resume was begun with other settings; it names them.
+            UserError: if the run to resume was begun with other settings, one is named; or its config.yaml is damaged.
         """
-        lock = lock_run(self.uri, take_over=resume)
+        path = storage.local_path(self.uri)
+        self._missing = self._missing or ([] if path is None else _missing_folders(path))
         try:
-            self._take_up(settings, workers or {}, resume=resume)
+            lock = lock_run(self.uri, take_over=resume)
+            try:
+                is_new = self._take_up(settings, workers or {}, resume=resume)
+            except BaseException:
+                lock.release()
+                raise
         except BaseException:
-            lock.release()
+            self._remove_folders()
             raise
         self._lock = lock
-        return lock
+        return BegunRun(self, lock, is_new=is_new)
 
     def check_lock(self) -> None:
         """Raise `RuntimeError` if this driver began the run and another one has taken over."""
         if self._lock is not None:
             self._lock.check()
 
-    def _take_up(self, settings: Mapping[str, Any], workers: Mapping[str, Any], *, resume: bool) -> None:
+    def discard(self, lock: RunLock) -> None:
+        """Let go of a run that is refused, and remove what beginning it wrote if nothing else is there."""
+        try:
+            names = {uri: uri.rsplit("/", 1)[-1] for uri in storage.list_files(self.uri)}
+            if set(names.values()) <= {*_BEGUN_WITH, "driver.lock"}:
+                for uri, name in names.items():
+                    if name in _BEGUN_WITH:
+                        storage.delete(uri)
+        finally:
+            lock.release()
+        self._remove_folders()
+
+    def _remove_folders(self) -> None:
+        for folder in self._missing:
+            try:
+                os.rmdir(folder)
+            except OSError:
+                return
+
+    def _take_up(self, settings: Mapping[str, Any], workers: Mapping[str, Any], *, resume: bool) -> bool:
         config = storage.join(self.uri, "config.yaml")
         if storage.exists(config):
             if not resume:
                 msg = f"{self.uri} holds a run already: add --resume to go on with it, or give another --output"
                 raise FileExistsError(msg)
-            self._check_settings(settings)
+            self._check_settings(settings, workers)
             self.resumed = True
-            return
+            return False
         versions = {name: version(name) for name in _VERSIONED}
         versions |= {"python": platform.python_version(), "scalenet-ray": __version__}
         content = {
             "command": " ".join(sys.argv),
             "begun": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "directory": os.getcwd(),
             "settings": dict(settings),
             "workers": dict(workers),
             "versions": versions,
         }
         storage.write_bytes_atomic(config, yaml.safe_dump(content, sort_keys=False).encode())
-
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        before = self.config()["settings"]
-        after = yaml.safe_load(yaml.safe_dump(dict(settings)))
-        differ = [
-            f"{name}: {before.get(name)!r} then, {after.get(name)!r} now"
-            for name in sorted({*before, *after})
-            if before.get(name) != after.get(name)
-        ]
-        if differ:
-            msg = f"{self.uri} was begun with other settings ({'; '.join(differ)}): use the same, or another --output"
-            raise UserError(msg)
+        return True
 
     def config(self) -> dict[str, Any]:
-        """What config.yaml holds."""
-        return yaml.safe_load(storage.read_bytes(storage.join(self.uri, "config.yaml")))
+        """What config.yaml holds: "settings", "workers", "command", "versions".
+
+        Raises:
+            FileNotFoundError: if it is not there.
+            UserError: if it is damaged, or not a run's.
+        """
+        uri = storage.join(self.uri, "config.yaml")
+        try:
+            content = yaml.safe_load(storage.read_bytes(uri))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            content = None
+        if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+            msg = f"{uri} must hold the settings of a run, got a damaged file or another tool's: give another --output"
+            raise UserError(msg)
+        return content
+
+    def _check_settings(self, settings: Mapping[str, Any], workers: Mapping[str, Any]) -> None:
+        config = self.config()
+        differ = settings_that_differ(config["settings"], settings, workers, config.get("directory"))
+        if differ:
+            msg = f"{self.uri} was begun with other settings ({differ}): use the same, or another --output"
+            raise UserError(msg)
+
+    # --- inputs -----------------------------------------------------------------------------------------
+
+    def inputs(self) -> pa.Table | None:
+        """The images that the run was ever given (schema INPUTS); None for a run of an older version."""
+        return self.read_table("inputs.parquet")
+
+    def read_table(self, name: str) -> pa.Table | None:
+        """A Parquet file of the folder; None if it is not there."""
+        uri = storage.join(self.uri, name)
+        return _read_parquet(uri, "give another --output") if storage.exists(uri) else None
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a table under `name`, as Parquet."""
+        self.check_lock()
+        storage.write_bytes_atomic(storage.join(self.uri, name), _parquet(table))
+
+    # --- shards -----------------------------------------------------------------------------------------
 
     def shards(self, kind: str, policy: str) -> list[str]:
-        """Addresses of the finished shards of `detections` or `images` of one policy, in order."""
-        folder = storage.join(self.uri, "images")
+        """Addresses of the finished shards of `detections` or `images` of one policy, in order of their numbers."""
+        return [storage.join(self.uri, kind, name) for name in self._shard_names("images", policy)]
+
+    def _shard_names(self, kind: str, policy: str) -> list[str]:
+        folder = storage.join(self.uri, kind)
         if not storage.exists(folder):
             return []
-        pattern = re.compile(re.escape(policy) + r"-\d{5}\.parquet")
+        pattern = re.compile(re.escape(policy) + r"-(\d+)\.parquet")
         names = [uri.rsplit("/", 1)[-1] for uri in storage.list_files(folder, (".parquet",))]
-        return [storage.join(self.uri, kind, name) for name in names if pattern.fullmatch(name)]
+        numbers = {name: int(found[1]) for name in names if (found := pattern.fullmatch(name))}
+        return sorted(numbers, key=lambda name: (numbers[name], name))
+
+    def check_shards(self, policy: str) -> None:
+        """Refuse finished shards whose detections are missing or damaged, before anything is built on them.
+
+        Raises:
+            UserError: it names the file.
+        """
+        there = set(self._shard_names("detections", policy))
+        for uri in self.shards("detections", policy):
+            if uri.rsplit("/", 1)[-1] not in there:
+                raise UserError(_missing_half(uri))
+            # An object of S3 is whole or not there: its end need not be read for that.
+            if (path := storage.local_path(uri)) is not None:
+                _explain_damage(uri, _remedy(uri), lambda path=path: pq.read_metadata(path))
+
+    def counting(self, policy: str) -> Counting:
+        """Which records of one policy count: the last of each image, of the images that the run is given.
+
+        Raises:
+            FileNotFoundError: if there is no such run folder.
+        """
+        self._require_folder()
+        return self._counting([self._read("images", uri, ["image_id"]) for uri in self.shards("images", policy)])
+
+    def _counting(self, shards: Sequence[pa.Table]) -> Counting:
+        places = np.repeat(np.arange(len(shards)), [table.num_rows for table in shards])
+        ids = np.concatenate([np.zeros(0, np.int64), *(table.column("image_id").to_numpy() for table in shards)])
+        # The last of each: the first of them from behind.
+        unique, first = np.unique(ids[::-1], return_index=True)
+        places = places[::-1][first]
+        inputs = self.inputs()
+        if inputs is None:
+            return Counting(unique, places, None)
+        given = inputs.filter(pc.field("counts")).sort_by("image_id").combine_chunks()
+        ids = given.column("image_id").to_numpy()
+        kept = np.isin(unique, ids)
+        files = given.column("file").combine_chunks().take(pa.array(np.searchsorted(ids, unique[kept])))
+        return Counting(unique[kept], places[kept], files)
+
+    def parts(
+        self, kind: str, policy: str, columns: Sequence[str] | None = None, counting: Counting | None = None
+    ) -> Iterator[pa.Table]:
+        """The rows of `detections` or `images` of one policy that count, shard after shard.
+
+        Args:
+            kind: detections or images.
+            policy: the policy's name.
+            columns: "image_id" and others; None for all.
+            counting: which records count; found out if it is not given.
+
+        Raises:
+            FileNotFoundError: if there is no such run folder.
+            UserError: if a shard is damaged, or lacks its other half; it is named.
+        """
+        counting = counting or self.counting(policy)
+        for i, uri in enumerate(self.shards(kind, policy)):
+            yield counting.rows(self._read(kind, uri, columns), i)
 
     def table(self, kind: str, policy: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows of `detections` or `images` of one policy, in order of image id, the best detection first."""
-        schema = {"detections": DETECTIONS, "images": IMAGES}[kind]
-        if columns is not None:
-            schema = pa.schema([schema.field(name) for name in columns])
-        parts = [self._read(uri, columns) for uri in self.shards(kind, policy)]
-        # A shard of an older version lacks the columns that came after it: they are null.
-        rows = pa.concat_tables([schema.empty_table(), *parts], promote_options="default")
-        # Arrow's sort is not stable: a row's own position breaks ties and keeps the best first.
-        numbered = rows.append_column("at", pa.array(range(rows.num_rows), pa.int64()))
-        return numbered.sort_by([("image_id", "ascending"), ("at", "ascending")]).drop_columns(["at"])
+        """All rows of one policy that count, in order of image id, the best detection first.
 
-    def _read(self, uri: str, columns: Sequence[str] | None) -> pa.Table:
-        data = io.BytesIO(storage.read_bytes(uri))
-        # Not `read_table`: that one raises for a column which an older shard lacks.
-        return pq.ParquetFile(data).read(columns=None if columns is None else list(columns))
+        Args:
+            kind: detections or images.
+            policy: the policy's name.
+            columns: "image_id" and others; None for all.
+
+        Raises:
+            FileNotFoundError: if there is no such run folder.
+            UserError: if a shard is damaged, or lacks its other half; it is named.
+        """
+        if kind == "images":
+            self._require_folder()
+            shards = [self._read(kind, uri, columns) for uri in self.shards(kind, policy)]
+            counting = self._counting(shards)
+            parts = [counting.rows(table, i) for i, table in enumerate(shards)]
+        else:
+            parts = list(self.parts(kind, policy, columns))
+        return in_image_order(pa.concat_tables([_columns_of(kind, columns).empty_table(), *parts]))
+
+    def _require_folder(self) -> None:
+        if not storage.exists(self.uri):
+            msg = f"{self.uri} must be a run folder, got no such folder: check the path, and that this machine sees it"
+            raise FileNotFoundError(msg)
+
+    def _read(self, kind: str, uri: str, columns: Sequence[str] | None) -> pa.Table:
+        schema = _columns_of(kind, columns)
+        try:
+            table = _read_parquet(uri, _remedy(uri), schema.names)
+        except FileNotFoundError:
+            if kind == "images":
+                raise
+            raise UserError(_missing_half(uri)) from None
+        if "image_id" in schema.names and "image_id" not in table.column_names:
+            msg = f"{uri} must be a shard of a run, got a table without image_id: {_remedy(uri)}"
+            raise UserError(msg)
+        # A shard of an older version lacks the columns that came after it: they are null.
+        values = [
+            table.column(field.name).cast(field.type)
+            if field.name in table.column_names
+            else pa.nulls(table.num_rows, field.type)
+            for field in schema
+        ]
+        return pa.table(values, schema=schema)
 
     def seconds_by_stage(self, policy: str) -> dict[str, float]:
         """Busy seconds of each stage, summed over all processes, up to the last finished shard."""
         total = dict.fromkeys(STAGES, 0.0)
-        for uri in self.shards("images", policy):
-            metadata = pq.read_schema(io.BytesIO(storage.read_bytes(uri))).metadata or {}
+        for _, metadata in self._manifest(policy):
             for stage, seconds in json.loads(metadata.get(_SECONDS, b"{}")).items():
                 total[stage] += seconds
         return total
 
+    def speed(self, policy: str) -> dict[str, float | None]:
+        """How fast one policy was worked through, over all drivers that worked on it.
+
+        Returns:
+            "images_per_second": written images over the time from the first that was begun to the last that was
+            finished, pauses and start-up left out; None if that is under two seconds or not known. "seconds": the time
+            to the last finished image, start-up included.
+        """
+        images, seconds = 0, 0.0
+        for count, metadata in self._manifest(policy):
+            if _WORK in metadata:
+                images, seconds = images + count, seconds + float(metadata[_WORK])
+        rate = images / seconds if seconds >= _SECONDS_WORTH_A_RATE else None
+        return {"images_per_second": rate, "seconds": self.seconds_at_work(policy)}
+
+    def _manifest(self, policy: str) -> Iterator[tuple[int, Mapping[bytes, bytes]]]:
+        """How many images each shard records, and its schema's metadata."""
+        for uri in self.shards("images", policy):
+            data = io.BytesIO(storage.read_bytes(uri))
+            file = _explain_damage(uri, _remedy(uri), lambda data=data: pq.ParquetFile(data))
+            yield file.metadata.num_rows, file.schema_arrow.metadata or {}
+
     def seconds_at_work(self, policy: str) -> float:
         """When the last image that is written was finished, in seconds since the run began."""
-        times = self.table("images", policy, ["image_id", "finished_at"]).column("finished_at").to_pylist()
-        return max((at for at in times if at is not None), default=0.0)
+        tables = (self._read("images", uri, ["finished_at"]) for uri in self.shards("images", policy))
+        return max((at for table in tables for at in table.column("finished_at").drop_null().to_pylist()), default=0.0)
 
     def finished(self, policy: str) -> dict[int, str]:
-        """The images that are written: id -> file."""
+        """The images that are written: id -> file; those that failed among them."""
         table = self.table("images", policy, ["image_id", "file"])
         return dict(zip(table.column("image_id").to_pylist(), table.column("file").to_pylist(), strict=True))
+
+    def find_failures(self, policies: Sequence[str]) -> pa.Table:
+        """The images that were given up, policy after policy, in order of their ids (schema FAILURES)."""
+        columns = ["policy", "image_id", "file", "failure_stage", "failure_reason"]
+        found = [FAILURES.empty_table()]
+        for policy in policies:
+            parts = [_columns_of("images", columns).empty_table()]
+            for part in self.parts("images", policy, columns):
+                parts.append(part.filter(pc.field("failure_stage").is_valid()))
+            found.append(in_image_order(pa.concat_tables(parts)).rename_columns(FAILURES.names))
+        return pa.concat_tables(found)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as JSON under `name`; NaN, which JSON does not have, becomes null."""
@@ -201,19 +462,48 @@ class RunFolder:
         Returns:
             The table (schema `FAILURES`).
         """
-        rows: list[dict[str, Any]] = []
-        for policy in policies:
-            table = self.table("images", policy, ["policy", "image_id", "file", "failure_stage", "failure_reason"])
-            failed = table.filter(pc.field("failure_stage").is_valid())
-            names = {"failure_stage": "stage", "failure_reason": "reason"}
-            rows += failed.rename_columns([names.get(name, name) for name in failed.column_names]).to_pylist()
-        table = pa.Table.from_pylist(rows, FAILURES)
-        storage.write_bytes_atomic(storage.join(self.uri, "failures.parquet"), _parquet(table))
+        table = self.find_failures(policies)
+        self.write_table("failures.parquet", table)
         return table
 
     def failures(self) -> pa.Table:
         """The table of failures.parquet (schema `FAILURES`), as `write_failures` left it."""
         return pq.ParquetFile(io.BytesIO(storage.read_bytes(storage.join(self.uri, "failures.parquet")))).read()
+
+
+class BegunRun:
+    """A run that this driver has begun or taken up: its lock, as a context manager.
+
+    Args:
+        run: the run folder.
+        lock: its lock.
+        is_new: whether the run began now.
+    """
+
+    def __init__(self, run: RunFolder, lock: RunLock, *, is_new: bool) -> None:
+        self._run = run
+        self._lock = lock
+        self._is_new = is_new
+
+    def check(self) -> None:
+        """Raise `RuntimeError` if another driver has taken over."""
+        self._lock.check()
+
+    def release(self) -> None:
+        """Let go."""
+        self._lock.release()
+
+    def __enter__(self) -> BegunRun:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        del error, traceback
+        if self._is_new and kind is not None and issubclass(kind, UserError | OSError):
+            self._run.discard(self._lock)
+        else:
+            self._lock.release()
 
 
 class ShardWriter:
@@ -239,9 +529,14 @@ class ShardWriter:
         self._committed = committed
         self._pending: list[ImageResult] = []
         self._finished_at: list[float] = []
+        self._worked_until: float | None = None
         # One past the last number, not how many there are: a shard may have been deleted so that it is made again.
         shards = run.shards("images", policy)
         self._next = int(re.findall(r"\d+", shards[-1])[-1]) + 1 if shards else 0
+
+    def work_began(self, at: float) -> None:
+        """The first image was begun so many seconds after the run began: from then on the time of work counts."""
+        self._worked_until = at
 
     def add(self, result: ImageResult, finished_at: float) -> None:
         """Take in an image, finished so many seconds after the run began; it is written with its shard."""
@@ -261,16 +556,74 @@ class ShardWriter:
             storage.write_bytes_atomic(storage.join(self._run.uri, "detections", name), _parquet(detections))
         # What writing the record itself takes is known when it is written: it counts with the next shard.
         tally = current_tally()
-        seconds = json.dumps(tally.take() if tally else {}).encode()
+        metadata = {_SECONDS: json.dumps(tally.take() if tally else {}).encode()}
+        if self._worked_until is not None:
+            metadata[_WORK] = repr(self._finished_at[-1] - self._worked_until).encode()
+            self._worked_until = self._finished_at[-1]
         with timed("write"):
             files = [self._records[result.image_id].file_name for result in self._pending]
             images = images_table(self._pending, self._policy, files, self._finished_at)
-            images = images.replace_schema_metadata({_SECONDS: seconds})
+            images = images.replace_schema_metadata(metadata)
             storage.write_bytes_atomic(storage.join(self._run.uri, "images", name), _parquet(images))
         self._committed([result.image_id for result in self._pending])
         self._pending.clear()
         self._finished_at.clear()
         self._next += 1
+
+
+def in_image_order(table: pa.Table) -> pa.Table:
+    """Rows in order of image id; those of one image stay in the order in which they are."""
+    # Arrow's sort is not stable: a row's own position breaks ties and keeps the best first.
+    numbered = table.append_column("at", pa.array(np.arange(table.num_rows), pa.int64()))
+    return numbered.sort_by([("image_id", "ascending"), ("at", "ascending")]).drop_columns(["at"])
+
+
+def _columns_of(kind: str, columns: Sequence[str] | None) -> pa.Schema:
+    schema = _SCHEMAS[kind]
+    return schema if columns is None else pa.schema([schema.field(name) for name in columns])
+
+
+# --- files and folders ------------------------------------------------------------------------------
+
+
+def _missing_folders(path: str) -> list[str]:
+    """Those of an absolute local path and the folders above it that are not there, the innermost first."""
+    missing = []
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing
+
+
+def _halves(uri: str) -> tuple[str, str]:
+    """A shard's address in its run folder, and that of its other half: images and detections."""
+    base, kind, name = uri.rsplit("/", 2)
+    return f"{kind}/{name}", storage.join(base, "images" if kind == "detections" else "detections", name)
+
+
+def _remedy(uri: str) -> str:
+    return f"delete it and its other half, {_halves(uri)[1]}, and --resume works on their images again"
+
+
+def _missing_half(uri: str) -> str:
+    name, images = _halves(uri)
+    remedy = f"delete {images}, and --resume works on them again"
+    return f"{images} says that its images are finished, but {name} is missing: {remedy}"
+
+
+def _explain_damage(uri: str, remedy: str, read: Callable[[], Any]) -> Any:
+    """What `read` gives; whatever Arrow says of a damaged file names the file and what to do."""
+    try:
+        return read()
+    except (pa.ArrowException, OSError) as error:
+        msg = f"{uri} must be a Parquet file of a run, got a damaged one ({str(error).splitlines()[0]}): {remedy}"
+        raise UserError(msg) from error
+
+
+def _read_parquet(uri: str, remedy: str, columns: Sequence[str] | None = None) -> pa.Table:
+    data = io.BytesIO(storage.read_bytes(uri))
+    # Not `read_table`: that one raises for a column which an older shard lacks.
+    return _explain_damage(uri, remedy, lambda: pq.ParquetFile(data).read(columns=columns))
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -47,6 +47,10 @@ class PipelineActor:
         """These are written."""
         self._stream.commit(image_ids)
 
+    def seconds_at_work(self) -> float:
+        """Seconds since the first lease; 0 before."""
+        return self._stream.seconds_at_work()
+
 
 class ShardedStream:
     """`ImageStream` for more actors than one driver can feed.
@@ -113,6 +117,10 @@ class ShardedStream:
             of[self._pipeline_of[image_id]].append(image_id)
         for i, ids in of.items():
             self._pipelines[i].commit.remote(ids)
+
+    def seconds_at_work(self) -> float:
+        """Seconds since the earliest first lease of all pipelines; 0 before."""
+        return max(ray.get([pipeline.seconds_at_work.remote() for pipeline in self._pipelines]))
 
 
 def image_stream(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy
@@ -56,6 +56,11 @@ class NetworkNames:
     mixed_precision: bool = False
     score_threshold: float = 0.01
     iou_threshold: float | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What results depend on: not the device; the sample's networks by name, wherever the package lies."""
+        sample = {SAMPLE_DETECTOR: "sample", SAMPLE_SCALE_NET: "sample"}
+        return {name: sample.get(value, value) for name, value in asdict(self).items() if name != "device"}
 
     def describe_detector(self) -> DetectorInfo:
         """Load the detector, on the CPU, and say what it is.
