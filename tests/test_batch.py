@@ -182,6 +182,45 @@ def test_the_rate_leaves_start_up_out() -> None:
     assert str(Progress("whole", 1, 9, images=1)).endswith("starting")
 
 
+def test_the_time_of_work_is_counted_from_the_first_image_that_was_begun(tmp_path: Path) -> None:
+    class Waited(LocalStream):
+        def seconds_at_work(self) -> float:
+            return 3.0
+
+    run = RunFolder(str(tmp_path / "run"))
+    lines: list[Progress] = []
+    run_policy(RECORDS, POLICY.name, lambda left: Waited(left, POLICY, networks(None), SCENES), run, lines.append)
+    assert lines[0].seconds >= 3.0
+    rate = run.speed(POLICY.name)["images_per_second"]
+    assert rate is not None
+    assert 0 < rate <= len(RECORDS) / 3.0
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_speed(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "run")
+    before = run.speed(POLICY.name)
+    assert before["seconds"]
+    run_policy(RECORDS, POLICY.name, lambda records: pytest.fail("started"), run, ignore)
+    assert run.speed(POLICY.name) == before
+
+
+def test_images_that_failed_are_tried_again_alone_and_their_records_are_superseded(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "run")
+    begun: list[int] = []
+
+    def mended(records: Sequence[ImageRecord]) -> Stream:
+        begun.extend(record.image_id for record in records)
+        return LocalStream(records, POLICY, networks(None), Scenes())
+
+    progress = run_policy(RECORDS, POLICY.name, mended, run, ignore, retry_failed=True)
+    assert begun == [3]
+    assert (progress.done, progress.total, progress.images) == (11, 11, 1)
+    other = RunFolder(str(tmp_path / "other"))
+    run_policy(RECORDS, POLICY.name, lambda left: LocalStream(left, POLICY, networks(None), Scenes()), other, ignore)
+    assert tables(run) == tables(other)
+    assert run.failures([POLICY.name]).num_rows == 0
+
+
 def test_an_error_of_the_engine_ends_the_run_and_keeps_what_is_written(tmp_path: Path) -> None:
     class Breaking(LocalStream):
         def __iter__(self) -> Iterator[ImageResult]:

@@ -362,3 +362,15 @@ def test_no_images_are_over_at_once() -> None:
 def test_a_queue_that_may_open_no_image_is_refused() -> None:
     with pytest.raises(ValueError, match="max_open_images must be 1 or more, got 0"):
         Frontier([ImageRecord(1, "1.png")], max_open_images=0)
+
+
+def test_the_time_of_work_counts_from_the_first_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("scalenet_ray.engine.frontier.time.monotonic", lambda: now[0])
+    frontier = Frontier([ImageRecord(i, f"{i}.jpg") for i in range(1, 3)], 1)
+    now[0] = 110.0
+    assert frontier.seconds_at_work() == 0.0
+    frontier.lease(0, 0, 1)
+    now[0] = 115.0
+    frontier.lease(0, 1, 1)
+    assert frontier.seconds_at_work() == 5.0

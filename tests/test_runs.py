@@ -241,3 +241,71 @@ def test_a_run_folder_may_lie_on_s3(s3_bucket: str) -> None:
     assert run.shards("images", "whole") == [f"{run.uri}/images/whole-0000{i}.parquet" for i in range(2)]
     assert run.table("detections", "whole").num_rows == 6
     assert run.write_failures(["whole"]).num_rows == 0
+
+
+# --- numbers of shards --------------------------------------------------------------------------------------
+
+
+def rename_shards(run: RunFolder, number: str, to: str) -> None:
+    for kind in ("images", "detections"):
+        Path(run.uri, kind, f"whole-{number}.parquet").rename(Path(run.uri, kind, f"whole-{to}.parquet"))
+
+
+@pytest.mark.parametrize("last", ["99999", "100000", "999999999999"])
+def test_shards_of_any_number_are_read_and_the_next_number_is_one_more(run: RunFolder, last: str) -> None:
+    write(run, 1)
+    rename_shards(run, "00000", last)
+    write(run, 2)
+    write(run, 3)
+    assert list(run.finished("whole")) == [1, 2, 3]
+    assert run.table("detections", "whole").column("image_id").to_pylist() == [1, 1, 2, 2, 3, 3]
+    numbers = [int(uri.rsplit("-", 1)[-1].removesuffix(".parquet")) for uri in run.shards("images", "whole")]
+    assert numbers == [int(last) + i for i in range(3)]
+
+
+def test_of_two_records_of_an_image_the_one_in_the_shard_of_the_higher_number_counts(run: RunFolder) -> None:
+    for number, scores in (("99999", (0.9,)), ("100000", (0.4, 0.3, 0.2))):
+        writer = writer_of(run)
+        writer.add(result_of(5, scores), 1.5)
+        writer.flush()
+        # As text the later one sorts first.
+        rename_shards(run, "00000" if number == "99999" else "100000", number)
+    table = run.table("detections", "whole")
+    assert table.column("score").to_pylist() == pytest.approx([0.4, 0.3, 0.2])
+    assert run.table("images", "whole").num_rows == 1
+
+
+# --- speed --------------------------------------------------------------------------------------------------
+
+
+def write_session(run: RunFolder, ids: range, began: float, ended: float) -> None:
+    """What a driver writes that began to work at one moment of the run and finished at another, in two shards."""
+    writer = writer_of(run)
+    writer.work_began(began)
+    for at, image_id in enumerate(ids, start=1):
+        writer.add(result_of(image_id), began + (ended - began) * at / len(ids))
+        if at == 2:
+            writer.flush()
+    writer.flush()
+
+
+def test_images_per_second_are_those_of_all_drivers_from_the_first_that_was_begun_to_the_last_that_was_finished(
+    run: RunFolder,
+) -> None:
+    write_session(run, range(6), began=10.0, ended=13.0)
+    assert run.speed("whole") == {"images_per_second": 2.0, "seconds": 13.0}
+    # A second driver, whose start-up took from 13 to 20.
+    write_session(run, range(6, 8), began=20.0, ended=25.0)
+    assert run.speed("whole") == {"images_per_second": 1.0, "seconds": 25.0}
+
+
+def test_work_of_under_two_seconds_says_nothing_of_the_speed(run: RunFolder) -> None:
+    write_session(run, range(6), began=10.0, ended=11.75)
+    assert run.speed("whole") == {"images_per_second": None, "seconds": 11.75}
+
+
+def test_shards_that_say_nothing_of_their_time_count_neither_images_nor_seconds(run: RunFolder) -> None:
+    write(run, 90, 91)
+    assert run.speed("whole") == {"images_per_second": None, "seconds": 1.5}
+    write_session(run, range(6), began=10.0, ended=13.0)
+    assert run.speed("whole") == {"images_per_second": 2.0, "seconds": 13.0}

@@ -46,6 +46,7 @@ def test_pipelines_side_by_side_equal_recursive_detect(idle_ray: None, name: str
         for result in stream:
             results.append(result)
             stream.commit([result.image_id])
+    assert stream.seconds_at_work() > 0
     assert len(results) == len(records)
     expected = reference(records, policy, networks, scenes)
     assert {result.image_id: as_values(result) for result in results} == expected

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from scalenet_ray.engine.conclude import failure_counts
+from scalenet_ray.engine.runs import FAILURES
+from scalenet_ray.terminal import failure_lines, last_line
+
+
+def failures(*rows: tuple[int, str, str], policy: str = "whole", file: str = "/photos/{}.jpg") -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {"policy": policy, "image_id": i, "file": file.format(i), "stage": stage, "reason": reason}
+            for i, stage, reason in rows
+        ],
+        FAILURES,
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "kind"),
+    [
+        (
+            "cannot read /photos/1.jpg: it is gone",
+            "cannot read /photos/2.jpg: it is gone",
+            "cannot read ...: it is gone",
+        ),
+        (
+            "may have 9 pixels, got 20 (4 x 5)",
+            "may have 9 pixels, got 21.5 (3 x 7)",
+            "may have N pixels, got N (N x N)",
+        ),
+        ("must be a path, got '../x y.jpg': mend", "must be a path, got '/z': mend", "must be a path, got ...: mend"),
+        ("killed its process 3 times", "killed its process 4 times", "killed its process N times"),
+        ("cannot read s3://b/k/1.jpg: denied", "cannot read s3://b/k/2.jpg: denied", "cannot read ...: denied"),
+    ],
+)
+def test_reasons_that_differ_by_names_and_numbers_are_one_kind(one: str, other: str, kind: str) -> None:
+    rows = failure_counts(failures((1, "read", one), (2, "read", other)))
+    assert rows == [{"stage": "read", "reason": kind, "count": 2, "example": "/photos/1.jpg"}]
+
+
+def test_the_most_frequent_failures_come_first_and_twenty_at_most() -> None:
+    rows = [(i, "read", f"reason {chr(97 + i)}") for i in range(24)] + [(100 + i, "look", "NaN") for i in range(3)]
+    counted = failure_counts(failures(*rows))
+    assert counted[0] == {"stage": "look", "reason": "NaN", "count": 3, "example": "/photos/100.jpg"}
+    assert len(counted) == 20
+
+
+def test_an_image_that_fails_under_two_policies_is_one_image() -> None:
+    table = pa.concat_tables([failures((1, "read", "gone"), policy=name) for name in ("whole", "grid-2")])
+    assert [row["count"] for row in failure_counts(table)] == [1]
+    # Counted by kind: another reason is another row.
+    assert len(failure_counts(failures((1, "read", "gone"), (1, "detect", "gone")))) == 2
+
+
+def test_the_terminal_says_how_many_failed_for_which_reason_and_where_the_page_is() -> None:
+    rows = failure_counts(failures((1, "read", "gone"), (2, "read", "gone"), (3, "detect", "NaN")))
+    document = {"images": {"total": 4, "done": 1, "failed": 3}, "failures": rows}
+    assert failure_lines(document).splitlines() == [
+        "2 failed in read: gone (e.g. /photos/1.jpg)",
+        "1 failed in detect: NaN (e.g. /photos/3.jpg)",
+    ]
+    assert "report.html" in last_line(document, "run", 0)[0]
+    assert failure_lines({"failures": []}) == ""
