@@ -168,8 +168,11 @@ class ImageStream:
         self._frontier.commit.remote(list(image_ids))
 
     def seconds_at_work(self) -> float:
-        """Seconds since the first lease; 0 before."""
-        return ray.get(self._frontier.seconds_at_work.remote())
+        """Seconds since the first lease; 0 before, and if the frontier died, which iterating says."""
+        try:
+            return ray.get(self._frontier.seconds_at_work.remote())
+        except RayActorError:
+            return 0.0
 
     def status(self) -> FrontierStatus:
         """How far the queue is."""

@@ -67,7 +67,7 @@ FAILURES = pa.schema(
 INPUTS = pa.schema(
     [
         ("image_id", pa.int64()),
-        ("file", pa.string()),
+        ("file", pa.large_string()),
         ("height", pa.int64()),
         ("width", pa.int64()),
         ("counts", pa.bool_()),
@@ -111,7 +111,8 @@ class Counting(NamedTuple):
         rows = table.filter(pa.array(counts))
         if self.files is None or "file" not in table.column_names:
             return rows
-        return rows.set_column(rows.column_names.index("file"), "file", self.files.take(pa.array(at[counts])))
+        files = self.files.take(pa.array(at[counts])).cast(pa.string())
+        return rows.set_column(rows.column_names.index("file"), "file", files)
 
 
 class RunFolder:

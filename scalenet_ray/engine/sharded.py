@@ -119,8 +119,11 @@ class ShardedStream:
             self._pipelines[i].commit.remote(ids)
 
     def seconds_at_work(self) -> float:
-        """Seconds since the earliest first lease of all pipelines; 0 before."""
-        return max(ray.get([pipeline.seconds_at_work.remote() for pipeline in self._pipelines]))
+        """Seconds since the earliest first lease of all pipelines; 0 before, and if one died, which iterating says."""
+        try:
+            return max(ray.get([pipeline.seconds_at_work.remote() for pipeline in self._pipelines]))
+        except RayActorError:
+            return 0.0
 
 
 def image_stream(
