@@ -460,3 +460,29 @@ def test_a_refused_run_on_s3_leaves_no_objects(s3_bucket: str) -> None:
     with pytest.raises(UserError), RunFolder(f"{s3_bucket}/runs/one").begin({"seed": 1}, resume=False):
         raise UserError("no")
     assert not storage.exists(f"{s3_bucket}/runs/one")
+
+
+REFUSED: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("detect", "DetectImages", {"images": "nowhere"}),
+    ("detect", "DetectImages", {"images": "pics", "policy": "scalenet"}),
+    ("eval_coco", "EvalCoco", {"data": "nowhere"}),
+    ("train_scalenet", "TrainScaleNet", {"data": "nowhere"}),
+    (
+        "finetune_detector",
+        "FinetuneDetector",
+        {"data": "nowhere", "detector": "torchvision:x.safetensors"},
+    ),
+    ("eval_digits", "EvalDigits", {"held_out": 10**6}),
+)
+
+
+@pytest.mark.parametrize("output", [None, "out/run"])
+@pytest.mark.parametrize(("job", "kind", "given"), REFUSED)
+def test_a_job_that_refuses_what_it_is_given_leaves_no_folder(
+    pics: Path, job: str, kind: str, given: dict[str, Any], output: str | None
+) -> None:
+    module = load_job(job)
+    networks = {"networks": NETWORKS, "engine": "local"} if job in ("detect", "eval_coco") else {}
+    with pytest.raises((UserError, OSError)):
+        module.main(getattr(module, kind)(output=output, **networks, **given))
+    assert os.listdir(pics.parent) == ["pics"]
