@@ -218,7 +218,7 @@ def test_images_that_failed_are_tried_again_alone_and_their_records_are_supersed
     other = RunFolder(str(tmp_path / "other"))
     run_policy(RECORDS, POLICY.name, lambda left: LocalStream(left, POLICY, networks(None), Scenes()), other, ignore)
     assert tables(run) == tables(other)
-    assert run.failures([POLICY.name]).num_rows == 0
+    assert run.find_failures([POLICY.name]).num_rows == 0
 
 
 def test_an_error_of_the_engine_ends_the_run_and_keeps_what_is_written(tmp_path: Path) -> None:

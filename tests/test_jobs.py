@@ -362,15 +362,15 @@ def test_detect_says_what_was_found(sample: Path, tmp_path: Path, capsys: pytest
     metrics = read_json(tmp_path / "run" / "metrics.json")
     found, lines = metrics["found"], capsys.readouterr().out.splitlines()
     most = found["by_class"][0]
-    assert lines[-4].startswith(
+    assert lines[-3].startswith(
         f"found {found['boxes']} boxes that score 0.3 or more, in {found['images']} of 8 images: "
         f"{metrics['categories'][str(most['label'])]} {most['boxes']}, "
     )
-    assert lines[-3].startswith(
+    assert lines[-2].startswith(
         f"{found['boxes'] - found['before']} more than the pass over the whole image alone finds ({found['before']}): "
         f"{found['new']} new by looking closer, {found['lost']} lost"
     )
-    assert lines[-2] == f"look at {tmp_path / 'run' / 'report.html'}"
+    assert lines[-1].endswith(f"results in {tmp_path / 'run'} (open its report.html)")
 
 
 def test_detect_has_no_ground_truth_for_an_oracle(
