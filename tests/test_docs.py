@@ -140,18 +140,13 @@ def test_the_readmes_detector_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if path != MEASURED], ids=name_of)
-def test_commands_name_the_environment_whose_python_runs_them(path: Path) -> None:
-    for block in blocks_of(path, *SHELL):
-        called = re.findall(
-            r"(\S+) (?:jobs/\w+\.py|-m scalenet_ray|-m pytest)|(\S*ray) (?:up|down|job|dashboard|get-)", block.text
-        )
-        assert {program or ray for program, ray in called} <= {
-            ".venv/bin/python",
-            ".venv/bin/ray",
-            # On a cluster that is made by cluster.yaml, and on any other.
-            "/home/ray/venv/bin/python",
-            "PYTHON",
-        }
+def test_commands_name_the_environment_whose_programs_they_call(path: Path) -> None:
+    text = prose_of(path) + "".join(block.text for block in blocks_of(path, *SHELL))
+    pythons = re.findall(r"([^\s`]*(?:python|PYTHON)) +(?:jobs/\w+\.py|-m scalenet_ray|-m pytest)", text)
+    rays = re.findall(r"^([^\s`]*ray) (?:up|down|start|job|dashboard|get-auth-token)", text, re.MULTILINE)
+    # The last two are those of a cluster that cluster.yaml makes, and of any other.
+    assert set(pythons) <= {".venv/bin/python", "/home/ray/venv/bin/python", "PYTHON"}
+    assert set(rays) <= {".venv/bin/ray"}
 
 
 @cache
