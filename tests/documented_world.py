@@ -59,15 +59,18 @@ class World:
     Attributes:
         folder: where commands run.
         environment: the whole of it.
+        made: what the folder held at first, by name.
     """
 
     folder: Path
     environment: dict[str, str]
+    made: frozenset[str]
 
     def tidy(self) -> None:
-        """Take away what commands left: runs/ here and in the bucket, and the pictures of `show`."""
-        shutil.rmtree(self.folder / "runs", ignore_errors=True)
-        (self.folder / "recursion.png").unlink(missing_ok=True)
+        """Take away what commands left, here and in the bucket."""
+        for path in self.folder.iterdir():
+            if path.name not in self.made:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         for each in _bucket(self.environment).objects.filter(Prefix="runs/"):
             each.delete()
 
@@ -96,6 +99,7 @@ class World:
 def build_world(folder: Path, s3_endpoint: str) -> Iterator[World]:
     """Build the world in an empty folder; its Ray is shared by all commands, and ends with it."""
     environment = _environment(folder, s3_endpoint)
+    (folder / "home").mkdir()
     for file in ("photograph.jpg", "photos/1.jpg", "photos/more/2.jpg"):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(_picture(len(file))[0]).save(folder / file)
@@ -122,7 +126,7 @@ def build_world(folder: Path, s3_endpoint: str) -> Iterator[World]:
         # It may say other things first.
         address = next((line.removeprefix("at ").strip() for line in ray.stdout if line.startswith("at ")), "")
         assert address, "Ray has not started"
-        yield World(folder, {**environment, "RAY_ADDRESS": address})
+        yield World(folder, {**environment, "RAY_ADDRESS": address}, frozenset(path.name for path in folder.iterdir()))
         ray.communicate()
 
 
@@ -134,7 +138,7 @@ def _environment(folder: Path, s3_endpoint: str) -> dict[str, str]:
         **RAY_ENVIRONMENT,
         # By default workers give way to whatever else the machine does.
         "RAY_worker_niceness": "0",
-        "HOME": str(folder),
+        "HOME": f"{folder}/home",
         "PATH": f"{folder}/bin:/usr/bin:/bin",
         "PYTHONPATH": str(REPOSITORY),
         "PYTHONUNBUFFERED": "1",

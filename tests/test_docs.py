@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import tyro
+import yaml
 from markdown.extensions.toc import slugify
 
 from scalenet_ray.__main__ import Export, Show
@@ -147,6 +148,14 @@ def test_commands_name_the_environment_whose_programs_they_call(path: Path) -> N
     # The last two are those of a cluster that cluster.yaml makes, and of any other.
     assert set(pythons) <= {".venv/bin/python", "/home/ray/venv/bin/python", "PYTHON"}
     assert set(rays) <= {".venv/bin/ray"}
+
+
+def test_the_clusters_python_is_where_the_pages_say() -> None:
+    cluster = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
+    # ~ is /home/ray in Ray's images, where the project is mounted too.
+    assert any(command.endswith("python -m venv ~/venv") for command in cluster["setup_commands"])
+    assert "/home/ray/project/scalenet_ray" in cluster["file_mounts"]
+    assert "RUN python -m venv /home/ray/venv\n" in (REPOSITORY / "Dockerfile").read_text()
 
 
 @cache
