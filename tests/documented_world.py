@@ -235,8 +235,23 @@ def _write_cifar(folder: Path) -> None:
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         rows = rng.integers(0, 256, (20, 3072), np.uint8)
         (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": rng.integers(0, 10, 20).tolist()}))
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    (folder / "batches.meta").write_bytes(_cifar_names())
+
+
+def _cifar_names() -> bytes:
+    """The names of the classes to the byte as they are published, which torchvision checks: a pickle of Python 2."""
+    memo = iter(range(1, 256))
+
+    def put(pickled: bytes) -> bytes:
+        return pickled + b"q" + bytes([next(memo)])
+
+    def text(word: str) -> bytes:
+        return put(b"U" + bytes([len(word)]) + word.encode())
+
+    words = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    head = b"\x80\x02" + put(b"}") + b"(" + text("num_cases_per_batch") + b"M\x10'"
+    names = text("label_names") + put(b"]") + b"(" + b"".join(map(text, words)) + b"e"
+    return head + names + text("num_vis") + b"M\x00\x0cu."
 
 
 def _write_yolox(path: Path) -> None:
