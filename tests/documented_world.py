@@ -248,7 +248,7 @@ def _cifar_names() -> bytes:
     def text(word: str) -> bytes:
         return put(b"U" + bytes([len(word)]) + word.encode())
 
-    words = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    words = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     head = b"\x80\x02" + put(b"}") + b"(" + text("num_cases_per_batch") + b"M\x10'"
     names = text("label_names") + put(b"]") + b"(" + b"".join(map(text, words)) + b"e"
     return head + names + text("num_vis") + b"M\x00\x0cu."
