@@ -115,7 +115,7 @@ RUN = {
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", [page for page, blocks in RUN.items() if blocks])
 def test_what_a_page_tells_to_run_runs_as_written(page: str, world: World) -> None:
     world.tidy()
