@@ -18,7 +18,7 @@ from scalenet_ray.core.samples import ensure_sample
 from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import EngineName, Session
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
 from scalenet_ray.terminal import check_retry, difference_table, failure_lines, last_line, policy_table, run_job
 
 
@@ -31,7 +31,9 @@ class EvalCoco:
     Attributes:
         data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
         split: which split of it.
-        policies: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain, fused, oracle.
+        policies: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain, fused, oracle. By default
+            whole, grid-2, first-pass, scalenet and oracle: gain in place of scalenet if --scale-net is a scale head,
+            neither without --scale-net.
         policy_file: YAML of further policies.
         compare_with: one of the policies; how the others differ from it is measured, with bootstrap intervals. By
             default whole, or the first.
@@ -47,7 +49,7 @@ class EvalCoco:
 
     data: str | None = None
     split: str = "val2017"
-    policies: tuple[str, ...] = ("whole", "grid-2", "first-pass", "scalenet", "oracle")
+    policies: tuple[str, ...] | None = None
     policy_file: str | None = None
     compare_with: str | None = None
     limit: int | None = None
@@ -71,17 +73,34 @@ def _on_sample(job: EvalCoco) -> EvalCoco:
     return replace(job, data=str(ensure_sample(Path("runs/sample"))), networks=networks)
 
 
-def _policies(job: EvalCoco, session: Session, categories: dict[int, str]) -> list[Policy]:
-    info = session.call(job.networks.describe_detector)
-    policies = [
+def _named(job: EvalCoco, info: DetectorInfo, names: Sequence[str]) -> list[Policy]:
+    return [
         parse_policy(
             name,
             input_side=info.input_side,
             iou_threshold=info.iou_threshold,
             score_threshold=job.networks.score_threshold,
         )
-        for name in job.policies
+        for name in names
     ]
+
+
+def _default_policies(job: EvalCoco, info: DetectorInfo, session: Session) -> list[Policy]:
+    """What is evaluated if nothing is asked for: one policy of each kind, as far as its network is named."""
+    if job.networks.scale_net is None:
+        print("no --scale-net: the policy scalenet, which needs one, is left out")
+        return _named(job, info, ("whole", "grid-2", "first-pass", "oracle"))
+    policies = _named(job, info, ("whole", "grid-2", "first-pass", "scalenet", "oracle"))
+    if session.call(job.networks.reads_features, policies):
+        # A scale head knows more than classes of scale: what a closer look gains.
+        return _named(job, info, ("whole", "grid-2", "first-pass", "gain", "oracle"))
+    return policies
+
+
+def _policies(job: EvalCoco, session: Session, categories: dict[int, str]) -> list[Policy]:
+    info = session.call(job.networks.describe_detector)
+    asked = job.policies
+    policies = _default_policies(job, info, session) if asked is None else _named(job, info, asked)
     policies += read_policies(job.policy_file) if job.policy_file else []
     session.call(job.networks.check, check_names(policies), categories)
     return policies

@@ -1,4 +1,4 @@
-"""The documentation holds: links lead somewhere, code compiles, flags exist, the site is built without a warning."""
+"""The documentation holds: links lead somewhere, what it tells to run runs, the site is built without a warning."""
 
 from __future__ import annotations
 
@@ -8,28 +8,53 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import tyro
+import yaml
 from markdown.extensions.toc import slugify
 
 from scalenet_ray.__main__ import Export, Show
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.models.detectors import load_detector
+from tests.documented_world import World, build_world
 from tests.job_scripts import REPOSITORY, load_job
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-RUNS = "# runs\n"
+SHELL = ("", "bash", "sh")
+LANGUAGES = (*SHELL, "python", "yaml", "toml", "text")
+MEASURED = REPOSITORY / "docs" / "results.md"
+"""Its commands are those behind the measurements, on data that is named DATA: hours. Only their flags are checked."""
+
+
+class Block(NamedTuple):
+    """A fenced block of a page.
+
+    Attributes:
+        language: what stands after the fence; shell has none, and what is no command is `text`.
+        text: what is in it.
+        not_run: why it can't be run here, from a comment on the line before: <!-- not run: WHY -->; else "".
+    """
+
+    language: str
+    text: str
+    not_run: str
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(REPOSITORY))
 
 
-def blocks_of(path: Path, *languages: str) -> list[str]:
-    """The fenced blocks of a page in one of some languages ("" for none)."""
-    found = re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
-    return [text for language, text in found if language in languages]
+def blocks_of(path: Path, *languages: str) -> list[Block]:
+    """The fenced blocks of a page in some of the languages."""
+    fence = r"^(?:<!-- not run: ([^\n]+) -->\n)?```(\w*)\n(.*?)^```$"
+    found = re.findall(fence, path.read_text(), re.MULTILINE | re.DOTALL)
+    return [Block(language, text, why) for why, language, text in found if language in languages]
 
 
 def prose_of(path: Path) -> str:
@@ -58,7 +83,9 @@ def test_no_page_sends_a_reader_to_a_package_registry(path: Path) -> None:
 
 
 PYTHON = [
-    pytest.param(text, id=f"{name_of(path)}-{i}") for path in PAGES for i, text in enumerate(blocks_of(path, "python"))
+    pytest.param(block.text, id=f"{name_of(path)}-{i}")
+    for path in PAGES
+    for i, block in enumerate(blocks_of(path, "python"))
 ]
 
 
@@ -67,14 +94,68 @@ def test_every_python_block_compiles(text: str) -> None:
     compile(text, "a block", "exec")
 
 
-def test_blocks_that_say_so_run(tmp_path: Path) -> None:
-    texts = [text for path in PAGES for text in blocks_of(path, "python") if text.startswith(RUNS)]
-    assert len(texts) >= 3
-    # In one process, one after the other, each with names of its own.
-    script = "".join(f"exec(compile({text!r}, 'block {i}', 'exec'), {{}})\n" for i, text in enumerate(texts))
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n{script}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_every_block_says_what_it_is(path: Path) -> None:
+    fences = re.findall(r"^ *(`{3,}.*)$", path.read_text(), re.MULTILINE)
+    assert len(fences) == 2 * len(blocks_of(path, *LANGUAGES)), f"a block is no plain one of {LANGUAGES}: {fences}"
+    assert path.read_text().count("<!--") == sum(bool(block.not_run) for block in blocks_of(path, *LANGUAGES))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, s3_endpoint: str) -> Iterator[World]:
+    with build_world(tmp_path_factory.mktemp("world"), s3_endpoint) as built:
+        yield built
+
+
+RUN = {
+    name_of(path): [block for block in blocks_of(path, *SHELL, "python") if not block.not_run]
+    for path in PAGES
+    if path != MEASURED
+}
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("page", [page for page, blocks in RUN.items() if blocks])
+def test_what_a_page_tells_to_run_runs_as_written(page: str, world: World) -> None:
+    world.tidy()
+    for block in RUN[page]:
+        done = world.run_python(block.text) if block.language == "python" else world.run(block.text)
+        assert done.returncode == 0, f"{block.text}\n{done.stdout}"
+
+
+@pytest.mark.ray
+def test_a_command_that_fails_fails_its_block(world: World) -> None:
+    assert world.run("make no-such-target\ntrue").returncode != 0
+    assert world.run("no-such-program | cat").returncode != 0
+    assert world.run(".venv/bin/python -m scalenet_ray show nowhere.jpg\ntrue").returncode != 0
+
+
+def test_the_readmes_detector_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = (block.text for block in blocks_of(REPOSITORY / "README.md", "python") if "class My" in block.text)
+    (tmp_path / "my_detector.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = load_detector("my_detector:MyDetector")([np.zeros((480, 640, 3), np.uint8)])
+    assert isinstance(found, Detections)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if path != MEASURED], ids=name_of)
+def test_commands_name_the_environment_whose_programs_they_call(path: Path) -> None:
+    text = prose_of(path) + "".join(block.text for block in blocks_of(path, *SHELL))
+    pythons = re.findall(r"([^\s`]*(?:python|PYTHON)) +(?:jobs/\w+\.py|-m scalenet_ray|-m pytest)", text)
+    rays = re.findall(r"^([^\s`]*ray) (?:up|down|start|job|dashboard|get-auth-token)", text, re.MULTILINE)
+    # The last two are those of a cluster that cluster.yaml makes, and of any other.
+    assert set(pythons) <= {".venv/bin/python", "/home/ray/venv/bin/python", "PYTHON"}
+    assert set(rays) <= {".venv/bin/ray"}
+
+
+def test_the_clusters_python_is_where_the_pages_say() -> None:
+    cluster = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
+    # ~ is /home/ray in Ray's images, where the project is mounted too.
+    assert any(command.endswith("python -m venv ~/venv") for command in cluster["setup_commands"])
+    assert "/home/ray/project/scalenet_ray" in cluster["file_mounts"]
+    assert "RUN python -m venv /home/ray/venv\n" in (REPOSITORY / "Dockerfile").read_text()
 
 
 @cache
@@ -96,9 +177,9 @@ def flags_of(command: str) -> frozenset[str]:
 def commands_in(path: Path) -> list[list[str]]:
     """The jobs and commands of the package that a page's shell blocks call, each as its name and flags."""
     found = []
-    for text in blocks_of(path, "", "bash", "sh", "shell"):
-        for line in text.replace("\\\n", " ").splitlines():
-            called = re.search(r"python (?:jobs/(\w+)\.py|-m scalenet_ray (\w+))(.*)", line)
+    for block in blocks_of(path, *SHELL):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            called = re.search(r"(?:python|PYTHON) (?:jobs/(\w+)\.py|-m scalenet_ray (\w+))(.*)", line)
             if called is not None:
                 words = shlex.split(called[3], comments=True)
                 found.append([called[1] or called[2], *(word for word in words if word.startswith("--"))])

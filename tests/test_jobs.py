@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 
 from scalenet_ray.core.samples import write_sample
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
 from scalenet_ray.terminal import run_job
 from tests.job_scripts import load_job
 
@@ -95,6 +96,32 @@ def test_all_policies_run_into_one_run_folder(sample: Path, tmp_path: Path, caps
     assert last[-1] == f"8 of 8 images done, results in {tmp_path / 'run'} (open its report.html)"
     assert "all images are done: comparing what was found, and writing the report" in last
     assert [line.split()[0] for line in last[-10:-1]] == list(policies)
+
+
+@pytest.mark.parametrize(
+    ("scale_net", "policies", "is_said"),
+    [
+        (SAMPLE_SCALE_NET, ["whole", "grid-2", "first-pass", "scalenet", "oracle"], False),
+        ("head", ["whole", "grid-2", "first-pass", "gain", "oracle"], False),
+        (None, ["whole", "grid-2", "first-pass", "oracle"], True),
+    ],
+)
+def test_the_default_policies_are_those_that_there_are_networks_for(
+    sample: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    scale_net: str | None,
+    policies: list[str],
+    is_said: bool,
+) -> None:
+    networks = replace(SAMPLE_NETWORKS, scale_net=scale_net)
+    if scale_net == "head":
+        config = SAMPLE_NETWORKS.describe_features()
+        networks = replace(networks, scale_net=str(tmp_path / "head.safetensors"))
+        save_scale_head(ScaleHead(config), config, str(networks.scale_net))
+    assert run_eval(replace(eval_job(sample, tmp_path / "run"), policies=None, limit=1, networks=networks)) == 0
+    assert list(read_json(tmp_path / "run" / "metrics.json")["policies"]) == policies
+    assert ("no --scale-net: the policy scalenet, which needs one, is left out" in capsys.readouterr().out) == is_said
 
 
 def test_policies_are_compared_with_one_of_them(
@@ -453,6 +480,7 @@ def test_the_flags_are_those_that_users_call() -> None:
     assert job.policies == ("whole", "grid-2")
     assert job.networks.detector == "yolox-onnx:p"
     assert job.resources.scale_actors == 2
+    assert tyro.cli(load_job("eval_coco").EvalCoco, args=[]).policies is None
     words = "--images i --detector a:B --policy scalenet --output o --scale-actors 1 4"
     job = tyro.cli(load_job("detect").DetectImages, args=words.split())
     assert job.resources.scale_actors == (1, 4)
