@@ -91,6 +91,7 @@ def main(job: DetectImages) -> int:
     """Detect, and write COCO results and Parquet; the exit status says whether an image was lost."""
     job = job if job.images else _on_sample(job)
     session = Session(job.engine, job.resources)
+    session.call(job.networks.check_device, job.engine == "local")
     images = session.call(list_images, str(job.images))[: job.limit]
     info = session.call(job.networks.describe_detector)
     policy = _policy(job, info)

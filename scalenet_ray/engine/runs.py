@@ -5,6 +5,7 @@
     images/*.parquet       after each of those: the record that its images are finished (schema IMAGES); `finished_at`
                            says when, in seconds at work since the run began, pauses before a resume left out
     failures.parquet       every image that was given up: policy, image id, file, stage, reason
+    error.txt              the trace of the bug that ended the run, if one did; gone once the run is resumed
     metrics.json, results.json, report.html, policies.svg   written at the end
     driver.lock            while a driver is at work: a second one is refused
 
@@ -18,15 +19,17 @@ written again. Local folders and s3:// alike.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import platform
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
@@ -37,7 +40,7 @@ import yaml
 from scalenet_ray.core import storage
 from scalenet_ray.core.clock import STAGES, current_tally, timed
 from scalenet_ray.core.coco import ImageRecord
-from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.errors import UserError, WorkerError
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.core.schemas import DETECTIONS, IMAGES, detections_table, images_table
 from scalenet_ray.engine.run_lock import RunLock, lock_run
@@ -58,6 +61,7 @@ FAILURES = pa.schema(
 
 _IMAGES_PER_SHARD = 256
 _SECONDS = b"seconds_by_stage"
+_ERROR = "error.txt"
 _VERSIONED = ("torch", "torchvision", "ray", "numpy", "pyarrow", "onnxruntime", "pycocotools")
 
 
@@ -66,13 +70,17 @@ class RunFolder:
 
     Args:
         uri: local path or s3:// address.
+        output: the job's run folder, where this one is a part of it.
 
     Attributes:
         resumed: whether `begin` took up a run that was there.
+        standing: how far the work is, in words: "whole: 163 of 343 done".
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, output: str | None = None) -> None:
         self.uri = uri
+        self.standing = "nothing done yet"
+        self._output = output or uri
         self._lock: RunLock | None = None
         self.resumed = False
 
@@ -85,7 +93,8 @@ class RunFolder:
             resume: go on with a run that is there; else one that is there is refused.
 
         Returns:
-            The lock: `with run.begin(...):` lets go at the end, also when the block raises.
+            The lock: `with run.begin(...):` lets go at the end, also when the block raises. What it raises is told
+            where the run stands (a `KeyboardInterrupt`) or where its trace is (a bug), as notes.
 
         Raises:
             FileExistsError: if there is a run and `resume` is not asked for, or another driver is at work on it.
@@ -98,7 +107,17 @@ class RunFolder:
             lock.release()
             raise
         self._lock = lock
-        return lock
+        return _Begun(self, lock)
+
+    def ended_by(self, error: BaseException) -> None:
+        """Tell an error that ends the run what its reader needs: how to go on, or where its trace was written."""
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(f"{self.standing}; go on with --resume --output {self._output}")
+        elif isinstance(error, Exception) and not isinstance(error, (UserError, OSError)):
+            trace = error.trace if isinstance(error, WorkerError) else "".join(traceback.format_exception(error))
+            with suppress(OSError):
+                self.write_text(_ERROR, trace)
+                error.add_note(f"its trace: {storage.join(self.uri, _ERROR)}")
 
     def check_lock(self) -> None:
         """Raise `RuntimeError` if this driver began the run and another one has taken over."""
@@ -113,6 +132,8 @@ class RunFolder:
                 raise FileExistsError(msg)
             self._check_settings(settings)
             self.resumed = True
+            if storage.exists(storage.join(self.uri, _ERROR)):
+                storage.delete(storage.join(self.uri, _ERROR))
             return
         versions = {name: version(name) for name in _VERSIONED}
         versions |= {"python": platform.python_version(), "scalenet-ray": __version__}
@@ -163,15 +184,18 @@ class RunFolder:
         return numbered.sort_by([("image_id", "ascending"), ("at", "ascending")]).drop_columns(["at"])
 
     def _read(self, uri: str, columns: Sequence[str] | None) -> pa.Table:
-        data = io.BytesIO(storage.read_bytes(uri))
+        # By the main thread alone, without reading ahead: a thread of Arrow's that lets go of a Python object while the
+        # interpreter ends aborts the process ("terminate called without an active exception").
+        data = pa.BufferReader(storage.read_bytes(uri))
         # Not `read_table`: that one raises for a column which an older shard lacks.
-        return pq.ParquetFile(data).read(columns=None if columns is None else list(columns))
+        names = None if columns is None else list(columns)
+        return pq.ParquetFile(data, pre_buffer=False).read(columns=names, use_threads=False)
 
     def seconds_by_stage(self, policy: str) -> dict[str, float]:
         """Busy seconds of each stage, summed over all processes, up to the last finished shard."""
         total = dict.fromkeys(STAGES, 0.0)
         for uri in self.shards("images", policy):
-            metadata = pq.read_schema(io.BytesIO(storage.read_bytes(uri))).metadata or {}
+            metadata = pq.read_schema(pa.BufferReader(storage.read_bytes(uri))).metadata or {}
             for stage, seconds in json.loads(metadata.get(_SECONDS, b"{}")).items():
                 total[stage] += seconds
         return total
@@ -213,7 +237,41 @@ class RunFolder:
 
     def failures(self) -> pa.Table:
         """The table of failures.parquet (schema `FAILURES`), as `write_failures` left it."""
-        return pq.ParquetFile(io.BytesIO(storage.read_bytes(storage.join(self.uri, "failures.parquet")))).read()
+        return self._read(storage.join(self.uri, "failures.parquet"), None)
+
+
+class _Begun:
+    """The lock of a run that has begun; an error that leaves its block passes by the run folder.
+
+    Args:
+        run: the run folder.
+        lock: what is held.
+    """
+
+    def __init__(self, run: RunFolder, lock: RunLock) -> None:
+        self._run = run
+        self._lock = lock
+
+    def check(self) -> None:
+        """Raise `RuntimeError` if another driver has taken over."""
+        self._lock.check()
+
+    def release(self) -> None:
+        """Let go."""
+        self._lock.release()
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        del kind, traceback
+        try:
+            if error is not None:
+                self._run.ended_by(error)
+        finally:
+            self.release()
 
 
 class ShardWriter:
@@ -237,16 +295,20 @@ class ShardWriter:
         self._policy = policy
         self._records = records
         self._committed = committed
-        self._pending: list[ImageResult] = []
-        self._finished_at: list[float] = []
+        self._pending: list[tuple[ImageResult, float]] = []
+        self._written = 0
         # One past the last number, not how many there are: a shard may have been deleted so that it is made again.
         shards = run.shards("images", policy)
         self._next = int(re.findall(r"\d+", shards[-1])[-1]) + 1 if shards else 0
 
+    @property
+    def taken(self) -> int:
+        """Images taken in."""
+        return self._written + len(self._pending)
+
     def add(self, result: ImageResult, finished_at: float) -> None:
         """Take in an image, finished so many seconds after the run began; it is written with its shard."""
-        self._pending.append(result)
-        self._finished_at.append(finished_at)
+        self._pending.append((result, finished_at))
         if len(self._pending) >= _IMAGES_PER_SHARD:
             self.flush()
 
@@ -255,22 +317,21 @@ class ShardWriter:
         if not self._pending:
             return
         self._run.check_lock()
+        results, finished_at = [one for one, _ in self._pending], [at for _, at in self._pending]
         name = f"{self._policy}-{self._next:05d}.parquet"
         with timed("write"):
-            detections = detections_table(self._pending, self._policy)
+            detections = detections_table(results, self._policy)
             storage.write_bytes_atomic(storage.join(self._run.uri, "detections", name), _parquet(detections))
         # What writing the record itself takes is known when it is written: it counts with the next shard.
         tally = current_tally()
         seconds = json.dumps(tally.take() if tally else {}).encode()
         with timed("write"):
-            files = [self._records[result.image_id].file_name for result in self._pending]
-            images = images_table(self._pending, self._policy, files, self._finished_at)
+            files = [self._records[result.image_id].file_name for result in results]
+            images = images_table(results, self._policy, files, finished_at)
             images = images.replace_schema_metadata({_SECONDS: seconds})
             storage.write_bytes_atomic(storage.join(self._run.uri, "images", name), _parquet(images))
-        self._committed([result.image_id for result in self._pending])
-        self._pending.clear()
-        self._finished_at.clear()
-        self._next += 1
+        self._pending, self._written, self._next = [], self._written + len(results), self._next + 1
+        self._committed([result.image_id for result in results])
 
 
 def _parquet(table: pa.Table) -> bytes:

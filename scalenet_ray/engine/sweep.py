@@ -80,7 +80,10 @@ def run_sweep(
         ValueError: if a grid is asked for a range, or there is no sweep to go on with.
     """
     join_ray()
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # Of a trial that fails the trace is in its folder, and its last line in the trials' table.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    # Signals are left to whoever handles them.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     # What is decided is on disk soon: a killed sweep loses a few seconds.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
     # Addresses may be relative to where the job was started.
