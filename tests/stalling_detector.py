@@ -1,4 +1,4 @@
-"""A detector that comes to a halt at one image, once, until its process is told to stop; and detectors with faults."""
+"""A detector that comes to a halt at one image, once, until its process is told to stop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from scalenet_ray.core.detections import Detections
 
-__all__ = ["Buggy", "Stalling", "Unbuildable", "write_grey_images"]
+__all__ = ["STALLED", "Stalling", "write_grey_images"]
 
 SIDE = 64
 STALLED = "STALLED_FILE"
@@ -21,7 +21,10 @@ STALLED = "STALLED_FILE"
 
 
 class Stalling:
-    """Finds one box, scored by the image's grey; at the grey `STALLED_AT` it halts unless the file is there already."""
+    """Finds one box, scored by the image's grey; at the grey of the environment's STALLED_AT it halts, once.
+
+    With STUBBORN in the environment it goes on halting when it is interrupted.
+    """
 
     input_side = SIDE
     iou_threshold = 0.5
@@ -37,23 +40,12 @@ class Stalling:
         stalled = Path(os.environ[STALLED])
         if grey == int(os.environ["STALLED_AT"]) and not stalled.exists():
             stalled.touch()
-            time.sleep(600)
+            try:
+                time.sleep(600)
+            finally:
+                if "STUBBORN" in os.environ:
+                    time.sleep(600)
         return Detections(np.array([[1.0, 2.0, 30.0, 40.0]]), np.array([grey / 255]), np.array([0]))
-
-
-class Buggy(Stalling):
-    """Has a bug in its declaration, which only a process that loads it meets."""
-
-    @property
-    def iou_threshold(self) -> float:  # type: ignore[override]
-        raise KeyError("no such threshold")
-
-
-class Unbuildable(Stalling):
-    """Cannot be made."""
-
-    def __init__(self) -> None:
-        raise RuntimeError("weights are missing")
 
 
 def write_grey_images(folder: Path, count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.job_scripts import REPOSITORY
+from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.models.networks import NetworkNames
+from scalenet_ray.terminal import run_job
+from tests.job_scripts import REPOSITORY, load_job
+from tests.ray_fixture import RAY_ENVIRONMENT
 from tests.stalling_detector import STALLED, write_grey_images
 
 IMAGES, STALLED_AT = 12, 7
@@ -41,6 +46,8 @@ def detect(folder: Path, *arguments: str, output: str = "run", engine: str = "lo
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Signals to its group reach the processes that it started, as Ctrl-C in a terminal does, and not the tests.
+        start_new_session=True,
         # A process that was started in the background ignores SIGINT, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -79,3 +86,64 @@ def test_a_stopped_run_keeps_what_is_finished_and_resumed_equals_an_uninterrupte
     found = [json.loads((folder / name / "results.json").read_text()) for name in ("run", "whole")]
     assert len(found[0]) == IMAGES
     assert found[0] == found[1]
+
+
+def test_a_second_signal_ends_the_process_at_once(folder: Path) -> None:
+    process = detect(folder, STUBBORN="1")
+    wait_for(folder / "stalled", process)
+    process.send_signal(signal.SIGINT)
+    while process.poll() is None:
+        # The first one is on its way for as long as the interpreter takes to notice it.
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == -signal.SIGINT
+    assert process.communicate()[1] == ""
+
+
+def test_a_run_that_is_stopped_while_it_is_concluded_has_all_its_images(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = load_job("detect")
+    monkeypatch.setenv(STALLED, str(folder))
+    monkeypatch.setenv("STALLED_AT", "0")
+    monkeypatch.setattr(job, "conclude", lambda *args: signal.raise_signal(signal.SIGTERM))
+    asked = job.DetectImages(
+        images=str(folder / "images"),
+        policy="whole",
+        output=str(folder / "run"),
+        engine="local",
+        networks=NetworkNames(detector="tests.stalling_detector:Stalling"),
+    )
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(SystemExit) as exit_of:
+            run_job(job.main, asked)
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(each, handler)
+    assert exit_of.value.code == 143
+    said = capsys.readouterr().err
+    assert said == f"stopped: whole: 12 of 12 done; go on with --resume --output {folder / 'run'}\n"
+    assert not (folder / "run" / "driver.lock").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arguments", [(), ("--pipelines", "2", "--readers", "2", "--detector-actors", "2")])
+def test_on_ray_a_stopped_run_keeps_what_is_finished_and_says_one_line(
+    folder: Path, arguments: tuple[str, ...]
+) -> None:
+    small = ("--scale-batch-size", "1", "--detector-batch-size", "1", *arguments)
+    process = detect(folder, *small, engine="ray", **RAY_ENVIRONMENT)
+    wait_for(folder / "stalled", process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130, said
+    run = folder / "run"
+    stands = re.fullmatch(rf"stopped: whole: (\d+) of 12 done; go on with --resume --output {run}\n", said)
+    assert stands, said
+    assert len(RunFolder(str(run)).finished("whole")) == int(stands[1])
+
+    resumed = detect(folder, "--resume")
+    assert (*resumed.communicate(), resumed.returncode)[1:] == ("", 0)
+    assert len(json.loads((run / "results.json").read_text())) == IMAGES

@@ -203,7 +203,8 @@ def _quoting(spec: str) -> Iterator[None]:
         module_name = spec.partition(":")[0]
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next(frame for frame in reversed(frames) if not frame.filename.startswith("<frozen importlib"))
         msg = (
             f"detector {spec!r} could not be made, it raised {type(error).__name__}: {error} "
             f"({frame.filename}, line {frame.lineno})"
