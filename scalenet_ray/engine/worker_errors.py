@@ -49,7 +49,7 @@ def from_worker(error: Exception) -> Exception:
     trace = _COLOUR.sub("", str(error)).strip()
     raised = _raised(trace)
     if raised is None:
-        return WorkerError(f"{type(error).__name__}: {trace.partition(chr(10))[0]}", trace)
+        return WorkerError(f"{type(error).__name__}: {trace.splitlines()[-1] if trace else ''}", trace)
     name, message = raised
     if name in _USERS:
         return UserError(message)
