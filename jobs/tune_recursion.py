@@ -146,7 +146,6 @@ def main(job: TuneRecursion) -> int:
         best, starts, found = best_policies(rows, task), start_trials(rows, task, space), best_trials(rows, task)
         run.write_text("best.yaml", yaml.safe_dump([policy_to_dict(policy) for policy in best], sort_keys=False))
 
-    reported_on = open_split(session, str(job.data), job.report_split, limit=None, **limits)
     report = RunFolder(storage.join(run.uri, "report"), run.uri)
     contenders = [*policies, *best]
     settings = {
@@ -156,6 +155,7 @@ def main(job: TuneRecursion) -> int:
         "policies": [policy_to_dict(policy) for policy in contenders],
     }
     with report.begin(settings, resume=job.resume):
+        reported_on = open_split(session, str(job.data), job.report_split, limit=None, **limits)
         document = evaluate_policies(
             session, report, contenders, job.networks, reported_on, print, compare_with=policies[0].name
         )
