@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scalenet_ray.core.clock import add_seconds, current_tally
@@ -35,7 +35,7 @@ from scalenet_ray.engine.microbatch import unpack_results
 from scalenet_ray.engine.resources import PoolSize, Resources, limits
 from scalenet_ray.engine.shares import cpu_share
 from scalenet_ray.engine.stages import DetectStage, LookAndDetectStage, LookStage, Networks, OpenImage, TileSource
-from scalenet_ray.engine.worker_errors import from_worker
+from scalenet_ray.engine.worker_errors import workers_errors
 
 __all__ = ["ImageStream", "on_this_node"]
 
@@ -158,9 +158,8 @@ class ImageStream:
                         self._tell_seconds()
         except Exception as error:
             if self._frontier_lives():
-                if isinstance(error, RayError):
-                    raise from_worker(error) from None
-                raise
+                with workers_errors():
+                    raise
             msg = (
                 "the frontier, the queue of tiles, died, and with it what was in work: images that are written are "
                 "safe; run the same command with --resume to go on with the others"

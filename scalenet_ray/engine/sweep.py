@@ -77,7 +77,7 @@ def run_sweep(
         images), and "error", why it failed, or None.
 
     Raises:
-        ValueError: if a grid is asked for a range, or there is no sweep to go on with.
+        UserError: if a grid is asked for a range, or there is no sweep to go on with.
     """
     join_ray()
     # Of a trial that fails the trace is in its folder, and its last line in the trials' table.
@@ -133,7 +133,7 @@ def best_trials(rows: Sequence[dict[str, Any]], task: TrialTask) -> dict[str, di
         Name -> its row.
 
     Raises:
-        ValueError: if no trial saw all images, or none stayed under the ceiling.
+        UserError: if no trial saw all images, or none stayed under the ceiling.
     """
     complete = [row for row in rows if row["complete"] and row["AP_small"] == row["AP_small"]]
     if not complete:

@@ -52,7 +52,7 @@ def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dic
             used). It says all that came before each time: an OSError is raised only if its last call ended in one.
 
     Raises:
-        ValueError: if there is nothing to train on, or the loss is NaN or infinite; it names step and images.
+        UserError: if there is nothing to train on, or the loss is NaN or infinite; it names step and images.
         WorkerError: if the workers were lost too often, or a checkpoint could not be written.
     """
     join_ray()
@@ -85,7 +85,8 @@ def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dic
         except ray.train.TrainingFailedError as error:
             cause = from_worker(error)
             msg = f"training stopped: {cause}; the last checkpoint is in {folder}: mend it and add --resume"
-            raise with_message(cause, msg) from None
+            told = with_message(cause, msg)
+            raise told from None
     if stopped:
         msg = f"{stopped[0]}: lower the learning rate or look at these"
         raise UserError(msg)

@@ -82,7 +82,8 @@ def run_units(
             for other in running:
                 ray.cancel(other, force=True)
             msg = f"{name} failed: {cause}; what is done stays in {run.uri}: mend it and add --resume"
-            raise with_message(cause, msg) from None
+            told = with_message(cause, msg)
+            raise told from None
         run.write_json(f"units/{name}.json", outcomes[name])
         run.standing = f"{len(outcomes)} of {len(units)} done"
         left = (time.monotonic() - started) / (len(outcomes) - done_before) * (len(units) - len(outcomes))
