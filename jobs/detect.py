@@ -93,6 +93,7 @@ def main(job: DetectImages) -> int:
     check_retry(job.retry_failed, resume=job.resume)
     job = job if job.images else _on_sample(job)
     session = Session(job.engine, job.resources)
+    session.call(job.networks.check_device, job.engine == "local")
     images = session.call(list_images, str(job.images))[: job.limit]
     info = session.call(job.networks.describe_detector)
     policy = _policy(job, info)

@@ -111,6 +111,7 @@ def main(job: EvalCoco) -> int:
     check_retry(job.retry_failed, resume=job.resume)
     job = job if job.data else _on_sample(job)
     session = Session(job.engine, job.resources)
+    session.call(job.networks.check_device, job.engine == "local")
     split = open_split(session, str(job.data), job.split, limit=job.limit, max_megapixels=job.max_image_megapixels)
     policies = _policies(job, session, split.categories)
     if job.compare_with is not None and job.compare_with not in [policy.name for policy in policies]:

@@ -129,6 +129,7 @@ def main(job: TuneRecursion) -> int:
     job = job if job.data else _on_sample(job)
     space = read_space(job.space)
     session = Session("ray", job.resources)
+    session.call(job.networks.check_device, False)
     limits: dict[str, Any] = {"max_megapixels": job.max_image_megapixels}
     tuned_on = open_split(session, str(job.data), job.split, limit=job.limit, **limits)
     policies = _start_policies(job, space, session, tuned_on.categories)
@@ -137,6 +138,7 @@ def main(job: TuneRecursion) -> int:
     workers = {"device": job.networks.device, **asdict(job.resources)}
     with run.begin(_settings(job, space, policies), resume=job.resume, workers=workers):
         check_split(session, run, tuned_on)
+        run.standing = "the trials that ended are kept"
         rows = run_sweep(space, task, job.sweep, run.uri, print, resume=job.resume)
         run.write_json("trials.json", rows)
         run.write_text("front.svg", front_plot(rows, job.ceiling))
@@ -145,8 +147,7 @@ def main(job: TuneRecursion) -> int:
         best, starts, found = best_policies(rows, task), start_trials(rows, task, space), best_trials(rows, task)
         run.write_text("best.yaml", yaml.safe_dump([policy_to_dict(policy) for policy in best], sort_keys=False))
 
-    reported_on = open_split(session, str(job.data), job.report_split, limit=None, **limits)
-    report = RunFolder(storage.join(run.uri, "report"))
+    report = RunFolder(storage.join(run.uri, "report"), run.uri)
     contenders = [*policies, *best]
     settings = {
         "data": job.data,
@@ -155,6 +156,7 @@ def main(job: TuneRecursion) -> int:
         "policies": [policy_to_dict(policy) for policy in contenders],
     }
     with report.begin(settings, resume=job.resume, workers=workers):
+        reported_on = open_split(session, str(job.data), job.report_split, limit=None, **limits)
         document = evaluate_policies(
             session, report, contenders, job.networks, reported_on, print, compare_with=policies[0].name
         )

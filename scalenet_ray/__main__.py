@@ -12,8 +12,6 @@ import tyro
 from scalenet_ray.core import storage
 from scalenet_ray.core.samples import sample_scene
 from scalenet_ray.export import ExportFormat, export_run
-from scalenet_ray.one_image import get_scaled_prediction
-from scalenet_ray.recursion_picture import picture_bytes, recursion_figure
 from scalenet_ray.terminal import run_job, say, step_table
 
 _SCENE = 7
@@ -68,6 +66,10 @@ class Export:
 
 def show(job: Show) -> int:
     """Print the steps of one recursion and draw them."""
+    # Here and not above: what draws takes as long to load as all the rest of an export.
+    from scalenet_ray.one_image import get_scaled_prediction
+    from scalenet_ray.recursion_picture import picture_bytes, recursion_figure
+
     suffix = PurePosixPath(job.output).suffix
     image = job.image if job.image is not None else sample_scene("val2017", _SCENE).pixels
     if job.detector is None:

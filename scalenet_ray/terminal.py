@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TextIO, TypeVar
 
 from scalenet_ray.core.detections import SHOWN_SCORE
-from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.errors import UserError, WorkerError
 from scalenet_ray.core.findings import closer_look_in_words
 from scalenet_ray.core.front import front
 from scalenet_ray.core.policy import Policy
@@ -44,6 +49,7 @@ _COLUMNS = (
 )
 
 _MOST_CLASSES = 5
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Job = TypeVar("Job")
 
@@ -210,11 +216,92 @@ def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple
 
 
 def run_job(main: Callable[[Job], int], job: Job) -> None:
-    """Run a job and exit with its status; what the user can mend is said in one line, exit status 2."""
+    """Run a job and exit with its status; what ends it early is said in one line on the standard error.
+
+    The status is 2 for what the user can correct, 1 for a bug in a worker, whose trace goes to a file that the line
+    names, and 130 and 143 for SIGINT and SIGTERM, which let the job write what is finished; the second one ends the
+    process at once. A bug in this process keeps its trace. Output that the terminal's encoding does not know is
+    escaped, and output that nobody reads any more is dropped.
+    """
+    sys.stdout, sys.stderr = _lenient(sys.stdout), _lenient(sys.stderr)
     try:
-        log_to_stderr()
-        status = main(job)
+        with _stopped_by_signals():
+            log_to_stderr()
+            status = main(job)
+    except _StopSignal as stop:
+        status = _complain("stopped: " + _with_notes(stop, "nothing done yet"), stop.status)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        status = 2
+        status = _complain(f"error: {error}", 2)
+    except WorkerError as error:
+        if not hasattr(error, "__notes__"):
+            with tempfile.NamedTemporaryFile("w", prefix="scalenet-ray-", suffix=".txt", delete=False) as file:
+                file.write(error.trace)
+            error.add_note(f"its trace: {file.name}")
+        status = _complain(f"error: {_with_notes(error)}", 1)
     sys.exit(status)
+
+
+class _StopSignal(KeyboardInterrupt):
+    """A signal that asks the job to stop.
+
+    Attributes:
+        status: the exit status that shells give a process which ended of it.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.status = 128 + number
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM raise `_StopSignal` in the block, once; one that is ignored stays so (nohup)."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise _StopSignal(number)
+
+    before = {each: signal.getsignal(each) for each in _SIGNALS if signal.getsignal(each) != signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            # After a stop the process is about to end, and the next signal may end it at once.
+            if signal.getsignal(each) is stop:
+                signal.signal(each, handler)
+
+
+class _Output(io.FileIO):
+    """A file whose reader may leave (`| head`): from then on what is written is dropped."""
+
+    def write(self, data: Any) -> int:
+        """Write bytes; says that all were written if nobody reads them."""
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def _lenient(stream: TextIO) -> TextIO:
+    """A standard stream that neither a character nor a reader that leaves makes fail; others than files stay."""
+    try:
+        file = _Output(stream.fileno(), "w", closefd=False)
+    except (AttributeError, OSError):
+        return stream
+    stream.flush()
+    buffer = io.BufferedWriter(file)
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=bool(stream.line_buffering))
+
+
+def _with_notes(error: BaseException, otherwise: str = "") -> str:
+    """The message and the notes of an error in one line."""
+    return "; ".join(part for part in (str(error), *getattr(error, "__notes__", [])) if part) or otherwise
+
+
+def _complain(line: str, status: int) -> int:
+    print(" ".join(line.split("\n")), file=sys.stderr)  # noqa: T201
+    return status

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.models.detectors import load_detector
 
 OWN = """
@@ -59,7 +60,7 @@ def test_a_class_that_is_not_there_is_named(own_module: str) -> None:
 
 def test_a_module_whose_own_import_fails_says_so_itself(own_module: str) -> None:
     Path(f"{own_module}.py").write_text("import absent_dependency\n")
-    with pytest.raises(ModuleNotFoundError, match="absent_dependency"):
+    with pytest.raises(UserError, match=r"raised ModuleNotFoundError: .*'absent_dependency' \(.*line 1\)"):
         load_detector(f"{own_module}:Whole")
 
 
@@ -139,3 +140,29 @@ def test_onnx_detectors_never_load_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# --- what others' code raises -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "class One:\n    def __init__(self):\n        raise KeyError('weights')",
+            r"it raised KeyError: 'weights' .*line 3\)",
+        ),
+        ("import no_such_library", r"it raised ModuleNotFoundError: No module named 'no_such_library' .*line 1\)"),
+        ("1 / 0", r"it raised ZeroDivisionError: division by zero .*line 1\)"),
+        ("class One:\n    def", r"it raised SyntaxError: invalid syntax"),
+    ],
+    ids=["constructor", "import", "module", "syntax"],
+)
+def test_what_an_own_class_raises_while_it_is_made_is_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str, request: pytest.FixtureRequest
+) -> None:
+    module = f"own_detector_{request.node.callspec.id}"
+    (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=f"detector '{module}:One' could not be made, {said}"):
+        load_detector(f"{module}:One")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,6 +62,21 @@ def test_every_format_says_how_much_it_wrote_and_what_it_left_out(to: str, run: 
     assert str(done) == f"4 detections of whole in 3 images, in {done.uri}; 1 images that failed are left out"
     assert done.uri.startswith(f"{run}/exports/whole.")
     assert Path(done.uri).exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="a process's threads are counted as Linux tells them")
+@pytest.mark.parametrize("to", EXPORT_FORMATS)
+def test_no_thread_is_begun_that_could_outlive_the_interpreter(to: str, run: str) -> None:
+    """One of Arrow's that lets go of a Python object while the interpreter ends aborts the process, with status 134."""
+    script = (
+        "import os, sys\n"
+        "from scalenet_ray.export import export_run\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "export_run(*sys.argv[1:])\n"
+        "sys.stdout.write(str(len(os.listdir('/proc/self/task')) - before))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, run, to], capture_output=True, text=True, check=True)
+    assert done.stdout == "0"
 
 
 def test_coco_results_are_what_the_run_itself_writes(run: str, tmp_path: Path) -> None:

@@ -57,6 +57,10 @@ def test_importing_the_package_loads_neither_ray_nor_torch():
     assert not loaded_by(["scalenet_ray"]) & {"ray", "torch", "numpy"}
 
 
+def test_the_command_to_export_loads_neither_networks_nor_ray_nor_what_draws():
+    assert not loaded_by(["scalenet_ray.__main__"]) & {"ray", "torch", "torchvision", "onnxruntime", "matplotlib"}
+
+
 def test_core_loads_arrays_and_nothing_heavier():
     core = [module_name(path) for path in PACKAGE if path.parent.name == "core"]
     assert not loaded_by(core) & {"ray", "torch", "torchvision", "onnxruntime"}

@@ -280,3 +280,18 @@ def test_a_profile_has_the_credentials_and_the_endpoint(
         S3FileSystem.clear_instance_cache()
         assert read_bytes(f"{s3_bucket}/file") == b"x"
         assert server.signed == {True: 1}
+
+
+@pytest.mark.parametrize("call", [read_bytes, list_files, exists])
+def test_an_endpoint_that_is_no_address_is_the_users_to_correct(
+    call: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "htp:/nowhere")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key-of-a-test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "word-of-a-test")
+    S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(OSError, match="Invalid endpoint: htp:/nowhere; check the address and AWS_ENDPOINT_URL"):
+            call("s3://bucket/key")
+    finally:
+        S3FileSystem.clear_instance_cache()

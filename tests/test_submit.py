@@ -23,7 +23,7 @@ TOKEN = "token-of-a-test-that-must-stay-hidden"
 
 
 def environment(home: Path) -> dict[str, str]:
-    """As of a shell with the environment's bin first: the entrypoint's `python` comes from there.
+    """As of a shell that has not activated the environment: the entrypoint names its Python by an absolute path.
 
     Its home is its own, and the token in it: as `ray get-auth-token --generate` leaves it.
     """
@@ -31,7 +31,7 @@ def environment(home: Path) -> dict[str, str]:
     (home / ".ray" / "auth_token").write_text(TOKEN)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     ours = {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-    return {**kept, **ours, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return {**kept, **ours}
 
 
 def status_of(address: str, token: str | None) -> int:
@@ -99,7 +99,7 @@ def test_a_job_submitted_to_three_nodes_does_the_same_as_the_plain_command(
         "--scale-net",
         SAMPLE_SCALE_NET,
     ]
-    submit = [str(BIN / "ray"), "job", "submit", "--address", cluster, "--working-dir", ".", "--", "python"]
+    submit = [str(BIN / "ray"), "job", "submit", "--address", cluster, "--working-dir", ".", "--", str(BIN / "python")]
     submitted = subprocess.run(
         [*submit, *job, "--data", f"{s3_bucket}/sample", "--output", f"{s3_bucket}/run", "--detector-actors", "2"],
         cwd=REPOSITORY,

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from scalenet_ray.core import storage
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.samples import write_sample
 from scalenet_ray.engine import train as driver
 from scalenet_ray.engine.batches import make_batch, read_batch
@@ -146,8 +147,8 @@ def test_a_full_disk_ends_the_run_and_it_can_be_taken_up(
     idle_ray: None, undisturbed: tuple[Weights, Rows, Path], tmp_path: Path
 ) -> None:
     full = Faulty(NOISY, full_after=2)
-    message = r"training stopped: OSError: \[Errno 28\] No space left on device: .*; the last checkpoint is in .*: mend"
-    with pytest.raises(RuntimeError, match=message):
+    message = r"training stopped: \[Errno 28\] No space left on device: .*; the last checkpoint is in .*: mend"
+    with pytest.raises(UserError, match=message):
         train(full, replace(THREE_EPOCHS, max_restarts=0), str(tmp_path), lambda row: None)  # type: ignore[arg-type]
     assert checkpoints(tmp_path)[-1]["epoch"] == 2
     weights, rows = run(NOISY, THREE_EPOCHS, tmp_path)

@@ -29,7 +29,9 @@ def test_units_wait_for_others_and_leave_their_outcomes(idle_ray: None, tmp_path
 def test_a_failed_unit_is_named_and_what_is_done_is_not_done_again(idle_ray: None, tmp_path: Path) -> None:
     log, run = tmp_path / "log", RunFolder(str(tmp_path / "run"))
     first = Unit("one", partial(add, 0, 1, log, name="one"))
-    with pytest.raises(RuntimeError, match=r"two failed: .*no such scale; what is done stays in .*: mend it and add"):
+    with pytest.raises(
+        RuntimeError, match=r"two failed: .*no such scale in a worker; what is done stays in .*: mend it"
+    ):
         run_units([first, Unit("two", broken, after=("one",))], run, lambda line: None)
     outcomes = run_units([first, Unit("two", partial(add, 1, 1, log), after=("one",))], run, lambda line: None)
     assert outcomes == {"one": {"sum": 1}, "two": {"sum": 2}}

@@ -1,8 +1,8 @@
-"""Errors that are not bugs: what a user can correct, what costs one image alone, and a batch that is too large."""
+"""Errors: what a user can correct, what costs one image alone, a batch that is too large, and a worker's bug."""
 
 from __future__ import annotations
 
-__all__ = ["OutOfMemoryError", "TileError", "UserError"]
+__all__ = ["OutOfMemoryError", "TileError", "UserError", "WorkerError"]
 
 
 class UserError(ValueError):
@@ -29,3 +29,22 @@ class TileError(UserError):
 
 class OutOfMemoryError(Exception):
     """A batch did not fit its device's memory; a smaller one may. Networks raise it, whatever library they are of."""
+
+
+class WorkerError(RuntimeError):
+    """A bug that showed in a worker process, whose own trace is of more use than the driver's.
+
+    The message is the exception in one line, e.g. `KeyError: 'x' in a worker`.
+
+    Attributes:
+        trace: the worker's, as text of many lines.
+    """
+
+    def __init__(self, message: str, trace: str) -> None:
+        # Both as arguments, so that it can be pickled.
+        super().__init__(message, trace)
+        self.trace = trace
+
+    def __str__(self) -> str:
+        """The message alone."""
+        return self.args[0]

@@ -101,7 +101,7 @@ def _explained(verb: str, uri: Address, store: AbstractFileSystem) -> Iterator[N
         msg = f"cannot {verb} {os.fspath(uri)}: access is denied; {remedy}"
         raise PermissionError(msg) from None
     except Exception as error:
-        if not _is_s3(store) or isinstance(error, ValueError):
+        if not _is_s3(store) or isinstance(error, UserError):
             raise
         msg = f"cannot {verb} {os.fspath(uri)}: {_s3_reason(error)}"
         raise OSError(msg) from None
@@ -116,6 +116,8 @@ def _s3_reason(error: Exception) -> str:
         return f"no credentials; set {keys}, or AWS_NO_SIGN_REQUEST=YES for a public bucket"
     if isinstance(error, HTTPClientError | NoConnectionError):
         return "the endpoint cannot be reached; check AWS_ENDPOINT_URL and the network"
+    if isinstance(error, ValueError):
+        return f"{error}; check the address and AWS_ENDPOINT_URL"
     return f"S3 failed with {type(error).__name__}; check the address, AWS_REGION and the service"
 
 

@@ -71,6 +71,10 @@ class Progress:
         """Images of this run over the time that they took; 0 while there is none."""
         return self.images / self.seconds if self.seconds > 0 else 0.0
 
+    def standing(self, more: int) -> str:
+        """How far the policy is in words, with so many images more than are counted here."""
+        return f"{self.policy}: {self.done + more} of {self.total} done"
+
     def __str__(self) -> str:
         """One line for the terminal."""
         rate = self.images_per_second
@@ -123,6 +127,8 @@ def run_policy(
 ) -> Progress:
     """Work through all images that the run folder does not have yet, and write them there.
 
+    What ends it early, an interruption or an error, is raised once all finished images are written.
+
     Args:
         records: all images of the run.
         policy: the policy's name.
@@ -148,6 +154,7 @@ def run_policy(
                 del finished[image_id]
     left = [record for record in records if record.image_id not in finished]
     state = Progress(policy, len(records) - len(left), len(records))
+    run.standing = state.standing(0)
     if not left:
         return state
     with measured():
@@ -169,23 +176,28 @@ def _work_through(
     writer = ShardWriter(run, policy, records, stream.commit)
     failed = tiles = 0
     first = reported = written = time.monotonic()
-    for images, result in enumerate(stream, start=1):
-        now = time.monotonic()
-        if images == 1:
-            first = now - stream.seconds_at_work()
-            writer.work_began(at_work + first - begun)
-        writer.add(result, at_work + now - begun)
-        _log(result, policy, records[result.image_id].file_name)
-        failed += result.failure is not None
-        tiles += result.tiles
-        state = Progress(policy, before.done + images, before.total, failed, tiles, images, now - first, now - begun)
-        if now - written > _SECONDS_BETWEEN_SHARDS:
-            writer.flush()
-            written = now
-        if now - reported > _SECONDS_BETWEEN_LINES or images == len(left):
-            report(state)
-            reported = now
-    writer.flush()
+    try:
+        for images, result in enumerate(stream, start=1):
+            now = time.monotonic()
+            if images == 1:
+                first = now - stream.seconds_at_work()
+                writer.work_began(at_work + first - begun)
+            writer.add(result, at_work + now - begun)
+            _log(result, policy, records[result.image_id].file_name)
+            failed += result.failure is not None
+            tiles += result.tiles
+            state = Progress(
+                policy, before.done + images, before.total, failed, tiles, images, now - first, now - begun
+            )
+            if now - written > _SECONDS_BETWEEN_SHARDS:
+                writer.flush()
+                written = now
+            if now - reported > _SECONDS_BETWEEN_LINES or images == len(left):
+                report(state)
+                reported = now
+    finally:
+        writer.flush()
+        run.standing = before.standing(writer.taken)
     return state
 
 

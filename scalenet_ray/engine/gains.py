@@ -18,6 +18,7 @@ from scalenet_ray.core.gain import measure_scores
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.shares import cpu_share
+from scalenet_ray.engine.worker_errors import workers_errors
 from scalenet_ray.models.examples import TrainingImages, read_pixels
 from scalenet_ray.models.networks import NetworkNames
 
@@ -77,7 +78,8 @@ def measure_dataset(
             compute=ActorPoolStrategy(size=actors),
             num_cpus=cpus,
         )
-        tables: list[Any] = list(measured.iter_batches(batch_size=None, batch_format="pyarrow"))
+        with workers_errors():
+            tables: list[Any] = list(measured.iter_batches(batch_size=None, batch_format="pyarrow"))
         sink = pa.BufferOutputStream()
         pq.write_table(pa.concat_tables([_SCHEMA.empty_table(), *tables]), sink)
         storage.write_bytes_atomic(storage.join(folder, name), sink.getvalue().to_pybytes())

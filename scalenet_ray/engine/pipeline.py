@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scalenet_ray.core.clock import add_seconds, current_tally
 from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.errors import WorkerError
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.assemble import Assembler
@@ -34,8 +35,9 @@ from scalenet_ray.engine.microbatch import unpack_results
 from scalenet_ray.engine.resources import PoolSize, Resources, limits
 from scalenet_ray.engine.shares import cpu_share
 from scalenet_ray.engine.stages import DetectStage, LookAndDetectStage, LookStage, Networks, OpenImage, TileSource
+from scalenet_ray.engine.worker_errors import workers_errors
 
-__all__ = ["ImageStream"]
+__all__ = ["ImageStream", "on_this_node"]
 
 _SECONDS_BETWEEN_STATUS = 2.0
 
@@ -71,6 +73,11 @@ def _data_context(no_progress_seconds: float) -> Iterator[None]:
         for name, value in before.items():
             setattr(context, name, value)
         context.execution_options.preserve_order = order
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Where this very process is, and nowhere else."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _tiles_per_lease(policy: Policy) -> int:
@@ -110,8 +117,7 @@ class ImageStream:
         self._resources = resources
         self._processes = processes or resources.processes
         # On the driver's own node: a worker node that is lost must not take the queue with it.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor: Any = FrontierActor.options(scheduling_strategy=here)
+        actor: Any = FrontierActor.options(scheduling_strategy=on_this_node())
         self._frontier = actor.remote(list(images), resources.open_images)
         self._metrics = RunMetrics(policy.name)
         self._told: Counter[str] = Counter()
@@ -120,7 +126,9 @@ class ImageStream:
         """Yields each image once.
 
         Raises:
-            RuntimeError: if the frontier died, or the run ended with images unfinished.
+            UserError: if a stage raised it.
+            RuntimeError: if a stage raised another error or the frontier died (as `WorkerError`), or the run ended
+                with images unfinished.
         """
         return (result for results in self.groups() for result in results)
 
@@ -128,7 +136,9 @@ class ImageStream:
         """Yields images in the groups in which they finish, each image once.
 
         Raises:
-            RuntimeError: if the frontier died, or the run ended with images unfinished.
+            UserError: if a stage raised it.
+            RuntimeError: if a stage raised another error or the frontier died (as `WorkerError`), or the run ended
+                with images unfinished.
         """
         assembler = Assembler(self._policy.merging)
         count = 0
@@ -148,12 +158,13 @@ class ImageStream:
                         self._tell_seconds()
         except Exception as error:
             if self._frontier_lives():
-                raise
+                with workers_errors():
+                    raise
             msg = (
                 "the frontier, the queue of tiles, died, and with it what was in work: images that are written are "
                 "safe; run the same command with --resume to go on with the others"
             )
-            raise RuntimeError(msg) from error
+            raise WorkerError(msg, str(error)) from error
         self._tell_seconds()
         if count != len(self._images):
             begun = assembler.unfinished

@@ -6,6 +6,7 @@
     images/*.parquet       after each of those: the record that its images are finished (schema IMAGES); `finished_at`
                            says when, in seconds at work since the run began, pauses before a resume left out
     failures.parquet       every image that was given up: policy, image id, file, stage, reason
+    error.txt              the trace of the bug that ended the run, if one did; gone once the run is resumed
     metrics.json, results.json, report.html, policies.svg   written at the end
     driver.lock            while a driver is at work: a second one is refused
 
@@ -21,7 +22,6 @@ again, the later one counts; an image that the run is no longer given does not c
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
@@ -30,7 +30,9 @@ import platform
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -44,7 +46,7 @@ import yaml
 from scalenet_ray.core import storage
 from scalenet_ray.core.clock import STAGES, current_tally, timed
 from scalenet_ray.core.coco import ImageRecord
-from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.errors import UserError, WorkerError
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.core.schemas import DETECTIONS, IMAGES, detections_table, images_table
 from scalenet_ray.engine.run_lock import RunLock, lock_run
@@ -85,6 +87,7 @@ _SECONDS_WORTH_A_RATE = 2.0
 _BEGUN_WITH = ("config.yaml", "inputs.parquet", "annotations.parquet")
 """Files of a run that has not done anything yet."""
 
+_ERROR = "error.txt"
 _VERSIONED = ("torch", "torchvision", "ray", "numpy", "pyarrow", "onnxruntime", "pycocotools")
 
 
@@ -120,13 +123,17 @@ class RunFolder:
 
     Args:
         uri: local path or s3:// address.
+        output: the job's run folder, where this one is a part of it.
 
     Attributes:
         resumed: whether `begin` took up a run that was there.
+        standing: how far the work is, in words: "whole: 163 of 343 done".
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, output: str | None = None) -> None:
         self.uri = uri
+        self.standing = "nothing done yet"
+        self._output = output or uri
         self._lock: RunLock | None = None
         self.resumed = False
         self._missing: list[str] = []
@@ -171,8 +178,9 @@ class RunFolder:
             resume: go on with a run that is there; else one that is there is refused.
 
         Returns:
-            The lock: `with run.begin(...):` lets go at the end, also when the block raises. If a new run is refused
-            before it has done anything (`UserError`, `OSError`), what was written of it is removed.
+            The lock: `with run.begin(...):` lets go at the end, also when the block raises. What it raises is told
+            where the run stands (a `KeyboardInterrupt`) or where its trace is (a bug), as notes. If a new run is
+            refused before it has done anything (`UserError`, `OSError`), what was written of it is removed.
 
         Raises:
             FileExistsError: if there is a run and `resume` is not asked for, or another driver is at work on it.
@@ -192,6 +200,16 @@ class RunFolder:
             raise
         self._lock = lock
         return BegunRun(self, lock, is_new=is_new)
+
+    def ended_by(self, error: BaseException) -> None:
+        """Tell an error that ends the run what its reader needs: how to go on, or where its trace was written."""
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(f"{self.standing}; go on with --resume --output {self._output}")
+        elif isinstance(error, Exception) and not isinstance(error, (UserError, OSError)):
+            trace = error.trace if isinstance(error, WorkerError) else "".join(traceback.format_exception(error))
+            with suppress(OSError):
+                self.write_text(_ERROR, trace)
+                error.add_note(f"its trace: {storage.join(self.uri, _ERROR)}")
 
     def check_lock(self) -> None:
         """Raise `RuntimeError` if this driver began the run and another one has taken over."""
@@ -225,6 +243,8 @@ class RunFolder:
                 raise FileExistsError(msg)
             self._check_settings(settings, workers)
             self.resumed = True
+            if storage.exists(storage.join(self.uri, _ERROR)):
+                storage.delete(storage.join(self.uri, _ERROR))
             return False
         versions = {name: version(name) for name in _VERSIONED}
         versions |= {"python": platform.python_version(), "scalenet-ray": __version__}
@@ -423,7 +443,7 @@ class RunFolder:
     def _manifest(self, policy: str) -> Iterator[tuple[int, Mapping[bytes, bytes]]]:
         """How many images each shard records, and its schema's metadata."""
         for uri in self.shards("images", policy):
-            data = io.BytesIO(storage.read_bytes(uri))
+            data = pa.BufferReader(storage.read_bytes(uri))
             file = _explain_damage(uri, _remedy(uri), lambda data=data: pq.ParquetFile(data))
             yield file.metadata.num_rows, file.schema_arrow.metadata or {}
 
@@ -469,11 +489,11 @@ class RunFolder:
 
     def failures(self) -> pa.Table:
         """The table of failures.parquet (schema `FAILURES`), as `write_failures` left it."""
-        return pq.ParquetFile(io.BytesIO(storage.read_bytes(storage.join(self.uri, "failures.parquet")))).read()
+        return _read_parquet(storage.join(self.uri, "failures.parquet"), "--resume writes it again")
 
 
 class BegunRun:
-    """A run that this driver has begun or taken up: its lock, as a context manager.
+    """A run that this driver has begun or taken up: its lock, as a context manager; what its block raises is noted.
 
     Args:
         run: the run folder.
@@ -500,11 +520,15 @@ class BegunRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        del error, traceback
-        if self._is_new and kind is not None and issubclass(kind, UserError | OSError):
+        del kind, traceback
+        if self._is_new and isinstance(error, UserError | OSError):
             self._run.discard(self._lock)
-        else:
-            self._lock.release()
+            return
+        try:
+            if error is not None:
+                self._run.ended_by(error)
+        finally:
+            self.release()
 
 
 class ShardWriter:
@@ -528,8 +552,8 @@ class ShardWriter:
         self._policy = policy
         self._records = records
         self._committed = committed
-        self._pending: list[ImageResult] = []
-        self._finished_at: list[float] = []
+        self._pending: list[tuple[ImageResult, float]] = []
+        self._written = 0
         self._worked_until: float | None = None
         # One past the last number, not how many there are: a shard may have been deleted so that it is made again.
         shards = run.shards("images", policy)
@@ -539,10 +563,14 @@ class ShardWriter:
         """The first image was begun so many seconds after the run began: from then on the time of work counts."""
         self._worked_until = at
 
+    @property
+    def taken(self) -> int:
+        """Images taken in."""
+        return self._written + len(self._pending)
+
     def add(self, result: ImageResult, finished_at: float) -> None:
         """Take in an image, finished so many seconds after the run began; it is written with its shard."""
-        self._pending.append(result)
-        self._finished_at.append(finished_at)
+        self._pending.append((result, finished_at))
         if len(self._pending) >= _IMAGES_PER_SHARD:
             self.flush()
 
@@ -551,25 +579,24 @@ class ShardWriter:
         if not self._pending:
             return
         self._run.check_lock()
+        results, finished_at = [one for one, _ in self._pending], [at for _, at in self._pending]
         name = f"{self._policy}-{self._next:05d}.parquet"
         with timed("write"):
-            detections = detections_table(self._pending, self._policy)
+            detections = detections_table(results, self._policy)
             storage.write_bytes_atomic(storage.join(self._run.uri, "detections", name), _parquet(detections))
         # What writing the record itself takes is known when it is written: it counts with the next shard.
         tally = current_tally()
         metadata = {_SECONDS: json.dumps(tally.take() if tally else {}).encode()}
         if self._worked_until is not None:
-            metadata[_WORK] = repr(self._finished_at[-1] - self._worked_until).encode()
-            self._worked_until = self._finished_at[-1]
+            metadata[_WORK] = repr(finished_at[-1] - self._worked_until).encode()
+            self._worked_until = finished_at[-1]
         with timed("write"):
-            files = [self._records[result.image_id].file_name for result in self._pending]
-            images = images_table(self._pending, self._policy, files, self._finished_at)
+            files = [self._records[result.image_id].file_name for result in results]
+            images = images_table(results, self._policy, files, finished_at)
             images = images.replace_schema_metadata(metadata)
             storage.write_bytes_atomic(storage.join(self._run.uri, "images", name), _parquet(images))
-        self._committed([result.image_id for result in self._pending])
-        self._pending.clear()
-        self._finished_at.clear()
-        self._next += 1
+        self._pending, self._written, self._next = [], self._written + len(results), self._next + 1
+        self._committed([result.image_id for result in results])
 
 
 def in_image_order(table: pa.Table) -> pa.Table:
@@ -622,9 +649,13 @@ def _explain_damage(uri: str, remedy: str, read: Callable[[], Any]) -> Any:
 
 
 def _read_parquet(uri: str, remedy: str, columns: Sequence[str] | None = None) -> pa.Table:
-    data = io.BytesIO(storage.read_bytes(uri))
+    # By the main thread alone, without reading ahead: a thread of Arrow's that lets go of a Python object while the
+    # interpreter ends aborts the process ("terminate called without an active exception").
+    data = pa.BufferReader(storage.read_bytes(uri))
     # Not `read_table`: that one raises for a column which an older shard lacks.
-    return _explain_damage(uri, remedy, lambda: pq.ParquetFile(data).read(columns=columns))
+    return _explain_damage(
+        uri, remedy, lambda: pq.ParquetFile(data, pre_buffer=False).read(columns=columns, use_threads=False)
+    )
 
 
 def _parquet(table: pa.Table) -> bytes:

@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayTaskError
+from ray._private.services import canonicalize_bootstrap_address
+from ray.exceptions import RayError
 
 from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.engine.batch import Stream
 from scalenet_ray.engine.local import LocalStream
+from scalenet_ray.engine.pipeline import on_this_node
 from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.sharded import image_stream
 from scalenet_ray.engine.stages import Networks, OpenImage
+from scalenet_ray.engine.worker_errors import workers_errors
 
 __all__ = ["EngineName", "Session", "join_ray"]
 
 EngineName = Literal["ray", "local"]
 """ray: actors on this machine or a cluster; local: one process, for small jobs and notebooks."""
+
+
+_ANSWER_SECONDS = 10.0
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""The preface of HTTP/2 and empty settings: what a gRPC server answers at once, with settings of its own."""
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -30,11 +43,92 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def join_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it); without it start Ray on this machine."""
-    if not ray.is_initialized():
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        joins = "RAY_ADDRESS" in os.environ
-        ray.init(address=None if joins else "local", logging_level=logging.ERROR)
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it); without it start Ray on this machine.
+
+    What Ray and its workers say goes to the logs of Ray's session alone, not to the terminal; with the package's log
+    at INFO what workers say is shown, too.
+
+    Raises:
+        UserError: if there is no cluster at that address, or Ray can be neither joined nor started.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address != "local":
+        _check_answers(address)
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
+    with _quiet_backend(), _same_sigterm_handler():
+        try:
+            ray.init(
+                address,
+                logging_level=logging.ERROR,
+                log_to_driver=logging.getLogger("scalenet_ray").isEnabledFor(logging.INFO),
+            )
+        except (RayError, OSError, RuntimeError, ValueError) as error:
+            verb = "started" if address == "local" else f"joined at RAY_ADDRESS {address}"
+            msg = f"Ray could not be {verb}: {error}"
+            raise UserError(msg) from error
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address at which nobody answers: Ray itself would try for minutes.
+
+    Args:
+        address: HOST:PORT, ray://HOST:PORT, or auto: the cluster that was started on this machine.
+    """
+    found = canonicalize_bootstrap_address(address) if address == "auto" else address.removeprefix("ray://")
+    host, _, port = str(found).rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        wanted = "HOST:PORT of a running cluster, ray://HOST:PORT, or auto on a machine of one"
+        msg = f"RAY_ADDRESS must be {wanted}, got {address}: correct it, or unset it to use this machine"
+        raise UserError(msg)
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS / 2) as connection:
+            connection.settimeout(_ANSWER_SECONDS / 2)
+            connection.sendall(_HTTP2_GREETING)
+            connection.recv(1)
+    except OSError as error:
+        why = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
+        msg = (
+            f"no Ray cluster answers at {found}, which RAY_ADDRESS names ({why}): start it, correct RAY_ADDRESS, or "
+            "unset it to use this machine"
+        )
+        raise UserError(msg) from None
+
+
+@contextmanager
+def _quiet_backend() -> Iterator[None]:
+    """Have Ray's C++ core, here and in processes started in the block, say only what ends it, unless told otherwise."""
+    name = "RAY_BACKEND_LOG_LEVEL"
+    told = name in os.environ
+    os.environ.setdefault(name, "fatal")
+    try:
+        yield
+    finally:
+        if not told:
+            del os.environ[name]
+
+
+@contextmanager
+def _same_sigterm_handler() -> Iterator[None]:
+    """Keep whoever handles SIGTERM: `ray.init` puts a handler of its own there, which raises `SystemExit`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, before)
 
 
 class Session:
@@ -52,14 +146,17 @@ class Session:
             join_ray()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function away from the driver, so that what it loads never lies in the driver's memory."""
+        """Run a function away from the driver, so that what it loads never lies in the driver's memory.
+
+        On the driver's own node: a local run folder is a folder of that one.
+
+        Raises:
+            WorkerError: if the function raised what is neither a `UserError` nor an `OSError`.
+        """
         if self._engine == "local":
             return function(*args)
-        try:
-            return ray.get(_call.remote(function, *args))
-        except RayTaskError as error:
-            # The message is for the person who gave the input, not Ray's traceback of the worker.
-            raise error.cause from None
+        with workers_errors():
+            return ray.get(_call.options(scheduling_strategy=on_this_node()).remote(function, *args))
 
     def start(self, images: Sequence[ImageRecord], policy: Policy, networks: Networks, open_image: OpenImage) -> Stream:
         """Begin to work on images."""

@@ -12,17 +12,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayActorError, RayError
 
 from scalenet_ray.core.clock import add_seconds, measured
 from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.errors import WorkerError
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.batch import Stream
-from scalenet_ray.engine.pipeline import ImageStream
+from scalenet_ray.engine.pipeline import ImageStream, on_this_node
 from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.stages import Networks, OpenImage
+from scalenet_ray.engine.worker_errors import from_worker
 
 __all__ = ["ShardedStream", "image_stream"]
 
@@ -74,8 +75,7 @@ class ShardedStream:
         shares = resources.dealt
         # On the driver's own node, as the queues are. Of two threads one works through the images, and one hears which
         # are written.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor: Any = PipelineActor.options(scheduling_strategy=here, max_concurrency=2)
+        actor: Any = PipelineActor.options(scheduling_strategy=on_this_node(), max_concurrency=2)
         parts = [images[i :: len(shares)] for i in range(len(shares))]
         self._pipelines = [
             actor.remote(part, policy, networks, open_image, share, resources.processes)
@@ -87,8 +87,8 @@ class ShardedStream:
         """Yields each image once.
 
         Raises:
-            RuntimeError: if a pipeline or its queue died, or ended with images unfinished; as `RayTaskError` where the
-                pipeline itself said so.
+            UserError: if a stage raised it.
+            WorkerError: if a stage raised another error, a pipeline or its queue died, or ended with images unfinished.
         """
         streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": _GROUPS_IN_HAND}
         left: list[Any] = [pipeline.groups.options(**streaming).remote() for pipeline in self._pipelines]
@@ -104,7 +104,9 @@ class ShardedStream:
                     "a pipeline's process died, and with it what was in work: images that are written are safe; run "
                     "the same command with --resume to go on with the others"
                 )
-                raise RuntimeError(msg) from error
+                raise WorkerError(msg, str(error)) from error
+            except RayError as error:
+                raise from_worker(error) from None
             # The one that was asked last comes last, so that none waits for long.
             left.append(first)
             add_seconds(seconds)

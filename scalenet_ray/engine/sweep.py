@@ -77,10 +77,13 @@ def run_sweep(
         images), and "error", why it failed, or None.
 
     Raises:
-        ValueError: if a grid is asked for a range, or there is no sweep to go on with.
+        UserError: if a grid is asked for a range, or there is no sweep to go on with.
     """
     join_ray()
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # Of a trial that fails the trace is in its folder, and its last line in the trials' table.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    # Signals are left to whoever handles them.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     # What is decided is on disk soon: a killed sweep loses a few seconds.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
     # Addresses may be relative to where the job was started.
@@ -130,7 +133,7 @@ def best_trials(rows: Sequence[dict[str, Any]], task: TrialTask) -> dict[str, di
         Name -> its row.
 
     Raises:
-        ValueError: if no trial saw all images, or none stayed under the ceiling.
+        UserError: if no trial saw all images, or none stayed under the ceiling.
     """
     complete = [row for row in rows if row["complete"] and row["AP_small"] == row["AP_small"]]
     if not complete:

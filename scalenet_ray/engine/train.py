@@ -28,6 +28,7 @@ from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.shares import cpu_share
 from scalenet_ray.engine.train_worker import Assignment, work
 from scalenet_ray.engine.training import Training
+from scalenet_ray.engine.worker_errors import from_worker, with_message
 from scalenet_ray.models.recipe import Recipe
 
 __all__ = ["train"]
@@ -51,8 +52,8 @@ def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dic
             used). It says all that came before each time: an OSError is raised only if its last call ended in one.
 
     Raises:
-        ValueError: if there is nothing to train on, or the loss is NaN or infinite; it names step and images.
-        RuntimeError: if the workers were lost too often, or a checkpoint could not be written.
+        UserError: if there is nothing to train on, or the loss is NaN or infinite; it names step and images.
+        WorkerError: if the workers were lost too often, or a checkpoint could not be written.
     """
     join_ray()
     # Else workers go to a folder of their own, and relative paths of a recipe lead nowhere.
@@ -63,7 +64,7 @@ def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dic
     resources = {"CPU": cpus} | ({"GPU": training.gpus_per_worker} if training.gpus_per_worker else {})
     file_system, path = storage.as_arrow(folder)
     news = Queue(actor_options={"num_cpus": 0})
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         work,
         train_loop_config={"assignment": Assignment(recipe, training, sizes, news, cpus)},
         scaling_config=ScalingConfig(
@@ -82,10 +83,10 @@ def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dic
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
-            # The exception alone: before it Ray tells where it passed.
-            cause = str(error).strip().splitlines()[-1]
+            cause = from_worker(error)
             msg = f"training stopped: {cause}; the last checkpoint is in {folder}: mend it and add --resume"
-            raise RuntimeError(msg) from error
+            told = with_message(cause, msg)
+            raise told from None
     if stopped:
         msg = f"{stopped[0]}: lower the learning rate or look at these"
         raise UserError(msg)
@@ -93,6 +94,13 @@ def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dic
     with result.checkpoint.as_directory() as last:
         content = Path(last, recipe.file_name).read_bytes()
     storage.write_bytes_atomic(storage.join(folder, recipe.file_name), content)
+
+
+class _Trainer(TorchTrainer):
+    """A trainer that leaves signals to whoever handles them: Ray's own handler tries on after the first SIGINT."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        del controller
 
 
 @contextmanager

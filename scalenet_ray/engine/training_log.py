@@ -39,6 +39,7 @@ class TrainingLog:
             document = json.loads(storage.read_bytes(before))
             self._rows = {row["epoch"]: row for row in document["epochs"]}
             self._failed = set(document["failed"])
+        self._stands()
 
     @property
     def failed(self) -> list[str]:
@@ -56,6 +57,7 @@ class TrainingLog:
         self._failed.update(row["failed"])
         self._rows[row["epoch"]] = {name: value for name, value in row.items() if name != "failed"}
         rows = [self._rows[epoch] for epoch in sorted(self._rows)]
+        self._stands()
         self._run.write_json("metrics.json", self.document)
         self._write_events(self._rows[row["epoch"]])
         seconds = sorted(other["seconds"] for other in rows)[len(rows) // 2]
@@ -63,6 +65,9 @@ class TrainingLog:
             f"epoch {row['epoch']}/{self._epochs}: loss {row['loss']:.4f}, {_in_words(row['val'])}"
             f"{row['images_per_second']:.1f} images/s, {_time(seconds * (self._epochs - row['epoch']))} left"
         )
+
+    def _stands(self) -> None:
+        self._run.standing = f"{len(self._rows)} of {self._epochs} epochs done"
 
     def _write_events(self, row: dict[str, Any]) -> None:
         """A file of its own for each epoch: S3 cannot append, and a writer has written all only once it is closed."""

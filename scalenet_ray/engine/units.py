@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from scalenet_ray.core import storage
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import join_ray
+from scalenet_ray.engine.worker_errors import from_worker, with_message
 
 __all__ = ["Unit", "run_units"]
 
@@ -49,7 +50,8 @@ def run_units(
 
     Raises:
         ValueError: if a unit waits for one that is none of them.
-        RuntimeError: if a unit failed; those that are done stay done.
+        UserError: if a unit raised it; units that are done stay done.
+        WorkerError: if a unit raised another error.
     """
     names = {unit.name for unit in units}
     unknown = sorted({name for unit in units for name in unit.after} - names)
@@ -57,6 +59,7 @@ def run_units(
         msg = f"units wait for {', '.join(unknown)}, which the run does not have"
         raise ValueError(msg)
     outcomes = {unit.name: outcome for unit in units if (outcome := _read(run, unit.name)) is not None}
+    run.standing = f"{len(outcomes)} of {len(units)} done"
     waiting = [unit for unit in units if unit.name not in outcomes]
     if not waiting:
         return outcomes
@@ -75,12 +78,14 @@ def run_units(
         try:
             outcomes[name] = ray.get(ref)
         except RayError as error:
-            cause = str(error).strip().splitlines()[-1]
+            cause = from_worker(error)
             for other in running:
                 ray.cancel(other, force=True)
             msg = f"{name} failed: {cause}; what is done stays in {run.uri}: mend it and add --resume"
-            raise RuntimeError(msg) from error
+            told = with_message(cause, msg)
+            raise told from None
         run.write_json(f"units/{name}.json", outcomes[name])
+        run.standing = f"{len(outcomes)} of {len(units)} done"
         left = (time.monotonic() - started) / (len(outcomes) - done_before) * (len(units) - len(outcomes))
         say(f"{len(outcomes)} of {len(units)} done: {name} {_in_words(outcomes[name])}, about {left / 60:.0f} min left")
     return {unit.name: outcomes[unit.name] for unit in units}

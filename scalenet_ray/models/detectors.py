@@ -7,7 +7,9 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
@@ -122,7 +124,9 @@ def load_detector(
         raise UserError(msg)
     added = _added_kind(kind)
     if added is not None and what:
-        return check_detector(added.load()(what, **settings), spec)
+        with _quoting(spec):
+            made = added.load()(what, **settings)
+        return check_detector(made, spec)
     if kind in _LOADERS and what:
         return pkgutil.resolve_name(_LOADERS[kind])(what, **settings)
     if added is not None or kind in _LOADERS or not _OWN_CLASS.fullmatch(spec):
@@ -170,13 +174,39 @@ def _load_own(spec: str) -> Detector:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        with _quoting(spec):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
         msg = f"{_wanted()}, got {spec!r}: there is no module {error.name!r} here or among the installed ones"
         raise UserError(msg) from error
     if not hasattr(module, class_name):
         msg = f"module {module_name} must have a class {class_name!r} for detector {spec!r}, got none of that name"
         raise UserError(msg)
-    return check_detector(getattr(module, class_name)(), spec)
+    with _quoting(spec):
+        made = getattr(module, class_name)()
+    return check_detector(made, spec)
+
+
+@contextmanager
+def _quoting(spec: str) -> Iterator[None]:
+    """What others' code raises while it is imported and makes a detector is for its owner to correct.
+
+    Raises:
+        UserError: that names the detector and quotes the error; one raised in the block is let through, and so is
+            the word that the detector's own module is not there.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        module_name = spec.partition(":")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next(frame for frame in reversed(frames) if not frame.filename.startswith("<frozen importlib"))
+        msg = (
+            f"detector {spec!r} could not be made, it raised {type(error).__name__}: {error} "
+            f"({frame.filename}, line {frame.lineno})"
+        )
+        raise UserError(msg) from error

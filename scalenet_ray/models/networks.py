@@ -82,6 +82,22 @@ class NetworkNames:
         detector = MappedDetector(loaded := self._on_cpu()._load(), loaded.categories)
         return HeadConfig(detector.feature_channels, detector.feature_stride, detector=str(self.detector))
 
+    def check_device(self, here: bool) -> None:
+        """Refuse a device that nobody has.
+
+        Args:
+            here: whether this machine must have it, and not one that takes part later.
+
+        Raises:
+            UserError: if torch knows no such device, or this machine must have it and does not.
+        """
+        if self.device == "cpu":
+            return
+        # Here and not above: torch must not be loaded where networks are only named.
+        from scalenet_ray.models.devices import device_named, device_on_this_machine
+
+        (device_on_this_machine if here else device_named)(self.device)
+
     def check(self, policies: Sequence[Policy], categories: Mapping[int, str]) -> None:
         """Load what the policies need, on the CPU, and let it go: what is wrong is said before a run begins.
 

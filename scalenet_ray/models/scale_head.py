@@ -20,6 +20,7 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.core.window import Tile
 from scalenet_ray.models.detectors import ShowsFeatures
+from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.memory import saying_what_does_not_fit
 from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, read_checkpoint
 from scalenet_ray.models.weights import load_weights, save_weights
@@ -106,9 +107,10 @@ class ScaleHeadPredictor:
             raise UserError(msg) from error
         self.model = ScaleHead(self.config)
         load_state(self.model, tensors, path)
-        self.model.eval().to(device)
+        at = device_on_this_machine(device)
+        self.model.eval().to(at)
         self.device = device
-        self._autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision)
+        self._autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)
 
     def check(self, detector: ShowsFeatures) -> None:
         """Compare a detector with the one that the head was trained on.

@@ -23,6 +23,7 @@ from torch.nn import functional
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.core.window import Tile
+from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.memory import saying_what_does_not_fit
 from scalenet_ray.models.weights import load_weights, save_weights
 
@@ -299,7 +300,7 @@ def load_scale_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Sc
         raise UserError(msg) from error
     model = build_scale_net(config)
     load_state(model, tensors, path)
-    return model.eval().to(device), config
+    return model.eval().to(device_on_this_machine(device)), config
 
 
 class ScaleNetPredictor:

@@ -23,6 +23,7 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.look import Glimpse
 from scalenet_ray.core.merge import nms
 from scalenet_ray.models.canvas import detect_by_canvas, square_canvas
+from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.scale_net import load_state, read_checkpoint
 from scalenet_ray.models.weights import save_weights
 
@@ -280,9 +281,10 @@ class TinyDetector:
         iou_threshold: float | None = None,
         mixed_precision: bool = False,
     ) -> None:
-        self.model = model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        at = device_on_this_machine(device)
+        self.model = model.eval().to(at, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
-        self._autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision)
+        self._autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)
         self.score_threshold = score_threshold
         self.iou_threshold = config.iou_threshold if iou_threshold is None else iou_threshold
         self.input_side = config.input_side

@@ -18,6 +18,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.models.canvas import detect_by_canvas, square_canvas
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES, COCO_NUM_CLASSES
+from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.torchvision_builders import (
     build_detector,
     fetch_detector,
@@ -63,7 +64,7 @@ class TorchvisionDetector:
         Raises:
             ValueError: if there is no such device.
         """
-        self._device = _checked_device(device)
+        self._device = device_on_this_machine(device)
         self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=mixed_precision)
         self.model: Any = model.eval().to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.categories = dict(categories)
@@ -228,18 +229,6 @@ def _encode_masks(masks: torch.Tensor, boxes: torch.Tensor, tile_hw: tuple[int, 
         pasted = paste_masks_in_image(mask[None], box[None], tile_hw)[0, 0].numpy() > 0.5
         counts.append(coco_mask.encode(np.asfortranarray(pasted, np.uint8))["counts"])
     return tuple(counts)
-
-
-def _checked_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        msg = f"device must be one that torch knows, such as cpu or cuda:0, got {name!r}"
-        raise UserError(msg) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        msg = f"device {name!r} was wanted, torch finds {torch.cuda.device_count()} CUDA devices: use device cpu"
-        raise UserError(msg)
-    return device
 
 
 def load_torchvision(

@@ -29,6 +29,14 @@ from scalenet_ray.models.onnx_features import expose_features
 
 __all__ = ["YoloxDetector"]
 
+_LOAD_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
 _CPU = "CPUExecutionProvider"
 _CELL_STRIDES = (8, 16, 32)
 _PADDING_GREY = 114
@@ -102,7 +110,7 @@ class YoloxDetector:
         data = read_bytes(path)
         try:
             session = onnxruntime.InferenceSession(data, options, providers=providers)
-        except (ort_errors.InvalidProtobuf, ort_errors.InvalidGraph, ort_errors.Fail) as error:
+        except _LOAD_ERRORS as error:
             msg = f"{path} must be a whole ONNX file, got {len(data)} bytes that onnxruntime can't read: {error}"
             raise UserError(msg) from error
         if device != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":

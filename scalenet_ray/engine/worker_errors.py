@@ -1,0 +1,83 @@
+"""Errors of workers, as Ray hands them on, told apart: the user's own error again, or a bug with the worker's trace."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.exceptions import RayError, RayTaskError
+
+from scalenet_ray.core.errors import UserError, WorkerError
+
+__all__ = ["from_worker", "with_message", "workers_errors"]
+
+_CHAINED = re.compile(
+    r"^(?:The above exception was the direct cause of the following exception|"
+    r"During handling of the above exception, another exception occurred):$",
+    re.MULTILINE,
+)
+_LAST_LINE = re.compile(r"^(?P<name>[A-Za-z_][\w.]*)(?:: (?P<message>.*))?$")
+_COLOUR = re.compile(r"\x1b\[\d*m")
+_USERS = {f"{UserError.__module__}.{name}" for name in ("UserError", "TileError")}
+
+
+@contextmanager
+def workers_errors() -> Iterator[None]:
+    """What a worker raised and Ray passes on leaves the block as `from_worker` has it."""
+    try:
+        yield
+    except RayError as error:
+        raise from_worker(error) from None
+
+
+def from_worker(error: Exception) -> Exception:
+    """What a worker raised.
+
+    Args:
+        error: as it came through Ray.
+
+    Returns:
+        The `UserError` or `OSError` that the worker raised, else a `WorkerError` with its trace.
+    """
+    cause = error
+    while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
+        cause = cause.cause
+    if isinstance(cause, (UserError, OSError, WorkerError)) and not isinstance(cause, RayError):
+        return cause
+    trace = _COLOUR.sub("", str(error)).strip()
+    raised = _raised(trace)
+    if raised is None:
+        return WorkerError(f"{type(error).__name__}: {trace.splitlines()[-1] if trace else ''}", trace)
+    name, message = raised
+    if name in _USERS:
+        return UserError(message)
+    builtin = getattr(builtins, name, None)
+    if isinstance(builtin, type) and issubclass(builtin, OSError):
+        return OSError(message)
+    short = name.rpartition(".")[-1]
+    return WorkerError(f"{short}: {message} in a worker" if message else f"{short} in a worker", trace)
+
+
+def with_message(error: Exception, message: str) -> Exception:
+    """An error of `from_worker` with more words: still the user's to correct, or still a bug with the same trace."""
+    return WorkerError(message, error.trace) if isinstance(error, WorkerError) else UserError(message)
+
+
+def _raised(trace: str) -> tuple[str, str] | None:
+    """The name of the exception in a trace, and its message in one line; Ray's own wrap others and are passed over."""
+    found = [_last_line(block) for block in _CHAINED.split(trace)]
+    return next((one for one in reversed(found) if one and not one[0].startswith("ray.")), None)
+
+
+def _last_line(block: str) -> tuple[str, str] | None:
+    """The line after the last frame, with what follows it: a message may have many lines."""
+    lines = block.strip().splitlines()
+    last_frame = max((i for i, line in enumerate(lines) if line.startswith("  File ")), default=-1)
+    for i, line in enumerate(lines[last_frame + 1 :], start=last_frame + 1):
+        match = _LAST_LINE.match(line)
+        if match and (last_frame >= 0 or match["message"] is not None):
+            message = [match["message"] or "", *(line.strip() for line in lines[i + 1 :])]
+            return match["name"], " ".join(part for part in message if part)
+    return None

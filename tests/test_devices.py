@@ -1,0 +1,51 @@
+"""Devices by name: those that torch does not know, and those that this machine does not have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.models.devices import device_named, device_on_this_machine
+from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from tests.job_scripts import load_job
+
+NO_SUCH_DEVICE = "cuda:99"
+
+
+@pytest.mark.parametrize("name", ["cudaa", "", "cpu:x", "cuda:", "gpu"])
+def test_a_name_that_torch_does_not_know_is_refused(name: str) -> None:
+    for wanted in (device_named, device_on_this_machine):
+        with pytest.raises(UserError, match=f"device must be one that torch knows, such as .*, got '{name}'"):
+            wanted(name)
+
+
+@pytest.mark.parametrize("name", [NO_SUCH_DEVICE, "xla"])
+def test_a_device_that_this_machine_lacks_is_refused_here_and_may_be_elsewhere(name: str) -> None:
+    assert str(device_named(name)) == name
+    with pytest.raises(UserError, match=f"device '{name}' was wanted, torch .*: .*use device cpu"):
+        device_on_this_machine(name)
+
+
+@pytest.mark.parametrize("device", ["cudaa", NO_SUCH_DEVICE])
+def test_networks_of_torch_are_not_loaded_for_it(device: str) -> None:
+    names = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET, device=device)
+    for load in (lambda: names.load_detector({}), names.load_scale_net):
+        with pytest.raises(UserError, match="device"):
+            load()
+
+
+@pytest.mark.parametrize("name", ["detect", "eval_coco"])
+def test_a_job_refuses_it_before_its_run_folder_begins(name: str, tmp_path: Path) -> None:
+    job = load_job(name)
+    kind = {"detect": "DetectImages", "eval_coco": "EvalCoco"}[name]
+    asked = getattr(job, kind)(
+        output=str(tmp_path / "run"),
+        engine="local",
+        networks=NetworkNames(device=NO_SUCH_DEVICE),
+        **{"detect": {"images": str(tmp_path)}, "eval_coco": {"data": str(tmp_path)}}[name],
+    )
+    with pytest.raises(UserError, match=f"device '{NO_SUCH_DEVICE}' was wanted"):
+        job.main(asked)
+    assert not (tmp_path / "run").exists()
