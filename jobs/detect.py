@@ -25,6 +25,7 @@ from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import EngineName, Session
 from scalenet_ray.engine.stages import Networks
+from scalenet_ray.models.detector_check import MOST_TRIED
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
 from scalenet_ray.terminal import found_lines, last_line, policy_table, run_job
 
@@ -94,7 +95,8 @@ def main(job: DetectImages) -> int:
     images = session.call(list_images, str(job.images))[: job.limit]
     info = session.call(job.networks.describe_detector)
     policy = _policy(job, info)
-    session.call(job.networks.check, [policy], info.categories)
+    open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
+    session.call(job.networks.check, [policy], info.categories, images[:MOST_TRIED], open_image)
     run = RunFolder(job.output or time.strftime("runs/detect/%Y%m%d-%H%M%S"))
     settings = {
         "images": job.images,
@@ -107,7 +109,6 @@ def main(job: DetectImages) -> int:
         log = ProgressLog(print)
         reads_features = session.call(job.networks.reads_features, [policy])
         networks = replace(_networks(job.networks, info), reads_features=reads_features)
-        open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
         start = partial(session.start, policy=policy, networks=networks, open_image=open_image)
         figures = run_policy(images, policy.name, start, run, log).speed()
         document = conclude(session, run, {policy.name: {"kind": policy.kind, **figures}}, len(images))

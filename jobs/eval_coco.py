@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from scalenet_ray.batch_report import PICTURES
-from scalenet_ray.coco_run import evaluate_policies, open_split
+from scalenet_ray.coco_run import CocoSplit, check_networks, evaluate_policies, open_split
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
@@ -70,7 +70,7 @@ def _on_sample(job: EvalCoco) -> EvalCoco:
     return replace(job, data=str(ensure_sample(Path("runs/sample"))), networks=networks)
 
 
-def _policies(job: EvalCoco, session: Session, categories: dict[int, str]) -> list[Policy]:
+def _policies(job: EvalCoco, session: Session, split: CocoSplit) -> list[Policy]:
     info = session.call(job.networks.describe_detector)
     policies = [
         parse_policy(
@@ -82,7 +82,7 @@ def _policies(job: EvalCoco, session: Session, categories: dict[int, str]) -> li
         for name in job.policies
     ]
     policies += read_policies(job.policy_file) if job.policy_file else []
-    session.call(job.networks.check, check_names(policies), categories)
+    check_networks(session, job.networks, check_names(policies), split)
     return policies
 
 
@@ -91,7 +91,7 @@ def main(job: EvalCoco) -> int:
     job = job if job.data else _on_sample(job)
     session = Session(job.engine, job.resources)
     split = open_split(session, str(job.data), job.split, limit=job.limit, max_megapixels=job.max_image_megapixels)
-    policies = _policies(job, session, split.categories)
+    policies = _policies(job, session, split)
     if job.compare_with is not None and job.compare_with not in [policy.name for policy in policies]:
         msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
         raise UserError(msg)

@@ -20,10 +20,11 @@ from scalenet_ray.engine.pictures import PictureTask
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import Session
 from scalenet_ray.engine.stages import Networks
+from scalenet_ray.models.detector_check import MOST_TRIED
 from scalenet_ray.models.networks import NetworkNames
 from scalenet_ray.policy_plot import policy_plot
 
-__all__ = ["CocoSplit", "evaluate_policies", "open_split"]
+__all__ = ["CocoSplit", "check_networks", "evaluate_policies", "open_split"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ def open_split(session: Session, data: str, split: str, *, limit: int | None, ma
     annotations = storage.join(data, "annotations", f"instances_{split}.json")
     images, categories = session.call(images_and_categories, annotations)
     return CocoSplit(storage.join(data, split), annotations, images[:limit], categories, round(max_megapixels * 1e6))
+
+
+def check_networks(session: Session, networks: NetworkNames, policies: Sequence[Policy], split: CocoSplit) -> None:
+    """Try the networks on the first images of a split, away from the driver; raises as `NetworkNames.check` does."""
+    open_image = image_opener(split.folder, split.max_pixels)
+    session.call(networks.check, policies, split.categories, split.images[:MOST_TRIED], open_image)
 
 
 def evaluate_policies(

@@ -1,0 +1,44 @@
+"""A detector that does what a test says, by name: `tests.scripted_detector:Scripted`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from scalenet_ray.core.detections import Detections
+
+__all__ = ["SCRIPTED", "Scripted", "one_box", "scripted"]
+
+SCRIPTED = "tests.scripted_detector:Scripted"
+
+
+def one_box(tile: np.ndarray) -> Detections:
+    """The left upper quarter of a tile, as class 1."""
+    return Detections([[0, 0, tile.shape[1] / 2, tile.shape[0] / 2]], [0.9], [1])  # type: ignore[arg-type]
+
+
+class Scripted:
+    """Its declaration and its answers are attributes of the class, for tests to set."""
+
+    input_side: ClassVar[Any] = 64
+    iou_threshold: ClassVar[Any] = 0.6
+    categories: ClassVar[Any] = {1: "square", 2: "disc"}
+    canvas: ClassVar[Callable[[tuple[int, int]], Any]] = lambda hw: hw
+    answer: ClassVar[Callable[[Sequence[np.ndarray]], Any]] = lambda tiles: [one_box(tile) for tile in tiles]
+
+    def canvas_hw(self, hw: tuple[int, int]) -> Any:
+        """What the test says."""
+        return type(self).canvas(hw)
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> Any:
+        return type(self).answer(pixels)
+
+
+def scripted(**parts: Any) -> Scripted:
+    """One with other parts: `answer` of tiles, `categories` and so on."""
+    functions: Mapping[str, Any] = {
+        name: staticmethod(part) if name in ("answer", "canvas") else part for name, part in parts.items()
+    }
+    return type("Scripted", (Scripted,), dict(functions))()
