@@ -119,9 +119,9 @@ class Recursion:
         _require(self.price >= 0.0, f"price must be 0 or more, got {self.price}")
         _require(self.margin >= 0, f"margin must be 0 or more, got {self.margin}")
         _require(self.min_window_side >= 1, f"min_window_side must be 1 or more, got {self.min_window_side}")
+        _require(self.max_tile_pixels >= 1, f"max_tile_pixels must be 1 or more, got {self.max_tile_pixels}")
         most = LARGEST_SIDE**2
-        fits = 1 <= self.max_tile_pixels <= most
-        _require(fits, f"max_tile_pixels must be 1 or more and at most {most}, got {self.max_tile_pixels}")
+        _require(self.max_tile_pixels <= most, f"max_tile_pixels must be at most {most}, got {self.max_tile_pixels}")
         _require(self.keep_factor >= 1.0, f"keep_factor must be 1 or more, got {self.keep_factor}")
         first_pass = self.first_pass_threshold
         _require(0.0 <= first_pass <= 1.0, f"first_pass_threshold must be between 0 and 1, got {first_pass}")

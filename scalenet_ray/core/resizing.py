@@ -2,7 +2,8 @@
 
 A picture is shown three times: small; the same pixels with more grey at the right and below; and enlarged twofold, the
 grey with it. Whoever looks at the pixels answers the first two alike. Whoever resizes a tile to a size of its own
-answers the first and the third alike: to it they are one picture.
+answers the first and the third alike: to it they are one picture. Boxes that lie where they do for the tile's sake,
+and not the picture's (the whole tile, its upper half), grow with the grey, and tell nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _SURE, _UNSURE = 0.3, 0.1
 _MATCH_IOU = 0.5
 _LEAST_EVIDENCE = 0.5
 _LEAST_DISTANCE = 0.01
-_TIMES_NEARER = 2.0
+_TIMES_NEARER = 1.5
+_OF_THE_TILE = 0.5
 
 
 class Agreement(NamedTuple):
@@ -118,10 +120,13 @@ def follows_size(views: Sequence[tuple[Detections, Detections, Detections]]) -> 
     Returns:
         How far the padded view agrees with the small one, and the enlarged one.
     """
-    padded = enlarged = Agreement()
+    padded = grown = enlarged = Agreement()
     for small, more_grey, larger in views:
         padded = padded.plus(agreement(small, more_grey))
+        grown = grown.plus(agreement(small, more_grey, zoom=2.0))
         enlarged = enlarged.plus(agreement(small, larger, zoom=2.0))
     if min(padded.total, enlarged.total) < _LEAST_EVIDENCE or padded.distance < _LEAST_DISTANCE:
+        return None
+    if grown.distance < _OF_THE_TILE:
         return None
     return (padded, enlarged) if enlarged.distance * _TIMES_NEARER < padded.distance else None
