@@ -12,6 +12,7 @@ import tyro
 
 from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
 from scalenet_ray.core import storage
+from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.coco import list_images
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
@@ -25,7 +26,6 @@ from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import EngineName, Session
 from scalenet_ray.engine.stages import Networks
-from scalenet_ray.models.detector_check import MOST_TRIED
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
 from scalenet_ray.terminal import found_lines, last_line, policy_table, run_job
 
@@ -96,7 +96,7 @@ def main(job: DetectImages) -> int:
     info = session.call(job.networks.describe_detector)
     policy = _policy(job, info)
     open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
-    session.call(job.networks.check, [policy], info.categories, images[:MOST_TRIED], open_image)
+    session.call(job.networks.check, [policy], info.categories, images[:MOST_FAILED], open_image)
     run = RunFolder(job.output or time.strftime("runs/detect/%Y%m%d-%H%M%S"))
     settings = {
         "images": job.images,

@@ -9,6 +9,7 @@ from typing import Any
 
 from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
 from scalenet_ray.core import storage
+from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.coco import ImageRecord, images_and_categories
 from scalenet_ray.core.ground_truth import oracle_from
 from scalenet_ray.core.policy import Policy
@@ -20,7 +21,6 @@ from scalenet_ray.engine.pictures import PictureTask
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import Session
 from scalenet_ray.engine.stages import Networks
-from scalenet_ray.models.detector_check import MOST_TRIED
 from scalenet_ray.models.networks import NetworkNames
 from scalenet_ray.policy_plot import policy_plot
 
@@ -64,7 +64,7 @@ def open_split(session: Session, data: str, split: str, *, limit: int | None, ma
 def check_networks(session: Session, networks: NetworkNames, policies: Sequence[Policy], split: CocoSplit) -> None:
     """Try the networks on the first images of a split, away from the driver; raises as `NetworkNames.check` does."""
     open_image = image_opener(split.folder, split.max_pixels)
-    session.call(networks.check, policies, split.categories, split.images[:MOST_TRIED], open_image)
+    session.call(networks.check, policies, split.categories, split.images[:MOST_FAILED], open_image)
 
 
 def evaluate_policies(

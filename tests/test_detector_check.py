@@ -10,13 +10,14 @@ import cv2
 import numpy as np
 import pytest
 
+from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.images import read_image
 from scalenet_ray.core.resizing import Agreement, agreement, follows_size, three_views
 from scalenet_ray.core.samples import sample_scene
 from scalenet_ray.models.checked_detector import CheckedDetector
-from scalenet_ray.models.detector_check import MOST_TRIED, try_detector
+from scalenet_ray.models.detector_check import try_detector
 from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.networks import SAMPLE_DETECTOR
 from tests.oracles import PerfectDetector, draw_squares
@@ -160,13 +161,13 @@ def test_views_show_the_same_pixels_beside_more_grey_and_twice_as_large() -> Non
         (lambda tiles: [None] * len(tiles), "the answer to a tile must be Detections"),
         (
             lambda tiles: [([[0, 0, 9, 9]], [90.0], [1])] * len(tiles),
-            "fails on each of the first 2 images.*percentages",
+            "percentages by 100: so on each of the first 2 images",
         ),
         (
             lambda tiles: [([[0, 0, 9, 9]], [0.9], [0])] * len(tiles),
-            "fails on each of the first 2 images.*label 0 is none",
+            "label 0 is none.*: so on each of the first 2 images",
         ),
-        (lambda tiles: 1 / 0, "fails on each of the first 2 images.*the detector raised ZeroDivisionError: division"),
+        (lambda tiles: 1 / 0, "the detector raised ZeroDivisionError: division.*: so on each of the first 2 images"),
     ],
 )
 def test_what_would_fail_on_every_image_is_refused(answer: Answer, said: str) -> None:
@@ -192,9 +193,9 @@ def raise_unless(good: int) -> Answer:
 
 
 def test_one_image_that_is_answered_is_enough() -> None:
-    tried(raise_unless(MOST_TRIED - 1), [IMAGES[0]] * MOST_TRIED)
-    with pytest.raises(UserError, match=f"fails on each of the first {MOST_TRIED} images"):
-        tried(raise_unless(MOST_TRIED), [IMAGES[0]] * (2 * MOST_TRIED))
+    tried(raise_unless(MOST_FAILED - 1), [IMAGES[0]] * MOST_FAILED)
+    with pytest.raises(UserError, match=f"so on each of the first {MOST_FAILED} images"):
+        tried(raise_unless(MOST_FAILED), [IMAGES[0]] * (2 * MOST_FAILED))
 
 
 def test_without_an_image_nothing_is_tried() -> None:

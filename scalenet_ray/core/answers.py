@@ -17,10 +17,12 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.look import refuse_nan
 from scalenet_ray.core.masks import encode_mask, is_mask_of
 
-__all__ = ["DETECTOR_RAISED", "checked_answer", "listed_answers", "raised"]
+__all__ = ["MOST_FAILED", "RaisedOn", "checked_answer", "fails_on_all", "listed_answers", "raised"]
 
-DETECTOR_RAISED = "the detector raised"
-"""How the reason of a tile begins that was given up because the detector raised an exception."""
+_RAISED = "the detector raised"
+
+MOST_FAILED = 32
+"""Images that a detector may fail on, one after the other from the first on, until it is taken to fail on all."""
 
 _PARTS = ("boxes", "scores", "labels", "masks")
 _ROUNDING = 1e-3
@@ -36,7 +38,39 @@ def raised(error: Exception) -> TileError:
     except Exception:  # The text is made by whoever wrote the exception.
         text = ""
     text = text.encode("utf-8", "replace").decode()[:_MOST_CHARACTERS]
-    return TileError(f"{DETECTOR_RAISED} {type(error).__name__}" + (f": {text}" if text else ""))
+    return TileError(f"{_RAISED} {type(error).__name__}" + (f": {text}" if text else ""))
+
+
+class RaisedOn:
+    """Counts the images on which the detector raised an exception, among those that it has met.
+
+    Attributes:
+        images: those that it has met.
+        raised: those that were given up because it raised.
+    """
+
+    def __init__(self) -> None:
+        self.images = self.raised = 0
+
+    def add(self, failure_reason: str | None) -> None:
+        """Take in an image that the detector has met, and why it was given up, if it was."""
+        self.images += 1
+        self.raised += failure_reason is not None and failure_reason.startswith(_RAISED)
+
+    def all_of_the_first(self, *, no_more: bool) -> bool:
+        """Whether it raised on every one of the first images, as many as tell, or as there are if no more come."""
+        return 0 < self.raised == self.images and (self.images == MOST_FAILED or no_more)
+
+
+def fails_on_all(reason: str, images: int) -> UserError:
+    """What ends a run whose first images were all given up for what the detector does.
+
+    Args:
+        reason: why, of one of them.
+        images: how many they are.
+    """
+    which = "the only image" if images == 1 else f"each of the first {images} images"
+    return UserError(f"{reason}: so on {which}, and the run ends; correct the detector, or choose another one")
 
 
 def listed_answers(answers: Any, tiles: int, name: str) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from scalenet_ray.core import storage
-from scalenet_ray.core.answers import DETECTOR_RAISED
+from scalenet_ray.core.answers import RaisedOn, fails_on_all
 from scalenet_ray.core.clock import measured
 from scalenet_ray.core.coco import ImageRecord, safe_file_name
 from scalenet_ray.core.errors import UserError
@@ -25,7 +25,6 @@ __all__ = ["Progress", "Stream", "image_opener", "run_policy"]
 _LOG = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 2.0
 _SECONDS_BETWEEN_SHARDS = 30.0
-_RAISED_IN_A_ROW = 32
 
 
 class Stream(Protocol):
@@ -160,7 +159,8 @@ def _work_through(
     stream = start(left)
     records = {record.image_id: record for record in left}
     writer = ShardWriter(run, policy, records, stream.commit)
-    failed = tiles = raised = 0
+    failed = tiles = 0
+    raised = RaisedOn()
     first = reported = written = time.monotonic()
     for images, result in enumerate(stream, start=1):
         now = time.monotonic()
@@ -170,10 +170,11 @@ def _work_through(
         failed += result.failure is not None
         tiles += result.tiles
         state = Progress(policy, before.done + images, before.total, failed, tiles, images, now - first, now - begun)
-        raised += result.failure is not None and result.failure.reason.startswith(DETECTOR_RAISED)
-        if raised == images == min(_RAISED_IN_A_ROW, len(left)):
+        if result.failure is None or result.failure.stage != "read":
+            raised.add(result.failure and result.failure.reason)
+        if raised.all_of_the_first(no_more=images == len(left)):
             writer.flush()
-            _end_unless_some_are_done(result, images, run, policy)
+            _end_unless_some_are_done(result, raised.images, run, policy)
         if now - written > _SECONDS_BETWEEN_SHARDS:
             writer.flush()
             written = now
@@ -186,12 +187,9 @@ def _work_through(
 
 def _end_unless_some_are_done(result: ImageResult, images: int, run: RunFolder, policy: str) -> None:
     """End a run whose detector raises on every image: on millions it would do the same."""
-    stages = run.table("images", policy, ["failure_stage"]).column("failure_stage")
-    if stages.null_count or result.failure is None:
-        return
-    which = "the only image" if images == 1 else f"each of the first {images} images"
-    msg = f"{result.failure.reason}: so it was on {which}, and the run ends; correct the detector, or its --device"
-    raise UserError(msg)
+    stages = run.table("images", policy, ["image_id", "failure_stage"]).column("failure_stage")
+    if result.failure is not None and not stages.null_count:
+        raise fails_on_all(result.failure.reason, images)
 
 
 def _log(result: ImageResult, policy: str, file: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from scalenet_ray.core.answers import raised
+from scalenet_ray.core.answers import MOST_FAILED, fails_on_all, raised
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.images import cut_tile
@@ -16,10 +16,7 @@ from scalenet_ray.core.resizing import Agreement, agreement, follows_size, three
 from scalenet_ray.core.window import Tile, Window
 from scalenet_ray.models.checked_detector import CheckedDetector
 
-__all__ = ["MOST_TRIED", "try_detector"]
-
-MOST_TRIED = 32
-"""Images that a detector may fail on, one after the other, until it is refused."""
+__all__ = ["try_detector"]
 
 _MOST_COMPARED = 3
 _ENOUGH_EVIDENCE = 2.0
@@ -39,7 +36,7 @@ def try_detector(detector: CheckedDetector, images: Iterable[np.ndarray]) -> Non
         images: [h, w, 3] uint8 RGB each, opened as they are asked for.
 
     Raises:
-        UserError: if it fails on all images (at most `MOST_TRIED`), its answers are not as many as tiles or of another
+        UserError: if it fails on all images (at most `MOST_FAILED`), its answers are not as many as tiles or of another
             type, or it resizes its tiles.
     """
     try:
@@ -60,16 +57,14 @@ def _first_answered(detector: CheckedDetector, images: Iterable[np.ndarray]) -> 
             answer = _answer(detector, _whole(image, detector.input_side))
             if isinstance(answer, TileError):
                 failures.append(answer)
-                if len(failures) == MOST_TRIED:
+                if len(failures) == MOST_FAILED:
                     break
                 continue
         answered.append(image)
         if len(answered) == _MOST_COMPARED:
             break
     if failures and not answered:
-        tried = "the only image" if len(failures) == 1 else f"each of the first {len(failures)} images"
-        msg = f"detector {detector.name!r} fails on {tried}, and so it would on a run: {failures[0].reason}"
-        raise UserError(msg)
+        raise fails_on_all(f"detector {detector.name!r}: {failures[0].reason}", len(failures))
     return answered
 
 
@@ -79,14 +74,19 @@ def _whole(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def _answer(detector: CheckedDetector, tile: np.ndarray) -> Detections | TileError:
+    return _answers(detector, [tile])[0]
+
+
+def _answers(detector: CheckedDetector, tiles: list[np.ndarray]) -> list[Detections | TileError]:
+    """Those to a batch; what the detector raises, for all of it, and without a word in the log."""
     try:
-        return detector.ask([tile])[0]
+        return detector.ask(tiles)
     except TileError as error:
-        return error
+        return [error] * len(tiles)
     except (OutOfMemoryError, UserError):
         raise
     except Exception as error:  # The detector is the user's own code.
-        return raised(error)
+        return [raised(error)] * len(tiles)
 
 
 def _check_batches(detector: CheckedDetector, image: np.ndarray) -> None:
@@ -95,13 +95,7 @@ def _check_batches(detector: CheckedDetector, image: np.ndarray) -> None:
     blank = np.full_like(tile, _GREY)
     alone = _answer(detector, tile)
     _answer(detector, blank)
-    try:
-        together = detector.ask([tile, blank])[0]
-    except (OutOfMemoryError, UserError):
-        raise
-    except Exception as error:  # As above.
-        _LOG.warning("the detector raised %s on two tiles together: it is called tile by tile", type(error).__name__)
-        return
+    together = _answers(detector, [tile, blank])[0]
     if isinstance(alone, Detections) and isinstance(together, Detections):
         distance = agreement(alone, together).distance
         if distance > _BATCH_DISTANCE:

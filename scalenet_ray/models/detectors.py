@@ -197,10 +197,7 @@ def declaration(detector: Any, name: str) -> DetectorInfo:
     if missing:
         msg = f"detector {name!r} must have {', '.join(_MEMBERS)}, lacks {', '.join(missing)}: see Detector"
         raise UserError(msg)
-    can_be_called = not isinstance(detector, type) and callable(detector)
-    if not can_be_called:
-        msg = f"detector {name!r} must be an object that can be called, got {type(detector).__name__}: make one of it"
-        raise UserError(msg)
+    _check_object(detector, name)
     side, threshold = _number(detector.input_side), _number(detector.iou_threshold)
     if side is None or side < 1 or side != round(side):
         msg = f"input_side of detector {name!r} must be a whole number of pixels, got {detector.input_side!r}"
@@ -211,6 +208,12 @@ def declaration(detector: Any, name: str) -> DetectorInfo:
     info = DetectorInfo(int(side), float(threshold), _categories(detector.categories, name))
     canvas_of(detector, (info.input_side, info.input_side), name)
     return info
+
+
+def _check_object(detector: Any, name: str) -> None:
+    if isinstance(detector, type) or not callable(detector):
+        msg = f"detector {name!r} must be an object that can be called, got {type(detector).__name__}: make one of it"
+        raise UserError(msg)
 
 
 def canvas_of(detector: Any, hw: tuple[int, int], name: str) -> tuple[int, int]:
