@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
 
 from scalenet_ray.core.detections import Detections
 
-__all__ = ["SCRIPTED", "Scripted", "one_box", "scripted"]
+__all__ = ["SCRIPTED", "Scripted", "answering", "one_box", "scripted"]
 
 SCRIPTED = "tests.scripted_detector:Scripted"
 
@@ -42,3 +43,16 @@ def scripted(**parts: Any) -> Scripted:
         name: staticmethod(part) if name in ("answer", "canvas") else part for name, part in parts.items()
     }
     return type("Scripted", (Scripted,), dict(functions))()
+
+
+@contextmanager
+def answering(answer: Callable[[Sequence[np.ndarray]], Any], **parts: Any) -> Iterator[None]:
+    """Have the scripted detector answer so."""
+    before = {name: vars(Scripted)[name] for name in ("answer", *parts)}
+    try:
+        for name, part in {"answer": staticmethod(answer), **parts}.items():
+            setattr(Scripted, name, part)
+        yield
+    finally:
+        for name, part in before.items():
+            setattr(Scripted, name, part)

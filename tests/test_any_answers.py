@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from scalenet_ray.terminal import run_job
 from tests.job_scripts import load_job
-from tests.scripted_detector import SCRIPTED, Scripted, one_box
+from tests.scripted_detector import SCRIPTED, Scripted, answering, one_box
 
 COUNT = 3
 HW = (40, 64)
@@ -38,19 +37,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for nth in range(COUNT):
         Image.fromarray(np.full((*HW, 3), nth, np.uint8)).save(folder / f"{nth}.png")
     return folder
-
-
-@contextmanager
-def answering(answer: Callable[[Sequence[np.ndarray]], Any], **parts: Any) -> Iterator[None]:
-    """Have the scripted detector answer so."""
-    before = {name: vars(Scripted)[name] for name in ("answer", *parts)}
-    try:
-        for name, part in {"answer": staticmethod(answer), **parts}.items():
-            setattr(Scripted, name, part)
-        yield
-    finally:
-        for name, part in before.items():
-            setattr(Scripted, name, part)
 
 
 def nth_of(tile: np.ndarray) -> int:
