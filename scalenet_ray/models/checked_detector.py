@@ -62,7 +62,7 @@ class CheckedDetector:
         return _tile_by_tile_if_it_raises(pixels, self.ask, lambda error: error)
 
     def ask(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """As a call, but what the detector raises is let through."""
+        """As a call, of [h, w, 3] uint8 RGB each, but what the detector raises is let through."""
         if not len(pixels):
             return []
         answers = saying_what_does_not_fit(lambda: listed_answers(self._detector(list(pixels)), len(pixels), self.name))
