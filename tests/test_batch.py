@@ -304,3 +304,16 @@ def test_an_image_that_was_done_before_shows_that_the_detector_does_not_raise_on
     run = RunFolder(str(tmp_path / "run"))
     run_policy(records_of(1), "whole", raising({2}), run, ignore)
     assert run_policy(records_of(2), "whole", raising({2}), run, ignore).failed == 1
+
+
+def test_images_that_cannot_be_read_do_not_hide_that_the_detector_raises_on_all_others(tmp_path: Path) -> None:
+    nets = Networks(Given(CheckedDetector(RaisesOn(None), "mine:Net")))
+    run = RunFolder(str(tmp_path / "run"))
+    with pytest.raises(UserError, match=f"{QUOTED}: so on each of the first 2 images"):
+        run_policy(
+            records_of(4),
+            "whole",
+            lambda records: LocalStream(records, policy_of("whole"), nets, Scenes(unreadable={1, 4})),
+            run,
+            ignore,
+        )

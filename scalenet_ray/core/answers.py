@@ -47,15 +47,19 @@ class RaisedOn:
     Attributes:
         images: those that it has met.
         raised: those that were given up because it raised.
+        reason: of the last of them.
     """
 
     def __init__(self) -> None:
         self.images = self.raised = 0
+        self.reason = ""
 
     def add(self, failure_reason: str | None) -> None:
         """Take in an image that the detector has met, and why it was given up, if it was."""
         self.images += 1
-        self.raised += failure_reason is not None and failure_reason.startswith(_RAISED)
+        if failure_reason is not None and failure_reason.startswith(_RAISED):
+            self.raised += 1
+            self.reason = failure_reason
 
     def all_of_the_first(self, *, no_more: bool) -> bool:
         """Whether it raised on every one of the first images, as many as tell, or as there are if no more come."""

@@ -174,7 +174,7 @@ def _work_through(
             raised.add(result.failure and result.failure.reason)
         if raised.all_of_the_first(no_more=images == len(left)):
             writer.flush()
-            _end_unless_some_are_done(result, raised.images, run, policy)
+            _end_unless_some_are_done(raised, run, policy)
         if now - written > _SECONDS_BETWEEN_SHARDS:
             writer.flush()
             written = now
@@ -185,11 +185,11 @@ def _work_through(
     return state
 
 
-def _end_unless_some_are_done(result: ImageResult, images: int, run: RunFolder, policy: str) -> None:
+def _end_unless_some_are_done(raised: RaisedOn, run: RunFolder, policy: str) -> None:
     """End a run whose detector raises on every image: on millions it would do the same."""
     stages = run.table("images", policy, ["image_id", "failure_stage"]).column("failure_stage")
-    if result.failure is not None and not stages.null_count:
-        raise fails_on_all(result.failure.reason, images)
+    if not stages.null_count:
+        raise fails_on_all(raised.reason, raised.images)
 
 
 def _log(result: ImageResult, policy: str, file: str) -> None:

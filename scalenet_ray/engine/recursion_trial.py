@@ -119,8 +119,8 @@ class RecursionTrial(tune.Trainable):
         )
         self._failed += result.failure is not None
         self._raised.add(result.failure and result.failure.reason)
-        if result.failure is not None and self._raised.all_of_the_first(no_more=no_more):
-            raise fails_on_all(result.failure.reason, self._raised.images)
+        if self._raised.all_of_the_first(no_more=no_more):
+            raise fails_on_all(self._raised.reason, self._raised.images)
         self._passes += result.detector_passes if result.failure is None else 0.0
         self._results += to_results(record.image_id, result.detections, result.image_hw)
 
