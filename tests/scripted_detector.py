@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from scalenet_ray.core.detections import Detections
 
-__all__ = ["SCRIPTED", "Scripted", "answering", "one_box", "scripted"]
+__all__ = ["SCRIPTED", "RaisesOn", "Scripted", "answering", "one_box", "scripted"]
 
 SCRIPTED = "tests.scripted_detector:Scripted"
 
@@ -56,3 +56,23 @@ def answering(answer: Callable[[Sequence[np.ndarray]], Any], **parts: Any) -> It
     finally:
         for name, part in before.items():
             setattr(Scripted, name, part)
+
+
+class RaisesOn:
+    """A detector that raises an exception on some images, told by the colour of `FlatImages`; None: on all."""
+
+    categories: ClassVar[dict[int, str]] = {1: "square"}
+    iou_threshold = 0.6
+    input_side = 64
+
+    def __init__(self, ids: Container[int] | None) -> None:
+        self._ids = ids
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        return hw
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections]:
+        if any(self._ids is None or int(tile[0, 0, 0]) in self._ids for tile in pixels):
+            msg = "no kernel\nfor this"
+            raise RuntimeError(msg)
+        return [Detections.empty() for _ in pixels]

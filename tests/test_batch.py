@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,6 @@ from PIL import Image
 
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.coco import ImageRecord
-from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.batch import Progress, Stream, image_opener, run_policy
@@ -36,6 +34,7 @@ from tests.faults import (
     reference,
 )
 from tests.oracles import RandomDetector, RandomScale
+from tests.scripted_detector import RaisesOn
 
 POLICY = policy_of("scalenet")
 RECORDS = records_of(11)
@@ -234,26 +233,6 @@ def test_an_image_that_cannot_be_had_costs_itself_alone(folder: Path, record: Im
 def test_an_image_larger_than_allowed_is_not_decoded(folder: Path) -> None:
     with pytest.raises(TileError, match="an image may have 23 pixels"):
         image_opener(str(folder), 23)(ImageRecord(1, "good.png"))
-
-
-class RaisesOn:
-    """A detector that raises an exception on some images, told by the colour of `FlatImages`; None: on all."""
-
-    categories: ClassVar[dict[int, str]] = {1: "square"}
-    iou_threshold = 0.6
-    input_side = 64
-
-    def __init__(self, ids: Container[int] | None) -> None:
-        self._ids = ids
-
-    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        return hw
-
-    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        if any(self._ids is None or int(tile[0, 0, 0]) in self._ids for tile in pixels):
-            msg = "no kernel\nfor this"
-            raise RuntimeError(msg)
-        return [Detections.empty() for _ in pixels]
 
 
 QUOTED = "the detector raised RuntimeError: no kernel for this"
