@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
+from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.coco import list_images
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
@@ -97,7 +98,8 @@ def main(job: DetectImages) -> int:
     images = session.call(list_images, str(job.images))[: job.limit]
     info = session.call(job.networks.describe_detector)
     policy = _policy(job, info)
-    session.call(job.networks.check, [policy], info.categories)
+    open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
+    session.call(job.networks.check, [policy], info.categories, images[:MOST_FAILED], open_image)
     run = RunFolder.of_job(job.output, "detect", resume=job.resume)
     settings = {
         "images": job.images,
@@ -112,7 +114,6 @@ def main(job: DetectImages) -> int:
         log = ProgressLog(print)
         reads_features = session.call(job.networks.reads_features, [policy])
         networks = replace(_networks(job.networks, info), reads_features=reads_features)
-        open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
         start = partial(session.start, policy=policy, networks=networks, open_image=open_image)
         run_policy(images, policy.name, start, run, log, retry_failed=job.retry_failed)
         document = conclude(session, run, {policy.name: {"kind": policy.kind}}, len(images))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from scalenet_ray.batch_report import PICTURES
-from scalenet_ray.coco_run import evaluate_policies, open_split
+from scalenet_ray.coco_run import CocoSplit, check_networks, evaluate_policies, open_split
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
@@ -97,12 +97,12 @@ def _default_policies(job: EvalCoco, info: DetectorInfo, session: Session) -> li
     return policies
 
 
-def _policies(job: EvalCoco, session: Session, categories: dict[int, str]) -> list[Policy]:
+def _policies(job: EvalCoco, session: Session, split: CocoSplit) -> list[Policy]:
     info = session.call(job.networks.describe_detector)
     asked = job.policies
     policies = _default_policies(job, info, session) if asked is None else _named(job, info, asked)
     policies += read_policies(job.policy_file) if job.policy_file else []
-    session.call(job.networks.check, check_names(policies), categories)
+    check_networks(session, job.networks, check_names(policies), split)
     return policies
 
 
@@ -113,7 +113,7 @@ def main(job: EvalCoco) -> int:
     session = Session(job.engine, job.resources)
     session.call(job.networks.check_device, job.engine == "local")
     split = open_split(session, str(job.data), job.split, limit=job.limit, max_megapixels=job.max_image_megapixels)
-    policies = _policies(job, session, split.categories)
+    policies = _policies(job, session, split)
     if job.compare_with is not None and job.compare_with not in [policy.name for policy in policies]:
         msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
         raise UserError(msg)

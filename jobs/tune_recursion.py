@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from scalenet_ray.coco_run import CocoSplit, check_split, evaluate_policies, open_split
+from scalenet_ray.coco_run import CocoSplit, check_networks, check_split, evaluate_policies, open_split
 from scalenet_ray.core import storage
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
@@ -74,9 +74,7 @@ def _on_sample(job: TuneRecursion) -> TuneRecursion:
     return replace(job, data=str(ensure_sample(Path("runs/sample"))), networks=networks)
 
 
-def _start_policies(
-    job: TuneRecursion, space: SearchSpace, session: Session, categories: dict[int, str]
-) -> list[Policy]:
+def _start_policies(job: TuneRecursion, space: SearchSpace, session: Session, split: CocoSplit) -> list[Policy]:
     info = session.call(job.networks.describe_detector)
     policies = check_names(
         [
@@ -93,7 +91,7 @@ def _start_policies(
     if knowing:
         msg = f"a sweep tunes policies that read no ground truth, got {', '.join(knowing)}: leave it out of {job.space}"
         raise UserError(msg)
-    session.call(job.networks.check, policies, categories)
+    check_networks(session, job.networks, policies, split)
     return policies
 
 
@@ -132,7 +130,7 @@ def main(job: TuneRecursion) -> int:
     session.call(job.networks.check_device, False)
     limits: dict[str, Any] = {"max_megapixels": job.max_image_megapixels}
     tuned_on = open_split(session, str(job.data), job.split, limit=job.limit, **limits)
-    policies = _start_policies(job, space, session, tuned_on.categories)
+    policies = _start_policies(job, space, session, tuned_on)
     task = _task(job, policies, tuned_on)
     run = RunFolder.of_job(job.output, "tune_recursion", resume=job.resume)
     workers = {"device": job.networks.device, **asdict(job.resources)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
 from scalenet_ray.core import storage
+from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.coco import ImageRecord, images_and_categories
 from scalenet_ray.core.ground_truth import oracle_from
 from scalenet_ray.core.policy import Policy
@@ -24,7 +25,7 @@ from scalenet_ray.engine.stages import Networks
 from scalenet_ray.models.networks import NetworkNames
 from scalenet_ray.policy_plot import policy_plot
 
-__all__ = ["CocoSplit", "check_split", "evaluate_policies", "open_split"]
+__all__ = ["CocoSplit", "check_networks", "check_split", "evaluate_policies", "open_split"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:
     """Refuse to go on with a run whose images, categories or objects are other ones by now; raises `UserError`."""
     digests = session.call(annotation_digests, split.annotations, [record.image_id for record in split.images])
     check_ground_truth(run, split.images, split.categories, digests)
+
+
+def check_networks(session: Session, networks: NetworkNames, policies: Sequence[Policy], split: CocoSplit) -> None:
+    """Try the networks on the first images of a split, away from the driver; raises as `NetworkNames.check` does."""
+    open_image = image_opener(split.folder, split.max_pixels)
+    session.call(networks.check, policies, split.categories, split.images[:MOST_FAILED], open_image)
 
 
 def evaluate_policies(

@@ -20,7 +20,8 @@ from scalenet_ray.core.merge import SuppressionMethod, nms
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.recursion import Step, recursive_detect
 from scalenet_ray.core.results import ImageResult
-from scalenet_ray.models.detectors import Detector, check_detector, load_detector
+from scalenet_ray.models.checked_detector import CheckedDetector
+from scalenet_ray.models.detectors import Detector, load_detector
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from scalenet_ray.prediction import ScaledPrediction
 from scalenet_ray.terminal import say, step_table
@@ -161,14 +162,14 @@ def _pixels(image: str | os.PathLike[str] | np.ndarray | Image.Image) -> np.ndar
 
 def _networks(
     detection_model: str | Detector | None, scale_net: str | PredictScale | ReadFeatures | None, device: str
-) -> tuple[Detector, PredictScale | ReadFeatures | None]:
+) -> tuple[CheckedDetector, PredictScale | ReadFeatures | None]:
     if detection_model is None:
         detection_model = SAMPLE_DETECTOR
         scale_net = scale_net or SAMPLE_SCALE_NET
     if isinstance(detection_model, str):
-        detector = load_detector(detection_model, device=device)
+        detector = CheckedDetector(load_detector(detection_model, device=device), detection_model)
     else:
-        detector = check_detector(detection_model, type(detection_model).__name__)
+        detector = CheckedDetector(detection_model, type(detection_model).__name__)
     if isinstance(scale_net, str):
         scale_net = NetworkNames(scale_net=scale_net, device=device).load_scale_net()
     return detector, scale_net

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.coco import ImageRecord
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.engine.batch import Progress, Stream, image_opener, run_policy
 from scalenet_ray.engine.local import LocalStream
@@ -19,8 +20,10 @@ from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.stages import Networks
+from scalenet_ray.models.checked_detector import CheckedDetector
 from tests.faults import (
     FaultyScale,
+    FlatImages,
     Given,
     Scenes,
     WorkLog,
@@ -31,6 +34,7 @@ from tests.faults import (
     reference,
 )
 from tests.oracles import RandomDetector, RandomScale
+from tests.scripted_detector import RaisesOn
 
 POLICY = policy_of("scalenet")
 RECORDS = records_of(11)
@@ -268,3 +272,66 @@ def test_an_image_that_cannot_be_had_costs_itself_alone(folder: Path, record: Im
 def test_an_image_larger_than_allowed_is_not_decoded(folder: Path) -> None:
     with pytest.raises(TileError, match="an image may have 23 pixels"):
         image_opener(str(folder), 23)(ImageRecord(1, "good.png"))
+
+
+QUOTED = "the detector raised RuntimeError: no kernel for this"
+
+
+def raising(ids: Container[int] | None, *, on_ray: bool = False) -> Callable[[Sequence[ImageRecord]], Stream]:
+    nets = Networks(Given(CheckedDetector(RaisesOn(ids), "mine:Net")))
+    policy, images = policy_of("whole"), FlatImages(64)
+    if on_ray:
+        return lambda records: ImageStream(records, policy, nets, images, Resources())
+    return lambda records: LocalStream(records, policy, nets, images)
+
+
+@pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.ray)])
+def test_a_detector_that_raises_on_every_image_ends_the_run(
+    request: pytest.FixtureRequest, tmp_path: Path, on_ray: bool
+) -> None:
+    if on_ray:
+        request.getfixturevalue("idle_ray")
+    run = RunFolder(str(tmp_path / "run"))
+    said = f"{QUOTED}: so on each of the first {MOST_FAILED} images, and the run ends; correct the detector"
+    with pytest.raises(UserError, match=said):
+        run_policy(records_of(50), "whole", raising(None, on_ray=on_ray), run, ignore)
+    reasons = run.table("images", "whole").column("failure_reason").to_pylist()
+    assert reasons == [QUOTED] * MOST_FAILED
+    # It goes on to do so when it is resumed, and where fewer are left.
+    for count in (82, 90):
+        with pytest.raises(UserError, match="so on each of the first"):
+            run_policy(records_of(count), "whole", raising(None, on_ray=on_ray), run, ignore)
+
+
+@pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.ray)])
+def test_a_detector_that_raises_on_some_images_costs_those(
+    request: pytest.FixtureRequest, tmp_path: Path, on_ray: bool
+) -> None:
+    if on_ray:
+        request.getfixturevalue("idle_ray")
+    run = RunFolder(str(tmp_path / "run"))
+    bad = {1, 2, 40}
+    progress = run_policy(records_of(41), "whole", raising(bad, on_ray=on_ray), run, ignore)
+    assert progress.failed == len(bad)
+    rows = run.table("images", "whole").to_pylist()
+    reasons = {row["image_id"]: row["failure_reason"] for row in rows if row["failure_stage"] == "detect"}
+    assert reasons == dict.fromkeys(bad, QUOTED)
+
+
+def test_an_image_that_was_done_before_shows_that_the_detector_does_not_raise_on_all(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    run_policy(records_of(1), "whole", raising({2}), run, ignore)
+    assert run_policy(records_of(2), "whole", raising({2}), run, ignore).failed == 1
+
+
+def test_images_that_cannot_be_read_do_not_hide_that_the_detector_raises_on_all_others(tmp_path: Path) -> None:
+    nets = Networks(Given(CheckedDetector(RaisesOn(None), "mine:Net")))
+    run = RunFolder(str(tmp_path / "run"))
+    with pytest.raises(UserError, match=f"{QUOTED}: so on each of the first 2 images"):
+        run_policy(
+            records_of(4),
+            "whole",
+            lambda records: LocalStream(records, policy_of("whole"), nets, Scenes(unreadable={1, 4})),
+            run,
+            ignore,
+        )

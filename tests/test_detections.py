@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from scalenet_ray.core.detections import Detections
 
@@ -63,8 +66,61 @@ def test_every_way_to_make_them_gives_the_stated_types() -> None:
     assert plain.masks is None
 
 
-def test_boxes_without_a_second_axis_are_refused() -> None:
-    for boxes in (np.zeros(0), np.zeros(4), np.zeros((2, 5)), np.zeros((1, 2, 4))):
+@pytest.mark.parametrize("nothing", [[], (), np.zeros(0), np.zeros((0, 4)), np.zeros((0, 5)), torch.zeros(0), [[]][:0]])
+def test_no_boxes_may_be_given_as_any_empty_list(nothing: Any) -> None:
+    _assert_empty(Detections(nothing, [], []))  # type: ignore[arg-type]
+    _assert_empty(Detections(nothing, nothing, nothing))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        lambda values: values,
+        lambda values: tuple(map(np.float16, values)),
+        lambda values: np.array(values, np.float16),
+        lambda values: np.array(values, np.int8),
+        lambda values: np.array(values, ">f8"),
+        lambda values: torch.tensor(values, dtype=torch.bfloat16),
+        lambda values: torch.tensor(values, dtype=torch.float16),
+        lambda values: torch.tensor(values, dtype=torch.float64, requires_grad=True),
+        lambda values: torch.tensor(values, dtype=torch.uint8),
+        lambda values: [torch.tensor(float(value), requires_grad=True) for value in values],
+    ],
+)
+def test_numbers_of_any_kind_are_taken_for_what_they_are(numbers: Callable[[list[int]], Any]) -> None:
+    rows = [numbers([0, 1, 2, 3]), numbers([4, 5, 6, 7])]
+    boxes = torch.stack(rows) if isinstance(rows[0], torch.Tensor) else rows  # type: ignore[arg-type]
+    found = Detections(boxes, numbers([1, 0]), numbers([7, 2]))  # type: ignore[arg-type]
+    _assert_dtypes(found)
+    assert found.boxes.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert found.scores.tolist() == [1, 0]
+    assert found.labels.tolist() == [7, 2]
+
+
+def test_finite_boxes_stay_finite() -> None:
+    found = Detections([[-1e300, 0, 10**30, 1e300]], [1], [1])  # type: ignore[arg-type]
+    assert np.isfinite(found.boxes).all()
+    assert np.isinf(Detections([[0, 0, np.inf, 1]], [1], [1]).boxes).sum() == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("label", [2.5, float("nan"), float("inf"), 1e300])
+def test_labels_that_are_not_whole_are_refused(label: float) -> None:
+    with pytest.raises(ValueError, match="labels must be whole numbers, got"):
+        Detections([[0, 0, 1, 1]], [1], [label])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [None, "text", ["1"], [None], [[0, 1], [2]], {1: 2}, [1j], object()])
+def test_what_is_no_number_is_refused_by_name(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="boxes must be"):
+        Detections(wrong, [1], [1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scores must be"):
+        Detections([[0, 0, 1, 1]], wrong, [1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="labels must be"):
+        Detections([[0, 0, 1, 1]], [1], wrong)  # type: ignore[arg-type]
+
+
+def test_boxes_of_another_shape_are_refused() -> None:
+    for boxes in (np.zeros(4), np.zeros((2, 5)), np.zeros((1, 2, 4)), np.zeros((1, 0))):
         with pytest.raises(ValueError, match=r"boxes must be \[N, 4\] xyxy, got shape \["):
             Detections(boxes, [], [])  # type: ignore[arg-type]
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import UserDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.models.detectors import load_detector
+from scalenet_ray.models.detectors import canvas_of, check_detector, declaration, load_detector
+from tests.scripted_detector import Scripted, scripted
 
 OWN = """
 from scalenet_ray.core.detections import Detections
@@ -51,6 +55,112 @@ def test_a_class_in_the_current_directory_is_a_detector(own_module: str) -> None
 def test_a_class_that_lacks_part_of_the_protocol_is_told_what(own_module: str) -> None:
     with pytest.raises(ValueError, match=r"lacks categories, iou_threshold, canvas_hw, __call__"):
         load_detector(f"{own_module}:Partial")
+
+
+NAMES = {0: "person", 2: "car"}
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        NAMES,
+        {"0": "person", "2": "car"},
+        {" 2 ": "car", "0": "person"},
+        {np.int64(0): "person", np.uint8(2): np.str_("car")},
+        {0.0: "person", np.float32(2): "car"},
+        {torch.tensor(0): "person", torch.tensor(2): "car"},
+        UserDict(NAMES),
+    ],
+)
+def test_class_ids_of_any_kind_are_whole_numbers(declared: Any) -> None:
+    categories = declaration(scripted(categories=declared), "mine:Net").categories
+    assert categories == NAMES
+    assert {type(part) for pair in categories.items() for part in pair} == {int, str}
+
+
+@pytest.mark.parametrize(
+    "names", [["N/A", "person", "N/A"], ("N/A", "person", "N/A"), np.array(["N/A", "person", "N/A"])]
+)
+def test_classes_in_a_list_are_known_by_their_place(names: Any) -> None:
+    assert declaration(scripted(categories=names), "mine:Net").categories == {0: "N/A", 1: "person", 2: "N/A"}
+
+
+@pytest.mark.parametrize(
+    ("declared", "said"),
+    [
+        ({"person": 0}, "class ids of detector 'mine:Net' must be whole numbers, got 'person'"),
+        ({"1.5": "a"}, "must be whole numbers, got '1.5'"),
+        ({"": "a"}, "must be whole numbers, got ''"),
+        ({1.5: "a"}, "must be whole numbers, got 1.5"),
+        ({True: "a"}, "must be whole numbers, got True"),
+        ({None: "a"}, "must be whole numbers, got None"),
+        ({float("nan"): "a"}, "must be whole numbers, got nan"),
+        ({10**40: "a"}, "must be whole numbers, got 1000"),
+        ({"1": "a", 1: "b"}, "must have each class id once, got twice 1"),
+        ({0: "a", 1: None}, "name of class 1 of detector 'mine:Net' must be text, got None"),
+        ({0: 7}, "name of class 0 of detector 'mine:Net' must be text, got 7"),
+        ({0: "\udc00"}, "must be text"),
+        ([{"id": 1, "name": "person"}], "must be text, got {"),
+        ([], "must name at least one class, got none"),
+        ({}, "must name at least one class, got none"),
+        ("person", "must map class ids to names, or list the names, got str"),
+        ({"person"}, "must map class ids to names, or list the names, got set"),
+        (None, "must map class ids to names, or list the names, got NoneType"),
+        (80, "must map class ids to names, or list the names, got int"),
+    ],
+)
+def test_other_categories_are_refused_by_name(declared: Any, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_detector(scripted(categories=declared), "mine:Net")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("number", [lambda n: n, np.int16, np.float32, lambda n: np.array(n), torch.tensor, float])
+def test_numbers_of_any_kind_are_declared(number: Any) -> None:
+    info = declaration(scripted(input_side=number(64), iou_threshold=number(1)), "mine:Net")
+    assert info[:2] == (64, 1.0)
+    assert [type(part) for part in info[:2]] == [int, float]
+
+
+NO_NUMBERS = [None, "64", True, np.bool_(True), float("nan"), float("inf"), -1, [64], np.array([64, 64]), 1j]
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, 0, 64.5])
+def test_a_side_that_is_no_number_of_pixels_is_refused(value: Any) -> None:
+    with pytest.raises(UserError, match="input_side of detector 'mine:Net' must be a whole number of pixels, got"):
+        check_detector(scripted(input_side=value), "mine:Net")
+
+
+@pytest.mark.parametrize("value", [*NO_NUMBERS, 1.5])
+def test_a_threshold_that_is_no_share_is_refused(value: Any) -> None:
+    with pytest.raises(UserError, match="iou_threshold of detector 'mine:Net' must be between 0 and 1, got"):
+        check_detector(scripted(iou_threshold=value), "mine:Net")
+
+
+@pytest.mark.parametrize("sides", [(64, 96), [64, 96], np.array([64, 96]), torch.tensor([64, 96]), (64.0, np.int8(96))])
+def test_a_canvas_is_two_whole_numbers_of_any_kind(sides: Any) -> None:
+    canvas = canvas_of(scripted(canvas=lambda hw: sides), (48, 96), "mine:Net")
+    assert canvas == (64, 96)
+    assert {type(side) for side in canvas} == {int}
+
+
+@pytest.mark.parametrize(
+    "sides", [64, None, (64,), (64, 96, 3), (64.5, 96), ("64", "96"), (None, 96), (float("nan"), 96)]
+)
+def test_a_canvas_of_another_form_is_refused(sides: Any) -> None:
+    with pytest.raises(UserError, match="canvas_hw of detector 'mine:Net' must"):
+        check_detector(scripted(canvas=lambda hw: sides), "mine:Net")
+
+
+def test_a_canvas_smaller_than_its_tile_is_refused() -> None:
+    detector = check_detector(scripted(canvas=lambda hw: (64, 64)), "mine:Net")
+    with pytest.raises(UserError, match="got 64 x 64 for a tile of 64 x 96: a detector that shrinks its tiles undoes"):
+        canvas_of(detector, (64, 96), "mine:Net")
+
+
+def test_a_class_in_place_of_a_detector_is_refused() -> None:
+    with pytest.raises(UserError, match="must be an object that can be called, got type: make one of it"):
+        check_detector(Scripted, "Scripted")
 
 
 def test_a_class_that_is_not_there_is_named(own_module: str) -> None:

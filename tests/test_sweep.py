@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import pytest
 import yaml
 
 from scalenet_ray.core.coco import images_and_categories
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.policy_file import read_policies
 from scalenet_ray.core.samples import write_sample
@@ -28,6 +30,7 @@ from scalenet_ray.engine.recursion_trial import RecursionTrial, TrialTask
 from scalenet_ray.engine.sweep import ResumableAsha, Sweep, best_policies, start_trials
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from tests.job_scripts import REPOSITORY, load_job
+from tests.scripted_detector import SCRIPTED, answering
 
 NETWORKS = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
 SPACE = {
@@ -116,6 +119,21 @@ def test_an_image_that_cannot_be_read_costs_itself_alone(data: Path, tmp_path: P
 
 
 # --- what is chosen ---------------------------------------------------------------------------------
+
+
+def test_a_trial_whose_detector_raises_on_every_image_ends_with_its_text(data: Path) -> None:
+    def broken(tiles: Sequence[np.ndarray]) -> list[Any]:
+        msg = "no kernel"
+        raise RuntimeError(msg)
+
+    task = task_on(data, networks=NetworkNames(detector=SCRIPTED))
+    with answering(broken, categories=NETWORKS.describe_detector().categories):
+        trial = trial_on(task, {"policy": "first-pass"})
+        trial.step()
+        with pytest.raises(
+            UserError, match="the detector raised RuntimeError: no kernel: so on each of the first 8 images"
+        ):
+            trial.step()
 
 
 def row(passes: float, ap_small: float, **changes: Any) -> dict[str, Any]:

@@ -4,26 +4,96 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-__all__ = ["SHOWN_SCORE", "Detections"]
+__all__ = ["SHOWN_SCORE", "Detections", "as_numbers"]
 
 SHOWN_SCORE = 0.3
 """Boxes that score less are not drawn, and do not count where objects are counted as found."""
 
+_LARGEST = np.finfo(np.float32).max
+_LARGEST_LABEL = 2.0**53
+"""Past it floating-point numbers are not exact."""
+
+
+def as_numbers(values: object, name: str) -> np.ndarray:
+    """Numbers in any of the usual forms -> an array: nested lists, numpy's of any type, torch's on any device.
+
+    Args:
+        values: the numbers.
+        name: what messages call them.
+
+    Raises:
+        ValueError: if they are none, or rows differ in length.
+    """
+    try:
+        array = np.asarray(_without_torch(values))
+        if array.dtype == object and all(isinstance(value, int | float) for value in array.flat):
+            array = array.astype(np.float64)  # Whole numbers longer than any of numpy's.
+    except Exception as error:  # Whatever an object raises that says it is an array.
+        msg = f"{name} must be an array of numbers, got {type(values).__name__}: {error}"
+        raise ValueError(msg) from error
+    if array.dtype.kind in "biuf":
+        return array
+    if array.size == 0:
+        return np.zeros(array.shape)
+    msg = f"{name} must be an array of numbers, got {type(values).__name__} of {array.dtype}"
+    raise ValueError(msg)
+
+
+def _without_torch(values: Any) -> Any:
+    if isinstance(values, np.ndarray):
+        return values
+    if isinstance(values, list | tuple):
+        return [_without_torch(value) for value in values]
+    if hasattr(values, "detach"):  # torch is not imported here. numpy has no bfloat16.
+        values = values.detach().cpu()
+        return (values.double() if values.is_floating_point() else values).numpy()
+    return values
+
+
+def _as_boxes(values: object) -> np.ndarray:
+    """[N, 4] float32; finite numbers that float32 does not reach are taken to its ends."""
+    if isinstance(values, np.ndarray) and values.dtype == np.float32:
+        boxes = values
+    else:
+        numbers = as_numbers(values, "boxes")
+        with np.errstate(over="ignore"):
+            boxes = numbers.astype(np.float32)
+        too_large = np.isinf(boxes) & np.isfinite(numbers)
+        if too_large.any():
+            boxes[too_large] = np.copysign(_LARGEST, boxes[too_large])
+    if boxes.shape[:1] == (0,) and boxes.ndim <= 2:
+        return boxes.reshape(0, 4)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        msg = f"boxes must be [N, 4] xyxy, got shape {list(boxes.shape)}"
+        raise ValueError(msg)
+    return boxes
+
 
 def _rows(values: object, dtype: type, name: str, count: int) -> np.ndarray:
-    array = np.asarray(values, dtype=dtype)
+    array = values if isinstance(values, np.ndarray) and values.dtype == dtype else as_numbers(values, name)
     if array.shape != (count,):
+        if count == 0 and array.size == 0:
+            return np.zeros(0, dtype)
         msg = f"{name} must be [{count}], one for each box, got shape {list(array.shape)}"
         raise ValueError(msg)
-    return array
+    if array.dtype.kind == "f" and dtype is np.int64:
+        wrong = ~(np.abs(array, dtype=np.float64) <= _LARGEST_LABEL) | (array != np.round(array))
+        if wrong.any():
+            msg = f"{name} must be whole numbers, got {array[wrong][0]}"
+            raise ValueError(msg)
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, copy=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """Boxes with scores and labels. None at all is [0, 4], never [0].
+    """Boxes with scores and labels, from numbers in any of the usual forms (see `as_numbers`).
+
+    None at all is kept as [0, 4], and may be given as [].
 
     Attributes:
         boxes: [N, 4] float32 xyxy; which frame is said where they are made (a detector's are in
@@ -37,7 +107,8 @@ class Detections:
             tile, or after carrying back inside its window; None if the detector gives no masks.
 
     Raises:
-        ValueError: if the shapes differ, or a box, a score or a mask is missing.
+        ValueError: if the shapes differ, a box, a score or a mask is missing, labels are not whole, or something is
+            no number.
     """
 
     boxes: np.ndarray
@@ -48,10 +119,7 @@ class Detections:
     masks: tuple[bytes, ...] | None = None
 
     def __post_init__(self) -> None:
-        boxes = np.asarray(self.boxes, dtype=np.float32)
-        if boxes.ndim != 2 or boxes.shape[1] != 4:
-            msg = f"boxes must be [N, 4] xyxy, got shape {list(boxes.shape)}"
-            raise ValueError(msg)
+        boxes = _as_boxes(self.boxes)
         count = len(boxes)
         set_ = object.__setattr__
         set_(self, "boxes", boxes)

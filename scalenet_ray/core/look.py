@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +33,7 @@ __all__ = [
     "asks_detector",
     "first_pass_map",
     "look",
+    "maps_of_glimpses",
     "refuse_nan",
 ]
 
@@ -269,8 +270,28 @@ def _ask(
         msg = "this Scale Net reads the detector's feature maps, which this detector does not show: give another one"
         raise UserError(msg)
     glimpses = detect.with_features(pixels)
-    maps = predict_scale.from_features([one.features for one in glimpses], tiles)
-    return maps, [refuse_nan(one.detections) for one in glimpses]
+    return maps_of_glimpses(glimpses, tiles, predict_scale), [refuse_nan(one.detections) for one in glimpses]
+
+
+def maps_of_glimpses(
+    glimpses: Sequence[Glimpse], tiles: Sequence[Tile], predict_scale: ReadFeatures
+) -> list[ScaleMap | TileError]:
+    """The maps that a Scale Net reads from a detector's feature maps.
+
+    Args:
+        glimpses: what the detector saw; of a tile on which it raised an exception there are no feature maps.
+        tiles: their recipes.
+        predict_scale: the Scale Net.
+
+    Returns:
+        A map for each tile, or why there is none.
+    """
+    maps: list[Any] = [glimpse.detections for glimpse in glimpses]
+    at = [i for i, glimpse in enumerate(glimpses) if glimpse.features]
+    answers = predict_scale.from_features([glimpses[i].features for i in at], [tiles[i] for i in at]) if at else []
+    for i, answer in zip(at, answers, strict=True):
+        maps[i] = answer
+    return maps
 
 
 def _combine(

@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.window import Tile, Window
 
-__all__ = ["mask_of_image", "mask_of_segmentation", "mask_of_window"]
+__all__ = ["encode_mask", "is_mask_of", "mask_of_image", "mask_of_segmentation", "mask_of_window"]
 
 
 def mask_of_segmentation(segmentation: Any, hw: tuple[int, int]) -> np.ndarray:
@@ -84,6 +84,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def is_mask_of(counts: bytes, hw: tuple[int, int]) -> bool:
+    """Whether compressed run lengths are of a mask of (height, width): without decoding, whatever the bytes are."""
+    runs = _runs(counts)
+    return min(runs, default=-1) >= 0 and sum(runs) == hw[0] * hw[1]
+
+
 def mask_of_window(counts: bytes, tile: Tile) -> bytes:
     """A mask of a tile's pixels -> the same mask on the pixels of its window.
 
@@ -99,7 +105,7 @@ def mask_of_window(counts: bytes, tile: Tile) -> bytes:
     window = tile.window
     rows = (np.arange(window.height) * 2 + 1) * tile.height // (2 * window.height)
     columns = (np.arange(window.width) * 2 + 1) * tile.width // (2 * window.width)
-    return _encoded(np.asfortranarray(mask[rows[:, None], columns]))
+    return encode_mask(np.asfortranarray(mask[rows[:, None], columns]))
 
 
 def mask_of_image(counts: bytes, window: Window, image_hw: tuple[int, int]) -> bytes:
@@ -117,10 +123,10 @@ def mask_of_image(counts: bytes, window: Window, image_hw: tuple[int, int]) -> b
     mask[window.y0 : window.y1, window.x0 : window.x1] = coco_mask.decode(
         {"size": [window.height, window.width], "counts": counts}
     )
-    return _encoded(mask)
+    return encode_mask(mask)
 
 
-def _encoded(mask: np.ndarray) -> bytes:
+def encode_mask(mask: np.ndarray) -> bytes:
     """[h, w] uint8 in Fortran order -> compressed run lengths."""
     counts = coco_mask.encode(mask)["counts"]
     # The stubs allow for text, which only a mask read from JSON has.

@@ -22,6 +22,7 @@ from scalenet_ray.core.window import Tile, Window
 
 __all__ = [
     "DEFAULT_PYRAMID",
+    "LARGEST_SIDE",
     "POLICY_VERSION",
     "Policy",
     "Recursion",
@@ -41,6 +42,9 @@ DEFAULT_PYRAMID = (
     (2.0, 0.0, 8.0 * UNIT_AREA),
 )
 """Three sizes; the larger ones keep only what is small enough to profit from them."""
+
+LARGEST_SIDE = 16_384
+"""The longest side of a tile, in tile pixels: a square of them takes 3 GB as a network's input alone."""
 
 DIGITS_RANGE = ScaleRange(low=0.99, high=1.05)
 """R_L and R_H of the paper's digits."""
@@ -116,6 +120,8 @@ class Recursion:
         _require(self.margin >= 0, f"margin must be 0 or more, got {self.margin}")
         _require(self.min_window_side >= 1, f"min_window_side must be 1 or more, got {self.min_window_side}")
         _require(self.max_tile_pixels >= 1, f"max_tile_pixels must be 1 or more, got {self.max_tile_pixels}")
+        most = LARGEST_SIDE**2
+        _require(self.max_tile_pixels <= most, f"max_tile_pixels must be at most {most}, got {self.max_tile_pixels}")
         _require(self.keep_factor >= 1.0, f"keep_factor must be 1 or more, got {self.keep_factor}")
         first_pass = self.first_pass_threshold
         _require(0.0 <= first_pass <= 1.0, f"first_pass_threshold must be between 0 and 1, got {first_pass}")
@@ -166,6 +172,12 @@ class Policy:
         _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
         _require(self.kind != "pyramid" or bool(self.pyramid), "a pyramid needs sizes: give at least one, got none")
         _require(all(size > 0 for size, _, _ in self.pyramid), f"pyramid sizes must be above 0, got {self.pyramid}")
+        side = self.input_side * max([1.0, *(size for size, _, _ in self.pyramid)])
+        _require(
+            side <= LARGEST_SIDE,
+            f"policy {self.name} wants tiles of {side:.0f} pixels a side, at most {LARGEST_SIDE} are computed: choose "
+            "a smaller one",
+        )
 
     @property
     def looks(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from scalenet_ray.core import storage
+from scalenet_ray.core.answers import RaisedOn, fails_on_all
 from scalenet_ray.core.clock import measured
 from scalenet_ray.core.coco import ImageRecord, safe_file_name
 from scalenet_ray.core.errors import UserError
@@ -175,6 +176,7 @@ def _work_through(
     records = {record.image_id: record for record in left}
     writer = ShardWriter(run, policy, records, stream.commit)
     failed = tiles = 0
+    raised = RaisedOn()
     first = reported = written = time.monotonic()
     try:
         for images, result in enumerate(stream, start=1):
@@ -189,6 +191,11 @@ def _work_through(
             state = Progress(
                 policy, before.done + images, before.total, failed, tiles, images, now - first, now - begun
             )
+            if result.failure is None or result.failure.stage != "read":
+                raised.add(result.failure and result.failure.reason)
+            if raised.all_of_the_first(no_more=images == len(left)):
+                writer.flush()
+                _end_unless_some_are_done(raised, run, policy)
             if now - written > _SECONDS_BETWEEN_SHARDS:
                 writer.flush()
                 written = now
@@ -199,6 +206,13 @@ def _work_through(
         writer.flush()
         run.standing = before.standing(writer.taken)
     return state
+
+
+def _end_unless_some_are_done(raised: RaisedOn, run: RunFolder, policy: str) -> None:
+    """End a run whose detector raises on every image: on millions it would do the same."""
+    stages = run.table("images", policy, ["image_id", "failure_stage"]).column("failure_stage")
+    if not stages.null_count:
+        raise fails_on_all(raised.reason, raised.images)
 
 
 def _log(result: ImageResult, policy: str, file: str) -> None:

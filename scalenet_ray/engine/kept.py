@@ -15,7 +15,7 @@ import ray
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.look import Detect, PredictScale, ReadFeatures
+from scalenet_ray.core.look import Detect, PredictScale, ReadFeatures, maps_of_glimpses
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.core.window import Tile
 
@@ -146,7 +146,6 @@ class KeptScale:
             some, those = [pixels[i] for i in at], [tiles[i] for i in at]
             if not isinstance(self._predict_scale, ReadFeatures):
                 return self._predict_scale(some, those)
-            features = [glimpse.features for glimpse in self._detect.with_features(some)]
-            return self._predict_scale.from_features(features, those)
+            return maps_of_glimpses(self._detect.with_features(some), those, self._predict_scale)
 
         return self._kept.answers("scale net", pixels, ask)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ray import tune
 
+from scalenet_ray.core.answers import RaisedOn, fails_on_all
 from scalenet_ray.core.coco import CocoDataset, ImageRecord, read_annotations, to_results
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.evaluation import evaluate
@@ -72,14 +73,15 @@ class RecursionTrial(tune.Trainable):
         self._results: list[dict[str, Any]] = []
         self._passes = 0.0
         self._failed = self._done = 0
+        self._raised = RaisedOn()
         return True
 
     def step(self) -> dict[str, Any]:
         """Work through the images up to the end of the next subset."""
         self._kept.fetch()
         end = next((size for size in self._task.subsets if size > self._done), self._task.subsets[-1])
-        for record in self._dataset.images[self._done : end]:
-            self._work(record)
+        for images, record in enumerate(self._dataset.images[self._done : end], start=self._done + 1):
+            self._work(record, no_more=images == self._task.subsets[-1])
         self._done = end
         self._kept.share()
         ids = [record.image_id for record in self._dataset.images[:end]]
@@ -102,7 +104,7 @@ class RecursionTrial(tune.Trainable):
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing; see `save_checkpoint`."""
 
-    def _work(self, record: ImageRecord) -> None:
+    def _work(self, record: ImageRecord, *, no_more: bool) -> None:
         try:
             image = self._open_image(record)
         except TileError:
@@ -116,6 +118,9 @@ class RecursionTrial(tune.Trainable):
             predict_scale=self._predictor(self._policy),
         )
         self._failed += result.failure is not None
+        self._raised.add(result.failure and result.failure.reason)
+        if self._raised.all_of_the_first(no_more=no_more):
+            raise fails_on_all(self._raised.reason, self._raised.images)
         self._passes += result.detector_passes if result.failure is None else 0.0
         self._results += to_results(record.image_id, result.detections, result.image_hw)
 

@@ -8,15 +8,28 @@ import pkgutil
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol
+from numbers import Real
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.look import Detect, DetectWithFeatures
 
-__all__ = ["DETECTOR_GROUP", "Detector", "ShowsFeatures", "check_detector", "load_detector"]
+__all__ = [
+    "DETECTOR_GROUP",
+    "Detector",
+    "DetectorInfo",
+    "ShowsFeatures",
+    "canvas_of",
+    "check_detector",
+    "declaration",
+    "load_detector",
+]
 
 DETECTOR_GROUP = "scalenet_ray.detectors"
 """The entry points by which an installed package adds kinds of detectors: kind = "package.module:function"."""
@@ -40,10 +53,11 @@ class Detector(Detect, Protocol):
 
     A tile comes at the size it shall be looked at: a detector pads it (`canvas_hw`) and never resizes it,
     or it would undo the zoom. Tiles of one canvas are computed together, and each tile's detections are what
-    they would be if it came alone. [] gives [].
+    they would be if it came alone.
 
-    In the list that a call returns, a `TileError` stands for a tile that the network broke on (NaN or infinite
-    values): it costs that tile alone. It is returned and not raised, so that the rest of the batch is not lost.
+    A call returns a list, an answer for each tile. A `TileError` stands for a tile that the network broke on (NaN or
+    infinite values): it costs that tile alone. Plain (boxes, scores, labels) are taken too: see `core.answers`.
+    `CheckedDetector` checks all of this.
 
     Attributes:
         input_side: the longer side of a whole image's tile, in tile pixels.
@@ -51,7 +65,7 @@ class Detector(Detect, Protocol):
 
     @property
     def categories(self) -> Mapping[int, str]:
-        """The detector's own class ids, its labels, with their names."""
+        """The detector's own class ids, its labels, with their names; ids may be text, or the places in a list."""
         ...
 
     @property
@@ -128,7 +142,7 @@ def load_detector(
             made = added.load()(what, **settings)
         return check_detector(made, spec)
     if kind in _LOADERS and what:
-        return pkgutil.resolve_name(_LOADERS[kind])(what, **settings)
+        return check_detector(pkgutil.resolve_name(_LOADERS[kind])(what, **settings), spec)
     if added is not None or kind in _LOADERS or not _OWN_CLASS.fullmatch(spec):
         msg = f"{_wanted()}, got {spec!r}"
         raise UserError(msg)
@@ -151,21 +165,128 @@ def _wanted() -> str:
     return f"a detector must be kind:what with a kind of {', '.join(kinds)}, or module:Class of your own"
 
 
+class DetectorInfo(NamedTuple):
+    """What a detector declares: its side, its NMS threshold, its classes."""
+
+    input_side: int
+    iou_threshold: float
+    categories: dict[int, str]
+
+
 def check_detector(detector: Any, name: str) -> Detector:
-    """The detector, having looked that it has all parts of `Detector`.
+    """The detector, having looked that it has all parts of `Detector`, and that they are what they must be.
 
     Args:
         detector: what shall be one.
         name: what messages call it.
 
     Raises:
-        ValueError: if it lacks a part; it names those.
+        ValueError: if it lacks a part, or what it declares is wrong; it names that.
+    """
+    declaration(detector, name)
+    return detector
+
+
+def declaration(detector: Any, name: str) -> DetectorInfo:
+    """What a detector declares, in plain numbers and text, whatever numbers (numpy's, torch's) it uses itself.
+
+    Args:
+        detector: the detector.
+        name: what messages call it.
+
+    Raises:
+        UserError: if it lacks a part, is a class in place of an object of it, or a part is not what it must be.
     """
     missing = [member for member in _MEMBERS if not hasattr(detector, member)]
     if missing:
         msg = f"detector {name!r} must have {', '.join(_MEMBERS)}, lacks {', '.join(missing)}: see Detector"
         raise UserError(msg)
-    return detector
+    _check_object(detector, name)
+    side, threshold = _number(detector.input_side), _number(detector.iou_threshold)
+    if side is None or side < 1 or side != round(side):
+        msg = f"input_side of detector {name!r} must be a whole number of pixels, got {detector.input_side!r}"
+        raise UserError(msg)
+    if threshold is None or not 0.0 <= threshold <= 1.0:
+        msg = f"iou_threshold of detector {name!r} must be between 0 and 1, got {detector.iou_threshold!r}"
+        raise UserError(msg)
+    info = DetectorInfo(int(side), float(threshold), _categories(detector.categories, name))
+    canvas_of(detector, (info.input_side, info.input_side), name)
+    return info
+
+
+def _check_object(detector: Any, name: str) -> None:
+    if isinstance(detector, type) or not callable(detector):
+        msg = f"detector {name!r} must be an object that can be called, got {type(detector).__name__}: make one of it"
+        raise UserError(msg)
+
+
+def canvas_of(detector: Any, hw: tuple[int, int], name: str) -> tuple[int, int]:
+    """(height, width) that a detector computes for a tile of (height, width), in tile pixels.
+
+    Raises:
+        UserError: if what it says is not two whole numbers, or smaller than the tile, which it would have to shrink.
+    """
+    try:
+        answer = detector.canvas_hw(hw)
+        sides = [_number(side) for side in answer]
+    except UserError:
+        raise
+    except Exception as error:  # It is the user's own code.
+        msg = f"canvas_hw of detector {name!r} must answer {hw} with (height, width), it raised "
+        raise UserError(f"{msg}{type(error).__name__}: {error}") from error
+    height, width = sides if len(sides) == 2 else (None, None)
+    if height is None or width is None or height != round(height) or width != round(width):
+        msg = f"canvas_hw of detector {name!r} must be two whole numbers, (height, width), got {answer!r} for {hw}"
+        raise UserError(msg)
+    if height < hw[0] or width < hw[1]:
+        msg = (
+            f"canvas_hw of detector {name!r} must be at least as large as the tile, got {height} x {width} for a tile "
+            f"of {hw[0]} x {hw[1]}: a detector that shrinks its tiles undoes the zoom; let it compute larger ones, or "
+            "choose a policy with smaller tiles"
+        )
+        raise UserError(msg)
+    return int(height), int(width)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number of Python's, numpy's or torch's; None if it is none, as truth values and text are."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    is_number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+    return value if is_number and -1e300 < value < 1e300 else None  # type: ignore[return-value,operator]
+
+
+def _categories(declared: Any, name: str) -> dict[int, str]:
+    """Class id -> name, from a mapping, or from a list of names: an id is a place in it."""
+    if isinstance(declared, list | tuple | np.ndarray):
+        rows: list[tuple[Any, Any]] = list(enumerate(declared))
+    elif isinstance(declared, Mapping):
+        rows = list(declared.items())
+    else:
+        msg = f"categories of detector {name!r} must map class ids to names, or list the names, got "
+        raise UserError(f"{msg}{type(declared).__name__}")
+    ids = [_class_id(key, name) for key, _ in rows]
+    if twice := [class_id for class_id, count in Counter(ids).items() if count > 1]:
+        msg = f"categories of detector {name!r} must have each class id once, got twice {twice[0]}: number them"
+        raise UserError(msg)
+    if not rows:
+        msg = f"categories of detector {name!r} must name at least one class, got none"
+        raise UserError(msg)
+    for class_id, text in zip(ids, (text for _, text in rows), strict=True):
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+            msg = f"name of class {class_id} of detector {name!r} must be text, got {text!r}"
+            raise UserError(msg)
+    return {class_id: str(text) for class_id, (_, text) in zip(ids, rows, strict=True)}
+
+
+def _class_id(key: Any, name: str) -> int:
+    if isinstance(key, str) and re.fullmatch(r"\s*-?[0-9]{1,18}\s*", key):
+        return int(key)
+    number = _number(key)
+    if number is None or number != round(number) or abs(number) >= 2**53:
+        msg = f"class ids of detector {name!r} must be whole numbers, got {key!r}: number them as its labels are"
+        raise UserError(msg)
+    return int(number)
 
 
 def _load_own(spec: str) -> Detector:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from scalenet_ray.core.errors import UserError
+import numpy as np
+
+from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.models.detectors import Detector, load_detector
+from scalenet_ray.models.checked_detector import CheckedDetector
+from scalenet_ray.models.detector_check import try_detector
+from scalenet_ray.models.detectors import Detector, DetectorInfo, declaration, load_detector
 from scalenet_ray.models.mapped_detector import MappedDetector
 
 if TYPE_CHECKING:
@@ -27,12 +32,13 @@ SAMPLE_SCALE_NET = str(_WEIGHTS / "sample_scale_net.safetensors")
 """The Scale Net of the embedded sample."""
 
 
-class DetectorInfo(NamedTuple):
-    """What a driver must know of a detector without holding it: its side, its NMS threshold, its classes."""
-
-    input_side: int
-    iou_threshold: float
-    categories: dict[int, str]
+def _readable(records: Sequence[ImageRecord], open_image: Callable[[ImageRecord], np.ndarray]) -> Iterator[np.ndarray]:
+    """The images that can be read, one after the other."""
+    for record in records:
+        try:
+            yield open_image(record)
+        except TileError:
+            continue
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,7 @@ class NetworkNames:
         Raises:
             ValueError: if no detector is named; else what `load_detector` raises.
         """
-        detector = self._on_cpu()._load()
-        return DetectorInfo(detector.input_side, detector.iou_threshold, dict(detector.categories))
+        return declaration(self._on_cpu()._load(), str(self.detector))
 
     def describe_features(self) -> HeadConfig:
         """What a scale head on the detector's feature maps must be.
@@ -79,7 +84,7 @@ class NetworkNames:
         """
         from scalenet_ray.models.scale_head import HeadConfig
 
-        detector = MappedDetector(loaded := self._on_cpu()._load(), loaded.categories)
+        detector = CheckedDetector(self._on_cpu()._load(), str(self.detector))
         return HeadConfig(detector.feature_channels, detector.feature_stride, detector=str(self.detector))
 
     def check_device(self, here: bool) -> None:
@@ -98,26 +103,63 @@ class NetworkNames:
 
         (device_on_this_machine if here else device_named)(self.device)
 
-    def check(self, policies: Sequence[Policy], categories: Mapping[int, str]) -> None:
-        """Load what the policies need, on the CPU, and let it go: what is wrong is said before a run begins.
+    def check(
+        self,
+        policies: Sequence[Policy],
+        categories: Mapping[int, str],
+        images: Sequence[ImageRecord] = (),
+        open_image: Callable[[ImageRecord], np.ndarray] | None = None,
+    ) -> None:
+        """Load what the policies need, on the CPU, try it, and let it go: what is wrong is said before a run begins.
+
+        Args:
+            policies: those of the run.
+            categories: category id -> name, to which the detector's labels are mapped.
+            images: some of the run's; on the first that can be read the detector is tried.
+            open_image: how one is read: its pixels, [h, w, 3] uint8 RGB, or `TileError`.
 
         Raises:
-            ValueError: if the detector lacks a category or cannot take a policy's tiles, or Scale Net is missing or
-                was trained on another detector's features, or says nothing of the gain that a policy goes by.
+            ValueError: if the detector lacks a category, cannot take a policy's tiles, or does not answer as
+                `try_detector` wants, or Scale Net is missing or was trained on another detector's features, or its
+                maps are not those that a policy goes by.
         """
         here = self._on_cpu()
         detector = here.load_detector(categories)
         for policy in policies:
             detector.canvas_hw((policy.largest_side, policy.largest_side))
-        if any(policy.needs_network for policy in policies):
+        needed = any(policy.needs_network for policy in policies)
+        predictor = self._check_maps(policies, here.load_scale_net() if needed else None)
+        if predictor is not None:
+            predictor.check(detector)
+        if open_image is not None:
+            try_detector(detector.checked, _readable(images, open_image))
+
+    def _check_maps(
+        self, policies: Sequence[Policy], predictor: ScaleNetPredictor | ScaleHeadPredictor | None
+    ) -> ScaleHeadPredictor | None:
+        """Refuse policies that cannot go by the maps that they will read; the predictor, if it is a scale head."""
+        head, regression = None, False
+        if predictor is not None:
             from scalenet_ray.models.scale_head import ScaleHeadPredictor
 
-            predictor = here.load_scale_net()
             if isinstance(predictor, ScaleHeadPredictor):
-                predictor.check(detector)
-            elif any(policy.recursion.method == "gain" for policy in policies):
+                head = predictor
+            else:
+                regression = predictor.config.kind != "classes"
+        for policy in policies:
+            if policy.needs_network and policy.recursion.method == "gain" and head is None:
                 msg = f"a policy that goes by the gain needs a scale head, got {self.scale_net}: train --preset head"
                 raise UserError(msg)
+            if policy.kind == "fused" and regression:
+                msg = f"policy {policy.name} fuses class maps, got {self.scale_net} with regression maps: give another"
+                raise UserError(msg)
+            if policy.looks and policy.recursion.zoom is None and not (policy.kind == "scalenet" and regression):
+                msg = (
+                    f"policy {policy.name} has zoom none, which rescales by 1 / TopK of a regression map, but reads "
+                    "class maps: give a fixed zoom"
+                )
+                raise UserError(msg)
+        return head
 
     def reads_features(self, policies: Sequence[Policy]) -> bool:
         """Whether a policy needs Scale Net, and that reads the detector's feature maps; raises as `load_scale_net`."""
@@ -128,7 +170,7 @@ class NetworkNames:
 
     def load_detector(self, categories: Mapping[int, str]) -> MappedDetector:
         """The detector, its labels mapped by name to the ids of `categories`."""
-        return MappedDetector(self._load(), categories)
+        return MappedDetector(self._load(), categories, self.detector)
 
     def _on_cpu(self) -> NetworkNames:
         """The same where there may be no GPU: a cluster's head has none, and workers come only once there is work."""

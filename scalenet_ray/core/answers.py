@@ -1,0 +1,218 @@
+"""What a detector answers, in any of the forms that detectors have, checked and taken for what it is.
+
+What is wrong in the answer to one tile is a `TileError`: it costs that image alone. What no answer of this detector
+can be (another number of answers than of tiles, an answer of another type) is a `UserError`: it ends the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from scalenet_ray.core.detections import Detections, as_numbers
+from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.look import refuse_nan
+from scalenet_ray.core.masks import encode_mask, is_mask_of
+
+__all__ = ["MOST_FAILED", "RaisedOn", "checked_answer", "fails_on_all", "listed_answers", "raised"]
+
+_RAISED = "the detector raised"
+
+MOST_FAILED = 32
+"""Images that a detector may fail on, one after the other from the first on, until it is taken to fail on all."""
+
+_PARTS = ("boxes", "scores", "labels", "masks")
+_ROUNDING = 1e-3
+"""By so much a score may exceed [0, 1]: a half-precision network's rounding."""
+_SHOWN = 5
+_MOST_CHARACTERS = 300
+
+
+def raised(error: Exception) -> TileError:
+    """Why a tile is given up on which the detector raised an exception, in one line."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # The text is made by whoever wrote the exception.
+        text = ""
+    text = text.encode("utf-8", "replace").decode()[:_MOST_CHARACTERS]
+    return TileError(f"{_RAISED} {type(error).__name__}" + (f": {text}" if text else ""))
+
+
+class RaisedOn:
+    """Counts the images on which the detector raised an exception, among those that it has met.
+
+    Attributes:
+        images: those that it has met.
+        raised: those that were given up because it raised.
+        reason: of the last of them.
+    """
+
+    def __init__(self) -> None:
+        self.images = self.raised = 0
+        self.reason = ""
+
+    def add(self, failure_reason: str | None) -> None:
+        """Take in an image that the detector has met, and why it was given up, if it was."""
+        self.images += 1
+        if failure_reason is not None and failure_reason.startswith(_RAISED):
+            self.raised += 1
+            self.reason = failure_reason
+
+    def all_of_the_first(self, *, no_more: bool) -> bool:
+        """Whether it raised on every one of the first images, as many as tell, or as there are if no more come."""
+        return 0 < self.raised == self.images and (self.images == MOST_FAILED or no_more)
+
+
+def fails_on_all(reason: str, images: int) -> UserError:
+    """What ends a run whose first images were all given up for what the detector does.
+
+    Args:
+        reason: why, of one of them.
+        images: how many they are.
+    """
+    which = "the only image" if images == 1 else f"each of the first {images} images"
+    return UserError(f"{reason}: so on {which}, and the run ends; correct the detector, or choose another one")
+
+
+def listed_answers(answers: Any, tiles: int, name: str) -> list[Any]:
+    """The answers of one call as a list, as many as tiles.
+
+    Args:
+        answers: what the detector gave: a list, a tuple or an iterator.
+        tiles: how many tiles it was given.
+        name: of the detector.
+
+    Raises:
+        UserError: if it is something else, or the number differs.
+    """
+    if not isinstance(answers, list | tuple | Iterator):
+        msg = f"detector {name!r} must answer with a list, an answer for each tile, got {type(answers).__name__}"
+        raise UserError(msg)
+    answers = list(answers)
+    if len(answers) != tiles:
+        msg = (
+            f"detector {name!r}: the detector must answer each tile: got {len(answers)} answers to {tiles}; where it "
+            "finds nothing it must say so, with no boxes"
+        )
+        raise UserError(msg)
+    return answers
+
+
+def checked_answer(answer: Any, hw: tuple[int, int], class_ids: np.ndarray, name: str) -> Detections | TileError:
+    """The answer to one tile, boxes clipped to the tile; boxes of which nothing lies in the tile are dropped.
+
+    Args:
+        answer: `Detections`, a `TileError`, or (boxes, scores, labels) with or without masks, as a tuple, a list or a
+            dict of these names. Boxes are [N, 4] xyxy in tile pixels; masks are run lengths (pycocotools' compressed
+            `counts`, or its whole dict), or [N, h, w] of truth values.
+        hw: (height, width) of the tile.
+        class_ids: [C] int64, what labels may be.
+        name: of the detector.
+
+    Returns:
+        The same as `Detections`, or why there are none.
+
+    Raises:
+        UserError: if the answer is of another type.
+    """
+    if isinstance(answer, TileError):
+        return answer
+    parts = _parts(answer, name)
+    try:
+        found = answer if isinstance(answer, Detections) else Detections(*parts[:3])
+        if parts[3] is not None:
+            found = replace(found, masks=_masks(parts[3], len(found), hw))
+        refused = refuse_nan(found)
+        if isinstance(refused, TileError):
+            return refused
+        return _in_tile(_with_fair_scores(_with_known_labels(found, class_ids)), hw)
+    except ValueError as error:
+        return TileError(f"detector {name!r} answered a tile wrongly: {error}")
+
+
+def _parts(answer: Any, name: str) -> tuple[Any, Any, Any, Any]:
+    """Boxes, scores, labels and masks, or None for these."""
+    if isinstance(answer, Detections):
+        return answer.boxes, answer.scores, answer.labels, answer.masks
+    if isinstance(answer, Mapping):
+        missing = [part for part in _PARTS[:3] if part not in answer]
+        if missing:
+            got = ", ".join(map(str, list(answer)[:_SHOWN])) or "none"
+            msg = f"detector {name!r}: an answer must have boxes, scores and labels, got no {missing[0]} among {got}"
+            raise UserError(msg)
+        return answer["boxes"], answer["scores"], answer["labels"], answer.get("masks")
+    if isinstance(answer, list | tuple) and len(answer) in (3, 4):
+        boxes, scores, labels, *masks = answer
+        return boxes, scores, labels, masks[0] if masks else None
+    got = f"{type(answer).__name__} of {len(answer)}" if isinstance(answer, list | tuple) else type(answer).__name__
+    msg = (
+        f"detector {name!r}: the answer to a tile must be Detections, (boxes, scores, labels) or (boxes, scores, "
+        f"labels, masks), got {got}"
+    )
+    raise UserError(msg)
+
+
+def _with_known_labels(found: Detections, class_ids: np.ndarray) -> Detections:
+    known = np.isin(found.labels, class_ids)
+    if not known.all():
+        first = ", ".join(map(str, class_ids[:_SHOWN].tolist())) + (" ..." if len(class_ids) > _SHOWN else "")
+        msg = f"label {found.labels[~known][0]} is none of its categories ({first}): declare it, or leave it out"
+        raise ValueError(msg)
+    return found
+
+
+def _with_fair_scores(found: Detections) -> Detections:
+    scores = found.scores
+    if not len(scores) or (scores.min() >= 0 and scores.max() <= 1):
+        return found
+    if scores.min() < -_ROUNDING or scores.max() > 1 + _ROUNDING:
+        worst = scores.max() if scores.max() > 1 + _ROUNDING else scores.min()
+        hint = "divide percentages by 100" if 1 < worst <= 100 else "apply the sigmoid or softmax"
+        msg = f"scores must be between 0 and 1, got {worst:g}: {hint}"
+        raise ValueError(msg)
+    return found.with_scores(np.clip(scores, 0, 1))
+
+
+def _in_tile(found: Detections, hw: tuple[int, int]) -> Detections:
+    boxes, ends = found.boxes, np.array([hw[1], hw[0]] * 2, np.float32)
+    if ((boxes >= 0) & (boxes <= ends)).all() and (boxes[:, :2] < boxes[:, 2:]).all():
+        return found
+    boxes = np.clip(boxes, 0, ends)
+    return replace(found, boxes=boxes)[np.flatnonzero((boxes[:, :2] < boxes[:, 2:]).all(axis=1))]
+
+
+def _masks(masks: Any, count: int, hw: tuple[int, int]) -> tuple[bytes, ...]:
+    """Run lengths of N masks of a tile."""
+    if not isinstance(masks, list | tuple):
+        array = as_numbers(masks, "masks")
+        if array.shape[:1] != (count,) or (count and array.shape[1:] != hw):
+            msg = f"masks must be [{count}, {hw[0]}, {hw[1]}], as boxes and the tile are, got {list(array.shape)}"
+            raise ValueError(msg)
+        masks = list(array)
+    if len(masks) != count:
+        msg = f"masks must be one for each of {count} boxes, got {len(masks)}"
+        raise ValueError(msg)
+    return tuple(_mask(mask, hw) for mask in masks)
+
+
+def _mask(mask: Any, hw: tuple[int, int]) -> bytes:
+    if isinstance(mask, Mapping):
+        mask = mask.get("counts")
+    if isinstance(mask, str):
+        mask = mask.encode("utf-8", "replace")
+    if isinstance(mask, bytes):
+        if not is_mask_of(mask, hw):
+            msg = f"a mask must be compressed run lengths of {hw[0]} x {hw[1]} pixels, as its tile, got others"
+            raise ValueError(msg)
+        return mask
+    pixels = as_numbers(mask, "a mask")
+    if pixels.shape != hw or not (pixels.dtype.kind == "b" or ((pixels == 0) | (pixels == 1)).all()):
+        msg = (
+            f"a mask must be [{hw[0]}, {hw[1]}] of truth values, as its tile, got shape {list(pixels.shape)} of "
+            f"{pixels.dtype}: set a threshold to probabilities"
+        )
+        raise ValueError(msg)
+    return encode_mask(np.asfortranarray(pixels, np.uint8))

@@ -1,0 +1,142 @@
+"""A detector whose declaration and every answer are checked: what all other code calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from scalenet_ray.core.answers import checked_answer, listed_answers, raised
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
+from scalenet_ray.core.look import Glimpse
+from scalenet_ray.models.detectors import Detector, ShowsFeatures, canvas_of, declaration
+from scalenet_ray.models.memory import saying_what_does_not_fit
+
+__all__ = ["CheckedDetector"]
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+
+
+class CheckedDetector:
+    """A frozen detector, held to what `Detector` promises.
+
+    Answers are taken in any of the forms of `core.answers`. Where the detector raises an exception on a batch, it is
+    called again tile by tile, and a tile on which it raises alone is answered by a `TileError` that quotes it.
+
+    Args:
+        detector: the detector.
+        name: what messages call it.
+
+    Attributes:
+        name: the same.
+        input_side: the longer side of a whole image's tile, in tile pixels.
+        iou_threshold: of its own suppression.
+        categories: class id -> name.
+
+    Raises:
+        UserError: if the declaration is not what it must be; see `declaration`.
+    """
+
+    def __init__(self, detector: Detector, name: str) -> None:
+        self._detector = detector
+        self.name = name
+        self.input_side, self.iou_threshold, self.categories = declaration(detector, name)
+        self._class_ids = np.array(sorted(self.categories), np.int64)
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """The detector's own, at least as large as the tile."""
+        return canvas_of(self._detector, hw, self.name)
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        """[h, w, 3] uint8 RGB each -> detections in tile pixels, or why there are none; [] without asking for [].
+
+        Raises:
+            UserError: if the detector's answers are not as many as tiles, or of another type.
+            OutOfMemoryError: if the batch does not fit the device's memory.
+        """
+        return _tile_by_tile_if_it_raises(pixels, self.ask, lambda error: error)
+
+    def ask(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        """As a call, of [h, w, 3] uint8 RGB each, but what the detector raises is let through."""
+        if not len(pixels):
+            return []
+        answers = saying_what_does_not_fit(lambda: listed_answers(self._detector(list(pixels)), len(pixels), self.name))
+        return [self._checked(answer, tile) for answer, tile in zip(answers, pixels, strict=True)]
+
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+        """[h, w, 3] uint8 RGB each -> the detections with the feature maps of the same forward pass.
+
+        Feature maps are () where the detector raised an exception.
+
+        Raises:
+            UserError: if the detector shows none, or its answers are not as many as tiles, or of another type.
+            OutOfMemoryError: if the batch does not fit the device's memory.
+        """
+        return _tile_by_tile_if_it_raises(pixels, self._ask_for_features, lambda error: Glimpse(error, ()))
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """The detector's own; raises as `with_features` does."""
+        return self._showing().feature_channels
+
+    @property
+    def feature_stride(self) -> int:
+        """The detector's own; raises as `with_features` does."""
+        return self._showing().feature_stride
+
+    def _ask_for_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+        showing = self._showing()
+        if not len(pixels):
+            return []
+        glimpses = saying_what_does_not_fit(
+            lambda: listed_answers(showing.with_features(list(pixels)), len(pixels), self.name)
+        )
+        for glimpse in glimpses:
+            if not isinstance(glimpse, Glimpse):
+                msg = f"detector {self.name!r}: with_features must answer with a Glimpse for each tile, got "
+                raise UserError(msg + type(glimpse).__name__)
+        return [
+            glimpse._replace(detections=self._checked(glimpse.detections, tile))
+            for glimpse, tile in zip(glimpses, pixels, strict=True)
+        ]
+
+    def _showing(self) -> ShowsFeatures:
+        if not hasattr(self._detector, "with_features"):
+            msg = (
+                f"this Scale Net reads the detector's feature maps, which {type(self._detector).__name__} does not "
+                "show: use yolox-onnx:PATH or tiny:PATH, or a Scale Net that looks at pixels"
+            )
+            raise UserError(msg)
+        return cast(ShowsFeatures, self._detector)
+
+    def _checked(self, answer: Any, tile: np.ndarray) -> Detections | TileError:
+        return checked_answer(answer, (tile.shape[0], tile.shape[1]), self._class_ids, self.name)
+
+
+def _tile_by_tile_if_it_raises(
+    pixels: Sequence[np.ndarray],
+    ask: Callable[[Sequence[np.ndarray]], list[T]],
+    failed: Callable[[TileError], T],
+) -> list[T]:
+    """The answers to a batch; if it raises, those to each tile alone.
+
+    What is wrong with the detector itself (`UserError`) and with the size of the batch is let through.
+    """
+    try:
+        return ask(pixels)
+    except TileError as error:
+        if len(pixels) == 1:
+            return [failed(error)]
+    except (OutOfMemoryError, UserError):
+        raise
+    except Exception as error:
+        _LOG.warning("the detector raised an exception on %d tiles", len(pixels), exc_info=True)
+        if len(pixels) == 1:
+            return [failed(raised(error))]
+    # Not while the error is handled: its frames hold what the batch has on the device.
+    return [answer for tile in pixels for answer in _tile_by_tile_if_it_raises([tile], ask, failed)]
