@@ -10,8 +10,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from scalenet_ray.arguments import parse_arguments
 from scalenet_ray.batch_report import PICTURES
-from scalenet_ray.coco_run import evaluate_policies, open_split
+from scalenet_ray.coco_run import CocoSplit, evaluate_policies, open_split, tell_remarks
+from scalenet_ray.core.bounds import ABOVE_ZERO, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
@@ -50,11 +52,11 @@ class EvalCoco:
     policies: tuple[str, ...] = ("whole", "grid-2", "first-pass", "scalenet", "oracle")
     policy_file: str | None = None
     compare_with: str | None = None
-    limit: int | None = None
+    limit: Annotated[int, ONE_OR_MORE] | None = None
     output: str | None = None
     resume: bool = False
     max_failures: int = 0
-    max_image_megapixels: float = 200.0
+    max_image_megapixels: Annotated[float, ABOVE_ZERO] = 200.0
     report_pictures: int = PICTURES
     engine: EngineName = "ray"
     networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
@@ -70,7 +72,7 @@ def _on_sample(job: EvalCoco) -> EvalCoco:
     return replace(job, data=str(ensure_sample(Path("runs/sample"))), networks=networks)
 
 
-def _policies(job: EvalCoco, session: Session, categories: dict[int, str]) -> list[Policy]:
+def _policies(job: EvalCoco, session: Session, split: CocoSplit) -> list[Policy]:
     info = session.call(job.networks.describe_detector)
     policies = [
         parse_policy(
@@ -81,17 +83,18 @@ def _policies(job: EvalCoco, session: Session, categories: dict[int, str]) -> li
         )
         for name in job.policies
     ]
-    policies += read_policies(job.policy_file) if job.policy_file else []
-    session.call(job.networks.check, check_names(policies), categories)
+    policies += read_policies(job.policy_file) if job.policy_file is not None else []
+    session.call(job.networks.check, check_names(policies), split.categories, split.unused_categories)
+    tell_remarks(split, info.categories, print)
     return policies
 
 
 def main(job: EvalCoco) -> int:
     """Run all policies, evaluate them, and print one table; the exit status says whether an image was lost."""
-    job = job if job.data else _on_sample(job)
+    job = _on_sample(job) if job.data is None else job
     session = Session(job.engine, job.resources)
     split = open_split(session, str(job.data), job.split, limit=job.limit, max_megapixels=job.max_image_megapixels)
-    policies = _policies(job, session, split.categories)
+    policies = _policies(job, session, split)
     if job.compare_with is not None and job.compare_with not in [policy.name for policy in policies]:
         msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
         raise UserError(msg)
@@ -120,4 +123,4 @@ def _settings(job: EvalCoco, policies: Sequence[Policy]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_job(main, tyro.cli(EvalCoco))
+    run_job(main, parse_arguments(EvalCoco))

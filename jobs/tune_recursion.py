@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +11,10 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from scalenet_ray.coco_run import CocoSplit, evaluate_policies, open_split
+from scalenet_ray.arguments import parse_arguments
+from scalenet_ray.coco_run import CocoSplit, evaluate_policies, open_split, tell_remarks
 from scalenet_ray.core import storage
+from scalenet_ray.core.bounds import ABOVE_ZERO, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.samples import ensure_sample
@@ -55,12 +58,12 @@ class TuneRecursion:
     report_split: str = "val2017"
     space: str = str(SPACE)
     ceiling: float | None = 2.5
-    limit: int | None = None
+    limit: Annotated[int, ONE_OR_MORE] | None = None
     subsets: tuple[float, ...] = (0.25, 0.5, 1.0)
     output: str | None = None
     resume: bool = False
     max_failures: int = 0
-    max_image_megapixels: float = 200.0
+    max_image_megapixels: Annotated[float, ABOVE_ZERO] = 200.0
     sweep: Annotated[Sweep, tyro.conf.OmitArgPrefixes] = field(default_factory=Sweep)
     networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
     resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
@@ -76,7 +79,7 @@ def _on_sample(job: TuneRecursion) -> TuneRecursion:
 
 
 def _start_policies(
-    job: TuneRecursion, space: SearchSpace, session: Session, categories: dict[int, str]
+    job: TuneRecursion, space: SearchSpace, session: Session, splits: Sequence[CocoSplit]
 ) -> list[Policy]:
     info = session.call(job.networks.describe_detector)
     policies = check_names(
@@ -90,7 +93,9 @@ def _start_policies(
             for name in space.policies
         ]
     )
-    session.call(job.networks.check, policies, categories)
+    for split in splits:
+        session.call(job.networks.check, policies, split.categories, split.unused_categories)
+        tell_remarks(split, info.categories, print)
     return policies
 
 
@@ -123,12 +128,14 @@ def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> Trial
 
 def main(job: TuneRecursion) -> int:
     """Tune, then report; writes trials.json, front.svg, report.html, best.yaml, tune/ for TensorBoard, and report/."""
-    job = job if job.data else _on_sample(job)
+    job = _on_sample(job) if job.data is None else job
     space = read_space(job.space)
     session = Session("ray", job.resources)
     limits: dict[str, Any] = {"max_megapixels": job.max_image_megapixels}
     tuned_on = open_split(session, str(job.data), job.split, limit=job.limit, **limits)
-    policies = _start_policies(job, space, session, tuned_on.categories)
+    # Both before the first trial: what is wrong with the other split must not come after all the work.
+    reported_on = open_split(session, str(job.data), job.report_split, limit=None, **limits)
+    policies = _start_policies(job, space, session, [tuned_on, reported_on])
     task = _task(job, policies, tuned_on)
     run = RunFolder(job.output or time.strftime("runs/tune_recursion/%Y%m%d-%H%M%S"))
     with run.begin(_settings(job, space, policies), resume=job.resume):
@@ -140,7 +147,6 @@ def main(job: TuneRecursion) -> int:
         best = best_policies(rows, task)
         run.write_text("best.yaml", yaml.safe_dump([policy_to_dict(policy) for policy in best], sort_keys=False))
 
-    reported_on = open_split(session, str(job.data), job.report_split, limit=None, **limits)
     report = RunFolder(storage.join(run.uri, "report"))
     contenders = [*policies, *best]
     settings = {
@@ -177,4 +183,4 @@ def _settings(job: TuneRecursion, space: SearchSpace, policies: list[Policy]) ->
 
 
 if __name__ == "__main__":
-    run_job(main, tyro.cli(TuneRecursion))
+    run_job(main, parse_arguments(TuneRecursion))

@@ -69,6 +69,9 @@ def _s3() -> AbstractFileSystem:
 def _locate(uri: Address) -> tuple[AbstractFileSystem, str]:
     """An address -> its file system and the path there; local paths become absolute."""
     text = os.fspath(uri)
+    if not text.strip():
+        msg = f"an address must be a path, file:// or s3://, got {text!r}: name a file or folder"
+        raise UserError(msg)
     scheme, separator, rest = text.partition("://")
     if not separator or scheme == "file":
         # Not fsspec's own parsing: a file's name may hold "::", which means a chain of file systems to it.

@@ -33,7 +33,8 @@ class _Measure:
     def __init__(self, images: TrainingImages, networks: NetworkNames) -> None:
         self._examples = [example for part in images.examples() for example in part]
         annotations = storage.join(images.data, "annotations", f"instances_{images.split}.json")
-        self._detect = networks.load_detector(read_annotations(annotations).categories)
+        dataset = read_annotations(annotations)
+        self._detect = networks.load_detector(dataset.categories, dataset.unused_categories)
         self._merging = Merging(score_threshold=networks.score_threshold)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:

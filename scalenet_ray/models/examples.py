@@ -105,7 +105,7 @@ class TrainingImages:
         return _read(self)
 
     def count_boxes_alone(self) -> int:
-        """How many objects have no segmentation, so that their boxes' pixels stand in."""
+        """How many objects have no usable segmentation, so that their boxes' pixels stand in."""
         return sum(o is None for part in self.examples() for each in part for o in each.objects.segmentations)
 
 
@@ -136,14 +136,14 @@ def read_pixels(example: Example) -> np.ndarray:
 
 
 def object_mask(objects: Objects, i: int, hw: tuple[int, int]) -> np.ndarray:
-    """[h, w] uint8 0 or 1, of object `i`; its box stands in where it has no segmentation."""
-    segmentation = objects.segmentations[i]
-    if segmentation is None:
+    """[h, w] uint8 0 or 1, of object `i`; its box stands in where it has no mask of this image."""
+    try:
+        return mask_of_segmentation(objects.segmentations[i], hw)
+    except TileError:
         mask = np.zeros(hw, np.uint8)
         x0, y0, x1, y1 = np.maximum(np.round(objects.boxes[i]), 0).astype(int)
         mask[y0:y1, x0:x1] = 1
         return mask
-    return mask_of_segmentation(segmentation, hw)
 
 
 def random_window(rng: np.random.Generator, hw: tuple[int, int], share: float) -> Window:

@@ -181,9 +181,10 @@ class _Opened:
 @functools.lru_cache(maxsize=1)
 def _opened(recipe: HeadRecipe) -> _Opened:
     images = recipe.images
-    categories = read_annotations(storage.join(images.data, "annotations", f"instances_{images.split}.json")).categories
+    dataset = read_annotations(storage.join(images.data, "annotations", f"instances_{images.split}.json"))
     scores = read_scores(recipe.scores)
-    return _Opened(recipe.networks.load_detector(categories), scores, *_category_weights(recipe, scores))
+    detector = recipe.networks.load_detector(dataset.categories, dataset.unused_categories)
+    return _Opened(detector, scores, *_category_weights(recipe, scores))
 
 
 def _category_weights(recipe: HeadRecipe, scores: Mapping[int, np.ndarray]) -> tuple[dict[int, float], float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -24,15 +24,16 @@ class MappedDetector:
     Args:
         detector: the frozen detector.
         categories: the data set's category ids and names.
+        unused: ids of those that no annotation is of, which the detector need not know.
 
     Raises:
         ValueError: if the detector does not know a category of the data set.
     """
 
-    def __init__(self, detector: Detector, categories: Mapping[int, str]) -> None:
+    def __init__(self, detector: Detector, categories: Mapping[int, str], unused: Collection[int] = ()) -> None:
         self._detector = detector
         self.input_side = detector.input_side
-        mapping = map_categories(detector.categories, categories)
+        mapping = map_categories(detector.categories, categories, unused)
         self._classes = np.array(sorted(mapping), np.int64)
         self._category_ids = np.array([mapping[class_id] for class_id in sorted(mapping)], np.int64)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
+from scalenet_ray.core.bounds import SHARE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.models.detectors import Detector, load_detector
@@ -54,8 +55,8 @@ class NetworkNames:
     scale_net: str | None = None
     device: str = "cpu"
     mixed_precision: bool = False
-    score_threshold: float = 0.01
-    iou_threshold: float | None = None
+    score_threshold: Annotated[float, SHARE] = 0.01
+    iou_threshold: Annotated[float, SHARE] | None = None
 
     def describe_detector(self) -> DetectorInfo:
         """Load the detector, on the CPU, and say what it is.
@@ -77,7 +78,7 @@ class NetworkNames:
         detector = MappedDetector(loaded := self._on_cpu()._load(), loaded.categories)
         return HeadConfig(detector.feature_channels, detector.feature_stride, detector=str(self.detector))
 
-    def check(self, policies: Sequence[Policy], categories: Mapping[int, str]) -> None:
+    def check(self, policies: Sequence[Policy], categories: Mapping[int, str], unused: Collection[int] = ()) -> None:
         """Load what the policies need, on the CPU, and let it go: what is wrong is said before a run begins.
 
         Raises:
@@ -85,7 +86,7 @@ class NetworkNames:
                 was trained on another detector's features, or says nothing of the gain that a policy goes by.
         """
         here = self._on_cpu()
-        detector = here.load_detector(categories)
+        detector = here.load_detector(categories, unused)
         for policy in policies:
             detector.canvas_hw((policy.largest_side, policy.largest_side))
         if any(policy.needs_network for policy in policies):
@@ -105,9 +106,9 @@ class NetworkNames:
         needed = any(policy.needs_network for policy in policies)
         return needed and isinstance(self._on_cpu().load_scale_net(), ScaleHeadPredictor)
 
-    def load_detector(self, categories: Mapping[int, str]) -> MappedDetector:
-        """The detector, its labels mapped by name to the ids of `categories`."""
-        return MappedDetector(self._load(), categories)
+    def load_detector(self, categories: Mapping[int, str], unused: Collection[int] = ()) -> MappedDetector:
+        """The detector, its labels mapped by name to the ids of `categories`; those `unused` it need not know."""
+        return MappedDetector(self._load(), categories, unused)
 
     def _on_cpu(self) -> NetworkNames:
         """The same where there may be no GPU: a cluster's head has none, and workers come only once there is work."""
