@@ -13,7 +13,7 @@ import tyro
 from scalenet_ray.arguments import parse_arguments
 from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
 from scalenet_ray.core.bounds import ABOVE_ZERO, ONE_OR_MORE
-from scalenet_ray.core.coco import list_images
+from scalenet_ray.core.coco import FoundImages, find_images
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
@@ -92,7 +92,10 @@ def main(job: DetectImages) -> int:
     """Detect, and write COCO results and Parquet; the exit status says whether an image was lost."""
     job = _on_sample(job) if job.images is None else job
     session = Session(job.engine, job.resources)
-    images = session.call(list_images, str(job.images))[: job.limit]
+    found: FoundImages = session.call(find_images, str(job.images))
+    images = found.records[: job.limit]
+    for remark in found.remarks:
+        print(f"{job.images}: {remark}")
     info = session.call(job.networks.describe_detector)
     policy = _policy(job, info)
     session.call(job.networks.check, [policy], info.categories)

@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from scalenet_ray.core.coco import (
     CocoDataset,
     ImageRecord,
+    find_images,
     list_images,
     map_categories,
     objects_of,
@@ -408,6 +409,45 @@ def test_a_parquet_file_without_addresses_is_refused(tmp_path: Path, table: dict
     pq.write_table(pa.table(table), tmp_path / "list.parquet")
     with pytest.raises(ValueError, match=message):
         list_images(tmp_path / "list.parquet")
+
+
+@pytest.mark.parametrize("name", ["list.parquet", "list"])
+def test_a_folder_of_parquet_files_lists_images(tmp_path: Path, name: str, s3_bucket: str):
+    for base in (str(tmp_path), s3_bucket):
+        for part, addresses in enumerate((["/data/b.jpg", "x.jpg"], ["s3://bucket/a.jpg"])):
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.table({"uri": addresses}), sink)
+            write_bytes_atomic(f"{base}/{name}/part-{part}.parquet", sink.getvalue().to_pybytes())
+        write_bytes_atomic(f"{base}/{name}/_SUCCESS", b"")
+        wanted = sorted(["/data/b.jpg", f"{base}/{name}/x.jpg", "s3://bucket/a.jpg"])
+        assert [record.file_name for record in list_images(f"{base}/{name}")] == wanted
+        assert [record.file_name for record in list_images(f"{base}/{name}/")] == wanted
+        assert [record.file_name for record in list_images(f"{base}/{name}/*.parquet")] == wanted
+
+
+def test_parts_of_a_list_that_name_an_image_twice_are_refused(tmp_path: Path):
+    (tmp_path / "list").mkdir()
+    for part in range(2):
+        pq.write_table(pa.table({"path": ["/data/a.jpg"]}), tmp_path / "list" / f"{part}.parquet")
+    with pytest.raises(ValueError, match=r"list must name each image once, got twice /data/a.jpg: remove"):
+        list_images(tmp_path / "list")
+
+
+def test_pictures_and_videos_that_are_not_read_are_counted(tmp_path: Path):
+    for name in ("a.jpg", "b.avif", "sub/c.AVIF", "d.mp4", "notes.txt", "list.parquet"):
+        write_bytes_atomic(tmp_path / "mixed" / name, b"")
+    found = find_images(tmp_path / "mixed")
+    assert [record.file_name for record in found.records] == [str(tmp_path / "mixed" / "a.jpg")]
+    assert found.remarks == ("2 files skipped: .avif is not read", "1 files skipped: .mp4 is not read")
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "photo.heic"])
+def test_a_folder_of_what_is_not_read_says_what_to_do(tmp_path: Path, name: str):
+    write_bytes_atomic(tmp_path / "in" / name, b"")
+    suffix = name[name.index(".") :]
+    for place in (tmp_path / "in", tmp_path / "in" / name):
+        with pytest.raises(ValueError, match=f"got none; 1 files skipped: {suffix} is not read: convert them, a video"):
+            list_images(place)
 
 
 def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path):

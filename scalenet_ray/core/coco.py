@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,16 +16,18 @@ import pyarrow.parquet as pq
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.images import IMAGE_SUFFIXES
+from scalenet_ray.core.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from scalenet_ray.core.masks import checked_segmentation, mask_of_image
 from scalenet_ray.core.storage import Address, atomic_writer, join, list_files, read_bytes
 from scalenet_ray.core.window import Window
 
 __all__ = [
     "CocoDataset",
+    "FoundImages",
     "ImageRecord",
     "Listing",
     "Objects",
+    "find_images",
     "images_and_categories",
     "list_images",
     "map_categories",
@@ -322,47 +323,76 @@ def safe_file_name(name: str) -> str:
     return name
 
 
+class FoundImages(NamedTuple):
+    """Images without annotations.
+
+    Attributes:
+        records: with ids 1 to N in the order of the sorted addresses, of unknown size.
+        remarks: what was left out, a line each.
+    """
+
+    records: list[ImageRecord]
+    remarks: tuple[str, ...]
+
+
 def list_images(uri: Address) -> list[ImageRecord]:
+    """The records of `find_images`; raises as that does."""
+    return find_images(uri).records
+
+
+def find_images(uri: Address) -> FoundImages:
     """The images of a folder, a glob, an S3 prefix, or a Parquet file with a column `uri` or `path`.
 
     Args:
-        uri: folders are read with their subfolders; relative paths in a Parquet file start at its own folder.
-
-    Returns:
-        Records with ids 1 to N in the order of the sorted addresses, of unknown size.
+        uri: folders are read with their subfolders; one without images but with Parquet files is a list of addresses
+            in parts. Relative paths in a Parquet file start at its own folder.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
-        ValueError: if it holds no image, or the Parquet file is no list of addresses.
+        UserError: if it holds no image, or a Parquet file is no list of addresses.
     """
-    if str(uri).lower().endswith(".parquet"):
-        names = _addresses_in_parquet(str(uri) if "://" in str(uri) else os.path.abspath(uri))
-    else:
-        names = list_files(uri, IMAGE_SUFFIXES)
-        if unwritable := [repr(name) for name in names if not _is_text(name)]:
-            _fail(f"names of files must be UTF-8, got {_first(unwritable)}: rename them")
+    files = list_files(uri)
+    names = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    skipped = Counter(name[name.rindex(".") :].lower() for name in files if name.lower().endswith(OTHER_SUFFIXES))
     if not names:
-        wanted = ", ".join(IMAGE_SUFFIXES)
-        _fail(f"{uri} must hold at least one image ({wanted}), got none: check the path, or quote a glob")
-    return [ImageRecord(i, name) for i, name in enumerate(sorted(names), start=1)]
+        names = _addresses_in_parquet([name for name in files if name.lower().endswith(".parquet")], uri)
+    if unwritable := [repr(name) for name in names if not _is_text(name)]:
+        _fail(f"names of files must be UTF-8, got {_first(unwritable)}: rename them")
+    remarks = [f"{count} files skipped: {suffix} is not read" for suffix, count in sorted(skipped.items())]
+    if not names:
+        wanted, got = ", ".join(IMAGE_SUFFIXES), "; ".join(["got none", *remarks])
+        remedy = "convert them, a video into single pictures" if skipped else "check the path, or quote a glob"
+        _fail(f"{uri} must hold at least one image ({wanted}), {got}: {remedy}")
+    return FoundImages([ImageRecord(i, name) for i, name in enumerate(sorted(names), start=1)], tuple(remarks))
 
 
-def _addresses_in_parquet(uri: str) -> list[str]:
+def _addresses_in_parquet(parts: Sequence[str], uri: Address) -> list[str]:
+    """The addresses in some Parquet files, which together are the list `uri`."""
+    names = [name for part in parts for name in _addresses_in_part(part)]
+    _refuse_twice(names, str(uri))
+    return names
+
+
+def _refuse_twice(names: Sequence[str], where: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        _fail(f"{where} must name each image once, got twice {_first(twice)}: remove them")
+
+
+def _addresses_in_part(uri: str) -> list[str]:
     try:
         file = pq.ParquetFile(pa.BufferReader(read_bytes(uri, max_bytes=_MOST_BYTES)))
         column = next((name for name in ("uri", "path") if name in file.schema_arrow.names), None)
         if column is None:
             _fail(f"{uri} must have a column uri or path, got {', '.join(file.schema_arrow.names)}: rename it")
         names = file.read([column]).column(column).to_pylist()
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         msg = f"{uri} must be a Parquet file, got something else ({error}): write it again"
         raise UserError(msg) from error
-    wrong = [i for i, name in enumerate(names) if not isinstance(name, str) or not name]
+    wrong = [i for i, name in enumerate(names) if not isinstance(name, str) or not name.strip()]
     if wrong:
         _fail(f"column {column} of {uri} must hold an address in each row, got none in rows {_first(wrong)}: fill it")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        _fail(f"column {column} of {uri} must name each image once, got twice {_first(twice)}: remove them")
+    _refuse_twice(names, f"column {column} of {uri}")
     folder = uri.rpartition("/")[0]
     return [name if name.startswith("/") or "://" in name else join(folder, name) for name in names]
 
