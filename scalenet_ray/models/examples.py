@@ -12,7 +12,7 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.images import read_image
 from scalenet_ray.core.masks import mask_of_segmentation
 from scalenet_ray.core.storage import join
-from scalenet_ray.core.window import Tile, Window
+from scalenet_ray.core.window import Tile, Window, fitted_hw
 
 __all__ = [
     "Example",
@@ -155,6 +155,4 @@ def random_window(rng: np.random.Generator, hw: tuple[int, int], share: float) -
 
 def tile_of_window(image_id: int, hw: tuple[int, int], window: Window, tile_side: int) -> Tile:
     """The tile of a window whose longer side becomes `tile_side` tile pixels."""
-    ratio = tile_side / max(window.height, window.width)
-    height, width = max(1, int(window.height * ratio)), max(1, int(window.width * ratio))
-    return Tile(image_id, (), hw, window, height, width)
+    return Tile(image_id, (), hw, window, *fitted_hw(window.height, window.width, tile_side))

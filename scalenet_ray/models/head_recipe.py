@@ -147,7 +147,8 @@ class HeadRecipe:
         answer = self._answer(model, batch)
         counts = count_pixels(answer[:, :NUM_CLASSES], batch["target"])
         captured = total = 0.0
-        said, true = answer[:, NUM_CLASSES].exp().cpu().numpy(), batch["gain"].cpu().numpy()
+        # A copy: on a CPU the array is the batch itself, and what is captured is taken away from it below.
+        said, true = answer[:, NUM_CLASSES].exp().cpu().numpy(), batch["gain"].cpu().numpy().copy()
         counted = (batch["target"] != IGNORE).cpu().numpy()
         side = max(1, int(said.shape[-1] * self.window))
         for i in range(len(said)):
