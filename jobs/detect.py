@@ -9,9 +9,11 @@ from typing import Annotated
 
 import tyro
 
+from scalenet_ray.arguments import parse_arguments
 from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
 from scalenet_ray.core.answers import MOST_FAILED
-from scalenet_ray.core.coco import list_images
+from scalenet_ray.core.bounds import ABOVE_ZERO, ONE_OR_MORE
+from scalenet_ray.core.coco import FoundImages, find_images
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
@@ -52,12 +54,12 @@ class DetectImages:
     images: str | None = None
     policy: str = "first-pass"
     policy_file: str | None = None
-    limit: int | None = None
+    limit: Annotated[int, ONE_OR_MORE] | None = None
     output: str | None = None
     resume: bool = False
     retry_failed: bool = False
     max_failures: int = 0
-    max_image_megapixels: float = 200.0
+    max_image_megapixels: Annotated[float, ABOVE_ZERO] = 200.0
     report_pictures: int = PICTURES
     engine: EngineName = "ray"
     networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
@@ -78,7 +80,7 @@ def _policy(job: DetectImages, info: DetectorInfo) -> Policy:
         iou_threshold=info.iou_threshold,
         score_threshold=job.networks.score_threshold,
     )
-    policies = check_names(read_policies(job.policy_file) if job.policy_file else [named])
+    policies = check_names(read_policies(job.policy_file) if job.policy_file is not None else [named])
     if len(policies) != 1 or policies[0].kind == "oracle":
         msg = f"detection takes one policy and has no ground truth, got {', '.join(p.name for p in policies)}"
         raise UserError(msg)
@@ -92,14 +94,17 @@ def _networks(names: NetworkNames, info: DetectorInfo) -> Networks:
 def main(job: DetectImages) -> int:
     """Detect, and write COCO results and Parquet; the exit status says whether an image was lost."""
     check_retry(job.retry_failed, resume=job.resume)
-    job = job if job.images else _on_sample(job)
+    job = _on_sample(job) if job.images is None else job
     session = Session(job.engine, job.resources)
     session.call(job.networks.check_device, job.engine == "local")
-    images = session.call(list_images, str(job.images))[: job.limit]
+    found: FoundImages = session.call(find_images, str(job.images))
+    images = found.records[: job.limit]
+    for remark in found.remarks:
+        print(f"{job.images}: {remark}")
     info = session.call(job.networks.describe_detector)
     policy = _policy(job, info)
     open_image = image_opener(None, round(job.max_image_megapixels * 1e6))
-    session.call(job.networks.check, [policy], info.categories, images[:MOST_FAILED], open_image)
+    session.call(job.networks.check, [policy], info.categories, (), images[:MOST_FAILED], open_image)
     run = RunFolder.of_job(job.output, "detect", resume=job.resume)
     settings = {
         "images": job.images,
@@ -135,4 +140,4 @@ def main(job: DetectImages) -> int:
 
 
 if __name__ == "__main__":
-    run_job(main, tyro.cli(DetectImages))
+    run_job(main, parse_arguments(DetectImages))

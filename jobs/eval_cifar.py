@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-import tyro
-
+from scalenet_ray.arguments import parse_arguments
 from scalenet_ray.canvas_report import CanvasOptions, run_experiment
+from scalenet_ray.core.bounds import ABOVE_ZERO
 from scalenet_ray.terminal import run_job
 
 
@@ -21,7 +22,7 @@ class EvalCifar(CanvasOptions):
     """
 
     data: str
-    width: float = 0.25
+    width: Annotated[float, ABOVE_ZERO] = 0.25
 
 
 def main(job: EvalCifar) -> int:
@@ -31,4 +32,4 @@ def main(job: EvalCifar) -> int:
 
 
 if __name__ == "__main__":
-    run_job(main, tyro.cli(EvalCifar))
+    run_job(main, parse_arguments(EvalCifar))

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from scalenet_ray.arguments import parse_arguments
 from scalenet_ray.batch_report import PICTURES
-from scalenet_ray.coco_run import CocoSplit, check_networks, evaluate_policies, open_split
+from scalenet_ray.coco_run import CocoSplit, check_networks, evaluate_policies, open_split, tell_remarks
+from scalenet_ray.core.bounds import ABOVE_ZERO, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
@@ -52,12 +54,12 @@ class EvalCoco:
     policies: tuple[str, ...] | None = None
     policy_file: str | None = None
     compare_with: str | None = None
-    limit: int | None = None
+    limit: Annotated[int, ONE_OR_MORE] | None = None
     output: str | None = None
     resume: bool = False
     retry_failed: bool = False
     max_failures: int = 0
-    max_image_megapixels: float = 200.0
+    max_image_megapixels: Annotated[float, ABOVE_ZERO] = 200.0
     report_pictures: int = PICTURES
     engine: EngineName = "ray"
     networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
@@ -101,15 +103,16 @@ def _policies(job: EvalCoco, session: Session, split: CocoSplit) -> list[Policy]
     info = session.call(job.networks.describe_detector)
     asked = job.policies
     policies = _default_policies(job, info, session) if asked is None else _named(job, info, asked)
-    policies += read_policies(job.policy_file) if job.policy_file else []
+    policies += read_policies(job.policy_file) if job.policy_file is not None else []
     check_networks(session, job.networks, check_names(policies), split)
+    tell_remarks(split, info.categories, print)
     return policies
 
 
 def main(job: EvalCoco) -> int:
     """Run all policies, evaluate them, and print one table; the exit status says whether an image was lost."""
     check_retry(job.retry_failed, resume=job.resume)
-    job = job if job.data else _on_sample(job)
+    job = _on_sample(job) if job.data is None else job
     session = Session(job.engine, job.resources)
     session.call(job.networks.check_device, job.engine == "local")
     split = open_split(session, str(job.data), job.split, limit=job.limit, max_megapixels=job.max_image_megapixels)
@@ -144,4 +147,4 @@ def _settings(job: EvalCoco, policies: Sequence[Policy]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_job(main, tyro.cli(EvalCoco))
+    run_job(main, parse_arguments(EvalCoco))

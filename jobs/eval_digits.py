@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import tyro
-
+from scalenet_ray.arguments import parse_arguments
 from scalenet_ray.canvas_report import CanvasOptions, run_experiment
 from scalenet_ray.terminal import run_job
 
@@ -28,4 +27,4 @@ def main(job: EvalDigits) -> int:
 
 
 if __name__ == "__main__":
-    run_job(main, tyro.cli(EvalDigits))
+    run_job(main, parse_arguments(EvalDigits))

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import tyro
 
+from scalenet_ray.arguments import parse_arguments
 from scalenet_ray.core import storage
+from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.samples import ensure_sample
 from scalenet_ray.engine.runs import RunFolder
@@ -45,9 +47,9 @@ class FinetuneDetector:
     split: str = "train2017"
     val_split: str = "val2017"
     holdout: float = 0.0
-    limit: int | None = None
+    limit: Annotated[int, ONE_OR_MORE] | None = None
     detector: str | None = None
-    input_side: int | None = None
+    input_side: Annotated[int, ONE_OR_MORE] | None = None
     output: str | None = None
     resume: bool = False
     training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: Training(epochs=12))
@@ -58,7 +60,7 @@ def main(job: FinetuneDetector) -> int:
     if job.detector is None and job.data is not None:
         msg = "--detector must name what is fine-tuned on --data, torchvision:NAME or torchvision:PATH, got none"
         raise UserError(msg)
-    data = job.data or str(ensure_sample(Path("runs/sample")))
+    data = str(ensure_sample(Path("runs/sample"))) if job.data is None else job.data
     job = replace(job, data=data, detector=job.detector or SAMPLE_START)
     images = TrainingImages(data, job.split, job.val_split, job.holdout, job.limit)
     recipe = plan_fine_tuning(images, str(job.detector), input_side=job.input_side, seed=job.training.seed)
@@ -78,4 +80,4 @@ def main(job: FinetuneDetector) -> int:
 
 
 if __name__ == "__main__":
-    run_job(main, tyro.cli(FinetuneDetector))
+    run_job(main, parse_arguments(FinetuneDetector))

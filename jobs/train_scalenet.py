@@ -13,7 +13,9 @@ from typing import Annotated
 
 import tyro
 
+from scalenet_ray.arguments import parse_arguments
 from scalenet_ray.core import storage
+from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.samples import ensure_sample
 from scalenet_ray.engine.gains import measure_dataset
@@ -59,11 +61,11 @@ class TrainScaleNet:
     split: str = "train2017"
     val_split: str = "val2017"
     holdout: float = 0.0
-    limit: int | None = None
+    limit: Annotated[int, ONE_OR_MORE] | None = None
     preset: str = "unet-light"
     detector: str | None = None
-    input_side: int | None = None
-    tile_side: int | None = None
+    input_side: Annotated[int, ONE_OR_MORE] | None = None
+    tile_side: Annotated[int, ONE_OR_MORE] | None = None
     encoder_weights: str | None = None
     output: str | None = None
     resume: bool = False
@@ -114,4 +116,4 @@ def main(job: TrainScaleNet) -> int:
 
 
 if __name__ == "__main__":
-    run_job(main, tyro.cli(TrainScaleNet))
+    run_job(main, parse_arguments(TrainScaleNet))

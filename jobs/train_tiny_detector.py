@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-import tyro
-
+from scalenet_ray.arguments import parse_arguments
 from scalenet_ray.core import storage
+from scalenet_ray.core.bounds import ABOVE_ZERO, ONE_OR_MORE
 from scalenet_ray.core.samples import SAMPLE_CATEGORIES, ensure_sample
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.models.examples import read_examples
@@ -39,11 +40,11 @@ class TrainTinyDetector:
 
     data: str = "runs/sample"
     output: str | None = None
-    epochs: int = 120
-    batch_size: int = 8
-    learning_rate: float = 2e-3
+    epochs: Annotated[int, ONE_OR_MORE] = 120
+    batch_size: Annotated[int, ONE_OR_MORE] = 8
+    learning_rate: Annotated[float, ABOVE_ZERO] = 2e-3
     seed: int = 0
-    limit: int | None = None
+    limit: Annotated[int, ONE_OR_MORE] | None = None
     device: str = "cpu"
     mixed_precision: bool = False
 
@@ -79,4 +80,4 @@ def main(job: TrainTinyDetector) -> int:
 
 
 if __name__ == "__main__":
-    run_job(main, tyro.cli(TrainTinyDetector))
+    run_job(main, parse_arguments(TrainTinyDetector))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +10,17 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from scalenet_ray.coco_run import CocoSplit, check_networks, check_split, evaluate_policies, open_split
+from scalenet_ray.arguments import parse_arguments
+from scalenet_ray.coco_run import (
+    CocoSplit,
+    check_networks,
+    check_split,
+    evaluate_policies,
+    open_split,
+    tell_remarks,
+)
 from scalenet_ray.core import storage
+from scalenet_ray.core.bounds import ABOVE_ZERO, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.samples import ensure_sample
@@ -54,12 +64,12 @@ class TuneRecursion:
     report_split: str = "val2017"
     space: str = str(SPACE)
     ceiling: float | None = 2.5
-    limit: int | None = None
+    limit: Annotated[int, ONE_OR_MORE] | None = None
     subsets: tuple[float, ...] = (0.25, 0.5, 1.0)
     output: str | None = None
     resume: bool = False
     max_failures: int = 0
-    max_image_megapixels: float = 200.0
+    max_image_megapixels: Annotated[float, ABOVE_ZERO] = 200.0
     sweep: Annotated[Sweep, tyro.conf.OmitArgPrefixes] = field(default_factory=Sweep)
     networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
     resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
@@ -74,7 +84,9 @@ def _on_sample(job: TuneRecursion) -> TuneRecursion:
     return replace(job, data=str(ensure_sample(Path("runs/sample"))), networks=networks)
 
 
-def _start_policies(job: TuneRecursion, space: SearchSpace, session: Session, split: CocoSplit) -> list[Policy]:
+def _start_policies(
+    job: TuneRecursion, space: SearchSpace, session: Session, splits: Sequence[CocoSplit]
+) -> list[Policy]:
     info = session.call(job.networks.describe_detector)
     policies = check_names(
         [
@@ -91,7 +103,9 @@ def _start_policies(job: TuneRecursion, space: SearchSpace, session: Session, sp
     if knowing:
         msg = f"a sweep tunes policies that read no ground truth, got {', '.join(knowing)}: leave it out of {job.space}"
         raise UserError(msg)
-    check_networks(session, job.networks, policies, split)
+    for split in splits:
+        check_networks(session, job.networks, policies, split)
+        tell_remarks(split, info.categories, print)
     return policies
 
 
@@ -124,13 +138,15 @@ def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> Trial
 
 def main(job: TuneRecursion) -> int:
     """Tune, then report; writes trials.json, front.svg, report.html, best.yaml, tune/ for TensorBoard, and report/."""
-    job = job if job.data else _on_sample(job)
+    job = _on_sample(job) if job.data is None else job
     space = read_space(job.space)
     session = Session("ray", job.resources)
     session.call(job.networks.check_device, False)
     limits: dict[str, Any] = {"max_megapixels": job.max_image_megapixels}
     tuned_on = open_split(session, str(job.data), job.split, limit=job.limit, **limits)
-    policies = _start_policies(job, space, session, tuned_on)
+    # Both before the first trial: what is wrong with the other split must not come after all the work.
+    reported_on = open_split(session, str(job.data), job.report_split, limit=None, **limits)
+    policies = _start_policies(job, space, session, [tuned_on, reported_on])
     task = _task(job, policies, tuned_on)
     run = RunFolder.of_job(job.output, "tune_recursion", resume=job.resume)
     workers = {"device": job.networks.device, **asdict(job.resources)}
@@ -154,7 +170,6 @@ def main(job: TuneRecursion) -> int:
         "policies": [policy_to_dict(policy) for policy in contenders],
     }
     with report.begin(settings, resume=job.resume, workers=workers):
-        reported_on = open_split(session, str(job.data), job.report_split, limit=None, **limits)
         document = evaluate_policies(
             session, report, contenders, job.networks, reported_on, print, compare_with=policies[0].name
         )
@@ -188,4 +203,4 @@ def _settings(job: TuneRecursion, space: SearchSpace, policies: list[Policy]) ->
 
 
 if __name__ == "__main__":
-    run_job(main, tyro.cli(TuneRecursion))
+    run_job(main, parse_arguments(TuneRecursion))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from scalenet_ray.arguments import parse_arguments
 from scalenet_ray.core import storage
+from scalenet_ray.core.bounds import SHARE
 from scalenet_ray.core.samples import sample_scene
 from scalenet_ray.export import ExportFormat, export_run
 from scalenet_ray.terminal import run_job, say, step_table
@@ -38,7 +40,7 @@ class Show:
     image: Annotated[str | None, tyro.conf.Positional] = None
     policy: str | None = None
     output: str = "recursion.png"
-    shown_score: float = 0.4
+    shown_score: Annotated[float, SHARE] = 0.4
     detector: str | None = None
     scale_net: str | None = None
     device: str = "cpu"
@@ -61,7 +63,7 @@ class Export:
     to: ExportFormat
     policy: str | None = None
     output: str | None = None
-    score_threshold: float = 0.0
+    score_threshold: Annotated[float, SHARE] = 0.0
 
 
 def show(job: Show) -> int:
@@ -102,7 +104,8 @@ def export(job: Export) -> int:
 
 def main(arguments: list[str]) -> None:
     """Run the command that is named; without one, say which there are."""
-    job = tyro.cli(Show | Export, prog="python -m scalenet_ray", description=__doc__, args=arguments or ["--help"])  # type: ignore[arg-type]
+    kinds: Any = Show | Export
+    job = parse_arguments(kinds, arguments or ["--help"], program="python -m scalenet_ray", about=__doc__)
     run_job(show if isinstance(job, Show) else export, job)  # type: ignore[arg-type]
 
 

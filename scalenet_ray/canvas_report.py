@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 from scalenet_ray.canvas_plots import response_plot, steps_plot
 from scalenet_ray.core import storage
+from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.engine.canvas_units import ablations, plan_pictures, plan_units, tabulate
 from scalenet_ray.engine.runs import RunFolder
@@ -40,8 +42,8 @@ class CanvasOptions:
     seeds: int = 3
     held_out: int = 0
     ablation: bool = False
-    train_limit: int | None = None
-    test_limit: int | None = None
+    train_limit: Annotated[int, ONE_OR_MORE] | None = None
+    test_limit: Annotated[int, ONE_OR_MORE] | None = None
     mixed_precision: bool = False
     gpus_per_task: float = 0.0
     output: str | None = None

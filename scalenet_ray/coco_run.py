@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
 from scalenet_ray.core import storage
 from scalenet_ray.core.answers import MOST_FAILED
-from scalenet_ray.core.coco import ImageRecord, images_and_categories
+from scalenet_ray.core.coco import ImageRecord, Listing, images_and_categories, unknown_categories
 from scalenet_ray.core.ground_truth import oracle_from
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.engine.analysis import INTERVALS_UP_TO, analyse_run
@@ -25,7 +26,9 @@ from scalenet_ray.engine.stages import Networks
 from scalenet_ray.models.networks import NetworkNames
 from scalenet_ray.policy_plot import policy_plot
 
-__all__ = ["CocoSplit", "check_networks", "check_split", "evaluate_policies", "open_split"]
+__all__ = ["CocoSplit", "check_networks", "check_split", "evaluate_policies", "open_split", "tell_remarks"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class CocoSplit:
         annotations: address of the instances file.
         images: the images that count.
         categories: id -> name.
+        unused_categories: ids of those that no annotation is of.
+        remarks: what is taken otherwise than it is written, a line each.
         max_pixels: larger images are refused before they are decoded.
     """
 
@@ -44,6 +49,8 @@ class CocoSplit:
     annotations: str
     images: Sequence[ImageRecord]
     categories: dict[int, str]
+    unused_categories: frozenset[int]
+    remarks: tuple[str, ...]
     max_pixels: int
 
 
@@ -58,8 +65,27 @@ def open_split(session: Session, data: str, split: str, *, limit: int | None, ma
         max_megapixels: larger images are refused before they are decoded.
     """
     annotations = storage.join(data, "annotations", f"instances_{split}.json")
-    images, categories = session.call(images_and_categories, annotations)
-    return CocoSplit(storage.join(data, split), annotations, images[:limit], categories, round(max_megapixels * 1e6))
+    found: Listing = session.call(images_and_categories, annotations)
+    return CocoSplit(
+        storage.join(data, split),
+        annotations,
+        found.images[:limit],
+        found.categories,
+        found.unused_categories,
+        found.remarks,
+        round(max_megapixels * 1e6),
+    )
+
+
+def tell_remarks(split: CocoSplit, detector_categories: Mapping[int, str], say: Callable[[str], None]) -> None:
+    """Say, and log, what of a split is taken otherwise than it is written, before a run begins."""
+    remarks = list(split.remarks)
+    if unknown := unknown_categories(detector_categories, split.categories, split.unused_categories):
+        names = f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
+        remarks.append(f"categories that no annotation is of and the detector does not know: {names}; left out")
+    for remark in remarks:
+        _LOG.warning("annotations", extra={"fields": {"file": split.annotations, "remark": remark}})
+        say(f"{split.annotations}: {remark}")
 
 
 def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:
@@ -71,7 +97,9 @@ def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:
 def check_networks(session: Session, networks: NetworkNames, policies: Sequence[Policy], split: CocoSplit) -> None:
     """Try the networks on the first images of a split, away from the driver; raises as `NetworkNames.check` does."""
     open_image = image_opener(split.folder, split.max_pixels)
-    session.call(networks.check, policies, split.categories, split.images[:MOST_FAILED], open_image)
+    session.call(
+        networks.check, policies, split.categories, split.unused_categories, split.images[:MOST_FAILED], open_image
+    )
 
 
 def evaluate_policies(
@@ -143,6 +171,6 @@ def _baseline(policies: Sequence[Policy]) -> str:
 
 def _networks(policy: Policy, names: NetworkNames, split: CocoSplit) -> Networks:
     return Networks(
-        partial(names.load_detector, split.categories),
+        partial(names.load_detector, split.categories, split.unused_categories),
         partial(oracle_from, split.annotations) if policy.kind == "oracle" else names.load_scale_net,
     )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -12,10 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from scalenet_ray.core.coco import (
     CocoDataset,
     ImageRecord,
+    find_images,
     list_images,
     map_categories,
     objects_of,
@@ -23,6 +28,7 @@ from scalenet_ray.core.coco import (
     read_annotations,
     safe_file_name,
     to_results,
+    unknown_categories,
     write_results,
 )
 from scalenet_ray.core.detections import Detections
@@ -144,6 +150,27 @@ def test_a_missing_key_is_named(section: str, key: str):
         (changed("annotations", 0, bbox=[1, 2, 3, 10**400]), "bbox of annotation 0 .* must be 4 finite numbers"),
         (changed("annotations", 0, bbox="1 2 3 4"), "bbox of annotation 0 .* must be 4 finite numbers"),
         (changed("annotations", 0, area=-1), "area of annotation 0 .* must be 0 or more, got -1"),
+        (changed("annotations", 0, area="40"), "area of annotation 0 .* must be 0 or more, got '40'"),
+        (changed("annotations", 0, area=True), "area of annotation 0 .* must be 0 or more, got True"),
+        (changed("annotations", 0, area=1e300), "area of annotation 0 .* must be 0 or more, got 1e"),
+        (changed("annotations", 0, bbox=[3e9, 2, 3, 4]), "bbox of annotation 0 .* up to 1e.09 pixels"),
+        (changed("annotations", 0, bbox={"x": 1}), "bbox of annotation 0 .* must be 4 finite numbers"),
+        (changed("annotations", 0, iscrowd="0"), "iscrowd of annotation 0 .* must be 0 or 1, got '0': correct it"),
+        (changed("annotations", 0, iscrowd="false"), "iscrowd of annotation 0 .* must be 0 or 1, got 'false'"),
+        (changed("annotations", 0, iscrowd=True), "iscrowd of annotation 0 .* must be 0 or 1, got True"),
+        (changed("annotations", 0, iscrowd=2), "iscrowd of annotation 0 .* must be 0 or 1, got 2"),
+        (changed("annotations", 0, iscrowd=1.0), "iscrowd of annotation 0 .* must be 0 or 1, got 1.0"),
+        (changed("annotations", 0, iscrowd=[]), r"iscrowd of annotation 0 .* must be 0 or 1, got \[\]"),
+        (changed("annotations", 1, category_id=1.0), r"category_id of annotations\[1\] \(id 5\) .* number, got 1.0"),
+        (changed("annotations", 1, category_id="1"), r"category_id of annotations\[1\] \(id 5\) .* number, got '1'"),
+        (changed("annotations", 1, image_id="7"), r"image_id of annotations\[1\] \(id 5\) .* whole number, got '7'"),
+        (changed("categories", 0, name=5), "name of a category .* must be text, got 5 in category 1: correct it"),
+        (changed("categories", 0, name=None), "name of a category .* must be text, got None in category 1"),
+        (changed("categories", 0, id="1"), r"id of categories\[0\] .* must be a whole number, got '1'"),
+        (changed("images", 0, height="200"), "height of image 7 .* must be 1 or more pixels, got '200'"),
+        (changed("images", 0, width=10**10), "width of image 7 .* must be 1 or more pixels, got 10000000000"),
+        (changed("images", 0, file_name=["a"]), "file_name of image 7 .* must be text, got"),
+        ({**document(), "images": {"7": {}}}, "must have a list of images, got dict"),
         (changed("images", 0, height=0), "height of image 7 .* must be 1 or more pixels, got 0"),
         (changed("images", 0, width=30.5), "width of image 7 .* must be 1 or more pixels, got 30.5"),
         (changed("images", 0, file_name=None), "file_name of image 7 .* must be text, got None"),
@@ -155,6 +182,141 @@ def test_a_missing_key_is_named(section: str, key: str):
 def test_bad_annotations_are_refused_by_name(parsed: Any, message: str):
     with pytest.raises(ValueError, match=message):
         parse_annotations(parsed)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_an_object_whose_iscrowd_nobody_said_is_no_crowd(missing: bool):
+    parsed = changed("annotations", 0, iscrowd=None)
+    if missing:
+        del parsed["annotations"][0]["iscrowd"]
+    assert parse_annotations(parsed).crowd.tolist() == [False, False]
+
+
+DAMAGED_MASKS: dict[str, Any] = {
+    "no points": [[]],
+    "one point": [[10, 20]],
+    "two points": [[10, 20, 18, 26]],
+    "an odd number": [[10, 20, 18, 20, 18, 26, 10]],
+    "NaN": [[10, 20, math.nan, 20, 18, 26]],
+    "infinity": [[10, 20, math.inf, 20, 18, 26]],
+    "a number without end": [[10, 20, 10**400, 20, 18, 26]],
+    "numbers as text": [["10", "20", "18", "20", "18", "26"]],
+    "null": [[10, 20, None, 20, 18, 26]],
+    "not nested": [10, 20, 18, 20, 18, 26],
+    "pairs": [[[10, 20], [18, 20], [18, 26]]],
+    "pairs of different lengths": [[[10, 20], [18], 26]],
+    "one good and one bad polygon": [[10, 20, 18, 20, 18, 26], [1, 2]],
+    "a text": "rubbish",
+    "an empty text": "",
+    "zero": 0,
+    "false": False,
+    "an empty object": {},
+    "runs of another size": {"size": [300, 200], "counts": [60000]},
+    "runs of a size as text": {"size": ["200", "300"], "counts": [60000]},
+    "runs that do not sum": {"size": [200, 300], "counts": [1, 2, 3]},
+    "negative runs": {"size": [200, 300], "counts": [60010, -10]},
+    "huge runs": {"size": [200, 300], "counts": [2**62, 2**62]},
+    "runs with a fraction": {"size": [200, 300], "counts": [100.0, 59900.0]},
+    "no runs": {"size": [200, 300], "counts": []},
+    "compressed runs of rubbish": {"size": [200, 300], "counts": "b'rubbish\u00e9'"},
+    "compressed runs without end": {"size": [200, 300], "counts": "o" * 1000},
+    "compressed runs that do not sum": {"size": [200, 300], "counts": "11"},
+    "empty compressed runs": {"size": [200, 300], "counts": ""},
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_MASKS)
+def test_an_object_with_a_damaged_mask_is_counted_by_its_box_and_named(kind: str):
+    dataset = parse_annotations(changed("annotations", 0, segmentation=copy.deepcopy(DAMAGED_MASKS[kind])))
+    assert dataset.segmentations == (None, None)
+    assert dataset.remarks == ("annotations with a segmentation that is no mask: 1, counted by their boxes (id 0)",)
+    rows = [masked(row) for row in truth_as_results(dataset)]
+    without = parse_annotations(document())
+    for iou_type in ("bbox", "segm"):
+        np.testing.assert_equal(evaluate(dataset, rows, iou_type=iou_type), evaluate(without, rows, iou_type=iou_type))
+
+
+def masked(row: dict[str, Any]) -> dict[str, Any]:
+    """A result with the mask of its box, on an image of 200 x 300."""
+    x, y, width, height = row["bbox"]
+    mask = np.zeros((200, 300), np.uint8, order="F")
+    mask[round(y) : round(y + height), round(x) : round(x + width)] = 1
+    return {**row, "segmentation": {"size": [200, 300], "counts": coco_mask.encode(mask)["counts"].decode()}}
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_no_segmentation_is_no_damage(nothing: Any):
+    dataset = parse_annotations(changed("annotations", 0, segmentation=nothing))
+    assert dataset.segmentations == (None, None)
+    assert dataset.remarks == ()
+
+
+@pytest.mark.parametrize("far", [3e8, 1e300, -3e8, 10**15])
+def test_a_polygon_far_outside_is_cut_to_the_images_surroundings(far: float):
+    dataset = parse_annotations(changed("annotations", 0, segmentation=[[10, 20, far, 20, 18, 26]]))
+    (points,) = dataset.segmentations[0]
+    assert max(map(abs, points)) <= 2 * 300
+    assert dataset.remarks == ()
+    rows = [masked(row) for row in truth_as_results(dataset)]
+    assert evaluate(dataset, rows, iou_type="segm")["AP_large"] == pytest.approx(100)
+
+
+def test_a_crowds_run_lengths_stay_as_they_are():
+    crowd = {"size": [200, 300], "counts": [100, 20, 59880]}
+    dataset = parse_annotations(changed("annotations", 0, segmentation=crowd, iscrowd=1))
+    assert dataset.segmentations[0] == crowd
+    assert dataset.remarks == ()
+
+
+def test_masks_of_an_image_whose_size_nobody_said_are_measured_at_the_size_of_its_results():
+    parsed = changed("annotations", 0, segmentation=[[10, 20, 18, 20, 18, 26, 10, 26]])
+    rows = [masked(row) for row in truth_as_results(parse_annotations(parsed))]
+    wanted = evaluate(parsed, rows, iou_type="segm")
+    del parsed["images"][0]["height"], parsed["images"][1]["width"]
+    np.testing.assert_equal(evaluate(parsed, rows, iou_type="segm"), wanted)
+    nothing_found = evaluate(parsed, [], iou_type="segm")
+    assert (nothing_found["AP"], nothing_found["AR_100"]) == (0, 0)
+
+
+def test_masks_of_an_image_that_was_not_read_are_not_made():
+    # Of this annotated size they would take gigabytes.
+    parsed = changed("images", 0, height=10**9, width=10**9)
+    parsed["annotations"][0]["segmentation"] = [[0, 0, 2e9, 0, 2e9, 2e9, 0, 2e9]]
+    assert evaluate(parsed, [], iou_type="segm")["AP"] == 0
+
+
+def test_masks_are_measured_as_pycocotools_measures_them():
+    rng = np.random.default_rng(0)
+    parsed = document()
+    parsed["annotations"], rows = [], []
+    for i in range(40):
+        x, y, side = rng.uniform(0, 150), rng.uniform(0, 100), rng.uniform(10, 100)
+        polygon = [x, y, x + side, y + 3, x + side - 2, y + side, x - 5, y + side / 2]
+        crowd = i % 10 == 0
+        runs: Any = coco_mask.frPyObjects([polygon], 200, 300)[0]
+        plain = {"size": runs["size"], "counts": runs["counts"].decode()}
+        parsed["annotations"].append(
+            {
+                **{"id": i + 1, "image_id": 7, "category_id": 1 + 2 * (i % 2), "bbox": [x, y, side, side]},
+                **{"iscrowd": int(crowd), "area": side * side, "segmentation": plain if crowd else [polygon]},
+            }
+        )
+        moved: Any = coco_mask.frPyObjects([(np.array(polygon) + rng.normal(0, 4, 8)).tolist()], 200, 300)[0]
+        found = {"size": moved["size"], "counts": moved["counts"].decode()}
+        row = {"image_id": 7, "category_id": 1 + 2 * (i % 2), "bbox": [x, y, side, side], "segmentation": found}
+        rows.append({**row, "score": float(rng.uniform())})
+    truth = COCO()
+    truth.dataset = copy.deepcopy(parsed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        # With boxes, pycocotools takes their area for the masks'.
+        masks_alone = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
+        wanted = COCOeval(truth, truth.loadRes(masks_alone), "segm")
+        wanted.evaluate()
+        wanted.accumulate()
+        wanted.summarize()
+    measured = [value / 100 for value in evaluate(parsed, rows, iou_type="segm").values()]
+    np.testing.assert_array_almost_equal(measured, np.where(wanted.stats < 0, np.nan, wanted.stats), decimal=12)
 
 
 def test_only_the_first_few_of_many_errors_are_listed():
@@ -249,6 +411,45 @@ def test_a_parquet_file_without_addresses_is_refused(tmp_path: Path, table: dict
         list_images(tmp_path / "list.parquet")
 
 
+@pytest.mark.parametrize("name", ["list.parquet", "list"])
+def test_a_folder_of_parquet_files_lists_images(tmp_path: Path, name: str, s3_bucket: str):
+    for base in (str(tmp_path), s3_bucket):
+        for part, addresses in enumerate((["/data/b.jpg", "x.jpg"], ["s3://bucket/a.jpg"])):
+            sink = pa.BufferOutputStream()
+            pq.write_table(pa.table({"uri": addresses}), sink)
+            write_bytes_atomic(f"{base}/{name}/part-{part}.parquet", sink.getvalue().to_pybytes())
+        write_bytes_atomic(f"{base}/{name}/_SUCCESS", b"")
+        wanted = sorted(["/data/b.jpg", f"{base}/{name}/x.jpg", "s3://bucket/a.jpg"])
+        assert [record.file_name for record in list_images(f"{base}/{name}")] == wanted
+        assert [record.file_name for record in list_images(f"{base}/{name}/")] == wanted
+        assert [record.file_name for record in list_images(f"{base}/{name}/*.parquet")] == wanted
+
+
+def test_parts_of_a_list_that_name_an_image_twice_are_refused(tmp_path: Path):
+    (tmp_path / "list").mkdir()
+    for part in range(2):
+        pq.write_table(pa.table({"path": ["/data/a.jpg"]}), tmp_path / "list" / f"{part}.parquet")
+    with pytest.raises(ValueError, match=r"list must name each image once, got twice /data/a.jpg: remove"):
+        list_images(tmp_path / "list")
+
+
+def test_pictures_and_videos_that_are_not_read_are_counted(tmp_path: Path):
+    for name in ("a.jpg", "b.avif", "sub/c.AVIF", "d.mp4", "notes.txt", "list.parquet"):
+        write_bytes_atomic(tmp_path / "mixed" / name, b"")
+    found = find_images(tmp_path / "mixed")
+    assert [record.file_name for record in found.records] == [str(tmp_path / "mixed" / "a.jpg")]
+    assert found.remarks == ("2 files skipped: .avif is not read", "1 files skipped: .mp4 is not read")
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "photo.heic"])
+def test_a_folder_of_what_is_not_read_says_what_to_do(tmp_path: Path, name: str):
+    write_bytes_atomic(tmp_path / "in" / name, b"")
+    suffix = name[name.index(".") :]
+    for place in (tmp_path / "in", tmp_path / "in" / name):
+        with pytest.raises(ValueError, match=f"got none; 1 files skipped: {suffix} is not read: convert them, a video"):
+            list_images(place)
+
+
 def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path):
     (tmp_path / "list.parquet").write_bytes(b"a,b,c")
     with pytest.raises(ValueError, match="must be a Parquet file, got something else"):
@@ -284,6 +485,26 @@ def test_classes_are_mapped_by_name_and_others_dropped():
 def test_categories_that_do_not_fit_are_refused(detector: dict, dataset: dict, message: str):
     with pytest.raises(ValueError, match=message):
         map_categories(detector, dataset)
+
+
+def test_a_category_that_no_annotation_is_of_may_be_unknown_to_the_detector():
+    detector, dataset = {0: "dog", 1: "cat"}, {0: "things", 1: "dog", 2: "cat", 3: "ship"}
+    assert map_categories(detector, dataset, unused={0, 2, 3}) == {0: 1, 1: 2}
+    assert unknown_categories(detector, dataset, {0, 2, 3}) == ["things", "ship"]
+    with pytest.raises(ValueError, match="got no things among its dog, cat: use a detector trained on them"):
+        map_categories(detector, dataset, unused={3})
+
+
+@pytest.mark.parametrize("unused", [1, 2])
+def test_an_unused_category_stands_behind_one_of_the_same_name(unused: int):
+    assert map_categories({0: "dog"}, {1: "dog", 2: "Dog"}, unused={unused}) == {0: 3 - unused}
+
+
+def test_categories_without_annotations_are_unused():
+    assert parse_annotations(document()).unused_categories == frozenset()
+    parsed = document()
+    parsed["categories"].append({"id": 0, "name": "things"})
+    assert parse_annotations(parsed).unused_categories == {0}
 
 
 # --- results out ------------------------------------------------------------------------------------
@@ -408,8 +629,6 @@ def test_segm_says_what_it_lacks():
     row = {"image_id": 7, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 1.0}
     with pytest.raises(ValueError, match="segm needs a segmentation in each result, got none in image 7: evaluate"):
         evaluate(document(), [row], iou_type="segm")
-    with pytest.raises(ValueError, match="segm needs the height and width of every image"):
-        evaluate(changed("images", 0, height=None), [], iou_type="segm")
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])

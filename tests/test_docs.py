@@ -165,7 +165,7 @@ def flags_of(command: str) -> frozenset[str]:
         kind: type = {"show": Show, "export": Export}[command]
     else:
         module = load_job(command)
-        named = re.search(r"tyro\.cli\((\w+)", Path(str(module.__file__)).read_text())
+        named = re.search(r"parse_arguments\((\w+)", Path(str(module.__file__)).read_text())
         assert named is not None
         kind = getattr(module, named[1])
     said = io.StringIO()

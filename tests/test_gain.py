@@ -5,7 +5,7 @@ import pytest
 
 from scalenet_ray.core.coco import Objects
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.gain import ZOOMS, gain_map, gain_of_zoom, measure_scores, object_scores
+from scalenet_ray.core.gain import ZOOMS, _covering_tiles, gain_map, gain_of_zoom, measure_scores, object_scores
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.window import Tile, Window
 from tests.oracles import PerfectDetector, draw_squares
@@ -39,6 +39,14 @@ def test_scores_rise_where_zoom_brings_an_object_into_the_detectors_range() -> N
     assert scores[0, : ZOOMS.index(2.0)].tolist() == [0, 0]
     assert (scores[0, ZOOMS.index(2.0) :] > 0).all()
     assert scores[1, 0] > 0
+
+
+def test_tiles_have_the_detectors_longer_side_whatever_the_images_is() -> None:
+    sides = [47, 427, 1242, 1920, *range(1000, 1100)]
+    for side in sides:
+        for zoom in ZOOMS:
+            tiles = _covering_tiles(0, (side // 2, side), 416, zoom)
+            assert {max(tile.height, tile.width) for tile in tiles} == {416}
 
 
 def test_gains_are_interpolated_along_the_zooms_logarithm_and_never_negative() -> None:

@@ -106,6 +106,64 @@ def test_a_truncated_jpeg_says_what_to_do():
         decode_image(encoded(PIXELS, "JPEG")[:-10])
 
 
+SMOOTH = np.add.outer(np.arange(40.0), np.arange(56.0))[:, :, None] * [2.0, 1.0, 2.5] + PIXELS.repeat(2, 0)[:, :1] / 8
+JPEGS: dict[str, dict] = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "optimised": {"optimize": True, "subsampling": 0},
+    "restart markers": {"restart_marker_blocks": 2},
+    "progressive, restart markers": {"progressive": True, "restart_marker_rows": 1},
+    "grey": {"grey": True},
+}
+
+
+def jpeg(kind: str) -> bytes:
+    options = dict(JPEGS[kind])
+    image = Image.fromarray(SMOOTH.astype(np.uint8))
+    return encoded(image.convert("L") if options.pop("grey", False) else image, "JPEG", quality=90, **options)
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("end", [b"", b"\xff", bytes(500), b"\xff" * 500], ids=["none", "half", "zeros", "ones"])
+def test_a_jpeg_that_lacks_its_end_marker_alone_is_read(kind: str, end: bytes):
+    whole = jpeg(kind)
+    assert whole.endswith(b"\xff\xd9")
+    assert np.array_equal(decode_image(whole[:-2] + end), decode_image(whole))
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_what_stands_behind_the_end_marker_of_a_jpeg_changes_nothing(kind: str):
+    assert np.array_equal(decode_image(jpeg(kind) + b"rubbish \xff\xda \xff\xd3" * 9), decode_image(jpeg(kind)))
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("end", [b"", bytes(500), b"\xff" * 500], ids=["none", "zeros", "ones"])
+def test_no_half_picture_passes_for_a_jpeg_without_its_end(kind: str, end: bytes):
+    data = jpeg(kind)
+    whole, refused = decode_image(data), 0
+    lengths = [*range(data.index(b"\xff\xda"), len(data) - 2, 17), *range(len(data) - 12, len(data) - 2)]
+    for length in lengths:
+        try:
+            pixels = decode_image(data[:length] + end)
+        except TileError:
+            refused += 1
+        else:
+            # The last byte of a scan may hold nothing but padding.
+            assert np.array_equal(pixels, whole)
+    assert refused >= len(lengths) - 2
+
+
+def test_a_jpeg_that_ends_between_two_scans_is_refused():
+    data = jpeg("progressive")
+    scans = [i for i in range(len(data)) if data[i : i + 2] == b"\xff\xda"]
+    assert len(scans) > 3
+    for start in scans[1:]:
+        # A table of codes may stand before a scan.
+        end = data.rindex(b"\xff\xc4", 0, start) if b"\xff\xc4" in data[start - 60 : start] else start
+        with pytest.raises(TileError, match="truncated"):
+            decode_image(data[:end])
+
+
 @pytest.mark.parametrize(
     "data", [b"", b"<html>404</html>", b"%PDF-1.7", b"P6 1 1 255 aaa", b"\x00\x00\x01\x00" + bytes(60)]
 )

@@ -12,8 +12,11 @@ from scalenet_ray.core.look import look
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.recursion import expand, recursive_detect
 from scalenet_ray.core.samples import SAMPLE_CATEGORIES, make_scene, write_sample
-from scalenet_ray.core.scale import ScaleMap
+from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.core.window import Tile
+from scalenet_ray.engine import gains
+from scalenet_ray.models.examples import TrainingImages
+from scalenet_ray.models.head_recipe import HeadRecipe, read_scores
 from scalenet_ray.models.imagenet import load_encoder_weights
 from scalenet_ray.models.losses import poisson_loss
 from scalenet_ray.models.mapped_detector import MappedDetector
@@ -201,6 +204,48 @@ def test_installed_imagenet_weights_fill_the_encoder() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     # What ImageNet taught, and not the start: batch norms have seen data.
     assert any(float(value.std()) > 0 for name, value in first.items() if name.endswith("running_mean"))
+
+
+class _Says(torch.nn.Module):
+    """A head that says the same of every cell."""
+
+    def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
+        return torch.zeros((len(levels[0]), NUM_CLASSES + 1, 8, 8))
+
+
+def test_counting_leaves_the_batch_as_it_is() -> None:
+    recipe = HeadRecipe(TrainingImages("nowhere"), NETWORKS, "nowhere", HeadConfig((4,), 8, detector="none"))
+    batch = {
+        "level0": torch.zeros((1, 4, 8, 8)),
+        "target": torch.ones((1, 8, 8), dtype=torch.uint8),
+        "gain": torch.rand((1, 8, 8), generator=torch.Generator().manual_seed(0)),
+    }
+    before = {name: value.clone() for name, value in batch.items()}
+    counts = recipe.count(_Says(), batch)
+    assert counts["captured"] > 0
+    assert all(torch.equal(batch[name], before[name]) for name in batch)
+    assert counts["loss"] == recipe.loss(_Says(), before).item()
+
+
+@pytest.mark.ray
+def test_scores_of_all_files_are_measured_by_one_pool(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gains, "_IMAGES_PER_FILE", 2)
+    data = write_sample(tmp_path / "sample", train=4, val=1)
+    (data / "train2017" / "000000000002.jpg").write_bytes(b"no picture")
+    images, lines = TrainingImages(str(data)), []
+    gains.measure_dataset(images, NETWORKS, str(tmp_path / "scores"), actors=1, say=lines.append)
+    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == [f"{i:07d}.parquet" for i in (0, 2, 4)]
+    examples = [example for part in images.examples() for example in part]
+    scores = read_scores(str(tmp_path / "scores"))
+    assert {len(scores[example.image_id]) == len(example.objects.boxes) for example in examples[2:]} == {True}
+    assert lines[-1] == "scores of objects measured: 5 of 5 images"
+    (tmp_path / "scores" / "0000002.parquet").unlink()
+    gains.measure_dataset(images, NETWORKS, str(tmp_path / "scores"), actors=1, say=lines.append)
+    assert lines[-1] == "scores of objects measured: 5 of 5 images"
+    again = read_scores(str(tmp_path / "scores"))
+    assert all(np.array_equal(again[image_id], values) for image_id, values in scores.items())
 
 
 @pytest.mark.ray

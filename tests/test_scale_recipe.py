@@ -19,7 +19,7 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.samples import write_sample
 from scalenet_ray.core.scale import IGNORE
 from scalenet_ray.core.window import Window
-from scalenet_ray.models.examples import read_examples, read_pixels
+from scalenet_ray.models.examples import object_mask, read_examples, read_pixels, tile_of_window
 from scalenet_ray.models.losses import focal_loss
 from scalenet_ray.models.recipe import Batch, Row, clip_and_step, forward_backward
 from scalenet_ray.models.scale_measures import count_pixels, pixel_figures
@@ -233,6 +233,20 @@ def test_a_held_out_share_is_validated_on_and_not_trained_on(sample: Path) -> No
 def test_a_holdout_that_is_no_share_is_refused(holdout: float) -> None:
     with pytest.raises(ValueError, match=f"holdout must be a share of the images, .* got {holdout}"):
         TrainingImages("data", holdout=holdout)
+
+
+def test_a_training_tile_is_as_large_as_the_same_tile_in_inference() -> None:
+    for side in range(1, 3001):
+        tile = tile_of_window(0, (side, side), Window(0, 0, side, side), 416)
+        assert (tile.height, tile.width) == (416, 416)
+
+
+@pytest.mark.parametrize("damaged", [[[]], [[1, 2, 3, 4]], {"size": [8, 8], "counts": [64]}, "rubbish"])
+def test_a_damaged_mask_is_its_box_in_training_too(damaged: object) -> None:
+    box = (16, 32, 32, 48)
+    np.testing.assert_array_equal(
+        object_mask(_objects(box, segmentations=(damaged,)), 0, (64, 64)), object_mask(_objects(box), 0, (64, 64))
+    )
 
 
 def test_objects_without_a_segmentation_are_counted(sample: Path, tmp_path: Path) -> None:

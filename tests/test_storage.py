@@ -10,6 +10,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from scalenet_ray.core import storage
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.storage import atomic_writer, exists, join, list_files, read_bytes, write_bytes_atomic
 from tests.s3_faults import ANSWERS, BREAKS, FaultyS3, faulty_s3
 
@@ -128,6 +129,27 @@ def test_other_processes_files_are_seen_at_once(s3_bucket: str):
     assert len(list_files(f"{s3_bucket}/in")) == 1
     S3FileSystem(skip_instance_cache=True).pipe_file(f"{s3_bucket}/in/2", b"x")
     assert len(list_files(f"{s3_bucket}/in")) == 2
+
+
+def test_a_space_in_a_file_address_may_be_written_as_percent_20(tmp_path: Path):
+    (tmp_path / "my photos").mkdir()
+    (tmp_path / "my photos" / "a.txt").write_bytes(b"one")
+    (tmp_path / "my%20photos.txt").write_bytes(b"two")
+    assert read_bytes(f"file://{tmp_path}/my%20photos/a.txt") == b"one"
+    assert read_bytes(f"file://localhost{tmp_path}/my%20photos/a.txt") == b"one"
+    assert list_files(f"file://{tmp_path}/my%20photos") == [f"{tmp_path}/my photos/a.txt"]
+    assert read_bytes(f"file://{tmp_path}/my%20photos.txt") == b"two"
+
+
+@pytest.mark.parametrize("address", ["", "  "])
+def test_an_empty_address_is_no_folder(address: str):
+    with pytest.raises(UserError, match="an address must be a path, file:// or s3://, got '"):
+        list_files(address)
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path):
+    with pytest.raises(OSError, match=r"cannot read .*: it is a folder; name a file in it"):
+        read_bytes(tmp_path)
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/file", "http://host/file", "simplecache::s3://bucket/file"])

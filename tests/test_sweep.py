@@ -109,7 +109,7 @@ def test_what_exceeds_the_ceiling_scores_below_all_that_does_not(data: Path) -> 
 
 
 def test_an_image_that_cannot_be_read_costs_itself_alone(data: Path, tmp_path: Path) -> None:
-    images, _ = images_and_categories(data / "annotations" / "instances_train2017.json")
+    images = images_and_categories(data / "annotations" / "instances_train2017.json").images
     folder = tmp_path / "images"
     folder.mkdir()
     for record in images[1:]:

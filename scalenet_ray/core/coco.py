@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
@@ -17,15 +16,18 @@ import pyarrow.parquet as pq
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.images import IMAGE_SUFFIXES
-from scalenet_ray.core.masks import mask_of_image
+from scalenet_ray.core.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
+from scalenet_ray.core.masks import checked_segmentation, mask_of_image
 from scalenet_ray.core.storage import Address, atomic_writer, join, list_files, read_bytes
 from scalenet_ray.core.window import Window
 
 __all__ = [
     "CocoDataset",
+    "FoundImages",
     "ImageRecord",
+    "Listing",
     "Objects",
+    "find_images",
     "images_and_categories",
     "list_images",
     "map_categories",
@@ -34,12 +36,17 @@ __all__ = [
     "read_annotations",
     "safe_file_name",
     "to_results",
+    "unknown_categories",
     "write_results",
 ]
 
 _SHOWN = 5
+_LONGEST_VALUE = 80
 # Of a file of annotations or addresses: parsed it takes some ten times as much memory.
 _MOST_BYTES = 2 * 2**30
+# Of a coordinate or a side of a box: what is further than this is no place in an image, and no float32 either.
+_FARTHEST = 1e9
+_LARGEST_AREA = _FARTHEST**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +80,7 @@ class Objects(NamedTuple):
         areas: [N] float64, mask pixels as annotated; the box's area where the annotation has none.
         labels: [N] int64 category ids.
         crowd: [N] bool, whether it stands for a crowd of objects.
-        segmentations: N polygons or run lengths as COCO writes them, None where there is only a box.
+        segmentations: N polygons or run lengths as COCO writes them, None where only the box counts.
     """
 
     boxes: np.ndarray
@@ -95,8 +102,9 @@ class CocoDataset:
         areas: [M] float64 mask pixels.
         labels: [M] int64 category ids.
         crowd: [M] bool.
-        segmentations: M polygons or run lengths as COCO writes them, or None.
+        segmentations: M polygons or run lengths that pycocotools can read, or None: there is none, or it is damaged.
         annotation_ids: [M] int64, the objects' own ids.
+        damaged_masks: ids of the annotations with a damaged segmentation; their boxes count, as where there is none.
     """
 
     images: tuple[ImageRecord, ...]
@@ -108,6 +116,20 @@ class CocoDataset:
     crowd: np.ndarray
     segmentations: tuple[Any, ...]
     annotation_ids: np.ndarray
+    damaged_masks: tuple[int, ...] = ()
+
+    @cached_property
+    def unused_categories(self) -> frozenset[int]:
+        """Ids of the categories that no annotation is of; no figure counts them."""
+        return frozenset(self.categories.keys() - set(np.unique(self.labels).tolist()))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is taken otherwise than it is written, a line each, for the person who starts a run."""
+        if not self.damaged_masks:
+            return ()
+        count, ids = len(self.damaged_masks), _first(self.damaged_masks)
+        return (f"annotations with a segmentation that is no mask: {count}, counted by their boxes (id {ids})",)
 
     @cached_property
     def rows_by_image(self) -> dict[int, np.ndarray]:
@@ -127,12 +149,18 @@ def _fail(message: str) -> NoReturn:
 def _first(values: Iterable[object]) -> str:
     """The first few of many, for a message."""
     values = list(values)
-    return ", ".join(map(str, values[:_SHOWN])) + (f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else "")
+    shown = (" ".join(str(value).split()) for value in values[:_SHOWN])
+    return ", ".join(shown) + (f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else "")
 
 
 def _is_number(value: object) -> bool:
-    # Compared and not converted: JSON's whole numbers may be too long for a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _short(value: object) -> str:
+    """A value for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
 
 
 def _is_text(value: object) -> bool:
@@ -151,7 +179,8 @@ def _rows(document: Mapping[str, Any], section: str, keys: Sequence[str], name: 
             _fail(f"{section}[{i}] of {name} must have {', '.join(keys)}, got no {', '.join(missing)}: add it")
         for key in keys:
             if key.endswith("id") and not (type(row[key]) is int and abs(row[key]) < 2**63):
-                _fail(f"{key} of {section}[{i}] of {name} must be a whole number, got {row[key]!r}: number them")
+                which = f"{section}[{i}]" if key == "id" else f"{section}[{i}] (id {row['id']})"
+                _fail(f"{key} of {which} of {name} must be a whole number, got {_short(row[key])}: number them")
     twice = [key for key, count in Counter(row["id"] for row in rows).items() if count > 1]
     if twice:
         _fail(f"each of {section} of {name} must have an id of its own, got twice {_first(twice)}: renumber them")
@@ -161,23 +190,41 @@ def _rows(document: Mapping[str, Any], section: str, keys: Sequence[str], name: 
 def _image_record(row: dict, name: str) -> ImageRecord:
     for key in ("height", "width"):
         value = row.get(key)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            _fail(f"{key} of image {row['id']} of {name} must be 1 or more pixels, got {value!r}: correct it")
+        if value is not None and not (type(value) is int and 1 <= value <= _FARTHEST):
+            got = _short(value)
+            _fail(f"{key} of image {row['id']} of {name} must be 1 or more pixels, got {got}: correct it")
     if not _is_text(row["file_name"]):
-        _fail(f"file_name of image {row['id']} of {name} must be text, got {row['file_name']!r}: correct it")
+        _fail(f"file_name of image {row['id']} of {name} must be text, got {_short(row['file_name'])}: correct it")
     return ImageRecord(row["id"], row["file_name"], row.get("height"), row.get("width"))
 
 
-def _check_box(row: dict, name: str) -> None:
+def _check_fields(row: dict, name: str) -> None:
+    """That the fields of an annotation, but for its segmentation, are what COCO says."""
     box = row["bbox"]
-    if not (isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) >= 0):
+    of_numbers = isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box))
+    if not (of_numbers and all(-_FARTHEST <= value <= _FARTHEST for value in box) and min(box[2:]) >= 0):
         _fail(
-            f"bbox of annotation {row['id']} of {name} must be 4 finite numbers [x, y, width, height] with no "
-            f"negative side, got {box!r}: correct or remove it"
+            f"bbox of annotation {row['id']} of {name} must be 4 finite numbers [x, y, width, height], up to "
+            f"{_FARTHEST:.0e} pixels, with no negative side, got {_short(box)}: correct or remove it"
         )
     area = row.get("area")
-    if area is not None and (not _is_number(area) or area < 0):
-        _fail(f"area of annotation {row['id']} of {name} must be 0 or more, got {area!r}: correct it")
+    if area is not None and not (_is_number(area) and 0 <= area <= _LARGEST_AREA):
+        _fail(f"area of annotation {row['id']} of {name} must be 0 or more, got {_short(area)}: correct it")
+    crowd = row.get("iscrowd")
+    if crowd is not None and not (type(crowd) is int and crowd in (0, 1)):
+        _fail(f"iscrowd of annotation {row['id']} of {name} must be 0 or 1, got {_short(crowd)}: correct it")
+
+
+def _segmentation(row: dict, hw: tuple[int, int] | None, damaged: list[int]) -> Any:
+    """The segmentation of an annotation; None if there is none, or it is damaged: then its id joins `damaged`."""
+    found = row.get("segmentation")
+    if found is None or (isinstance(found, list) and not found):
+        return None
+    try:
+        return checked_segmentation(found, hw)
+    except TileError:
+        damaged.append(row["id"])
+        return None
 
 
 def parse_annotations(document: Mapping[str, Any], name: str = "the annotations") -> CocoDataset:
@@ -196,9 +243,11 @@ def parse_annotations(document: Mapping[str, Any], name: str = "the annotations"
     if not image_rows:
         _fail(f"{name} must list at least one image, got none: check that it is the right file")
     category_rows = _rows(document, "categories", ("id", "name"), name)
-    names = {row["id"]: str(row["name"]) for row in category_rows}
-    if unnamed := [category_id for category_id, text in names.items() if not _is_text(text)]:
-        _fail(f"name of a category of {name} must be text, got something else in {_first(unnamed)}: correct it")
+    for row in category_rows:
+        if not _is_text(row["name"]):
+            got = _short(row["name"])
+            _fail(f"name of a category of {name} must be text, got {got} in category {row['id']}: correct it")
+    names = {row["id"]: row["name"] for row in category_rows}
     rows = _rows(document, "annotations", ("id", "image_id", "category_id", "bbox"), name)
     images = sorted((_image_record(row, name) for row in image_rows), key=lambda record: record.image_id)
     for what, known in (("image_id", {record.image_id for record in images}), ("category_id", names.keys())):
@@ -206,9 +255,10 @@ def parse_annotations(document: Mapping[str, Any], name: str = "the annotations"
         if lost:
             _fail(f"{what} of an annotation of {name} must be listed, got an unknown one in {_first(lost)}: remove it")
     for row in rows:
-        _check_box(row, name)
+        _check_fields(row, name)
     boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
     areas = [box[2] * box[3] if row.get("area") is None else row["area"] for box, row in zip(boxes, rows, strict=True)]
+    sizes, damaged = {record.image_id: record.hw for record in images}, []
     return CocoDataset(
         images=tuple(images),
         categories=names,
@@ -216,9 +266,10 @@ def parse_annotations(document: Mapping[str, Any], name: str = "the annotations"
         boxes_xywh=boxes,
         areas=np.array(areas, np.float64),
         labels=np.array([row["category_id"] for row in rows], np.int64),
-        crowd=np.array([bool(row.get("iscrowd", 0)) for row in rows], bool),
-        segmentations=tuple(row.get("segmentation") or None for row in rows),
+        crowd=np.array([row.get("iscrowd") == 1 for row in rows], bool),
+        segmentations=tuple(_segmentation(row, sizes[row["image_id"]], damaged) for row in rows),
         annotation_ids=np.array([row["id"] for row in rows], np.int64),
+        damaged_masks=tuple(damaged),
     )
 
 
@@ -238,10 +289,19 @@ def read_annotations(uri: Address) -> CocoDataset:
     return parse_annotations(document, str(uri))
 
 
-def images_and_categories(uri: Address) -> tuple[tuple[ImageRecord, ...], dict[int, str]]:
-    """What a driver needs of an instances file: its images and its categories, without the objects."""
+class Listing(NamedTuple):
+    """What a driver needs of an instances file: all but the objects. The fields are those of `CocoDataset`."""
+
+    images: tuple[ImageRecord, ...]
+    categories: dict[int, str]
+    unused_categories: frozenset[int]
+    remarks: tuple[str, ...]
+
+
+def images_and_categories(uri: Address) -> Listing:
+    """What a driver needs of an instances file; raises as `read_annotations` does."""
     dataset = read_annotations(uri)
-    return dataset.images, dataset.categories
+    return Listing(dataset.images, dataset.categories, dataset.unused_categories, dataset.remarks)
 
 
 def objects_of(dataset: CocoDataset, image_id: int) -> Objects:
@@ -266,47 +326,76 @@ def safe_file_name(name: str) -> str:
     return name
 
 
+class FoundImages(NamedTuple):
+    """Images without annotations.
+
+    Attributes:
+        records: with ids 1 to N in the order of the sorted addresses, of unknown size.
+        remarks: what was left out, a line each.
+    """
+
+    records: list[ImageRecord]
+    remarks: tuple[str, ...]
+
+
 def list_images(uri: Address) -> list[ImageRecord]:
+    """The records of `find_images`; raises as that does."""
+    return find_images(uri).records
+
+
+def find_images(uri: Address) -> FoundImages:
     """The images of a folder, a glob, an S3 prefix, or a Parquet file with a column `uri` or `path`.
 
     Args:
-        uri: folders are read with their subfolders; relative paths in a Parquet file start at its own folder.
-
-    Returns:
-        Records with ids 1 to N in the order of the sorted addresses, of unknown size.
+        uri: folders are read with their subfolders; one without images but with Parquet files is a list of addresses
+            in parts. Relative paths in a Parquet file start at its own folder.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
-        ValueError: if it holds no image, or the Parquet file is no list of addresses.
+        UserError: if it holds no image, or a Parquet file is no list of addresses.
     """
-    if str(uri).lower().endswith(".parquet"):
-        names = _addresses_in_parquet(str(uri) if "://" in str(uri) else os.path.abspath(uri))
-    else:
-        names = list_files(uri, IMAGE_SUFFIXES)
-        if unwritable := [repr(name) for name in names if not _is_text(name)]:
-            _fail(f"names of files must be UTF-8, got {_first(unwritable)}: rename them")
+    files = list_files(uri)
+    names = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    skipped = Counter(name[name.rindex(".") :].lower() for name in files if name.lower().endswith(OTHER_SUFFIXES))
     if not names:
-        wanted = ", ".join(IMAGE_SUFFIXES)
-        _fail(f"{uri} must hold at least one image ({wanted}), got none: check the path, or quote a glob")
-    return [ImageRecord(i, name) for i, name in enumerate(sorted(names), start=1)]
+        names = _addresses_in_parquet([name for name in files if name.lower().endswith(".parquet")], uri)
+    if unwritable := [repr(name) for name in names if not _is_text(name)]:
+        _fail(f"names of files must be UTF-8, got {_first(unwritable)}: rename them")
+    remarks = [f"{count} files skipped: {suffix} is not read" for suffix, count in sorted(skipped.items())]
+    if not names:
+        wanted, got = ", ".join(IMAGE_SUFFIXES), "; ".join(["got none", *remarks])
+        remedy = "convert them, a video into single pictures" if skipped else "check the path, or quote a glob"
+        _fail(f"{uri} must hold at least one image ({wanted}), {got}: {remedy}")
+    return FoundImages([ImageRecord(i, name) for i, name in enumerate(sorted(names), start=1)], tuple(remarks))
 
 
-def _addresses_in_parquet(uri: str) -> list[str]:
+def _addresses_in_parquet(parts: Sequence[str], uri: Address) -> list[str]:
+    """The addresses in some Parquet files, which together are the list `uri`."""
+    names = [name for part in parts for name in _addresses_in_part(part)]
+    _refuse_twice(names, str(uri))
+    return names
+
+
+def _refuse_twice(names: Sequence[str], where: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        _fail(f"{where} must name each image once, got twice {_first(twice)}: remove them")
+
+
+def _addresses_in_part(uri: str) -> list[str]:
     try:
         file = pq.ParquetFile(pa.BufferReader(read_bytes(uri, max_bytes=_MOST_BYTES)))
         column = next((name for name in ("uri", "path") if name in file.schema_arrow.names), None)
         if column is None:
             _fail(f"{uri} must have a column uri or path, got {', '.join(file.schema_arrow.names)}: rename it")
         names = file.read([column]).column(column).to_pylist()
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         msg = f"{uri} must be a Parquet file, got something else ({error}): write it again"
         raise UserError(msg) from error
-    wrong = [i for i, name in enumerate(names) if not isinstance(name, str) or not name]
+    wrong = [i for i, name in enumerate(names) if not isinstance(name, str) or not name.strip()]
     if wrong:
         _fail(f"column {column} of {uri} must hold an address in each row, got none in rows {_first(wrong)}: fill it")
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        _fail(f"column {column} of {uri} must name each image once, got twice {_first(twice)}: remove them")
+    _refuse_twice(names, f"column {column} of {uri}")
     folder = uri.rpartition("/")[0]
     return [name if name.startswith("/") or "://" in name else join(folder, name) for name in names]
 
@@ -318,7 +407,9 @@ def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
 
 
-def map_categories(detector: Mapping[int, str], dataset: Mapping[int, str]) -> dict[int, int]:
+def map_categories(
+    detector: Mapping[int, str], dataset: Mapping[int, str], unused: Collection[int] = ()
+) -> dict[int, int]:
     """The detector's class ids -> the data set's category ids, by name.
 
     Case does not count, and underscores are spaces.
@@ -326,26 +417,36 @@ def map_categories(detector: Mapping[int, str], dataset: Mapping[int, str]) -> d
     Args:
         detector: class id -> name.
         dataset: category id -> name.
+        unused: ids of the data set's categories that no annotation is of. The detector need not know them, and one
+            that bears the name of another stands behind it.
 
     Returns:
         Only the classes that the data set has; detections of the others are to be dropped.
 
     Raises:
-        ValueError: if the detector lacks a category of the data set, or the data set has one twice.
+        ValueError: if the detector lacks a category of the data set that is used, or two of these have one name.
     """
-    ids = {_plain(name): category_id for category_id, name in dataset.items()}
-    if len(ids) < len(dataset):
-        twice = [name for name, count in Counter(map(_plain, dataset.values())).items() if count > 1]
+    used = {category_id: name for category_id, name in dataset.items() if category_id not in unused}
+    twice = [name for name, count in Counter(map(_plain, used.values())).items() if count > 1]
+    if twice:
         _fail(f"categories must differ by name, got twice {_first(twice)}: rename them in the annotations")
     known = {_plain(name) for name in detector.values()}
-    missing = [dataset[category_id] for name, category_id in ids.items() if name not in known]
+    # Those that are used come last, so that a name is theirs.
+    ids = {_plain(name): category_id for category_id, name in [*dataset.items(), *used.items()]}
+    missing = [name for name in used.values() if _plain(name) not in known]
     if missing:
-        kind = "none" if len(missing) == len(dataset) else f"no {_first(missing)}"
+        kind = "none" if len(missing) == len(used) else f"no {_first(missing)}"
         _fail(
             f"the detector must know every category of the data set, got {kind} among its {_first(detector.values())}: "
             "use a detector trained on them, or leave these categories out of the annotations"
         )
     return {class_id: ids[_plain(name)] for class_id, name in detector.items() if _plain(name) in ids}
+
+
+def unknown_categories(detector: Mapping[int, str], dataset: Mapping[int, str], unused: Collection[int]) -> list[str]:
+    """Names of the unused categories that the detector does not know, so that nothing is found of them."""
+    known = {_plain(name) for name in detector.values()}
+    return [name for category_id, name in dataset.items() if category_id in unused and _plain(name) not in known]
 
 
 # --- results out ------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from scalenet_ray.core.coco import CocoDataset, parse_annotations, read_annotations
-from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.masks import checked_segmentation
 from scalenet_ray.core.storage import Address
 
 __all__ = ["METRICS", "evaluate", "match_results"]
@@ -38,7 +39,8 @@ def evaluate(
     Args:
         annotations: the ground truth; a data set read before is not read again.
         results: COCO results, as `to_results` gives them. None at all is 0, not an error.
-        iou_type: "bbox", or "segm" for masks.
+        iou_type: "bbox", or "segm" for masks. An object without a usable mask is counted by its box; the size of an
+            image that the annotations do not say is that of its results.
         image_ids: count these images only. By default all: an image without results, be it that it
             failed, has missed all of its objects.
 
@@ -79,15 +81,15 @@ def match_results(
     if chosen - known:
         msg = f"image_ids must be of the annotations' images, got {sorted(chosen - known)[:5]}: leave them out"
         raise UserError(msg)
-    if iou_type == "segm" and any(record.hw is None for record in dataset.images if record.image_id in chosen):
-        msg = "segm needs the height and width of every image, got images without: add them, or evaluate bbox"
-        raise UserError(msg)
     found = _results_to_count(results, dataset, known, chosen, iou_type)
     images = [{"id": r.image_id, "height": r.height, "width": r.width} for r in dataset.images if r.image_id in chosen]
+    truth = _ground_truth(dataset, chosen)
+    if iou_type == "segm":
+        _add_masks(truth, images, found)
     categories = [{"id": category_id, "name": name} for category_id, name in dataset.categories.items()]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(
-            _coco(images, categories, _ground_truth(dataset, chosen, iou_type)),
+            _coco(images, categories, truth),
             _coco(images, categories, found),
             iou_type,
         )
@@ -102,7 +104,8 @@ def _coco(images: list[dict], categories: list[dict], annotations: list[dict]) -
     return coco
 
 
-def _ground_truth(dataset: CocoDataset, chosen: set[int], iou_type: str) -> list[dict]:
+def _ground_truth(dataset: CocoDataset, chosen: set[int]) -> list[dict]:
+    """The chosen images' objects as pycocotools wants them; "segmentation" as the data set has it."""
     rows = []
     columns = zip(
         dataset.image_ids.tolist(),
@@ -119,10 +122,30 @@ def _ground_truth(dataset: CocoDataset, chosen: set[int], iou_type: str) -> list
         # Numbered anew: pycocotools takes an object with id 0 for one that was missed.
         row = {"id": len(rows) + 1, "image_id": image_id, "category_id": label, "bbox": box, "area": area}
         row["iscrowd"] = int(crowd)
-        if iou_type == "segm":
-            row["segmentation"] = segmentation or [[*_corners(box)]]
+        row["segmentation"] = segmentation
         rows.append(row)
     return rows
+
+
+def _add_masks(truth: list[dict], images: list[dict], found: list[dict]) -> None:
+    """Give each image its size, and each object a mask that pycocotools can read: its own, or its box.
+
+    An image without results has nothing that its masks are compared with, so that none is made: its annotated size may
+    be anything, since nothing was ever read of that size.
+    """
+    sizes = {row["image_id"]: tuple(row["segmentation"]["size"]) for row in found}
+    for image in images:
+        if image["id"] in sizes:
+            image["height"], image["width"] = sizes[image["id"]]
+    for row in truth:
+        hw = sizes.get(row["image_id"])
+        if hw is None:
+            row["segmentation"] = {"size": [1, 1], "counts": "1"}
+            continue
+        try:
+            row["segmentation"] = checked_segmentation(row["segmentation"], hw)
+        except TileError:
+            row["segmentation"] = checked_segmentation([[*_corners(row["bbox"])]], hw)
 
 
 def _corners(box_xywh: Sequence[float]) -> tuple[float, ...]:

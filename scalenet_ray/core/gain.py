@@ -18,7 +18,7 @@ from scalenet_ray.core.images import cut_tile
 from scalenet_ray.core.look import Detect
 from scalenet_ray.core.merge import Merging, carry_to_image
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA
-from scalenet_ray.core.window import Tile, Window, boxes_to_tile
+from scalenet_ray.core.window import Tile, Window, boxes_to_tile, fitted_hw
 
 __all__ = ["ZOOMS", "gain_map", "gain_of_zoom", "measure_scores", "object_scores"]
 
@@ -61,8 +61,7 @@ def _covering_tiles(image_id: int, image_hw: tuple[int, int], input_side: int, z
     longer = max(height, width)
     side = max(1, int(longer / zoom))
     window_height, window_width = min(height, side), min(width, side)
-    ratio = input_side * zoom / longer
-    tile_hw = (max(1, int(window_height * ratio)), max(1, int(window_width * ratio)))
+    tile_hw = fitted_hw(window_height, window_width, input_side)
     path = () if zoom == 1.0 else (0,)
     return [
         Tile(image_id, path, image_hw, Window(x, y, x + window_width, y + window_height), *tile_hw)

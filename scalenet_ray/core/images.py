@@ -6,6 +6,7 @@ What is decoded, and how (nothing else is): the first frame of a JPEG, PNG, TIFF
 - Transparent parts show white, as on a page.
 - 16 bits become 8 by rounding value / 257, so that 65535 is 255; 16-bit colour keeps its upper byte.
 - 32-bit integers and floats are refused: nothing in the file says which value is white.
+- A JPEG that lacks nothing but its end marker is read, as browsers do; one whose last scan is cut is refused.
 """
 
 from __future__ import annotations
@@ -36,7 +37,16 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.storage import Address, read_bytes
 from scalenet_ray.core.window import Tile
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "cut_tile", "decode_image", "image_hw", "read_image", "to_rgb"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
+    "OTHER_SUFFIXES",
+    "cut_tile",
+    "decode_image",
+    "image_hw",
+    "read_image",
+    "to_rgb",
+]
 
 MAX_PIXELS = 200_000_000
 """The largest image that is decoded, in pixels: a phone's 200 megapixels, and about 2 GB while it is read."""
@@ -49,6 +59,14 @@ _MOST_SHRUNK = 2.0
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """The endings of the formats that are decoded."""
+
+OTHER_SUFFIXES = (
+    *(".avif", ".exr", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpx", ".jxl", ".mpo"),
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"),
+    *(".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga"),
+    *(".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"),
+)
+"""The endings of pictures and videos that are not read: who has them in a folder is told that they are left out."""
 
 # Readers are called by name and not through Image.open: only these ever see a stranger's bytes, and the
 # limit on pixels is the one asked for, with no setting of Pillow's changed for the whole process.
@@ -199,7 +217,7 @@ def decode_image(
             raise TileError(msg)
         turn = (header.upright_hw if turn else header.stored_hw) == expect_hw and turn
     with _guarded():
-        header.image.load()
+        header = _loaded(header, data, max_pixels)
         pixels = to_rgb(header.image)
     if isinstance(header.image, TiffImagePlugin.TiffImageFile):
         pixels = pixels if turn else _turned(pixels, {6: 8, 8: 6}.get(header.orientation, header.orientation))
@@ -208,6 +226,71 @@ def decode_image(
     pixels = np.ascontiguousarray(pixels)
     pixels.flags.writeable = False
     return pixels
+
+
+def _loaded(header: _Header, data: bytes, max_pixels: int) -> _Header:
+    """The header of an image whose pixels are decoded; of a JPEG without its end marker, with that put back."""
+    # No scan holds an end marker: behind the last one it stands, or nowhere. Pillow takes zeros for pixels until then.
+    is_jpeg = isinstance(header.image, JpegImagePlugin.JpegImageFile)
+    if is_jpeg and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        ended = _with_end_marker(data)
+        if ended is None:
+            msg = "image file is truncated"
+            raise OSError(msg)
+        header = _read_header(ended, max_pixels)
+    header.image.load()
+    return header
+
+
+# Bits of many kinds, and each restart marker: whatever a scan still waits for, it takes some of these for pixels.
+_MORE_SCAN = tuple(
+    b"".join(bytes([start] * 1024) + bytes([0xFF, 0xD0 + i % 8]) for i in range(24))
+    for start in (0xFE, 0xAA, 0x55, 0xCC, 0x33, 0x0F, 0x6D)
+)
+_LONGEST_END = 4
+
+
+def _with_end_marker(data: bytes) -> bytes | None:
+    """A JPEG that breaks off, with an end marker; None if more than that is missing.
+
+    Decoders fill what is missing of a scan with grey and say nothing. But a scan that is whole does not depend on what
+    comes behind it, and one that is cut does: so its pixels are compared with a few ways in which it might go on.
+    """
+    kept = data.rstrip(b"\x00\xff")
+    if len(data) - len(kept) < _LONGEST_END:
+        # The first half of the end marker; a longer run was written where there was nothing to write.
+        kept = data[:-1] if data.endswith(b"\xff") else data
+    if not _has_all_scans(kept):
+        return None
+    ended = kept + b"\xff\xd9"
+    pixels = _decoded_jpeg(ended)
+    same = all(np.array_equal(pixels, _decoded_jpeg(kept + more + b"\xff\xd9")) for more in _MORE_SCAN)
+    return ended if same else None
+
+
+def _decoded_jpeg(data: bytes) -> np.ndarray:
+    return np.asarray(JpegImagePlugin.JpegImageFile(io.BytesIO(data), ""))
+
+
+def _has_all_scans(data: bytes) -> bool:
+    """Whether a scan of a JPEG has begun for each bit of each coefficient of each component."""
+    # Component -> the lowest bit seen of each of its 64 coefficients; 255: none.
+    lowest: dict[int, bytearray] = {}
+    at = 2
+    while at + 4 <= len(data):
+        marker = data[at + 1]
+        if data[at] != 0xFF or marker in (0x00, 0x01, 0xFF, *range(0xD0, 0xD8)):
+            at = max(data.find(b"\xff", at + 1), 0) or len(data)
+            continue
+        body = data[at + 4 : at + 2 + int.from_bytes(data[at + 2 : at + 4])]
+        if marker in (0xC0, 0xC1, 0xC2):
+            lowest = {component: bytearray(b"\xff" * 64) for component in body[6::3]}
+        if marker == 0xDA and len(body) >= 4 + 2 * body[0]:
+            first, last, bits = body[1 + 2 * body[0] :][:3]
+            for component in body[1 : 1 + 2 * body[0] : 2]:
+                lowest.setdefault(component, bytearray(64))[first : last + 1] = bytes([bits & 15]) * (last + 1 - first)
+        at += 4 + len(body)
+    return bool(lowest) and not any(any(each) for each in lowest.values())
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:

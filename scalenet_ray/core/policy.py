@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.scale import UNIT_AREA, ScaleRange
-from scalenet_ray.core.window import Tile, Window
+from scalenet_ray.core.window import Tile, Window, fitted_hw
 
 __all__ = [
     "DEFAULT_PYRAMID",
@@ -231,12 +231,6 @@ _TUNED = {
 }
 """Where the paper's values were not the best on train images. Prices are in what those maps say is gained: the first
 pass counts a box by its score, the oracle an object by how small it is, a scale head by the score it is to gain."""
-
-
-def fitted_hw(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) scaled so that the longer is `side`, rounded down and at least 1."""
-    longer = max(height, width)
-    return (max(1, height * side // longer), max(1, width * side // longer))
 
 
 def parse_policy(name: str, *, input_side: int, iou_threshold: float, score_threshold: float = 0.01) -> Policy:

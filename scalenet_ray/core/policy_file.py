@@ -20,7 +20,15 @@ def read_policies(uri: str | Path) -> list[Policy]:
     """
     content = read_yaml(uri)
     entries = content if isinstance(content, list) else [content]
-    if not all(isinstance(entry, dict) for entry in entries):
-        msg = f"{uri} must hold a policy (name: value lines) or a list of them, got {type(content).__name__}"
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
+        got = "nothing" if not content else type(content).__name__
+        msg = f"{uri} must hold a policy (name: value lines) or a list of them, got {got}: write one"
         raise UserError(msg)
-    return [policy_from_dict(entry) for entry in entries]
+    policies = []
+    for entry in entries:
+        try:
+            policies.append(policy_from_dict(entry))
+        except UserError as error:
+            msg = f"{uri}: {error}"
+            raise UserError(msg) from error
+    return policies

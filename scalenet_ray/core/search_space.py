@@ -72,6 +72,7 @@ def read_space(uri: str | Path) -> SearchSpace:
     content = read_yaml(uri)
     if not isinstance(content, dict) or content.get("version") != SPACE_VERSION:
         got = content.get("version") if isinstance(content, dict) else type(content).__name__
+        got = "nothing" if content is None else got
         msg = f"{uri} must be a search space with version: {SPACE_VERSION}, got {got!r}: write it anew for this release"
         raise UserError(msg)
     unknown = sorted(set(content) - {"version", "policies", "search"})

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
+from urllib.parse import unquote
 from uuid import uuid4
 
 import fsspec
@@ -69,10 +70,13 @@ def _s3() -> AbstractFileSystem:
 def _locate(uri: Address) -> tuple[AbstractFileSystem, str]:
     """An address -> its file system and the path there; local paths become absolute."""
     text = os.fspath(uri)
+    if not text.strip():
+        msg = f"an address must be a path, file:// or s3://, got {text!r}: name a file or folder"
+        raise UserError(msg)
     scheme, separator, rest = text.partition("://")
     if not separator or scheme == "file":
         # Not fsspec's own parsing: a file's name may hold "::", which means a chain of file systems to it.
-        return fsspec.filesystem("file"), os.path.abspath(rest if separator else text)
+        return fsspec.filesystem("file"), os.path.abspath(_path_of_file_address(rest) if separator else text)
     if scheme != "s3":
         msg = f"an address must be a local path, file:// or s3://, got {scheme}://: copy the files to one of these"
         raise UserError(msg)
@@ -81,6 +85,12 @@ def _locate(uri: Address) -> tuple[AbstractFileSystem, str]:
         msg = "an s3:// address must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
         raise UserError(msg)
     return _s3(), rest
+
+
+def _path_of_file_address(rest: str) -> str:
+    """What stands behind file:// -> a path; %20 is a space, unless a file's very name has it."""
+    path = rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
+    return path if os.path.exists(path) else unquote(path)
 
 
 def _is_s3(store: AbstractFileSystem) -> bool:
@@ -96,6 +106,9 @@ def _explained(verb: str, uri: Address, store: AbstractFileSystem) -> Iterator[N
         place = "the bucket and key, and AWS_ENDPOINT_URL" if _is_s3(store) else "the path"
         msg = f"cannot {verb} {os.fspath(uri)}: there is no such file or folder; check {place}"
         raise FileNotFoundError(msg) from None
+    except IsADirectoryError:
+        msg = f"cannot {verb} {os.fspath(uri)}: it is a folder; name a file in it"
+        raise IsADirectoryError(msg) from None
     except PermissionError:
         remedy = "check the credentials in the environment" if _is_s3(store) else "check its owner and mode"
         msg = f"cannot {verb} {os.fspath(uri)}: access is denied; {remedy}"

@@ -14,7 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["ANY_AREA", "AreaRange", "Tile", "Window", "boxes_to_image", "boxes_to_tile", "edges_inside_image"]
+__all__ = [
+    "ANY_AREA",
+    "AreaRange",
+    "Tile",
+    "Window",
+    "boxes_to_image",
+    "boxes_to_tile",
+    "edges_inside_image",
+    "fitted_hw",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +117,13 @@ class Tile:
     def zoom_xy(self) -> tuple[float, float]:
         """Tile pixels for one image pixel, along x and along y, from the rounded sizes."""
         return (self.width / self.window.width, self.height / self.window.height)
+
+
+def fitted_hw(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) scaled so that the longer is `side`, rounded down and at least 1."""
+    # In whole numbers: height * (side / height) may lie below `side`.
+    longer = max(height, width)
+    return (max(1, height * side // longer), max(1, width * side // longer))
 
 
 def boxes_to_image(boxes_in_tile: np.ndarray, tile: Tile) -> np.ndarray:

@@ -77,10 +77,10 @@ def evaluate_policy(
         image_ids: the images that count; those that failed count as images in which nothing was found.
 
     Returns:
-        iou type -> figure -> percent: "bbox", and "segm" where the detections have masks.
+        iou type -> figure -> percent: "bbox", and "segm" where all detections have masks.
     """
     run = RunFolder(run_uri)
     dataset = read_annotations(annotations)
     results = list(coco_results(run, policy))
-    kinds = ("bbox", "segm") if results and "segmentation" in results[0] else ("bbox",)
+    kinds = ("bbox", "segm") if results and all("segmentation" in row for row in results) else ("bbox",)
     return {kind: evaluate(dataset, results, iou_type=kind, image_ids=image_ids) for kind in kinds}

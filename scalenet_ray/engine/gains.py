@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -17,7 +17,7 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.gain import measure_scores
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.engine.session import join_ray
-from scalenet_ray.engine.shares import cpu_share
+from scalenet_ray.engine.shares import cpu_share, gpu_share
 from scalenet_ray.engine.worker_errors import workers_errors
 from scalenet_ray.models.examples import TrainingImages, read_pixels
 from scalenet_ray.models.networks import NetworkNames
@@ -25,7 +25,10 @@ from scalenet_ray.models.networks import NetworkNames
 __all__ = ["measure_dataset"]
 
 _IMAGES_PER_FILE = 512
+_BATCH = 8
 _SCHEMA = pa.schema([("image_id", pa.int64()), ("scores", pa.list_(pa.list_(pa.float32())))])
+_MEASURED = pa.schema([("file", pa.string()), ("place", pa.int64()), *_SCHEMA])
+"""What an actor answers: a file's columns, null of an image that can't be measured, and the file and place it is of."""
 
 
 class _Measure:
@@ -34,20 +37,22 @@ class _Measure:
     def __init__(self, images: TrainingImages, networks: NetworkNames) -> None:
         self._examples = [example for part in images.examples() for example in part]
         annotations = storage.join(images.data, "annotations", f"instances_{images.split}.json")
-        self._detect = networks.load_detector(read_annotations(annotations).categories)
+        dataset = read_annotations(annotations)
+        self._detect = networks.load_detector(dataset.categories, dataset.unused_categories)
         self._merging = Merging(score_threshold=networks.score_threshold)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        rows = []
-        for place in batch["id"].tolist():
-            example = self._examples[place]
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """One row a row: its file, and of an image that can't be measured, no scores."""
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        for row in rows:
+            example = self._examples[row["place"]]
             try:
                 scores = measure_scores(read_pixels(example), example.objects, self._detect, self._merging)
             except TileError:
                 # Training meets the same image, leaves it out and says why.
                 continue
-            rows.append({"image_id": example.image_id, "scores": scores.tolist()})
-        return pa.Table.from_pylist(rows, _SCHEMA)
+            row |= {"image_id": example.image_id, "scores": scores.tolist()}
+        return pa.Table.from_pylist(rows, _MEASURED)
 
 
 def measure_dataset(
@@ -59,7 +64,7 @@ def measure_dataset(
         images: the data set, what is held out included.
         networks: names the frozen detector.
         folder: local or s3://; `models.head_recipe.read_scores` reads it.
-        actors: how many processes measure.
+        actors: how many processes measure; one pool of them for the whole data set, with `networks.device` each.
         say: takes a line for the person who waits.
     """
     count = sum(map(len, images.examples()))
@@ -69,21 +74,37 @@ def measure_dataset(
         return
     join_ray()
     cpus = cpu_share(2 * actors)
-    for name, places in missing:
-        dataset = ray.data.from_items([{"id": place} for place in places], override_num_blocks=max(1, len(places) // 8))
-        measured = dataset.map_batches(
-            _Measure,
-            fn_constructor_args=(images, networks),
-            batch_size=8,
-            compute=ActorPoolStrategy(size=actors),
-            num_cpus=cpus,
-        )
-        with workers_errors():
-            tables: list[Any] = list(measured.iter_batches(batch_size=None, batch_format="pyarrow"))
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.concat_tables([_SCHEMA.empty_table(), *tables]), sink)
-        storage.write_bytes_atomic(storage.join(folder, name), sink.getvalue().to_pybytes())
-        say(f"scores of objects measured: {places.stop} of {count} images")
+    left = {name: len(places) for name, places in missing}
+    items = [{"file": name, "place": place} for name, places in missing for place in places]
+    measured = ray.data.from_items(items, override_num_blocks=max(1, len(items) // _BATCH)).map_batches(
+        _Measure,
+        fn_constructor_args=(images, networks),
+        batch_size=_BATCH,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=cpus,
+        num_gpus=gpu_share(networks.device, actors),
+    )
+    # Answers come in any order; a file is written when the last of its images is in.
+    rows: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    done = count - len(items)
+    tables: Iterable[Any] = measured.iter_batches(batch_size=None, batch_format="pyarrow")
+    with workers_errors():
+        for table in tables:
+            for row in table.to_pylist():
+                name = row["file"]
+                rows[name].append(row)
+                if len(rows[name]) == left[name]:
+                    done += left[name]
+                    _write(storage.join(folder, name), rows.pop(name))
+                    say(f"scores of objects measured: {done} of {count} images")
+
+
+def _write(uri: str, rows: list[dict[str, Any]]) -> None:
+    scored = sorted((row for row in rows if row["image_id"] is not None), key=lambda row: row["place"])
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([{name: row[name] for name in _SCHEMA.names} for row in scored], _SCHEMA), sink)
+    storage.write_bytes_atomic(uri, sink.getvalue().to_pybytes())
 
 
 def _ranges(count: int) -> Iterator[tuple[str, range]]:

@@ -59,7 +59,7 @@ class RecursionTrial(tune.Trainable):
         self._task = task
         self._kept = Kept(keeper)
         self._dataset: CocoDataset = read_annotations(task.annotations)
-        self._detector = task.networks.load_detector(self._dataset.categories)
+        self._detector = task.networks.load_detector(self._dataset.categories, self._dataset.unused_categories)
         self._predictors: dict[str, Any] = {}
         self._open_image = image_opener(task.folder, task.max_pixels)
         self.reset_config(config)

@@ -23,6 +23,7 @@ from scalenet_ray.core.search_space import Choice, Range, SearchSpace, changed_p
 from scalenet_ray.engine.kept import Keeper
 from scalenet_ray.engine.recursion_trial import RecursionTrial, TrialTask
 from scalenet_ray.engine.session import join_ray
+from scalenet_ray.engine.shares import gpu_share
 
 __all__ = ["ResumableAsha", "Sweep", "best_policies", "best_trials", "run_sweep", "start_trials"]
 
@@ -39,7 +40,7 @@ class Sweep:
     Attributes:
         searcher: who chooses.
         trials: how many; a grid has as many as it has combinations.
-        at_once: trials side by side, a CPU each.
+        at_once: trials side by side, a CPU each, and with --device cuda a share of a GPU each.
         keep: keep what networks said of tiles for all trials.
         stop_early: end trials that do worse than others on the same subset (ASHA); only with a ceiling.
         seed: of the searcher.
@@ -89,7 +90,8 @@ def run_sweep(
     # Addresses may be relative to where the job was started.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     keeper: Any = Keeper.remote() if sweep.keep else None
-    trainable = tune.with_resources(tune.with_parameters(RecursionTrial, task=task, keeper=keeper), {"cpu": 1})
+    resources = {"cpu": 1, "gpu": gpu_share(task.networks.device, sweep.at_once)}
+    trainable = tune.with_resources(tune.with_parameters(RecursionTrial, task=task, keeper=keeper), resources)
     # The file system that all else here is read by: its retries, its endpoint, its credentials.
     file_system, folder = storage.as_arrow(uri)
     if resume and storage.exists(storage.join(uri, _NAME, "tuner.pkl")):

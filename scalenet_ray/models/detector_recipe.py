@@ -219,7 +219,7 @@ def plan_fine_tuning(
             f"got {start!r}: other kinds, such as exported ONNX files, can't be trained here"
         )
         raise UserError(msg)
-    dataset_categories = _categories(images)
+    dataset_categories, unused = _categories(images)
     detector = _open(start, dict(enumerate(dataset_categories.values(), start=1)))
     name = _network_name(what)
     if name.startswith("maskrcnn"):
@@ -229,7 +229,7 @@ def plan_fine_tuning(
     if side < LEAST_SIDE:
         msg = f"input_side must be {LEAST_SIDE} tile pixels or more, got {side}"
         raise UserError(msg)
-    mapping = map_categories(detector.categories, dataset_categories)
+    mapping = map_categories(detector.categories, dataset_categories, unused)
     examples = [example for part in images.examples() for example in part]
     most_boxes = max((len(example.objects.boxes) for example in examples), default=0)
     if not most_boxes:
@@ -269,11 +269,11 @@ def _network_name(what: str) -> str:
     return load_weights(what)[1].get("detector") or str(published_name(what))
 
 
-def _categories(images: TrainingImages) -> dict[int, str]:
-    """Category id -> name, the same in all splits."""
+def _categories(images: TrainingImages) -> tuple[dict[int, str], frozenset[int]]:
+    """Category id -> name, the same in all splits; and the ids of those that no annotation of any is of."""
     splits = [images.split] if images.holdout else [images.split, images.val_split]
     found = [read_annotations(join(images.data, "annotations", f"instances_{split}.json")) for split in splits]
     if found[0].categories != found[-1].categories:
         msg = f"{' and '.join(splits)} must have the same categories, got others: correct the annotations"
         raise UserError(msg)
-    return found[0].categories
+    return found[0].categories, frozenset.intersection(*(dataset.unused_categories for dataset in found))

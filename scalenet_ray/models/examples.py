@@ -12,7 +12,7 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.images import read_image
 from scalenet_ray.core.masks import mask_of_segmentation
 from scalenet_ray.core.storage import join
-from scalenet_ray.core.window import Tile, Window
+from scalenet_ray.core.window import Tile, Window, fitted_hw
 
 __all__ = [
     "Example",
@@ -105,7 +105,7 @@ class TrainingImages:
         return _read(self)
 
     def count_boxes_alone(self) -> int:
-        """How many objects have no segmentation, so that their boxes' pixels stand in."""
+        """How many objects have no usable segmentation, so that their boxes' pixels stand in."""
         return sum(o is None for part in self.examples() for each in part for o in each.objects.segmentations)
 
 
@@ -136,14 +136,14 @@ def read_pixels(example: Example) -> np.ndarray:
 
 
 def object_mask(objects: Objects, i: int, hw: tuple[int, int]) -> np.ndarray:
-    """[h, w] uint8 0 or 1, of object `i`; its box stands in where it has no segmentation."""
-    segmentation = objects.segmentations[i]
-    if segmentation is None:
+    """[h, w] uint8 0 or 1, of object `i`; its box stands in where it has no mask of this image."""
+    try:
+        return mask_of_segmentation(objects.segmentations[i], hw)
+    except TileError:
         mask = np.zeros(hw, np.uint8)
         x0, y0, x1, y1 = np.maximum(np.round(objects.boxes[i]), 0).astype(int)
         mask[y0:y1, x0:x1] = 1
         return mask
-    return mask_of_segmentation(segmentation, hw)
 
 
 def random_window(rng: np.random.Generator, hw: tuple[int, int], share: float) -> Window:
@@ -155,6 +155,4 @@ def random_window(rng: np.random.Generator, hw: tuple[int, int], share: float) -
 
 def tile_of_window(image_id: int, hw: tuple[int, int], window: Window, tile_side: int) -> Tile:
     """The tile of a window whose longer side becomes `tile_side` tile pixels."""
-    ratio = tile_side / max(window.height, window.width)
-    height, width = max(1, int(window.height * ratio)), max(1, int(window.width * ratio))
-    return Tile(image_id, (), hw, window, height, width)
+    return Tile(image_id, (), hw, window, *fitted_hw(window.height, window.width, tile_side))

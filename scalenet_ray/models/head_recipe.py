@@ -147,7 +147,8 @@ class HeadRecipe:
         answer = self._answer(model, batch)
         counts = count_pixels(answer[:, :NUM_CLASSES], batch["target"])
         captured = total = 0.0
-        said, true = answer[:, NUM_CLASSES].exp().cpu().numpy(), batch["gain"].cpu().numpy()
+        # A copy: on a CPU the array is the batch itself, and what is captured is taken away from it below.
+        said, true = answer[:, NUM_CLASSES].exp().cpu().numpy(), batch["gain"].cpu().numpy().copy()
         counted = (batch["target"] != IGNORE).cpu().numpy()
         side = max(1, int(said.shape[-1] * self.window))
         for i in range(len(said)):
@@ -181,9 +182,10 @@ class _Opened:
 @functools.lru_cache(maxsize=1)
 def _opened(recipe: HeadRecipe) -> _Opened:
     images = recipe.images
-    categories = read_annotations(storage.join(images.data, "annotations", f"instances_{images.split}.json")).categories
+    dataset = read_annotations(storage.join(images.data, "annotations", f"instances_{images.split}.json"))
     scores = read_scores(recipe.scores)
-    return _Opened(recipe.networks.load_detector(categories), scores, *_category_weights(recipe, scores))
+    detector = recipe.networks.load_detector(dataset.categories, dataset.unused_categories)
+    return _Opened(detector, scores, *_category_weights(recipe, scores))
 
 
 def _category_weights(recipe: HeadRecipe, scores: Mapping[int, np.ndarray]) -> tuple[dict[int, float], float]:

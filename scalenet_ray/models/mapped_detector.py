@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +25,7 @@ class MappedDetector:
     Args:
         detector: the frozen detector.
         categories: the data set's category ids and names.
+        unused: ids of those that no annotation is of, which the detector need not know.
         name: what messages call the detector; None for the name of its class.
 
     Attributes:
@@ -34,11 +35,19 @@ class MappedDetector:
         ValueError: if the detector does not know a category of the data set, or is not what it must be.
     """
 
-    def __init__(self, detector: Detector, categories: Mapping[int, str], name: str | None = None) -> None:
+    def __init__(
+        self,
+        detector: Detector,
+        categories: Mapping[int, str],
+        unused: Collection[int] = (),
+        *,
+        name: str | None = None,
+    ) -> None:
         self.checked = CheckedDetector(detector, name or type(detector).__name__)
         self.input_side = self.checked.input_side
         own = self.checked.categories
-        mapping = {each: each for each in own} if dict(categories) == own else map_categories(own, categories)
+        same = dict(categories) == own
+        mapping = {each: each for each in own} if same else map_categories(own, categories, unused)
         self._classes = np.array(sorted(mapping), np.int64)
         self._category_ids = np.array([mapping[class_id] for class_id in sorted(mapping)], np.int64)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
+from scalenet_ray.core.bounds import SHARE
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.policy import Policy
@@ -60,8 +61,8 @@ class NetworkNames:
     scale_net: str | None = None
     device: str = "cpu"
     mixed_precision: bool = False
-    score_threshold: float = 0.01
-    iou_threshold: float | None = None
+    score_threshold: Annotated[float, SHARE] = 0.01
+    iou_threshold: Annotated[float, SHARE] | None = None
 
     def settings(self) -> dict[str, Any]:
         """What results depend on: not the device; the sample's networks by name, wherever the package lies."""
@@ -107,6 +108,7 @@ class NetworkNames:
         self,
         policies: Sequence[Policy],
         categories: Mapping[int, str],
+        unused: Collection[int] = (),
         images: Sequence[ImageRecord] = (),
         open_image: Callable[[ImageRecord], np.ndarray] | None = None,
     ) -> None:
@@ -115,6 +117,7 @@ class NetworkNames:
         Args:
             policies: those of the run.
             categories: category id -> name, to which the detector's labels are mapped.
+            unused: ids of those that no annotation is of, which the detector need not know.
             images: some of the run's; on the first that can be read the detector is tried.
             open_image: how one is read: its pixels, [h, w, 3] uint8 RGB, or `TileError`.
 
@@ -124,7 +127,7 @@ class NetworkNames:
                 maps are not those that a policy goes by.
         """
         here = self._on_cpu()
-        detector = here.load_detector(categories)
+        detector = here.load_detector(categories, unused)
         for policy in policies:
             detector.canvas_hw((policy.largest_side, policy.largest_side))
         needed = any(policy.needs_network for policy in policies)
@@ -168,9 +171,9 @@ class NetworkNames:
         needed = any(policy.needs_network for policy in policies)
         return needed and isinstance(self._on_cpu().load_scale_net(), ScaleHeadPredictor)
 
-    def load_detector(self, categories: Mapping[int, str]) -> MappedDetector:
-        """The detector, its labels mapped by name to the ids of `categories`."""
-        return MappedDetector(self._load(), categories, self.detector)
+    def load_detector(self, categories: Mapping[int, str], unused: Collection[int] = ()) -> MappedDetector:
+        """The detector, its labels mapped by name to the ids of `categories`; those `unused` it need not know."""
+        return MappedDetector(self._load(), categories, unused, name=self.detector)
 
     def _on_cpu(self) -> NetworkNames:
         """The same where there may be no GPU: a cluster's head has none, and workers come only once there is work."""

@@ -1,0 +1,38 @@
+"""What the number of a setting may be, said beside its field: `limit: Annotated[int, ONE_OR_MORE]`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["ABOVE_ZERO", "ANY_NUMBER", "ONE_OR_MORE", "SHARE", "Bounds"]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A range of numbers.
+
+    Attributes:
+        text: how a message says it.
+        low: the least.
+        high: the most.
+        includes_low: whether `low` itself is in it.
+    """
+
+    text: str
+    low: float = 0.0
+    high: float = math.inf
+    includes_low: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        """Whether a number is finite and in the range."""
+        above = value >= self.low if self.includes_low else value > self.low
+        return above and value <= self.high and abs(value) != math.inf
+
+
+ANY_NUMBER = Bounds("a number of 0 or more")
+"""Of a setting that says nothing else."""
+
+ONE_OR_MORE = Bounds("1 or more", low=1.0)
+ABOVE_ZERO = Bounds("a number above 0", includes_low=False)
+SHARE = Bounds("a number from 0 to 1", high=1.0)

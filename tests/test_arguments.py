@@ -1,0 +1,140 @@
+"""Flags: what is refused by its name before anything is done, and the word none."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from typing import Any, get_type_hints
+
+import pytest
+
+from scalenet_ray.__main__ import Export, Show
+from scalenet_ray.arguments import check_arguments, parse_arguments
+from scalenet_ray.core.errors import UserError
+from tests.job_scripts import REPOSITORY, load_job
+
+JOBS: dict[str, Any] = {
+    **{path.stem: None for path in (REPOSITORY / "jobs").glob("*.py")},
+    "show": Show,
+    "export": Export,
+}
+REQUIRED: dict[str, dict[str, Any]] = {"eval_cifar": {"data": "DIR"}, "export": {"run": "RUN", "to": "coco"}}
+COUNTS = ("limit", "input_side", "tile_side", "train_limit", "test_limit", "epochs", "batch_size")
+
+
+def job_of(name: str, **changes: Any) -> Any:
+    """A job with its defaults."""
+    kind = JOBS[name] or next(
+        value
+        for value in vars(load_job(name)).values()
+        if dataclasses.is_dataclass(value) and value.__module__ == f"job_{name}"
+    )
+    return kind(**{**REQUIRED.get(name, {}), **changes})
+
+
+def fields_of(*types: Any) -> list[tuple[str, str]]:
+    """(job, field) of all fields of the jobs themselves whose plain type is one of `types`."""
+    found = []
+    for name in sorted(JOBS):
+        kind = type(job_of(name))
+        hints = get_type_hints(kind)
+        found += [(name, f.name) for f in dataclasses.fields(kind) if hints[f.name] in types]
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(JOBS))
+def test_a_jobs_defaults_are_in_their_bounds(name: str):
+    check_arguments(job_of(name))
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+@pytest.mark.parametrize(("name", "field"), fields_of(str, str | None))
+def test_an_empty_argument_is_not_a_missing_one(name: str, field: str, empty: str):
+    with pytest.raises(UserError, match=f"{flag(field)} must not be empty, got '{empty}'"):
+        check_arguments(job_of(name, **{field: empty}))
+
+
+@pytest.mark.parametrize("number", [-1, math.nan, math.inf])
+@pytest.mark.parametrize(("name", "field"), fields_of(int, int | None, float, float | None))
+def test_a_number_that_no_flag_can_mean_is_refused_by_its_name(name: str, field: str, number: float):
+    with pytest.raises(UserError, match=f"{flag(field)} must be .*, got {number}"):
+        check_arguments(job_of(name, **{field: number}))
+
+
+@pytest.mark.parametrize(("name", "field"), [pair for pair in fields_of(int, int | None) if pair[1] in COUNTS])
+def test_a_count_of_0_is_refused(name: str, field: str):
+    with pytest.raises(UserError, match=f"{flag(field)} must be 1 or more, got 0"):
+        check_arguments(job_of(name, **{field: 0}))
+
+
+def flag(field: str) -> str:
+    return f"({field.upper()}|--{field.replace('_', '-')})"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--detector=", "--detector must not be empty"),
+        ("--scale-net=", "--scale-net must not be empty"),
+        ("--policies whole ", "--policies must not be empty"),
+        ("--score-threshold nan", "--score-threshold must be a number from 0 to 1, got nan"),
+        ("--score-threshold 50", "--score-threshold must be a number from 0 to 1, got 50.0"),
+        ("--iou-threshold -0.5", "--iou-threshold must be a number from 0 to 1, got -0.5"),
+        ("--no-progress-seconds nan", "--no-progress-seconds must be a number of 0 or more, got nan"),
+        ("--max-image-megapixels 0", "--max-image-megapixels must be a number above 0, got 0.0"),
+        ("--limit ten", "--limit: must be a whole number or none, got 'ten'"),
+        ("--max-failures 1.5", "--max-failures: must be a whole number, got '1.5'"),
+    ],
+)
+def test_a_command_line_is_refused_by_the_flags_name(words: str, message: str, capsys: pytest.CaptureFixture[str]):
+    arguments = words.split(" ")
+    with pytest.raises(SystemExit) as exit_info:
+        parse_arguments(load_job("eval_coco").EvalCoco, [word or " " for word in arguments])
+    assert exit_info.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("word", ["none", "None", "NONE"])
+def test_none_is_said_in_any_case_wherever_it_may_be(word: str):
+    flags = ("--ceiling", "--limit", "--iou-threshold", "--max-open-images", "--pipelines", "--output")
+    job: Any = parse_arguments(
+        load_job("tune_recursion").TuneRecursion, [part for each in flags for part in (each, word)]
+    )
+    given = (job.ceiling, job.limit, job.networks.iou_threshold, job.resources.max_open_images, job.resources.pipelines)
+    assert given == (None,) * 5
+    assert job.output is None
+
+
+def test_what_may_be_none_still_takes_its_values():
+    words = "--ceiling 3 --limit 5 --iou-threshold 0.5 --scale-actors 1 2 --output runs/x"
+    job: Any = parse_arguments(load_job("tune_recursion").TuneRecursion, words.split())
+    assert (job.ceiling, job.limit, job.networks.iou_threshold, job.output) == (3.0, 5, 0.5, "runs/x")
+    assert job.resources.scale_actors == (1, 2)
+
+
+def test_a_tuple_that_may_be_none_takes_many_words_or_none():
+    @dataclasses.dataclass
+    class Names:
+        """Names.
+
+        Attributes:
+            names: of things.
+        """
+
+        names: tuple[str, ...] | None = ("a",)
+
+    check = {"--names none": None, "--names a b": ("a", "b"), "": ("a",)}
+    # Annotations of a class in a function are text that only its own module can resolve.
+    Names.__annotations__["names"] = tuple[str, ...] | None
+    for words, wanted in check.items():
+        assert parse_arguments(Names, words.split()).names == wanted
+
+
+@pytest.mark.parametrize("command", [["jobs/detect.py", "--images", ""], ["-m", "scalenet_ray", "show", ""]])
+def test_an_empty_argument_ends_a_command_with_one_line(command: list[str]):
+    done = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(("error: --images must not be empty", "error: IMAGE must not be empty"))
