@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scalenet_ray.core.detections import Detections
-    from scalenet_ray.core.errors import TileError
+    from scalenet_ray.core.errors import TileError, UserError
     from scalenet_ray.core.images import decode_image
     from scalenet_ray.core.interchange import to_supervision
     from scalenet_ray.core.merge import Merging
@@ -41,6 +41,7 @@ _HOMES = {
     "Step": "core.recursion",
     "Tile": "core.window",
     "TileError": "core.errors",
+    "UserError": "core.errors",
     "Window": "core.window",
     "decode_image": "core.images",
     "export_run": "export",
@@ -66,6 +67,7 @@ __all__ = [
     "Step",
     "Tile",
     "TileError",
+    "UserError",
     "Window",
     "__version__",
     "decode_image",

@@ -63,7 +63,7 @@ def run_experiment(
         width: of the first classifier's layers; the domain's own by default.
 
     Raises:
-        ValueError: if there is no seed, or settings would be chosen on the test set.
+        UserError: if there is no seed, or settings would be chosen on the test set.
     """
     if options.seeds < 1:
         msg = f"--seeds must be 1 or more, got {options.seeds}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,8 +26,6 @@ from scalenet_ray.models.networks import NetworkNames
 from scalenet_ray.policy_plot import policy_plot
 
 __all__ = ["CocoSplit", "check_networks", "check_split", "evaluate_policies", "open_split", "tell_remarks"]
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,12 @@ def open_split(session: Session, data: str, split: str, *, limit: int | None, ma
 
 
 def tell_remarks(split: CocoSplit, detector_categories: Mapping[int, str], say: Callable[[str], None]) -> None:
-    """Say, and log, what of a split is taken otherwise than it is written, before a run begins."""
+    """Say what of a split is taken otherwise than it is written, before a run begins."""
     remarks = list(split.remarks)
     if unknown := unknown_categories(detector_categories, split.categories, split.unused_categories):
         names = f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
         remarks.append(f"categories that no annotation is of and the detector does not know: {names}; left out")
     for remark in remarks:
-        _LOG.warning("annotations", extra={"fields": {"file": split.annotations, "remark": remark}})
         say(f"{split.annotations}: {remark}")
 
 

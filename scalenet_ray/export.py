@@ -100,7 +100,7 @@ def export_run(
     Raises:
         FileNotFoundError: if there is no such run.
         FileExistsError: if a folder to write into has label files already.
-        ValueError: if the run has no such policy, or does not say its categories' names, or two images would share one
+        UserError: if the run has no such policy, or does not say its categories' names, or two images would share one
             label file.
     """
     if to not in EXPORT_FORMATS:
@@ -239,7 +239,7 @@ def _by_stem(images: Sequence[FinishedImage]) -> Iterator[tuple[str, FinishedIma
     """Each image with its file's path below the images' folder, without its suffix: what label files are named by.
 
     Raises:
-        ValueError: if two images have the same.
+        UserError: if two images have the same.
     """
     files = [image.file for image in images]
     if files and all(file.startswith("/") or "://" in file for file in files):

@@ -33,7 +33,7 @@ def log_to_stderr() -> None:
     """Have the package log to the standard error: warnings, or from the level that SCALENET_RAY_LOG names.
 
     Raises:
-        ValueError: if it names none.
+        UserError: if it names none.
     """
     level = os.environ.get("SCALENET_RAY_LOG", "WARNING").upper()
     if level not in logging.getLevelNamesMapping():

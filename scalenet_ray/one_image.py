@@ -100,7 +100,7 @@ def get_scaled_prediction(
     Raises:
         FileNotFoundError: if the image or a network is not there.
         TypeError: if an argument has no meaning here.
-        ValueError: if a value is not what it must be, the image cannot be decoded, or a network breaks on it.
+        UserError: if a value is not what it must be, the image cannot be decoded, or a network breaks on it.
     """
     _refuse(of_slicing, perform_standard_pred, postprocess_type, postprocess_match_metric)
     pixels = _pixels(image)

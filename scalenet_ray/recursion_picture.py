@@ -157,7 +157,7 @@ def picture_bytes(figure: Figure, suffix: str, dots_per_inch: float = 110.0) -> 
         dots_per_inch: of a PNG.
 
     Raises:
-        ValueError: if it is another suffix.
+        UserError: if it is another suffix.
     """
     kind = suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf"):

@@ -185,6 +185,9 @@ def test_the_rate_leaves_start_up_out() -> None:
     assert str(progress).endswith("8 s left")
     assert Progress("whole", 1, 9, images=1, seconds=0.0).images_per_second == 0.0
     assert str(Progress("whole", 1, 9, images=1)).endswith("starting")
+    # Two images in a hundredth of a second say nothing of the speed.
+    assert "- images/s" in str(Progress("whole", 2, 9, images=2, seconds=0.01))
+    assert str(Progress("whole", 9, 9, images=9, seconds=4.0)).endswith("done")
 
 
 def test_the_time_of_work_is_counted_from_the_first_image_that_was_begun(tmp_path: Path) -> None:

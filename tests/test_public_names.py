@@ -28,6 +28,7 @@ PROMISED = {
     "Step",
     "Tile",
     "TileError",
+    "UserError",
     "Window",
     "__version__",
     "decode_image",

@@ -235,7 +235,7 @@ def parse_annotations(document: Mapping[str, Any], name: str = "the annotations"
         name: what messages call it.
 
     Raises:
-        ValueError: if something is missing, double, or points to nothing; the message names the first few.
+        UserError: if something is missing, double, or points to nothing; the message names the first few.
     """
     if not isinstance(document, Mapping):
         _fail(f"{name} must be a JSON object with images, annotations and categories, got {type(document).__name__}")
@@ -278,7 +278,7 @@ def read_annotations(uri: Address) -> CocoDataset:
 
     Raises:
         FileNotFoundError: if it is not there.
-        ValueError: if it is no JSON, or something in it is missing, double, or points to nothing.
+        UserError: if it is no JSON, or something in it is missing, double, or points to nothing.
     """
     data = read_bytes(uri, max_bytes=_MOST_BYTES)
     try:
@@ -424,7 +424,7 @@ def map_categories(
         Only the classes that the data set has; detections of the others are to be dropped.
 
     Raises:
-        ValueError: if the detector lacks a category of the data set that is used, or two of these have one name.
+        UserError: if the detector lacks a category of the data set that is used, or two of these have one name.
     """
     used = {category_id: name for category_id, name in dataset.items() if category_id not in unused}
     twice = [name for name, count in Counter(map(_plain, used.values())).items() if count > 1]
@@ -465,7 +465,7 @@ def to_results(image_id: int, detections: Detections, image_hw: tuple[int, int] 
         1/1,000,000, and `segmentation` (compressed run lengths) if there are masks.
 
     Raises:
-        ValueError: if there are masks and no `image_hw`.
+        UserError: if there are masks and no `image_hw`.
     """
     corners = detections.boxes.astype(np.float64)
     xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).round(3).tolist()

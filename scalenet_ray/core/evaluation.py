@@ -49,7 +49,7 @@ def evaluate(
         nothing to find.
 
     Raises:
-        ValueError: if a result or `image_ids` names an image or a category that the annotations don't have.
+        UserError: if a result or `image_ids` names an image or a category that the annotations don't have.
     """
     evaluation = match_results(annotations, results, iou_type=iou_type, image_ids=image_ids)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -69,7 +69,7 @@ def match_results(
     """Results matched to objects image by image, before figures are made of it; arguments as of `evaluate`.
 
     Raises:
-        ValueError: as `evaluate` does.
+        UserError: as `evaluate` does.
     """
     if isinstance(annotations, CocoDataset):
         dataset = annotations

@@ -108,7 +108,7 @@ def to_supervision(
 
     Raises:
         ImportError: if the package supervision is not installed.
-        ValueError: if there are masks and no `image_hw`.
+        UserError: if there are masks and no `image_hw`.
     """
     try:
         import supervision  # pyright: ignore[reportMissingImports]

@@ -114,7 +114,7 @@ def paired_intervals(
         which the middle 95 % of the drawn differences lie, and "above": the share of them that is above 0.
 
     Raises:
-        ValueError: if `baseline` is none of the policies.
+        UserError: if `baseline` is none of the policies.
     """
     if baseline not in matched:
         msg = f"the policy to compare with must be one of {', '.join(matched)}, got {baseline!r}"

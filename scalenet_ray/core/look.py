@@ -222,7 +222,7 @@ def look(
         What was seen, for each tile in order.
 
     Raises:
-        ValueError: if the policy needs a network that was not given.
+        UserError: if the policy needs a network that was not given.
     """
     at = [i for i, tile in enumerate(tiles) if policy.looks_at(tile)]
     seen = [Seen()] * len(tiles)

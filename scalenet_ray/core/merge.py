@@ -37,7 +37,7 @@ class Merging:
         match_size: drop boxes whose area is not what their window was cut for.
 
     Raises:
-        ValueError: if a number leaves its range.
+        UserError: if a number leaves its range.
     """
 
     method: SuppressionMethod = "nms"

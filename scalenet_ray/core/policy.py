@@ -86,7 +86,7 @@ class Recursion:
         first_pass_threshold: the detector's own boxes count from this score on (policies first-pass and fused).
 
     Raises:
-        ValueError: if a number leaves its range.
+        UserError: if a number leaves its range.
     """
 
     method: Literal["class", "confidence", "gain"] = "confidence"
@@ -243,7 +243,7 @@ def parse_policy(name: str, *, input_side: int, iou_threshold: float, score_thre
         score_threshold: boxes that score less are dropped.
 
     Raises:
-        ValueError: if there is no such policy.
+        UserError: if there is no such policy.
     """
     merging = Merging(iou_threshold=iou_threshold, score_threshold=score_threshold)
     if match := re.fullmatch(r"whole@(\d+)", name):
@@ -268,7 +268,7 @@ def check_names(policies: Sequence[Policy]) -> list[Policy]:
     """Policies that one run may work through: their names differ and are fit for file names.
 
     Raises:
-        ValueError: if there is none, two have one name, or a name has an odd character.
+        UserError: if there is none, two have one name, or a name has an odd character.
     """
     names = [policy.name for policy in policies]
     _require(bool(names), "name at least one policy, e.g. --policies whole scalenet")
@@ -331,7 +331,7 @@ def policy_from_dict(values: dict[str, Any]) -> Policy:
     """A policy from `policy_to_dict`'s values; absent fields take their defaults.
 
     Raises:
-        ValueError: if the version is another one, or a name or a value is wrong; it says which.
+        UserError: if the version is another one, or a name or a value is wrong; it says which.
     """
     _require(isinstance(values, dict), f"a policy file must map names to values, got {type(values).__name__}")
     rest = dict(values)

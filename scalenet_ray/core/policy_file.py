@@ -16,7 +16,7 @@ def read_policies(uri: str | Path) -> list[Policy]:
 
     Raises:
         FileNotFoundError: if it is not there.
-        ValueError: if it is no YAML, of another version, or a field is wrong; the message says which.
+        UserError: if it is no YAML, of another version, or a field is wrong; the message says which.
     """
     content = read_yaml(uri)
     entries = content if isinstance(content, list) else [content]

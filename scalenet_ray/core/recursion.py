@@ -217,7 +217,7 @@ def planning_weights(tile: Tile, scale_map: ScaleMap, policy: Policy) -> np.ndar
         gain. Of large and small objects the one that counts for more.
 
     Raises:
-        ValueError: if the policy goes by the gain and the map has none.
+        UserError: if the policy goes by the gain and the map has none.
     """
     weights = [_weights(direction, scale_map) for direction in _directions(tile, scale_map, policy)]
     most = np.max([np.zeros(scale_map.hw), *weights], axis=0)

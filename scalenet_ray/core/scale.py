@@ -222,7 +222,7 @@ def fuse_maps(one: ScaleMap, other: ScaleMap) -> ScaleMap:
     Where both say what a closer look gains, so does what comes of them: the mean, for the same piece of the tile.
 
     Raises:
-        ValueError: if one of them is a regression map.
+        UserError: if one of them is a regression map.
     """
     if one.prob is None or other.prob is None:
         msg = "only class maps can be fused, got a regression map: train Scale Net with a class preset"

@@ -67,7 +67,7 @@ def read_space(uri: str | Path) -> SearchSpace:
 
     Raises:
         FileNotFoundError: if it is not there.
-        ValueError: if it is no YAML, of another version, names an unknown field, or a range is empty.
+        UserError: if it is no YAML, of another version, names an unknown field, or a range is empty.
     """
     content = read_yaml(uri)
     if not isinstance(content, dict) or content.get("version") != SPACE_VERSION:
@@ -155,7 +155,7 @@ def changed_policy(policy: Policy, name: str, values: Mapping[str, Any]) -> Poli
         values: by path, see `SearchSpace`.
 
     Raises:
-        ValueError: if a value leaves its range, or two do not go together.
+        UserError: if a value leaves its range, or two do not go together.
     """
     plain = copy.deepcopy(policy_to_dict(policy)) | {"name": name}
     for path, given in values.items():

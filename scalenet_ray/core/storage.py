@@ -171,7 +171,7 @@ def read_bytes(uri: Address, *, max_bytes: int | None = None) -> bytes:
         FileNotFoundError: if it is not there; the message says what to check.
         PermissionError: if it may not be read.
         OSError: if the store fails otherwise.
-        ValueError: if it is larger than `max_bytes`.
+        UserError: if it is larger than `max_bytes`.
     """
     store, path = _locate(uri)
     with _explained("read", uri, store):

@@ -20,7 +20,7 @@ def read_yaml(uri: str | Path) -> Any:
 
     Raises:
         FileNotFoundError: if it is not there.
-        ValueError: if it is no YAML, or over a MiB: settings are not.
+        UserError: if it is no YAML, or over a MiB: settings are not.
     """
     data = read_bytes(uri, max_bytes=_MOST_BYTES)
     try:

@@ -18,7 +18,7 @@ from scalenet_ray.core.coco import ImageRecord, safe_file_name
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.images import read_image
 from scalenet_ray.core.results import ImageResult
-from scalenet_ray.engine.runs import RunFolder, ShardWriter
+from scalenet_ray.engine.runs import SECONDS_WORTH_A_RATE, RunFolder, ShardWriter
 
 __all__ = ["Progress", "Stream", "image_opener", "run_policy"]
 
@@ -78,10 +78,13 @@ class Progress:
 
     def __str__(self) -> str:
         """One line for the terminal."""
-        rate = self.images_per_second
+        rate = self.images_per_second if self.seconds >= SECONDS_WORTH_A_RATE else None
         left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "starting"
+        if self.done == self.total:
+            left = "done"
+        speed = "-" if rate is None else f"{rate:.1f}"
         return (
-            f"{self.policy}: {self.done}/{self.total} images, {rate:.1f} images/s, "
+            f"{self.policy}: {self.done}/{self.total} images, {speed} images/s, "
             f"{self.tiles / max(self.images, 1):.2f} tiles/image, {self.failed} failed, {left}"
         )
 

@@ -36,7 +36,7 @@ class Epochs:
         seed: of the orders.
 
     Raises:
-        ValueError: if there is nothing to train on, or the batch cannot be shared out.
+        UserError: if there is nothing to train on, or the batch cannot be shared out.
     """
 
     train: int

@@ -33,7 +33,7 @@ class Patience:
         max_tries: a tile that by itself has ended its process so often is given up.
 
     Raises:
-        ValueError: if a number leaves its range.
+        UserError: if a number leaves its range.
     """
 
     call_seconds: float = 300.0

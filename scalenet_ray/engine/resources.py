@@ -42,7 +42,7 @@ class Resources:
         no_progress_seconds: a run that finishes nothing for so long ends with an error.
 
     Raises:
-        ValueError: if a number leaves its range.
+        UserError: if a number leaves its range.
     """
 
     readers: int = 1

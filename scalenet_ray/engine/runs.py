@@ -53,7 +53,16 @@ from scalenet_ray.engine.run_lock import RunLock, lock_run
 from scalenet_ray.engine.settings import settings_that_differ
 from scalenet_ray.version import __version__
 
-__all__ = ["FAILURES", "INPUTS", "BegunRun", "Counting", "RunFolder", "ShardWriter", "in_image_order"]
+__all__ = [
+    "FAILURES",
+    "INPUTS",
+    "SECONDS_WORTH_A_RATE",
+    "BegunRun",
+    "Counting",
+    "RunFolder",
+    "ShardWriter",
+    "in_image_order",
+]
 
 FAILURES = pa.schema(
     [
@@ -81,7 +90,7 @@ _SCHEMAS = {"detections": DETECTIONS, "images": IMAGES}
 _IMAGES_PER_SHARD = 256
 _SECONDS = b"seconds_by_stage"
 _WORK = b"seconds_of_work"
-_SECONDS_WORTH_A_RATE = 2.0
+SECONDS_WORTH_A_RATE = 2.0
 """Work that took less says nothing of the speed."""
 
 _BEGUN_WITH = ("config.yaml", "inputs.parquet", "annotations.parquet")
@@ -437,7 +446,7 @@ class RunFolder:
         for count, metadata in self._manifest(policy):
             if _WORK in metadata:
                 images, seconds = images + count, seconds + float(metadata[_WORK])
-        rate = images / seconds if seconds >= _SECONDS_WORTH_A_RATE else None
+        rate = images / seconds if seconds >= SECONDS_WORTH_A_RATE else None
         return {"images_per_second": rate, "seconds": self.seconds_at_work(policy)}
 
     def _manifest(self, policy: str) -> Iterator[tuple[int, Mapping[bytes, bytes]]]:

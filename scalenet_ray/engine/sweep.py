@@ -164,7 +164,7 @@ def best_policies(rows: Sequence[dict[str, Any]], task: TrialTask) -> list[Polic
     """The policies of `best_trials`, by their names there.
 
     Raises:
-        ValueError: as there.
+        UserError: as there.
     """
     return [_policy(row, task, name) for name, row in best_trials(rows, task).items()]
 

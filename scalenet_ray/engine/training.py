@@ -33,7 +33,7 @@ class Training:
         max_restarts: how often lost workers are replaced before the run gives up.
 
     Raises:
-        ValueError: if a number leaves its range.
+        UserError: if a number leaves its range.
     """
 
     workers: int = 1

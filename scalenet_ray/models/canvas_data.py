@@ -53,7 +53,7 @@ def load_pictures(name: str, data: str | None, *, train: bool) -> Pictures:
         train: those to learn from, else those to test on.
 
     Raises:
-        ValueError: if there is no such data set, or no folder for one that needs it.
+        UserError: if there is no such data set, or no folder for one that needs it.
         RuntimeError: if its files are not there and cannot be fetched.
     """
     if name == "digits":

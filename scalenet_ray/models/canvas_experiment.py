@@ -67,7 +67,7 @@ class Experiment:
         """Those that are trained on.
 
         Raises:
-            ValueError: if none are left.
+            UserError: if none are left.
         """
         pictures = load_pictures(self.name, self.data, train=True)
         kept = len(pictures.labels) - self.held_out

@@ -69,7 +69,7 @@ class CapsNet(nn.Module):
         width: of the layers: 1 is the paper's 256 channels and 32 types of primary capsules.
 
     Raises:
-        ValueError: if the side leaves no primary capsule.
+        UserError: if the side leaves no primary capsule.
     """
 
     def __init__(self, *, side: int, in_channels: int, classes: int = 10, width: float = 1.0) -> None:

@@ -54,7 +54,7 @@ def build_classifier(kind: str, *, side: int, in_channels: int, classes: int = 1
         width: what the channels of "capsnet" and "vgg11" are multiplied by; the other two have none but 1.
 
     Raises:
-        ValueError: if the kind is unknown, or has no such side or width.
+        UserError: if the kind is unknown, or has no such side or width.
     """
     _check_kind(kind)
     if width <= 0 or (width != 1 and kind in ("plain", "deformable")):
@@ -110,7 +110,7 @@ def classifier_loss(kind: str, scores: torch.Tensor, labels: torch.Tensor) -> to
         A scalar, the mean of images.
 
     Raises:
-        ValueError: if the kind is unknown, or the shapes do not fit.
+        UserError: if the kind is unknown, or the shapes do not fit.
     """
     _check_kind(kind)
     if scores.ndim != 2 or labels.shape != scores.shape[:1]:

@@ -209,7 +209,7 @@ def plan_fine_tuning(
     Raises:
         FileNotFoundError: if a file is not there.
         ConnectionError: if torchvision's weights can't be fetched.
-        ValueError: if it is no detector that can be trained here, does not know a category of the data set, or
+        UserError: if it is no detector that can be trained here, does not know a category of the data set, or
             there is nothing to learn from.
     """
     kind, _, what = start.partition(":")

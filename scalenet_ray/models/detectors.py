@@ -115,7 +115,7 @@ def load_detector(
     Raises:
         FileNotFoundError: if a file is not there.
         ConnectionError: if torchvision's weights can't be fetched.
-        ValueError: if the name, a threshold or a file is not what it must be, a class lacks part of `Detector`,
+        UserError: if the name, a threshold or a file is not what it must be, a class lacks part of `Detector`,
             packages add a kind that is there already, or the detector has a precision of its own.
     """
     for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
@@ -181,7 +181,7 @@ def check_detector(detector: Any, name: str) -> Detector:
         name: what messages call it.
 
     Raises:
-        ValueError: if it lacks a part, or what it declares is wrong; it names that.
+        UserError: if it lacks a part, or what it declares is wrong; it names that.
     """
     declaration(detector, name)
     return detector

@@ -52,7 +52,7 @@ def read_examples(data: str, split: str, limit: int | None = None) -> list[Examp
 
     Raises:
         FileNotFoundError: if there are no annotations of that name.
-        ValueError: if they name no image, or are not COCO's.
+        UserError: if they name no image, or are not COCO's.
     """
     dataset = read_annotations(join(data, "annotations", f"instances_{split}.json"))
     if limit is not None and limit < 1:
@@ -81,7 +81,7 @@ class TrainingImages:
         limit: only the first so many images of each split.
 
     Raises:
-        ValueError: if `holdout` is no such share.
+        UserError: if `holdout` is no such share.
     """
 
     data: str
@@ -100,7 +100,7 @@ class TrainingImages:
 
         Raises:
             FileNotFoundError: if there are no annotations of that name.
-            ValueError: if they name no image, or are not COCO's.
+            UserError: if they name no image, or are not COCO's.
         """
         return _read(self)
 

@@ -31,7 +31,7 @@ def load_encoder_weights(model: nn.Module, encoder_name: str | None, source: str
 
     Raises:
         ConnectionError: if the weights are neither installed nor to be had from the network.
-        ValueError: if the network has no named encoder, or the file lacks a weight of it or has it in another shape.
+        UserError: if the network has no named encoder, or the file lacks a weight of it or has it in another shape.
     """
     if encoder_name is None:
         msg = "encoder weights are for a preset with a named encoder, unet-lite0 or unet-vgg16: leave them out"

@@ -32,7 +32,7 @@ class MappedDetector:
         checked: the detector with its own labels.
 
     Raises:
-        ValueError: if the detector does not know a category of the data set, or is not what it must be.
+        UserError: if the detector does not know a category of the data set, or is not what it must be.
     """
 
     def __init__(

@@ -73,7 +73,7 @@ class NetworkNames:
         """Load the detector, on the CPU, and say what it is.
 
         Raises:
-            ValueError: if no detector is named; else what `load_detector` raises.
+            UserError: if no detector is named; else what `load_detector` raises.
         """
         return declaration(self._on_cpu()._load(), str(self.detector))
 
@@ -81,7 +81,7 @@ class NetworkNames:
         """What a scale head on the detector's feature maps must be.
 
         Raises:
-            ValueError: if no detector is named, or it shows no feature maps; else what `load_detector` raises.
+            UserError: if no detector is named, or it shows no feature maps; else what `load_detector` raises.
         """
         from scalenet_ray.models.scale_head import HeadConfig
 
@@ -122,7 +122,7 @@ class NetworkNames:
             open_image: how one is read: its pixels, [h, w, 3] uint8 RGB, or `TileError`.
 
         Raises:
-            ValueError: if the detector lacks a category, cannot take a policy's tiles, or does not answer as
+            UserError: if the detector lacks a category, cannot take a policy's tiles, or does not answer as
                 `try_detector` wants, or Scale Net is missing or was trained on another detector's features, or its
                 maps are not those that a policy goes by.
         """
@@ -195,7 +195,7 @@ class NetworkNames:
         """Scale Net, ready for tiles.
 
         Raises:
-            ValueError: if no weights are named; else what `load_predictor` raises.
+            UserError: if no weights are named; else what `load_predictor` raises.
         """
         # Here and not above: torch must not be loaded where networks are only named.
         from scalenet_ray.models.scale_head import load_predictor

@@ -26,7 +26,7 @@ def expose_features(data: bytes) -> bytes:
         height / stride, width / stride] of each.
 
     Raises:
-        ValueError: if the network is not built so.
+        UserError: if the network is not built so.
     """
     model = onnx.load_from_string(data)
     graph = _Graph(model.graph.node)

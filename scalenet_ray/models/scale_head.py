@@ -92,7 +92,7 @@ class ScaleHeadPredictor:
         input_pixels: 0: it looks at no pixels of its own.
 
     Raises:
-        ValueError: if the file is no scale head's, or its weights do not fit what it says of itself.
+        UserError: if the file is no scale head's, or its weights do not fit what it says of itself.
     """
 
     input_pixels = 0
@@ -116,7 +116,7 @@ class ScaleHeadPredictor:
         """Compare a detector with the one that the head was trained on.
 
         Raises:
-            ValueError: if its feature maps are others.
+            UserError: if its feature maps are others.
         """
         wanted = (self.config.feature_channels, self.config.stride)
         got = (tuple(detector.feature_channels), detector.feature_stride)

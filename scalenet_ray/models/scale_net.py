@@ -69,7 +69,7 @@ class ScaleNetConfig:
             then goes on beyond the canvas's edge as inside it.
 
     Raises:
-        ValueError: if the fields contradict each other.
+        UserError: if the fields contradict each other.
     """
 
     preset: str
@@ -112,7 +112,7 @@ class ScaleNetConfig:
         """(h, w) of the class map, in cells.
 
         Raises:
-            ValueError: if the net takes tiles as they are, and has no fixed size.
+            UserError: if the net takes tiles as they are, and has no fixed size.
         """
         if self.input_side is None:
             msg = "the output of a net that takes tiles as they are is as large as its input: it has no fixed size"
@@ -259,7 +259,7 @@ def read_checkpoint(path: str | Path, name: str) -> tuple[dict[str, torch.Tensor
 
     Raises:
         FileNotFoundError: if it is not there.
-        ValueError: if it is no such file.
+        UserError: if it is no such file.
     """
     tensors, header = load_weights(str(path))
     if name not in header:
@@ -272,7 +272,7 @@ def load_state(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | P
     """Fill a model with a checkpoint's weights, in float32 whatever they were stored in.
 
     Raises:
-        ValueError: if names or shapes differ.
+        UserError: if names or shapes differ.
     """
     try:
         model.load_state_dict(tensors)
@@ -290,7 +290,7 @@ def load_scale_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Sc
     """Read a checkpoint of `save_scale_net`: the network in evaluation mode, and its configuration.
 
     Raises:
-        ValueError: if it is no Scale Net's checkpoint, or the weights do not fit what it says of itself.
+        UserError: if it is no Scale Net's checkpoint, or the weights do not fit what it says of itself.
     """
     tensors, fields = read_checkpoint(path, _FORMAT)
     try:

@@ -304,7 +304,7 @@ class TinyDetector:
         """Read a checkpoint of `save_tiny_detector`, local or s3://.
 
         Raises:
-            ValueError: if it is none, or the weights do not fit.
+            UserError: if it is none, or the weights do not fit.
         """
         tensors, fields = read_checkpoint(path, _FORMAT)
         fields |= {"category_ids": tuple(fields["category_ids"]), "names": tuple(fields["names"])}

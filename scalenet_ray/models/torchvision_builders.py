@@ -33,7 +33,7 @@ def build_detector(name: str, num_classes: int) -> nn.Module:
         torchvision's model, in training mode, with torchvision's own resizing.
 
     Raises:
-        ValueError: if the name is unknown.
+        UserError: if the name is unknown.
     """
     _check_name(name)
     if name in _OF_THE_PAPER:
@@ -46,7 +46,7 @@ def fetch_detector(name: str) -> nn.Module:
 
     Raises:
         ConnectionError: if they are not in the cache and the network does not give them.
-        ValueError: if the name is unknown, or torchvision has no weights for it.
+        UserError: if the name is unknown, or torchvision has no weights for it.
     """
     _check_name(name)
     if name in _OF_THE_PAPER:

@@ -62,7 +62,7 @@ class TorchvisionDetector:
             mixed_precision: compute in bfloat16 what bears it.
 
         Raises:
-            ValueError: if there is no such device.
+            UserError: if there is no such device.
         """
         self._device = device_on_this_machine(device)
         self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=mixed_precision)
@@ -252,7 +252,7 @@ def load_torchvision(
     Raises:
         FileNotFoundError: if there is no such file.
         ConnectionError: if torchvision's weights can't be fetched.
-        ValueError: if the name is unknown, or the weights are not those of that detector.
+        UserError: if the name is unknown, or the weights are not those of that detector.
     """
     name, at, path = what.partition("@")
     if at and name.isidentifier():
@@ -281,7 +281,7 @@ def save_detector(model: nn.Module, name: str, categories: Mapping[int, str], pa
         path: a local path, file:// or s3:// address that ends in .safetensors.
 
     Raises:
-        ValueError: if the model is not that detector, or has no output for a category.
+        UserError: if the model is not that detector, or has no output for a category.
     """
     num_classes = _num_classes(model)
     outside = [category for category in categories if not 0 < category < num_classes]

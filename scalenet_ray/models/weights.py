@@ -30,7 +30,7 @@ def load_weights(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
     Raises:
         FileNotFoundError: if it is not there.
-        ValueError: if it ends otherwise, is damaged, or holds anything but tensors.
+        UserError: if it ends otherwise, is damaged, or holds anything but tensors.
     """
     if not path.endswith(SUFFIXES):
         msg = f"weights must be a file that ends in {', '.join(SUFFIXES)}, got {path!r}"
@@ -50,7 +50,7 @@ def save_weights(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         path: a local path, file:// or s3:// address that ends in .safetensors.
 
     Raises:
-        ValueError: if `path` ends otherwise.
+        UserError: if `path` ends otherwise.
     """
     if not path.endswith(".safetensors"):
         msg = f"weights are written as safetensors, got {path!r}: end the path in .safetensors"

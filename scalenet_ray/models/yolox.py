@@ -63,7 +63,7 @@ class YoloxDetector:
         open_features: opens the network with its feature maps as further outputs; None if it has none to show.
 
     Raises:
-        ValueError: if the network's input or output is not YOLOX's.
+        UserError: if the network's input or output is not YOLOX's.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class YoloxDetector:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is no ONNX file, not YOLOX's, or onnxruntime has no such device.
+            UserError: if it is no ONNX file, not YOLOX's, or onnxruntime has no such device.
         """
         providers = _providers(device)
         options = onnxruntime.SessionOptions()
@@ -136,7 +136,7 @@ class YoloxDetector:
         """The padded size that is computed for a tile of `hw`, (height, width) in tile pixels.
 
         Raises:
-            ValueError: if the tile does not fit the network's fixed input.
+            UserError: if the tile does not fit the network's fixed input.
         """
         if self._fixed_hw is None:
             return square_canvas(hw)
@@ -164,7 +164,7 @@ class YoloxDetector:
         """Channels of the feature maps of strides 8, 16 and 32: the network's own, and what it answers there.
 
         Raises:
-            ValueError: if the network is not built as YOLOX is.
+            UserError: if the network is not built as YOLOX is.
         """
         return tuple(output.shape[1] + _ANSWER_MAPS for output in self._featured.get_outputs()[1:])
 
