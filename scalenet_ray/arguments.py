@@ -17,6 +17,7 @@ from tyro.constructors import (
 
 from scalenet_ray.core.bounds import ANY_NUMBER, Bounds
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.terminal import complain
 
 __all__ = ["check_arguments", "parse_arguments"]
 
@@ -49,8 +50,7 @@ def parse_arguments(
     try:
         check_arguments(job)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        sys.exit(complain(f"error: {error}", 2))
     return job
 
 

@@ -22,6 +22,7 @@ from scalenet_ray.log_lines import log_to_stderr
 __all__ = [
     "accuracy_table",
     "check_retry",
+    "complain",
     "difference_table",
     "failure_lines",
     "found_lines",
@@ -229,15 +230,15 @@ def run_job(main: Callable[[Job], int], job: Job) -> None:
             log_to_stderr()
             status = main(job)
     except _StopSignal as stop:
-        status = _complain("stopped: " + _with_notes(stop, "nothing done yet"), stop.status)
+        status = complain("stopped: " + _with_notes(stop, "nothing done yet"), stop.status)
     except (UserError, OSError) as error:
-        status = _complain(f"error: {error}", 2)
+        status = complain(f"error: {error}", 2)
     except WorkerError as error:
         if not hasattr(error, "__notes__"):
             with tempfile.NamedTemporaryFile("w", prefix="scalenet-ray-", suffix=".txt", delete=False) as file:
                 file.write(error.trace)
             error.add_note(f"its trace: {file.name}")
-        status = _complain(f"error: {_with_notes(error)}", 1)
+        status = complain(f"error: {_with_notes(error)}", 1)
     sys.exit(status)
 
 
@@ -302,6 +303,7 @@ def _with_notes(error: BaseException, otherwise: str = "") -> str:
     return "; ".join(part for part in (str(error), *getattr(error, "__notes__", [])) if part) or otherwise
 
 
-def _complain(line: str, status: int) -> int:
+def complain(line: str, status: int) -> int:
+    """Print an error on the standard error, in one line; gives the status back, for the job to end with."""
     print(" ".join(line.split("\n")), file=sys.stderr)  # noqa: T201
     return status

@@ -210,6 +210,11 @@ def test_a_category_that_the_detector_does_not_know_is_refused(
     document = read_json(path)
     document["categories"].append({"id": 77, "name": "dodecahedron"})
     path.write_text(json.dumps(document))
+    assert run_eval(eval_job(data, tmp_path / "unused", limit=1)) == 0
+    wanted = "categories that no annotation is of and the detector does not know: dodecahedron; left out"
+    assert wanted in capsys.readouterr().out
+    document["annotations"][0]["category_id"] = 77
+    path.write_text(json.dumps(document))
     assert "dodecahedron" in error_of(eval_job(data, tmp_path / "run"), capsys)
 
 
