@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ EngineName = Literal["ray", "local"]
 """ray: actors on this machine or a cluster; local: one process, for small jobs and notebooks."""
 
 
+_STDERR = 2
 _ANSWER_SECONDS = 10.0
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """The preface of HTTP/2 and empty settings: what a gRPC server answers at once, with settings of its own."""
@@ -102,13 +104,21 @@ def _check_answers(address: str) -> None:
 def _quiet_backend() -> Iterator[None]:
     """Have Ray's C++ core, here and in processes started in the block, say only what ends it, unless told otherwise."""
     name = "RAY_BACKEND_LOG_LEVEL"
-    told = name in os.environ
-    os.environ.setdefault(name, "fatal")
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "fatal"
+    sys.stderr.flush()
+    # That its level is another one than its default it says itself, on the standard error's descriptor.
+    terminal, nowhere = os.dup(_STDERR), os.open(os.devnull, os.O_WRONLY)
     try:
+        os.dup2(nowhere, _STDERR)
         yield
     finally:
-        if not told:
-            del os.environ[name]
+        os.dup2(terminal, _STDERR)
+        os.close(terminal)
+        os.close(nowhere)
+        del os.environ[name]
 
 
 @contextmanager
