@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import ray
+from ray._private import worker
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
@@ -61,17 +62,19 @@ def join_ray() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)
+    shown = logging.getLogger("scalenet_ray").isEnabledFor(logging.INFO)
     with _quiet_backend(), _same_sigterm_handler():
+        # Of all errors of all tasks, those too that are tried again; there is no setting for it.
+        listen = worker.listen_error_messages
+        worker.listen_error_messages = listen if shown else lambda *args: None
         try:
-            ray.init(
-                address,
-                logging_level=logging.ERROR,
-                log_to_driver=logging.getLogger("scalenet_ray").isEnabledFor(logging.INFO),
-            )
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=shown)
         except (RayError, OSError, RuntimeError, ValueError) as error:
             verb = "started" if address == "local" else f"joined at RAY_ADDRESS {address}"
             msg = f"Ray could not be {verb}: {error}"
             raise UserError(msg) from error
+        finally:
+            worker.listen_error_messages = listen
 
 
 def _check_answers(address: str) -> None:
