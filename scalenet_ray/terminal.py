@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import signal
 import sys
@@ -225,6 +226,8 @@ def run_job(main: Callable[[Job], int], job: Job) -> None:
     escaped, and output that nobody reads any more is dropped.
     """
     sys.stdout, sys.stderr = _lenient(sys.stdout), _lenient(sys.stderr)
+    # While the interpreter ends (Ray takes seconds to) a signal finds no work to save.
+    atexit.register(_end_at_next_signal)
     try:
         with _stopped_by_signals():
             log_to_stderr()
@@ -260,8 +263,7 @@ def _stopped_by_signals() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        _end_at_next_signal()
         raise _StopSignal(number)
 
     before = {each: signal.getsignal(each) for each in _SIGNALS if signal.getsignal(each) != signal.SIG_IGN}
@@ -274,6 +276,12 @@ def _stopped_by_signals() -> Iterator[None]:
             # After a stop the process is about to end, and the next signal may end it at once.
             if signal.getsignal(each) is stop:
                 signal.signal(each, handler)
+
+
+def _end_at_next_signal() -> None:
+    for each in _SIGNALS:
+        if signal.getsignal(each) != signal.SIG_IGN:
+            signal.signal(each, signal.SIG_DFL)
 
 
 class _Output(io.FileIO):
@@ -294,8 +302,9 @@ def _lenient(stream: TextIO) -> TextIO:
     except (AttributeError, OSError):
         return stream
     stream.flush()
-    buffer = io.BufferedWriter(file)
-    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=bool(stream.line_buffering))
+    # An unbuffered stream (PYTHONUNBUFFERED, as Ray's jobs have it) writes through its text layer.
+    by_lines = bool(stream.line_buffering) or getattr(stream, "write_through", False)
+    return io.TextIOWrapper(io.BufferedWriter(file), stream.encoding, "backslashreplace", line_buffering=by_lines)
 
 
 def _with_notes(error: BaseException, otherwise: str = "") -> str:

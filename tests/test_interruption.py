@@ -21,6 +21,7 @@ from tests.ray_fixture import RAY_ENVIRONMENT
 from tests.stalling_detector import STALLED, write_grey_images
 
 IMAGES, STALLED_AT = 12, 7
+TWO_PIPELINES = ("--pipelines", "2", "--readers", "2", "--scale-actors", "2", "--detector-actors", "2")
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
@@ -129,7 +130,7 @@ def test_a_run_that_is_stopped_while_it_is_concluded_has_all_its_images(
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("arguments", [(), ("--pipelines", "2", "--readers", "2", "--detector-actors", "2")])
+@pytest.mark.parametrize("arguments", [(), TWO_PIPELINES])
 def test_on_ray_a_stopped_run_keeps_what_is_finished_and_says_one_line(
     folder: Path, arguments: tuple[str, ...]
 ) -> None:

@@ -15,6 +15,7 @@ from scalenet_ray.core.errors import UserError, WorkerError
 from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.session import Session, join_ray
 from tests.three_nodes import free_port
+from tests.unit_works import node_id, raise_it
 
 
 @pytest.fixture
@@ -105,19 +106,11 @@ def test_ray_is_joined_from_a_thread_too(no_ray: None, monkeypatch: pytest.Monke
 # --- calls --------------------------------------------------------------------------------------------------
 
 
-def _raise(error: Exception) -> None:
-    raise error
-
-
-def _node() -> str:
-    return ray.get_runtime_context().get_node_id()
-
-
 @pytest.mark.ray
 @pytest.mark.parametrize("error", [UserError("give --scale-net"), FileNotFoundError("no a.json")])
 def test_a_call_raises_a_users_error_as_itself(ray_session: None, error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)) as raised:
-        Session("ray", Resources()).call(_raise, error)
+        Session("ray", Resources()).call(raise_it, error)
     assert type(raised.value) is type(error)
 
 
@@ -125,17 +118,17 @@ def test_a_call_raises_a_users_error_as_itself(ray_session: None, error: Excepti
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("two"), RuntimeError("three")])
 def test_a_call_raises_a_bug_with_the_workers_trace(ray_session: None, error: Exception) -> None:
     with pytest.raises(WorkerError) as raised:
-        Session("ray", Resources()).call(_raise, error)
+        Session("ray", Resources()).call(raise_it, error)
     assert str(raised.value) == f"{type(error).__name__}: {error} in a worker"
-    assert "in _raise" in raised.value.trace
+    assert "in raise_it" in raised.value.trace
 
 
 @pytest.mark.ray
 def test_a_call_stays_on_the_drivers_node(ray_session: None) -> None:
     from scalenet_ray.engine.pipeline import on_this_node
 
-    assert on_this_node().node_id == _node()
+    assert on_this_node().node_id == node_id()
     assert not on_this_node().soft
     with patch("scalenet_ray.engine.session.on_this_node", wraps=on_this_node) as asked:
-        assert Session("ray", Resources()).call(_node) == _node()
+        assert Session("ray", Resources()).call(node_id) == node_id()
     asked.assert_called_once()

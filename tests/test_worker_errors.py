@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
 
 from scalenet_ray.core.errors import TileError, UserError, WorkerError
 from scalenet_ray.engine.worker_errors import from_worker, with_message, workers_errors
+from tests.job_scripts import REPOSITORY
+from tests.ray_fixture import RAY_ENVIRONMENT
 
 FRAMES = '  File "/a/b.py", line 3, in call\n    raise it\n'
 DATA = (
@@ -84,3 +91,22 @@ def test_a_bug_of_a_worker_passes_between_processes() -> None:
 def test_an_error_that_is_no_workers_is_let_through() -> None:
     with pytest.raises(KeyError), workers_errors():
         raise KeyError("x")
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_on_ray_a_device_that_no_worker_has_is_one_line_in_the_terminal(tmp_path: Path) -> None:
+    """Known by name, and so met in the constructor of an actor, which Ray tries again and again."""
+    job = [sys.executable, str(REPOSITORY / "jobs/detect.py"), "--limit", "2", "--device", "cuda:99"]
+    done = subprocess.run(
+        [*job, "--output", str(tmp_path / "run")],
+        cwd=tmp_path,
+        env={**os.environ, **RAY_ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.fullmatch(
+        "error: device 'cuda:99' was wanted, torch finds [0-9]+ CUDA devices: use device cpu\n", done.stderr
+    )
+    assert (done.stdout, done.returncode) == ("", 2)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["add", "broken", "die_once"]
+import ray
+
+__all__ = ["add", "broken", "die_once", "node_id", "raise_it"]
 
 
 def add(one: int, other: int, log: Path, name: str = "", needs: Sequence[str] = ()) -> dict[str, Any]:
@@ -27,3 +29,11 @@ def die_once(marker: Path) -> dict[str, Any]:
         marker.touch()
         os._exit(1)
     return {"alive": 1}
+
+
+def raise_it(error: Exception) -> None:
+    raise error
+
+
+def node_id() -> str:
+    return ray.get_runtime_context().get_node_id()

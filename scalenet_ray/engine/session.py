@@ -6,12 +6,14 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import ray
+from ray._private import worker
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
@@ -32,6 +34,7 @@ EngineName = Literal["ray", "local"]
 """ray: actors on this machine or a cluster; local: one process, for small jobs and notebooks."""
 
 
+_STDERR = 2
 _ANSWER_SECONDS = 10.0
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """The preface of HTTP/2 and empty settings: what a gRPC server answers at once, with settings of its own."""
@@ -59,17 +62,19 @@ def join_ray() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL)
+    shown = logging.getLogger("scalenet_ray").isEnabledFor(logging.INFO)
     with _quiet_backend(), _same_sigterm_handler():
+        # Of all errors of all tasks, those too that are tried again; there is no setting for it.
+        listen = worker.listen_error_messages
+        worker.listen_error_messages = listen if shown else lambda *args: None
         try:
-            ray.init(
-                address,
-                logging_level=logging.ERROR,
-                log_to_driver=logging.getLogger("scalenet_ray").isEnabledFor(logging.INFO),
-            )
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=shown)
         except (RayError, OSError, RuntimeError, ValueError) as error:
             verb = "started" if address == "local" else f"joined at RAY_ADDRESS {address}"
             msg = f"Ray could not be {verb}: {error}"
             raise UserError(msg) from error
+        finally:
+            worker.listen_error_messages = listen
 
 
 def _check_answers(address: str) -> None:
@@ -102,13 +107,21 @@ def _check_answers(address: str) -> None:
 def _quiet_backend() -> Iterator[None]:
     """Have Ray's C++ core, here and in processes started in the block, say only what ends it, unless told otherwise."""
     name = "RAY_BACKEND_LOG_LEVEL"
-    told = name in os.environ
-    os.environ.setdefault(name, "fatal")
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "fatal"
+    sys.stderr.flush()
+    # That its level is another one than its default it says itself, on the standard error's descriptor.
+    terminal, nowhere = os.dup(_STDERR), os.open(os.devnull, os.O_WRONLY)
     try:
+        os.dup2(nowhere, _STDERR)
         yield
     finally:
-        if not told:
-            del os.environ[name]
+        os.dup2(terminal, _STDERR)
+        os.close(terminal)
+        os.close(nowhere)
+        del os.environ[name]
 
 
 @contextmanager
