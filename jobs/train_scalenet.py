@@ -50,6 +50,7 @@ class TrainScaleNet:
         preset: unet-light, unet-lite0, the paper's unet-vgg16; its fcn-digits, which says scales as numbers; or head: a
             scale head on the detector's own features.
         detector: kind:what, the frozen detector whose features a head reads; without --data the sample's.
+        device: where that detector finds the objects whose gains a head learns, as torch names it.
         input_side: side of the square that tiles are squashed to, a multiple of 32; the preset's by default.
         tile_side: the longer side of the detector's tiles, its input side; the net's own by default (fcn-digits: 64).
         encoder_weights: what the encoder starts from (unet-lite0, unet-vgg16): "imagenet", or a classifier's file.
@@ -64,6 +65,7 @@ class TrainScaleNet:
     limit: Annotated[int, ONE_OR_MORE] | None = None
     preset: str = "unet-light"
     detector: str | None = None
+    device: str = "cpu"
     input_side: Annotated[int, ONE_OR_MORE] | None = None
     tile_side: Annotated[int, ONE_OR_MORE] | None = None
     encoder_weights: str | None = None
@@ -84,9 +86,15 @@ def _pixel_recipe(job: TrainScaleNet, images: TrainingImages) -> Recipe:
 
 
 def _head_recipe(job: TrainScaleNet, images: TrainingImages, run: RunFolder) -> HeadRecipe:
-    networks = NetworkNames(detector=job.detector)
+    networks = NetworkNames(detector=job.detector, device=job.device)
+    networks.check_device(here=False)
+    # The readers that make examples have no GPU.
     recipe = HeadRecipe(
-        images, networks, storage.join(run.uri, "scores"), networks.describe_features(), seed=job.training.seed
+        images,
+        replace(networks, device="cpu"),
+        storage.join(run.uri, "scores"),
+        networks.describe_features(),
+        seed=job.training.seed,
     )
     measure_dataset(images, networks, recipe.scores, actors=job.training.workers, say=print)
     return recipe
@@ -99,8 +107,14 @@ def main(job: TrainScaleNet) -> int:
     images = TrainingImages(str(job.data), job.split, job.val_split, job.holdout, job.limit)
     recipe = None if job.preset == "head" else _pixel_recipe(job, images)
     run = RunFolder.of_job(job.output, "train_scalenet", resume=job.resume)
-    settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training")}
-    with run.begin(settings | job.training.settings(), resume=job.resume, workers=job.training.free_settings()):
+    settings = {
+        name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training", "device")
+    }
+    with run.begin(
+        settings | job.training.settings(),
+        resume=job.resume,
+        workers={"device": job.device, **job.training.free_settings()},
+    ):
         if boxes_alone := images.count_boxes_alone():
             print(f"{boxes_alone} objects have no segmentation: the pixels of their boxes stand in")
         recipe = recipe or _head_recipe(job, images, run)
