@@ -384,11 +384,12 @@ def _refuse_twice(names: Sequence[str], where: str) -> None:
 
 def _addresses_in_part(uri: str) -> list[str]:
     try:
-        file = pq.ParquetFile(pa.BufferReader(read_bytes(uri, max_bytes=_MOST_BYTES)))
+        # On this thread alone, as run folders' shards are read: one of Arrow's can abort a process that ends.
+        file = pq.ParquetFile(pa.BufferReader(read_bytes(uri, max_bytes=_MOST_BYTES)), pre_buffer=False)
         column = next((name for name in ("uri", "path") if name in file.schema_arrow.names), None)
         if column is None:
             _fail(f"{uri} must have a column uri or path, got {', '.join(file.schema_arrow.names)}: rename it")
-        names = file.read([column]).column(column).to_pylist()
+        names = file.read([column], use_threads=False).column(column).to_pylist()
     except pa.ArrowException as error:
         msg = f"{uri} must be a Parquet file, got something else ({error}): write it again"
         raise UserError(msg) from error

@@ -39,7 +39,7 @@ def read_scores(folder: str) -> dict[int, np.ndarray]:
     """The scores of every image's objects, [N, len(ZOOMS)] each, that were measured into a folder of Parquet files."""
     scores: dict[int, np.ndarray] = {}
     for address in storage.list_files(folder, (".parquet",)):
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(address)))
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(address)), use_threads=False, pre_buffer=False)
         rows = zip(table.column("image_id").to_pylist(), table.column("scores").to_pylist(), strict=True)
         scores.update(
             (image_id, np.array(values, np.float32).reshape(len(values), len(ZOOMS))) for image_id, values in rows
