@@ -436,7 +436,7 @@ def map_categories(
     ids = {_plain(name): category_id for category_id, name in [*dataset.items(), *used.items()]}
     missing = [name for name in used.values() if _plain(name) not in known]
     if missing:
-        kind = "none" if len(missing) == len(used) else f"no {_first(missing)}"
+        kind = f"no {_first(missing)}" if known & ids.keys() else "none"
         _fail(
             f"the detector must know every category of the data set, got {kind} among its {_first(detector.values())}: "
             "use a detector trained on them, or leave these categories out of the annotations"
