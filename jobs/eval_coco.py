@@ -12,7 +12,7 @@ import tyro
 from scalenet_ray.arguments import parse_arguments
 from scalenet_ray.batch_report import PICTURES
 from scalenet_ray.coco_run import CocoSplit, check_networks, evaluate_policies, open_split, tell_remarks
-from scalenet_ray.core.bounds import ABOVE_ZERO, ONE_OR_MORE
+from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.policy_file import read_policies
@@ -59,7 +59,7 @@ class EvalCoco:
     resume: bool = False
     retry_failed: bool = False
     max_failures: int = 0
-    max_image_megapixels: Annotated[float, ABOVE_ZERO] = 200.0
+    max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
     report_pictures: int = PICTURES
     engine: EngineName = "ray"
     networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)

@@ -20,7 +20,7 @@ from scalenet_ray.coco_run import (
     tell_remarks,
 )
 from scalenet_ray.core import storage
-from scalenet_ray.core.bounds import ABOVE_ZERO, ONE_OR_MORE
+from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.samples import ensure_sample
@@ -69,7 +69,7 @@ class TuneRecursion:
     output: str | None = None
     resume: bool = False
     max_failures: int = 0
-    max_image_megapixels: Annotated[float, ABOVE_ZERO] = 200.0
+    max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
     sweep: Annotated[Sweep, tyro.conf.OmitArgPrefixes] = field(default_factory=Sweep)
     networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
     resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)

@@ -37,7 +37,7 @@ def parse_arguments(
 ) -> Job:
     """The job that a command line asks for; ends the process with status 2 if it can't be one.
 
-    `none` in any case stands for None wherever a flag may be that; numbers are held to the `Bounds` of their fields,
+    `none` in any case stands for None wherever a number may be that; numbers are held to the `Bounds` of their fields,
     and no text may be empty: an unset variable of the shell must not pass for a flag that was left out.
 
     Args:
@@ -93,6 +93,16 @@ def _registry() -> ConstructorRegistry:
     return registry
 
 
+_TEXT = PrimitiveConstructorSpec[Any](
+    nargs=1,
+    metavar="STR",
+    # `none` is a name as any other: only a flag that is left out means its default.
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda value: True if value is None else isinstance(value, str),
+    str_from_instance=lambda value: [] if value is None else [value],
+)
+
+
 def _number(info: PrimitiveTypeInfo) -> Spec:
     if info.type not in _NUMBERS:
         return None
@@ -120,6 +130,8 @@ def _or_none(info: PrimitiveTypeInfo) -> Spec:
     if type(None) not in options:
         return None
     others = tuple(option for option in options if option is not type(None))
+    if others == (str,):
+        return _TEXT
     # Union[...] of one type is that type.
     other: Any = Union[others]  # noqa: UP007
     inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(other, info.markers))

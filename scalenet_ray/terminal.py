@@ -211,7 +211,7 @@ def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple
     line = f"{images['done']} of {images['total']} images done, results in {uri} (open its report.html)"
     if not images["failed"]:
         return line, 0
-    line += f"; {images['failed']} FAILED: failures.parquet there names each with its reason"
+    line += f"; {images['failed']} FAILED: failures.parquet there names each, --resume --retry-failed tries them again"
     if images["failed"] <= max_failures:
         return line, 0
     return f"{line} (--max-failures {max_failures})", 1
@@ -234,8 +234,10 @@ def run_job(main: Callable[[Job], int], job: Job) -> None:
             status = main(job)
     except _StopSignal as stop:
         status = complain("stopped: " + _with_notes(stop, "nothing done yet"), stop.status)
+    except KeyboardInterrupt as stop:
+        status = complain("stopped: " + _with_notes(stop, "nothing done yet"), 128 + signal.SIGINT)
     except (UserError, OSError) as error:
-        status = complain(f"error: {error}", 2)
+        status = complain(f"error: {_in_words(error)}", 2)
     except WorkerError as error:
         if not hasattr(error, "__notes__"):
             with tempfile.NamedTemporaryFile("w", prefix="scalenet-ray-", suffix=".txt", delete=False) as file:
@@ -285,13 +287,13 @@ def _end_at_next_signal() -> None:
 
 
 class _Output(io.FileIO):
-    """A file whose reader may leave (`| head`): from then on what is written is dropped."""
+    """A file whose reader may leave (`| head`) or whose disk may be full: what can't be written is dropped."""
 
     def write(self, data: Any) -> int:
-        """Write bytes; says that all were written if nobody reads them."""
+        """Write bytes; says that all were written where none can be."""
         try:
             return super().write(data) or 0
-        except BrokenPipeError:
+        except OSError:
             return memoryview(data).nbytes
 
 
@@ -305,6 +307,14 @@ def _lenient(stream: TextIO) -> TextIO:
     # An unbuffered stream (PYTHONUNBUFFERED, as Ray's jobs have it) writes through its text layer.
     by_lines = bool(stream.line_buffering) or getattr(stream, "write_through", False)
     return io.TextIOWrapper(io.BufferedWriter(file), stream.encoding, "backslashreplace", line_buffering=by_lines)
+
+
+def _in_words(error: UserError | OSError) -> str:
+    """The message of an error; of one that the system raised with a number, what it is about and what to check."""
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        about = f"{error.filename}: " if error.filename else ""
+        return f"{about}{error.strerror}: check the path, its permissions, and the room on its disk"
+    return str(error)
 
 
 def _with_notes(error: BaseException, otherwise: str = "") -> str:

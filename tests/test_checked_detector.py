@@ -1,7 +1,8 @@
-"""A detector that is held to its promises: exceptions cost their tile alone, broken promises end the run."""
+"""A detector that is held to its promises: exceptions and broken promises cost their tile alone."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_a_tile_error_that_is_raised_keeps_its_reason() -> None:
     assert str(checked(answer=broken)([BAD, GOOD])[0]) == "too bright"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OutOfMemoryError, MemoryError, UserError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OutOfMemoryError, MemoryError])
 def test_what_is_no_fault_of_a_tile_is_let_through(error: type[BaseException]) -> None:
     def stop(tiles: Sequence[np.ndarray]) -> list[Any]:
         raise error
@@ -72,9 +73,20 @@ def test_what_is_no_fault_of_a_tile_is_let_through(error: type[BaseException]) -
         checked(answer=stop)([GOOD, BAD])
 
 
-def test_too_few_answers_end_the_run_with_the_detectors_name() -> None:
-    with pytest.raises(UserError, match="detector 'mine:Net': the detector must answer each tile: got 1 answers to 2"):
-        checked(answer=lambda tiles: [one_box(tiles[0])])([GOOD, BAD])
+def test_an_exit_of_the_process_costs_the_tile_on_which_it_is_asked_for() -> None:
+    def leave_on_bad(tiles: Sequence[np.ndarray]) -> list[Any]:
+        if any(tile.any() for tile in tiles):
+            sys.exit(3)
+        return [one_box(tile) for tile in tiles]
+
+    answers = checked(answer=leave_on_bad)([GOOD, BAD])
+    assert [str(answer) for answer in answers[1:]] == ["the detector raised SystemExit: 3"]
+
+
+def test_too_few_answers_to_a_batch_cost_the_tile_that_is_left_out() -> None:
+    answers = checked(answer=lambda tiles: [one_box(tile) for tile in tiles if not tile.any()])([GOOD, BAD])
+    assert isinstance(answers[0], Detections)
+    assert str(answers[1]).startswith("the detector answered a tile wrongly: the detector must answer each tile: got 0")
 
 
 def test_no_tiles_are_answered_without_asking() -> None:
@@ -122,8 +134,10 @@ def test_features_of_another_form_are_refused() -> None:
         def with_features(self, pixels: Sequence[np.ndarray]) -> list[Any]:
             return [one_box(tile) for tile in pixels]
 
-    with pytest.raises(UserError, match="with_features must answer with a Glimpse for each tile, got Detections"):
-        CheckedDetector(Bare(), "mine:Net").with_features([GOOD])
+    (glimpse,) = CheckedDetector(Bare(), "mine:Net").with_features([GOOD])
+    assert "with_features must answer with a Glimpse for each tile, got Detections" in str(glimpse.detections)
+    with pytest.raises(UserError, match="reads the detector's feature maps, which Scripted does not show"):
+        CheckedDetector(Scripted(), "mine:Net").with_features([GOOD])
 
 
 NAMES = ["N/A", "person", "n/a", "car"]

@@ -1,7 +1,7 @@
 """What a detector answers, in any of the forms that detectors have, checked and taken for what it is.
 
-What is wrong in the answer to one tile is a `TileError`: it costs that image alone. What no answer of this detector
-can be (another number of answers than of tiles, an answer of another type) is a `UserError`: it ends the run.
+What is wrong in the answer to one tile is a `TileError`: it costs that image alone. Another number of answers than of
+tiles is a `UserError`: no answer can then be told to be of a tile.
 """
 
 from __future__ import annotations
@@ -17,7 +17,19 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.look import refuse_nan
 from scalenet_ray.core.masks import encode_mask, is_mask_of
 
-__all__ = ["MOST_FAILED", "RaisedOn", "checked_answer", "fails_on_all", "listed_answers", "raised"]
+__all__ = [
+    "ANSWERED_WRONGLY",
+    "MOST_FAILED",
+    "RaisedOn",
+    "answered_wrongly",
+    "checked_answer",
+    "fails_on_all",
+    "listed_answers",
+    "raised",
+]
+
+ANSWERED_WRONGLY = "the detector answered a tile wrongly"
+"""How the reason begins of a tile that is given up for that."""
 
 _RAISED = "the detector raised"
 
@@ -27,11 +39,18 @@ MOST_FAILED = 32
 _PARTS = ("boxes", "scores", "labels", "masks")
 _ROUNDING = 1e-3
 """By so much a score may exceed [0, 1]: a half-precision network's rounding."""
+_LEAST_SIDE = 32
+"""Of tiles in which boxes that all lie in the first pixel are shares of the sides, and no objects."""
 _SHOWN = 5
 _MOST_CHARACTERS = 300
 
 
-def raised(error: Exception) -> TileError:
+def answered_wrongly(error: ValueError) -> TileError:
+    """Why a tile is given up whose answer is not what it must be."""
+    return TileError(f"{ANSWERED_WRONGLY}: {error}")
+
+
+def raised(error: BaseException) -> TileError:
     """Why a tile is given up on which the detector raised an exception, in one line."""
     try:
         text = " ".join(str(error).split())
@@ -42,11 +61,11 @@ def raised(error: Exception) -> TileError:
 
 
 class RaisedOn:
-    """Counts the images on which the detector raised an exception, among those that it has met.
+    """Counts the images on which the detector raised an exception or answered wrongly, among those that it has met.
 
     Attributes:
         images: those that it has met.
-        raised: those that were given up because it raised.
+        raised: those that were given up for that.
         reason: of the last of them.
     """
 
@@ -57,12 +76,12 @@ class RaisedOn:
     def add(self, failure_reason: str | None) -> None:
         """Take in an image that the detector has met, and why it was given up, if it was."""
         self.images += 1
-        if failure_reason is not None and failure_reason.startswith(_RAISED):
+        if failure_reason is not None and failure_reason.startswith((_RAISED, ANSWERED_WRONGLY)):
             self.raised += 1
             self.reason = failure_reason
 
     def all_of_the_first(self, *, no_more: bool) -> bool:
-        """Whether it raised on every one of the first images, as many as tell, or as there are if no more come."""
+        """Whether it failed on every one of the first images, as many as tell, or as there are if no more come."""
         return 0 < self.raised == self.images and (self.images == MOST_FAILED or no_more)
 
 
@@ -77,31 +96,30 @@ def fails_on_all(reason: str, images: int) -> UserError:
     return UserError(f"{reason}: so on {which}, and the run ends; correct the detector, or choose another one")
 
 
-def listed_answers(answers: Any, tiles: int, name: str) -> list[Any]:
+def listed_answers(answers: Any, tiles: int) -> list[Any]:
     """The answers of one call as a list, as many as tiles.
 
     Args:
         answers: what the detector gave: a list, a tuple or an iterator.
         tiles: how many tiles it was given.
-        name: of the detector.
 
     Raises:
         UserError: if it is something else, or the number differs.
     """
     if not isinstance(answers, list | tuple | Iterator):
-        msg = f"detector {name!r} must answer with a list, an answer for each tile, got {type(answers).__name__}"
+        msg = f"the detector must answer with a list, an answer for each tile, got {type(answers).__name__}"
         raise UserError(msg)
     answers = list(answers)
     if len(answers) != tiles:
         msg = (
-            f"detector {name!r}: the detector must answer each tile: got {len(answers)} answers to {tiles}; where it "
-            "finds nothing it must say so, with no boxes"
+            f"the detector must answer each tile: got {len(answers)} answers to {tiles}; where it finds nothing it "
+            "must say so, with no boxes"
         )
         raise UserError(msg)
     return answers
 
 
-def checked_answer(answer: Any, hw: tuple[int, int], class_ids: np.ndarray, name: str) -> Detections | TileError:
+def checked_answer(answer: Any, hw: tuple[int, int], class_ids: np.ndarray) -> Detections | TileError:
     """The answer to one tile, boxes clipped to the tile; boxes of which nothing lies in the tile are dropped.
 
     Args:
@@ -110,18 +128,14 @@ def checked_answer(answer: Any, hw: tuple[int, int], class_ids: np.ndarray, name
             `counts`, or its whole dict), or [N, h, w] of truth values.
         hw: (height, width) of the tile.
         class_ids: [C] int64, what labels may be.
-        name: of the detector.
 
     Returns:
         The same as `Detections`, or why there are none.
-
-    Raises:
-        UserError: if the answer is of another type.
     """
     if isinstance(answer, TileError):
         return answer
-    parts = _parts(answer, name)
     try:
+        parts = _parts(answer)
         found = answer if isinstance(answer, Detections) else Detections(*parts[:3])
         if parts[3] is not None:
             found = replace(found, masks=_masks(parts[3], len(found), hw))
@@ -130,10 +144,10 @@ def checked_answer(answer: Any, hw: tuple[int, int], class_ids: np.ndarray, name
             return refused
         return _in_tile(_with_fair_scores(_with_known_labels(found, class_ids)), hw)
     except ValueError as error:
-        return TileError(f"detector {name!r} answered a tile wrongly: {error}")
+        return answered_wrongly(error)
 
 
-def _parts(answer: Any, name: str) -> tuple[Any, Any, Any, Any]:
+def _parts(answer: Any) -> tuple[Any, Any, Any, Any]:
     """Boxes, scores, labels and masks, or None for these."""
     if isinstance(answer, Detections):
         return answer.boxes, answer.scores, answer.labels, answer.masks
@@ -141,18 +155,17 @@ def _parts(answer: Any, name: str) -> tuple[Any, Any, Any, Any]:
         missing = [part for part in _PARTS[:3] if part not in answer]
         if missing:
             got = ", ".join(map(str, list(answer)[:_SHOWN])) or "none"
-            msg = f"detector {name!r}: an answer must have boxes, scores and labels, got no {missing[0]} among {got}"
-            raise UserError(msg)
+            msg = f"an answer must have boxes, scores and labels, got no {missing[0]} among {got}"
+            raise ValueError(msg)
         return answer["boxes"], answer["scores"], answer["labels"], answer.get("masks")
     if isinstance(answer, list | tuple) and len(answer) in (3, 4):
         boxes, scores, labels, *masks = answer
         return boxes, scores, labels, masks[0] if masks else None
     got = f"{type(answer).__name__} of {len(answer)}" if isinstance(answer, list | tuple) else type(answer).__name__
     msg = (
-        f"detector {name!r}: the answer to a tile must be Detections, (boxes, scores, labels) or (boxes, scores, "
-        f"labels, masks), got {got}"
+        f"the answer to a tile must be Detections, (boxes, scores, labels) or (boxes, scores, labels, masks), got {got}"
     )
-    raise UserError(msg)
+    raise ValueError(msg)
 
 
 def _with_known_labels(found: Detections, class_ids: np.ndarray) -> Detections:
@@ -178,6 +191,14 @@ def _with_fair_scores(found: Detections) -> Detections:
 
 def _in_tile(found: Detections, hw: tuple[int, int]) -> Detections:
     boxes, ends = found.boxes, np.array([hw[1], hw[0]] * 2, np.float32)
+    inverted = (boxes[:, 2:] < boxes[:, :2] - 1).any(axis=1)
+    if inverted.any():
+        first = boxes[inverted][0].round(1).tolist()
+        msg = f"boxes must be [x0, y0, x1, y1] with x0 <= x1 and y0 <= y1, got {first}: is it [x, y, width, height]?"
+        raise ValueError(msg)
+    if len(boxes) and boxes.max() <= 1 and min(hw) >= _LEAST_SIDE and (boxes % 1).any():
+        msg = f"boxes must be in pixels of the tile, got none above {boxes.max():g}: multiply shares by its sides"
+        raise ValueError(msg)
     if ((boxes >= 0) & (boxes <= ends)).all() and (boxes[:, :2] < boxes[:, 2:]).all():
         return found
     boxes = np.clip(boxes, 0, ends)
@@ -200,7 +221,13 @@ def _masks(masks: Any, count: int, hw: tuple[int, int]) -> tuple[bytes, ...]:
 
 def _mask(mask: Any, hw: tuple[int, int]) -> bytes:
     if isinstance(mask, Mapping):
-        mask = mask.get("counts")
+        size, mask = mask.get("size"), mask.get("counts")
+        if size is not None and tuple(size) != hw:
+            msg = f"a mask must have the size of its tile, {list(hw)}, got {list(size)}"
+            raise ValueError(msg)
+    if isinstance(mask, list):
+        msg = "a mask must be compressed run lengths or truth values, got a list: encode it (pycocotools.mask.encode)"
+        raise ValueError(msg)
     if isinstance(mask, str):
         mask = mask.encode("utf-8", "replace")
     if isinstance(mask, bytes):

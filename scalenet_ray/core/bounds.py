@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["ABOVE_ZERO", "ANY_NUMBER", "ONE_OR_MORE", "SHARE", "Bounds"]
+__all__ = ["ABOVE_ZERO", "ANY_NUMBER", "MEGAPIXELS", "ONE_OR_MORE", "SHARE", "Bounds"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,4 @@ ANY_NUMBER = Bounds("a number of 0 or more")
 ONE_OR_MORE = Bounds("1 or more", low=1.0)
 ABOVE_ZERO = Bounds("a number above 0", includes_low=False)
 SHARE = Bounds("a number from 0 to 1", high=1.0)
+MEGAPIXELS = Bounds("a number above 0, at most 100000", high=1e5, includes_low=False)

@@ -125,11 +125,28 @@ class CocoDataset:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What is taken otherwise than it is written, a line each, for the person who starts a run."""
-        if not self.damaged_masks:
-            return ()
-        count, ids = len(self.damaged_masks), _first(self.damaged_masks)
-        return (f"annotations with a segmentation that is no mask: {count}, counted by their boxes (id {ids})",)
+        """What is not taken as it is written, or can't be meant, a line each, for the person who starts a run."""
+        lines = []
+        if self.damaged_masks:
+            count, ids = len(self.damaged_masks), _first(self.damaged_masks)
+            lines.append(f"annotations with a segmentation that is no mask: {count}, counted by their boxes (id {ids})")
+        if self.crowd.all():
+            lines.append("no annotation is of an object that counts (crowds do not): there is no AP to measure")
+        lost = self.annotation_ids[self._nowhere & ~self.crowd].tolist()
+        if lost:
+            lines.append(
+                f"annotations whose box has no area in its image: {len(lost)}, never found (id {_first(lost)})"
+            )
+        return tuple(lines)
+
+    @property
+    def _nowhere(self) -> np.ndarray:
+        """[M] bool, whether nothing of a box lies in its image, as far as that says its size."""
+        size = {record.image_id: record.hw or (np.inf, np.inf) for record in self.images}
+        ends = np.array([size[image_id][::-1] for image_id in self.image_ids.tolist()], np.float64).reshape(-1, 2)
+        low = np.maximum(self.boxes_xywh[:, :2], 0)
+        high = np.minimum(self.boxes_xywh[:, :2] + self.boxes_xywh[:, 2:], ends)
+        return np.any(high <= low, axis=1)
 
     @cached_property
     def rows_by_image(self) -> dict[int, np.ndarray]:

@@ -12,6 +12,7 @@ What is decoded, and how (nothing else is): the first frame of a JPEG, PNG, TIFF
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from PIL.ImageFile import ImageFile
 
 from scalenet_ray.core.clock import timed
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.storage import Address, read_bytes
+from scalenet_ray.core.storage import Address, local_path, read_bytes
 from scalenet_ray.core.window import Tile
 
 __all__ = [
@@ -175,6 +176,10 @@ def read_image(uri: Address, *, expect_hw: tuple[int, int] | None = None, max_pi
         TileError: whatever is wrong with this one picture: not there, not to be read, or as in `decode_image`.
     """
     try:
+        path = local_path(uri)
+        if path is not None and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            msg = f"cannot read {os.fspath(uri)}: it is a pipe, a socket or a device, not a file; leave it out"
+            raise TileError(msg)
         data = read_bytes(uri, max_bytes=max(_BYTES_PER_PIXEL * max_pixels, _FEWEST_BYTES))
     # A ValueError: the address is none of ours, or has a character that no file's name has.
     except (OSError, ValueError) as error:

@@ -165,6 +165,9 @@ class Policy:
     def __post_init__(self) -> None:
         kinds = get_args(PolicyKind)
         _require(self.kind in kinds, f"a policy's kind must be one of {', '.join(kinds)}, got {self.kind!r}")
+        _require(
+            len(self.name) <= 100, f"a policy's name must be at most 100 characters, got {len(self.name)}: shorten it"
+        )
         _require(self.input_side >= 1, f"input_side must be 1 pixel or more, got {self.input_side}")
         _require(self.grid >= 1, f"grid must be 1 or more windows a side, got {self.grid}")
         _require(0.0 <= self.overlap < 1.0, f"overlap must be at least 0 and under 1, got {self.overlap}")

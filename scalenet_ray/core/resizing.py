@@ -32,6 +32,7 @@ _LEAST_EVIDENCE = 0.5
 _LEAST_DISTANCE = 0.01
 _TIMES_NEARER = 1.5
 _OF_THE_TILE = 0.5
+_FILLS = 0.98
 
 
 class Agreement(NamedTuple):
@@ -109,6 +110,14 @@ def agreement(one: Detections, other: Detections, *, zoom: float = 1.0) -> Agree
     return Agreement(float(shared), float(total + sum(scores[scores >= _SURE].sum() for scores in alone)))
 
 
+def _within_the_tile(found: Detections) -> Detections:
+    """Those that do not fill the tile that they were found in, as far as its boxes show how large it is."""
+    if not len(found):
+        return found
+    sides = found.boxes[:, 2:] - found.boxes[:, :2]
+    return found[np.flatnonzero((sides < _FILLS * found.boxes[:, 2:].max(axis=0)).any(axis=1))]
+
+
 def follows_size(views: Sequence[tuple[Detections, Detections, Detections]]) -> tuple[Agreement, Agreement] | None:
     """The evidence that a detector resizes its tiles, or None if there is none.
 
@@ -121,7 +130,8 @@ def follows_size(views: Sequence[tuple[Detections, Detections, Detections]]) -> 
         How far the padded view agrees with the small one, and the enlarged one.
     """
     padded = grown = enlarged = Agreement()
-    for small, more_grey, larger in views:
+    for found in views:
+        small, more_grey, larger = map(_within_the_tile, found)
         padded = padded.plus(agreement(small, more_grey))
         grown = grown.plus(agreement(small, more_grey, zoom=2.0))
         enlarged = enlarged.plus(agreement(small, larger, zoom=2.0))

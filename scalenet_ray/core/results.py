@@ -13,7 +13,7 @@ import numpy as np
 
 from scalenet_ray.core.clock import timed
 from scalenet_ray.core.detections import SHOWN_SCORE, Detections
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.halving import BATCH_HALVED, in_halves
 from scalenet_ray.core.look import Detect, refuse_nan
 from scalenet_ray.core.merge import Merging, carry_to_image, merge_detections
@@ -133,8 +133,11 @@ def detect_tiles(
 def _detected(
     result: TileResult, tile: Tile, found: Detections | TileError | None, detect: Detect, merging: Merging
 ) -> TileResult:
-    canvas = detect.canvas_hw((tile.height, tile.width))
-    whole = detect.canvas_hw(fitted_hw(*tile.image_hw, detect.input_side))
+    try:
+        canvas = detect.canvas_hw((tile.height, tile.width))
+        whole = detect.canvas_hw(fitted_hw(*tile.image_hw, detect.input_side))
+    except UserError as error:
+        return dataclasses.replace(result, failure=Failure("detect", str(error)))
     pixels = canvas[0] * canvas[1]
     result = dataclasses.replace(result, detector_pixels=pixels, detector_passes=pixels / (whole[0] * whole[1]))
     if isinstance(found, TileError):

@@ -74,11 +74,17 @@ def _locate(uri: Address) -> tuple[AbstractFileSystem, str]:
         msg = f"an address must be a path, file:// or s3://, got {text!r}: name a file or folder"
         raise UserError(msg)
     scheme, separator, rest = text.partition("://")
+    if text.startswith("s3:") and not separator:
+        rest, scheme, separator = "", "s3", "://"
     if not separator or scheme == "file":
         # Not fsspec's own parsing: a file's name may hold "::", which means a chain of file systems to it.
-        return fsspec.filesystem("file"), os.path.abspath(_path_of_file_address(rest) if separator else text)
+        path = _path_of_file_address(rest) if separator else os.path.expanduser(text)
+        return fsspec.filesystem("file"), os.path.abspath(path)
     if scheme != "s3":
         msg = f"an address must be a local path, file:// or s3://, got {scheme}://: copy the files to one of these"
+        raise UserError(msg)
+    if not rest.partition("/")[0].strip():
+        msg = f"an s3:// address must name a bucket, got {text}: write s3://BUCKET/KEY (is a variable unset?)"
         raise UserError(msg)
     if "@" in rest.partition("/")[0]:
         # The address itself is not repeated: it holds a secret.
@@ -109,6 +115,12 @@ def _explained(verb: str, uri: Address, store: AbstractFileSystem) -> Iterator[N
     except IsADirectoryError:
         msg = f"cannot {verb} {os.fspath(uri)}: it is a folder; name a file in it"
         raise IsADirectoryError(msg) from None
+    except NotADirectoryError:
+        msg = f"cannot {verb} {os.fspath(uri)}: a part of the path is a file, not a folder; check the path"
+        raise NotADirectoryError(msg) from None
+    except FileExistsError as error:
+        msg = f"cannot {verb} {os.fspath(uri)}: {error.filename or 'a part of the path'} is a file; name a folder"
+        raise FileExistsError(msg) from None
     except PermissionError:
         remedy = "check the credentials in the environment" if _is_s3(store) else "check its owner and mode"
         msg = f"cannot {verb} {os.fspath(uri)}: access is denied; {remedy}"
@@ -231,6 +243,9 @@ def _local_writer(uri: Address, store: AbstractFileSystem, path: str) -> Iterato
     # Hidden and in the same folder: never listed as data, and replacing stays within one disk.
     scratch = os.path.join(folder, f".{uuid4().hex}.part")
     with _explained("write", uri, store):
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            msg = f"cannot write {os.fspath(uri)}: a pipe, a socket or a device is there; name another file"
+            raise OSError(msg)
         os.makedirs(folder, exist_ok=True)
         handle = open(scratch, "xb")  # noqa: SIM115 - closed below, before it is moved
     try:

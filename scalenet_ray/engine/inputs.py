@@ -51,7 +51,7 @@ def keep_image_ids(run: RunFolder, listed: Sequence[ImageRecord], images: str, p
         known = {file: image_id for image_id, file in run.finished(policy).items()}
     else:
         known = dict(zip(table.column("file").to_pylist(), table.column("image_id").to_pylist(), strict=True))
-        begun_in = table.schema.metadata[_FOLDER].decode()
+        begun_in = _note(table, _FOLDER, f"{run.uri}/inputs.parquet")
         if begun_in != folder and not storage.exists(begun_in):
             known = {_moved(file, begun_in, folder): image_id for file, image_id in known.items()}
     files = {image_id: file for file, image_id in known.items()}
@@ -143,13 +143,22 @@ def check_ground_truth(
         _write_inputs(run, images, [], {})
         return
     difference = (
-        _category_that_differs(dict(json.loads(then.schema.metadata[_CATEGORIES])), categories)
+        _category_that_differs(dict(json.loads(_note(then, _CATEGORIES, f"{run.uri}/annotations.parquet"))), categories)
         or _image_that_differs(before, images)
         or _annotation_that_differs(then, digests)
     )
     if difference:
         msg = f"{run.uri} was begun with other annotations ({difference}): use the same, or another --output"
         raise UserError(msg)
+
+
+def _note(table: pa.Table, name: bytes, uri: str) -> str:
+    """What a table of a run folder holds beside its rows."""
+    metadata = table.schema.metadata or {}
+    if name not in metadata:
+        msg = f"{uri} must be as a run wrote it, got one without {name.decode()}: give another --output"
+        raise UserError(msg)
+    return metadata[name].decode()
 
 
 def _category_that_differs(then: Mapping[int, str], now: Mapping[int, str]) -> str:

@@ -255,6 +255,11 @@ class RunFolder:
             if storage.exists(storage.join(self.uri, _ERROR)):
                 storage.delete(storage.join(self.uri, _ERROR))
             return False
+        if any(storage.exists(storage.join(self.uri, kind)) for kind in _SCHEMAS):
+            msg = (
+                f"{self.uri} holds detections of a run whose config.yaml is lost: give another --output, or remove them"
+            )
+            raise UserError(msg)
         versions = {name: version(name) for name in _VERSIONED}
         versions |= {"python": platform.python_version(), "scalenet-ray": __version__}
         content = {
@@ -295,8 +300,16 @@ class RunFolder:
     # --- inputs -----------------------------------------------------------------------------------------
 
     def inputs(self) -> pa.Table | None:
-        """The images that the run was ever given (schema INPUTS); None for a run of an older version."""
-        return self.read_table("inputs.parquet")
+        """The images that the run was ever given (schema INPUTS); None for a run of an older version.
+
+        Raises:
+            UserError: if it is damaged, or another table.
+        """
+        table = self.read_table("inputs.parquet")
+        if table is not None and (missing := [name for name in INPUTS.names if name not in table.column_names]):
+            msg = f"{self.uri}/inputs.parquet must list a run's images, got no {missing[0]}: give another --output"
+            raise UserError(msg)
+        return table
 
     def read_table(self, name: str) -> pa.Table | None:
         """A Parquet file of the folder; None if it is not there."""
@@ -480,7 +493,8 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as JSON under `name`; NaN, which JSON does not have, becomes null."""
         text = json.dumps(_without_nan(value), indent=1, allow_nan=False)
-        storage.write_bytes_atomic(storage.join(self.uri, name), text.encode())
+        # Half a character: what a terminal of ASCII alone makes of a path.
+        storage.write_bytes_atomic(storage.join(self.uri, name), text.encode("utf-8", "backslashreplace"))
 
     def write_text(self, name: str, text: str) -> None:
         """Write text under `name`."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from scalenet_ray.core.answers import checked_answer, listed_answers, raised
+from scalenet_ray.core.answers import answered_wrongly, checked_answer, listed_answers, raised
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.look import Glimpse
@@ -26,7 +26,8 @@ class CheckedDetector:
     """A frozen detector, held to what `Detector` promises.
 
     Answers are taken in any of the forms of `core.answers`. Where the detector raises an exception on a batch, it is
-    called again tile by tile, and a tile on which it raises alone is answered by a `TileError` that quotes it.
+    called again tile by tile, and a tile on which it raises alone is answered by a `TileError` that quotes it; so is
+    one that gets another number of answers, or one of another type.
 
     Args:
         detector: the detector.
@@ -56,28 +57,33 @@ class CheckedDetector:
         """[h, w, 3] uint8 RGB each -> detections in tile pixels, or why there are none; [] without asking for [].
 
         Raises:
-            UserError: if the detector's answers are not as many as tiles, or of another type.
             OutOfMemoryError: if the batch does not fit the device's memory.
         """
-        return _tile_by_tile_if_it_raises(pixels, self.ask, lambda error: error)
+        return self._tile_by_tile_if_it_fails(pixels, self.ask, lambda error: error)
 
     def ask(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """As a call, of [h, w, 3] uint8 RGB each, but what the detector raises is let through."""
+        """As a call, of [h, w, 3] uint8 RGB each, but what the detector raises is let through.
+
+        Raises:
+            UserError: if the answers are not as many as tiles, or of another type.
+            OutOfMemoryError: if the batch does not fit the device's memory.
+        """
         if not len(pixels):
             return []
-        answers = saying_what_does_not_fit(lambda: listed_answers(self._detector(list(pixels)), len(pixels), self.name))
+        answers = saying_what_does_not_fit(lambda: listed_answers(self._detector(list(pixels)), len(pixels)))
         return [self._checked(answer, tile) for answer, tile in zip(answers, pixels, strict=True)]
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
         """[h, w, 3] uint8 RGB each -> the detections with the feature maps of the same forward pass.
 
-        Feature maps are () where the detector raised an exception.
+        Feature maps are () where the detector raised an exception or answered wrongly.
 
         Raises:
-            UserError: if the detector shows none, or its answers are not as many as tiles, or of another type.
+            UserError: if the detector shows none.
             OutOfMemoryError: if the batch does not fit the device's memory.
         """
-        return _tile_by_tile_if_it_raises(pixels, self._ask_for_features, lambda error: Glimpse(error, ()))
+        self._showing()
+        return self._tile_by_tile_if_it_fails(pixels, self._ask_for_features, lambda error: Glimpse(error, ()))
 
     @property
     def feature_channels(self) -> tuple[int, ...]:
@@ -93,12 +99,10 @@ class CheckedDetector:
         showing = self._showing()
         if not len(pixels):
             return []
-        glimpses = saying_what_does_not_fit(
-            lambda: listed_answers(showing.with_features(list(pixels)), len(pixels), self.name)
-        )
+        glimpses = saying_what_does_not_fit(lambda: listed_answers(showing.with_features(list(pixels)), len(pixels)))
         for glimpse in glimpses:
             if not isinstance(glimpse, Glimpse):
-                msg = f"detector {self.name!r}: with_features must answer with a Glimpse for each tile, got "
+                msg = "with_features must answer with a Glimpse for each tile, got "
                 raise UserError(msg + type(glimpse).__name__)
         return [
             glimpse._replace(detections=self._checked(glimpse.detections, tile))
@@ -115,28 +119,28 @@ class CheckedDetector:
         return cast(ShowsFeatures, self._detector)
 
     def _checked(self, answer: Any, tile: np.ndarray) -> Detections | TileError:
-        return checked_answer(answer, (tile.shape[0], tile.shape[1]), self._class_ids, self.name)
+        return checked_answer(answer, (tile.shape[0], tile.shape[1]), self._class_ids)
 
+    def _tile_by_tile_if_it_fails(
+        self,
+        pixels: Sequence[np.ndarray],
+        ask: Callable[[Sequence[np.ndarray]], list[T]],
+        failed: Callable[[TileError], T],
+    ) -> list[T]:
+        """The answers to a batch; if it fails as a whole, those to each tile alone.
 
-def _tile_by_tile_if_it_raises(
-    pixels: Sequence[np.ndarray],
-    ask: Callable[[Sequence[np.ndarray]], list[T]],
-    failed: Callable[[TileError], T],
-) -> list[T]:
-    """The answers to a batch; if it raises, those to each tile alone.
-
-    What is wrong with the detector itself (`UserError`) and with the size of the batch is let through.
-    """
-    try:
-        return ask(pixels)
-    except TileError as error:
-        if len(pixels) == 1:
-            return [failed(error)]
-    except (OutOfMemoryError, UserError):
-        raise
-    except Exception as error:
-        _LOG.warning("the detector raised an exception on %d tiles", len(pixels), exc_info=True)
-        if len(pixels) == 1:
-            return [failed(raised(error))]
-    # Not while the error is handled: its frames hold what the batch has on the device.
-    return [answer for tile in pixels for answer in _tile_by_tile_if_it_raises([tile], ask, failed)]
+        The size of the batch is let through: a smaller one may fit.
+        """
+        try:
+            return ask(pixels)
+        except OutOfMemoryError:
+            raise
+        except UserError as error:
+            if len(pixels) == 1:
+                return [failed(error if isinstance(error, TileError) else answered_wrongly(error))]
+        except (Exception, SystemExit) as error:
+            _LOG.warning("the detector raised an exception on %d tiles", len(pixels), exc_info=True)
+            if len(pixels) == 1:
+                return [failed(raised(error))]
+        # Not while the error is handled: its frames hold what the batch has on the device.
+        return [answer for tile in pixels for answer in self._tile_by_tile_if_it_fails([tile], ask, failed)]

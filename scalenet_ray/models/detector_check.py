@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from scalenet_ray.core.answers import MOST_FAILED, fails_on_all, raised
+from scalenet_ray.core.answers import ANSWERED_WRONGLY, MOST_FAILED, answered_wrongly, fails_on_all, raised
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.images import cut_tile
@@ -36,14 +36,15 @@ def try_detector(detector: CheckedDetector, images: Iterable[np.ndarray]) -> Non
         images: [h, w, 3] uint8 RGB each, opened as they are asked for.
 
     Raises:
-        UserError: if it fails on all images (at most `MOST_FAILED`), its answers are not as many as tiles or of another
-            type, or it resizes its tiles.
+        UserError: if it fails on all images (at most `MOST_FAILED`), answers a blank tile wrongly, or resizes its
+            tiles.
     """
     try:
         answered = _first_answered(detector, images)
         if answered:
             _check_batches(detector, answered[0])
-            _check_size(detector, answered)
+            if _is_steady(detector, answered[0]):
+                _check_size(detector, answered)
     except OutOfMemoryError as error:
         _LOG.warning("the detector could not be tried before the run: a tile does not fit the memory (%s)", error)
 
@@ -78,14 +79,14 @@ def _answer(detector: CheckedDetector, tile: np.ndarray) -> Detections | TileErr
 
 
 def _answers(detector: CheckedDetector, tiles: list[np.ndarray]) -> list[Detections | TileError]:
-    """Those to a batch; what the detector raises, for all of it, and without a word in the log."""
+    """Those to a batch; what is wrong with all of it, for each tile, and without a word in the log."""
     try:
         return detector.ask(tiles)
-    except TileError as error:
-        return [error] * len(tiles)
-    except (OutOfMemoryError, UserError):
+    except OutOfMemoryError:
         raise
-    except Exception as error:  # The detector is the user's own code.
+    except UserError as error:
+        return [error if isinstance(error, TileError) else answered_wrongly(error)] * len(tiles)
+    except (Exception, SystemExit) as error:  # The detector is the user's own code.
         return [raised(error)] * len(tiles)
 
 
@@ -94,7 +95,10 @@ def _check_batches(detector: CheckedDetector, image: np.ndarray) -> None:
     tile = _whole(image, max(1, detector.input_side // 2))
     blank = np.full_like(tile, _GREY)
     alone = _answer(detector, tile)
-    _answer(detector, blank)
+    nothing = _answer(detector, blank)
+    if isinstance(nothing, TileError) and nothing.reason.startswith(ANSWERED_WRONGLY):
+        msg = f"detector {detector.name!r}: on a blank tile {nothing.reason}"
+        raise UserError(msg)
     together = _answers(detector, [tile, blank])[0]
     if isinstance(alone, Detections) and isinstance(together, Detections):
         distance = agreement(alone, together).distance
@@ -105,6 +109,23 @@ def _check_batches(detector: CheckedDetector, image: np.ndarray) -> None:
                 detector.name,
                 distance,
             )
+
+
+def _is_steady(detector: CheckedDetector, image: np.ndarray) -> bool:
+    """Whether it answers a tile twice alike; one that does not can't be told to resize, and is warned of."""
+    tile = _whole(image, detector.input_side)
+    first, second = _answer(detector, tile), _answer(detector, tile)
+    if isinstance(first, TileError) or isinstance(second, TileError):
+        return True
+    distance = agreement(first, second).distance
+    if distance > _BATCH_DISTANCE:
+        _LOG.warning(
+            "detector %r answers the same tile otherwise the second time (distance %.2f of 1): results will differ "
+            "from run to run",
+            detector.name,
+            distance,
+        )
+    return distance <= _BATCH_DISTANCE
 
 
 def _check_size(detector: CheckedDetector, images: Iterable[np.ndarray]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -19,6 +20,7 @@ import numpy as np
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.look import Detect, DetectWithFeatures
+from scalenet_ray.core.policy import LARGEST_SIDE
 
 __all__ = [
     "DETECTOR_GROUP",
@@ -45,6 +47,7 @@ _OF_TORCH = ("tiny", "torchvision")
 """Kinds that can compute in bfloat16; the networks of the others are in the precision that their makers gave them."""
 
 _OWN_CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_LARGEST_CANVAS = 2 * LARGEST_SIDE
 _MEMBERS = ("input_side", "categories", "iou_threshold", "canvas_hw", "__call__")
 
 
@@ -197,7 +200,8 @@ def declaration(detector: Any, name: str) -> DetectorInfo:
     Raises:
         UserError: if it lacks a part, is a class in place of an object of it, or a part is not what it must be.
     """
-    missing = [member for member in _MEMBERS if not hasattr(detector, member)]
+    with _quoting(name):
+        missing = [member for member in _MEMBERS if not hasattr(detector, member)]
     if missing:
         msg = f"detector {name!r} must have {', '.join(_MEMBERS)}, lacks {', '.join(missing)}: see Detector"
         raise UserError(msg)
@@ -231,7 +235,7 @@ def canvas_of(detector: Any, hw: tuple[int, int], name: str) -> tuple[int, int]:
         sides = [_number(side) for side in answer]
     except UserError:
         raise
-    except Exception as error:  # It is the user's own code.
+    except (Exception, SystemExit) as error:  # It is the user's own code.
         msg = f"canvas_hw of detector {name!r} must answer {hw} with (height, width), it raised "
         raise UserError(f"{msg}{type(error).__name__}: {error}") from error
     height, width = sides if len(sides) == 2 else (None, None)
@@ -243,6 +247,12 @@ def canvas_of(detector: Any, hw: tuple[int, int], name: str) -> tuple[int, int]:
             f"canvas_hw of detector {name!r} must be at least as large as the tile, got {height} x {width} for a tile "
             f"of {hw[0]} x {hw[1]}: a detector that shrinks its tiles undoes the zoom; let it compute larger ones, or "
             "choose a policy with smaller tiles"
+        )
+        raise UserError(msg)
+    if max(height, width) > _LARGEST_CANVAS:
+        msg = (
+            f"canvas_hw of detector {name!r} must be at most {_LARGEST_CANVAS} pixels a side, got {height} x {width} "
+            f"for a tile of {hw[0]} x {hw[1]}: choose a policy with smaller tiles"
         )
         raise UserError(msg)
     return int(height), int(width)
@@ -258,7 +268,7 @@ def _number(value: Any) -> float | None:
 
 def _categories(declared: Any, name: str) -> dict[int, str]:
     """Class id -> name, from a mapping, or from a list of names: an id is a place in it."""
-    if isinstance(declared, list | tuple | np.ndarray):
+    if isinstance(declared, list | tuple) or (isinstance(declared, np.ndarray) and declared.ndim == 1):
         rows: list[tuple[Any, Any]] = list(enumerate(declared))
     elif isinstance(declared, Mapping):
         rows = list(declared.items())
@@ -304,8 +314,25 @@ def _load_own(spec: str) -> Detector:
         msg = f"module {module_name} must have a class {class_name!r} for detector {spec!r}, got none of that name"
         raise UserError(msg)
     with _quoting(spec):
-        made = getattr(module, class_name)()
+        made = _made(getattr(module, class_name), spec)
     return check_detector(made, spec)
+
+
+def _made(kind: Any, spec: str) -> Any:
+    """An object of a user's class."""
+    wanted = f"detector {spec!r} must name a class that is made without arguments"
+    if not isinstance(kind, type):
+        msg = f"{wanted}, got a {type(kind).__name__}: write a class around it, see Detector"
+        raise UserError(msg)
+    try:
+        inspect.signature(kind).bind()
+    except TypeError as error:
+        msg = f"{wanted}, got one with {error}: give its arguments defaults, or derive a class that sets them"
+        raise UserError(msg) from None
+    except ValueError:
+        # A class that is written in C may not tell.
+        pass
+    return kind()
 
 
 @contextmanager
@@ -320,7 +347,7 @@ def _quoting(spec: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         module_name = spec.partition(":")[0]
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
             raise
