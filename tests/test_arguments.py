@@ -83,7 +83,7 @@ def flag(field: str) -> str:
         ("--score-threshold 50", "--score-threshold must be a number from 0 to 1, got 50.0"),
         ("--iou-threshold -0.5", "--iou-threshold must be a number from 0 to 1, got -0.5"),
         ("--no-progress-seconds nan", "--no-progress-seconds must be a number of 0 or more, got nan"),
-        ("--max-image-megapixels 0", "--max-image-megapixels must be a number above 0, got 0.0"),
+        ("--max-image-megapixels 0", "--max-image-megapixels must be a number above 0, at most 100000, got 0.0"),
         ("--limit ten", "--limit: must be a whole number or none, got 'ten'"),
         ("--max-failures 1.5", "--max-failures: must be a whole number, got '1.5'"),
     ],
@@ -97,14 +97,15 @@ def test_a_command_line_is_refused_by_the_flags_name(words: str, message: str, c
 
 
 @pytest.mark.parametrize("word", ["none", "None", "NONE"])
-def test_none_is_said_in_any_case_wherever_it_may_be(word: str):
-    flags = ("--ceiling", "--limit", "--iou-threshold", "--max-open-images", "--pipelines", "--output")
+def test_none_is_said_in_any_case_wherever_a_number_may_be_that(word: str):
+    flags = ("--ceiling", "--limit", "--iou-threshold", "--max-open-images", "--pipelines", "--output", "--data")
     job: Any = parse_arguments(
         load_job("tune_recursion").TuneRecursion, [part for each in flags for part in (each, word)]
     )
     given = (job.ceiling, job.limit, job.networks.iou_threshold, job.resources.max_open_images, job.resources.pipelines)
     assert given == (None,) * 5
-    assert job.output is None
+    # A name is a name: that a variable of a script is None must not stand for the embedded sample.
+    assert (job.output, job.data) == (word, word)
 
 
 def test_what_may_be_none_still_takes_its_values():

@@ -231,7 +231,7 @@ def test_a_spoilt_ray_job_is_refused(spoil: Callable[[dict[str, Any]], None]):
 def test_the_ray_job_s_entrypoint_is_a_command_of_ours():
     program, script, *flags = shlex.split(JOB["spec"]["entrypoint"])
     path = Path(script)
-    assert (program, path.parent) == ("python", Path("/home/ray/project/jobs"))
+    assert (program, path.parent) == ("/home/ray/venv/bin/python", Path("/home/ray/project/jobs"))
     assert (REPOSITORY / "jobs" / path.name).is_file()
     job = tyro.cli(load_job(path.stem).EvalCoco, args=flags)
     assert job.resume

@@ -650,3 +650,19 @@ def whole_mask(segmentation: Any, hw: tuple[int, int]) -> dict:
     encode: Callable = coco_mask.frPyObjects
     parts = encode(segmentation, *hw)
     return coco_mask.merge(parts) if isinstance(segmentation, list) else parts
+
+
+def test_what_can_not_be_measured_is_said() -> None:
+    document: dict[str, Any] = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 50, "width": 100}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [],
+    }
+    assert parse_annotations(document).remarks == (
+        "no annotation is of an object that counts (crowds do not): there is no AP to measure",
+    )
+    boxes = [[10, 10, 20, 20], [500, 10, 5, 5], [10, 10, 0, 5]]
+    rows = [{"id": i, "image_id": 1, "category_id": 1, "bbox": box} for i, box in enumerate(boxes, start=1)]
+    assert parse_annotations(document | {"annotations": rows}).remarks == (
+        "annotations whose box has no area in its image: 2, never found (id 2, 3)",
+    )

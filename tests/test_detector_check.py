@@ -234,3 +234,24 @@ def test_answers_that_differ_in_a_batch_are_warned_of(caplog: pytest.LogCaptureF
     caplog.clear()
     tried(perfect, input_side=128)
     assert not caplog.text
+
+
+def test_a_runaway_box_on_every_tile_is_no_resizing() -> None:
+    def runaway(tiles: Sequence[np.ndarray]) -> list[Any]:
+        found = [(*one.boxes, [0, 0, 1e30, 1e30]) for one in perfect(tiles)]
+        return [(boxes, [0.9] * len(boxes), [1] * len(boxes)) for boxes in found]
+
+    tried(runaway, input_side=128)
+
+
+def test_a_detector_that_changes_its_answers_is_warned_of_and_not_said_to_resize(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls = iter(range(10**6))
+
+    def fickle(tiles: Sequence[np.ndarray]) -> list[Any]:
+        share = (next(calls) % 7 + 1) / 8
+        return [one.with_scores(one.scores * share) for one in perfect(tiles)]
+
+    tried(fickle, input_side=128)
+    assert "answers the same tile otherwise the second time" in caplog.text

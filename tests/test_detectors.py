@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import UserDict
@@ -276,3 +277,30 @@ def test_what_an_own_class_raises_while_it_is_made_is_quoted(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=f"detector '{module}:One' could not be made, {said}"):
         load_detector(f"{module}:One")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "class Mine:\n    def __init__(self, weights): ...",
+            "made without arguments, got one with missing a required",
+        ),
+        ("def Mine(pixels): ...", "made without arguments, got a function"),
+        ("import sys\nclass Mine:\n    def __init__(self): sys.exit(3)", "could not be made, it raised SystemExit: 3"),
+        ("class Mine:\n    @property\n    def categories(self): raise ValueError('no names')", "ValueError: no names"),
+    ],
+)
+def test_a_class_that_can_not_be_made_is_said_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, said: str
+) -> None:
+    (tmp_path / "unmade.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "unmade", raising=False)
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_detector("unmade:Mine")
+
+
+def test_a_canvas_that_no_machine_has_is_refused() -> None:
+    with pytest.raises(UserError, match="must be at most 32768 pixels a side, got 1000000000000"):
+        declaration(scripted(canvas=lambda hw: (10**12, 10**12)), "mine:Net")

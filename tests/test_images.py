@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -14,7 +15,7 @@ from PIL import Image, ImageFile
 
 from scalenet_ray.core.coco import read_annotations
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.images import MAX_PIXELS, cut_tile, decode_image, image_hw
+from scalenet_ray.core.images import MAX_PIXELS, cut_tile, decode_image, image_hw, read_image
 from scalenet_ray.core.storage import read_bytes
 from scalenet_ray.core.window import Tile, Window, boxes_to_tile
 
@@ -422,3 +423,9 @@ def test_every_real_photograph_decodes_to_its_annotated_size(real_data: Path):
             data = read_bytes(real_data / "coco" / split / record.file_name)
             assert image_hw(data) == record.hw
             assert decode_image(data, expect_hw=record.hw).shape == (record.height, record.width, 3)
+
+
+def test_a_pipe_among_pictures_costs_itself_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.jpg")
+    with pytest.raises(TileError, match="it is a pipe, a socket or a device, not a file; leave it out"):
+        read_image(tmp_path / "x.jpg")

@@ -12,10 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalenet_ray.core.detections import SHOWN_SCORE, Detections
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.results import Failure, ImageResult, TileResult, detect_tiles, merge_image
 from scalenet_ray.core.window import Tile, Window
-from tests.oracles import BREAKING, CountingDetector, FailingDetector, PerfectDetector, RandomDetector, draw_squares
+from tests.oracles import (
+    BREAKING,
+    CountingDetector,
+    FailingDetector,
+    PerfectDetector,
+    RandomDetector,
+    draw_squares,
+    tile_of,
+)
 
 MERGING = Merging(edge_margin=2.0)
 
@@ -244,3 +253,15 @@ def test_an_image_that_could_not_be_opened_is_merged_too() -> None:
     merged = merge_image([TileResult(4, (), Fraction(1), failure=Failure("read", "truncated"))], MERGING)
     assert merged.failure == Failure("read", "truncated")
     assert (merged.tiles, merged.detector_passes, merged.guards, merged.image_hw) == (0, 0, {}, None)
+
+
+def test_a_canvas_that_is_wrong_for_one_tile_costs_its_image() -> None:
+    class Canvas(RandomDetector):
+        def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+            msg = "canvas_hw must be two whole numbers"
+            raise UserError(msg)
+
+    detector = Canvas()
+    begun = TileResult(7, (), Fraction(1))
+    (result,) = detect_tiles([begun], [tile_of((8, 8))], [np.zeros((8, 8, 3), np.uint8)], [None], detector, Merging())
+    assert result.failure == Failure("detect", "canvas_hw must be two whole numbers")

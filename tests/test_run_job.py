@@ -180,3 +180,15 @@ def test_a_signal_while_the_interpreter_ends_leaves_no_trace() -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")
+
+
+def test_an_error_of_the_system_says_what_it_is_about(capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = ended(fail_with(FileExistsError(17, "File exists", "runs/a")), capsys)
+    assert (status, said) == (
+        2,
+        "error: runs/a: File exists: check the path, its permissions, and the room on its disk\n",
+    )
+
+
+def test_an_interruption_that_no_signal_asked_for_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(fail_with(KeyboardInterrupt()), capsys) == (130, "stopped: nothing done yet\n")

@@ -11,6 +11,7 @@ import yaml
 from scalenet_ray.core import storage
 from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.results import Failure, ImageResult
 from scalenet_ray.core.schemas import DETECTIONS, IMAGES, detections_from_rows
 from scalenet_ray.engine.runs import FAILURES, RunFolder, ShardWriter
@@ -309,3 +310,16 @@ def test_shards_that_say_nothing_of_their_time_count_neither_images_nor_seconds(
     assert run.speed("whole") == {"images_per_second": None, "seconds": 1.5}
     write_session(run, range(6), began=10.0, ended=13.0)
     assert run.speed("whole") == {"images_per_second": 2.0, "seconds": 13.0}
+
+
+def test_results_without_their_config_are_no_run_to_go_on_with(run: RunFolder) -> None:
+    write(run, 1, 2)
+    with pytest.raises(UserError, match=r"holds results of a run whose config.yaml is lost: give another --output"):
+        RunFolder(run.uri).begin({"split": "other"}, resume=True)
+
+
+def test_a_folder_of_pictures_named_images_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").touch()
+    with RunFolder(str(tmp_path)).begin({}, resume=False):
+        assert (tmp_path / "config.yaml").exists()

@@ -317,3 +317,28 @@ def test_an_endpoint_that_is_no_address_is_the_users_to_correct(
             call("s3://bucket/key")
     finally:
         S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///key", "s3:/key", "s3:"])
+def test_an_s3_address_without_a_bucket_is_refused(address: str):
+    with pytest.raises(UserError, match="must name a bucket"):
+        exists(address)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_bytes_atomic("~/file", b"here")
+    assert (tmp_path / "file").read_bytes() == b"here"
+
+
+def test_what_is_no_regular_file_is_not_written_over(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a pipe, a socket or a device is there; name another file"):
+        write_bytes_atomic(tmp_path / "pipe", b"data")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+
+
+def test_a_file_where_a_folder_is_wanted_is_named(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write .*file/x: .*file"):
+        write_bytes_atomic(tmp_path / "file" / "x", b"data")

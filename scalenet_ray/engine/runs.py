@@ -255,10 +255,9 @@ class RunFolder:
             if storage.exists(storage.join(self.uri, _ERROR)):
                 storage.delete(storage.join(self.uri, _ERROR))
             return False
-        if any(storage.exists(storage.join(self.uri, kind)) for kind in _SCHEMAS):
-            msg = (
-                f"{self.uri} holds detections of a run whose config.yaml is lost: give another --output, or remove them"
-            )
+        shards = storage.join(self.uri, "images")
+        if storage.exists(shards) and storage.list_files(shards, (".parquet",)):
+            msg = f"{self.uri} holds results of a run whose config.yaml is lost: give another --output, or remove them"
             raise UserError(msg)
         versions = {name: version(name) for name in _VERSIONED}
         versions |= {"python": platform.python_version(), "scalenet-ray": __version__}
