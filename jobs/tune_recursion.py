@@ -24,7 +24,7 @@ from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.core.samples import ensure_sample
-from scalenet_ray.core.search_space import SearchSpace, read_space
+from scalenet_ray.core.search_space import SearchSpace, check_values, read_space
 from scalenet_ray.engine.recursion_trial import TrialTask
 from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.runs import RunFolder
@@ -103,6 +103,7 @@ def _start_policies(
     if knowing:
         msg = f"a sweep tunes policies that read no ground truth, got {', '.join(knowing)}: leave it out of {job.space}"
         raise UserError(msg)
+    check_values(space, policies)
     for split in splits:
         check_networks(session, job.networks, policies, split)
         tell_remarks(split, info.categories, print)

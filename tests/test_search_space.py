@@ -10,10 +10,19 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.front import front
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.scale import ScaleRange
-from scalenet_ray.core.search_space import Choice, Range, SearchSpace, changed_policy, read_space, start_values
+from scalenet_ray.core.search_space import (
+    Choice,
+    Range,
+    SearchSpace,
+    changed_policy,
+    check_values,
+    read_space,
+    start_values,
+)
 
 POLICY = parse_policy("first-pass", input_side=416, iou_threshold=0.65)
 
@@ -165,3 +174,29 @@ def test_the_front_is_that_of_comparing_all_with_all(points: list[tuple[int, int
     assert set(found) == unbeaten
     assert found == sorted(found)
     assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("recursion.window", Choice((0.5, "a"))),
+        ("recursion.window", Choice((None,))),
+        ("recursion.zoom", Range(0.5, 2.0)),
+        ("recursion.max_depth", Range(-1, 3, whole=True)),
+        ("merging.method", Choice(("nms", "nmm"))),
+    ],
+)
+def test_values_that_no_policy_may_have_are_refused_before_the_trials(path: str, field: Range | Choice) -> None:
+    with pytest.raises(UserError, match=rf"{path} of the search space can't be .* in policy {POLICY.name}: "):
+        check_values(SearchSpace((POLICY.name,), {path: field}), [POLICY])
+
+
+def test_the_shipped_space_and_values_that_go_together_pass() -> None:
+    check_values(read_space(Path(__file__).parents[1] / "jobs" / "tune_recursion.yaml"), [POLICY])
+    check_values(SearchSpace((POLICY.name,), {"recursion.scale_range.low": Range(0.5, 1.2)}), [POLICY])
+
+
+@pytest.mark.parametrize("ends", [{"from": 0.0, "to": float("inf")}, {"from": 0.1, "to": 0.5, "log": "yes"}])
+def test_a_range_without_an_end_is_refused(tmp_path: Path, ends: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"recursion\.price"):
+        read_space(written(tmp_path, space(**{"recursion.price": ends})))

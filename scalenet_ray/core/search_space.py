@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -15,7 +16,16 @@ from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.policy import Policy, Recursion, policy_from_dict, policy_to_dict
 from scalenet_ray.core.yaml_file import read_yaml
 
-__all__ = ["SPACE_VERSION", "Choice", "Range", "SearchSpace", "changed_policy", "read_space", "start_values"]
+__all__ = [
+    "SPACE_VERSION",
+    "Choice",
+    "Range",
+    "SearchSpace",
+    "changed_policy",
+    "check_values",
+    "read_space",
+    "start_values",
+]
 
 SPACE_VERSION = 1
 """Written into every search space; a file of another version is refused."""
@@ -101,7 +111,13 @@ def _field(path: str, value: Any, uri: str | Path) -> Range | Choice:
         msg = f"{where} must be {ranges}{{of: [VALUE, ...]}}, got {value!r}"
         raise UserError(msg)
     low, high, log = ends["from"], ends["to"], ends.get("log", False)
-    numbers = all(isinstance(end, kind if kind is int else int | float) and end is not True for end in (low, high))
+    if not isinstance(log, bool):
+        msg = f"log of {where} must be true or false, got {log!r}: correct it"
+        raise UserError(msg)
+    numbers = all(
+        isinstance(end, kind if kind is int else int | float) and not isinstance(end, bool) and abs(end) < math.inf
+        for end in (low, high)
+    )
     if not numbers or not low < high or (log and low <= 0):
         wanted = f"from one {'whole number' if kind is int else 'number'} to a higher one, above 0 if log"
         msg = f"{where} must go {wanted}, got {value!r}: the range is empty"
@@ -128,6 +144,31 @@ def _kind_of(path: str, uri: str | Path) -> Any:
     return float if kind == float | None else kind
 
 
+def check_values(space: SearchSpace, policies: Sequence[Policy]) -> None:
+    """Refuse a space with a value that none of its policies may have, before the first trial.
+
+    Each value, and both ends of each range, is tried by itself. Those that go together with another field's (the ends
+    of the scale range, the classes) are left to the trials.
+
+    Args:
+        space: the space.
+        policies: those that it starts from.
+
+    Raises:
+        UserError: it names the field and the value.
+    """
+    for path, field in space.fields.items():
+        if path.startswith(_GO_TOGETHER):
+            continue
+        for value in field.options if isinstance(field, Choice) else (field.low, field.high):
+            for policy in policies:
+                try:
+                    changed_policy(policy, "trial", {path: value})
+                except UserError as error:
+                    msg = f"{path} of the search space can't be {value!r} in policy {policy.name}: {error}"
+                    raise UserError(msg) from error
+
+
 def start_values(policy: Policy, space: SearchSpace) -> dict[str, Any] | None:
     """What a policy itself has for the fields of a space, by path; None if it lies outside."""
     values = {}
@@ -143,6 +184,7 @@ def start_values(policy: Policy, space: SearchSpace) -> dict[str, Any] | None:
     return values
 
 
+_GO_TOGETHER = ("recursion.scale_range", "recursion.small_classes", "recursion.large_classes")
 _PARTS: tuple[tuple[str, Any], ...] = (("recursion", Recursion), ("merging", Merging))
 
 
