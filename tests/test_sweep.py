@@ -235,6 +235,8 @@ def test_after_a_resume_trials_are_stopped_as_they_would_have_been() -> None:
 
 
 @pytest.mark.ray
+# Three sweeps, one of them in a process of its own: minutes where cores are shared.
+@pytest.mark.timeout(1200)
 def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
     idle_ray: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
