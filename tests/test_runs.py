@@ -323,3 +323,14 @@ def test_a_folder_of_pictures_named_images_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "images" / "a.png").touch()
     with RunFolder(str(tmp_path)).begin({}, resume=False):
         assert (tmp_path / "config.yaml").exists()
+
+
+def test_a_run_may_begin_where_the_working_directory_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    run = RunFolder(str(tmp_path / "run"))
+    with run.begin(SETTINGS, resume=False):
+        assert run.config()["directory"] == ""
+    with RunFolder(run.uri).begin(SETTINGS, resume=True):
+        pass

@@ -50,7 +50,7 @@ from scalenet_ray.core.errors import UserError, WorkerError
 from scalenet_ray.core.results import ImageResult
 from scalenet_ray.core.schemas import DETECTIONS, IMAGES, detections_table, images_table
 from scalenet_ray.engine.run_lock import RunLock, lock_run
-from scalenet_ray.engine.settings import settings_that_differ
+from scalenet_ray.engine.settings import settings_that_differ, working_directory
 from scalenet_ray.version import __version__
 
 __all__ = [
@@ -264,7 +264,7 @@ class RunFolder:
         content = {
             "command": " ".join(sys.argv),
             "begun": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "directory": os.getcwd(),
+            "directory": working_directory(),
             "settings": dict(settings),
             "workers": dict(workers),
             "versions": versions,

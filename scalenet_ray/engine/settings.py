@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["settings_that_differ"]
+__all__ = ["settings_that_differ", "working_directory"]
 
 _SAMPLE_WEIGHTS = re.compile(r"(tiny:)?(.*/)?scalenet_ray/weights/sample_(detector|scale_net)\.safetensors")
 _SHOWN = 3
@@ -37,7 +37,7 @@ def settings_that_differ(
     differ = [
         name
         for name in dict.fromkeys([*before, *after])
-        if name not in may_differ and not _is_same(before.get(name), after.get(name), directory or os.getcwd())
+        if name not in may_differ and not _is_same(before.get(name), after.get(name), directory or working_directory())
     ]
     differ = [name for name in differ if not name.startswith("policies")] or differ
     # Other policies altogether: their names say it.
@@ -59,9 +59,17 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def working_directory() -> str:
+    """Where relative addresses start; "" if it was removed, as Ray does with a submitted job's."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
+
+
 def _is_same(then: Any, now: Any, directory: str) -> bool:
     if isinstance(then, str) and isinstance(now, str) and then != now:
-        return _address(then, directory) == _address(now, os.getcwd())
+        return _address(then, directory) == _address(now, working_directory())
     return bool(then == now)
 
 
