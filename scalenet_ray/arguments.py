@@ -108,6 +108,7 @@ def _number(info: PrimitiveTypeInfo) -> Spec:
         return None
 
     def parse(words: list[str]) -> Any:
+        """A number from one word; says what was wanted if it is none."""
         try:
             return info.type(words[0])
         except ValueError:
@@ -139,6 +140,7 @@ def _or_none(info: PrimitiveTypeInfo) -> Spec:
         return inner
 
     def parse(words: list[str]) -> Any:
+        """None from the word none, else what the other type makes of the words."""
         if [word.lower() for word in words] == [_NONE]:
             return None
         if inner.choices is not None and not set(words) <= set(inner.choices):

@@ -264,6 +264,7 @@ def _stopped_by_signals() -> Iterator[None]:
     """SIGINT and SIGTERM raise `_StopSignal` in the block, once; one that is ignored stays so (nohup)."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        """Raise `_StopSignal`; the next signal ends the process at once."""
         del frame
         _end_at_next_signal()
         raise _StopSignal(number)
