@@ -294,7 +294,7 @@ def test_trials_that_fail_are_named_and_the_sweep_goes_on(
     assert all("scale_range must be 0 < R_L <= R_H" in trial["error"] for trial in trials if not trial["complete"])
     output = capsys.readouterr().out
     assert output.count("failed, the sweep goes on") == 2
-    assert "failed: ValueError: scale_range must be 0 < R_L <= R_H" in output
+    assert "failed: scale_range must be 0 < R_L <= R_H" in output
     assert read_policies(tmp_path / "run" / "best.yaml")[0].name == "front-1"
 
 

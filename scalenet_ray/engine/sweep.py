@@ -24,6 +24,7 @@ from scalenet_ray.engine.kept import Keeper
 from scalenet_ray.engine.recursion_trial import RecursionTrial, TrialTask
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.shares import gpu_share
+from scalenet_ray.engine.worker_errors import from_worker
 
 __all__ = ["ResumableAsha", "Sweep", "best_policies", "best_trials", "run_sweep", "start_trials"]
 
@@ -274,7 +275,7 @@ def _row(result: Any, task: TrialTask) -> dict[str, Any]:
         "values": dict(result.config or {}),
         **{name: metrics.get(name, float("nan")) for name in names},
         "complete": result.error is None and metrics.get("images") == task.subsets[-1],
-        "error": None if result.error is None else str(result.error).strip().splitlines()[-1],
+        "error": None if result.error is None else str(from_worker(result.error)),
     }
 
 
