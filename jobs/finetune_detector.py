@@ -19,7 +19,6 @@ from scalenet_ray.engine.training import Training
 from scalenet_ray.engine.training_log import TrainingLog
 from scalenet_ray.models.detector_recipe import plan_fine_tuning
 from scalenet_ray.models.examples import TrainingImages
-from scalenet_ray.report.training import render_training
 from scalenet_ray.terminal import run_job
 
 SAMPLE_START = "untrained:ssdlite320_mobilenet_v3_large"
@@ -71,7 +70,6 @@ def main(job: FinetuneDetector) -> int:
         facts = {"train_images": train_images, "val_images": val_tiles // 2}
         log = TrainingLog(run, facts, job.training.epochs, print)
         train(recipe, job.training, run.uri, log)
-        run.write_text("report.html", render_training(log.document))
     for reason in log.failed:
         print(f"left out: {reason}")
     weights = storage.join(run.uri, recipe.file_name)

@@ -27,14 +27,11 @@ from scalenet_ray.models.examples import TrainingImages
 from scalenet_ray.models.head_recipe import HeadRecipe
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, NetworkNames
 from scalenet_ray.models.recipe import Recipe
-from scalenet_ray.models.regression_recipe import RegressionRecipe
 from scalenet_ray.models.scale_net import PRESETS
 from scalenet_ray.models.scale_recipe import ScaleRecipe
-from scalenet_ray.report.training import render_training
 from scalenet_ray.terminal import run_job
 
-DIGITS_TILE_SIDE = 64
-"""For the net that takes tiles of any size."""
+CLASS_PRESETS = tuple(name for name, config in PRESETS.items() if config.kind == "classes")
 
 
 @dataclass(frozen=True)
@@ -47,12 +44,11 @@ class TrainScaleNet:
         val_split: what is measured on after each epoch.
         holdout: a share of the split that is measured on instead, and not trained on.
         limit: only the first so many images of each split.
-        preset: unet-light, unet-lite0, the paper's unet-vgg16; its fcn-digits, which says scales as numbers; or head: a
-            scale head on the detector's own features.
+        preset: unet-light, unet-lite0, the paper's unet-vgg16; or head: a scale head on the detector's own features.
         detector: kind:what, the frozen detector whose features a head reads; without --data the sample's.
         device: where that detector finds the objects whose gains a head learns, as torch names it.
         input_side: side of the square that tiles are squashed to, a multiple of 32; the preset's by default.
-        tile_side: the longer side of the detector's tiles, its input side; the net's own by default (fcn-digits: 64).
+        tile_side: the longer side of the detector's tiles, its input side; the net's own by default.
         encoder_weights: what the encoder starts from (unet-lite0, unet-vgg16): "imagenet", or a classifier's file.
         output: the run folder, local or s3://; by default a new one under runs/train_scalenet.
         resume: go on with the run that is in the output folder.
@@ -75,12 +71,10 @@ class TrainScaleNet:
 
 
 def _pixel_recipe(job: TrainScaleNet, images: TrainingImages) -> Recipe:
-    if job.preset not in PRESETS:
-        msg = f"--preset must be one of head, {', '.join(PRESETS)}, got {job.preset!r}"
+    if job.preset not in CLASS_PRESETS:
+        msg = f"--preset must be one of head, {', '.join(CLASS_PRESETS)}, got {job.preset!r}"
         raise UserError(msg)
     config = PRESETS[job.preset]
-    if config.kind == "regression":
-        return RegressionRecipe(images, config, job.tile_side or DIGITS_TILE_SIDE, job.training.seed)
     config = replace(config, input_side=job.input_side or config.input_side)
     return ScaleRecipe(images, config, job.tile_side, job.encoder_weights, job.training.seed)
 
@@ -101,7 +95,7 @@ def _head_recipe(job: TrainScaleNet, images: TrainingImages, run: RunFolder) -> 
 
 
 def main(job: TrainScaleNet) -> int:
-    """Train, measure after each epoch, and write config.yaml, metrics.json, report.html and scale_net.safetensors."""
+    """Train, measure after each epoch, and write config.yaml, metrics.json and scale_net.safetensors."""
     if job.data is None:
         job = replace(job, data=str(ensure_sample(Path("runs/sample"))), detector=job.detector or SAMPLE_DETECTOR)
     images = TrainingImages(str(job.data), job.split, job.val_split, job.holdout, job.limit)
@@ -122,7 +116,6 @@ def main(job: TrainScaleNet) -> int:
         facts = {"train_images": train_images, "val_images": val_images}
         log = TrainingLog(run, facts, job.training.epochs, print)
         train(recipe, job.training, run.uri, log)
-        run.write_text("report.html", render_training(log.document))
     for reason in log.failed:
         print(f"left out: {reason}")
     print(f"{job.training.epochs} epochs done, weights in {storage.join(run.uri, recipe.file_name)}")

@@ -14,7 +14,6 @@ from scalenet_ray.engine.canvas_units import ablations, plan_pictures, plan_unit
 from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.units import run_units
 from scalenet_ray.models.canvas_experiment import Experiment
-from scalenet_ray.report.canvases import render_canvases
 from scalenet_ray.terminal import accuracy_table
 
 __all__ = ["CanvasOptions", "run_experiment"]
@@ -53,7 +52,7 @@ class CanvasOptions:
 def run_experiment(
     options: CanvasOptions, name: str, data: str | None, say: Callable[[str], None], *, width: float | None = None
 ) -> None:
-    """Do what is not done yet; writes config.yaml, units/*.json, weights/, metrics.json, *.svg, report.html.
+    """Do what is not done yet; writes config.yaml, units/*.json, weights/, metrics.json and *.svg.
 
     Args:
         options: from the command line, the job's own among them.
@@ -98,12 +97,8 @@ def run_experiment(
         run.write_json(
             "metrics.json", {name: scores, "trained_on": learned, "tested_on": tested, "seeds": options.seeds}
         )
-        response = steps = ""
         if not options.ablation:
-            response, steps = response_plot(outcomes["response"]), steps_plot(outcomes["steps"])
-            run.write_text("response.svg", response)
-            run.write_text("steps.svg", steps)
-        facts = f"trained on {learned}, tested on {tested} pictures, {options.seeds} seeds"
-        run.write_text("report.html", render_canvases(name, scores, facts, response, steps))
+            run.write_text("response.svg", response_plot(outcomes["response"]))
+            run.write_text("steps.svg", steps_plot(outcomes["steps"]))
     say(accuracy_table(scores))
-    say(f"{facts}; results in {run.uri}")
+    say(f"trained on {learned}, tested on {tested} pictures, {options.seeds} seeds; results in {run.uri}")

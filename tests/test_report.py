@@ -14,11 +14,9 @@ from scalenet_ray.core.samples import write_sample
 from scalenet_ray.engine.pictures import choose_pictures
 from scalenet_ray.front_plot import front_plot
 from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
-from scalenet_ray.report.canvases import render_canvases
 from scalenet_ray.report.page import render_report
 from scalenet_ray.report.policies import winner_of
 from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
-from scalenet_ray.report.training import render_training
 from tests.job_scripts import load_job
 from tests.report_fakes import big_page
 
@@ -223,18 +221,6 @@ def test_failures_are_counted_by_reason_and_listed() -> None:
     assert "Images given up" not in render_report(document, details | {"failures": failures | {"total": 0}})
 
 
-def test_a_training_has_its_curves() -> None:
-    rows = [
-        {"epoch": i, "loss": 1 / i, "learning_rate": 0.1, "val": {"iou": [90.0, 40.0 + i], "ap": 3.0}, "seconds": 2.0}
-        for i in (1, 2, 3)
-    ]
-    page = render_training({"epochs": rows, "failed": ["a.jpg: damaged"]})
-    for title in ("Loss by epoch", "IoU by class and epoch", "Learning rate by epoch"):
-        assert f'aria-label="{title}"' in page
-    assert "3 epochs done; 1 images left out." in page
-    assert "0 epochs done" in render_training({"epochs": [], "failed": []})
-
-
 def test_a_sweep_has_its_front_and_all_trials() -> None:
     def trial(name: str, passes: float, worth: float, **changes: Any) -> dict[str, Any]:
         row = {"trial": name, "passes": passes, "AP_small": worth, "AP": 30.0, "complete": True, "error": None}
@@ -340,11 +326,3 @@ def test_the_page_of_a_sweep_has_the_start_beside_the_best() -> None:
     page = render_sweep(rows, 2.5, contenders, ("train2017", "val2017"))
     assert '<th scope="row">first-pass (start)</th><td>20.0</td><td>2.00</td>' in page
     assert "Nothing beat the start on train2017" in page
-
-
-def test_an_experiment_on_canvases_has_its_table_and_pictures() -> None:
-    scores = {"plain": {"test": {"mean": 90.0, "std": 0.5}}, "scalenet": {"test": {"mean": 95.0, "std": 0.2}}}
-    page = render_canvases("mnist", scores, "trained on 3", '<svg id="a"></svg>', "")
-    assert "<b>95.00</b> <small>(0.20)</small>" in page
-    assert 'aria-label="Predicted against true scale"' in page
-    assert "The steps of one recursion" not in page
