@@ -18,10 +18,11 @@ import cv2
 import numpy as np
 
 from bench.workloads import Workload
-from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.images import cut_tile, decode_image
+from scalenet_ray.core.geometry import cut_tile
 from scalenet_ray.core.recursion import recursive_detect
+from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.images import decode_image
 
 __all__ = ["CONTENDERS", "DETECTOR_ALONE", "race"]
 

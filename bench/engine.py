@@ -26,9 +26,9 @@ from bench.cpu_seconds import cpu_clocks, spent_by_role
 from bench.ratios import ratio, spread
 from bench.workloads import Workload, large_images, photographs
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.engine.batch import image_opener
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.engine.session import join_ray
+from scalenet_ray.runs.batch import image_opener
 
 __all__ = ["EngineRace", "compare_engine", "engine_race"]
 

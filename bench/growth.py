@@ -28,10 +28,10 @@ import tyro
 from ray._private.internal_api import node_stats
 
 from bench.stand_ins import grey_image, records_of, stand_ins, two_windows
-from scalenet_ray.engine.batch import run_policy
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import Session
+from scalenet_ray.runs.batch import run_policy
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.resources import Resources
 
 __all__ = ["growth"]
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import tyro
 
-from scalenet_ray.core.window import Tile, Window
+from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.networks import NetworkNames
 from scalenet_ray.models.scale_head import ScaleHeadPredictor
+from scalenet_ray.models.spec import NetworkNames
 
 
 @dataclass(frozen=True)

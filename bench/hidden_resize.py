@@ -13,8 +13,8 @@ import numpy as np
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.images import read_image
-from scalenet_ray.core.resizing import follows_size, three_views
+from scalenet_ray.data.images import read_image
+from scalenet_ray.models.detector_check import follows_size, three_views
 from scalenet_ray.models.detectors import Detector, load_detector
 
 _IMAGES, _DRAWS, _DRAWN = 60, 1000, 3

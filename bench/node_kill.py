@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 from bench.ratios import ratio
 from bench.stand_ins import grey_image, records_of, stand_ins, two_windows
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.resources import Resources
+from scalenet_ray.runs.resources import Resources
 
 __all__ = ["NodeKill", "node_kill"]
 

@@ -15,10 +15,10 @@ import numpy as np
 import ray
 
 from bench.ratios import spread
-from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.merge import nms
 from scalenet_ray.core.recursion import Expansion
-from scalenet_ray.core.window import Tile, Window
+from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.frontier import Completion, Decision, FrontierActor, Lease
 from scalenet_ray.engine.session import join_ray
 

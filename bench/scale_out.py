@@ -26,9 +26,9 @@ from ray.cluster_utils import Cluster
 from bench.cpu_seconds import cpu_clocks, spent_by_role
 from bench.ratios import spread
 from bench.stand_ins import TILES_PER_IMAGE, Looks, Tally, grey_image, records_of, stand_ins, two_windows
-from scalenet_ray.engine.batch import Stream
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.sharded import image_stream
+from scalenet_ray.engine.parallel import image_stream
+from scalenet_ray.runs.batch import Stream
+from scalenet_ray.runs.resources import Resources
 
 __all__ = ["ScaleOut", "scale_out"]
 

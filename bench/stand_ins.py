@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import ray
 
-from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.geometry import Tile
+from scalenet_ray.core.inference import Networks
 from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
-from scalenet_ray.core.window import Tile
-from scalenet_ray.engine.stages import Networks
+from scalenet_ray.data.coco import ImageRecord
 
 __all__ = ["TILES_PER_IMAGE", "Looks", "Tally", "grey_image", "records_of", "stand_ins", "two_windows"]
 

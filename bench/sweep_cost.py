@@ -17,11 +17,10 @@ import tyro
 
 from bench.ratios import ratio
 from bench.workloads import photographs
-from scalenet_ray.core.search_space import read_space
-from scalenet_ray.engine.recursion_trial import TrialTask
+from scalenet_ray.data.policy_files import read_space
 from scalenet_ray.engine.session import join_ray
-from scalenet_ray.engine.sweep import Sweep, run_sweep
-from scalenet_ray.models.networks import NetworkNames
+from scalenet_ray.engine.tune import Sweep, TrialTask, run_sweep
+from scalenet_ray.models.spec import NetworkNames
 
 _SPACE = Path(__file__).parents[1] / "jobs" / "tune_recursion.yaml"
 _WAYS = {"kept": (True, 1), "not kept": (False, 1), "kept, two at once": (True, 2), "not kept, two at once": (False, 2)}

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scalenet_ray.core.coco import CocoDataset, ImageRecord, parse_annotations, to_results
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.evaluation import evaluate
-from scalenet_ray.core.images import decode_image
+from scalenet_ray.core.inference import Networks
 from scalenet_ray.core.policy import Policy, parse_policy
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.stages import Networks
-from scalenet_ray.models.networks import NetworkNames
+from scalenet_ray.data.coco import CocoDataset, ImageRecord, parse_annotations, to_results
+from scalenet_ray.data.images import decode_image
+from scalenet_ray.evaluation.ap import evaluate
+from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.runs.resources import Resources
 
 __all__ = ["Workload", "detector_name", "large_images", "photographs"]
 

@@ -14,16 +14,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
+from scalenet_ray.api import ScaledPrediction, get_scaled_prediction
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.findings import are_new
 from scalenet_ray.core.recursion import Step
-from scalenet_ray.core.samples import sample_scene
+from scalenet_ray.evaluation.compare import are_new
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
-from scalenet_ray.one_image import get_scaled_prediction
-from scalenet_ray.prediction import ScaledPrediction
-from scalenet_ray.recursion_picture import NEW, SEEN, draw_boxes, draw_look, picture_bytes, recursion_figure
-from scalenet_ray.svg import drawing
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.report.charts import drawing
+from scalenet_ray.report.recursion_figure import NEW, SEEN, draw_boxes, draw_look, picture_bytes, recursion_figure
+from scalenet_ray.sample.scenes import sample_scene
 
 _SHOWN_SCORE = 0.4
 _SCENES = 12

@@ -9,26 +9,25 @@ from typing import Annotated
 
 import tyro
 
-from scalenet_ray.arguments import parse_arguments
-from scalenet_ray.batch_report import PICTURES, ProgressLog, write_report
+from scalenet_ray.commands.arguments import parse_arguments
+from scalenet_ray.console import check_retry, failure_lines, found_lines, last_line, policy_table, run_job
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
-from scalenet_ray.core.coco import FoundImages, find_images
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.inference import Networks
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
-from scalenet_ray.core.policy_file import read_policies
-from scalenet_ray.core.samples import ensure_sample
-from scalenet_ray.engine.analysis import analyse_detections
-from scalenet_ray.engine.batch import image_opener, run_policy
-from scalenet_ray.engine.conclude import conclude
-from scalenet_ray.engine.inputs import keep_image_ids
-from scalenet_ray.engine.pictures import PictureTask
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.data.coco import FoundImages, find_images
+from scalenet_ray.data.policy_files import read_policies
 from scalenet_ray.engine.session import EngineName, Session
-from scalenet_ray.engine.stages import Networks
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
-from scalenet_ray.terminal import check_retry, failure_lines, found_lines, last_line, policy_table, run_job
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
+from scalenet_ray.report.gallery import PictureTask
+from scalenet_ray.runs.analysis import analyse_detections
+from scalenet_ray.runs.batch import image_opener, run_policy
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.inputs import keep_image_ids
+from scalenet_ray.runs.resources import Resources
+from scalenet_ray.sample.scenes import ensure_sample
+from scalenet_ray.workflows import PICTURES, ProgressLog, conclude, write_report
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from scalenet_ray.arguments import parse_arguments
-from scalenet_ray.canvas_report import CanvasOptions, run_experiment
+from scalenet_ray.commands.arguments import parse_arguments
+from scalenet_ray.console import run_job
 from scalenet_ray.core.bounds import ABOVE_ZERO
-from scalenet_ray.terminal import run_job
+from scalenet_ray.experiments.run import CanvasOptions, run_experiment
 
 
 @dataclass(frozen=True, kw_only=True)

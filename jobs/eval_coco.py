@@ -9,19 +9,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from scalenet_ray.arguments import parse_arguments
-from scalenet_ray.batch_report import PICTURES
-from scalenet_ray.coco_run import CocoSplit, check_networks, evaluate_policies, open_split, tell_remarks
+from scalenet_ray.commands.arguments import parse_arguments
+from scalenet_ray.console import check_retry, difference_table, failure_lines, last_line, policy_table, run_job
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
-from scalenet_ray.core.policy_file import read_policies
-from scalenet_ray.core.samples import ensure_sample
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.data.policy_files import read_policies
 from scalenet_ray.engine.session import EngineName, Session
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
-from scalenet_ray.terminal import check_retry, difference_table, failure_lines, last_line, policy_table, run_job
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.resources import Resources
+from scalenet_ray.sample.scenes import ensure_sample
+from scalenet_ray.workflows import PICTURES, CocoSplit, check_networks, evaluate_policies, open_split, tell_remarks
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scalenet_ray.arguments import parse_arguments
-from scalenet_ray.canvas_report import CanvasOptions, run_experiment
-from scalenet_ray.terminal import run_job
+from scalenet_ray.commands.arguments import parse_arguments
+from scalenet_ray.console import run_job
+from scalenet_ray.experiments.run import CanvasOptions, run_experiment
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,18 +8,18 @@ from typing import Annotated
 
 import tyro
 
-from scalenet_ray.arguments import parse_arguments
-from scalenet_ray.core import storage
+from scalenet_ray.commands.arguments import parse_arguments
+from scalenet_ray.console import run_job
 from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.samples import ensure_sample
-from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.data import storage
 from scalenet_ray.engine.train import train
-from scalenet_ray.engine.training import Training
-from scalenet_ray.engine.training_log import TrainingLog
-from scalenet_ray.models.detector_recipe import plan_fine_tuning
-from scalenet_ray.models.examples import TrainingImages
-from scalenet_ray.terminal import run_job
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.sample.scenes import ensure_sample
+from scalenet_ray.training.detector_recipe import plan_fine_tuning
+from scalenet_ray.training.examples import TrainingImages
+from scalenet_ray.training.log import TrainingLog
+from scalenet_ray.training.schedule import Training
 
 SAMPLE_START = "untrained:ssdlite320_mobilenet_v3_large"
 """No published detector knows the sample's shapes."""

@@ -1,6 +1,6 @@
 """Train a Scale Net on any data set in COCO's layout, on any number of workers.
 
-The embedded sample's weights, scalenet_ray/weights/sample_scale_net.safetensors, are those of
+The embedded sample's weights, scalenet_ray/sample/sample_scale_net.safetensors, are those of
 
     .venv/bin/python jobs/train_scalenet.py --input-side 192 --epochs 60 --workers 2 --output RUN
 """
@@ -13,23 +13,23 @@ from typing import Annotated
 
 import tyro
 
-from scalenet_ray.arguments import parse_arguments
-from scalenet_ray.core import storage
+from scalenet_ray.commands.arguments import parse_arguments
+from scalenet_ray.console import run_job
 from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.samples import ensure_sample
+from scalenet_ray.data import storage
 from scalenet_ray.engine.gains import measure_dataset
-from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.train import train
-from scalenet_ray.engine.training import Training
-from scalenet_ray.engine.training_log import TrainingLog
-from scalenet_ray.models.examples import TrainingImages
-from scalenet_ray.models.head_recipe import HeadRecipe
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, NetworkNames
-from scalenet_ray.models.recipe import Recipe
 from scalenet_ray.models.scale_net import PRESETS
-from scalenet_ray.models.scale_recipe import ScaleRecipe
-from scalenet_ray.terminal import run_job
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkNames
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.sample.scenes import ensure_sample
+from scalenet_ray.training.examples import TrainingImages
+from scalenet_ray.training.head_recipe import HeadRecipe
+from scalenet_ray.training.log import TrainingLog
+from scalenet_ray.training.recipe import Recipe
+from scalenet_ray.training.scale_recipe import ScaleRecipe
+from scalenet_ray.training.schedule import Training
 
 CLASS_PRESETS = tuple(name for name, config in PRESETS.items() if config.kind == "classes")
 

@@ -1,6 +1,6 @@
 """Train the embedded sample's tiny detector, which is never shown small objects.
 
-The weights in scalenet_ray/weights/sample_detector.safetensors are those of
+The weights in scalenet_ray/sample/sample_detector.safetensors are those of
 
     .venv/bin/python jobs/train_tiny_detector.py --mixed-precision --output RUN_FOLDER
 """
@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from scalenet_ray.arguments import parse_arguments
-from scalenet_ray.core import storage
+from scalenet_ray.commands.arguments import parse_arguments
+from scalenet_ray.console import run_job
 from scalenet_ray.core.bounds import ABOVE_ZERO, ONE_OR_MORE
-from scalenet_ray.core.samples import SAMPLE_CATEGORIES, ensure_sample
-from scalenet_ray.engine.runs import RunFolder
-from scalenet_ray.models.examples import read_examples
-from scalenet_ray.models.tiny_detector import TinyNetConfig, save_tiny_detector
-from scalenet_ray.models.tiny_training import train_tiny_detector
-from scalenet_ray.terminal import run_job
+from scalenet_ray.data import storage
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.sample.detector import TinyNetConfig, save_tiny_detector
+from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, ensure_sample
+from scalenet_ray.sample.train_detector import train_tiny_detector
+from scalenet_ray.training.examples import read_examples
 
 
 @dataclass(frozen=True)

@@ -10,30 +10,22 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from scalenet_ray.arguments import parse_arguments
-from scalenet_ray.coco_run import (
-    CocoSplit,
-    check_networks,
-    check_split,
-    evaluate_policies,
-    open_split,
-    tell_remarks,
-)
-from scalenet_ray.core import storage
+from scalenet_ray.commands.arguments import parse_arguments
+from scalenet_ray.console import difference_table, failure_lines, last_line, policy_table, run_job, trial_table
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
-from scalenet_ray.core.samples import ensure_sample
-from scalenet_ray.core.search_space import SearchSpace, check_values, read_space
-from scalenet_ray.engine.recursion_trial import TrialTask
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.data import storage
+from scalenet_ray.data.policy_files import SearchSpace, check_values, read_space
 from scalenet_ray.engine.session import Session
-from scalenet_ray.engine.sweep import Sweep, best_policies, best_trials, run_sweep, start_trials
-from scalenet_ray.front_plot import front_plot
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.engine.tune import Sweep, TrialTask, best_policies, best_trials, run_sweep, start_trials
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.report.charts import front_plot
 from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
-from scalenet_ray.terminal import difference_table, failure_lines, last_line, policy_table, run_job, trial_table
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.resources import Resources
+from scalenet_ray.sample.scenes import ensure_sample
+from scalenet_ray.workflows import CocoSplit, check_networks, check_split, evaluate_policies, open_split, tell_remarks
 
 SPACE = Path(__file__).with_name("tune_recursion.yaml")
 _MOST_STEPS = 10

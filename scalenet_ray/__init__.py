@@ -10,48 +10,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scalenet_ray.core.detections import Detections
+    from scalenet_ray.api import ScaledPrediction, get_scaled_prediction
+    from scalenet_ray.core.detections import Detections, ImageResult
     from scalenet_ray.core.errors import TileError, UserError
-    from scalenet_ray.core.images import decode_image
-    from scalenet_ray.core.interchange import to_supervision
+    from scalenet_ray.core.geometry import Tile, Window
     from scalenet_ray.core.merge import Merging
     from scalenet_ray.core.policy import Policy, Recursion, parse_policy
-    from scalenet_ray.core.policy_file import read_policies
     from scalenet_ray.core.recursion import Step, recursive_detect
-    from scalenet_ray.core.results import ImageResult
     from scalenet_ray.core.scale import ScaleMap
-    from scalenet_ray.core.window import Tile, Window
-    from scalenet_ray.export import export_run
+    from scalenet_ray.data.formats import to_supervision
+    from scalenet_ray.data.images import decode_image
+    from scalenet_ray.data.policy_files import read_policies
     from scalenet_ray.models.detectors import Detector, load_detector
     from scalenet_ray.models.scale_head import load_predictor
-    from scalenet_ray.one_image import get_scaled_prediction
-    from scalenet_ray.prediction import ScaledPrediction
+    from scalenet_ray.runs.export import export_run
 
-from scalenet_ray.version import __version__
+__version__ = "0.1.0"
 
 _HOMES = {
     "Detections": "core.detections",
     "Detector": "models.detectors",
-    "ImageResult": "core.results",
+    "ImageResult": "core.detections",
     "Merging": "core.merge",
     "Policy": "core.policy",
     "Recursion": "core.policy",
     "ScaleMap": "core.scale",
-    "ScaledPrediction": "prediction",
+    "ScaledPrediction": "api",
     "Step": "core.recursion",
-    "Tile": "core.window",
+    "Tile": "core.geometry",
     "TileError": "core.errors",
     "UserError": "core.errors",
-    "Window": "core.window",
-    "decode_image": "core.images",
-    "export_run": "export",
-    "get_scaled_prediction": "one_image",
+    "Window": "core.geometry",
+    "decode_image": "data.images",
+    "export_run": "runs.export",
+    "get_scaled_prediction": "api",
     "load_detector": "models.detectors",
     "load_predictor": "models.scale_head",
     "parse_policy": "core.policy",
-    "read_policies": "core.policy_file",
+    "read_policies": "data.policy_files",
     "recursive_detect": "core.recursion",
-    "to_supervision": "core.interchange",
+    "to_supervision": "data.formats",
 }
 """Public name -> the module that has it."""
 

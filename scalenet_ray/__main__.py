@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from scalenet_ray.arguments import parse_arguments
-from scalenet_ray.core import storage
+from scalenet_ray.commands.arguments import parse_arguments
+from scalenet_ray.console import run_job, say, step_table
 from scalenet_ray.core.bounds import SHARE
-from scalenet_ray.core.samples import sample_scene
-from scalenet_ray.export import ExportFormat, export_run
-from scalenet_ray.terminal import run_job, say, step_table
+from scalenet_ray.data import storage
+from scalenet_ray.runs.export import ExportFormat, export_run
+from scalenet_ray.sample.scenes import sample_scene
 
 _SCENE = 7
 """The scene of the sample that is shown without an image."""
@@ -69,8 +69,8 @@ class Export:
 def show(job: Show) -> int:
     """Print the steps of one recursion and draw them."""
     # Here and not above: what draws takes as long to load as all the rest of an export.
-    from scalenet_ray.one_image import get_scaled_prediction
-    from scalenet_ray.recursion_picture import picture_bytes, recursion_figure
+    from scalenet_ray.api import get_scaled_prediction
+    from scalenet_ray.report.recursion_figure import picture_bytes, recursion_figure
 
     suffix = PurePosixPath(job.output).suffix
     image = job.image if job.image is not None else sample_scene("val2017", _SCENE).pixels

@@ -24,10 +24,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from scalenet_ray.core.coco import objects_of, parse_annotations, read_annotations
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.images import decode_image
 from scalenet_ray.core.masks import mask_of_segmentation
+from scalenet_ray.data.coco import objects_of, parse_annotations, read_annotations
+from scalenet_ray.data.images import decode_image
 
 __all__ = ["DECODED", "DOCUMENTS", "MAX_PIXELS", "NAMES", "PICTURES", "READ", "SEGMENTATIONS", "document", "mutated"]
 

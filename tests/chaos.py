@@ -26,17 +26,17 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
-from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.geometry import Tile
+from scalenet_ray.core.inference import Networks
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.core.window import Tile
-from scalenet_ray.engine.batch import Progress, run_policy
-from scalenet_ray.engine.local import LocalStream
+from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.runs import RunFolder
-from scalenet_ray.engine.stages import Networks
+from scalenet_ray.runs.batch import Progress, run_policy
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.local import LocalStream
+from scalenet_ray.runs.resources import Resources
 from tests.faults import Given, Scenes, WorkLog, policy_of, random_networks, records_of
 from tests.oracles import RandomDetector, RandomScale
 
@@ -131,7 +131,7 @@ class _Detector(RandomDetector):
 
 def _drive(folder: Path, images: int, deaths: int, address: str) -> None:
     """Begin, or go on, and live as long as one may."""
-    import scalenet_ray.engine.runs as runs
+    import scalenet_ray.runs.folder as runs
 
     runs._IMAGES_PER_SHARD = _IMAGES_PER_SHARD
     ray.init(address=address, log_to_driver=False, configure_logging=False)
@@ -152,7 +152,7 @@ def _drive(folder: Path, images: int, deaths: int, address: str) -> None:
             _note(folder, "frontier")
             ray.kill(streams[-1]._frontier)
 
-    import scalenet_ray.engine.batch as batch
+    import scalenet_ray.runs.batch as batch
 
     batch._SECONDS_BETWEEN_LINES = 0.1
     with run.begin({"images": images}, resume=True):

@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from scalenet_ray.core.coco import ImageRecord
-from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.detections import Detections, Failure, ImageResult
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.look import Detect, OracleScale, PredictScale
+from scalenet_ray.core.geometry import Tile
+from scalenet_ray.core.inference import Detect, Networks, OracleScale, PredictScale
 from scalenet_ray.core.policy import Policy, Recursion, parse_policy
 from scalenet_ray.core.recursion import recursive_detect
-from scalenet_ray.core.results import Failure, ImageResult
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.core.window import Tile
-from scalenet_ray.engine.stages import Networks, OpenImage
+from scalenet_ray.data.coco import ImageRecord, OpenImage
 from tests.oracles import CATEGORIES, RandomDetector, RandomScale, TruthOfSquares, draw_squares, scattered_squares
 
 __all__ = [

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from scalenet_ray.core.coco import ImageRecord
-from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.detections import Detections, ImageResult
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.inference import Networks
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.results import ImageResult
-from scalenet_ray.engine.assemble import Assembler
+from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease
-from scalenet_ray.engine.microbatch import unpack_results
-from scalenet_ray.engine.patience import Patience
-from scalenet_ray.engine.stages import DetectStage, LookAndDetectStage, LookStage, Networks, OpenImage, TileSource
+from scalenet_ray.engine.pipeline import Assembler
+from scalenet_ray.engine.rows import unpack_results
+from scalenet_ray.engine.stages import DetectStage, LookAndDetectStage, LookStage, TileSource
+from scalenet_ray.runs.resources import Patience
 
 __all__ = ["Died", "Handle", "InProcessEngine", "OwnDecisions", "Unjournaled"]
 

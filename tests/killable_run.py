@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-from scalenet_ray.engine.batch import Progress, run_policy
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.core.inference import Networks
 from scalenet_ray.engine.session import Session
-from scalenet_ray.engine.stages import Networks
+from scalenet_ray.runs.batch import Progress, run_policy
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.resources import Resources
 from tests.faults import FaultyScale, Given, Scenes, SlowDetector, WorkLog, policy_of, records_of
 from tests.oracles import RandomScale
 
@@ -44,8 +44,8 @@ def main() -> None:
     start = partial(session.start, policy=POLICY, networks=networks, open_image=SCENES)
     run = RunFolder(output)
     with (
-        patch("scalenet_ray.engine.runs._IMAGES_PER_SHARD", SHARD),
-        patch("scalenet_ray.engine.batch._SECONDS_BETWEEN_LINES", -1.0),
+        patch("scalenet_ray.runs.folder._IMAGES_PER_SHARD", SHARD),
+        patch("scalenet_ray.runs.batch._SECONDS_BETWEEN_LINES", -1.0),
         run.begin({"images": len(RECORDS)}, resume=True),
     ):
         run_policy(RECORDS, POLICY.name, start, run, say)

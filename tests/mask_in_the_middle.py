@@ -6,7 +6,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.samples import SAMPLE_CATEGORIES
+from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES
 
 
 class Middle:

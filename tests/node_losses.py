@@ -12,9 +12,9 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
+from scalenet_ray.core.inference import Networks
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.stages import Networks
+from scalenet_ray.runs.resources import Resources
 from tests.faults import Given, Scenes, SlowDetector, as_values, policy_of, random_networks, records_of, reference
 from tests.oracles import RandomScale
 

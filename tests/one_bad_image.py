@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from bench.stand_ins import grey_image
-from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.data.coco import ImageRecord
 
 __all__ = ["BAD_IMAGE", "open_but_one"]
 

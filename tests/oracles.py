@@ -17,10 +17,10 @@ from pycocotools import mask as coco_mask
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.look import Detect, PredictScale
+from scalenet_ray.core.geometry import Tile, Window
+from scalenet_ray.core.inference import Detect, PredictScale
 from scalenet_ray.core.policy import Recursion
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap, ScaleRange, map_of_boxes
-from scalenet_ray.core.window import Tile, Window
 
 __all__ = [
     "BREAKING",

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.core.window import Tile
+from scalenet_ray.data.coco import ImageRecord
 from tests.faults import INPUT_SIDE, Scenes, WorkLog
 from tests.oracles import BREAKING, RandomDetector, RandomScale
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scalenet_ray.core.samples import write_sample
-from scalenet_ray.models.networks import NetworkNames
-from scalenet_ray.terminal import run_job
+from scalenet_ray.console import run_job
+from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
 
 FIELDS = {

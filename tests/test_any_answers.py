@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scalenet_ray import get_scaled_prediction
+from scalenet_ray.console import run_job
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.policy import parse_policy
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
-from scalenet_ray.terminal import run_job
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from tests.job_scripts import load_job
 from tests.scripted_detector import SCRIPTED, Scripted, answering, one_box
 

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from scalenet_ray.__main__ import Export, Show
-from scalenet_ray.arguments import check_arguments, parse_arguments
+from scalenet_ray.commands.arguments import check_arguments, parse_arguments
 from scalenet_ray.core.errors import UserError
 from tests.job_scripts import REPOSITORY, load_job
 

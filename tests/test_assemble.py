@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.merge import Merging
-from scalenet_ray.core.results import Failure, TileResult, merge_image
-from scalenet_ray.engine.assemble import Assembler
+from scalenet_ray.core.detections import Detections, Failure, TileResult
+from scalenet_ray.core.merge import Merging, merge_image
+from scalenet_ray.engine.pipeline import Assembler
 from tests.faults import as_values
 
 

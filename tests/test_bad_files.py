@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from scalenet_ray.core.coco import list_images, read_annotations, safe_file_name
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.images import decode_image, read_image
 from scalenet_ray.core.masks import mask_of_segmentation
-from scalenet_ray.core.policy_file import read_policies
-from scalenet_ray.core.samples import write_sample
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, NetworkNames
+from scalenet_ray.data.coco import list_images, read_annotations, safe_file_name
+from scalenet_ray.data.images import decode_image, read_image
+from scalenet_ray.data.policy_files import read_policies
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkNames
+from scalenet_ray.sample.scenes import write_sample
 from tests.bad_files import (
     DOCUMENTS,
     HW,

@@ -11,16 +11,16 @@ import pytest
 from PIL import Image
 
 from scalenet_ray.core.answers import MOST_FAILED
-from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.results import ImageResult
-from scalenet_ray.engine.batch import Progress, Stream, image_opener, run_policy
-from scalenet_ray.engine.local import LocalStream
+from scalenet_ray.core.inference import Networks
+from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.runs import RunFolder
-from scalenet_ray.engine.stages import Networks
 from scalenet_ray.models.checked_detector import CheckedDetector
+from scalenet_ray.runs.batch import Progress, Stream, image_opener, run_policy
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.local import LocalStream
+from scalenet_ray.runs.resources import Resources
 from tests.faults import (
     FaultyScale,
     FlatImages,
@@ -44,8 +44,8 @@ SCENES = Scenes(unreadable={3})
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of two images, and a line for each image."""
-    monkeypatch.setattr("scalenet_ray.engine.runs._IMAGES_PER_SHARD", 2)
-    monkeypatch.setattr("scalenet_ray.engine.batch._SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr("scalenet_ray.runs.folder._IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr("scalenet_ray.runs.batch._SECONDS_BETWEEN_LINES", -1.0)
 
 
 def stop_after(count: int) -> Callable[[Progress], None]:
@@ -157,9 +157,9 @@ def test_images_are_committed_as_they_are_written(tmp_path: Path) -> None:
 
 
 def test_a_slow_run_is_written_every_half_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.engine.runs._IMAGES_PER_SHARD", 1000)
+    monkeypatch.setattr("scalenet_ray.runs.folder._IMAGES_PER_SHARD", 1000)
     now = iter(range(0, 10_000, 10))
-    monkeypatch.setattr("scalenet_ray.engine.batch.time.monotonic", lambda: float(next(now)))
+    monkeypatch.setattr("scalenet_ray.runs.batch.time.monotonic", lambda: float(next(now)))
     run = whole_run(tmp_path / "run")
     sizes = [pq.read_table(uri).num_rows for uri in run.shards("images", POLICY.name)]
     assert len(sizes) > 1

@@ -17,17 +17,12 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10 as CIFAR10_FILES
 
-from scalenet_ray.canvas_plots import response_plot, steps_plot
-from scalenet_ray.core.canvas_recursion import settle_canvases
-from scalenet_ray.core.canvases import centred, resized
-from scalenet_ray.core.regions import top_k_mean
+from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.core.window import Tile
-from scalenet_ray.engine.canvas_units import ablations, plan_units, tabulate
-from scalenet_ray.models.canvas_data import Pictures, load_pictures
-from scalenet_ray.models.canvas_experiment import Experiment
-from scalenet_ray.models.canvas_recipes import CIFAR10, DIGITS, MNIST, CanvasRecipe, NetRecipe
-from scalenet_ray.models.canvas_scores import (
+from scalenet_ray.core.windows import top_k_mean
+from scalenet_ray.experiments.config import CIFAR10, DIGITS, MNIST, CanvasRecipe, NetRecipe
+from scalenet_ray.experiments.data import Pictures, centred, load_pictures, resized
+from scalenet_ray.experiments.evaluate import (
     ObjectScales,
     TrueScales,
     pictures_at,
@@ -35,7 +30,11 @@ from scalenet_ray.models.canvas_scores import (
     score_recursion,
     set_names,
 )
-from scalenet_ray.models.canvas_training import as_input, train_classifier, train_net
+from scalenet_ray.experiments.experiment import Experiment
+from scalenet_ray.experiments.figures import response_plot, steps_plot
+from scalenet_ray.experiments.rescale import settle_canvases
+from scalenet_ray.experiments.run import ablations, plan_units, tabulate
+from scalenet_ray.experiments.train import as_input, train_classifier, train_net
 from scalenet_ray.models.scale_net import normalised
 from tests.job_scripts import load_job
 

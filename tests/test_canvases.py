@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalenet_ray.core.canvas_recursion import CanvasRules, canvas_recursion, settle_canvases
-from scalenet_ray.core.canvases import centred, resized
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import ScaleMap, ScaleRange
-from scalenet_ray.core.window import Tile
+from scalenet_ray.experiments.data import centred, resized
+from scalenet_ray.experiments.rescale import CanvasRules, canvas_recursion, settle_canvases
 
 UNIT = 16
 RANGE = ScaleRange(0.95, 1.05)
@@ -156,7 +156,7 @@ def test_canvases_of_one_size_are_looked_at_together_and_keep_their_order() -> N
 
 
 def test_large_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.core.canvas_recursion._BATCH_PIXELS", 2 * 28 * 28)
+    monkeypatch.setattr("scalenet_ray.experiments.rescale._BATCH_PIXELS", 2 * 28 * 28)
     net = KnowsScale()
     settle([square(28)] * 5, net, depth=1)
     assert net.batches == [(2, 28), (2, 28), (1, 28)]

@@ -11,11 +11,10 @@ import pytest
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
-from scalenet_ray.core.look import Glimpse, ReadFeatures, maps_of_glimpses
+from scalenet_ray.core.geometry import Tile
+from scalenet_ray.core.inference import Glimpse, ReadFeatures, maps_of_glimpses
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
-from scalenet_ray.core.window import Tile
-from scalenet_ray.models.checked_detector import CheckedDetector
-from scalenet_ray.models.mapped_detector import MappedDetector
+from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector
 from tests.oracles import tile_of
 from tests.scripted_detector import Scripted, one_box, scripted
 

@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from scalenet_ray.models.capsnet import ROUTING_ITERATIONS, CapsNet, margin_loss, route, squash
-from scalenet_ray.models.classifiers import KINDS, build_classifier, classifier_loss
+from scalenet_ray.experiments.classifiers import (
+    KINDS,
+    ROUTING_ITERATIONS,
+    CapsNet,
+    build_classifier,
+    classifier_loss,
+    margin_loss,
+    route,
+    squash,
+)
 
 SIDES = {"plain": 28, "deformable": 28, "capsnet": 28, "vgg11": 64}
 WIDTHS = {"plain": 1.0, "deformable": 1.0, "capsnet": 0.125, "vgg11": 0.125}

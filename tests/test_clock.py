@@ -9,12 +9,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from scalenet_ray.core.clock import STAGES, current_tally, measured, timed
-from scalenet_ray.engine.batch import run_policy
-from scalenet_ray.engine.local import LocalStream
+from scalenet_ray.core.timing import STAGES, current_tally, measured, timed
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.runs.batch import run_policy
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.local import LocalStream
+from scalenet_ray.runs.resources import Resources
 from tests.faults import SlowImages, policy_of, random_networks, records_of
 
 RECORDS = records_of(6)

@@ -17,7 +17,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from scalenet_ray.core.coco import (
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.data.coco import (
     CocoDataset,
     ImageRecord,
     find_images,
@@ -31,10 +33,8 @@ from scalenet_ray.core.coco import (
     unknown_categories,
     write_results,
 )
-from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.evaluation import METRICS, evaluate
-from scalenet_ray.core.storage import read_bytes, write_bytes_atomic
+from scalenet_ray.data.storage import read_bytes, write_bytes_atomic
+from scalenet_ray.evaluation.ap import METRICS, evaluate
 
 
 def document() -> dict[str, Any]:

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from scalenet_ray.engine.conclude import failure_counts
-from scalenet_ray.engine.runs import FAILURES
-from scalenet_ray.terminal import failure_lines, last_line
+from scalenet_ray.console import failure_lines, last_line
+from scalenet_ray.runs.folder import FAILURES
+from scalenet_ray.runs.summary import failure_counts
 
 
 def failures(*rows: tuple[int, str, str], policy: str = "whole", file: str = "/photos/{}.jpg") -> pa.Table:

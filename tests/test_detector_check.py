@@ -13,13 +13,12 @@ import pytest
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
-from scalenet_ray.core.images import read_image
-from scalenet_ray.core.resizing import Agreement, agreement, follows_size, three_views
-from scalenet_ray.core.samples import sample_scene
+from scalenet_ray.data.images import read_image
 from scalenet_ray.models.checked_detector import CheckedDetector
-from scalenet_ray.models.detector_check import try_detector
+from scalenet_ray.models.detector_check import Agreement, agreement, follows_size, three_views, try_detector
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.networks import SAMPLE_DETECTOR
+from scalenet_ray.models.spec import SAMPLE_DETECTOR
+from scalenet_ray.sample.scenes import sample_scene
 from tests.oracles import PerfectDetector, draw_squares
 from tests.scripted_detector import one_box, scripted
 

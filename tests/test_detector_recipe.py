@@ -14,17 +14,22 @@ from PIL import Image
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from scalenet_ray.core.coco import Objects
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.samples import SAMPLE_CATEGORIES, write_sample
-from scalenet_ray.core.window import Tile, Window, boxes_to_image
-from scalenet_ray.models.detector_recipe import DetectorRecipe, plan_fine_tuning
-from scalenet_ray.models.detector_windows import boxes_in_tile, small_objects, zoom_window
+from scalenet_ray.core.geometry import Tile, Window, boxes_to_image
+from scalenet_ray.data.coco import Objects
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.examples import TrainingImages
-from scalenet_ray.models.recipe import Batch, Row
 from scalenet_ray.models.torchvision_builders import build_detector
 from scalenet_ray.models.torchvision_detectors import save_detector
+from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, write_sample
+from scalenet_ray.training.detector_recipe import (
+    DetectorRecipe,
+    boxes_in_tile,
+    plan_fine_tuning,
+    small_objects,
+    zoom_window,
+)
+from scalenet_ray.training.examples import TrainingImages
+from scalenet_ray.training.recipe import Batch, Row
 from tests.job_scripts import load_job
 from tests.test_torchvision_detectors import CATEGORIES, assert_same, detections, lively_model, make_tiles
 

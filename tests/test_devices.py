@@ -8,7 +8,7 @@ import pytest
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.models.devices import device_named, device_on_this_machine
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from tests.job_scripts import load_job
 
 NO_SUCH_DEVICE = "cuda:99"

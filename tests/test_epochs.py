@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalenet_ray.engine.epochs import Epochs, Pick
+from scalenet_ray.training.schedule import Epochs, Pick
 
 
 def _picked(epochs: Epochs, epoch: int) -> tuple[list[Pick], list[Pick | None]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scalenet_ray.core.coco import Objects, parse_annotations
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.error_kinds import KINDS, Explained, average_precision, error_breakdown, explain
-from scalenet_ray.core.evaluation import evaluate
-from scalenet_ray.core.findings import closer_look_in_words, found_and_lost, gained_and_lost
+from scalenet_ray.data.coco import Objects, parse_annotations
+from scalenet_ray.evaluation.ap import evaluate
+from scalenet_ray.evaluation.compare import closer_look_in_words, found_and_lost, gained_and_lost
+from scalenet_ray.evaluation.tide import KINDS, Explained, average_precision, error_breakdown, explain
 
 SQUARE = (0.0, 0.0, 10.0, 10.0)
 FAR = (100.0, 100.0, 110.0, 110.0)

@@ -15,11 +15,10 @@ import pytest
 import yaml
 from pycocotools.coco import COCO
 
-from scalenet_ray.core.coco import ImageRecord
-from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.results import Failure, ImageResult
-from scalenet_ray.engine.runs import RunFolder, ShardWriter
-from scalenet_ray.export import EXPORT_FORMATS, export_run
+from scalenet_ray.core.detections import Detections, Failure, ImageResult
+from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.runs.export import EXPORT_FORMATS, export_run
+from scalenet_ray.runs.folder import RunFolder, ShardWriter
 from tests.test_show import run_command
 
 # Ids with gaps, as COCO's have: positions and ids must not be mixed up.
@@ -70,7 +69,7 @@ def test_no_thread_is_begun_that_could_outlive_the_interpreter(to: str, run: str
     """One of Arrow's that lets go of a Python object while the interpreter ends aborts the process, with status 134."""
     script = (
         "import os, sys\n"
-        "from scalenet_ray.export import export_run\n"
+        "from scalenet_ray.runs.export import export_run\n"
         "before = len(os.listdir('/proc/self/task'))\n"
         "export_run(*sys.argv[1:])\n"
         "sys.stdout.write(str(len(os.listdir('/proc/self/task')) - before))\n"

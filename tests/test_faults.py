@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import ray
 
+from scalenet_ray.core.detections import ImageResult
+from scalenet_ray.core.inference import Networks
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.results import ImageResult
+from scalenet_ray.data.coco import OpenImage
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.stages import Networks, OpenImage
+from scalenet_ray.runs.resources import Resources
 from tests.faults import (
     BuggyScale,
     Fault,

@@ -6,11 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from scalenet_ray.core.coco import ImageRecord
-from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.results import Failure, ImageResult
-from scalenet_ray.engine.finished import FinishedImage, detections_by_image, finished_images, tables_in_order
-from scalenet_ray.engine.runs import RunFolder, ShardWriter
+from scalenet_ray.core.detections import Detections, Failure, ImageResult
+from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.runs.folder import RunFolder, ShardWriter
+from scalenet_ray.runs.results import FinishedImage, detections_by_image, finished_images, tables_in_order
 
 IDS = [7, 3, 2**40, 12, 1, 9, 40, 5, 33, 8, 21, 6]
 
@@ -27,7 +26,7 @@ def result_of(image_id: int, failure: Failure | None = None) -> ImageResult:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """Twelve images in shards of two, two of which failed at first, and one of these for good."""
-    monkeypatch.setattr("scalenet_ray.engine.runs._IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr("scalenet_ray.runs.folder._IMAGES_PER_SHARD", 2)
     run = RunFolder(str(tmp_path / "run"))
     failed = {12: Failure("read", "damaged"), 33: Failure("detect", "NaN")}
     for results in ([result_of(each, failed.get(each)) for each in IDS], [result_of(12)]):
@@ -54,15 +53,15 @@ def test_images_sorted_by_way_of_the_disk_are_those_sorted_in_memory(
     assert len(in_memory[7][3]) == 2
     assert [image_id for image_id, _ in by_image] == sorted(set(IDS) - {33, 40})
 
-    monkeypatch.setattr("scalenet_ray.engine.finished._MOST_IN_MEMORY", 5)
-    monkeypatch.setattr("scalenet_ray.engine.finished._IMAGES_PER_BUCKET", per_bucket)
+    monkeypatch.setattr("scalenet_ray.runs.results._MOST_IN_MEMORY", 5)
+    monkeypatch.setattr("scalenet_ray.runs.results._IMAGES_PER_BUCKET", per_bucket)
     assert [as_values(image) for image in finished_images(run, "whole")] == in_memory
     assert [(image_id, found.boxes.tolist()) for image_id, found in detections_by_image(run, "whole")] == by_image
 
 
 def test_more_images_than_fit_are_never_in_one_table(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.engine.finished._MOST_IN_MEMORY", 5)
-    monkeypatch.setattr("scalenet_ray.engine.finished._IMAGES_PER_BUCKET", 3)
+    monkeypatch.setattr("scalenet_ray.runs.results._MOST_IN_MEMORY", 5)
+    monkeypatch.setattr("scalenet_ray.runs.results._IMAGES_PER_BUCKET", 3)
     monkeypatch.setattr(RunFolder, "table", lambda *args: pytest.fail("all rows at once"))
     sizes = [images.num_rows for images, _ in tables_in_order(run, "whole")]
     assert sizes == [3, 3, 3, 3]
@@ -71,9 +70,9 @@ def test_more_images_than_fit_are_never_in_one_table(run: RunFolder, monkeypatch
 def test_there_are_never_more_files_open_than_a_process_may_have(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scalenet_ray.engine.finished._MOST_IN_MEMORY", 5)
-    monkeypatch.setattr("scalenet_ray.engine.finished._IMAGES_PER_BUCKET", 1)
-    monkeypatch.setattr("scalenet_ray.engine.finished._MOST_BUCKETS", 4)
+    monkeypatch.setattr("scalenet_ray.runs.results._MOST_IN_MEMORY", 5)
+    monkeypatch.setattr("scalenet_ray.runs.results._IMAGES_PER_BUCKET", 1)
+    monkeypatch.setattr("scalenet_ray.runs.results._MOST_BUCKETS", 4)
     assert len(list(tables_in_order(run, "whole"))) == 4
 
 
@@ -86,7 +85,7 @@ def test_nothing_is_left_on_the_disk_by_a_reader_that_stops_early(
 ) -> None:
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
-    monkeypatch.setattr("scalenet_ray.engine.finished._MOST_IN_MEMORY", 5)
+    monkeypatch.setattr("scalenet_ray.runs.results._MOST_IN_MEMORY", 5)
     images = finished_images(run, "whole")
     assert next(images).image_id == 1
     assert list((tmp_path / "scratch").iterdir())

@@ -8,12 +8,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.detections import Failure
+from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.recursion import Expansion
-from scalenet_ray.core.results import Failure
-from scalenet_ray.core.window import Tile, Window
-from scalenet_ray.engine.attempts import TileId
+from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease, Work, child_credit
+from scalenet_ray.engine.quarantine import TileId
 from tests.faults import records_of
 
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scalenet_ray.core.coco import Objects
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.gain import ZOOMS, _covering_tiles, gain_map, gain_of_zoom, measure_scores, object_scores
+from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.merge import Merging
-from scalenet_ray.core.window import Tile, Window
+from scalenet_ray.data.coco import Objects
+from scalenet_ray.training.gain import ZOOMS, _covering_tiles, gain_map, gain_of_zoom, measure_scores, object_scores
 from tests.oracles import PerfectDetector, draw_squares
 
 

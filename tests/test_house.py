@@ -81,7 +81,7 @@ def test_no_job_imports_another(path: Path):
 def test_only_what_jobs_say_in_the_terminal_is_printed(path: Path):
     calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     prints = "print" in {call.id for call in calls if isinstance(call, ast.Name)}
-    assert not prints or module_name(path) == "scalenet_ray.terminal"
+    assert not prints or module_name(path) == "scalenet_ray.console"
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: module_name(path))

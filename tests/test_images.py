@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from scalenet_ray.core.coco import read_annotations
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.images import MAX_PIXELS, cut_tile, decode_image, image_hw, read_image
-from scalenet_ray.core.storage import read_bytes
-from scalenet_ray.core.window import Tile, Window, boxes_to_tile
+from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile, cut_tile
+from scalenet_ray.data.coco import read_annotations
+from scalenet_ray.data.images import MAX_PIXELS, decode_image, image_hw, read_image
+from scalenet_ray.data.storage import read_bytes
 
 HW = (20, 30)
 PIXELS = np.random.default_rng(0).integers(0, 256, (*HW, 3), dtype=np.uint8)

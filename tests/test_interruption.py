@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from scalenet_ray.engine.runs import RunFolder
-from scalenet_ray.models.networks import NetworkNames
-from scalenet_ray.terminal import run_job
+from scalenet_ray.console import run_job
+from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.runs.folder import RunFolder
 from tests.job_scripts import REPOSITORY, load_job
 from tests.ray_fixture import RAY_ENVIRONMENT
 from tests.stalling_detector import STALLED, write_grey_images

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from pycocotools.cocoeval import COCOeval
 
-from scalenet_ray.core.coco import CocoDataset, parse_annotations
-from scalenet_ray.core.evaluation import evaluate, match_results
-from scalenet_ray.core.intervals import ResampledAP, paired_intervals
+from scalenet_ray.data.coco import CocoDataset, parse_annotations
+from scalenet_ray.evaluation.ap import evaluate, match_results
+from scalenet_ray.evaluation.compare import ResampledAP, paired_intervals
 
 
 def scenes(images: int, seed: int = 0) -> tuple[CocoDataset, list[dict]]:

@@ -16,10 +16,10 @@ import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 
-from scalenet_ray.core.samples import write_sample
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.console import run_job
 from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
-from scalenet_ray.terminal import run_job
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
 
 SAMPLE_NETWORKS = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from scalenet_ray.core.samples import write_sample
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.runs.resources import Resources
+from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job, same_results
 
 pytestmark = pytest.mark.ray

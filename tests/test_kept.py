@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scalenet_ray.core.coco import read_annotations
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.images import decode_image
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.recursion import recursive_detect
-from scalenet_ray.core.samples import write_sample
-from scalenet_ray.engine.kept import Kept, KeptDetector, KeptScale
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.data.coco import read_annotations
+from scalenet_ray.data.images import decode_image
+from scalenet_ray.engine.prediction_cache import Kept, KeptDetector, KeptScale
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.sample.scenes import write_sample
 
 
 class Counting:

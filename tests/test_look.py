@@ -12,10 +12,10 @@ import pytest
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.look import OracleScale, first_pass_map, look
+from scalenet_ray.core.geometry import Tile, Window
+from scalenet_ray.core.inference import OracleScale, first_pass_map, look
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.core.window import Tile, Window
 from tests.oracles import (
     BREAKING,
     BrokenScale,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scalenet_ray.core.scale import IGNORE
-from scalenet_ray.models.losses import focal_loss, masked_mse
+from scalenet_ray.training.losses import focal_loss, masked_mse
 
 
 def _logits(*rows: list[float]) -> torch.Tensor:

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
+from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.masks import mask_of_image, mask_of_window
-from scalenet_ray.core.window import Tile, Window
 
 
 def _encode(mask: np.ndarray) -> bytes:

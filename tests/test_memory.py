@@ -13,14 +13,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError
-from scalenet_ray.core.halving import BATCH_HALVED, in_halves
-from scalenet_ray.core.look import PredictScale
+from scalenet_ray.core.geometry import Tile
+from scalenet_ray.core.inference import BATCH_HALVED, Networks, PredictScale, in_halves
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.core.window import Tile
-from scalenet_ray.engine.stages import Networks
-from scalenet_ray.models.mapped_detector import MappedDetector
-from scalenet_ray.models.memory import saying_what_does_not_fit
+from scalenet_ray.models.checked_detector import MappedDetector
+from scalenet_ray.models.devices import saying_what_does_not_fit
 from tests.faults import Given, Scenes, as_values, policy_of, random_networks, records_of, reference
 from tests.in_process import InProcessEngine
 from tests.oracles import CATEGORIES, RandomDetector, RandomScale

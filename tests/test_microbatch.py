@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.results import Failure, TileResult
-from scalenet_ray.core.window import ANY_AREA, AreaRange, Tile, Window
-from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, pack_results, unpack, unpack_results
+from scalenet_ray.core.detections import Detections, Failure, TileResult
+from scalenet_ray.core.geometry import ANY_AREA, AreaRange, Tile, Window
+from scalenet_ray.engine.rows import MicroBatch, PackedTile, pack, pack_results, unpack, unpack_results
 
 
 @st.composite

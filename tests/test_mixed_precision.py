@@ -12,13 +12,13 @@ from torch import nn
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.merge import iou_matrix
-from scalenet_ray.core.samples import SAMPLE_CATEGORIES, make_scene
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from scalenet_ray.models.scale_head import ScaleHead, load_predictor, save_scale_head
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
 from scalenet_ray.models.torchvision_builders import build_detector
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector
+from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene
 from tests.oracles import tile_of
 
 SAMPLE = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 import scalenet_ray
-from scalenet_ray.core.look import OracleScale
+from scalenet_ray.api import ScaledPrediction
+from scalenet_ray.core.inference import OracleScale
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.recursion import recursive_detect
-from scalenet_ray.prediction import ScaledPrediction
 from tests.job_scripts import REPOSITORY
 from tests.oracles import CATEGORIES, FailingDetector, PerfectDetector, TruthOfSquares, clustered_squares, draw_squares
 

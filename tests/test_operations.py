@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from bench.stand_ins import TILES_PER_IMAGE, records_of, stand_ins, two_windows
-from scalenet_ray.core.clock import STAGES
-from scalenet_ray.engine.batch import run_policy
+from scalenet_ray.console import JsonLines, log_to_stderr
+from scalenet_ray.core.timing import STAGES
 from scalenet_ray.engine.metrics import METRICS, exported_name
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.runs import RunFolder
 from scalenet_ray.engine.session import Session
-from scalenet_ray.log_lines import JsonLines, log_to_stderr
+from scalenet_ray.runs.batch import run_policy
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.resources import Resources
 from tests.job_scripts import REPOSITORY
 from tests.one_bad_image import BAD_IMAGE, open_but_one
 
@@ -103,7 +103,7 @@ def test_the_page_explains_each_metric_stage_and_limit() -> None:
 
 
 def test_an_image_that_is_given_up_is_a_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG, "scalenet_ray.engine.batch"):
+    with caplog.at_level(logging.DEBUG, "scalenet_ray.runs.batch"):
         work(Session("local", Resources()), 4, tmp_path / "run")
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     line = json.loads(JsonLines().format(record))
@@ -119,7 +119,7 @@ def test_the_log_says_more_where_it_is_asked_to(
     try:
         monkeypatch.setenv("SCALENET_RAY_LOG", "debug")
         log_to_stderr()
-        logging.getLogger("scalenet_ray.engine.batch").debug("limits acted", extra={"fields": {"image_id": 7}})
+        logging.getLogger("scalenet_ray.runs.batch").debug("limits acted", extra={"fields": {"image_id": 7}})
         assert json.loads(capsys.readouterr().err)["image_id"] == 7
         monkeypatch.setenv("SCALENET_RAY_LOG", "loud")
         with pytest.raises(ValueError, match="SCALENET_RAY_LOG must be DEBUG, INFO, WARNING or ERROR, got LOUD"):

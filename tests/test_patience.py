@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from scalenet_ray.core.detections import ImageResult
+from scalenet_ray.core.inference import Networks
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.results import ImageResult
-from scalenet_ray.engine.attempts import Attempts
+from scalenet_ray.data.coco import OpenImage
 from scalenet_ray.engine.frontier import Frontier
-from scalenet_ray.engine.patience import Patience
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.stages import Networks, OpenImage
+from scalenet_ray.engine.quarantine import Attempts
+from scalenet_ray.runs.resources import Patience, Resources
 from tests.faults import Given, WorkLog, as_values, policy_of, random_networks, records_of, reference
 from tests.in_process import Died, InProcessEngine
 from tests.oracles import RandomDetector, RandomScale
@@ -135,7 +135,7 @@ def test_patience_refuses_what_makes_no_sense(wrong: dict, message: str) -> None
 
 HANGS = """
 import time
-from scalenet_ray.engine.patience import CarefulCalls, Patience
+from scalenet_ray.engine.quarantine import CarefulCalls, Patience
 calls = CarefulCalls("detect", None, Patience(call_seconds=0.5))
 with calls.watched():
     pass

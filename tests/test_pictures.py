@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.detections import TileResult
+from scalenet_ray.core.inference import Networks
 from scalenet_ray.core.policy import Policy, Recursion, parse_policy
 from scalenet_ray.core.recursion import Step, expand, planning_weights
-from scalenet_ray.core.results import TileResult
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
-from scalenet_ray.engine.pictures import PictureTask
-from scalenet_ray.engine.stages import Networks
-from scalenet_ray.recursion_picture import draw_look
-from scalenet_ray.svg import drawing
+from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.report.charts import drawing
+from scalenet_ray.report.gallery import PictureTask
+from scalenet_ray.report.recursion_figure import draw_look
 from tests.faults import Given
 from tests.oracles import PerfectDetector
 

@@ -8,12 +8,12 @@ import pytest
 import ray
 from ray.data import DataContext
 
-from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.detections import ImageResult
+from scalenet_ray.core.inference import Networks
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.results import ImageResult
+from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.resources import Resources, limits
-from scalenet_ray.engine.stages import Networks, OpenImage
+from scalenet_ray.runs.resources import Resources, limits
 from tests.faults import (
     FlatImages,
     Given,

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.policy import (
     DEFAULT_PYRAMID,
@@ -25,7 +26,6 @@ from scalenet_ray.core.policy import (
     policy_to_dict,
 )
 from scalenet_ray.core.scale import ScaleRange
-from scalenet_ray.core.window import Tile, Window
 
 NAMES = ("whole", "whole@640", "pyramid", "grid-2", "grid-3", "random", "first-pass", "scalenet", "fused", "oracle")
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 
-from scalenet_ray.policy_plot import policy_plot
+from scalenet_ray.report.charts import policy_plot
 from scalenet_ray.report.page import render_report
 
 WHOLE = {"AP_small": 12.5, "detector_passes_per_image": 1.0}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from scalenet_ray.models.recipe import Batch, clip_and_step, forward_backward
+from scalenet_ray.training.recipe import Batch, clip_and_step, forward_backward
 
 BATCH = {"x": torch.linspace(-1, 1, 24).reshape(8, 3), "y": torch.linspace(2, 5, 8)[:, None]}
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalenet_ray.core.look import PredictScale
+from scalenet_ray.core.geometry import ANY_AREA, AreaRange, Tile
+from scalenet_ray.core.inference import PredictScale
 from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.recursion import Expansion, expand
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap, ScaleRange
-from scalenet_ray.core.window import ANY_AREA, AreaRange, Tile
 from tests.oracles import (
     ConstantScale,
     OscillatingScale,

@@ -11,13 +11,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.look import OracleScale
+from scalenet_ray.core.detections import Detections, Failure, ImageResult
+from scalenet_ray.core.geometry import boxes_to_tile, edges_inside_image
+from scalenet_ray.core.inference import OracleScale
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.recursion import expand, recursive_detect
-from scalenet_ray.core.results import Failure, ImageResult
 from scalenet_ray.core.scale import ScaleRange
-from scalenet_ray.core.window import boxes_to_tile, edges_inside_image
 from tests.oracles import (
     BREAKING,
     BrokenScale,

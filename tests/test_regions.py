@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalenet_ray.core.regions import CellWindow, plan_windows, top_k_mean, window_sums
+from scalenet_ray.core.windows import CellWindow, plan_windows, top_k_mean, window_sums
 
 
 @st.composite

@@ -5,10 +5,10 @@ from random import Random
 import numpy as np
 import pytest
 
-from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.inference import Networks
+from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.frontier import Frontier
-from scalenet_ray.engine.stages import Networks
 from tests.faults import (
     POLICIES,
     Given,

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from scalenet_ray.core.samples import write_sample
-from scalenet_ray.engine.pictures import choose_pictures
-from scalenet_ray.front_plot import front_plot
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.report.charts import front_plot
+from scalenet_ray.report.gallery import choose_pictures
 from scalenet_ray.report.page import render_report
-from scalenet_ray.report.policies import winner_of
 from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
+from scalenet_ray.report.tables import winner_of
+from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
 from tests.report_fakes import big_page
 

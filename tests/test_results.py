@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalenet_ray.core.detections import SHOWN_SCORE, Detections
+from scalenet_ray.core.detections import SHOWN_SCORE, Detections, Failure, ImageResult, TileResult
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.merge import Merging
-from scalenet_ray.core.results import Failure, ImageResult, TileResult, detect_tiles, merge_image
-from scalenet_ray.core.window import Tile, Window
+from scalenet_ray.core.geometry import Tile, Window
+from scalenet_ray.core.inference import detect_tiles
+from scalenet_ray.core.merge import Merging, merge_image
 from tests.oracles import (
     BREAKING,
     CountingDetector,

@@ -12,9 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from scalenet_ray.engine.batch import run_policy
-from scalenet_ray.engine.local import LocalStream
-from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.runs.batch import run_policy
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.local import LocalStream
 from tests.faults import policy_of, random_networks
 from tests.killable_run import OPEN_IMAGES, POLICY, RECORDS, SCENES, SHARD
 from tests.ray_fixture import RAY_ENVIRONMENT

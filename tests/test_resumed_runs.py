@@ -16,13 +16,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from scalenet_ray.core import storage
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.engine.finished import finished_images
-from scalenet_ray.engine.runs import RunFolder
-from scalenet_ray.export import export_run
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, NetworkNames
+from scalenet_ray.data import storage
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkNames
+from scalenet_ray.runs.export import export_run
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.results import finished_images
 from tests.job_scripts import load_job
 
 
@@ -415,7 +415,7 @@ def test_runs_without_a_name_that_begin_in_one_second_have_a_folder_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("scalenet_ray.engine.runs.time.strftime", lambda form: "20261127-101500")
+    monkeypatch.setattr("scalenet_ray.runs.folder.time.strftime", lambda form: "20261127-101500")
     names = [RunFolder.of_job(None, "detect").uri for _ in range(3)]
     assert names == [f"runs/detect/20261127-101500{end}" for end in ("", "-2", "-3")]
     assert all(Path(name).is_dir() for name in names)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from scalenet_ray.console import run_job, say
 from scalenet_ray.core.errors import UserError, WorkerError
-from scalenet_ray.engine.runs import RunFolder
-from scalenet_ray.terminal import run_job, say
+from scalenet_ray.runs.folder import RunFolder
 from tests.job_scripts import REPOSITORY
 
 
@@ -119,7 +119,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 
 SPEAKER = """
-from scalenet_ray.terminal import run_job, say
+from scalenet_ray.console import run_job, say
 def main(job):
     for i in range({lines}):
         say("Übersicht in läufe/日本")
@@ -167,7 +167,7 @@ def test_an_unbuffered_stream_stays_so(tmp_path: Path) -> None:
 def test_a_signal_while_the_interpreter_ends_leaves_no_trace() -> None:
     script = (
         "import atexit, os, signal, time\n"
-        "from scalenet_ray.terminal import run_job\n"
+        "from scalenet_ray.console import run_job\n"
         "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(600)))\n"
         "run_job(lambda job: 0, None)\n"
     )

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from scalenet_ray.core import storage
-from scalenet_ray.core.coco import ImageRecord
-from scalenet_ray.engine.run_lock import _S3Lock, lock_run
-from scalenet_ray.engine.runs import RunFolder, ShardWriter
+from scalenet_ray.data import storage
+from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.runs.folder import RunFolder, ShardWriter
+from scalenet_ray.runs.lock import _S3Lock, lock_run
 from tests.test_runs import result_of
 
 SETTINGS = {"seed": 1}
 LIVES = """
 import sys, time
-from scalenet_ray.engine.runs import RunFolder
+from scalenet_ray.runs.folder import RunFolder
 with RunFolder(sys.argv[1]).begin({"seed": 1}, resume=False):
     sys.stdout.write("begun\\n")
     sys.stdout.flush()
@@ -31,8 +31,8 @@ with RunFolder(sys.argv[1]).begin({"seed": 1}, resume=False):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A beat four times a second; a second without one is stale."""
-    monkeypatch.setattr("scalenet_ray.engine.run_lock._BEAT_SECONDS", 0.25)
-    monkeypatch.setattr("scalenet_ray.engine.run_lock._STALE_SECONDS", 1.0)
+    monkeypatch.setattr("scalenet_ray.runs.lock._BEAT_SECONDS", 0.25)
+    monkeypatch.setattr("scalenet_ray.runs.lock._STALE_SECONDS", 1.0)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -109,7 +109,7 @@ def test_a_folder_that_may_not_be_written_says_so(tmp_path: Path, monkeypatch: p
     def denied(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("scalenet_ray.engine.run_lock.os.makedirs", denied)
+    monkeypatch.setattr("scalenet_ray.runs.lock.os.makedirs", denied)
     with pytest.raises(PermissionError, match="access is denied; check its owner and mode"):
         lock_run(str(tmp_path / "run"), take_over=False)
 

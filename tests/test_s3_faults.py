@@ -11,10 +11,10 @@ import pytest
 import yaml
 from s3fs import S3FileSystem
 
-from scalenet_ray.core import storage
 from scalenet_ray.core.policy import parse_policy, policy_to_dict
-from scalenet_ray.core.samples import write_sample
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.data import storage
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
 from tests.s3_faults import ANSWERS, BREAKS, faulty_s3
 

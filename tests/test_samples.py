@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from scalenet_ray.core import samples
-from scalenet_ray.core.samples import SAMPLE_CATEGORIES, ensure_sample, make_scene, write_sample
+from scalenet_ray.sample import scenes
+from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, ensure_sample, make_scene, write_sample
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def few_scenes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (folder / "sample.json").write_text(json.dumps({"train": 600, "val": 100, "seed": 0, "version": 1}))
         return folder
 
-    monkeypatch.setattr(samples, "write_sample", write_few)
+    monkeypatch.setattr(scenes, "write_sample", write_few)
     return written
 
 

@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.look import look
+from scalenet_ray.core.geometry import Tile
+from scalenet_ray.core.inference import look
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.recursion import expand, recursive_detect
-from scalenet_ray.core.samples import SAMPLE_CATEGORIES, make_scene, write_sample
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
-from scalenet_ray.core.window import Tile
 from scalenet_ray.engine import gains
-from scalenet_ray.models.examples import TrainingImages
-from scalenet_ray.models.head_recipe import HeadRecipe, read_scores
-from scalenet_ray.models.imagenet import load_encoder_weights
-from scalenet_ray.models.losses import poisson_loss
-from scalenet_ray.models.mapped_detector import MappedDetector
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.checked_detector import MappedDetector
 from scalenet_ray.models.scale_head import HeadConfig, ScaleHead, ScaleHeadPredictor, load_predictor, save_scale_head
 from scalenet_ray.models.scale_net import PRESETS, ScaleNetPredictor, build_scale_net
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene, write_sample
+from scalenet_ray.training.examples import TrainingImages
+from scalenet_ray.training.head_recipe import HeadRecipe, read_scores
+from scalenet_ray.training.imagenet import load_encoder_weights
+from scalenet_ray.training.losses import poisson_loss
 from tests.job_scripts import load_job
 from tests.oracles import PerfectDetector, tile_of
 

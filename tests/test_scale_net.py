@@ -12,11 +12,8 @@ import torch
 from PIL import Image
 
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.samples import make_scene
+from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.core.window import Tile, Window
-from scalenet_ray.models.imagenet import load_encoder_weights
-from scalenet_ray.models.networks import SAMPLE_SCALE_NET
 from scalenet_ray.models.scale_net import (
     PRESETS,
     ScaleNetConfig,
@@ -27,7 +24,10 @@ from scalenet_ray.models.scale_net import (
     save_scale_net,
     squashed,
 )
+from scalenet_ray.models.spec import SAMPLE_SCALE_NET
 from scalenet_ray.models.weights import save_weights
+from scalenet_ray.sample.scenes import make_scene
+from scalenet_ray.training.imagenet import load_encoder_weights
 from tests.float64 import in_float64
 
 LIGHT = replace(PRESETS["unet-light"], input_side=64)

@@ -14,17 +14,16 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import nn
 
-from scalenet_ray.core.coco import Objects
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.samples import write_sample
+from scalenet_ray.core.geometry import Window
 from scalenet_ray.core.scale import IGNORE
-from scalenet_ray.core.window import Window
-from scalenet_ray.models.examples import object_mask, read_examples, read_pixels, tile_of_window
-from scalenet_ray.models.losses import focal_loss
-from scalenet_ray.models.recipe import Batch, Row, clip_and_step, forward_backward
-from scalenet_ray.models.scale_measures import count_pixels, pixel_figures
+from scalenet_ray.data.coco import Objects
 from scalenet_ray.models.scale_net import PRESETS, load_scale_net
-from scalenet_ray.models.scale_recipe import (
+from scalenet_ray.sample.scenes import write_sample
+from scalenet_ray.training.examples import object_mask, read_examples, read_pixels, tile_of_window
+from scalenet_ray.training.losses import count_pixels, focal_loss, pixel_figures
+from scalenet_ray.training.recipe import Batch, Row, clip_and_step, forward_backward
+from scalenet_ray.training.scale_recipe import (
     CLASS_WEIGHTS,
     ScaleRecipe,
     TrainingImages,

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.results import Failure, ImageResult, TileResult
-from scalenet_ray.core.schemas import (
+from scalenet_ray.core.detections import Detections, Failure, ImageResult, TileResult
+from scalenet_ray.data.schemas import (
     DETECTIONS,
     IMAGES,
     TILE_RESULTS,

@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.front import front
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.scale import ScaleRange
-from scalenet_ray.core.search_space import (
+from scalenet_ray.data.policy_files import (
     Choice,
     Range,
     SearchSpace,
@@ -23,6 +22,7 @@ from scalenet_ray.core.search_space import (
     read_space,
     start_values,
 )
+from scalenet_ray.evaluation.compare import front
 
 POLICY = parse_policy("first-pass", input_side=416, iou_threshold=0.65)
 

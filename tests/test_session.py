@@ -12,8 +12,8 @@ import pytest
 import ray
 
 from scalenet_ray.core.errors import UserError, WorkerError
-from scalenet_ray.engine.resources import Resources
 from scalenet_ray.engine.session import Session, join_ray
+from scalenet_ray.runs.resources import Resources
 from tests.three_nodes import free_port
 from tests.unit_works import node_id, raise_it
 

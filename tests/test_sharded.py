@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import ray
 
-from scalenet_ray.core.clock import measured
+from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.timing import measured
+from scalenet_ray.engine.parallel import ShardedStream, image_stream
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.resources import Resources, limits
-from scalenet_ray.engine.sharded import ShardedStream, image_stream
-from scalenet_ray.engine.stages import Networks
+from scalenet_ray.runs.resources import Resources, limits
 from tests.faults import (
     BuggyScale,
     Given,

@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.engine.shares import cpu_share, gpu_share, node_cpus
+from scalenet_ray.engine.placement import cpu_share, gpu_share, node_cpus
 
 
 def test_processes_share_what_cpus_there_are_and_leave_some() -> None:

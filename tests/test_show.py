@@ -13,10 +13,10 @@ from PIL import Image
 
 from scalenet_ray.__main__ import main
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.findings import are_new
-from scalenet_ray.core.samples import sample_scene
-from scalenet_ray.recursion_picture import picture_bytes
-from scalenet_ray.svg import drawing
+from scalenet_ray.evaluation.compare import are_new
+from scalenet_ray.report.charts import drawing
+from scalenet_ray.report.recursion_figure import picture_bytes
+from scalenet_ray.sample.scenes import sample_scene
 from tests.job_scripts import REPOSITORY
 
 

@@ -8,22 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from scalenet_ray.core.coco import ImageRecord
-from scalenet_ray.core.look import PredictScale
+from scalenet_ray.core.detections import Failure, TileResult
+from scalenet_ray.core.inference import Networks, PredictScale
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.results import Failure, TileResult
+from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Frontier, Work
-from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, unpack, unpack_results
-from scalenet_ray.engine.stages import (
-    DetectStage,
-    LookAndDetectStage,
-    LookStage,
-    Networks,
-    OpenImage,
-    TileSource,
-    _DecodedImages,
-    cut_work,
-)
+from scalenet_ray.engine.rows import MicroBatch, PackedTile, pack, unpack, unpack_results
+from scalenet_ray.engine.stages import DetectStage, LookAndDetectStage, LookStage, TileSource, _DecodedImages, cut_work
 from tests.faults import BuggyScale, Given, Scenes, policy_of, random_networks, records_of
 from tests.in_process import Handle, InProcessEngine
 from tests.oracles import (

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from scalenet_ray.core.look import OracleScale
+from scalenet_ray.core.detections import ImageResult
+from scalenet_ray.core.inference import OracleScale
+from scalenet_ray.core.merge import merge_image
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.recursion import Step, recursive_detect
-from scalenet_ray.core.results import ImageResult, merge_image
 from tests.oracles import BrokenScale, ConstantScale, PerfectDetector, TruthOfSquares, clustered_squares, draw_squares
 
 SIDE = 128

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
-from scalenet_ray.core import storage
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.storage import atomic_writer, exists, join, list_files, read_bytes, write_bytes_atomic
+from scalenet_ray.data import storage
+from scalenet_ray.data.storage import atomic_writer, exists, join, list_files, read_bytes, write_bytes_atomic
 from tests.s3_faults import ANSWERS, BREAKS, FaultyS3, faulty_s3
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
-from scalenet_ray.core.samples import write_sample
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET
+from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import REPOSITORY, same_results
 
 BIN = Path(sys.executable).parent

@@ -19,16 +19,14 @@ import numpy as np
 import pytest
 import yaml
 
-from scalenet_ray.core.coco import images_and_categories
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import parse_policy
-from scalenet_ray.core.policy_file import read_policies
-from scalenet_ray.core.samples import write_sample
-from scalenet_ray.core.search_space import read_space, start_values
-from scalenet_ray.engine.kept import Keeper
-from scalenet_ray.engine.recursion_trial import RecursionTrial, TrialTask
-from scalenet_ray.engine.sweep import ResumableAsha, Sweep, best_policies, start_trials
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.data.coco import images_and_categories
+from scalenet_ray.data.policy_files import read_policies, read_space, start_values
+from scalenet_ray.engine.prediction_cache import Keeper
+from scalenet_ray.engine.tune import RecursionTrial, ResumableAsha, Sweep, TrialTask, best_policies, start_trials
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import REPOSITORY, load_job
 from tests.scripted_detector import SCRIPTED, answering
 

@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from scalenet_ray.core.coco import Objects
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.images import cut_tile
+from scalenet_ray.core.geometry import Tile, Window, boxes_to_image, cut_tile
 from scalenet_ray.core.merge import iou_matrix
-from scalenet_ray.core.samples import SAMPLE_CATEGORIES, make_scene, write_sample
-from scalenet_ray.core.window import Tile, Window, boxes_to_image
-from scalenet_ray.models import tiny_training
+from scalenet_ray.data.coco import Objects
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.examples import Example, read_examples
-from scalenet_ray.models.networks import SAMPLE_DETECTOR
-from scalenet_ray.models.tiny_detector import (
+from scalenet_ray.models.spec import SAMPLE_DETECTOR
+from scalenet_ray.models.weights import save_weights
+from scalenet_ray.sample import train_detector
+from scalenet_ray.sample.detector import (
     Answers,
     Targets,
     TinyDetector,
@@ -32,8 +30,9 @@ from scalenet_ray.models.tiny_detector import (
     pack_tiles,
     save_tiny_detector,
 )
-from scalenet_ray.models.tiny_training import random_tile, train_tiny_detector
-from scalenet_ray.models.weights import save_weights
+from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene, write_sample
+from scalenet_ray.sample.train_detector import random_tile, train_tiny_detector
+from scalenet_ray.training.examples import Example, read_examples
 from tests.float64 import in_float64
 from tests.job_scripts import load_job
 
@@ -240,7 +239,7 @@ def test_a_nan_loss_stops_with_the_images(tmp_path: Path, monkeypatch: pytest.Mo
     examples = read_examples(str(sample), "train2017")
     config = TinyNetConfig(tuple(SAMPLE_CATEGORIES), tuple(SAMPLE_CATEGORIES.values()), input_side=64)
     broken = torch.tensor(torch.nan, requires_grad=True)
-    monkeypatch.setattr(tiny_training, "detection_loss", lambda answers, targets: broken)
+    monkeypatch.setattr(train_detector, "detection_loss", lambda answers, targets: broken)
     with pytest.raises(FloatingPointError, match=r"the loss is nan in epoch 1 \(images (1, 2|2, 1)\)"):
         train_tiny_detector(examples, config, epochs=1, batch_size=2, learning_rate=1e-3)
 

@@ -18,17 +18,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scalenet_ray.core import storage
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.samples import write_sample
+from scalenet_ray.data import storage
 from scalenet_ray.engine import train as driver
-from scalenet_ray.engine.batches import make_batch, read_batch
-from scalenet_ray.engine.epochs import Epochs
 from scalenet_ray.engine.train import train
+from scalenet_ray.engine.train_data import make_batch, read_batch
 from scalenet_ray.engine.train_worker import make_schedule
-from scalenet_ray.engine.training import Training
-from scalenet_ray.models.recipe import Recipe
 from scalenet_ray.models.scale_net import PRESETS, load_scale_net
+from scalenet_ray.sample.scenes import write_sample
+from scalenet_ray.training.recipe import Recipe
+from scalenet_ray.training.schedule import Epochs, Training
 from tests.job_scripts import REPOSITORY, load_job
 from tests.ray_fixture import RAY_ENVIRONMENT
 from tests.training_fakes import Faulty, SmallRecipe

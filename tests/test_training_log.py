@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from scalenet_ray.core import storage
-from scalenet_ray.engine.runs import RunFolder
-from scalenet_ray.engine.training_log import TrainingLog
+from scalenet_ray.data import storage
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.training.log import TrainingLog
 
 
 def _row(epoch: int, **changes: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
-from scalenet_ray.core import storage
-from scalenet_ray.core.samples import write_sample
+from scalenet_ray.data import storage
+from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import REPOSITORY
 from tests.ray_fixture import RAY_ENVIRONMENT
 

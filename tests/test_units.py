@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scalenet_ray.engine.runs import RunFolder
-from scalenet_ray.engine.units import Unit, run_units
+from scalenet_ray.experiments.tasks import Unit, run_units
+from scalenet_ray.runs.folder import RunFolder
 from tests.unit_works import add, broken, die_once
 
 

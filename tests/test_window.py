@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalenet_ray.core.images import cut_tile
-from scalenet_ray.core.window import (
+from scalenet_ray.core.geometry import (
     ANY_AREA,
     AreaRange,
     Tile,
     Window,
     boxes_to_image,
     boxes_to_tile,
+    cut_tile,
     edges_inside_image,
 )
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.models.recipe import Batch, Recipe, Row
+from scalenet_ray.training.recipe import Batch, Recipe, Row
 
 __all__ = ["Faulty", "SmallRecipe"]
 

@@ -9,10 +9,9 @@ import json
 import sys
 
 from scalenet_ray.core.policy import parse_policy
-from scalenet_ray.core.search_space import Choice, SearchSpace
-from scalenet_ray.engine.recursion_trial import TrialTask
-from scalenet_ray.engine.sweep import Sweep, run_sweep
-from scalenet_ray.models.networks import SAMPLE_DETECTOR, NetworkNames
+from scalenet_ray.data.policy_files import Choice, SearchSpace
+from scalenet_ray.engine.tune import Sweep, TrialTask, run_sweep
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkNames
 
 
 def main(bucket: str) -> None:

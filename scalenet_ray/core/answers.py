@@ -14,7 +14,7 @@ import numpy as np
 
 from scalenet_ray.core.detections import Detections, as_numbers
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.look import refuse_nan
+from scalenet_ray.core.inference import refuse_nan
 from scalenet_ray.core.masks import encode_mask, is_mask_of
 
 __all__ = [

@@ -1,19 +1,30 @@
-"""What a detector found: boxes with scores and labels, in one frame."""
+"""Detections, and what the work on a tile and on an image came to: boxes, cost, failure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["SHOWN_SCORE", "Detections", "as_numbers"]
+__all__ = [
+    "SHOWN_SCORE",
+    "Detections",
+    "Failure",
+    "ImageResult",
+    "TileResult",
+    "as_numbers",
+]
 
 SHOWN_SCORE = 0.3
 """Boxes that score less are not drawn, and do not count where objects are counted as found."""
 
+
 _LARGEST = np.finfo(np.float32).max
+
+
 _LARGEST_LABEL = 2.0**53
 """Past it floating-point numbers are not exact."""
 
@@ -187,3 +198,73 @@ class Detections:
             np.concatenate([part.windows for part in parts]),
             masks,
         )
+
+
+class Failure(NamedTuple):
+    """Why an image was given up: the stage it happened in (read, look, detect) and the reason."""
+
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class TileResult:
+    """What one tile's work came to.
+
+    Attributes:
+        image_id: the image.
+        path: the tile's path; (image_id, path) is its identity.
+        credit: its share of the image; an image is complete when its tiles' credits sum to 1.
+        detections: in image pixels, filtered by size and window edge; empty for a tile that was only looked at.
+        failure: set if the tile could not be worked on.
+        look_pixels: pixels that Scale Net computed for it.
+        detector_pixels: pixels that the detector computed for it.
+        detector_passes: the same over the pixels of a whole image at the detector's own side.
+        guards: the limits that acted on it.
+        image_hw: (height, width) of the image, in image pixels; None if it could not be opened.
+    """
+
+    image_id: int
+    path: tuple[int, ...]
+    credit: Fraction
+    detections: Detections = field(default_factory=Detections.empty)
+    failure: Failure | None = None
+    look_pixels: int = 0
+    detector_pixels: int = 0
+    detector_passes: float = 0.0
+    guards: tuple[str, ...] = ()
+    image_hw: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ImageResult:
+    """What one image's work came to.
+
+    Attributes:
+        image_id: the image.
+        detections: merged, in image pixels, the best first; empty if the image failed: a part of the
+            answer must not pass for the whole.
+        failure: the first failure in order of the tiles' paths, or None.
+        tiles: tiles looked at or detected.
+        look_pixels: pixels that Scale Net computed.
+        detector_pixels: pixels that the detector computed.
+        detector_passes: the same in passes over a whole image at the detector's own side.
+        guards: how often each limit acted.
+        image_hw: (height, width) of the image, in image pixels; None if it could not be opened.
+        tiles_by_depth: how many of `tiles` there are of each depth.
+        whole_pass: what the pass over the whole image finds alone, merged by itself as policy `whole` does, in image
+            pixels and without masks: boxes that score `SHOWN_SCORE` or more. None where there was no such pass, or the
+            image failed.
+    """
+
+    image_id: int
+    detections: Detections
+    failure: Failure | None
+    tiles: int
+    look_pixels: int
+    detector_pixels: int
+    detector_passes: float
+    guards: dict[str, int]
+    image_hw: tuple[int, int] | None
+    tiles_by_depth: dict[int, int] = field(default_factory=dict)
+    whole_pass: Detections | None = None

@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.window import Tile, Window
+from scalenet_ray.core.geometry import Tile, Window
 
 __all__ = [
     "checked_segmentation",

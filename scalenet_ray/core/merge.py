@@ -7,6 +7,8 @@ al., ICCV 2017). The result does not depend on the order in which tiles arrive.
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,12 +16,21 @@ from typing import Literal
 
 import numpy as np
 
-from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.detections import SHOWN_SCORE, Detections, ImageResult, TileResult
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.geometry import Tile, boxes_to_image, edges_inside_image
 from scalenet_ray.core.masks import mask_of_window
-from scalenet_ray.core.window import Tile, boxes_to_image, edges_inside_image
+from scalenet_ray.core.timing import timed
 
-__all__ = ["Merging", "carry_to_image", "iou_matrix", "merge_detections", "nms", "soft_nms"]
+__all__ = [
+    "Merging",
+    "carry_to_image",
+    "iou_matrix",
+    "merge_detections",
+    "merge_image",
+    "nms",
+    "soft_nms",
+]
 
 SuppressionMethod = Literal["nms", "soft-nms-linear", "soft-nms-gaussian"]
 
@@ -242,3 +253,47 @@ def merge_detections(parts: Sequence[Detections], merging: Merging) -> Detection
         return found[nms(found.boxes, found.scores, found.labels, merging.iou_threshold)]
     decayed = found.with_scores(soft_nms(found.boxes, found.scores, found.labels, merging))
     return _in_canonical_order(decayed[decayed.scores >= merging.score_threshold])
+
+
+@timed("merge")
+def merge_image(results: Sequence[TileResult], merging: Merging) -> ImageResult:
+    """All tiles of one image -> the image.
+
+    Args:
+        results: every tile of the image, in any order.
+        merging: how their detections become one list.
+
+    Returns:
+        The same for any order of `results`.
+    """
+    ordered = sorted(results, key=lambda result: result.path)
+    failure = next((result.failure for result in ordered if result.failure is not None), None)
+    guards: Counter[str] = Counter()
+    for result in ordered:
+        guards.update(result.guards)
+    depths = [len(result.path) for result in ordered if result.look_pixels or result.detector_pixels]
+    parts = [] if failure else [result.detections for result in ordered]
+    return ImageResult(
+        ordered[0].image_id,
+        merge_detections(parts, merging),
+        failure,
+        tiles=len(depths),
+        look_pixels=sum(result.look_pixels for result in ordered),
+        detector_pixels=sum(result.detector_pixels for result in ordered),
+        detector_passes=sum(result.detector_passes for result in ordered),
+        guards=dict(guards),
+        image_hw=next((result.image_hw for result in ordered if result.image_hw), None),
+        tiles_by_depth=dict(sorted(Counter(depths).items())),
+        whole_pass=None if failure else _whole_pass(ordered, merging),
+    )
+
+
+def _whole_pass(results: Sequence[TileResult], merging: Merging) -> Detections | None:
+    """The shown boxes of the whole image's own tile, merged without those of any other; None if it was not detected."""
+    whole = next((result for result in results if not result.path and result.detector_pixels), None)
+    if whole is None:
+        return None
+    # A box is suppressed by better ones alone: those that are not shown need not take part.
+    found = whole.detections[whole.detections.scores >= SHOWN_SCORE]
+    merged = merge_detections([dataclasses.replace(found, masks=None)], merging)
+    return merged[merged.scores >= SHOWN_SCORE]

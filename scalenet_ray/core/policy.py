@@ -16,9 +16,9 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.geometry import Tile, Window, fitted_hw
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.scale import UNIT_AREA, ScaleRange
-from scalenet_ray.core.window import Tile, Window, fitted_hw
 
 __all__ = [
     "DEFAULT_PYRAMID",

@@ -16,19 +16,29 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scalenet_ray.core.detections import Failure, ImageResult, TileResult
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.images import cut_tile
-from scalenet_ray.core.look import Detect, PredictScale, ReadFeatures, look
-from scalenet_ray.core.policy import Policy, Recursion, fitted_hw
-from scalenet_ray.core.regions import CellWindow, plan_windows, top_k_mean
-from scalenet_ray.core.results import Failure, ImageResult, TileResult, detect_tiles, merge_image
+from scalenet_ray.core.geometry import ANY_AREA, AreaRange, Tile, Window, cut_tile
+from scalenet_ray.core.inference import Detect, PredictScale, ReadFeatures, detect_tiles, look
+from scalenet_ray.core.merge import merge_image
+from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.scale import CLASS_BOUNDS, REFERENCE_AREA, ScaleMap
-from scalenet_ray.core.window import ANY_AREA, AreaRange, Tile, Window
+from scalenet_ray.core.windows import (
+    CellWindow,
+    grid_tiles,
+    plan_windows,
+    pyramid_tiles,
+    random_tiles,
+    top_k_mean,
+    window_hw,
+)
 
 __all__ = [
     "Expansion",
+    "Looked",
     "Step",
     "expand",
+    "look_through",
     "out_of_range",
     "planning_weights",
     "recursive_detect",
@@ -68,64 +78,12 @@ def expand(tile: Tile, scale_map: ScaleMap | None, policy: Policy) -> Expansion:
     if tile.depth:
         return Expansion(detect=True)
     if policy.kind == "grid":
-        return Expansion(detect=True, children=tuple(_grid_tiles(tile, policy)))
+        return Expansion(detect=True, children=tuple(grid_tiles(tile, policy)))
     if policy.kind == "random":
-        return Expansion(detect=True, children=tuple(_random_tiles(tile, policy)))
+        return Expansion(detect=True, children=tuple(random_tiles(tile, policy)))
     if policy.kind == "pyramid":
-        return _pyramid(tile, policy)
+        return Expansion(detect=False, children=tuple(pyramid_tiles(tile, policy)))
     return Expansion(detect=True)
-
-
-# --- policies that need to see nothing ---------------------------------------------------------------
-
-
-def _fitted_tile(parent: Tile, index: int, window: Window, policy: Policy) -> Tile:
-    """A window resampled so that its longer side is the policy's input side (Grid-Rescale)."""
-    hw = fitted_hw(window.height, window.width, policy.input_side)
-    return Tile(parent.image_id, (*parent.path, index), parent.image_hw, window, *hw)
-
-
-def _grid_starts(side: int, count: int, overlap: float) -> tuple[list[int], int]:
-    """Where `count` windows of one length start so that they cover `side` and overlap by a share of it."""
-    length = max(1, math.ceil(side / (count - (count - 1) * overlap)))
-    return [(side - length) * i // max(count - 1, 1) for i in range(count)], length
-
-
-def _grid_tiles(root: Tile, policy: Policy) -> list[Tile]:
-    height, width = root.image_hw
-    ys, window_height = _grid_starts(height, policy.grid, policy.overlap)
-    xs, window_width = _grid_starts(width, policy.grid, policy.overlap)
-    windows = [Window(x, y, x + window_width, y + window_height) for y in ys for x in xs]
-    return [_fitted_tile(root, i, window, policy) for i, window in enumerate(dict.fromkeys(windows))]
-
-
-def _random_tiles(root: Tile, policy: Policy) -> list[Tile]:
-    rng = np.random.default_rng((policy.seed, root.image_id))
-    height, width = root.image_hw
-    window_height, window_width = _window_hw(height, width, policy)
-    tiles = []
-    for i in range(policy.random_windows):
-        x, y = int(rng.integers(width - window_width + 1)), int(rng.integers(height - window_height + 1))
-        tiles.append(_fitted_tile(root, i, Window(x, y, x + window_width, y + window_height), policy))
-    return tiles
-
-
-def _pyramid(root: Tile, policy: Policy) -> Expansion:
-    """The whole image at several sizes, each keeping the boxes of its valid range (SNIPER's test)."""
-    height, width = root.image_hw
-    to_image = height * width / REFERENCE_AREA
-    tiles = [
-        Tile(
-            root.image_id,
-            (i,),
-            root.image_hw,
-            root.window,
-            *fitted_hw(height, width, round(policy.input_side * size)),
-            keep=AreaRange(low * to_image, high * to_image),
-        )
-        for i, (size, low, high) in enumerate(policy.pyramid)
-    ]
-    return Expansion(detect=False, children=tuple(tiles))
 
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------
@@ -140,16 +98,6 @@ def _why_not_looked_at(tile: Tile, policy: Policy) -> tuple[str, ...]:
         return ("max_windows",)
     # A fixed zoom ends at max_depth by its own rule; TopK was stopped before its scale was in range.
     return ("max_depth",) if policy.recursion.zoom is None else ()
-
-
-def _window_hw(height: int, width: int, policy: Policy) -> tuple[int, int]:
-    """(height, width) of a window: a square of W of the frame's longer side, as far as the frame reaches.
-
-    A square fills the detector's canvas, so that an oblong image's windows see more for the same price. Rounded down,
-    so that a zoomed window never outgrows its tile.
-    """
-    side = max(1, int(max(height, width) * policy.recursion.window))
-    return (min(side, height), min(side, width))
 
 
 @dataclass(frozen=True)
@@ -234,9 +182,9 @@ def _weights(direction: _Direction, scale_map: ScaleMap) -> np.ndarray:
 def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansion:
     rules = policy.recursion
     grid_hw = scale_map.hw
-    height, width = _window_hw(tile.window.height, tile.window.width, policy)
+    height, width = window_hw(tile.window.height, tile.window.width, policy)
     # Rounded down: cells that a window of whole pixels cannot hold must not be cleared as if it did.
-    window_hw = (
+    cells_hw = (
         grid_hw[0] * height // tile.window.height - 2 * rules.margin,
         grid_hw[1] * width // tile.window.width - 2 * rules.margin,
     )
@@ -246,7 +194,7 @@ def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansi
     left_behind = np.zeros(grid_hw, bool) if scale_map.scale is None else scale_map.scale > 0
     for direction in _directions(tile, scale_map, policy):
         limit = tile.allowance - len(children)
-        windows = plan_windows(_weights(direction, scale_map), window_hw, limit=limit + 1, price=rules.price)
+        windows = plan_windows(_weights(direction, scale_map), cells_hw, limit=limit + 1, price=rules.price)
         if len(windows) > limit:
             guards.append("max_windows")
         for cells in windows[:limit]:
@@ -305,7 +253,7 @@ def _child(
 ) -> Tile | None:
     """A window of cells -> a tile of the image, or None and the guard that forbids it."""
     rules, frame = policy.recursion, tile.window
-    height, width = _window_hw(frame.height, frame.width, policy)
+    height, width = window_hw(frame.height, frame.width, policy)
     # The window keeps the centre of its cells; its sides are W of the tile's, whatever the grid.
     centre_x = frame.x0 + (cells.left + cells.width / 2) * frame.width / grid_hw[1]
     centre_y = frame.y0 + (cells.top + cells.height / 2) * frame.height / grid_hw[0]
@@ -412,3 +360,47 @@ def _step(
     if expansion.detect:
         result = detect_tiles([result], [tile], pixels, [seen.detections], detect, policy.merging)[0]
     return Step(tile, seen.scale_map, expansion.children, result)
+
+
+class Looked(NamedTuple):
+    """One tile of an image.
+
+    Attributes:
+        tile: the tile.
+        scale_map: what was seen in it, in its own frame; None if it needed no look.
+    """
+
+    tile: Tile
+    scale_map: ScaleMap | None
+
+
+def look_through(
+    image: np.ndarray,
+    image_id: int,
+    policy: Policy,
+    *,
+    detect: Detect | None = None,
+    predict_scale: PredictScale | ReadFeatures | None = None,
+) -> list[Looked]:
+    """All tiles of an image, as `recursive_detect` makes them, but only looked at: for pictures of what a policy does.
+
+    Args:
+        image: [h, w, 3] uint8 RGB.
+        image_id: the image's id.
+        policy: where to look more closely.
+        detect: the frozen detector; only for the policies whose look needs its first pass or its features.
+        predict_scale: Scale Net, or an oracle; only for the policies that need one.
+
+    Returns:
+        The whole image's tile first, then those cut from it. A tile that a network breaks on has neither map nor
+        children.
+    """
+    queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
+    looked: list[Looked] = []
+    while queue:
+        tile = queue.popleft()
+        seen = look([cut_tile(image, tile)], [tile], policy, detect=detect, predict_scale=predict_scale)[0]
+        looked.append(Looked(tile, seen.scale_map))
+        if seen.failure is None:
+            queue.extend(expand(tile, seen.scale_map, policy).children)
+    return looked

@@ -24,11 +24,11 @@ from typing import NamedTuple
 
 import ray
 
-from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.detections import Failure
+from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.recursion import Expansion
-from scalenet_ray.core.results import Failure
-from scalenet_ray.core.window import Tile
-from scalenet_ray.engine.attempts import Attempts, TileId
+from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.engine.quarantine import Attempts, TileId
 
 __all__ = ["Completion", "Decision", "Frontier", "FrontierActor", "FrontierStatus", "Lease", "Work", "child_credit"]
 

@@ -11,16 +11,16 @@ import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy
 
-from scalenet_ray.core import storage
-from scalenet_ray.core.coco import read_annotations
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.gain import measure_scores
 from scalenet_ray.core.merge import Merging
+from scalenet_ray.data import storage
+from scalenet_ray.data.coco import read_annotations
+from scalenet_ray.engine.placement import cpu_share, gpu_share
 from scalenet_ray.engine.session import join_ray
-from scalenet_ray.engine.shares import cpu_share, gpu_share
 from scalenet_ray.engine.worker_errors import workers_errors
-from scalenet_ray.models.examples import TrainingImages, read_pixels
-from scalenet_ray.models.networks import NetworkNames
+from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.training.examples import TrainingImages, read_pixels
+from scalenet_ray.training.gain import measure_scores
 
 __all__ = ["measure_dataset"]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import ray
 from ray.util.metrics import Counter, Gauge
 
-from scalenet_ray.core.results import ImageResult
+from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.engine.frontier import FrontierStatus
 
 __all__ = ["METRICS", "BatchMetrics", "Metric", "RunMetrics", "exported_name"]

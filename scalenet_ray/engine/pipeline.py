@@ -12,9 +12,10 @@ Where the detector itself looks, or nobody does, looking and detecting are one s
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
 import ray
@@ -22,22 +23,26 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from scalenet_ray.core.clock import add_seconds, current_tally
-from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.detections import ImageResult, TileResult
 from scalenet_ray.core.errors import WorkerError
+from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.merge import Merging, merge_image
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.results import ImageResult
-from scalenet_ray.engine.assemble import Assembler
-from scalenet_ray.engine.carried import seconds_of
+from scalenet_ray.core.timing import add_seconds, current_tally
+from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus
 from scalenet_ray.engine.metrics import RunMetrics
-from scalenet_ray.engine.microbatch import unpack_results
-from scalenet_ray.engine.resources import PoolSize, Resources, limits
-from scalenet_ray.engine.shares import cpu_share
-from scalenet_ray.engine.stages import DetectStage, LookAndDetectStage, LookStage, Networks, OpenImage, TileSource
+from scalenet_ray.engine.placement import cpu_share
+from scalenet_ray.engine.rows import seconds_of, unpack_results
+from scalenet_ray.engine.stages import DetectStage, LookAndDetectStage, LookStage, TileSource
 from scalenet_ray.engine.worker_errors import workers_errors
+from scalenet_ray.runs.resources import PoolSize, Resources, limits
 
-__all__ = ["ImageStream", "on_this_node"]
+__all__ = [
+    "Assembler",
+    "ImageStream",
+    "on_this_node",
+]
 
 _SECONDS_BETWEEN_STATUS = 2.0
 
@@ -246,3 +251,42 @@ class ImageStream:
 def _pool(size: PoolSize) -> ActorPoolStrategy:
     fewest, most = limits(size)
     return ActorPoolStrategy(size=fewest) if fewest == most else ActorPoolStrategy(min_size=fewest, max_size=most)
+
+
+class Assembler:
+    """Collects tile results by image; a tile that comes twice counts once.
+
+    Args:
+        merging: how an image's detections become one list.
+    """
+
+    def __init__(self, merging: Merging) -> None:
+        self._merging = merging
+        self._tiles: defaultdict[int, dict[tuple[int, ...], TileResult]] = defaultdict(dict)
+        self._finished: set[int] = set()
+
+    def add(self, results: Iterable[TileResult]) -> list[ImageResult]:
+        """Take in tile results, and give the images that they finish.
+
+        Raises:
+            RuntimeError: if an image's credits exceed 1: a tile was made twice under two names, which is a bug.
+        """
+        done = []
+        for result in results:
+            if result.image_id in self._finished:
+                continue
+            tiles = self._tiles[result.image_id]
+            tiles.setdefault(result.path, result)
+            credit = sum((tile.credit for tile in tiles.values()), Fraction(0))
+            if credit > 1:
+                msg = f"image {result.image_id} has tiles worth {credit} of it, more than 1: {sorted(tiles)}"
+                raise RuntimeError(msg)
+            if credit == 1:
+                self._finished.add(result.image_id)
+                done.append(merge_image(list(self._tiles.pop(result.image_id).values()), self._merging))
+        return done
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Ids of images with some of their tiles in, but not all."""
+        return sorted(self._tiles)

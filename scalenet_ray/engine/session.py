@@ -17,16 +17,16 @@ from ray._private import worker
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
-from scalenet_ray.core.coco import ImageRecord
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.inference import Networks
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.engine.batch import Stream
-from scalenet_ray.engine.local import LocalStream
+from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.engine.parallel import image_stream
 from scalenet_ray.engine.pipeline import on_this_node
-from scalenet_ray.engine.resources import Resources
-from scalenet_ray.engine.sharded import image_stream
-from scalenet_ray.engine.stages import Networks, OpenImage
 from scalenet_ray.engine.worker_errors import workers_errors
+from scalenet_ray.runs.batch import Stream
+from scalenet_ray.runs.local import LocalStream
+from scalenet_ray.runs.resources import Resources
 
 __all__ = ["EngineName", "Session", "join_ray"]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,49 +17,47 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from scalenet_ray.core.clock import timed
-from scalenet_ray.core.coco import ImageRecord
+from scalenet_ray.core.detections import Failure, TileResult
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.images import cut_tile
-from scalenet_ray.core.look import Detect, PredictScale, ReadFeatures, Seen, asks_detector, look
+from scalenet_ray.core.geometry import Tile, cut_tile
+from scalenet_ray.core.inference import (
+    Networks,
+    Seen,
+    asks_detector,
+    detect_tiles,
+    look,
+)
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Expansion, expand
-from scalenet_ray.core.results import Failure, TileResult, detect_tiles
-from scalenet_ray.core.window import Tile
-from scalenet_ray.engine.carried import carries_seconds, measure
+from scalenet_ray.core.timing import timed
+from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Completion, Decision, Lease, Work, child_credit
-from scalenet_ray.engine.generators import GeneratorSource
 from scalenet_ray.engine.metrics import BatchMetrics
-from scalenet_ray.engine.microbatch import MicroBatch, PackedTile, pack, pack_results, unpack
-from scalenet_ray.engine.patience import PATIENCE, CarefulCalls, Patience
+from scalenet_ray.engine.quarantine import CarefulCalls
+from scalenet_ray.engine.rows import (
+    GeneratorSource,
+    MicroBatch,
+    PackedTile,
+    carries_seconds,
+    measure,
+    pack,
+    pack_results,
+    unpack,
+)
+from scalenet_ray.runs.resources import PATIENCE, Patience
 
-__all__ = ["DetectStage", "LookAndDetectStage", "LookStage", "Networks", "OpenImage", "TileSource"]
-
-OpenImage = Callable[[ImageRecord], np.ndarray]
-"""An image's record -> its pixels [h, w, 3] uint8 RGB; raises `TileError` for an image that cannot be read."""
+__all__ = [
+    "DetectStage",
+    "LookAndDetectStage",
+    "LookStage",
+    "TileSource",
+]
 
 # Short beside a batch on an accelerator, and long beside a question, which costs both sides a millisecond.
 _WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.05, 0.2
+
+
 _CACHE_BYTES = 512 * 2**20
-
-
-@dataclass(frozen=True)
-class Networks:
-    """How an actor makes its networks: called once, where the weights are to live.
-
-    Attributes:
-        detect: makes the detector, labels already category ids.
-        predict_scale: makes Scale Net or an oracle; None if no policy needs one.
-        reads_features: whether that is a `ReadFeatures`, so that the detector sees each tile that is looked at.
-    """
-
-    detect: Callable[[], Detect]
-    predict_scale: Callable[[], PredictScale | ReadFeatures] | None = None
-    reads_features: bool = False
-
-    def detect_where_they_look(self, policy: Policy) -> bool:
-        """Whether no network but the detector, or one that needs it, looks at tiles: then one actor does both."""
-        return not policy.looks or policy.needs_first_pass or (policy.needs_network and self.reads_features)
 
 
 class _DecodedImages:

@@ -21,15 +21,14 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
-from scalenet_ray.core import storage
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.engine.epochs import Epochs
+from scalenet_ray.data import storage
+from scalenet_ray.engine.placement import cpu_share
 from scalenet_ray.engine.session import join_ray
-from scalenet_ray.engine.shares import cpu_share
 from scalenet_ray.engine.train_worker import Assignment, work
-from scalenet_ray.engine.training import Training
 from scalenet_ray.engine.worker_errors import from_worker, with_message
-from scalenet_ray.models.recipe import Recipe
+from scalenet_ray.training.recipe import Recipe
+from scalenet_ray.training.schedule import Epochs, Training
 
 __all__ = ["train"]
 

@@ -17,10 +17,9 @@ from ray.train.torch import get_device, prepare_model
 from ray.util.queue import Queue
 from torch import distributed, nn
 
-from scalenet_ray.engine.batches import BatchStream
-from scalenet_ray.engine.epochs import Epochs
-from scalenet_ray.engine.training import Training
-from scalenet_ray.models.recipe import Batch, Recipe, clip_and_step, forward_backward
+from scalenet_ray.engine.train_data import BatchStream
+from scalenet_ray.training.recipe import Batch, Recipe, clip_and_step, forward_backward
+from scalenet_ray.training.schedule import Epochs, Training
 
 __all__ = ["STATE_FILE", "Assignment", "make_schedule", "work"]
 

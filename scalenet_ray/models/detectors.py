@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.look import Detect, DetectWithFeatures
+from scalenet_ray.core.inference import Detect, DetectWithFeatures
 from scalenet_ray.core.policy import LARGEST_SIDE
 
 __all__ = [
@@ -36,18 +36,25 @@ __all__ = [
 DETECTOR_GROUP = "scalenet_ray.detectors"
 """The entry points by which an installed package adds kinds of detectors: kind = "package.module:function"."""
 
+
 _LOADERS = {
-    "tiny": "scalenet_ray.models.tiny_detector:TinyDetector.load",
+    "tiny": "scalenet_ray.sample.detector:TinyDetector.load",
     "torchvision": "scalenet_ray.models.torchvision_detectors:load_torchvision",
     "yolox-onnx": "scalenet_ray.models.yolox:YoloxDetector.load",
 }
 """Kind -> where its loader is; imported when asked for, so that an ONNX detector never loads torch."""
 
+
 _OF_TORCH = ("tiny", "torchvision")
 """Kinds that can compute in bfloat16; the networks of the others are in the precision that their makers gave them."""
 
+
 _OWN_CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
+
 _LARGEST_CANVAS = 2 * LARGEST_SIDE
+
+
 _MEMBERS = ("input_side", "categories", "iou_threshold", "canvas_hw", "__call__")
 
 

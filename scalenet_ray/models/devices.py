@@ -1,12 +1,20 @@
-"""Where networks compute: a device by the name that torch has for it, found on this machine or refused."""
+"""Devices that networks run on, and out-of-memory errors of the libraries."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
-from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.errors import OutOfMemoryError, UserError
 
-__all__ = ["device_named", "device_on_this_machine"]
+__all__ = [
+    "device_named",
+    "device_on_this_machine",
+    "saying_what_does_not_fit",
+]
 
 
 def device_named(name: str) -> torch.device:
@@ -40,3 +48,36 @@ def device_on_this_machine(name: str) -> torch.device:
             msg = f"device {name!r} was wanted, torch cannot use it on this machine: {why}; use device cpu"
             raise UserError(msg) from error
     return device
+
+
+T = TypeVar("T")
+
+
+# torch's OutOfMemoryError and its CPU allocator's plain RuntimeError, cuBLAS and cuDNN through either, ONNX Runtime's
+# arena: neither library has one class for them all.
+_MESSAGE = re.compile(
+    r"out of memory|can't allocate memory|failed to allocate memory|(ALLOC|ALLOCATION)_FAILED", re.IGNORECASE
+)
+
+
+def saying_what_does_not_fit(call: Callable[[], T]) -> T:
+    """Call a network.
+
+    Raises:
+        OutOfMemoryError: if its batch does not fit the device's memory; any other error is let through.
+    """
+    try:
+        return call()
+    except Exception as error:
+        if not _is_about_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+    # Not `raise ... from error`: the error's frames hold the batch's tensors, and the next try needs their room.
+    raise OutOfMemoryError(reason)
+
+
+def _is_about_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    of_a_library = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime.")
+    return of_a_library and _MESSAGE.search(str(error)) is not None

@@ -17,11 +17,10 @@ from torch import nn
 from torch.nn import functional
 
 from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
-from scalenet_ray.core.window import Tile
 from scalenet_ray.models.detectors import ShowsFeatures
-from scalenet_ray.models.devices import device_on_this_machine
-from scalenet_ray.models.memory import saying_what_does_not_fit
+from scalenet_ray.models.devices import device_on_this_machine, saying_what_does_not_fit
 from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, read_checkpoint
 from scalenet_ray.models.weights import load_weights, save_weights
 

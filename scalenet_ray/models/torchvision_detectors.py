@@ -16,9 +16,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.models.canvas import detect_by_canvas, square_canvas
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES, COCO_NUM_CLASSES
 from scalenet_ray.models.devices import device_on_this_machine
+from scalenet_ray.models.padding import detect_by_canvas, square_canvas
 from scalenet_ray.models.torchvision_builders import (
     build_detector,
     fetch_detector,

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.storage import read_bytes, write_bytes_atomic
+from scalenet_ray.data.storage import read_bytes, write_bytes_atomic
 
 __all__ = ["SUFFIXES", "load_weights", "save_weights"]
 

@@ -19,13 +19,12 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: i
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.look import Glimpse
+from scalenet_ray.core.inference import Glimpse
 from scalenet_ray.core.merge import nms
-from scalenet_ray.core.storage import read_bytes
-from scalenet_ray.models.canvas import STRIDE, detect_by_canvas, square_canvas
+from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
-from scalenet_ray.models.onnx_axes import free_axes
-from scalenet_ray.models.onnx_features import expose_features
+from scalenet_ray.models.onnx_graph import expose_features, free_axes
+from scalenet_ray.models.padding import STRIDE, detect_by_canvas, square_canvas
 
 __all__ = ["YoloxDetector"]
 

@@ -1,17 +1,43 @@
-"""The figures of an evaluation's page."""
+"""Figures of the pages as SVG."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from scalenet_ray.svg import ACCENT, COLOURS, LINE, MUTED, SHAPES, WARM, drawing, label, quiet, themed, to_svg
+from scalenet_ray.evaluation.compare import front
 
-__all__ = ["cost_chart", "curves_chart", "errors_chart", "found_chart", "throughput_chart"]
+__all__ = [
+    "ACCENT",
+    "COLOURS",
+    "LINE",
+    "MUTED",
+    "SHAPES",
+    "WARM",
+    "cost_chart",
+    "curves_chart",
+    "drawing",
+    "errors_chart",
+    "found_chart",
+    "front_plot",
+    "label",
+    "policy_plot",
+    "quiet",
+    "themed",
+    "throughput_chart",
+    "to_svg",
+]
 
 _DASHES = ("-", "--", "-.", ":")
 
@@ -156,3 +182,161 @@ def cost_chart(policies: Mapping[str, Mapping[str, Any]]) -> str:
             # Above the bars: inside, the best place may still lie on one.
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8, borderaxespad=0)
         return themed(to_svg(figure), "Pixels and seconds by stage")
+
+
+# Okabe and Ito's palette: apart for colour-blind readers too; shapes tell apart what its colours do not.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#808080")
+
+
+SHAPES = ("o", "s", "^", "D", "v", "P", "X")
+
+
+ACCENT, WARM = COLOURS[0], COLOURS[1]
+
+
+_INK, MUTED, LINE = "#1c2024", "#6b7280", "#d4d8de"
+
+
+_LONGEST_LABEL = 24
+
+
+_ON_PAGE = {_INK: "ink", MUTED: "muted", LINE: "line", **{colour: f"s{i}" for i, colour in enumerate(COLOURS)}}
+"""Colour -> the page's own name of it, so that a figure follows the page into the dark."""
+
+
+@contextmanager
+def drawing(width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches to draw on, until `to_svg` has it.
+
+    Text stays text, and ids do not change from run to run: the same figures give the same file.
+    """
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "scalenet_ray",
+        "font.size": 9,
+        "text.color": _INK,
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": LINE,
+        "axes.titlesize": 10,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "grid.color": LINE,
+    }
+    with mpl.rc_context(settings):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def quiet(axes: Axes, grid: str = "y") -> None:
+    """Leave the frame away, and draw a light grid along "x", "y" or "both"."""
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(side == "bottom" and grid == "y")
+    axes.tick_params(length=0)
+    axes.set_axisbelow(True)
+    axes.grid(axis=grid, linewidth=0.7)  # type: ignore[arg-type]
+
+
+def label(text: str) -> str:
+    """A name of any kind as a figure can hold it: short, and not read as a formula."""
+    return (text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}").replace(
+        "$", r"\$"
+    )
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as one <svg> element."""
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None}, transparent=True)
+    text = drawn.getvalue()
+    return text[text.index("<svg") :]
+
+
+def themed(svg: str, name: str) -> str:
+    """A figure for a page: colours and letters become the page's, ids its own, and screen readers are told its name."""
+    for colour, variable in _ON_PAGE.items():
+        svg = svg.replace(colour, f"var(--{variable}, {colour})")
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
+    # Two figures of a page must not clip by each other's paths.
+    key = re.sub(r"\W+", "-", name)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{key}-", svg)
+    width = re.search(r'width="([\d.]+)pt"', svg)
+    style = f' style="max-width:{float(width[1]) * 1.5:.0f}px"' if width else ""
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{name}"{style} ', 1)
+
+
+_PASSES = (0.5, 1, 2, 3, 5, 10, 20, 50, 100)
+
+
+def policy_plot(document: Mapping[str, Any]) -> str:
+    """AP_small against detector passes per image (log), a point a policy.
+
+    Where policies were compared with one of them, a bar goes over the middle 95 % of the paired bootstrap's
+    differences, laid off from that one's AP_small.
+
+    Args:
+        document: what metrics.json holds.
+
+    Returns:
+        An SVG element, the same for the same figures; "" where no policy has an AP_small and a price.
+    """
+    policies: Mapping[str, Mapping[str, Any]] = document["policies"]
+    points = {
+        name: (float(row["detector_passes_per_image"]), float(row["AP_small"]))
+        for name, row in policies.items()
+        # Where all images failed nothing was paid.
+        if row.get("AP_small") is not None and not math.isnan(row["AP_small"]) and row["detector_passes_per_image"]
+    }
+    if not points:
+        return ""
+    with drawing(8.6, 4.2) as figure:
+        axes = figure.subplots()
+        baseline = document.get("compared_with")
+        for i, (name, (passes, ap)) in enumerate(points.items()):
+            colour, shape = COLOURS[i % len(COLOURS)], SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]
+            axes.plot(passes, ap, shape, color=colour, markersize=8, label=f"{label(name)}  {ap:.1f} at {passes:.2f}")
+            interval = document.get("differences", {}).get(name, {}).get("AP_small")
+            if baseline in points and interval is not None:
+                ends = [points[baseline][1] + interval[end] for end in ("low", "high")]
+                axes.plot([passes] * 2, ends, color=colour, linewidth=1.2, alpha=0.7, gid=f"interval {name}")
+        if baseline in points:
+            axes.axhline(points[baseline][1], color=MUTED, linewidth=0.8, linestyle="--")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(_PASSES))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("detector passes per image")
+        compared = f"; bars: 95 % of the paired differences to {label(str(baseline))}" if baseline in points else ""
+        axes.set_ylabel("AP of small objects (%)")
+        figure.suptitle(f"Small objects found, for a price{compared}", fontsize=9)
+        quiet(axes, "both")
+        figure.legend(loc="outside right center", frameon=False)
+        return to_svg(figure)
+
+
+def front_plot(rows: Sequence[Mapping[str, Any]], ceiling: float | None) -> str:
+    """AP_small against detector passes per image, a point for each trial that saw all images.
+
+    Args:
+        rows: as `run_sweep` gives them.
+        ceiling: the most passes that were asked for, drawn as a line; None if the front was.
+
+    Returns:
+        An SVG element, the same for the same figures.
+    """
+    points = [(row["passes"], row["AP_small"]) for row in rows if row["complete"]]
+    on_front = [points[i] for i in front(points)]
+    with drawing(7.2, 4.2) as figure:
+        axes = figure.subplots()
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", color=MUTED, markersize=4, alpha=0.7, label="trials")
+            axes.step(*zip(*on_front, strict=True), where="post", color=ACCENT, linewidth=1.5)
+            axes.plot(*zip(*on_front, strict=True), "o", color=ACCENT, markersize=6, label="front")
+        if ceiling is not None:
+            axes.axvline(ceiling, color=COLOURS[3], linewidth=1, linestyle="--", label=f"ceiling {ceiling:g}")
+        axes.set_xlabel("detector passes per image")
+        axes.set_ylabel("AP of small objects (%)")
+        figure.suptitle(f"{len(points)} of {len(rows)} trials saw all images", fontsize=9)
+        quiet(axes, "both")
+        if points or ceiling is not None:
+            figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        return to_svg(figure)

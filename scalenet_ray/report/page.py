@@ -6,13 +6,26 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from scalenet_ray.core.findings import closer_look_in_words
-from scalenet_ray.policy_plot import policy_plot
-from scalenet_ray.report.charts import cost_chart, curves_chart, errors_chart, found_chart, throughput_chart
-from scalenet_ray.report.origin import failures_section, origin_line, origin_section
-from scalenet_ray.report.policies import is_known, policy_rows, reads_truth, winner_of
-from scalenet_ray.report.shell import cards, page, section, table
-from scalenet_ray.svg import themed
+from scalenet_ray.evaluation.compare import closer_look_in_words
+from scalenet_ray.report.charts import (
+    cost_chart,
+    curves_chart,
+    errors_chart,
+    found_chart,
+    policy_plot,
+    themed,
+    throughput_chart,
+)
+from scalenet_ray.report.html import cards, page, section, table
+from scalenet_ray.report.tables import (
+    failures_section,
+    is_known,
+    origin_line,
+    origin_section,
+    policy_rows,
+    reads_truth,
+    winner_of,
+)
 
 __all__ = ["render_report"]
 

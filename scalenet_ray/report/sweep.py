@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scalenet_ray.core.front import front
-from scalenet_ray.front_plot import front_plot
-from scalenet_ray.report.shell import cards, page, section, table
-from scalenet_ray.svg import MUTED, WARM, drawing, label, quiet, themed, to_svg
+from scalenet_ray.evaluation.compare import front
+from scalenet_ray.report.charts import MUTED, WARM, drawing, front_plot, label, quiet, themed, to_svg
+from scalenet_ray.report.html import cards, page, section, table
 
 __all__ = ["Contender", "contenders_of", "render_sweep", "sweep_verdict"]
 

@@ -1,0 +1,388 @@
+"""Recursive detection on one image: get_scaled_prediction and its result, in the shape of SAHI's."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from scalenet_ray.console import say, step_table
+from scalenet_ray.core.detections import Detections, ImageResult
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.inference import PredictScale, ReadFeatures
+from scalenet_ray.core.merge import SuppressionMethod, merge_detections, nms
+from scalenet_ray.core.policy import Policy, parse_policy
+from scalenet_ray.core.recursion import Step, recursive_detect
+from scalenet_ray.data import storage
+from scalenet_ray.data.coco import to_results
+from scalenet_ray.data.formats import to_supervision
+from scalenet_ray.data.images import decode_image, to_rgb
+from scalenet_ray.models.checked_detector import CheckedDetector
+from scalenet_ray.models.detectors import Detector, load_detector
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+
+__all__ = [
+    "BoundingBox",
+    "Category",
+    "ObjectPrediction",
+    "ScaledPrediction",
+    "Score",
+    "get_scaled_prediction",
+]
+
+_SUPPRESSION: dict[str, SuppressionMethod] = {
+    "NMS": "nms",
+    "SOFT-NMS-LINEAR": "soft-nms-linear",
+    "SOFT-NMS-GAUSSIAN": "soft-nms-gaussian",
+}
+
+
+_OF_SLICING = {
+    "slice_height": "windows are chosen by what is seen; for a fixed grid give policy='grid-2' or 'grid-3'",
+    "slice_width": "windows are chosen by what is seen; for a fixed grid give policy='grid-2' or 'grid-3'",
+    "overlap_height_ratio": "only grids overlap, by `overlap` of their Policy",
+    "overlap_width_ratio": "only grids overlap, by `overlap` of their Policy",
+    "auto_slice_resolution": "windows are chosen by what is seen",
+    "merge_buffer_length": "boxes are merged once, when all windows are in",
+    "slice_dir": "pixels are cut in memory and never written; the windows are in the result's `steps`",
+    "slice_export_prefix": "pixels are cut in memory and never written; the windows are in the result's `steps`",
+    "progress_bar": "give verbose=2 for each step",
+    "progress_callback": "give verbose=2 for each step",
+    "batch_size": "one image's few windows run one after the other; many images in batches: jobs/detect.py",
+    "force_postprocess_type": "what is asked for is what is done",
+}
+"""Arguments of `get_sliced_prediction` that mean nothing here, and what to do in their place."""
+
+
+def get_scaled_prediction(
+    image: str | os.PathLike[str] | np.ndarray | Image.Image,
+    detection_model: str | Detector | None = None,
+    *,
+    policy: str | Policy | None = None,
+    scale_net: str | PredictScale | ReadFeatures | None = None,
+    confidence_threshold: float = 0.3,
+    device: str = "cpu",
+    perform_standard_pred: bool = True,
+    postprocess_type: str = "NMS",
+    postprocess_match_metric: str = "IOU",
+    postprocess_match_threshold: float | None = None,
+    postprocess_class_agnostic: bool = False,
+    exclude_classes_by_name: Collection[str] = (),
+    exclude_classes_by_id: Collection[int] = (),
+    verbose: int = 1,
+    **of_slicing: Any,
+) -> ScaledPrediction:
+    """Detect in one image, looking more closely where it pays; Ray is not started.
+
+    Arguments have the names that SAHI's `get_sliced_prediction` gives them where they mean the same.
+
+    Args:
+        image: an address (local, file:// or s3://), [h, w, 3] uint8 RGB, or a Pillow image.
+        detection_model: a detector's name (`kind:what`, see `load_detector`) or a detector; None for the embedded
+            sample's. A name is loaded on every call: for many images load it once.
+        policy: where to look more closely, by its name or whole; None for `scalenet` where there is a Scale Net (or
+            `gain` where it is a scale head), else `first-pass`.
+        scale_net: weights of Scale Net, or a predictor; None for none, or for the embedded sample's with its detector.
+        confidence_threshold: objects that score less are left out of the result. The detector itself is asked down to
+            0.01, because what it is unsure of is where `first-pass` looks.
+        device: where named networks compute, as torch names it.
+        perform_standard_pred: must be True: the whole image is always detected too.
+        postprocess_type: NMS, SOFT-NMS-LINEAR or SOFT-NMS-GAUSSIAN.
+        postprocess_match_metric: must be IOU.
+        postprocess_match_threshold: overlap above which a box is suppressed; None for the detector's own.
+        postprocess_class_agnostic: suppress boxes of other classes too, among those that suppression within each class
+            left.
+        exclude_classes_by_name: categories to leave out of the result.
+        exclude_classes_by_id: the same by id.
+        verbose: 0 says nothing, 1 a line, 2 each step.
+        **of_slicing: any other argument of SAHI's is refused, and it is said what to do.
+
+    Returns:
+        The objects, the way to them, and ways out of here: COCO, supervision, a picture.
+
+    Raises:
+        FileNotFoundError: if the image or a network is not there.
+        TypeError: if an argument has no meaning here.
+        UserError: if a value is not what it must be, the image cannot be decoded, or a network breaks on it.
+    """
+    _refuse(of_slicing, perform_standard_pred, postprocess_type, postprocess_match_metric)
+    pixels = _pixels(image)
+    detector, look_net = _networks(detection_model, scale_net, device)
+    asked = _policy(policy, detector, look_net, postprocess_type, postprocess_match_threshold)
+    steps: list[Step] = []
+    begun = time.monotonic()
+    result = recursive_detect(pixels, 0, asked, detect=detector, predict_scale=look_net, observe=steps.append)
+    seconds = time.monotonic() - begun
+    found = _detections(result)
+    if postprocess_class_agnostic:
+        found = found[nms(found.boxes, found.scores, np.zeros(len(found)), asked.merging.iou_threshold)]
+    found = _wanted(found, detector, confidence_threshold, exclude_classes_by_name, exclude_classes_by_id)
+    if verbose > 1:
+        say(step_table(steps, asked))
+    if verbose:
+        say(f"{asked.name}: {len(found)} objects, {len(steps)} tiles, {result.detector_passes:.2f} detector passes")
+    known, took = dict(detector.categories), {"prediction": seconds}
+    return ScaledPrediction(pixels, found, known, asked, tuple(steps), result.detector_passes, took)
+
+
+def _detections(result: ImageResult) -> Detections:
+    """Those of the image; its failure is the caller's."""
+    if result.failure is not None:
+        msg = f"the image could not be worked on ({result.failure.stage}): {result.failure.reason}"
+        raise UserError(msg)
+    return result.detections
+
+
+def _refuse(of_slicing: dict[str, Any], standard: bool, postprocess_type: str, metric: str) -> None:
+    for name in of_slicing:
+        why = _OF_SLICING.get(name)
+        msg = f"get_scaled_prediction has no argument {name!r}" + (f": {why}" if why else "")
+        raise TypeError(msg)
+    if not standard:
+        msg = "perform_standard_pred must be True: the whole image is always detected too, it finds the large objects"
+        raise UserError(msg)
+    if postprocess_type.upper() not in _SUPPRESSION:
+        msg = (
+            f"postprocess_type must be {', '.join(_SUPPRESSION)}, got {postprocess_type!r}: boxes are not averaged; "
+            "fragments at a window's edge, which merging is for, are dropped there"
+        )
+        raise UserError(msg)
+    if metric.upper() != "IOU":
+        msg = f"postprocess_match_metric must be IOU, got {metric!r}: fragments, which IOS is for, are dropped before"
+        raise UserError(msg)
+
+
+def _pixels(image: str | os.PathLike[str] | np.ndarray | Image.Image) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if not isinstance(image, np.ndarray):
+        return decode_image(storage.read_bytes(image))
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        msg = f"an image must be [h, w, 3] uint8 RGB, got shape {list(image.shape)} of {image.dtype}: convert it"
+        raise UserError(msg)
+    return image
+
+
+def _networks(
+    detection_model: str | Detector | None, scale_net: str | PredictScale | ReadFeatures | None, device: str
+) -> tuple[CheckedDetector, PredictScale | ReadFeatures | None]:
+    if detection_model is None:
+        detection_model = SAMPLE_DETECTOR
+        scale_net = scale_net or SAMPLE_SCALE_NET
+    if isinstance(detection_model, str):
+        detector = CheckedDetector(load_detector(detection_model, device=device), detection_model)
+    else:
+        detector = CheckedDetector(detection_model, type(detection_model).__name__)
+    if isinstance(scale_net, str):
+        scale_net = NetworkNames(scale_net=scale_net, device=device).load_scale_net()
+    return detector, scale_net
+
+
+def _policy(
+    policy: str | Policy | None,
+    detector: Detector,
+    look_net: PredictScale | ReadFeatures | None,
+    postprocess_type: str,
+    iou_threshold: float | None,
+) -> Policy:
+    if policy is None:
+        policy = "first-pass" if look_net is None else "gain" if isinstance(look_net, ReadFeatures) else "scalenet"
+    if isinstance(policy, Policy):
+        return policy
+    named = parse_policy(
+        policy,
+        input_side=detector.input_side,
+        iou_threshold=detector.iou_threshold if iou_threshold is None else iou_threshold,
+    )
+    if named.kind == "oracle":
+        msg = "policy oracle reads the ground truth, which one image has not: give another one"
+        raise UserError(msg)
+    return replace(named, merging=replace(named.merging, method=_SUPPRESSION[postprocess_type.upper()]))
+
+
+def _wanted(
+    found: Detections, detector: Detector, threshold: float, names: Collection[str], ids: Collection[int]
+) -> Detections:
+    """The detections that score enough, without those of excluded categories."""
+    known = set(detector.categories.values())
+    lost = [name for name in names if name not in known]
+    if lost:
+        msg = f"exclude_classes_by_name must be among the detector's {len(known)} categories, got {', '.join(lost)}"
+        raise UserError(msg)
+    excluded = [label for label, name in detector.categories.items() if name in names or label in ids]
+    return found[(found.scores >= threshold) & ~np.isin(found.labels, excluded)]
+
+
+if TYPE_CHECKING:
+    import supervision  # pyright: ignore[reportMissingImports]
+
+
+class BoundingBox(NamedTuple):
+    """A box, in image pixels."""
+
+    minx: float
+    miny: float
+    maxx: float
+    maxy: float
+
+    def to_xyxy(self) -> list[float]:
+        """[minx, miny, maxx, maxy], in image pixels."""
+        return list(self)
+
+
+class Category(NamedTuple):
+    """A category: its id and its name."""
+
+    id: int
+    name: str
+
+
+class Score(NamedTuple):
+    """How sure the detector is, in [0, 1]."""
+
+    value: float
+
+
+class ObjectPrediction(NamedTuple):
+    """One object.
+
+    Attributes:
+        bbox: in image pixels.
+        category: id and name.
+        score: in [0, 1].
+        depth: how often the image was zoomed into to find it; 0 for the whole image.
+    """
+
+    bbox: BoundingBox
+    category: Category
+    score: Score
+    depth: int
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledPrediction:
+    """What `get_scaled_prediction` found in an image, and on what way.
+
+    Attributes:
+        pixels: [h, w, 3] uint8 RGB, the image as it was looked at (upright, 8 bits).
+        detections: merged, in image pixels, the best first.
+        categories: category id -> name.
+        policy: what was followed.
+        steps: what became of each tile, in order.
+        detector_passes: what it cost, in passes over the whole image.
+        durations_in_seconds: "prediction": all of it, the networks' loading left out.
+    """
+
+    pixels: np.ndarray
+    detections: Detections
+    categories: Mapping[int, str]
+    policy: Policy
+    steps: tuple[Step, ...]
+    detector_passes: float
+    durations_in_seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Image.Image:
+        """The image as Pillow knows it."""
+        return Image.fromarray(self.pixels)
+
+    @property
+    def image_height(self) -> int:
+        """In pixels."""
+        return self.pixels.shape[0]
+
+    @property
+    def image_width(self) -> int:
+        """In pixels."""
+        return self.pixels.shape[1]
+
+    @cached_property
+    def object_prediction_list(self) -> list[ObjectPrediction]:
+        """The objects, the best first."""
+        found = self.detections
+        columns = (found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), found.depth.tolist())
+        return [
+            ObjectPrediction(BoundingBox(*box), Category(label, self.categories[label]), Score(score), depth)
+            for box, label, score, depth in zip(*columns, strict=True)
+        ]
+
+    def found_in_whole_image(self, confidence_threshold: float) -> Detections:
+        """What the pass over the whole image gave by itself: what there would be without the recursion.
+
+        Args:
+            confidence_threshold: detections that score less are left out.
+        """
+        whole = (0, 0, self.image_width, self.image_height)
+        passes = [step for step in self.steps if step.result.detector_pixels and step.tile.window.xyxy == whole]
+        found = merge_detections([step.result.detections for step in passes[:1]], self.policy.merging)
+        return found[found.scores >= confidence_threshold]
+
+    def to_coco_predictions(self, image_id: int | None = None) -> list[dict[str, Any]]:
+        """The objects as COCO results, each with its category's name and its area in square image pixels.
+
+        Args:
+            image_id: the image's id in its data set; None if it has none.
+        """
+        found = self.detections
+        rows = to_results(0, found, (self.image_height, self.image_width))
+        return [
+            {
+                **row,
+                "image_id": image_id,
+                "category_name": self.categories[row["category_id"]],
+                "iscrowd": 0,
+                "area": round(area, 3),
+            }
+            for row, area in zip(rows, found.areas.tolist(), strict=True)
+        ]
+
+    def to_coco_annotations(self) -> list[dict[str, Any]]:
+        """The objects as COCO annotations: as `to_coco_predictions`, without scores."""
+        return [{key: row[key] for key in row if key != "score"} for row in self.to_coco_predictions()]
+
+    def to_supervision(self) -> supervision.Detections:
+        """The objects as `supervision.Detections`; see `core.interchange.to_supervision`."""
+        return to_supervision(self.detections, self.categories, (self.image_height, self.image_width))
+
+    def export_visuals(
+        self,
+        export_dir: str,
+        text_size: float | None = None,
+        rect_th: float | None = None,
+        hide_labels: bool = False,
+        hide_conf: bool = False,
+        file_name: str = "prediction_visual",
+    ) -> str:
+        """Write the image with its boxes, at its own size: those that came with the recursion in another colour.
+
+        Args:
+            export_dir: folder or s3:// prefix.
+            text_size: in points at 100 dots an inch; None for 7.
+            rect_th: the lines' width, in points; None for 1.5.
+            hide_labels: no text at all.
+            hide_conf: no scores.
+            file_name: without its suffix, which is .png.
+
+        Returns:
+            The file's address.
+        """
+        from scalenet_ray.report.charts import drawing
+        from scalenet_ray.report.recursion_figure import NEW, SEEN, draw_boxes, picture_bytes
+
+        objects = [] if hide_labels else self.object_prediction_list
+        texts = [one.category.name + ("" if hide_conf else f" {one.score.value:.2f}") for one in objects]
+        colours = [NEW if depth else SEEN for depth in self.detections.depth.tolist()]
+        with drawing(self.image_width / 100, self.image_height / 100) as figure:
+            figure.set_layout_engine("none")
+            axes = figure.add_axes((0, 0, 1, 1))
+            style = {"line_width": rect_th or 1.5, "text_size": text_size or 7.0}
+            draw_boxes(axes, self.pixels, self.detections, colours, texts=texts, **style)
+            uri = storage.join(export_dir, f"{file_name}.png")
+            storage.write_bytes_atomic(uri, picture_bytes(figure, "png", 100.0))
+        return uri

@@ -1,0 +1,1 @@
+"""Files: storage, images, masks, COCO annotations, schemas, policies."""

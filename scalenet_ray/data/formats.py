@@ -1,0 +1,143 @@
+"""Detections in other tools' terms: YOLO's text files, FiftyOne's labels, supervision's arrays and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.geometry import Window
+from scalenet_ray.core.masks import mask_of_image
+
+__all__ = [
+    "SUPERVISION_COLUMNS",
+    "fiftyone_objects",
+    "supervision_rows",
+    "to_supervision",
+    "yolo_lines",
+]
+
+if TYPE_CHECKING:
+    import supervision  # pyright: ignore[reportMissingImports]
+
+
+SUPERVISION_COLUMNS = ("x_min", "y_min", "x_max", "y_max", "class_id", "confidence", "tracker_id", "class_name")
+"""The columns that supervision's CSVSink writes for detections with names."""
+
+
+def _relative_xywh(detections: Detections, image_hw: tuple[int, int]) -> np.ndarray:
+    """[N, 4] float64: upper left corner and sides of the boxes, as shares of the image's sides."""
+    corners = detections.boxes.astype(np.float64) / np.array([image_hw[1], image_hw[0]] * 2)
+    return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+
+
+def yolo_lines(detections: Detections, image_hw: tuple[int, int], classes: Mapping[int, int]) -> list[str]:
+    """An image's detections as lines of a YOLO label file: class x y width height.
+
+    x and y are the box's centre; all four are shares of the image's sides. Scores have no place in a label file.
+
+    Args:
+        detections: N, in image pixels.
+        image_hw: (height, width) of the image, in pixels.
+        classes: category id -> the class's position in the file of names, from 0.
+    """
+    boxes = _relative_xywh(detections, image_hw)
+    boxes[:, :2] += boxes[:, 2:] / 2
+    return [
+        " ".join([str(classes[label]), *(f"{value:.6f}" for value in box)])
+        for label, box in zip(detections.labels.tolist(), boxes.tolist(), strict=True)
+    ]
+
+
+def fiftyone_objects(
+    detections: Detections, image_hw: tuple[int, int], classes: Mapping[int, int]
+) -> list[dict[str, Any]]:
+    """An image's detections as FiftyOneImageDetectionDataset's labels.json lists them.
+
+    Args:
+        detections: N, in image pixels.
+        image_hw: (height, width) of the image, in pixels.
+        classes: category id -> the class's position in the file's `classes`, from 0.
+
+    Returns:
+        N dicts: label, bounding_box (upper left corner and sides, as shares of the image's sides), confidence, and the
+        depth at which each was found as an attribute.
+    """
+    return [
+        {
+            "label": classes[label],
+            "bounding_box": [round(value, 6) for value in box],
+            "confidence": round(score, 6),
+            "attributes": {"depth": depth},
+        }
+        for label, box, score, depth in zip(
+            detections.labels.tolist(),
+            _relative_xywh(detections, image_hw).tolist(),
+            detections.scores.astype(np.float64).tolist(),
+            detections.depth.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def supervision_rows(detections: Detections, names: Mapping[int, str]) -> list[tuple[Any, ...]]:
+    """An image's detections as rows of `SUPERVISION_COLUMNS`; the tracker's id is empty.
+
+    Args:
+        detections: N, in image pixels.
+        names: category id -> name.
+    """
+    boxes = detections.boxes.astype(np.float64).round(3).tolist()
+    scores = detections.scores.astype(np.float64).round(6).tolist()
+    return [
+        (*box, label, score, "", names[label])
+        for box, label, score in zip(boxes, detections.labels.tolist(), scores, strict=True)
+    ]
+
+
+def to_supervision(
+    detections: Detections, names: Mapping[int, str], image_hw: tuple[int, int] | None = None
+) -> supervision.Detections:
+    """Detections as `supervision.Detections`, for its annotators, trackers and metrics.
+
+    Args:
+        detections: N, in image pixels.
+        names: category id -> name.
+        image_hw: (height, width) of the image in pixels; needed where there are masks.
+
+    Returns:
+        xyxy [N, 4] float32 in image pixels, confidence [N] float32, class_id [N] int64 (category ids), mask
+        [N, height, width] bool or None, and in `data` class_name [N] and depth [N].
+
+    Raises:
+        ImportError: if the package supervision is not installed.
+        UserError: if there are masks and no `image_hw`.
+    """
+    try:
+        import supervision  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        msg = "to_supervision needs the package supervision, which is not installed: pip install supervision"
+        raise ImportError(msg) from error
+    masks = None
+    if detections.masks is not None:
+        if image_hw is None:
+            msg = "masks need the image's size, got none: give image_hw"
+            raise UserError(msg)
+        masks = np.zeros((len(detections), *image_hw), bool)
+        for i, (counts, window) in enumerate(zip(detections.masks, detections.windows.tolist(), strict=True)):
+            whole = mask_of_image(counts, Window(*window), image_hw)
+            masks[i] = coco_mask.decode({"size": list(image_hw), "counts": whole})
+    return supervision.Detections(
+        xyxy=detections.boxes,
+        mask=masks,
+        confidence=detections.scores,
+        class_id=detections.labels,
+        data={
+            "class_name": np.array([names[label] for label in detections.labels.tolist()], dtype=str),
+            "depth": detections.depth,
+        },
+    )

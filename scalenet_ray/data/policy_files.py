@@ -1,0 +1,263 @@
+"""Policies and search spaces in YAML files."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import yaml
+
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.merge import Merging
+from scalenet_ray.core.policy import Policy, Recursion, policy_from_dict, policy_to_dict
+from scalenet_ray.data.storage import read_bytes
+
+__all__ = [
+    "SPACE_VERSION",
+    "Choice",
+    "Range",
+    "SearchSpace",
+    "changed_policy",
+    "check_values",
+    "read_policies",
+    "read_space",
+    "read_yaml",
+    "start_values",
+]
+
+
+def read_policies(uri: str | Path) -> list[Policy]:
+    """The policies of a file: one, or a list of them; `policy_to_dict` says what a policy looks like.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        UserError: if it is no YAML, of another version, or a field is wrong; the message says which.
+    """
+    content = read_yaml(uri)
+    entries = content if isinstance(content, list) else [content]
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
+        got = "nothing" if not content else type(content).__name__
+        msg = f"{uri} must hold a policy (name: value lines) or a list of them, got {got}: write one"
+        raise UserError(msg)
+    policies = []
+    for entry in entries:
+        try:
+            policies.append(policy_from_dict(entry))
+        except UserError as error:
+            msg = f"{uri}: {error}"
+            raise UserError(msg) from error
+    return policies
+
+
+SPACE_VERSION = 1
+"""Written into every search space; a file of another version is refused."""
+
+
+_ENDS = {"low": 0, "high": 1}
+
+
+class Range(NamedTuple):
+    """Numbers from `low` to `high`, both included; evenly in the logarithm if `log`, whole ones if `whole`."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+
+class Choice(NamedTuple):
+    """One of some values; lists are JSON text here, so that a search library takes each for one value."""
+
+    options: tuple[str | int | float | bool | None, ...]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a sweep may change.
+
+    Attributes:
+        policies: names of the policies that it starts from; one of them is chosen for each trial.
+        fields: what may become of a field of theirs, by its path, e.g. "recursion.window".
+    """
+
+    policies: tuple[str, ...]
+    fields: Mapping[str, Range | Choice]
+
+
+def read_space(uri: str | Path) -> SearchSpace:
+    """A search space from its file.
+
+    ```yaml
+    version: 1
+    policies: [first-pass]
+    search:
+      recursion.window: {from: 0.3, to: 0.6}
+      recursion.price: {from: 0.02, to: 1.0, log: true}
+      recursion.max_windows: {from: 1, to: 8}
+      merging.method: {of: [nms, soft-nms-linear]}
+      recursion.scale_range.high: {from: 1.0, to: 1.3}
+    ```
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        UserError: if it is no YAML, of another version, names an unknown field, or a range is empty.
+    """
+    content = read_yaml(uri)
+    if not isinstance(content, dict) or content.get("version") != SPACE_VERSION:
+        got = content.get("version") if isinstance(content, dict) else type(content).__name__
+        got = "nothing" if content is None else got
+        msg = f"{uri} must be a search space with version: {SPACE_VERSION}, got {got!r}: write it anew for this release"
+        raise UserError(msg)
+    unknown = sorted(set(content) - {"version", "policies", "search"})
+    if unknown:
+        msg = f"{uri} has {', '.join(unknown)}, which no search space has: it may have version, policies and search"
+        raise UserError(msg)
+    policies, search = content.get("policies"), content.get("search")
+    if not isinstance(policies, list) or not policies or not all(isinstance(name, str) for name in policies):
+        msg = f"{uri} must list the policies to start from, e.g. policies: [first-pass], got {policies!r}"
+        raise UserError(msg)
+    if not isinstance(search, dict) or not search:
+        wanted = "what may change, e.g. recursion.window: {from: 0.3, to: 0.6}"
+        msg = f"{uri} must say under search {wanted}, got {search!r}"
+        raise UserError(msg)
+    return SearchSpace(tuple(policies), {path: _field(str(path), value, uri) for path, value in search.items()})
+
+
+def _field(path: str, value: Any, uri: str | Path) -> Range | Choice:
+    kind = _kind_of(path, uri)
+    where = f"{path} in {uri}"
+    if isinstance(value, dict) and set(value) == {"of"} and isinstance(value["of"], list) and value["of"]:
+        return Choice(tuple(json.dumps(each) if isinstance(each, list) else each for each in value["of"]))
+    ends = value if isinstance(value, dict) else {}
+    if kind not in (int, float) or not {"from", "to"} <= set(ends) <= {"from", "to", "log"}:
+        ranges = "{from: LOW, to: HIGH} or " if kind in (int, float) else ""
+        msg = f"{where} must be {ranges}{{of: [VALUE, ...]}}, got {value!r}"
+        raise UserError(msg)
+    low, high, log = ends["from"], ends["to"], ends.get("log", False)
+    if not isinstance(log, bool):
+        msg = f"log of {where} must be true or false, got {log!r}: correct it"
+        raise UserError(msg)
+    numbers = all(
+        isinstance(end, kind if kind is int else int | float) and not isinstance(end, bool) and abs(end) < math.inf
+        for end in (low, high)
+    )
+    if not numbers or not low < high or (log and low <= 0):
+        wanted = f"from one {'whole number' if kind is int else 'number'} to a higher one, above 0 if log"
+        msg = f"{where} must go {wanted}, got {value!r}: the range is empty"
+        raise UserError(msg)
+    return Range(low, high, bool(log), kind is int)
+
+
+def _kind_of(path: str, uri: str | Path) -> Any:
+    """The type of a policy's field."""
+    parts = path.split(".")
+    cls: Any = {"recursion": Recursion, "merging": Merging}.get(parts[0], Policy) if len(parts) > 1 else Policy
+    hints = get_type_hints(cls)
+    name = parts[-1] if cls is Policy or len(parts) == 2 else parts[1]
+    ends = cls is Recursion and len(parts) == 3 and parts[1] == "scale_range" and parts[2] in _ENDS
+    fixed = ("name", "kind", "input_side", "recursion", "merging", "seed")
+    if ends:
+        return float
+    if name not in hints or (cls is Policy and (len(parts) > 1 or name in fixed)) or len(parts) > 2:
+        known = [f"{part}.{field.name}" for part, of in _PARTS for field in dataclasses.fields(of)]
+        known += [field.name for field in dataclasses.fields(Policy) if field.name not in fixed]
+        msg = f"{uri} would change {path}, which no policy has: it may be {', '.join(known)}"
+        raise UserError(msg)
+    kind = hints[name]
+    return float if kind == float | None else kind
+
+
+def check_values(space: SearchSpace, policies: Sequence[Policy]) -> None:
+    """Refuse a space with a value that none of its policies may have, before the first trial.
+
+    Each value, and both ends of each range, is tried by itself. Those that go together with another field's (the ends
+    of the scale range, the classes) are left to the trials.
+
+    Args:
+        space: the space.
+        policies: those that it starts from.
+
+    Raises:
+        UserError: it names the field and the value.
+    """
+    for path, field in space.fields.items():
+        if path.startswith(_GO_TOGETHER):
+            continue
+        for value in field.options if isinstance(field, Choice) else (field.low, field.high):
+            for policy in policies:
+                try:
+                    changed_policy(policy, "trial", {path: value})
+                except UserError as error:
+                    msg = f"{path} of the search space can't be {value!r} in policy {policy.name}: {error}"
+                    raise UserError(msg) from error
+
+
+def start_values(policy: Policy, space: SearchSpace) -> dict[str, Any] | None:
+    """What a policy itself has for the fields of a space, by path; None if it lies outside."""
+    values = {}
+    for path, field in space.fields.items():
+        holder: Any = policy_to_dict(policy)
+        for part in path.split("."):
+            holder = holder[_ENDS[part]] if isinstance(holder, list) else holder[part]
+        value: Any = json.dumps(holder) if isinstance(holder, list) else holder
+        within = value in field.options if isinstance(field, Choice) else field.low <= value <= field.high
+        if not within:
+            return None
+        values[path] = value
+    return values
+
+
+_GO_TOGETHER = ("recursion.scale_range", "recursion.small_classes", "recursion.large_classes")
+
+
+_PARTS: tuple[tuple[str, Any], ...] = (("recursion", Recursion), ("merging", Merging))
+
+
+def changed_policy(policy: Policy, name: str, values: Mapping[str, Any]) -> Policy:
+    """A policy of another name and with other values.
+
+    Args:
+        policy: what it starts from.
+        name: the new one's.
+        values: by path, see `SearchSpace`.
+
+    Raises:
+        UserError: if a value leaves its range, or two do not go together.
+    """
+    plain = copy.deepcopy(policy_to_dict(policy)) | {"name": name}
+    for path, given in values.items():
+        value = json.loads(given) if isinstance(given, str) and given.startswith("[") else given
+        *parents, last = path.split(".")
+        holder: Any = plain
+        for parent in parents:
+            holder = holder[parent]
+        if isinstance(holder, list):
+            holder[_ENDS[last]] = value
+        else:
+            holder[last] = value
+    return policy_from_dict(plain)
+
+
+_MOST_BYTES = 2**20
+
+
+def read_yaml(uri: str | Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        UserError: if it is no YAML, or over a MiB: settings are not.
+    """
+    data = read_bytes(uri, max_bytes=_MOST_BYTES)
+    try:
+        return yaml.safe_load(data)
+    # A ValueError: a date that is none. A RecursionError: brackets without end.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        msg = f"{uri} must be YAML, got something else ({error}): correct it"
+        raise UserError(msg) from error

@@ -1,0 +1,255 @@
+"""Arrow schemas of what passes between stages and of what a run writes, and the way in and out of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+import pyarrow as pa
+
+from scalenet_ray.core.detections import Detections, Failure, ImageResult, TileResult
+
+__all__ = [
+    "DETECTIONS",
+    "IMAGES",
+    "TILE_RESULTS",
+    "detections_from_rows",
+    "detections_from_structs",
+    "detections_table",
+    "from_ipc",
+    "images_table",
+    "tile_results_from_table",
+    "tile_results_table",
+    "to_ipc",
+]
+
+TILE_RESULTS = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("path", pa.list_(pa.int32())),
+        ("credit", pa.string()),
+        ("failure_stage", pa.string()),
+        ("failure_reason", pa.string()),
+        ("look_pixels", pa.int64()),
+        ("detector_pixels", pa.int64()),
+        ("detector_passes", pa.float64()),
+        ("guards", pa.list_(pa.string())),
+        ("image_hw", pa.list_(pa.int32())),
+        ("boxes", pa.list_(pa.float32())),
+        ("scores", pa.list_(pa.float32())),
+        ("labels", pa.list_(pa.int64())),
+        ("depth", pa.list_(pa.int64())),
+        ("windows", pa.list_(pa.int64())),
+        ("masks", pa.list_(pa.binary())),
+    ]
+)
+"""One row a tile; boxes and windows are [4N], flattened, xyxy in image pixels; masks null without masks."""
+
+
+DETECTIONS = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("policy", pa.string()),
+        ("category_id", pa.int64()),
+        ("score", pa.float32()),
+        ("x0", pa.float32()),
+        ("y0", pa.float32()),
+        ("x1", pa.float32()),
+        ("y1", pa.float32()),
+        ("depth", pa.int32()),
+        ("window_x0", pa.int32()),
+        ("window_y0", pa.int32()),
+        ("window_x1", pa.int32()),
+        ("window_y1", pa.int32()),
+        ("mask", pa.large_binary()),
+    ]
+)
+"""One row a detection, the best of an image first; xyxy in image pixels; mask: run lengths of the window, or null."""
+
+
+IMAGES = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("policy", pa.string()),
+        ("file", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("tiles", pa.int32()),
+        ("detector_passes", pa.float64()),
+        ("detector_pixels", pa.int64()),
+        ("scalenet_pixels", pa.int64()),
+        ("guards", pa.string()),
+        ("failure_stage", pa.string()),
+        ("failure_reason", pa.string()),
+        ("finished_at", pa.float64()),
+        (
+            "whole_pass",
+            pa.list_(
+                pa.struct(
+                    [("category_id", pa.int64()), ("score", pa.float32())]
+                    + [(name, pa.float32()) for name in ("x0", "y0", "x1", "y1")]
+                )
+            ),
+        ),
+    ]
+)
+"""One row an image, written after its detections: the record that it is finished. guards is JSON: name -> count;
+finished_at is seconds since the run began; whole_pass: the boxes that the pass over the whole image finds alone, of a
+score of `SHOWN_SCORE` or more, xyxy in image pixels; null without such a pass, and in runs of older versions."""
+
+
+def tile_results_table(results: Sequence[TileResult]) -> pa.Table:
+    """Tile results as an Arrow table of schema `TILE_RESULTS`."""
+    found = [result.detections for result in results]
+    columns = {
+        "image_id": [result.image_id for result in results],
+        "path": [list(result.path) for result in results],
+        "credit": [str(result.credit) for result in results],
+        "failure_stage": [result.failure.stage if result.failure else None for result in results],
+        "failure_reason": [result.failure.reason if result.failure else None for result in results],
+        "look_pixels": [result.look_pixels for result in results],
+        "detector_pixels": [result.detector_pixels for result in results],
+        "detector_passes": [result.detector_passes for result in results],
+        "guards": [list(result.guards) for result in results],
+        "image_hw": [result.image_hw for result in results],
+        "boxes": [detections.boxes.ravel() for detections in found],
+        "scores": [detections.scores for detections in found],
+        "labels": [detections.labels for detections in found],
+        "depth": [detections.depth for detections in found],
+        "windows": [detections.windows.ravel() for detections in found],
+        "masks": [None if detections.masks is None else list(detections.masks) for detections in found],
+    }
+    return pa.table({name: pa.array(values, TILE_RESULTS.field(name).type) for name, values in columns.items()})
+
+
+def tile_results_from_table(table: pa.Table) -> list[TileResult]:
+    """The reverse of `tile_results_table`."""
+    table = table.combine_chunks()
+    arrays = {name: table.column(name) for name in ("boxes", "scores", "labels", "depth", "windows")}
+    rest = table.drop_columns(list(arrays)).to_pylist()
+    results = []
+    for i, row in enumerate(rest):
+        values = {name: column[i].values.to_numpy(zero_copy_only=False) for name, column in arrays.items()}
+        masks = row["masks"]
+        detections = Detections(
+            values["boxes"].reshape(-1, 4),
+            values["scores"],
+            values["labels"],
+            values["depth"],
+            values["windows"].reshape(-1, 4),
+            None if masks is None else tuple(masks),
+        )
+        failed = row["failure_stage"] is not None
+        results.append(
+            TileResult(
+                row["image_id"],
+                tuple(row["path"]),
+                Fraction(row["credit"]),
+                detections,
+                Failure(row["failure_stage"], row["failure_reason"]) if failed else None,
+                row["look_pixels"],
+                row["detector_pixels"],
+                row["detector_passes"],
+                tuple(row["guards"]),
+                tuple(row["image_hw"]) if row["image_hw"] else None,
+            )
+        )
+    return results
+
+
+def detections_table(results: Sequence[ImageResult], policy: str) -> pa.Table:
+    """The detections of finished images as an Arrow table of schema `DETECTIONS`."""
+    counts = [len(result.detections) for result in results]
+    found = Detections.concatenate([result.detections for result in results])
+    masks = [mask for result in results for mask in result.detections.masks or [None] * len(result.detections)]
+    columns = {
+        "image_id": np.repeat(np.array([result.image_id for result in results], np.int64), counts),
+        "policy": [policy] * len(found),
+        "category_id": found.labels,
+        "score": found.scores,
+        **{name: found.boxes[:, i] for i, name in enumerate(("x0", "y0", "x1", "y1"))},
+        "depth": found.depth.astype(np.int32),
+        **{f"window_{name}": found.windows[:, i].astype(np.int32) for i, name in enumerate(("x0", "y0", "x1", "y1"))},
+        "mask": masks,
+    }
+    return pa.table({name: pa.array(columns[name], DETECTIONS.field(name).type) for name in DETECTIONS.names})
+
+
+def detections_from_rows(table: pa.Table) -> Detections:
+    """The detections of one image from rows of schema `DETECTIONS`."""
+    names = ("x0", "y0", "x1", "y1")
+    masks = table.column("mask").to_pylist()
+    return Detections(
+        np.stack([table.column(name).to_numpy() for name in names], axis=1),
+        table.column("score").to_numpy(),
+        table.column("category_id").to_numpy(),
+        table.column("depth").to_numpy(),
+        np.stack([table.column(f"window_{name}").to_numpy() for name in names], axis=1),
+        tuple(masks) if masks and all(mask is not None for mask in masks) else None,
+    )
+
+
+def images_table(
+    results: Sequence[ImageResult], policy: str, files: Sequence[str], finished_at: Sequence[float | None]
+) -> pa.Table:
+    """Finished images as an Arrow table of schema `IMAGES`.
+
+    Args:
+        results: the images.
+        policy: the policy's name.
+        files: each image's file.
+        finished_at: when each was finished, in seconds since the run began.
+    """
+    rows = [
+        {
+            "image_id": result.image_id,
+            "policy": policy,
+            "file": file,
+            "height": result.image_hw[0] if result.image_hw else None,
+            "width": result.image_hw[1] if result.image_hw else None,
+            "tiles": result.tiles,
+            "detector_passes": result.detector_passes,
+            "detector_pixels": result.detector_pixels,
+            "scalenet_pixels": result.look_pixels,
+            "guards": json.dumps(result.guards, sort_keys=True),
+            "failure_stage": result.failure.stage if result.failure else None,
+            "failure_reason": result.failure.reason if result.failure else None,
+            "finished_at": at,
+            "whole_pass": None if result.whole_pass is None else _box_structs(result.whole_pass),
+        }
+        for result, file, at in zip(results, files, finished_at, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, IMAGES)
+
+
+def _box_structs(found: Detections) -> list[dict[str, float]]:
+    """Detections as values of the column `whole_pass` of `IMAGES`."""
+    rows = zip(found.labels.tolist(), found.scores.tolist(), *found.boxes.T.tolist(), strict=True)
+    names = ("category_id", "score", "x0", "y0", "x1", "y1")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def detections_from_structs(boxes: Sequence[Mapping[str, float]]) -> Detections:
+    """The detections of a value of the column `whole_pass` of `IMAGES`."""
+    corners = [[box[name] for name in ("x0", "y0", "x1", "y1")] for box in boxes]
+    return Detections(
+        np.array(corners, np.float32).reshape(-1, 4),
+        np.array([box["score"] for box in boxes]),
+        np.array([box["category_id"] for box in boxes]),
+    )
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    """A table as the bytes of an Arrow stream, to travel in one cell."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def from_ipc(data: bytes | pa.Buffer) -> pa.Table:
+    """The reverse of `to_ipc`."""
+    with pa.ipc.open_stream(data) as reader:
+        return reader.read_all()

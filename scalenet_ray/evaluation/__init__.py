@@ -1,0 +1,1 @@
+"""Figures of merit of detections: AP, error kinds, comparison of policies."""

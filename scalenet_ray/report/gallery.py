@@ -1,0 +1,260 @@
+"""The pictures of a run, as a page can hold them: photographs, what was seen in them, windows and boxes.
+
+The photographs and the looks are made again, for these few images alone; boxes are the run's own. A task of the engine
+does it, so that a cluster's files and networks are at hand.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from scalenet_ray.core.detections import SHOWN_SCORE, Detections
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.inference import Networks, asks_detector
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.recursion import Looked, look_through, planning_weights
+from scalenet_ray.data.coco import CocoDataset, ImageRecord, OpenImage, objects_of, read_annotations
+from scalenet_ray.evaluation.compare import SMALL_AREA, are_new
+from scalenet_ray.evaluation.tide import KINDS, explain
+from scalenet_ray.runs.analysis import whole_passes
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.results import detections_by_image
+
+__all__ = [
+    "PictureTask",
+    "choose_pictures",
+]
+
+_LONGER_SIDE = 960
+
+
+_JPEG_QUALITY = 82
+
+
+_MOST_BYTES = 10_000_000
+
+
+_MOST_BOXES = 80
+
+
+_MAP_SIDE = 96
+
+
+_SEEN_COLOUR = (230, 159, 0)
+"""Okabe and Ito's orange, as the page draws what a closer look brought."""
+
+
+_ByImage = Mapping[int, Detections]
+
+
+def choose_pictures(rows: Sequence[Mapping[str, Any]], policy: str, count: int) -> dict[int, str]:
+    """Which images are worth a look: a third that gained most, a third that lost most, the others drawn by chance.
+
+    Args:
+        rows: "images" of `analyse_run` or `analyse_detections`.
+        policy: the policy by which they gain or lose.
+        count: the most pictures.
+
+    Returns:
+        image id -> "gained", "lost" or "random", in this order.
+    """
+
+    def change(row: Mapping[str, Any]) -> int:
+        """Objects gained less those lost."""
+        _, gained, lost = row["by"][policy]
+        return (gained or 0) - (lost or 0)
+
+    share = max(1, count // 3)
+    by_change = sorted(rows, key=lambda row: -change(row))
+    chosen = {row["id"]: "gained" for row in by_change[:share] if change(row) > 0}
+    by_loss = sorted(rows, key=lambda row: -(row["by"][policy][2] or 0))
+    chosen |= {row["id"]: "lost" for row in by_loss[:share] if row["by"][policy][2] and row["id"] not in chosen}
+    left = [row["id"] for row in rows if row["id"] not in chosen]
+    chosen |= dict.fromkeys(random.Random(0).sample(left, min(len(left), max(0, count - len(chosen)))), "random")
+    return dict(list(chosen.items())[:count])
+
+
+@dataclass(frozen=True)
+class PictureTask:
+    """All that is needed to make the pictures of a run anywhere.
+
+    Attributes:
+        run_uri: the run folder.
+        policies: with how each one's networks are made.
+        open_image: how an image is read.
+        annotations: address of the instances file; None without ground truth.
+        compared_with: the policy that the others' boxes are new to; None where a policy is compared with its own pass
+            over the whole image.
+    """
+
+    run_uri: str
+    policies: Sequence[tuple[Policy, Networks]]
+    open_image: OpenImage
+    annotations: str | None = None
+    compared_with: str | None = None
+
+    def __call__(self, chosen: Sequence[tuple[ImageRecord, str]]) -> list[dict[str, Any]]:
+        """Make them; an image that cannot be read is left out, and so are those past ten megabytes in all.
+
+        Args:
+            chosen: images with their group.
+
+        Returns:
+            For each picture "id", "file", "group", "width", "height" (image pixels), "photo" (data URI), "truth": [x0,
+            y0, x1, y1, label, whether small, whether a crowd] each, "boxes": policy -> [x0, y0, x1, y1, score, label,
+            depth, kind, whether new] each, "before": policy -> the boxes that it is compared with, None where there is
+            nothing to compare with, and "looks": policy -> "windows" [x0, y0, x1, y1, depth] and "map" (data URI or
+            None).
+        """
+        dataset = None if self.annotations is None else read_annotations(self.annotations)
+        ids = {record.image_id for record, _ in chosen}
+        boxes, before = self._boxes(ids), self._before(ids)
+        pictures: list[dict[str, Any]] = []
+        opened: list[np.ndarray] = []
+        left = _MOST_BYTES
+        for record, group in chosen:
+            try:
+                image = self.open_image(record)
+            except TileError:
+                continue
+            photo = _photo(image)
+            left -= len(photo)
+            if left < 0:
+                break
+            opened.append(image)
+            pictures.append(
+                {
+                    "id": record.image_id,
+                    "file": record.file_name,
+                    "group": group,
+                    "height": image.shape[0],
+                    "width": image.shape[1],
+                    "photo": photo,
+                    "truth": _truth(dataset, record.image_id),
+                    **_all_box_rows(boxes, before, dataset, record.image_id),
+                    "looks": {},
+                }
+            )
+        for policy, networks in self.policies:
+            self._look(policy, networks, opened, pictures)
+        return pictures
+
+    def _boxes(self, ids: set[int]) -> dict[str, _ByImage]:
+        """Policy -> the detections of each of some images; an image without any has none."""
+        run = RunFolder(self.run_uri)
+        return {
+            policy.name: dict.fromkeys(ids, Detections.empty())
+            | {each: found for each, found in detections_by_image(run, policy.name) if each in ids}
+            for policy, _ in self.policies
+        }
+
+    def _before(self, ids: set[int]) -> dict[str, _ByImage]:
+        """Policy -> what it is compared with, of each of some images; an image with nothing to compare is left out."""
+        if self.compared_with is not None:
+            base = self._boxes(ids)[self.compared_with]
+            return {policy.name: base for policy, _ in self.policies}
+        run = RunFolder(self.run_uri)
+        return {
+            policy.name: {each: found for each, found in whole_passes(run, policy.name) if each in ids}
+            for policy, _ in self.policies
+        }
+
+    def _look(
+        self, policy: Policy, networks: Networks, images: Sequence[np.ndarray], pictures: Sequence[dict[str, Any]]
+    ) -> None:
+        needs_map = policy.looks and policy.kind != "first-pass"
+        predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
+        detect = networks.detect() if asks_detector(policy, predict_scale) else None
+        for image, picture in zip(images, pictures, strict=True):
+            looked = look_through(image, picture["id"], policy, detect=detect, predict_scale=predict_scale)
+            picture["looks"][policy.name] = _look_rows(looked, policy)
+
+
+def _truth(dataset: CocoDataset | None, image_id: int) -> list[list[Any]]:
+    if dataset is None:
+        return []
+    objects = objects_of(dataset, image_id)
+    columns = zip(
+        objects.boxes.tolist(), objects.labels.tolist(), objects.areas.tolist(), objects.crowd.tolist(), strict=True
+    )
+    return [[*_rounded(box), label, int(area < SMALL_AREA), int(crowd)] for box, label, area, crowd in columns]
+
+
+def _rounded(box: Sequence[float]) -> list[float]:
+    return [round(value, 1) for value in box]
+
+
+def _all_box_rows(
+    boxes: Mapping[str, _ByImage], before: Mapping[str, _ByImage], dataset: CocoDataset | None, image_id: int
+) -> dict[str, Any]:
+    """What one picture holds as "boxes" and "before"."""
+    rows: dict[str, dict[str, Any]] = {"boxes": {}, "before": {}}
+    for name, by_image in boxes.items():
+        found, known = by_image[image_id], before[name].get(image_id)
+        new = np.zeros(len(found), bool)
+        rows["before"][name] = None
+        if known is not None:
+            known = known[known.scores >= SHOWN_SCORE]
+            new = are_new(found, known)
+            rows["before"][name] = _box_rows(known, np.zeros(len(known), bool), dataset, image_id)
+        rows["boxes"][name] = _box_rows(found, new, dataset, image_id)
+    return rows
+
+
+def _box_rows(found: Detections, new: np.ndarray, dataset: CocoDataset | None, image_id: int) -> list[list[Any]]:
+    """The shown boxes of one image, the best first; new: [N] bool; kind is "" without ground truth."""
+    kinds = [""] * len(found)
+    if dataset is not None:
+        explained = explain(found, objects_of(dataset, image_id))
+        for row, kind in zip(explained.kept, explained.kinds, strict=True):
+            kinds[row] = KINDS[kind]
+    shown = [i for i in np.argsort(-found.scores, kind="stable") if found.scores[i] >= SHOWN_SCORE][:_MOST_BOXES]
+    return [
+        [
+            *_rounded(found.boxes[i].tolist()),
+            round(float(found.scores[i]), 2),
+            int(found.labels[i]),
+            int(found.depth[i]),
+            kinds[i],
+            int(new[i]),
+        ]
+        for i in shown
+    ]
+
+
+def _look_rows(looked: Sequence[Looked], policy: Policy) -> dict[str, Any]:
+    """The windows, and what the cells of the whole image's map counted for, as an overlay. Its tile is the first."""
+    windows = [[*one.tile.window.xyxy, one.tile.depth] for one in looked[1:]]
+    whole, seen = looked[0]
+    return {"windows": windows, "map": None if seen is None else _overlay(planning_weights(whole, seen, policy))}
+
+
+def _overlay(weights: np.ndarray) -> str:
+    """[h, w] weights in [0, 1] as a picture of one colour, opaque where they are 1."""
+    alpha = np.rint(255 * weights).astype(np.uint8)
+    colour = np.broadcast_to(np.array(_SEEN_COLOUR, np.uint8), (*alpha.shape, 3))
+    image = Image.fromarray(np.dstack([colour, alpha]))
+    image.thumbnail((_MAP_SIDE, _MAP_SIDE))
+    sink = io.BytesIO()
+    image.save(sink, "PNG", optimize=True)
+    return _data_uri("image/png", sink.getvalue())
+
+
+def _photo(image: np.ndarray) -> str:
+    photo = Image.fromarray(image)
+    photo.thumbnail((_LONGER_SIDE, _LONGER_SIDE), Image.Resampling.LANCZOS)
+    sink = io.BytesIO()
+    photo.save(sink, "JPEG", quality=_JPEG_QUALITY)
+    return _data_uri("image/jpeg", sink.getvalue())
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

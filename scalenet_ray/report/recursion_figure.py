@@ -1,0 +1,182 @@
+"""The picture of a recursion (the paper's Figures 1 and 2): photograph, scale maps, windows, boxes before and after."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.recursion import Step, planning_weights
+from scalenet_ray.evaluation.compare import are_new
+from scalenet_ray.report.charts import drawing
+
+__all__ = [
+    "NEW",
+    "SEEN",
+    "draw_boxes",
+    "draw_look",
+    "picture_bytes",
+    "recursion_figure",
+]
+
+# Okabe and Ito's palette: apart for colour-blind readers too.
+SEEN, NEW = "#56b4e9", "#e69f00"
+"""The colours of boxes that the whole image alone gave, and of those that came with the recursion."""
+
+
+_HEAT = np.array([230, 159, 0], np.float32)
+
+
+_DIMMED = 0.35
+
+
+_MOST_PIXELS_ALONG = 1200
+
+
+_PANEL_INCHES = 4.2
+
+
+def draw_look(axes: Axes, image: np.ndarray, steps: Sequence[Step], policy: Policy) -> None:
+    """The image, dark but where cells of some steps' maps counted for their windows, with the windows that were asked.
+
+    Args:
+        axes: where to.
+        image: [h, w, 3] uint8 RGB.
+        steps: of one depth.
+        policy: what they followed.
+    """
+    shown = image.astype(np.float32) * _DIMMED
+    for step in steps:
+        if step.scale_map is None:
+            continue
+        window = step.tile.window
+        weights = planning_weights(step.tile, step.scale_map, policy)
+        heat = cv2.resize(weights, (window.width, window.height))[..., None]
+        rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
+        shown[rows, columns] = shown[rows, columns] * (1 - heat) + _HEAT * heat
+    _draw_image(axes, np.clip(shown, 0, 255).astype(np.uint8))
+    for step in steps:
+        for child in step.children:
+            _rectangle(axes, child.window.xyxy, "white", 2.0)
+
+
+def draw_boxes(
+    axes: Axes,
+    image: np.ndarray,
+    found: Detections,
+    colours: Sequence[str],
+    *,
+    texts: Sequence[str] = (),
+    line_width: float = 1.5,
+    text_size: float = 7.0,
+) -> None:
+    """The image with boxes on it.
+
+    Args:
+        axes: where to.
+        image: [h, w, 3] uint8 RGB.
+        found: N detections in image pixels.
+        colours: of each box.
+        texts: what stands over each box; () for nothing.
+        line_width: of boxes, in points.
+        text_size: in points.
+    """
+    _draw_image(axes, image)
+    for box, colour in zip(found.boxes.tolist(), colours, strict=True):
+        _rectangle(axes, box, colour, line_width)
+    for box, text, colour in zip(found.boxes.tolist(), texts, colours, strict=False):
+        label = {"facecolor": colour, "edgecolor": "none", "pad": 1.0, "alpha": 0.9}
+        # What a file's author called a category is text, and no formula.
+        axes.text(box[0], box[1], text, fontsize=text_size, va="bottom", bbox=label, clip_on=True, parse_math=False)
+
+
+def _draw_image(axes: Axes, image: np.ndarray) -> None:
+    height, width = image.shape[:2]
+    shrink = max(1.0, max(height, width) / _MOST_PIXELS_ALONG)
+    size = (max(1, round(width / shrink)), max(1, round(height / shrink)))
+    shown = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if shrink > 1.0 else image
+    axes.imshow(shown, extent=(0, width, height, 0), interpolation="bicubic")
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.set_axis_off()
+
+
+def _rectangle(axes: Axes, xyxy: Sequence[float], colour: str, line_width: float) -> None:
+    x0, y0, x1, y1 = xyxy
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=line_width))
+
+
+def recursion_figure(
+    image: np.ndarray,
+    steps: Sequence[Step],
+    policy: Policy,
+    before: Detections,
+    after: Detections,
+    names: Mapping[int, str] | None = None,
+) -> Figure:
+    """The whole picture, side by side: the photograph, a look at each depth, the boxes before, and those after.
+
+    Args:
+        image: [h, w, 3] uint8 RGB.
+        steps: all steps of the recursion (`recursive_detect`'s observer).
+        policy: what they followed.
+        before: what is found in the whole image alone, in image pixels.
+        after: what is found with the recursion; what is new has another colour.
+        names: category id -> what is written over a box; None for no text.
+    """
+    depths = sorted({step.tile.depth for step in steps if step.scale_map is not None or step.children})
+    count = len(depths) + 3
+    aspect = image.shape[0] / image.shape[1]
+    rows = 1 if count <= 4 else 2
+    columns = -(-count // rows)
+    with drawing(_PANEL_INCHES * columns, (_PANEL_INCHES * aspect + 0.4) * rows) as figure:
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for axes in panels:
+            axes.set_axis_off()
+        _draw_image(panels[0], image)
+        panels[0].set_title(f"{image.shape[1]} x {image.shape[0]} pixels")
+        for axes, depth in zip(panels[1:], depths, strict=False):
+            at_depth = [step for step in steps if step.tile.depth == depth]
+            draw_look(axes, image, at_depth, policy)
+            asked = sum(len(step.children) for step in at_depth)
+            axes.set_title(f"depth {depth}: {asked} window{'' if asked == 1 else 's'} asked for")
+        new = are_new(after, before)
+        labels = {name: _labels(found, names) for name, found in (("before", before), ("after", after))}
+        draw_boxes(panels[count - 2], image, before, [SEEN] * len(before), texts=labels["before"])
+        panels[count - 2].set_title(f"the whole image alone: {len(before)} found")
+        colours = [NEW if one else SEEN for one in new.tolist()]
+        draw_boxes(panels[count - 1], image, after, colours, texts=labels["after"])
+        panels[count - 1].set_title(f"with {policy.name}: {len(after)} found, {int(new.sum())} new")
+        return figure
+
+
+def _labels(found: Detections, names: Mapping[int, str] | None) -> list[str]:
+    return [] if names is None else [names[label] for label in found.labels.tolist()]
+
+
+def picture_bytes(figure: Figure, suffix: str, dots_per_inch: float = 110.0) -> bytes:
+    """A figure as a file's bytes.
+
+    Args:
+        figure: the figure.
+        suffix: png, svg or pdf, with or without its dot.
+        dots_per_inch: of a PNG.
+
+    Raises:
+        UserError: if it is another suffix.
+    """
+    kind = suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        msg = f"a picture is written as .png, .svg or .pdf, got {suffix!r}: name the output so"
+        raise UserError(msg)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=dots_per_inch, metadata={"CreationDate": None} if kind == "pdf" else None)
+    return drawn.getvalue()

@@ -1,0 +1,223 @@
+"""Tables of a run's page: policies, origin of the figures, failed images."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from scalenet_ray.report.html import section, table
+
+__all__ = [
+    "failures_section",
+    "is_known",
+    "origin_line",
+    "origin_section",
+    "policy_rows",
+    "reads_truth",
+    "winner_of",
+]
+
+_FIGURES = (
+    ("AP small", "AP_small", 1),
+    ("AP", "AP", 1),
+    ("AP50", "AP50", 1),
+    ("AP medium", "AP_medium", 1),
+    ("AP large", "AP_large", 1),
+    ("AR small", "AR_small", 1),
+    ("passes / image", "detector_passes_per_image", 2),
+    ("detector MP / image", "detector_megapixels_per_image", 2),
+    ("scale net MP / image", "scalenet_megapixels_per_image", 2),
+    ("tiles / image", "tiles_per_image", 2),
+    ("images / s", "images_per_second", 1),
+)
+
+
+def winner_of(policies: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The policy with the most AP_small that reads no ground truth; without figures the first; None of none.
+
+    Where all read the ground truth it is one of those: ask `reads_truth`.
+
+    Args:
+        policies: name -> its row of metrics.json.
+    """
+    honest = {name: row for name, row in policies.items() if not reads_truth(name, row)} or dict(policies)
+    return max(honest, key=lambda name: _known(honest[name].get("AP_small")), default=None)
+
+
+def reads_truth(name: str, row: Mapping[str, Any]) -> bool:
+    """Whether a policy reads the ground truth: by its kind, whatever its name.
+
+    Args:
+        name: the policy's; it decides where an older version noted no kind.
+        row: its row of metrics.json.
+    """
+    return row.get("kind", name) == "oracle"
+
+
+def is_known(value: float | None) -> bool:
+    """Whether a figure was measured: neither missing nor NaN."""
+    return value is not None and value == value
+
+
+def _known(value: float | None) -> float:
+    return value if value is not None and is_known(value) else -1.0
+
+
+def policy_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The titles of the columns, and the cells of each policy as HTML.
+
+    Args:
+        document: what metrics.json holds; columns that no policy has are left out. The best of a column is bold; one
+            that reads the ground truth says so, and is never the best.
+    """
+    policies: Mapping[str, Mapping[str, Any]] = document["policies"]
+    columns = [column for column in _FIGURES if any(column[1] in row for row in policies.values())]
+    best = {
+        key: max((_known(row.get(key)) for name, row in policies.items() if not reads_truth(name, row)), default=0.0)
+        for _, key, _ in columns
+        if key[0] == "A"
+    }
+    differences: Mapping[str, Any] = document.get("differences") or {}
+    widest = max(
+        (abs(_known(one["AP_small"][end])) for one in differences.values() for end in ("low", "high")), default=0.0
+    )
+    head = ["policy", *(title for title, _, _ in columns)]
+    if differences:
+        head.insert(2, f"AP small to {document['compared_with']}")
+    rows = []
+    for name, row in policies.items():
+        knows = reads_truth(name, row)
+        cells = [_cell(row.get(key), digits, None if knows else best.get(key)) for _, key, digits in columns]
+        if differences:
+            cells.insert(1, _interval(differences.get(name, {}).get("AP_small"), widest))
+        rows.append([html.escape(name) + (" <small>(reads the ground truth)</small>" if knows else ""), *cells])
+    return head, rows
+
+
+def _cell(value: float | None, digits: int, best: float | None) -> str:
+    if value is None or not is_known(value):
+        return "\N{EN DASH}"
+    text = f"{value:.{digits}f}"
+    return f"<b>{text}</b>" if best is not None and value == best else text
+
+
+def _interval(found: Mapping[str, float] | None, widest: float) -> str:
+    """A difference with its 95 % interval in words and as a bar around zero."""
+    if found is None or not all(is_known(found[end]) for end in ("low", "high")):
+        return "\N{EN DASH}"
+    scale = 46 / max(widest, 1e-9)
+    low, high, middle = (50 + scale * found[end] for end in ("low", "high", "difference"))
+    words = f"{found['difference']:+.1f} <small>[{found['low']:+.1f}, {found['high']:+.1f}]</small>"
+    return (
+        f'<span class="interval">{words}<svg viewBox="0 0 100 12" aria-hidden="true"><path class="zero" d="M50 0V12"/>'
+        f'<path class="range" d="M{low:.1f} 6H{high:.1f}"/><circle cx="{middle:.1f}" cy="6" r="3.4"/></svg></span>'
+    )
+
+
+_SETTINGS = (
+    ("data", "data"),
+    ("split", "split"),
+    ("images", "images"),
+    ("limit", "limit"),
+    ("detector", "detector"),
+    ("scale_net", "Scale Net"),
+    ("score_threshold", "score threshold"),
+    ("iou_threshold", "IoU threshold"),
+    ("mixed_precision", "mixed precision"),
+    ("max_image_megapixels", "largest image, megapixels"),
+)
+
+
+def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run, those of its networks among them."""
+    settings = dict(run.get("settings") or {})
+    return {**(settings.pop("networks", None) or {}), **settings}
+
+
+def origin_line(run: Mapping[str, Any] | None) -> str:
+    """What was run, in one line under a page's title; "" if it is not known."""
+    if not run:
+        return ""
+    settings = _settings(run)
+    parts = [str(settings[name]) for name in ("data", "split", "images", "detector") if settings.get(name)]
+    parts += [str(run["finished"])[:10]] if run.get("finished") else []
+    shown = " \N{MIDDLE DOT} ".join(html.escape(part) for part in parts)
+    return f'<p class="state origin">{shown} \N{MIDDLE DOT} <a href="#run">what was run</a></p>' if parts else ""
+
+
+def origin_section(run: Mapping[str, Any] | None) -> str:
+    """The section that says what was run.
+
+    Args:
+        run: what config.yaml holds, with "finished" (ISO date and time) and "resumed" (bool) besides; None if unknown.
+
+    Returns:
+        HTML; "" if it is not known.
+    """
+    if not run:
+        return ""
+    settings = _settings(run)
+    facts = [(title, settings[name]) for name, title in _SETTINGS if settings.get(name) not in (None, "", False)]
+    facts += [("begun", run["begun"])] if run.get("begun") else []
+    facts += [("finished", run["finished"])] if run.get("finished") else []
+    facts += [("resumed", "yes, in this run folder" if run["resumed"] else "no")] if "resumed" in run else []
+    facts += [("command", run["command"])] if run.get("command") else []
+    facts += [(title, _in_words(run.get(name))) for name, title in (("workers", "workers"), ("versions", "versions"))]
+    rows = "".join(
+        f"<div><dt>{html.escape(title)}</dt><dd>{html.escape(str(value))}</dd></div>" for title, value in facts if value
+    )
+    policies = yaml.safe_dump(settings.get("policies") or [], sort_keys=False)
+    more = (
+        f"<details><summary>Settings of the policies</summary><pre>{html.escape(policies)}</pre></details>"
+        if settings.get("policies")
+        else ""
+    )
+    return section("run", "What was run", "", f'<dl class="origin">{rows}</dl>{more}')
+
+
+def _in_words(values: Mapping[str, Any] | None) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (values or {}).items() if value is not None)
+
+
+def failures_section(failures: Mapping[str, Any] | None) -> str:
+    """The section of the images that were given up.
+
+    Args:
+        failures: "total" (images), "reasons": "stage", "reason", "count" and "example" each, and "rows": the first of
+            them, "file", "stage", "reason" and "policies" each; None if not known.
+
+    Returns:
+        HTML; "" if there are none.
+    """
+    if not failures or not failures["total"]:
+        return ""
+    reasons = [
+        [html.escape(str(one["reason"])), html.escape(str(one["stage"])), str(one["count"])]
+        for one in failures["reasons"]
+    ]
+    rows: Sequence[Mapping[str, Any]] = failures["rows"]
+    several = len({name for row in rows for name in row["policies"]}) > 1
+    listed = [
+        [
+            html.escape(str(row["file"])),
+            html.escape(str(row["stage"])),
+            html.escape(str(row["reason"])),
+            *([html.escape(", ".join(row["policies"]))] if several else []),
+        ]
+        for row in rows
+    ]
+    total = failures["total"]
+    shown = f"The first {len(rows)} of {failures['listed']}" if len(rows) < failures["listed"] else "Each of them"
+    head = ["file", "stage", "reason", *(["policies"] if several else [])]
+    return section(
+        "failures",
+        "Images given up",
+        f"{total} image{'' if total == 1 else 's'} could not be worked on, and nothing of them counts as found. "
+        "failures.parquet in the run folder holds them all.",
+        f'<div class="words-table">{table("Failures by reason", ["reason", "stage", "how many"], reasons)}</div>',
+        f'<details class="list"><summary>{shown}</summary>'
+        f'<div class="words-table">{table("Failures", head, listed)}</div></details>',
+    )

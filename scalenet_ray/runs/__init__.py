@@ -1,0 +1,1 @@
+"""Run folders: settings, results, figures and export of a batch run; no Ray."""

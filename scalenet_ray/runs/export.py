@@ -1,0 +1,271 @@
+"""A run folder's detections in other tools' formats."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from scalenet_ray.core.detections import ImageResult
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.data import storage
+from scalenet_ray.data.coco import images_and_categories, safe_file_name, to_results, write_results
+from scalenet_ray.data.formats import SUPERVISION_COLUMNS, fiftyone_objects, supervision_rows, yolo_lines
+from scalenet_ray.data.schemas import DETECTIONS, detections_table
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.results import FinishedImage, finished_images
+
+__all__ = [
+    "EXPORT_FORMATS",
+    "ExportFormat",
+    "Exported",
+    "export_run",
+]
+
+ExportFormat = Literal["coco", "parquet", "yolo", "supervision", "fiftyone"]
+
+
+EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
+"""What `export_run` writes."""
+
+
+_PLACES = {
+    "coco": "{}.coco.json",
+    "parquet": "{}.parquet",
+    "yolo": "{}.yolo",
+    "supervision": "{}.supervision.csv",
+    "fiftyone": "{}.fiftyone",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        policy: whose detections.
+        images: how many images they are of, those in which nothing was found included.
+        detections: how many.
+        failed: images that the run gave up; they are left out.
+        uri: the file or folder.
+    """
+
+    policy: str
+    images: int
+    detections: int
+    failed: int
+    uri: str
+
+    def __str__(self) -> str:
+        """One line for the terminal."""
+        lost = f"; {self.failed} images that failed are left out" if self.failed else ""
+        return f"{self.detections} detections of {self.policy} in {self.images} images, in {self.uri}{lost}"
+
+
+class _Source(NamedTuple):
+    """What a writer needs: the images, one after the other, and the categories' names by id."""
+
+    images: Iterator[FinishedImage]
+    names: dict[int, str]
+
+    @property
+    def positions(self) -> dict[int, int]:
+        """Category id -> its position among the ids, from 0: formats without ids count so."""
+        return {category_id: i for i, category_id in enumerate(sorted(self.names))}
+
+    @property
+    def classes(self) -> list[str]:
+        """The names in that order."""
+        return [self.names[category_id] for category_id in sorted(self.names)]
+
+
+def export_run(
+    run_uri: str,
+    to: ExportFormat,
+    policy: str | None = None,
+    output: str | None = None,
+    score_threshold: float = 0.0,
+) -> Exported:
+    """Write one policy's detections of a run in another tool's format.
+
+    Args:
+        run_uri: the run folder of `eval_coco` or `detect`, local or s3://; it need not be finished.
+        to: the format.
+        policy: whose detections; None for the run's first policy.
+        output: a file, or a folder for yolo and fiftyone; None for one under `exports/` in the run folder.
+        score_threshold: detections that score less are left out.
+
+    Raises:
+        FileNotFoundError: if there is no such run.
+        FileExistsError: if a folder to write into has label files already.
+        UserError: if the run has no such policy, or does not say its categories' names, or two images would share one
+            label file.
+    """
+    if to not in EXPORT_FORMATS:
+        msg = f"the format must be one of {', '.join(EXPORT_FORMATS)}, got {to!r}"
+        raise UserError(msg)
+    run = RunFolder(run_uri)
+    settings = _settings(run)
+    named = [one["name"] for one in settings["policies"]]
+    name = str(named[0]) if policy is None else policy
+    if name not in named:
+        msg = f"--policy must be one of the run's, {', '.join(named)}, got {name!r}"
+        raise UserError(msg)
+    uri = output or storage.join(run_uri, "exports", _PLACES[to].format(name))
+    counts = {"images": 0, "detections": 0}
+
+    def images() -> Iterator[FinishedImage]:
+        """The images with what scores enough, counted as they pass."""
+        for image in finished_images(run, name):
+            kept = image.detections[image.detections.scores >= score_threshold]
+            counts["images"] += 1
+            counts["detections"] += len(kept)
+            yield image._replace(detections=kept)
+
+    _WRITERS[to](_Source(images(), _category_names(run, settings)), uri, name)
+    done = run.table("images", name, ["image_id"]).num_rows
+    return Exported(name, counts["images"], counts["detections"], done - counts["images"], uri)
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    if not storage.exists(storage.join(run.uri, "config.yaml")):
+        msg = f"{run.uri} must be a run folder, got no config.yaml in it: check the path"
+        raise FileNotFoundError(msg)
+    settings = run.config()["settings"]
+    if not settings.get("policies"):
+        msg = f"{run.uri} must be a run of eval_coco or detect, got one without policies: name another run folder"
+        raise UserError(msg)
+    return settings
+
+
+def _category_names(run: RunFolder, settings: dict[str, Any]) -> dict[int, str]:
+    """Category id -> name: a detection run says them at its end, an evaluation's are its annotations'."""
+    if "data" in settings:
+        annotations = storage.join(settings["data"], "annotations", f"instances_{settings['split']}.json")
+        return images_and_categories(annotations)[1]
+    metrics = storage.join(run.uri, "metrics.json")
+    if not storage.exists(metrics):
+        msg = f"{run.uri} must be finished, got no metrics.json, which names the categories: finish it with --resume"
+        raise UserError(msg)
+    return {int(key): name for key, name in json.loads(storage.read_bytes(metrics))["categories"].items()}
+
+
+# --- writers ----------------------------------------------------------------------------------------
+
+
+def _write_coco(source: _Source, uri: str, policy: str) -> None:
+    del policy
+    write_results(
+        uri, (row for image in source.images for row in to_results(image.image_id, image.detections, image.hw))
+    )
+
+
+def _write_parquet(source: _Source, uri: str, policy: str) -> None:
+    """Schema DETECTIONS, and each row's category and file by name."""
+    schema = DETECTIONS.append(pa.field("category", pa.string())).append(pa.field("file", pa.string()))
+    with storage.atomic_writer(uri) as handle, pq.ParquetWriter(handle, schema) as writer:
+        for images in _in_lots(source.images):
+            rows = detections_table([_as_result(image) for image in images], policy)
+            files = np.repeat([image.file for image in images], [len(image.detections) for image in images])
+            categories = [source.names[label] for label in rows.column("category_id").to_pylist()]
+            columns = [*rows.columns, pa.array(categories, pa.string()), pa.array(files.tolist(), pa.string())]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _in_lots(images: Iterator[FinishedImage], count: int = 256) -> Iterator[list[FinishedImage]]:
+    lot: list[FinishedImage] = []
+    for image in images:
+        lot.append(image)
+        if len(lot) == count:
+            yield lot
+            lot = []
+    if lot:
+        yield lot
+
+
+def _as_result(image: FinishedImage) -> ImageResult:
+    return ImageResult(image.image_id, image.detections, None, 0, 0, 0, 0.0, {}, image.hw)
+
+
+def _write_supervision(source: _Source, uri: str, policy: str) -> None:
+    """The table that supervision's CSVSink writes, with the image's id and file as custom columns."""
+    del policy
+    with storage.atomic_writer(uri) as handle:
+        text = io.TextIOWrapper(handle, "utf-8", newline="")
+        writer = csv.writer(text)
+        writer.writerow([*SUPERVISION_COLUMNS, "image_id", "file"])
+        for image in source.images:
+            writer.writerows(
+                [(*row, image.image_id, image.file) for row in supervision_rows(image.detections, source.names)]
+            )
+        text.flush()
+        text.detach()
+
+
+def _write_yolo(source: _Source, uri: str, policy: str) -> None:
+    """labels/NAME.txt for every image, empty where nothing was found; classes.txt and data.yaml."""
+    del policy
+    _refuse_old_labels(storage.join(uri, "labels"))
+    for stem, image in _by_stem(list(source.images)):
+        lines = yolo_lines(image.detections, image.hw, source.positions)
+        text = "".join(f"{line}\n" for line in lines)
+        storage.write_bytes_atomic(storage.join(uri, "labels", f"{stem}.txt"), text.encode())
+    storage.write_bytes_atomic(storage.join(uri, "classes.txt"), "".join(f"{n}\n" for n in source.classes).encode())
+    content = {"path": ".", "train": "images", "val": "images", "nc": len(source.names), "names": source.classes}
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    storage.write_bytes_atomic(storage.join(uri, "data.yaml"), text.encode())
+
+
+def _refuse_old_labels(folder: str) -> None:
+    if storage.exists(folder) and storage.list_files(folder):
+        msg = f"{folder} holds label files already: remove them, or name another --output"
+        raise FileExistsError(msg)
+
+
+def _write_fiftyone(source: _Source, uri: str, policy: str) -> None:
+    """labels.json as a FiftyOneImageDetectionDataset has it; the images stay where they are (its data_path)."""
+    del policy
+    labels = {
+        stem: fiftyone_objects(image.detections, image.hw, source.positions)
+        for stem, image in _by_stem(list(source.images))
+    }
+    text = json.dumps({"classes": source.classes, "labels": labels}, allow_nan=False)
+    storage.write_bytes_atomic(storage.join(uri, "labels.json"), text.encode())
+
+
+def _by_stem(images: Sequence[FinishedImage]) -> Iterator[tuple[str, FinishedImage]]:
+    """Each image with its file's path below the images' folder, without its suffix: what label files are named by.
+
+    Raises:
+        UserError: if two images have the same.
+    """
+    files = [image.file for image in images]
+    if files and all(file.startswith("/") or "://" in file for file in files):
+        # Listed by their addresses: what all of them share is the images' folder.
+        shared = posixpath.commonprefix([file.rpartition("/")[0] + "/" for file in files]).rpartition("/")[0]
+        files = [file[len(shared) :].lstrip("/") for file in files]
+    stems = [posixpath.splitext(safe_file_name(file))[0] for file in files]
+    twice = [stem for stem, count in Counter(stems).items() if count > 1]
+    if twice:
+        msg = f"two images would share the label file {twice[0]}: give them names that differ before the suffix"
+        raise UserError(msg)
+    yield from zip(stems, images, strict=True)
+
+
+_WRITERS: dict[str, Callable[[_Source, str, str], None]] = {
+    "coco": _write_coco,
+    "parquet": _write_parquet,
+    "yolo": _write_yolo,
+    "supervision": _write_supervision,
+    "fiftyone": _write_fiftyone,
+}

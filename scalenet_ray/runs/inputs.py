@@ -1,0 +1,199 @@
+"""What a run works on, as its folder remembers it: images keep their ids, and other annotations are refused.
+
+    inputs.parquet        the images that the run was ever given (schema INPUTS), and which of them count now
+    annotations.parquet   of a data set with ground truth: its categories, and a digest of each annotation
+
+Images that are listed have no ids of their own: they are known by their files. On resuming, a file that the run knows
+keeps its id, whatever was added or removed meanwhile; another one gets an id above all that were used.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import zlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+import pyarrow as pa
+
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.data import storage
+from scalenet_ray.data.coco import ImageRecord, read_annotations
+from scalenet_ray.runs.folder import INPUTS, RunFolder
+
+__all__ = [
+    "annotation_digests",
+    "check_ground_truth",
+    "keep_image_ids",
+]
+
+_FOLDER = b"folder"
+
+
+_CATEGORIES = b"categories"
+
+
+# --- images that are listed -------------------------------------------------------------------------
+
+
+def keep_image_ids(run: RunFolder, listed: Sequence[ImageRecord], images: str, policy: str) -> list[ImageRecord]:
+    """Number listed images as the run knows them, and note them in its folder.
+
+    Args:
+        run: the run folder, begun.
+        listed: the images as they are listed now, in order of their addresses, numbered from 1.
+        images: the folder, glob or file that they are listed from. If it is at another place by now, and no longer at
+            the one before, files are known by their paths below it.
+        policy: the run's, whose shards know the images of a run of an older version.
+
+    Returns:
+        The images with the ids that count, in order of them.
+    """
+    folder, table = _folder_of(images), run.inputs()
+    if table is None:
+        known = {file: image_id for image_id, file in run.finished(policy).items()}
+    else:
+        known = dict(zip(table.column("file").to_pylist(), table.column("image_id").to_pylist(), strict=True))
+        begun_in = _note(table, _FOLDER, f"{run.uri}/inputs.parquet")
+        if begun_in != folder and not storage.exists(begun_in):
+            known = {_moved(file, begun_in, folder): image_id for file, image_id in known.items()}
+    files = {image_id: file for file, image_id in known.items()}
+    in_place = all(
+        known.get(record.file_name, record.image_id) == record.image_id
+        and files.get(record.image_id, record.file_name) == record.file_name
+        for record in listed
+    )
+    # In a new run, or one of an older version whose folder is as it was, an image's place is its id.
+    if table is not None or not in_place:
+        unused = count(max(files, default=0) + 1)
+        ids = (known[record.file_name] if record.file_name in known else next(unused) for record in listed)
+        listed = [replace(record, image_id=image_id) for record, image_id in zip(listed, ids, strict=True)]
+    gone = known.keys() - {record.file_name for record in listed}
+    _write_inputs(run, listed, [ImageRecord(known[file], file) for file in gone], {_FOLDER: folder.encode()})
+    return sorted(listed, key=lambda record: record.image_id)
+
+
+def _folder_of(images: str) -> str:
+    """The absolute address of the folder that images are listed from."""
+    path = storage.local_path(images)
+    address = (images if path is None else path).rstrip("/")
+    marks = [at for mark in "*?[" if (at := address.find(mark)) >= 0]
+    if marks and not storage.exists(images):
+        return posixpath.dirname(address[: min(marks)])
+    return posixpath.dirname(address) if address.lower().endswith(".parquet") else address
+
+
+def _moved(file: str, before: str, after: str) -> str:
+    return f"{after}/{file.removeprefix(f'{before}/')}" if file.startswith(f"{before}/") else file
+
+
+def _write_inputs(
+    run: RunFolder, given: Iterable[ImageRecord], gone: Iterable[ImageRecord], metadata: Mapping[bytes, bytes]
+) -> None:
+    rows = [
+        {"image_id": one.image_id, "file": one.file_name, "height": one.height, "width": one.width, "counts": counts}
+        for records, counts in ((given, True), (gone, False))
+        for one in records
+    ]
+    table = pa.Table.from_pylist(rows, INPUTS).sort_by("image_id")
+    run.write_table("inputs.parquet", table.replace_schema_metadata(dict(metadata)))
+
+
+# --- data sets with ground truth --------------------------------------------------------------------
+
+
+def annotation_digests(annotations: str, image_ids: Collection[int]) -> pa.Table:
+    """A digest of each annotation of some images: 12 bytes an object, whatever it says.
+
+    Args:
+        annotations: address of the instances file; raises as `read_annotations` does.
+        image_ids: the images.
+
+    Returns:
+        "annotation_id" and "digest", in the file's order.
+    """
+    dataset = read_annotations(annotations)
+    rows = np.flatnonzero(np.isin(dataset.image_ids, list(image_ids)))
+    whole = np.stack([dataset.image_ids[rows], dataset.labels[rows], dataset.crowd[rows]], axis=1)
+    sizes = np.concatenate([dataset.boxes_xywh[rows], dataset.areas[rows, None]], axis=1)
+    digests = [
+        zlib.crc32(repr(dataset.segmentations[row]).encode(), zlib.crc32(numbers, zlib.crc32(size)))
+        for row, numbers, size in zip(rows.tolist(), whole, sizes, strict=True)
+    ]
+    return pa.table({"annotation_id": dataset.annotation_ids[rows], "digest": pa.array(digests, pa.uint32())})
+
+
+def check_ground_truth(
+    run: RunFolder, images: Sequence[ImageRecord], categories: Mapping[int, str], digests: pa.Table
+) -> None:
+    """Refuse to go on with a run on other images, categories or objects than it was begun with; note them in a new one.
+
+    A run of an older version has no note: it gets one now.
+
+    Args:
+        run: the run folder, begun.
+        images: the images that count.
+        categories: id -> name.
+        digests: of their annotations, from `annotation_digests`.
+
+    Raises:
+        UserError: it names one difference.
+    """
+    before, then = run.inputs(), run.read_table("annotations.parquet")
+    if before is None or then is None:
+        names = {_CATEGORIES: json.dumps(list(categories.items())).encode()}
+        run.write_table("annotations.parquet", digests.replace_schema_metadata(names))
+        _write_inputs(run, images, [], {})
+        return
+    difference = (
+        _category_that_differs(dict(json.loads(_note(then, _CATEGORIES, f"{run.uri}/annotations.parquet"))), categories)
+        or _image_that_differs(before, images)
+        or _annotation_that_differs(then, digests)
+    )
+    if difference:
+        msg = f"{run.uri} was begun with other annotations ({difference}): use the same, or another --output"
+        raise UserError(msg)
+
+
+def _note(table: pa.Table, name: bytes, uri: str) -> str:
+    """What a table of a run folder holds beside its rows."""
+    metadata = table.schema.metadata or {}
+    if name not in metadata:
+        msg = f"{uri} must be as a run wrote it, got one without {name.decode()}: give another --output"
+        raise UserError(msg)
+    return metadata[name].decode()
+
+
+def _category_that_differs(then: Mapping[int, str], now: Mapping[int, str]) -> str:
+    for key in sorted({*then, *now}):
+        before, after = (repr(names[key]) if key in names else "not there" for names in (then, now))
+        if before != after:
+            return f"category {key} was {before}, is {after}"
+    return ""
+
+
+def _image_that_differs(then: pa.Table, now: Sequence[ImageRecord]) -> str:
+    before = {row["image_id"]: (row["file"], row["height"], row["width"]) for row in then.to_pylist()}
+    after = {record.image_id: (record.file_name, record.height, record.width) for record in now}
+    for key in sorted({*before, *after}):
+        (file, *hw), (other, *other_hw) = (images.get(key, ("not there",)) for images in (before, after))
+        if file != other:
+            return f"image {key} was {file}, is {other}"
+        if hw != other_hw:
+            return f"image {key}, {file}, was annotated as (height, width) {tuple(hw)}, is as {tuple(other_hw)}"
+    return ""
+
+
+def _annotation_that_differs(then: pa.Table, now: pa.Table) -> str:
+    if then.num_rows != now.num_rows:
+        return f"annotation counts: {then.num_rows} then, {now.num_rows} now"
+    columns = zip(then.column("annotation_id").to_pylist(), then.column("digest").to_pylist(), strict=True)
+    before = dict(columns)
+    for key, digest in zip(now.column("annotation_id").to_pylist(), now.column("digest").to_pylist(), strict=True):
+        if before.get(key) != digest:
+            what = "is another one: its image, category, box, area, crowd or segmentation changed"
+            return f"annotation {key} {what if key in before else 'is new'}"
+    return ""

@@ -1,0 +1,64 @@
+"""The whole job in one process, image after image: for small jobs, notebooks, and as the measure of the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+
+from scalenet_ray.core.detections import Failure, ImageResult, TileResult
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.merge import merge_image
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.recursion import recursive_detect
+from scalenet_ray.core.timing import timed
+from scalenet_ray.data.coco import ImageRecord, OpenImage
+
+__all__ = [
+    "LocalStream",
+]
+
+
+class LocalStream:
+    """`ImageStream` without Ray: `recursive_detect` on one image after the other.
+
+    Args:
+        images: the images.
+        policy: the policy.
+        networks: how the networks are made.
+        open_image: how an image is read.
+    """
+
+    def __init__(
+        self, images: Sequence[ImageRecord], policy: Policy, networks: Networks, open_image: OpenImage
+    ) -> None:
+        self._images = images
+        self._policy = policy
+        self._networks = networks
+        self._open_image = open_image
+        self._began: float | None = None
+
+    def __iter__(self) -> Iterator[ImageResult]:
+        """Yields each image once, in order."""
+        policy = self._policy
+        detect = self._networks.detect()
+        needs_map = policy.looks and policy.kind != "first-pass"
+        predict_scale = self._networks.predict_scale() if needs_map and self._networks.predict_scale else None
+        for record in self._images:
+            self._began = self._began or time.monotonic()
+            try:
+                with timed("decode"):
+                    image = self._open_image(record)
+            except TileError as error:
+                failed = TileResult(record.image_id, (), Fraction(1), failure=Failure("read", error.reason))
+                yield merge_image([failed], policy.merging)
+                continue
+            yield recursive_detect(image, record.image_id, policy, detect=detect, predict_scale=predict_scale)
+
+    def commit(self, image_ids: Iterable[int]) -> None:
+        """Nothing is remembered, so there is nothing to forget."""
+
+    def seconds_at_work(self) -> float:
+        """Seconds since the first image was begun to be read; 0 before."""
+        return 0.0 if self._began is None else time.monotonic() - self._began

@@ -1,0 +1,131 @@
+"""COCO results, figures, cost and failure counts of a finished run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from scalenet_ray.data import storage
+from scalenet_ray.data.coco import read_annotations, to_results, write_results
+from scalenet_ray.evaluation.ap import evaluate
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.results import finished_images
+
+__all__ = [
+    "coco_results",
+    "evaluate_policy",
+    "failure_counts",
+    "policy_cost",
+    "write_policy_results",
+]
+
+
+def coco_results(run: RunFolder, policy: str) -> Iterator[dict[str, Any]]:
+    """The detections of one policy as COCO results, in order of image id, the best of an image first."""
+    for image in finished_images(run, policy):
+        yield from to_results(image.image_id, image.detections, image.hw)
+
+
+def write_policy_results(run_uri: str, policy: str, names: Sequence[str]) -> int:
+    """Write one policy's COCO results under each of `names` in the run folder.
+
+    Returns:
+        How many detections were written.
+    """
+    run = RunFolder(run_uri)
+    return max(write_results(storage.join(run_uri, name), coco_results(run, policy)) for name in names)
+
+
+def policy_cost(run: RunFolder, policy: str) -> dict[str, Any]:
+    """What one policy spent, from its finished images: means over the images that did not fail, and counts."""
+    counting = run.counting(policy)
+    guards: Counter[str] = Counter()
+    for part in run.parts("images", policy, ["image_id", "guards", "failure_stage"], counting):
+        for text in part.filter(pc.field("failure_stage").is_null()).column("guards").to_pylist():
+            guards.update(json.loads(text))
+    measured = ["tiles", "detector_passes", "detector_pixels", "scalenet_pixels"]
+    table = run.table("images", policy, ["image_id", "failure_stage", *measured])
+    done = table.filter(pc.field("failure_stage").is_null())
+
+    def mean(column: str, unit: float = 1.0) -> float:
+        """The mean of a column over finished images, in `unit`; 0 if there is none."""
+        values = done.column(column).to_numpy()
+        return float(values.mean() / unit) if len(values) else 0.0
+
+    return {
+        "tiles_per_image": mean("tiles"),
+        "detector_passes_per_image": mean("detector_passes"),
+        "detector_megapixels_per_image": mean("detector_pixels", 1e6),
+        "scalenet_megapixels_per_image": mean("scalenet_pixels", 1e6),
+        "seconds_by_stage": run.seconds_by_stage(policy),
+        "guards": dict(sorted(guards.items())),
+        "images_done": done.num_rows,
+        "images_failed": table.num_rows - done.num_rows,
+    }
+
+
+def evaluate_policy(
+    run_uri: str, policy: str, annotations: str, image_ids: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """COCO's figures of one policy.
+
+    Args:
+        run_uri: the run folder.
+        policy: the policy's name.
+        annotations: address of the instances file.
+        image_ids: the images that count; those that failed count as images in which nothing was found.
+
+    Returns:
+        iou type -> figure -> percent: "bbox", and "segm" where all detections have masks.
+    """
+    run = RunFolder(run_uri)
+    dataset = read_annotations(annotations)
+    results = list(coco_results(run, policy))
+    kinds = ("bbox", "segm") if results and all("segmentation" in row for row in results) else ("bbox",)
+    return {kind: evaluate(dataset, results, iou_type=kind, image_ids=image_ids) for kind in kinds}
+
+
+_MOST_REASONS = 20
+
+
+_NAMED = re.compile(r"""(?P<quote>['"]).*?(?P=quote)|\S*/\S*[^\s:;,)]""")
+
+
+_NUMBER = re.compile(r"\d+(\.\d+)?")
+
+
+def failure_counts(failures: pa.Table) -> list[dict[str, Any]]:
+    """Failed images by stage and kind of reason.
+
+    Args:
+        failures: schema `FAILURES`.
+
+    Returns:
+        The most frequent first, 20 at most: "stage"; "reason", without the names and numbers by which those of one kind
+        differ; "count", of images, whatever the policy; "example", the file of one.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[tuple[str, str], str] = {}
+    seen: set[tuple[int, str, str]] = set()
+    columns = (failures.column(name).to_pylist() for name in ("image_id", "file", "stage", "reason"))
+    for image_id, file, stage, reason in zip(*columns, strict=True):
+        kind = (stage, _kind_of(reason, file))
+        if (image_id, *kind) not in seen:
+            seen.add((image_id, *kind))
+            counts[kind] += 1
+            examples.setdefault(kind, file)
+    return [
+        {"stage": stage, "reason": reason, "count": count, "example": examples[stage, reason]}
+        for (stage, reason), count in counts.most_common(_MOST_REASONS)
+    ]
+
+
+def _kind_of(reason: str, file: str) -> str:
+    """A reason without what names this one image: its file, other paths and quoted text, and numbers."""
+    return _NUMBER.sub("N", _NAMED.sub("...", reason.replace(file, "...")))

@@ -1,0 +1,1 @@
+"""The embedded sample: scenes, and the tiny detector that was trained on them."""

@@ -1,0 +1,378 @@
+"""A tiny detector for the embedded sample: anchor-free, three levels, under a million parameters.
+
+It stands for the frozen detectors that the package is made for: it knows large and middling objects and
+was never shown small ones, so that it misses them in the whole image and finds them in a zoomed window.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torchvision.ops import generalized_box_iou_loss
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.inference import Glimpse
+from scalenet_ray.core.merge import nms
+from scalenet_ray.models.devices import device_on_this_machine
+from scalenet_ray.models.padding import detect_by_canvas, square_canvas
+from scalenet_ray.models.scale_net import load_state, read_checkpoint
+from scalenet_ray.models.weights import save_weights
+
+__all__ = [
+    "LEVEL_BOUNDS",
+    "MIN_TRAINED_SIDE",
+    "STRIDES",
+    "Answers",
+    "Targets",
+    "TinyDetector",
+    "TinyNet",
+    "TinyNetConfig",
+    "assign_targets",
+    "cell_centres",
+    "detection_loss",
+    "pack_tiles",
+    "save_tiny_detector",
+]
+
+STRIDES = (8, 16, 32)
+
+
+LEVEL_BOUNDS = (48.0, 112.0)
+"""Longer sides, in tile pixels: an object under the first is found at stride 8, under the second at 16, else at 32."""
+
+
+MIN_TRAINED_SIDE = 16.0
+"""Objects with a longer side under this, in tile pixels, are neither right nor wrong in training."""
+
+
+CENTRE_RADIUS = 1.5
+"""Cells this many strides round an object's centre answer for it."""
+
+
+_FORMAT = "tiny_detector"
+
+
+_CANDIDATES, _MOST_DETECTIONS = 300, 100
+
+
+_FILL = 114.0
+
+
+_WIDTHS = (24, 32, 64, 96, 128)
+
+
+_NECK = 64
+
+
+@dataclass(frozen=True)
+class TinyNetConfig:
+    """All that is needed to build the detector.
+
+    Attributes:
+        category_ids: the ids that its classes stand for, in their order.
+        names: their names.
+        input_side: the longer side of a whole image's tile, in tile pixels.
+        iou_threshold: of its non-maximum suppression.
+    """
+
+    category_ids: tuple[int, ...]
+    names: tuple[str, ...]
+    input_side: int = 192
+    iou_threshold: float = 0.6
+
+
+def _block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class _Residual(nn.Module):
+    """Two 3x3 convolutions beside an identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = _block(channels, channels)
+        self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, h, w] -> the same shape."""
+        return functional.relu(x + self.second(self.first(x)))
+
+
+class Answers(NamedTuple):
+    """What each cell says. Cells are those of `cell_centres`: stride 8 first, each level row by row.
+
+    Attributes:
+        quality: [B, cells] logits: how well its box would fit an object.
+        classes: [B, cells, classes] logits: which object.
+        boxes: [B, cells, 4] xyxy, in canvas pixels.
+        levels: the neck's feature maps of strides 8, 16 and 32 that all this is read from, [B, 64, h, w] each.
+    """
+
+    quality: torch.Tensor
+    classes: torch.Tensor
+    boxes: torch.Tensor
+    levels: tuple[torch.Tensor, ...] = ()
+
+
+class TinyNet(nn.Module):
+    """Backbone, a top-down neck, and one head that all levels share."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        stem, quarter, *deep = _WIDTHS
+        self.stem = nn.Sequential(_block(3, stem, 2), _block(stem, quarter, 2), _block(quarter, quarter))
+        widths = (quarter, *deep)
+        self.stages = nn.ModuleList(
+            nn.Sequential(_block(before, width, 2), _Residual(width))
+            for before, width in zip(widths, deep, strict=False)
+        )
+        self.laterals = nn.ModuleList(nn.Conv2d(width, _NECK, 1) for width in deep)
+        self.tower = nn.Sequential(_block(_NECK, _NECK), _block(_NECK, _NECK))
+        self.quality = nn.Conv2d(_NECK, 1, 3, padding=1)
+        self.classes = nn.Conv2d(_NECK, classes, 3, padding=1)
+        self.sides = nn.Conv2d(_NECK, 4, 3, padding=1)
+        # Nearly everything is background: starting at 1 % keeps the first steps from being about nothing else.
+        nn.init.constant_(self.quality.bias, -4.6)  # type: ignore[arg-type]
+
+    def forward(self, images: torch.Tensor) -> Answers:
+        """[B, 3, S, S] in 0..255 -> what each cell says."""
+        x = self.stem((images - _FILL) / 64.0)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        top = None
+        levels = []
+        for lateral, feature in zip(reversed(self.laterals), reversed(features), strict=True):
+            merged = lateral(feature)
+            top = merged if top is None else merged + functional.interpolate(top, scale_factor=2.0)
+            levels.append(top)
+        levels.reverse()
+        quality, classes, sides = [], [], []
+        for stride, level in zip(STRIDES, levels, strict=True):
+            shared = self.tower(level)
+            quality.append(self.quality(shared).flatten(1))
+            classes.append(self.classes(shared).flatten(2).transpose(1, 2))
+            # Clamped so that a wild start can't overflow; e^4 strides are far beyond any tile.
+            sides.append(self.sides(shared).clamp(max=4.0).exp().flatten(2).transpose(1, 2) * stride)
+        centres, _ = cell_centres(images.shape[-1], images.device)
+        left_top, right_bottom = torch.cat(sides, dim=1).split(2, dim=2)
+        boxes = torch.cat([centres - left_top, centres + right_bottom], dim=2)
+        return Answers(torch.cat(quality, dim=1), torch.cat(classes, dim=1), boxes, tuple(levels))
+
+
+def cell_centres(side: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Centres [cells, 2] xy in canvas pixels and strides [cells] of all cells of a square canvas."""
+    centres, strides = [], []
+    for stride in STRIDES:
+        steps = (torch.arange(side // stride, device=device) + 0.5) * stride
+        y, x = torch.meshgrid(steps, steps, indexing="ij")
+        centres.append(torch.stack([x, y], dim=-1).reshape(-1, 2))
+        strides.append(torch.full((len(centres[-1]),), float(stride), device=device))
+    return torch.cat(centres), torch.cat(strides)
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What each cell should say.
+
+    Attributes:
+        labels: [B, cells] int64 class indices, -1 for background, -2 where any answer is fine.
+        boxes: [B, cells, 4] xyxy in canvas pixels, where there is an object.
+    """
+
+    labels: torch.Tensor
+    boxes: torch.Tensor
+
+
+def assign_targets(
+    boxes: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], ignored: Sequence[torch.Tensor], side: int
+) -> Targets:
+    """Give each object the cells round its centre on the level of its size.
+
+    Args:
+        boxes: B times [N, 4] float32 xyxy, in canvas pixels.
+        labels: B times [N] int64 class indices.
+        ignored: B times [N] bool; these and what is under MIN_TRAINED_SIDE blank out the cells in their boxes.
+        side: of the canvas, in pixels.
+    """
+    centres, strides = cell_centres(side)
+    all_labels = torch.full((len(boxes), len(centres)), -1, dtype=torch.int64)
+    all_boxes = torch.zeros((len(boxes), len(centres), 4))
+    for i in range(len(boxes)):
+        sizes = boxes[i][:, 2:] - boxes[i][:, :2]
+        longer = sizes.amax(dim=1)
+        blank = ignored[i] | (longer < MIN_TRAINED_SIDE)
+        # Largest first, so that a small object keeps its cells where two want the same.
+        for j in torch.argsort(-longer).tolist():
+            box = boxes[i][j]
+            if blank[j]:
+                near = (centres + strides[:, None] > box[:2]) & (centres - strides[:, None] < box[2:])
+                all_labels[i, near.all(dim=1) & (all_labels[i] < 0)] = -2
+                continue
+            level = sum(bool(longer[j] >= bound) for bound in LEVEL_BOUNDS)
+            offset = (centres - (box[:2] + box[2:]) / 2).abs().amax(dim=1)
+            inside = ((centres > box[:2]) & (centres < box[2:])).all(dim=1)
+            cells = inside & (offset < CENTRE_RADIUS * strides) & (strides == STRIDES[level])
+            all_labels[i, cells] = labels[i][j]
+            all_boxes[i, cells] = box
+    return Targets(all_labels, all_boxes)
+
+
+def _iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """[N, 4] and [N, 4] xyxy -> [N], each with its own."""
+    shared = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0)
+    areas = [(b[:, 2:] - b[:, :2]).prod(dim=1) for b in (boxes, others)]
+    return shared.prod(dim=1) / (areas[0] + areas[1] - shared.prod(dim=1)).clamp(min=1e-6)
+
+
+def detection_loss(answers: Answers, targets: Targets) -> torch.Tensor:
+    """Quality focal loss (Li et al., 2020) + cross-entropy of the class + 3 GIoU losses, an object cell each.
+
+    The quality that a cell is to tell is the IoU of the box that it gives, 0 where there is no object.
+    """
+    found = targets.labels >= 0
+    count = found.sum().clamp(min=1)
+    boxes, wanted = answers.boxes[found], targets.boxes[found]
+    box_loss = generalized_box_iou_loss(boxes, wanted, reduction="sum")
+    class_loss = functional.cross_entropy(answers.classes[found], targets.labels[found], reduction="sum")
+    quality = torch.zeros_like(answers.quality)
+    quality[found] = _iou(boxes.detach(), wanted)
+    weight = (answers.quality.detach().sigmoid() - quality) ** 2 * (targets.labels != -2)
+    quality_loss = functional.binary_cross_entropy_with_logits(answers.quality, quality, reduction="none") * weight
+    return (quality_loss.sum() + class_loss + 3.0 * box_loss) / count
+
+
+def pack_tiles(tiles: Sequence[np.ndarray], canvas: tuple[int, int]) -> torch.Tensor:
+    """Tiles of [h, w, 3] uint8 -> [B, 3, H, W] float32 in 0..255, each in the top left corner of its canvas."""
+    batch = np.full((len(tiles), *canvas, 3), _FILL, np.float32)
+    for i, tile in enumerate(tiles):
+        batch[i, : tile.shape[0], : tile.shape[1]] = tile
+    return torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+
+def save_tiny_detector(model: TinyNet, config: TinyNetConfig, path: str | Path) -> None:
+    """Write weights, in half precision, and configuration as one safetensors file."""
+    state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    save_weights(state, {_FORMAT: json.dumps(asdict(config))}, str(path))
+
+
+class TinyDetector:
+    """The frozen detector: tiles' pixels -> detections in tile pixels, one forward pass for each canvas size.
+
+    Attributes:
+        input_side: the longer side of a whole image's tile, in tile pixels.
+        categories: category id -> name.
+        iou_threshold: of its non-maximum suppression, within each class.
+        feature_channels: of the neck's feature maps, stride 8 first.
+        feature_stride: tile pixels along a side of a cell of the finest.
+    """
+
+    feature_channels = (_NECK,) * len(STRIDES)
+    feature_stride = STRIDES[0]
+
+    def __init__(
+        self,
+        model: TinyNet,
+        config: TinyNetConfig,
+        *,
+        device: str = "cpu",
+        score_threshold: float = 0.01,
+        iou_threshold: float | None = None,
+        mixed_precision: bool = False,
+    ) -> None:
+        at = device_on_this_machine(device)
+        self.model = model.eval().to(at, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device = device
+        self._autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)
+        self.score_threshold = score_threshold
+        self.iou_threshold = config.iou_threshold if iou_threshold is None else iou_threshold
+        self.input_side = config.input_side
+        self.categories: Mapping[int, str] = dict(zip(config.category_ids, config.names, strict=True))
+        self._ids = np.array(config.category_ids, np.int64)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        score_threshold: float = 0.01,
+        iou_threshold: float | None = None,
+        mixed_precision: bool = False,
+    ) -> TinyDetector:
+        """Read a checkpoint of `save_tiny_detector`, local or s3://.
+
+        Raises:
+            UserError: if it is none, or the weights do not fit.
+        """
+        tensors, fields = read_checkpoint(path, _FORMAT)
+        fields |= {"category_ids": tuple(fields["category_ids"]), "names": tuple(fields["names"])}
+        config = TinyNetConfig(**fields)
+        model = TinyNet(len(config.category_ids))
+        load_state(model, tensors, path)
+        return cls(
+            model,
+            config,
+            device=device,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            mixed_precision=mixed_precision,
+        )
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """The padded square that is computed for a tile of (height, width)."""
+        return square_canvas(hw)
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        """Detect on tiles; see `Detector`. At most 100 detections a tile, the best first."""
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
+
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+        """Detect on tiles, [h, w, 3] uint8 RGB each, and show the neck's feature maps; see `DetectWithFeatures`."""
+        return detect_by_canvas(pixels, self.canvas_hw, self._glimpse_group)
+
+    def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
+        return [glimpse.detections for glimpse in self._glimpse_group(tiles, canvas)]
+
+    def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Glimpse]:
+        with torch.inference_mode():
+            with self._autocast:
+                answers = self.model(pack_tiles(tiles, canvas).to(self.device))
+            scores = answers.quality.float().sigmoid()[:, :, None] * answers.classes.float().softmax(dim=2)
+            scores = scores.cpu().numpy()
+            boxes = answers.boxes.float().cpu().numpy()
+            features = [level.float().cpu().numpy() for level in answers.levels]
+        return [
+            Glimpse(self._select(scores[i], boxes[i], tile.shape[:2]), tuple(level[i] for level in features))
+            for i, tile in enumerate(tiles)
+        ]
+
+    def _select(self, scores: np.ndarray, boxes: np.ndarray, hw: tuple[int, ...]) -> Detections | TileError:
+        """Scores [cells, classes] and boxes [cells, 4] of one tile -> its detections."""
+        bad = int((~np.isfinite(scores)).sum() + (~np.isfinite(boxes)).sum())
+        if bad:
+            msg = f"the detector gave {bad} values that are NaN or infinite: check its weights and precision"
+            return TileError(msg)
+        cells, classes = np.nonzero(scores >= self.score_threshold)
+        best = np.argsort(-scores[cells, classes], kind="stable")[:_CANDIDATES]
+        cells, classes = cells[best], classes[best]
+        chosen = np.clip(boxes[cells], 0, [hw[1], hw[0], hw[1], hw[0]])
+        # What lies in the padding alone has nothing left of it, and must suppress nothing.
+        solid = (chosen[:, 2:] > chosen[:, :2]).all(axis=1)
+        cells, classes, chosen = cells[solid], classes[solid], chosen[solid]
+        kept = nms(chosen, scores[cells, classes], classes, self.iou_threshold)[:_MOST_DETECTIONS]
+        return Detections(chosen[kept], scores[cells, classes][kept], self._ids[classes[kept]])

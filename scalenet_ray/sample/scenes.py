@@ -1,0 +1,379 @@
+"""The embedded sample: scenes with known objects at every scale, made by code, in COCO's layout.
+
+Ten kinds of shapes from 6 to 250 pixels on textured, cluttered backgrounds. Small ones are many and
+come in clusters, so that zooming into a part of a scene pays. The same seed gives the same bytes, and
+a scene depends on its own number alone, not on how many are made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+from pycocotools import mask as coco_mask
+
+__all__ = [
+    "SAMPLE_CATEGORIES",
+    "SAMPLE_VERSION",
+    "Scene",
+    "ensure_sample",
+    "make_scene",
+    "sample_scene",
+    "write_sample",
+]
+
+SAMPLE_VERSION = 1
+"""Raised whenever the scenes change, so that an older sample on disk is not taken for this one."""
+
+
+SAMPLE_CATEGORIES: dict[int, str] = {
+    1: "circle",
+    2: "square",
+    3: "triangle",
+    5: "star",
+    8: "cross",
+    13: "ring",
+    16: "diamond",
+    21: "crescent",
+    27: "hourglass",
+    34: "arrow",
+}
+"""Category id -> name. The ids have gaps, as COCO's have."""
+
+
+SIZES_HW = ((384, 384), (288, 384), (384, 288), (336, 448), (448, 336))
+"""(height, width) of the scenes, in pixels."""
+
+
+MIN_SIDE, SMALL_SIDE, MAX_SIDE = 7.0, 32.0, 250.0
+
+
+SMALL_SHARE = 0.55
+
+
+SPLITS = {"train2017": 0, "val2017": 1_000_000}
+
+
+_STAMP = "sample.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One picture and its objects.
+
+    Attributes:
+        pixels: [height, width, 3] uint8 RGB.
+        masks: [N, height, width] bool, what is seen of each object.
+        category_ids: [N] int64, keys of SAMPLE_CATEGORIES.
+    """
+
+    pixels: np.ndarray
+    masks: np.ndarray
+    category_ids: np.ndarray
+
+
+def _arc(start: float, stop: float, radius: float = 1.0, count: int = 48) -> np.ndarray:
+    """[count, 2] xy on a circle round the origin, angles in radians."""
+    angles = np.linspace(start, stop, count)
+    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def _star() -> np.ndarray:
+    radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
+    return _arc(0, 2 * math.pi, count=11)[:10] * radii[:, None]
+
+
+def _crescent() -> np.ndarray:
+    outer = _arc(-2.2, 2.2)
+    inner = _arc(1.92, -1.92, radius=0.86) - np.array([0.295, 0.0])
+    return np.concatenate([outer, inner])
+
+
+def _outlines() -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """Name -> (outline, hole), polygons of [P, 2] xy round the origin."""
+    third, full = 0.34, 1.0
+    cross = [(-third, -full), (third, -full), (third, -third), (full, -third), (full, third), (third, third)]
+    cross += [(-x, -y) for x, y in cross]
+    arrow = [(-1, -0.24), (0.1, -0.24), (0.1, -0.75), (1, 0), (0.1, 0.75), (0.1, 0.24), (-1, 0.24)]
+    circle = _arc(0, 2 * math.pi)
+    return {
+        "circle": (circle, None),
+        "square": (np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float), None),
+        "triangle": (_arc(0, 2 * math.pi, count=4)[:3], None),
+        "star": (_star(), None),
+        "cross": (np.array(cross), None),
+        "ring": (circle, 0.55 * circle),
+        "diamond": (np.array([(-1, 0), (0, -0.52), (1, 0), (0, 0.52)], float), None),
+        "crescent": (_crescent(), None),
+        "hourglass": (np.array([(-0.8, -1), (0.8, -1), (0.14, 0), (0.8, 1), (-0.8, 1), (-0.14, 0)]), None),
+        "arrow": (np.array(arrow), None),
+    }
+
+
+_OUTLINES = _outlines()
+
+
+def _shape_alpha(rng: np.random.Generator, name: str, side: float) -> np.ndarray:
+    """[h, w] float32 in [0, 1]: how much of each pixel a randomly turned shape covers.
+
+    The longer side of the shape's bounding box is `side` pixels, whatever the angle.
+    """
+    outline, hole = _OUTLINES[name]
+    angle = rng.uniform(0, 2 * math.pi)
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    turned = outline @ turn
+    low, high = turned.min(axis=0), turned.max(axis=0)
+    scale = side / (high - low).max()
+    shift = rng.uniform(0, 1, 2)
+    width, height = (math.ceil(extent) + 1 for extent in (high - low) * scale)
+    # Small shapes are their edges: they need finer sub-pixels than large ones do.
+    fine = 8 if side < SMALL_SIDE else 4 if side < 96 else 2
+    canvas = Image.new("L", (width * fine, height * fine))
+    draw = ImageDraw.Draw(canvas)
+    for polygon, fill in ((outline, 255), (hole, 0)):
+        if polygon is not None:
+            points = ((polygon @ turn - low) * scale + shift) * fine
+            draw.polygon([tuple(point) for point in points.tolist()], fill=fill)
+    return np.asarray(canvas.reduce(fine), np.float32) / 255.0
+
+
+def _background(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
+    """[h, w, 3] float32 in about 0..255: a gradient, low-frequency noise and perhaps stripes."""
+    height, width = hw
+    cells = int(rng.integers(3, 9))
+    rough = rng.normal(0, rng.uniform(6, 26), (cells, cells, 3)) + rng.uniform(50, 205, 3)
+    slope = rng.normal(0, 30, (2, 1, 1, 3))
+    ramp = np.linspace(-1, 1, cells)
+    rough = rough + ramp[:, None, None] * slope[0] + ramp[None, :, None] * slope[1]
+    small = Image.fromarray(np.clip(rough, 0, 255).astype(np.uint8))
+    canvas = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    if rng.random() < 0.4:
+        angle, period = rng.uniform(0, math.pi), rng.uniform(8, 40)
+        rows = np.arange(height, dtype=np.float32)[:, None] * (math.sin(angle) / period)
+        columns = np.arange(width, dtype=np.float32)[None, :] * (math.cos(angle) / period)
+        stripes = np.sin(2 * np.pi * (rows + columns)) * rng.uniform(4, 16)
+        canvas = canvas + stripes[:, :, None].astype(np.float32)
+    return canvas
+
+
+def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
+    """Lines, soft blobs and specks that are no object, drawn over [h, w, 3] float32."""
+    image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+    width, height = image.size
+    draw = ImageDraw.Draw(image)
+
+    def near(x: int, y: int, spread: float) -> tuple[int, ...]:
+        """A colour near the one at a point."""
+        return tuple(int(v) for v in np.clip(canvas[y, x] + rng.normal(0, spread, 3), 0, 255))
+
+    for _ in range(int(rng.integers(0, 6))):
+        x, y, radius = int(rng.integers(width)), int(rng.integers(height)), rng.uniform(8, 60)
+        points = _arc(0, 2 * math.pi, count=13)[:12] * (radius * rng.uniform(0.5, 1.0, (12, 1))) + (x, y)
+        draw.polygon([tuple(point) for point in points.tolist()], fill=near(x, y, 35))
+    # Blobs are blurred and lines are not: no shape of the sample has soft edges or is as thin as a line.
+    image = image.filter(ImageFilter.BoxBlur(4))
+    draw = ImageDraw.Draw(image)
+    for _ in range(int(rng.integers(0, 9))):
+        x, y = int(rng.integers(width)), int(rng.integers(height))
+        end = (x + rng.normal(0, 120), y + rng.normal(0, 120))
+        draw.line([(x, y), end], fill=near(x, y, 45), width=int(rng.integers(1, 3)))
+    for _ in range(int(rng.integers(0, 40))):
+        x, y = int(rng.integers(width)), int(rng.integers(height))
+        draw.rectangle([x, y, x + int(rng.integers(0, 3)), y + int(rng.integers(0, 3))], fill=near(x, y, 60))
+    return np.asarray(image, np.float32)
+
+
+def _sides(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
+    """[N] longer sides of a scene's objects in pixels, largest first, log-uniform among small and among others."""
+    count = int(rng.integers(3, 13))
+    limit = min(MAX_SIDE, 0.88 * min(hw))
+    small = np.exp(rng.uniform(math.log(MIN_SIDE), math.log(SMALL_SIDE), count))
+    other = np.exp(rng.uniform(math.log(SMALL_SIDE), math.log(limit), count))
+    return np.sort(np.where(rng.random(count) < SMALL_SHARE, small, other))[::-1]
+
+
+def _place(
+    rng: np.random.Generator, size_hw: tuple[int, int], taken: np.ndarray, centre: np.ndarray | None
+) -> tuple[int, int] | None:
+    """(y, x) of a free place for a box of `size_hw`, near `centre` (x, y) if there is one, or None."""
+    height, width = size_hw
+    room_y, room_x = taken.shape[0] - height, taken.shape[1] - width
+    for _ in range(25):
+        if centre is None:
+            y, x = rng.integers(0, room_y + 1), rng.integers(0, room_x + 1)
+        else:
+            x, y = np.clip(rng.normal(centre, 30) - (width / 2, height / 2), 0, (room_x, room_y)).astype(int)
+        if (taken[y : y + height, x : x + width] >= 0).mean() < 0.05:
+            return int(y), int(x)
+    return None
+
+
+def _colour(rng: np.random.Generator, under: np.ndarray) -> np.ndarray:
+    """A random RGB colour that stands out from the mean of `under`, [h, w, 3]."""
+    mean = under.mean(axis=(0, 1))
+    colours = rng.uniform(0, 255, (8, 3))
+    distances = np.abs(colours - mean).max(axis=1)
+    return colours[np.argmax(distances > 90) if (distances > 90).any() else np.argmax(distances)]
+
+
+def _paint(rng: np.random.Generator, under: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Blend a shaded shape of coverage `alpha` [h, w] over `under` [h, w, 3] float32."""
+    height, width = alpha.shape
+    shade_y, shade_x = rng.normal(0, 18, 2)
+    shade = np.linspace(-1, 1, height)[:, None] * shade_y + np.linspace(-1, 1, width)[None, :] * shade_x
+    colour = _colour(rng, under) + shade[:, :, None]
+    return (under + alpha[:, :, None] * (colour - under)).astype(np.float32)
+
+
+def make_scene(rng: np.random.Generator) -> Scene:
+    """Draw one scene: 3 to 12 objects that hardly overlap, the larger ones placed first."""
+    hw = SIZES_HW[int(rng.integers(len(SIZES_HW)))]
+    canvas = _clutter(rng, _background(rng, hw))
+    owner = np.full(hw, -1, np.int16)
+    centres = rng.uniform(0.12, 0.88, (int(rng.integers(1, 3)), 2)) * (hw[1], hw[0])
+    ids = list(SAMPLE_CATEGORIES)
+    category_ids: list[int] = []
+    for side in _sides(rng, hw):
+        category_id = ids[int(rng.integers(len(ids)))]
+        alpha = _shape_alpha(rng, SAMPLE_CATEGORIES[category_id], float(side))
+        clustered = side < SMALL_SIDE and rng.random() < 0.8
+        place = _place(rng, alpha.shape, owner, centres[int(rng.integers(len(centres)))] if clustered else None)
+        if place is None or alpha.max() < 0.5:
+            continue
+        spot = np.s_[place[0] : place[0] + alpha.shape[0], place[1] : place[1] + alpha.shape[1]]
+        canvas[spot] = _paint(rng, canvas[spot], alpha)
+        owner[spot][alpha >= 0.5] = len(category_ids)
+        category_ids.append(category_id)
+    noise = rng.standard_normal((*hw, 1), dtype=np.float32) * np.float32(rng.uniform(1, 7))
+    pixels = np.clip(canvas + noise, 0, 255).astype(np.uint8)
+    masks = owner[None] == np.arange(len(category_ids), dtype=np.int16)[:, None, None]
+    seen = masks.any(axis=(1, 2))
+    return Scene(pixels, masks[seen], np.array(category_ids, np.int64)[seen])
+
+
+def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
+    """One scene of the sample, without any file: its pixels before JPEG.
+
+    Args:
+        split: train2017 or val2017.
+        index: its number in the split, from 0.
+        seed: the sample's.
+    """
+    return make_scene(np.random.default_rng([seed, SPLITS[split], index]))
+
+
+def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
+    """COCO annotations with run-length masks; `area` counts mask pixels."""
+    rows = []
+    for mask, category_id in zip(scene.masks, scene.category_ids.tolist(), strict=True):
+        rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+        rows.append(
+            {
+                "id": first_id + len(rows),
+                "image_id": image_id,
+                "category_id": category_id,
+                "bbox": [float(value) for value in coco_mask.toBbox(rle)],
+                "area": float(coco_mask.area(rle)),
+                "iscrowd": 0,
+                "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},  # type: ignore[attr-defined]
+            }
+        )
+    return rows
+
+
+def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
+    (folder / split).mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(count):
+        scene = sample_scene(split, i, seed)
+        image_id = SPLITS[split] + i + 1
+        name = f"{image_id:012d}.jpg"
+        Image.fromarray(scene.pixels).save(folder / split / name, quality=92)
+        height, width = scene.pixels.shape[:2]
+        images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+        annotations += _annotations(scene, image_id, SPLITS[split] + len(annotations) + 1)
+    document = {
+        "info": {"description": "scalenet_ray's embedded sample", "version": str(SAMPLE_VERSION)},
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": key, "name": name} for key, name in SAMPLE_CATEGORIES.items()],
+    }
+    (folder / "annotations").mkdir(exist_ok=True)
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """What a sample on disk was made as."""
+
+    train: int
+    val: int
+    seed: int
+    version: int = SAMPLE_VERSION
+
+
+def write_sample(folder: Path, *, train: int = 600, val: int = 100, seed: int = 0) -> Path:
+    """Write the sample: train2017/*.jpg, val2017/*.jpg, annotations/instances_{train,val}2017.json.
+
+    Args:
+        folder: where to; made if it is not there.
+        train: number of scenes in train2017.
+        val: number of scenes in val2017; more train scenes leave them as they are.
+        seed: another seed gives other scenes.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        FileExistsError: if `folder` holds something already.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        msg = f"the sample wants a new or empty folder, got {folder} with files in it: name another one"
+        raise FileExistsError(msg)
+    for split, count in (("train2017", train), ("val2017", val)):
+        _write_split(folder, split, count, seed)
+    (folder / _STAMP).write_text(json.dumps(asdict(_Stamp(train, val, seed))))
+    return folder
+
+
+def ensure_sample(folder: Path) -> Path:
+    """The default sample in `folder`, written there once.
+
+    It appears whole or not at all, also when two processes ask at the same time. A sample of another
+    version is replaced; a folder that holds anything else is left alone.
+
+    Raises:
+        FileExistsError: if `folder` holds something that is no sample.
+    """
+    folder = Path(folder)
+    wanted = asdict(_Stamp(600, 100, 0))
+    if _stamp(folder) == wanted:
+        return folder
+    if folder.exists() and any(folder.iterdir()) and _stamp(folder) is None:
+        msg = f"{folder} holds files that are no sample of scalenet_ray: name another folder"
+        raise FileExistsError(msg)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        fresh = write_sample(Path(scratch) / "new")
+        if folder.exists() and _stamp(folder) != wanted:
+            os.replace(folder, Path(scratch) / "old")
+        try:
+            os.replace(fresh, folder)
+        except OSError:
+            # A folder with files in it is not replaced: another process was first, which is as good.
+            if _stamp(folder) != wanted:
+                raise
+    return folder
+
+
+def _stamp(folder: Path) -> dict | None:
+    """What the sample in `folder` was made as, or None if there is none."""
+    path = folder / _STAMP
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -1,0 +1,154 @@
+"""What a closer look would bring: how well each object is found at each zoom, and so what zooming in gains.
+
+Measured with the frozen detector on annotated images, once: the image is covered with overlapping windows at each
+of `ZOOMS`, and an object's score there is that of the best box of its category that fits it. The gain of looking
+closer by a factor is the score there less the score before. It is what a scale head learns to expect.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile, cut_tile, fitted_hw
+from scalenet_ray.core.inference import Detect
+from scalenet_ray.core.merge import Merging, carry_to_image
+from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA
+from scalenet_ray.data.coco import Objects
+
+__all__ = [
+    "ZOOMS",
+    "gain_map",
+    "gain_of_zoom",
+    "measure_scores",
+    "object_scores",
+]
+
+ZOOMS = (1.0, 1.5, 2.0, 2.5, 4.0)
+"""Zooms that scores are measured at; between them they are interpolated along the zoom's logarithm."""
+
+
+MATCH_IOU = 0.5
+
+
+_STEP = 0.6
+
+
+_MIN_VISIBLE = 0.5
+
+
+def object_scores(found: Detections, objects: Objects) -> np.ndarray:
+    """[N] float32, for each object the score of the best box of its category with an IoU of at least 0.5, else 0.
+
+    Args:
+        found: boxes in image pixels, labels are category ids.
+        objects: N objects, in image pixels.
+    """
+    if not len(found) or not len(objects.boxes):
+        return np.zeros(len(objects.boxes), np.float32)
+    boxes, others = objects.boxes[:, None].astype(np.float64), found.boxes[None].astype(np.float64)
+    sides = np.minimum(boxes[..., 2:], others[..., 2:]) - np.maximum(boxes[..., :2], others[..., :2])
+    shared = np.maximum(sides, 0.0).prod(axis=-1)
+    areas = [(b[..., 2:] - b[..., :2]).prod(axis=-1) for b in (boxes, others)]
+    fits = shared >= MATCH_IOU * np.maximum(areas[0] + areas[1] - shared, 1e-9)
+    fits &= objects.labels[:, None] == found.labels[None]
+    return (fits * found.scores[None]).max(axis=1).astype(np.float32)
+
+
+def _starts(length: int, window: int) -> list[int]:
+    """Where windows start that cover `length` and overlap, so that what is small lies whole in one of them."""
+    if window >= length:
+        return [0]
+    count = math.ceil((length - window) / (_STEP * window)) + 1
+    return [round(i * (length - window) / (count - 1)) for i in range(count)]
+
+
+def _covering_tiles(image_id: int, image_hw: tuple[int, int], input_side: int, zoom: float) -> list[Tile]:
+    height, width = image_hw
+    longer = max(height, width)
+    side = max(1, int(longer / zoom))
+    window_height, window_width = min(height, side), min(width, side)
+    tile_hw = fitted_hw(window_height, window_width, input_side)
+    path = () if zoom == 1.0 else (0,)
+    return [
+        Tile(image_id, path, image_hw, Window(x, y, x + window_width, y + window_height), *tile_hw)
+        for y in _starts(height, window_height)
+        for x in _starts(width, window_width)
+    ]
+
+
+def measure_scores(image: np.ndarray, objects: Objects, detect: Detect, merging: Merging) -> np.ndarray:
+    """How well each object of an image is found at each zoom.
+
+    Args:
+        image: [h, w, 3] uint8 RGB.
+        objects: N objects, in image pixels.
+        detect: the frozen detector, labels already category ids.
+        merging: says which boxes at a window's edges count.
+
+    Returns:
+        [N, len(ZOOMS)] float32 scores.
+
+    Raises:
+        TileError: if the detector breaks on the image.
+    """
+    scores = np.zeros((len(objects.boxes), len(ZOOMS)), np.float32)
+    if not len(objects.boxes):
+        return scores
+    for column, zoom in enumerate(ZOOMS):
+        tiles = _covering_tiles(0, (image.shape[0], image.shape[1]), detect.input_side, zoom)
+        for tile, found in zip(tiles, detect([cut_tile(image, tile) for tile in tiles]), strict=True):
+            if isinstance(found, TileError):
+                raise found
+            in_image = carry_to_image(found, tile, merging)
+            scores[:, column] = np.maximum(scores[:, column], object_scores(in_image, objects))
+    return scores
+
+
+def gain_of_zoom(scores: np.ndarray, seen_at: float, zoom: float) -> np.ndarray:
+    """[N] what each object's score gains when what is seen at zoom `seen_at` is seen `zoom` times larger.
+
+    Args:
+        scores: [N, len(ZOOMS)], from `measure_scores`.
+        seen_at: the zoom now, 1 or more.
+        zoom: the factor; beyond the largest of `ZOOMS` scores are taken as there.
+    """
+    if not len(scores):
+        return np.zeros(0)
+    logs = np.log(ZOOMS)
+    before, after = (np.array([np.interp(np.log(at), logs, row) for row in scores]) for at in (seen_at, seen_at * zoom))
+    return np.maximum(after - before, 0.0)
+
+
+def gain_map(
+    objects: Objects, scores: np.ndarray, tile: Tile, hw: tuple[int, int], stride: float, zoom: float
+) -> np.ndarray:
+    """The gain of a closer look at each cell of a tile: each small object's, spread evenly over its box.
+
+    Args:
+        objects: N objects, in image pixels; crowds gain nothing.
+        scores: [N, len(ZOOMS)], from `measure_scores`.
+        tile: what is looked at; objects of class 1 in its frame of which half is visible count.
+        hw: (h, w) of the map.
+        stride: tile pixels along a side of a cell.
+        zoom: the factor of the closer look.
+
+    Returns:
+        [h, w] float32; its sum is what the closer look at all of the tile would gain.
+    """
+    gain = np.zeros(hw, np.float32)
+    zoom_x, zoom_y = tile.zoom_xy
+    areas = objects.areas * zoom_x * zoom_y * REFERENCE_AREA / (tile.height * tile.width)
+    seen_at = max(tile.image_hw) / max(tile.window.height, tile.window.width)
+    gains = gain_of_zoom(scores, seen_at, zoom)
+    boxes = boxes_to_tile(objects.boxes, tile).astype(np.float64) / stride
+    cut = np.clip(boxes, 0, [hw[1], hw[0]] * 2)
+    whole, visible = ((b[:, 2:] - b[:, :2]).prod(axis=1) for b in (boxes, cut))
+    counts = ~objects.crowd & (areas < UNIT_AREA) & (visible >= _MIN_VISIBLE * whole) & (visible > 0)
+    for i in np.flatnonzero(counts):
+        (x0, y0), (x1, y1) = np.floor(cut[i, :2]).astype(int), np.ceil(cut[i, 2:]).astype(int)
+        gain[y0:y1, x0:x1] += gains[i] / ((x1 - x0) * (y1 - y0))
+    return gain

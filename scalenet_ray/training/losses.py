@@ -1,0 +1,145 @@
+"""Losses of scale maps, and measures of how well they fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from scalenet_ray.core.scale import IGNORE, NUM_CLASSES
+
+__all__ = [
+    "count_pixels",
+    "focal_loss",
+    "masked_mse",
+    "pixel_figures",
+    "poisson_loss",
+]
+
+
+def focal_loss(
+    logits: torch.Tensor, target: torch.Tensor, *, class_weights: torch.Tensor | None = None, gamma: float = 2.0
+) -> torch.Tensor:
+    """Mean over pixels of -w_c (1 - p_c)^gamma log p_c, c being the pixel's own class (section 'Experiments', COCO).
+
+    Args:
+        logits: [B, classes, h, w] float.
+        target: [B, h, w] int in 0..classes - 1, or IGNORE, which neither adds nor counts.
+        class_weights: [classes] float, w_c; ones by default.
+        gamma: how much pixels that are right already are passed over; 0 is the cross-entropy.
+
+    Returns:
+        A scalar; 0 if every pixel is ignored.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    if logits.ndim != 4 or target.shape != (logits.shape[0], *logits.shape[2:]):
+        wanted = [logits.shape[0], *logits.shape[2:]]
+        msg = f"target must be {wanted} for logits {list(logits.shape)}, got shape {list(target.shape)}"
+        raise ValueError(msg)
+    target = target.long()
+    counted = target != IGNORE
+    index = torch.where(counted, target, 0)
+    log_prob = functional.log_softmax(logits.float(), dim=1).gather(1, index[:, None])[:, 0]
+    loss = -((1.0 - log_prob.exp()) ** gamma) * log_prob
+    if class_weights is not None:
+        loss = loss * class_weights.to(loss)[index]
+    return (loss * counted).sum() / counted.sum().clamp(min=1)
+
+
+def masked_mse(scale: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over the pixels of objects alone; background has no scale (section 'Scale Net').
+
+    Args:
+        scale: [B, h, w] float, predicted.
+        target: [B, h, w] float, the object's scale at each of its pixels, 0 for background.
+
+    Returns:
+        A scalar; 0 if there is no object.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if scale.shape != target.shape:
+        msg = f"target must be {list(scale.shape)} as the prediction, got shape {list(target.shape)}"
+        raise ValueError(msg)
+    on_object = target > 0
+    squared = (scale.float() - target.float()) ** 2
+    return (squared * on_object).sum() / on_object.sum().clamp(min=1)
+
+
+def poisson_loss(log_rate: torch.Tensor, target: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """The deviance of a density, without its constant: rate - target log rate, summed over cells, the mean of images.
+
+    Args:
+        log_rate: [B, h, w] float, the logarithm of what is expected at each cell.
+        target: [B, h, w] float, 0 or more, what was there.
+        counted: [B, h, w] bool; other cells neither add nor count.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if not log_rate.shape == target.shape == counted.shape:
+        msg = f"target and counted must be {list(log_rate.shape)}, got {list(target.shape)} and {list(counted.shape)}"
+        raise ValueError(msg)
+    log_rate = log_rate.float()
+    return ((log_rate.exp() - target * log_rate) * counted).sum() / len(log_rate)
+
+
+_BINS = 1000
+
+
+def count_pixels(logits: torch.Tensor, target: torch.Tensor) -> dict[str, np.ndarray]:
+    """Sums over the pixels of a batch.
+
+    Args:
+        logits: [B, 6, h, w].
+        target: [B, h, w] class of each pixel, or IGNORE, which does not count.
+
+    Returns:
+        "hits" and "unions": [6], of the most probable class with the target's; "ranked": [6, 2, bins], the pixels
+        that are not, and that are, of each class, by its probability.
+    """
+    hits, unions = np.zeros(NUM_CLASSES), np.zeros(NUM_CLASSES)
+    ranked = np.zeros((NUM_CLASSES, 2, _BINS))
+    truth = target.cpu().numpy()
+    counted = truth != IGNORE
+    truth = truth[counted]
+    prob = logits.float().softmax(dim=1).cpu().numpy().transpose(0, 2, 3, 1)[counted]
+    classes = prob.argmax(axis=1)
+    for c in range(NUM_CLASSES):
+        hits[c] = np.sum((classes == c) & (truth == c))
+        unions[c] = np.sum((classes == c) | (truth == c))
+        bins = np.minimum((prob[:, c] * _BINS).astype(int), _BINS - 1)
+        for is_of_class in (0, 1):
+            ranked[c, is_of_class] = np.bincount(bins[(truth == c) == is_of_class], minlength=_BINS)
+    return {"hits": hits, "unions": unions, "ranked": ranked}
+
+
+def pixel_figures(counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The sums of `count_pixels` -> figures in percent, NaN for a class that does not occur.
+
+    Returns:
+        "iou": [6] intersection over union where the most probable class is taken; "pixel_ap": [6] average precision
+        of each class's probability over pixels; "pixel_ap_small": that of class 1, which decides where to zoom.
+    """
+    with np.errstate(invalid="ignore"):
+        iou = 100.0 * counts["hits"] / counts["unions"]
+    ap = [_average_precision(*counts["ranked"][c]) for c in range(NUM_CLASSES)]
+    return {"iou": iou.tolist(), "pixel_ap": ap, "pixel_ap_small": ap[1]}
+
+
+def _average_precision(wrong: np.ndarray, right: np.ndarray) -> float:
+    """Average precision in percent from counts of wrong and right pixels in rising bins of probability."""
+    if not right.sum():
+        return math.nan
+    found, taken = np.cumsum(right[::-1]), np.cumsum((right + wrong)[::-1])
+    return float(100.0 * np.sum(right[::-1] * found / np.maximum(taken, 1)) / right.sum())
