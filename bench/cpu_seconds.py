@@ -12,7 +12,7 @@ __all__ = ["CpuClock", "cpu_clocks", "spent_by_role"]
 
 _ROLES = (
     "ReadTileSource",
-    "LookStage",
+    "ScaleStage",
     "DetectStage",
     "FrontierActor",
     "PipelineActor",

@@ -16,7 +16,7 @@ import tyro
 from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.scale_head import ScaleHeadPredictor
-from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.models.spec import NetworkSpec
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def main(job: HeadCost) -> None:
     """Print the medians of the rounds' ratios, with their middle half."""
     torch.set_num_threads(1)
-    detector = NetworkNames(detector=job.detector).load_detector(load_detector(job.detector).categories)
+    detector = NetworkSpec(detector=job.detector).load_detector(load_detector(job.detector).categories)
     head = ScaleHeadPredictor(job.scale_net)
     height, width = detector.input_side * 3 // 4, detector.input_side
     pixels = [np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)]

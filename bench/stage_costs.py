@@ -24,7 +24,7 @@ _STAGES = {
     "decode": (("images.py", "decode_image"),),
     "cut": (("images.py", "cut_tile"),),
     "detector": (("yolox.py", "__call__"),),
-    "plan": (("recursion.py", "expand"), ("look.py", "first_pass_map")),
+    "plan": (("recursion.py", "expand"), ("look.py", "scale_map_of_detections")),
     "merge": (("results.py", "merge_image"), ("merge.py", "carry_to_image")),
 }
 _NETWORK = ("onnxruntime_inference_collection.py", "run")

@@ -13,7 +13,7 @@ import ray
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.data.coco import ImageRecord
@@ -129,7 +129,7 @@ def stand_ins(
     tally: Any = None,
     straggles: float = 1.0,
     in_corners: bool = False,
-) -> Networks:
+) -> NetworkFactories:
     """Networks that sleep.
 
     Args:
@@ -139,7 +139,7 @@ def stand_ins(
         straggles: the first detector sleeps so many times longer.
         in_corners: the detector finds objects in two corners of a tile, where Scale Net sees them, for `first-pass`.
     """
-    return Networks(_Detectors(detector, tally, straggles, in_corners), _ScaleNets(scale_net))
+    return NetworkFactories(_Detectors(detector, tally, straggles, in_corners), _ScaleNets(scale_net))
 
 
 def grey_image(record: ImageRecord) -> np.ndarray:

@@ -19,8 +19,8 @@ from bench.ratios import ratio
 from bench.workloads import photographs
 from scalenet_ray.data.policy_files import read_space
 from scalenet_ray.engine.session import join_ray
-from scalenet_ray.engine.tune import Sweep, TrialTask, run_sweep
-from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.engine.tune import Sweep, TrialSettings, run_sweep
+from scalenet_ray.models.spec import NetworkSpec
 
 _SPACE = Path(__file__).parents[1] / "jobs" / "tune_recursion.yaml"
 _WAYS = {"kept": (True, 1), "not kept": (False, 1), "kept, two at once": (True, 2), "not kept, two at once": (False, 2)}
@@ -45,8 +45,10 @@ def main(job: SweepCost) -> None:
     """Print trials a minute as ratios; each sweep begins with nothing kept, and starts its own processes."""
     workload, space = photographs(), read_space(_SPACE)
     policies = {name: workload.policy(name) for name in space.policies}
-    networks = NetworkNames(detector=workload.detector)
-    task = TrialTask(policies, networks, str(workload.annotations), str(workload.folder), (job.images,), None, 10**8)
+    networks = NetworkSpec(detector=workload.detector)
+    task = TrialSettings(
+        policies, networks, str(workload.annotations), str(workload.folder), (job.images,), None, 10**8
+    )
     join_ray()
     rates: dict[str, list[float]] = defaultdict(list)
     for _ in range(job.rounds):

@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.data.coco import CocoDataset, ImageRecord, parse_annotations, to_results
 from scalenet_ray.data.images import decode_image
 from scalenet_ray.evaluation.ap import evaluate
-from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.resources import Resources
 
 __all__ = ["Workload", "detector_name", "large_images", "photographs"]
@@ -79,16 +79,16 @@ class Workload:
 
     def policy(self, name: str) -> Policy:
         """A policy with its defaults for the detector."""
-        info = NetworkNames(detector=self.detector).describe_detector()
+        info = NetworkSpec(detector=self.detector).describe_detector()
         return parse_policy(name, input_side=info.input_side, iou_threshold=info.iou_threshold)
 
-    def networks(self) -> Networks:
+    def networks(self) -> NetworkFactories:
         """The detector, for actors."""
-        return Networks(self.load_detector)
+        return NetworkFactories(self.load_detector)
 
     def load_detector(self) -> Any:
         """The detector, its labels mapped to the objects' categories."""
-        return NetworkNames(detector=self.detector).load_detector(self.dataset.categories)
+        return NetworkSpec(detector=self.detector).load_detector(self.dataset.categories)
 
     def ap_small(self, found: dict[int, Detections]) -> float:
         """AP of small objects, in percent."""

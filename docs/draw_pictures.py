@@ -19,7 +19,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.recursion import Step
 from scalenet_ray.evaluation.compare import are_new
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.report.charts import drawing
 from scalenet_ray.report.recursion_figure import NEW, SEEN, draw_boxes, draw_look, picture_bytes, recursion_figure
 from scalenet_ray.sample.scenes import sample_scene
@@ -67,7 +67,7 @@ def _policies(shown: Sequence[ScaledPrediction]) -> None:
 def main() -> None:
     """Draw, of the first scenes of the val split, the one in which the recursion finds most that was missed."""
     detector = load_detector(SAMPLE_DETECTOR)
-    net = NetworkNames(scale_net=SAMPLE_SCALE_NET).load_scale_net()
+    net = NetworkSpec(scale_net=SAMPLE_SCALE_NET).load_scale_net()
     predict = partial(
         get_scaled_prediction,
         detection_model=detector,

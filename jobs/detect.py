@@ -14,12 +14,12 @@ from scalenet_ray.console import check_retry, failure_lines, found_lines, last_l
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.data.coco import FoundImages, find_images
 from scalenet_ray.data.policy_files import read_policies
 from scalenet_ray.engine.session import EngineName, Session
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec
 from scalenet_ray.report.gallery import PictureTask
 from scalenet_ray.runs.analysis import analyse_detections
 from scalenet_ray.runs.batch import image_opener, run_policy
@@ -27,7 +27,7 @@ from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.inputs import keep_image_ids
 from scalenet_ray.runs.resources import Resources
 from scalenet_ray.sample.scenes import ensure_sample
-from scalenet_ray.workflows import PICTURES, ProgressLog, conclude, write_report
+from scalenet_ray.workflows import PICTURES, ProgressLog, write_report, write_summary
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class DetectImages:
     max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
     report_pictures: int = PICTURES
     engine: EngineName = "ray"
-    networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
+    networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
     resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
 
 
@@ -86,8 +86,8 @@ def _policy(job: DetectImages, info: DetectorInfo) -> Policy:
     return policies[0]
 
 
-def _networks(names: NetworkNames, info: DetectorInfo) -> Networks:
-    return Networks(partial(names.load_detector, info.categories), names.load_scale_net)
+def _networks(names: NetworkSpec, info: DetectorInfo) -> NetworkFactories:
+    return NetworkFactories(partial(names.load_detector, info.categories), names.load_scale_net)
 
 
 def main(job: DetectImages) -> int:
@@ -120,7 +120,7 @@ def main(job: DetectImages) -> int:
         networks = replace(_networks(job.networks, info), reads_features=reads_features)
         start = partial(session.start, policy=policy, networks=networks, open_image=open_image)
         run_policy(images, policy.name, start, run, log, retry_failed=job.retry_failed)
-        document = conclude(session, run, {policy.name: {"kind": policy.kind}}, len(images))
+        document = write_summary(session, run, {policy.name: {"kind": policy.kind}}, len(images))
         document["categories"] = info.categories
         ids = [record.image_id for record in images]
         analysis = session.call(analyse_detections, run.uri, policy.name, ids)

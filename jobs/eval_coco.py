@@ -16,7 +16,7 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_to_dict
 from scalenet_ray.data.policy_files import read_policies
 from scalenet_ray.engine.session import EngineName, Session
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import Resources
 from scalenet_ray.sample.scenes import ensure_sample
@@ -61,7 +61,7 @@ class EvalCoco:
     max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
     report_pictures: int = PICTURES
     engine: EngineName = "ray"
-    networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
+    networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
     resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
 
 

@@ -21,7 +21,7 @@ from scalenet_ray.data import storage
 from scalenet_ray.engine.gains import measure_dataset
 from scalenet_ray.engine.train import train
 from scalenet_ray.models.scale_net import PRESETS
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.sample.scenes import ensure_sample
 from scalenet_ray.training.examples import TrainingImages
@@ -80,7 +80,7 @@ def _pixel_recipe(job: TrainScaleNet, images: TrainingImages) -> Recipe:
 
 
 def _head_recipe(job: TrainScaleNet, images: TrainingImages, run: RunFolder) -> HeadRecipe:
-    networks = NetworkNames(detector=job.detector, device=job.device)
+    networks = NetworkSpec(detector=job.detector, device=job.device)
     networks.check_device(here=False)
     # The readers that make examples have no GPU.
     recipe = HeadRecipe(

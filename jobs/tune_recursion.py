@@ -18,8 +18,8 @@ from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_t
 from scalenet_ray.data import storage
 from scalenet_ray.data.policy_files import SearchSpace, check_values, read_space
 from scalenet_ray.engine.session import Session
-from scalenet_ray.engine.tune import Sweep, TrialTask, best_policies, best_trials, run_sweep, start_trials
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.engine.tune import Sweep, TrialSettings, best_policies, best_trials, run_sweep, start_trials
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.report.charts import front_plot
 from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
 from scalenet_ray.runs.folder import RunFolder
@@ -63,7 +63,7 @@ class TuneRecursion:
     max_failures: int = 0
     max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
     sweep: Annotated[Sweep, tyro.conf.OmitArgPrefixes] = field(default_factory=Sweep)
-    networks: Annotated[NetworkNames, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkNames)
+    networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
     resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
 
 
@@ -102,7 +102,7 @@ def _start_policies(
     return policies
 
 
-def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> TrialTask:
+def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> TrialSettings:
     shares = job.subsets
     if (
         not shares
@@ -118,7 +118,7 @@ def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> Trial
         msg = f"--ceiling must be 1 pass an image, which the whole image takes, or more, got {job.ceiling}"
         raise UserError(msg)
     sizes = sorted({max(1, round(share * len(split.images))) for share in shares})
-    return TrialTask(
+    return TrialSettings(
         {policy.name: policy for policy in policies},
         job.networks,
         split.annotations,

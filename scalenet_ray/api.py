@@ -15,7 +15,7 @@ from PIL import Image
 from scalenet_ray.console import say, step_table
 from scalenet_ray.core.detections import Detections, ImageResult
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.inference import PredictScale, ReadFeatures
+from scalenet_ray.core.inference import AnyScalePredictor, FeatureScalePredictor
 from scalenet_ray.core.merge import SuppressionMethod, merge_detections, nms
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.recursion import Step, recursive_detect
@@ -25,7 +25,7 @@ from scalenet_ray.data.formats import to_supervision
 from scalenet_ray.data.images import decode_image, to_rgb
 from scalenet_ray.models.checked_detector import CheckedDetector
 from scalenet_ray.models.detectors import Detector, load_detector
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 
 __all__ = [
     "BoundingBox",
@@ -65,7 +65,7 @@ def get_scaled_prediction(
     detection_model: str | Detector | None = None,
     *,
     policy: str | Policy | None = None,
-    scale_net: str | PredictScale | ReadFeatures | None = None,
+    scale_net: str | AnyScalePredictor | None = None,
     confidence_threshold: float = 0.3,
     device: str = "cpu",
     perform_standard_pred: bool = True,
@@ -170,8 +170,8 @@ def _pixels(image: str | os.PathLike[str] | np.ndarray | Image.Image) -> np.ndar
 
 
 def _networks(
-    detection_model: str | Detector | None, scale_net: str | PredictScale | ReadFeatures | None, device: str
-) -> tuple[CheckedDetector, PredictScale | ReadFeatures | None]:
+    detection_model: str | Detector | None, scale_net: str | AnyScalePredictor | None, device: str
+) -> tuple[CheckedDetector, AnyScalePredictor | None]:
     if detection_model is None:
         detection_model = SAMPLE_DETECTOR
         scale_net = scale_net or SAMPLE_SCALE_NET
@@ -180,19 +180,21 @@ def _networks(
     else:
         detector = CheckedDetector(detection_model, type(detection_model).__name__)
     if isinstance(scale_net, str):
-        scale_net = NetworkNames(scale_net=scale_net, device=device).load_scale_net()
+        scale_net = NetworkSpec(scale_net=scale_net, device=device).load_scale_net()
     return detector, scale_net
 
 
 def _policy(
     policy: str | Policy | None,
     detector: Detector,
-    look_net: PredictScale | ReadFeatures | None,
+    look_net: AnyScalePredictor | None,
     postprocess_type: str,
     iou_threshold: float | None,
 ) -> Policy:
     if policy is None:
-        policy = "first-pass" if look_net is None else "gain" if isinstance(look_net, ReadFeatures) else "scalenet"
+        policy = (
+            "first-pass" if look_net is None else "gain" if isinstance(look_net, FeatureScalePredictor) else "scalenet"
+        )
     if isinstance(policy, Policy):
         return policy
     named = parse_policy(

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 from scalenet_ray.core.answers import MOST_FAILED
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import ImageRecord, Listing, images_and_categories, oracle_from, unknown_categories
 from scalenet_ray.engine.session import Session
-from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.charts import policy_plot
 from scalenet_ray.report.gallery import PictureTask, choose_pictures
 from scalenet_ray.report.page import render_report
@@ -32,11 +32,11 @@ __all__ = [
     "ProgressLog",
     "check_networks",
     "check_split",
-    "conclude",
     "evaluate_policies",
     "open_split",
     "tell_remarks",
     "write_report",
+    "write_summary",
 ]
 
 PICTURES = 24
@@ -131,7 +131,9 @@ def _failures(run: RunFolder, document: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def conclude(session: Session, run: RunFolder, figures: Mapping[str, Mapping[str, Any]], total: int) -> dict[str, Any]:
+def write_summary(
+    session: Session, run: RunFolder, figures: Mapping[str, Mapping[str, Any]], total: int
+) -> dict[str, Any]:
     """Gather a run's end into its folder: failures.parquet, COCO results, metrics.json.
 
     results.json is of the first policy; results/NAME.json of each.
@@ -224,8 +226,8 @@ def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:
     check_ground_truth(run, split.images, split.categories, digests)
 
 
-def check_networks(session: Session, networks: NetworkNames, policies: Sequence[Policy], split: CocoSplit) -> None:
-    """Try the networks on the first images of a split, away from the driver; raises as `NetworkNames.check` does."""
+def check_networks(session: Session, networks: NetworkSpec, policies: Sequence[Policy], split: CocoSplit) -> None:
+    """Try the networks on the first images of a split, away from the driver; raises as `NetworkSpec.check` does."""
     open_image = image_opener(split.folder, split.max_pixels)
     session.call(
         networks.check, policies, split.categories, split.unused_categories, split.images[:MOST_FAILED], open_image
@@ -236,7 +238,7 @@ def evaluate_policies(
     session: Session,
     run: RunFolder,
     policies: Sequence[Policy],
-    networks: NetworkNames,
+    networks: NetworkSpec,
     split: CocoSplit,
     report: Callable[[Progress | str], None],
     *,
@@ -275,7 +277,7 @@ def evaluate_policies(
         figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
         metrics[policy.name] = {"kind": policy.kind, **figures.pop("bbox"), **figures}
     report("all images are done: comparing what was found, and writing the report")
-    document = conclude(session, run, metrics, len(split.images))
+    document = write_summary(session, run, metrics, len(split.images))
     base = compare_with or _baseline(policies)
     intervals = compare_with is not None or len(ids) <= INTERVALS_UP_TO
     analysis = session.call(analyse_run, run.uri, list(metrics), base, split.annotations, ids, intervals)
@@ -299,8 +301,8 @@ def _baseline(policies: Sequence[Policy]) -> str:
     return next(policy.name for policy in (*named, *whole, *honest, *policies))
 
 
-def _networks(policy: Policy, names: NetworkNames, split: CocoSplit) -> Networks:
-    return Networks(
+def _networks(policy: Policy, names: NetworkSpec, split: CocoSplit) -> NetworkFactories:
+    return NetworkFactories(
         partial(names.load_detector, split.categories, split.unused_categories),
         partial(oracle_from, split.annotations) if policy.kind == "oracle" else names.load_scale_net,
     )

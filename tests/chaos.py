@@ -29,7 +29,7 @@ from ray.cluster_utils import Cluster
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.pipeline import ImageStream
@@ -137,7 +137,7 @@ def _drive(folder: Path, images: int, deaths: int, address: str) -> None:
     ray.init(address=address, log_to_driver=False, configure_logging=False)
     kinds = {kind: Mortal(folder, kind, 6.0, deaths) for kind in ("reader", "scale actor", "detector actor")}
     log = WorkLog(folder / "work")
-    networks = Networks(Given(_Detector(kinds["detector actor"])), Given(_Scale(kinds["scale actor"], log)))
+    networks = NetworkFactories(Given(_Detector(kinds["detector actor"])), Given(_Scale(kinds["scale actor"], log)))
     run = RunFolder(str(folder / "run"))
     streams: list[ImageStream] = []
 

@@ -17,7 +17,7 @@ import numpy as np
 from scalenet_ray.core.detections import Detections, Failure, ImageResult
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import Detect, Networks, OracleScale, PredictScale
+from scalenet_ray.core.inference import Detect, NetworkFactories, OracleScalePredictor, ScalePredictor
 from scalenet_ray.core.policy import Policy, Recursion, parse_policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.scale import ScaleMap
@@ -122,12 +122,12 @@ class Given:
         return self._network
 
 
-def random_networks(policy: Policy, count: int = 0) -> Networks:
+def random_networks(policy: Policy, count: int = 0) -> NetworkFactories:
     """Networks that answer at random, the same for the same tile; the truth of images 1 to `count` for oracle."""
     if policy.kind == "oracle":
         truth = TruthOfSquares({i: Scenes().boxes(i)[0] for i in range(1, count + 1)})
-        return Networks(Given(RandomDetector()), Given(OracleScale(truth)))
-    return Networks(Given(RandomDetector()), Given(RandomScale()))
+        return NetworkFactories(Given(RandomDetector()), Given(OracleScalePredictor(truth)))
+    return NetworkFactories(Given(RandomDetector()), Given(RandomScale()))
 
 
 def as_values(result: ImageResult) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def as_values(result: ImageResult) -> dict[str, Any]:
 
 
 def reference(
-    records: Sequence[ImageRecord], policy: Policy, networks: Networks, open_image: OpenImage
+    records: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage
 ) -> dict[int, dict[str, Any]]:
     """Image id -> what `recursive_detect` finds, or the failure of an image that cannot be read."""
     detect = networks.detect()
@@ -242,7 +242,7 @@ class FaultyScale:
     """
 
     def __init__(
-        self, inner: PredictScale, log: WorkLog, before: Fault | None = None, after: Fault | None = None
+        self, inner: ScalePredictor, log: WorkLog, before: Fault | None = None, after: Fault | None = None
     ) -> None:
         self._inner, self._log, self._before, self._after = inner, log, before, after
 

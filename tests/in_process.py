@@ -18,14 +18,14 @@ import pyarrow as pa
 
 from scalenet_ray.core.detections import Detections, ImageResult
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease
 from scalenet_ray.engine.pipeline import Assembler
 from scalenet_ray.engine.rows import unpack_results
-from scalenet_ray.engine.stages import DetectStage, LookAndDetectStage, LookStage, TileSource
-from scalenet_ray.runs.resources import Patience
+from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage, TileSource
+from scalenet_ray.runs.resources import RetryPolicy
 
 __all__ = ["Died", "Handle", "InProcessEngine", "OwnDecisions", "Unjournaled"]
 
@@ -105,7 +105,7 @@ class InProcessEngine:
         self,
         records: Sequence[ImageRecord],
         policy: Policy,
-        networks: Networks,
+        networks: NetworkFactories,
         open_image: OpenImage,
         *,
         seed: int = 0,
@@ -127,18 +127,18 @@ class InProcessEngine:
         self._lease_size = lease_size
         self.frontier = frontier_class(records, max_open_images)
         handle = Handle(self.frontier, self._dies)
-        patience = Patience(max_tries=max_tries)
+        retries = RetryPolicy(max_tries=max_tries)
         source = TileSource(
-            handle, policy, self._mortal(open_image), readers=readers, lease_size=lease_size, patience=patience
+            handle, policy, self._mortal(open_image), readers=readers, lease_size=lease_size, retries=retries
         )
         self._tasks = source.get_read_tasks(1)
         self._readers = [_Replaying(task) for task in self._tasks]
         detector = _Mortal(networks.detect(), self._dies)
         mortal = replace(networks, detect=lambda: detector)
         together = networks.detect_where_they_look(policy)
-        self._look = _pass_on if together else LookStage(handle, policy, networks, patience)
-        stage = LookAndDetectStage if together else DetectStage
-        self._detect = stage(handle, policy, mortal, detector_batch_size, patience)
+        self._look = _pass_on if together else ScaleStage(handle, policy, networks, retries)
+        stage = ScaleAndDetectStage if together else DetectStage
+        self._detect = stage(handle, policy, mortal, detector_batch_size, retries)
         self._assembler = Assembler(policy.merging)
         self._rows: list[pa.Table] = []
         self._looked: list[pa.Table] = []

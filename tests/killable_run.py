@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.engine.session import Session
 from scalenet_ray.runs.batch import Progress, run_policy
 from scalenet_ray.runs.folder import RunFolder
@@ -38,7 +38,7 @@ def say(progress: Progress) -> None:
 def main() -> None:
     """Run, a line for each finished image."""
     output, log = sys.argv[1:]
-    networks = Networks(Given(SlowDetector(0.05)), Given(FaultyScale(RandomScale(), WorkLog(Path(log)))))
+    networks = NetworkFactories(Given(SlowDetector(0.05)), Given(FaultyScale(RandomScale(), WorkLog(Path(log)))))
     resources = Resources(scale_batch_size=2, detector_batch_size=4, max_open_images=OPEN_IMAGES)
     session = Session("ray", resources)
     start = partial(session.start, policy=POLICY, networks=networks, open_image=SCENES)

@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.runs.resources import Resources
 from tests.faults import Given, Scenes, SlowDetector, as_values, policy_of, random_networks, records_of, reference
@@ -40,7 +40,7 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
 
     records, policy, scenes = records_of(30), policy_of("scalenet"), Scenes(unreadable={7})
-    networks = Networks(Given(SlowDetector(0.02)), Given(RandomScale()))
+    networks = NetworkFactories(Given(SlowDetector(0.02)), Given(RandomScale()))
     stream = ImageStream(records, policy, networks, scenes, _RESOURCES)
     results = []
     losses = 0

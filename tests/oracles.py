@@ -18,9 +18,9 @@ from pycocotools import mask as coco_mask
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile, Window
-from scalenet_ray.core.inference import Detect, PredictScale
+from scalenet_ray.core.inference import Detect, ScalePredictor
 from scalenet_ray.core.policy import Recursion
-from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap, ScaleRange, map_of_boxes
+from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap, ScaleRange, scale_map_of_boxes
 
 __all__ = [
     "BREAKING",
@@ -128,7 +128,7 @@ def clustered_squares(
 
 
 class TruthOfSquares:
-    """The ground truth for `OracleScale`: image id -> boxes and areas.
+    """The ground truth for `OracleScalePredictor`: image id -> boxes and areas.
 
     Args:
         boxes: image id -> [N, 4] xyxy in image pixels.
@@ -349,7 +349,7 @@ class SeeingScale:
         lit = components(pixels.max(axis=2) > 100)
         sides = (lit[:, 2:] - lit[:, :2]).astype(np.float64)
         tile_hw = (pixels.shape[0], pixels.shape[1])
-        prob = map_of_boxes(lit, np.prod(sides, axis=1), np.ones(len(lit)), tile_hw, self._hw).prob
+        prob = scale_map_of_boxes(lit, np.prod(sides, axis=1), np.ones(len(lit)), tile_hw, self._hw).prob
         if self._unit_side is None:
             return ScaleMap(prob=prob)
         scale = np.zeros(self._hw, np.float32)
@@ -456,7 +456,7 @@ class BrokenScale:
         depth: tiles of it that were zoomed into less often are well.
     """
 
-    def __init__(self, inner: PredictScale, image_id: int, depth: int = 0) -> None:
+    def __init__(self, inner: ScalePredictor, image_id: int, depth: int = 0) -> None:
         self._inner, self._image_id, self._depth = inner, image_id, depth
         self.input_pixels = inner.input_pixels
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scalenet_ray.console import run_job
-from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
 
@@ -104,7 +104,7 @@ def _run(sample: Path, document: Any, folder: Path) -> tuple[int, str]:
         policies=("whole",),
         engine="local",
         report_pictures=0,
-        networks=NetworkNames(detector="tests.mask_in_the_middle:Middle"),
+        networks=NetworkSpec(detector="tests.mask_in_the_middle:Middle"),
     )
     stderr = io.StringIO()
     silent = contextlib.redirect_stdout(io.StringIO())

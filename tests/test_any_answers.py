@@ -22,7 +22,7 @@ from scalenet_ray.console import run_job
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.policy import parse_policy
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from tests.job_scripts import load_job
 from tests.scripted_detector import SCRIPTED, Scripted, answering, one_box
 
@@ -52,7 +52,7 @@ def run_detect(pictures: Path, output: Path, policy: str = "whole", **changes: A
         policy=policy,
         output=str(output),
         engine="local",
-        networks=NetworkNames(detector=SCRIPTED),
+        networks=NetworkSpec(detector=SCRIPTED),
         report_pictures=0,
         **changes,
     )
@@ -311,7 +311,7 @@ def test_a_policy_whose_tiles_cannot_be_computed_is_refused_before_the_run(
 @pytest.mark.parametrize("kind", ["first-pass", "oracle", "fused", "scalenet"])
 def test_a_zoom_by_topk_of_class_maps_is_refused_by_the_check(kind: str) -> None:
     policy = parse_policy(kind, input_side=64, iou_threshold=0.6)
-    names = NetworkNames(SAMPLE_DETECTOR, SAMPLE_SCALE_NET)
+    names = NetworkSpec(SAMPLE_DETECTOR, SAMPLE_SCALE_NET)
     categories = names.describe_detector().categories
     names.check([policy], categories)
     by_top_k = replace(policy, recursion=replace(policy.recursion, zoom=None))

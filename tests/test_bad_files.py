@@ -22,7 +22,7 @@ from scalenet_ray.core.masks import mask_of_segmentation
 from scalenet_ray.data.coco import list_images, read_annotations, safe_file_name
 from scalenet_ray.data.images import decode_image, read_image
 from scalenet_ray.data.policy_files import read_policies
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 from tests.bad_files import (
     DOCUMENTS,
@@ -190,7 +190,7 @@ def test_a_run_over_bad_pictures_names_each_and_leaves_the_good_ones_alone(tmp_p
     good = json.loads(listing.read_text())
     wanted = {}
     module = load_job("eval_coco")
-    networks = NetworkNames(detector=SAMPLE_DETECTOR)
+    networks = NetworkSpec(detector=SAMPLE_DETECTOR)
     job = module.EvalCoco(
         data=str(sample),
         output=str(tmp_path / "good"),

@@ -13,7 +13,7 @@ from PIL import Image
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.models.checked_detector import CheckedDetector
@@ -68,9 +68,9 @@ def on_ray(records: Sequence[ImageRecord], log: WorkLog | None = None) -> Stream
     return ImageStream(records, POLICY, networks(log), SCENES, Resources(scale_batch_size=2, max_open_images=3))
 
 
-def networks(log: WorkLog | None) -> Networks:
+def networks(log: WorkLog | None) -> NetworkFactories:
     scale_net = RandomScale() if log is None else FaultyScale(RandomScale(), log)
-    return Networks(Given(RandomDetector()), Given(scale_net))
+    return NetworkFactories(Given(RandomDetector()), Given(scale_net))
 
 
 def log_in(folder: Path) -> WorkLog:
@@ -281,7 +281,7 @@ QUOTED = "the detector raised RuntimeError: no kernel for this"
 
 
 def raising(ids: Container[int] | None, *, on_ray: bool = False) -> Callable[[Sequence[ImageRecord]], Stream]:
-    nets = Networks(Given(CheckedDetector(RaisesOn(ids), "mine:Net")))
+    nets = NetworkFactories(Given(CheckedDetector(RaisesOn(ids), "mine:Net")))
     policy, images = policy_of("whole"), FlatImages(64)
     if on_ray:
         return lambda records: ImageStream(records, policy, nets, images, Resources())
@@ -328,7 +328,7 @@ def test_an_image_that_was_done_before_shows_that_the_detector_does_not_raise_on
 
 
 def test_images_that_cannot_be_read_do_not_hide_that_the_detector_raises_on_all_others(tmp_path: Path) -> None:
-    nets = Networks(Given(CheckedDetector(RaisesOn(None), "mine:Net")))
+    nets = NetworkFactories(Given(CheckedDetector(RaisesOn(None), "mine:Net")))
     run = RunFolder(str(tmp_path / "run"))
     with pytest.raises(UserError, match=f"{QUOTED}: so on each of the first 2 images"):
         run_policy(

@@ -32,8 +32,8 @@ from scalenet_ray.experiments.evaluate import (
 )
 from scalenet_ray.experiments.experiment import Experiment
 from scalenet_ray.experiments.figures import response_plot, steps_plot
-from scalenet_ray.experiments.rescale import settle_canvases
-from scalenet_ray.experiments.run import ablations, plan_units, tabulate
+from scalenet_ray.experiments.rescale import rescale_canvases
+from scalenet_ray.experiments.run import ablations, plan_tasks, tabulate
 from scalenet_ray.experiments.train import as_input, train_classifier, train_net
 from scalenet_ray.models.scale_net import normalised
 from tests.job_scripts import load_job
@@ -205,7 +205,7 @@ def test_a_net_that_says_nothing_at_all_sees_no_object() -> None:
     blind.input_pixels = 64  # type: ignore[attr-defined]
     picture = np.full((8, 8, 3), 9, np.uint8)
     recipe = MNIST.recipes["scalenet"]
-    (settled,) = settle_canvases([picture], recipe.recursion(8, 28), recipe.rules, ObjectScales(blind))  # type: ignore[arg-type]
+    (settled,) = rescale_canvases([picture], recipe.recursion(8, 28), recipe.rules, ObjectScales(blind))  # type: ignore[arg-type]
     assert settled.sides == (8,)
 
 
@@ -267,7 +267,7 @@ def test_the_oracle_brings_every_picture_to_the_unit_side(name: str) -> None:
     for side, found in pictures_at(squares(2), name, MNIST):
         on_side = found[0].shape[0]
         oracle = TrueScales(side / (on_side * MNIST.unit_side))
-        for settled in settle_canvases(found, CanvasRecipe().recursion(on_side, MNIST.canvas_side), rules, oracle):
+        for settled in rescale_canvases(found, CanvasRecipe().recursion(on_side, MNIST.canvas_side), rules, oracle):
             # Of the canvas, of which the picture is a part.
             assert settled.sides[-1] * side / on_side == pytest.approx(MNIST.unit_side, rel=0.05)
             assert not settled.capped
@@ -277,7 +277,7 @@ def test_the_oracle_brings_every_picture_to_the_unit_side(name: str) -> None:
 
 
 def test_nets_that_are_trained_alike_are_trained_once() -> None:
-    units = plan_units(Experiment("mnist", "d", "w"), MNIST.recipes, range(2))
+    units = plan_tasks(Experiment("mnist", "d", "w"), MNIST.recipes, range(2))
     names = [unit.name for unit in units]
     assert len(names) == len(set(names))
     assert sorted(name for name in names if name.startswith("net")) == ["net-s0", "net-s1", "net1-s0", "net1-s1"]

@@ -13,7 +13,7 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import ScaleMap, ScaleRange
 from scalenet_ray.experiments.data import centred, resized
-from scalenet_ray.experiments.rescale import CanvasRules, canvas_recursion, settle_canvases
+from scalenet_ray.experiments.rescale import RescaleRules, canvas_recursion, rescale_canvases
 
 UNIT = 16
 RANGE = ScaleRange(0.95, 1.05)
@@ -48,8 +48,8 @@ class KnowsScale:
         return maps
 
 
-def settle(pictures: list[np.ndarray], net: KnowsScale, rules: CanvasRules = CanvasRules(), depth: int = 20) -> list:  # noqa: B008
-    return settle_canvases(pictures, canvas_recursion(RANGE, k=1.0, max_depth=depth), rules, net)
+def settle(pictures: list[np.ndarray], net: KnowsScale, rules: RescaleRules = RescaleRules(), depth: int = 20) -> list:  # noqa: B008
+    return rescale_canvases(pictures, canvas_recursion(RANGE, k=1.0, max_depth=depth), rules, net)
 
 
 # --- the recursion --------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_with_bisection_it_ends_whatever_the_network_says(sides: list[int], answ
     said = iter(answers * 1000)
     net = KnowsScale(lambda scale: next(said))
     recursion = canvas_recursion(RANGE, k=1.0, max_depth=200, largest_side=64)
-    for one in settle_canvases([square(side) for side in sides], recursion, CanvasRules(even=even), net):
+    for one in rescale_canvases([square(side) for side in sides], recursion, RescaleRules(even=even), net):
         assert not one.capped
         assert max(one.sides) <= 64
         assert len(set(one.sides)) == len(one.sides)
@@ -108,7 +108,7 @@ def test_bisection_halves_what_is_left_after_a_reversal() -> None:
 
 def test_without_bisection_an_oscillation_is_cut_off_and_told() -> None:
     net = KnowsScale(lambda scale: 2.0 if scale > 1 else 0.5)
-    (one,) = settle([square(32)], net, CanvasRules(bisect=False), depth=9)
+    (one,) = settle([square(32)], net, RescaleRules(bisect=False), depth=9)
     assert one.capped
     assert len(one.sides) == 10
     assert set(one.sides) == {32, 16}
@@ -118,8 +118,8 @@ def test_without_bisection_an_oscillation_is_cut_off_and_told() -> None:
 
 def test_even_sides_and_any_sides() -> None:
     net = KnowsScale(lambda scale: 1.0 if 12.5 < scale * UNIT < 17.5 else scale * UNIT / 13.2)
-    assert settle([square(40)], net, CanvasRules(even=True))[0].sides == (40, 14)
-    assert settle([square(40)], net, CanvasRules(even=False))[0].sides == (40, 13)
+    assert settle([square(40)], net, RescaleRules(even=True))[0].sides == (40, 14)
+    assert settle([square(40)], net, RescaleRules(even=False))[0].sides == (40, 13)
 
 
 def test_a_canvas_is_made_from_the_picture_or_from_the_one_before() -> None:
@@ -133,8 +133,8 @@ def test_a_canvas_is_made_from_the_picture_or_from_the_one_before() -> None:
             return [ScaleMap(scale=np.full(one.shape[:2], next(said))) for one in pixels]
 
     recursion = canvas_recursion(RANGE, k=1.0, max_depth=5)
-    rules = [CanvasRules(from_original=original) for original in (True, False)]
-    fresh, worn = (settle_canvases([picture], recursion, each, Says())[0] for each in rules)
+    rules = [RescaleRules(from_original=original) for original in (True, False)]
+    fresh, worn = (rescale_canvases([picture], recursion, each, Says())[0] for each in rules)
     assert fresh.sides == worn.sides == (64, 32, 16)
     assert np.array_equal(fresh.pixels, resized(picture, 16))
     assert np.array_equal(worn.pixels, resized(resized(picture, 32), 16))

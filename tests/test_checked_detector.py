@@ -12,7 +12,7 @@ import pytest
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import Glimpse, ReadFeatures, maps_of_glimpses
+from scalenet_ray.core.inference import DetectionsWithFeatures, FeatureScalePredictor, maps_from_features
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector
 from tests.oracles import tile_of
@@ -104,7 +104,7 @@ class Showing(Scripted):
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[Any]:
         if any(tile.any() for tile in pixels):
             raise RuntimeError(TEXT)
-        return [Glimpse(one_box(tile), (np.zeros((1, 1, 2), np.float32),)) for tile in pixels]
+        return [DetectionsWithFeatures(one_box(tile), (np.zeros((1, 1, 2), np.float32),)) for tile in pixels]
 
 
 class Reads:
@@ -122,10 +122,10 @@ def test_an_exception_where_features_are_shown_costs_its_tile_and_no_other_map()
     glimpses = CheckedDetector(Showing(), "mine:Net").with_features([GOOD, BAD])
     assert [type(one.detections) for one in glimpses] == [Detections, TileError]
     net = Reads()
-    assert isinstance(net, ReadFeatures)
-    maps = maps_of_glimpses(glimpses, [tile_of((8, 16))] * 2, net)
+    assert isinstance(net, FeatureScalePredictor)
+    maps = maps_from_features(glimpses, [tile_of((8, 16))] * 2, net)
     assert [type(one) for one in maps] == [ScaleMap, TileError]
-    assert maps_of_glimpses(glimpses[1:], [tile_of((8, 16))], net) == [glimpses[1].detections]
+    assert maps_from_features(glimpses[1:], [tile_of((8, 16))], net) == [glimpses[1].detections]
 
 
 def test_features_of_another_form_are_refused() -> None:
@@ -134,7 +134,9 @@ def test_features_of_another_form_are_refused() -> None:
             return [one_box(tile) for tile in pixels]
 
     (glimpse,) = CheckedDetector(Bare(), "mine:Net").with_features([GOOD])
-    assert "with_features must answer with a Glimpse for each tile, got Detections" in str(glimpse.detections)
+    assert "with_features must answer with a DetectionsWithFeatures for each tile, got Detections" in str(
+        glimpse.detections
+    )
     with pytest.raises(UserError, match="reads the detector's feature maps, which Scripted does not show"):
         CheckedDetector(Scripted(), "mine:Net").with_features([GOOD])
 

@@ -8,7 +8,7 @@ import pytest
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.models.devices import device_named, device_on_this_machine
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from tests.job_scripts import load_job
 
 NO_SUCH_DEVICE = "cuda:99"
@@ -30,7 +30,7 @@ def test_a_device_that_this_machine_lacks_is_refused_here_and_may_be_elsewhere(n
 
 @pytest.mark.parametrize("device", ["cudaa", NO_SUCH_DEVICE])
 def test_networks_of_torch_are_not_loaded_for_it(device: str) -> None:
-    names = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET, device=device)
+    names = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET, device=device)
     for load in (lambda: names.load_detector({}), names.load_scale_net):
         with pytest.raises(UserError, match="device"):
             load()
@@ -43,7 +43,7 @@ def test_a_job_refuses_it_before_its_run_folder_begins(name: str, tmp_path: Path
     asked = getattr(job, kind)(
         output=str(tmp_path / "run"),
         engine="local",
-        networks=NetworkNames(device=NO_SUCH_DEVICE),
+        networks=NetworkSpec(device=NO_SUCH_DEVICE),
         **{"detect": {"images": str(tmp_path)}, "eval_coco": {"data": str(tmp_path)}}[name],
     )
     with pytest.raises(UserError, match=f"device '{NO_SUCH_DEVICE}' was wanted"):

@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from scalenet_ray.core.detections import ImageResult
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import OpenImage
 from scalenet_ray.engine.pipeline import ImageStream
@@ -57,7 +57,9 @@ class Watched:
         self.faults.append(Fault(self._folder / name, turn))
         return self.faults[-1]
 
-    def run(self, policy: Policy, open_image: OpenImage, networks: Networks, resources: Resources) -> list[ImageResult]:
+    def run(
+        self, policy: Policy, open_image: OpenImage, networks: NetworkFactories, resources: Resources
+    ) -> list[ImageResult]:
         """All results, each image's once, every fault having happened."""
         stream = ImageStream(RECORDS, policy, networks, open_image, resources)
         results = list(stream)
@@ -73,8 +75,8 @@ class Watched:
         look_after: Fault | None = None,
         detect_start: Fault | None = None,
         detect_end: Fault | None = None,
-    ) -> Networks:
-        return Networks(
+    ) -> NetworkFactories:
+        return NetworkFactories(
             Given(FaultyDetector(RandomDetector(), self.detected, detect_start, detect_end)),
             Given(FaultyScale(RandomScale(), self.looked, look_before, look_after)),
         )
@@ -152,7 +154,7 @@ def test_a_retry_that_decides_otherwise_loses_and_doubles_nothing(idle_ray: None
     policy = policy_of("scalenet")
     # At the first turn, on whole images: later tiles may be at the full depth, where there is nothing to decide.
     scale_net = FaultyScale(WhimsicalScale(), watched.looked, after=watched.fault("after"))
-    networks = Networks(Given(RandomDetector()), Given(scale_net))
+    networks = NetworkFactories(Given(RandomDetector()), Given(scale_net))
     results = watched.run(policy, SCENES, networks, TWO_OF_EACH)
     assert watched.status.conflicts > 0
     assert [result.image_id for result in results if result.failure] == [4]
@@ -169,7 +171,7 @@ def test_a_dead_frontier_ends_the_run_and_says_what_to_do(idle_ray: None) -> Non
 
 
 def test_a_bug_in_a_network_ends_the_run_with_its_message(idle_ray: None) -> None:
-    networks = Networks(Given(RandomDetector()), Given(BuggyScale(5)))
+    networks = NetworkFactories(Given(RandomDetector()), Given(BuggyScale(5)))
     stream = ImageStream(RECORDS, policy_of("scalenet"), networks, SCENES, Resources())
     with pytest.raises(Exception, match="a bug: the weights are of another network"):
         list(stream)
@@ -179,6 +181,6 @@ def test_a_network_that_cannot_be_made_ends_the_run_with_its_message(idle_ray: N
     def missing() -> RandomDetector:
         raise FileNotFoundError("there are no weights at /nowhere")
 
-    stream = ImageStream(RECORDS, policy_of("whole"), Networks(missing), SCENES, Resources())
+    stream = ImageStream(RECORDS, policy_of("whole"), NetworkFactories(missing), SCENES, Resources())
     with pytest.raises(Exception, match="there are no weights at /nowhere"):
         list(stream)

@@ -9,7 +9,7 @@ import pytest
 from scalenet_ray.core.detections import Detections, Failure, ImageResult
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.runs.folder import RunFolder, ShardWriter
-from scalenet_ray.runs.results import FinishedImage, detections_by_image, finished_images, tables_in_order
+from scalenet_ray.runs.results import StoredImage, detections_by_image, image_results, tables_in_order
 
 IDS = [7, 3, 2**40, 12, 1, 9, 40, 5, 33, 8, 21, 6]
 
@@ -37,7 +37,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     return run
 
 
-def as_values(image: FinishedImage) -> tuple:
+def as_values(image: StoredImage) -> tuple:
     found = image.detections
     return (image.image_id, image.file, image.hw, found.boxes.tolist(), found.labels.tolist(), found.masks)
 
@@ -46,7 +46,7 @@ def as_values(image: FinishedImage) -> tuple:
 def test_images_sorted_by_way_of_the_disk_are_those_sorted_in_memory(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, per_bucket: int
 ) -> None:
-    in_memory = [as_values(image) for image in finished_images(run, "whole")]
+    in_memory = [as_values(image) for image in image_results(run, "whole")]
     by_image = [(image_id, found.boxes.tolist()) for image_id, found in detections_by_image(run, "whole")]
     assert [image[0] for image in in_memory] == sorted(set(IDS) - {33})
     assert in_memory[7][:2] == (12, "12.png")
@@ -55,7 +55,7 @@ def test_images_sorted_by_way_of_the_disk_are_those_sorted_in_memory(
 
     monkeypatch.setattr("scalenet_ray.runs.results._MOST_IN_MEMORY", 5)
     monkeypatch.setattr("scalenet_ray.runs.results._IMAGES_PER_BUCKET", per_bucket)
-    assert [as_values(image) for image in finished_images(run, "whole")] == in_memory
+    assert [as_values(image) for image in image_results(run, "whole")] == in_memory
     assert [(image_id, found.boxes.tolist()) for image_id, found in detections_by_image(run, "whole")] == by_image
 
 
@@ -86,7 +86,7 @@ def test_nothing_is_left_on_the_disk_by_a_reader_that_stops_early(
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
     monkeypatch.setattr("scalenet_ray.runs.results._MOST_IN_MEMORY", 5)
-    images = finished_images(run, "whole")
+    images = image_results(run, "whole")
     assert next(images).image_id == 1
     assert list((tmp_path / "scratch").iterdir())
     images.close()  # pyright: ignore[reportAttributeAccessIssue]

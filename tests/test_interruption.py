@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from scalenet_ray.console import run_job
-from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
 from tests.job_scripts import REPOSITORY, load_job
 from tests.ray_fixture import RAY_ENVIRONMENT
@@ -107,13 +107,13 @@ def test_a_run_that_is_stopped_while_it_is_concluded_has_all_its_images(
     job = load_job("detect")
     monkeypatch.setenv(STALLED, str(folder))
     monkeypatch.setenv("STALLED_AT", "0")
-    monkeypatch.setattr(job, "conclude", lambda *args: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(job, "write_summary", lambda *args: signal.raise_signal(signal.SIGTERM))
     asked = job.DetectImages(
         images=str(folder / "images"),
         policy="whole",
         output=str(folder / "run"),
         engine="local",
-        networks=NetworkNames(detector="tests.stalling_detector:Stalling"),
+        networks=NetworkSpec(detector="tests.stalling_detector:Stalling"),
     )
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     try:

@@ -18,11 +18,11 @@ from pycocotools.coco import COCO
 
 from scalenet_ray.console import run_job
 from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
 
-SAMPLE_NETWORKS = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
+SAMPLE_NETWORKS = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 RECALLS = ("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large")
 COSTS = (
@@ -183,10 +183,10 @@ def test_resuming_with_other_settings_is_refused(
         ({"policies": ("zoom",)}, "there is no policy 'zoom': use whole"),
         ({"policies": ()}, "name at least one policy"),
         ({"policies": ("whole", "whole")}, "got twice whole"),
-        ({"networks": NetworkNames(detector="tiny:nowhere.safetensors")}, "nowhere.safetensors"),
-        ({"networks": NetworkNames(detector="magic:x")}, "magic:x"),
-        ({"networks": NetworkNames()}, "give --detector kind:what"),
-        ({"policies": ("scalenet",), "networks": NetworkNames(detector=SAMPLE_DETECTOR)}, "give --scale-net PATH"),
+        ({"networks": NetworkSpec(detector="tiny:nowhere.safetensors")}, "nowhere.safetensors"),
+        ({"networks": NetworkSpec(detector="magic:x")}, "magic:x"),
+        ({"networks": NetworkSpec()}, "give --detector kind:what"),
+        ({"policies": ("scalenet",), "networks": NetworkSpec(detector=SAMPLE_DETECTOR)}, "give --scale-net PATH"),
         ({"data": "no/such/folder"}, "no/such/folder"),
         ({"split": "test2017"}, "instances_test2017.json"),
         ({"policy_file": "no-such.yaml"}, "no-such.yaml"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.runs.resources import Resources
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job, same_results
@@ -34,7 +34,7 @@ def job_on(data: Path, output: Path, engine: str, **changes: Any) -> Any:
         policies=("scalenet",),
         output=str(output),
         engine=engine,
-        networks=NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET),
+        networks=NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET),
     )
     return replace(job, **changes)
 

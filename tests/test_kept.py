@@ -15,8 +15,8 @@ from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.data.coco import read_annotations
 from scalenet_ray.data.images import decode_image
-from scalenet_ray.engine.prediction_cache import Kept, KeptDetector, KeptScale
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.engine.prediction_cache import CachedDetector, CachedScalePredictor, PredictionCache
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 
 
@@ -47,8 +47,8 @@ def tile(value: int, hw: tuple[int, int] = (4, 6)) -> np.ndarray:
 
 def test_each_tile_is_seen_once_whatever_comes_with_it() -> None:
     inner = Counting()
-    kept = Kept()
-    detect = KeptDetector(inner, kept)
+    kept = PredictionCache()
+    detect = CachedDetector(inner, kept)
     first = detect([tile(1), tile(2)])
     again = detect([tile(2), tile(3), tile(1)])
     assert inner.seen == 3
@@ -61,13 +61,13 @@ def test_each_tile_is_seen_once_whatever_comes_with_it() -> None:
 
 def test_tiles_of_the_same_bytes_and_another_shape_are_others() -> None:
     inner = Counting()
-    KeptDetector(inner, Kept())([tile(1, (4, 6)), tile(1, (6, 4))])
+    CachedDetector(inner, PredictionCache())([tile(1, (4, 6)), tile(1, (6, 4))])
     assert inner.seen == 2
 
 
 def test_what_broke_a_network_breaks_it_again() -> None:
     inner = Counting()
-    detect = KeptDetector(inner, Kept())
+    detect = CachedDetector(inner, PredictionCache())
     assert [str(one) for (one,) in (detect([tile(0)]), detect([tile(0)]))] == ["black", "black"]
     assert inner.seen == 1
 
@@ -75,7 +75,7 @@ def test_what_broke_a_network_breaks_it_again() -> None:
 @pytest.mark.parametrize("policy_name", ["first-pass", "scalenet", "fused"])
 def test_a_hit_gives_what_a_miss_gives(policy_name: str, tmp_path: Path) -> None:
     dataset = read_annotations(write_sample(tmp_path / "sample", train=1, val=2) / "annotations/instances_val2017.json")
-    names = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
+    names = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
     info = names.describe_detector()
     policy = parse_policy(policy_name, input_side=info.input_side, iou_threshold=info.iou_threshold)
     detector, predict_scale = names.load_detector(dataset.categories), names.load_scale_net()
@@ -87,9 +87,9 @@ def test_a_hit_gives_what_a_miss_gives(policy_name: str, tmp_path: Path) -> None
         return [recursive_detect(image, 1, policy, detect=detect, predict_scale=predict) for image in images]
 
     expected = results(detector, predict_scale)
-    kept = Kept()
+    kept = PredictionCache()
     for hits in (False, True):
-        found = results(KeptDetector(detector, kept), KeptScale(predict_scale, detector, kept))
+        found = results(CachedDetector(detector, kept), CachedScalePredictor(predict_scale, detector, kept))
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one.detections.boxes, other.detections.boxes)
             np.testing.assert_array_equal(one.detections.scores, other.detections.scores)

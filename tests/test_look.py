@@ -13,7 +13,7 @@ import pytest
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile, Window
-from scalenet_ray.core.inference import OracleScale, first_pass_map, look
+from scalenet_ray.core.inference import OracleScalePredictor, predict_scales, scale_map_of_detections
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.scale import ScaleMap
 from tests.oracles import (
@@ -57,10 +57,10 @@ def _policy(kind: Any, **recursion: Any) -> Policy:
 def _batch() -> tuple[list[np.ndarray], list[Tile]]:
     """Tiles of two images: of the four, the third may not be cut any more and the fourth is deep enough."""
     tiles = [
-        dataclasses.replace(tile_of((64, 64), image_id=1), allowance=4),
-        dataclasses.replace(tile_of((32, 48), image_id=2), allowance=4),
+        dataclasses.replace(tile_of((64, 64), image_id=1), window_budget=4),
+        dataclasses.replace(tile_of((32, 48), image_id=2), window_budget=4),
         tile_of((64, 64), image_id=3),
-        dataclasses.replace(tile_of((64, 64), image_id=1, path=(0,)), allowance=4),
+        dataclasses.replace(tile_of((64, 64), image_id=1, path=(0,)), window_budget=4),
     ]
     boxes = np.array([[4, 4, 9, 9], [20, 10, 30, 20]])
     return [draw_squares((tile.height, tile.width), boxes) for tile in tiles], tiles
@@ -73,7 +73,7 @@ def _batch() -> tuple[list[np.ndarray], list[Tile]]:
 def test_the_net_is_asked_once_for_all_tiles_that_may_be_cut(kind: str) -> None:
     net = _CountingScale(RandomScale())
     pixels, tiles = _batch()
-    seen = look(pixels, tiles, _policy(kind), detect=PerfectDetector(1), predict_scale=net)
+    seen = predict_scales(pixels, tiles, _policy(kind), detect=PerfectDetector(1), predict_scale=net)
     assert net.batches == [[(1, ()), (2, ())]]
     assert [one.scale_map is not None for one in seen] == [True, True, False, False]
     assert [one.looked for one in seen] == [kind != "oracle", kind != "oracle", False, False]
@@ -83,7 +83,7 @@ def test_the_net_is_asked_once_for_all_tiles_that_may_be_cut(kind: str) -> None:
 def test_the_detector_is_asked_once_and_what_it_saw_travels_on(kind: str) -> None:
     detect = CountingDetector(PerfectDetector(1))
     pixels, tiles = _batch()
-    seen = look(pixels, tiles, _policy(kind), detect=detect, predict_scale=SeeingScale())
+    seen = predict_scales(pixels, tiles, _policy(kind), detect=detect, predict_scale=SeeingScale())
     assert detect.calls == 1
     assert detect.sizes_hw == [(64, 64), (32, 48)]
     assert [None if one.detections is None else len(one.detections) for one in seen] == [2, 2, None, None]
@@ -93,7 +93,7 @@ def test_the_detector_is_asked_once_and_what_it_saw_travels_on(kind: str) -> Non
 def test_a_policy_without_a_first_pass_leaves_the_detector_alone(kind: str) -> None:
     detect = CountingDetector(PerfectDetector(1))
     pixels, tiles = _batch()
-    seen = look(pixels, tiles, _policy(kind), detect=detect, predict_scale=SeeingScale())
+    seen = predict_scales(pixels, tiles, _policy(kind), detect=detect, predict_scale=SeeingScale())
     assert detect.calls == 0
     assert all(one.detections is None for one in seen)
 
@@ -101,14 +101,14 @@ def test_a_policy_without_a_first_pass_leaves_the_detector_alone(kind: str) -> N
 @pytest.mark.parametrize("kind", ["whole", "grid", "random"])
 def test_a_policy_that_needs_to_see_nothing_asks_nobody(kind: str) -> None:
     pixels, tiles = _batch()
-    for one in look(pixels, tiles, _policy(kind)):
+    for one in predict_scales(pixels, tiles, _policy(kind)):
         assert (one.scale_map, one.detections, one.failure, one.looked) == (None, None, None, False)
 
 
 def test_no_tiles_that_may_be_cut_need_no_network() -> None:
     pixels, tiles = _batch()
-    assert len(look(pixels[2:], tiles[2:], _policy("scalenet"))) == 2
-    assert look([], [], _policy("scalenet")) == []
+    assert len(predict_scales(pixels[2:], tiles[2:], _policy("scalenet"))) == 2
+    assert predict_scales([], [], _policy("scalenet")) == []
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_missing_network_is_named(kind: str, message: str) -> None:
     pixels, tiles = _batch()
     net = SeeingScale() if kind == "fused" else None
     with pytest.raises(ValueError, match=message):
-        look(pixels, tiles, _policy(kind), predict_scale=net)
+        predict_scales(pixels, tiles, _policy(kind), predict_scale=net)
 
 
 def test_a_net_that_answers_for_fewer_tiles_is_a_bug() -> None:
@@ -134,7 +134,7 @@ def test_a_net_that_answers_for_fewer_tiles_is_a_bug() -> None:
 
     pixels, tiles = _batch()
     with pytest.raises(ValueError, match=r"zip\(\)"):
-        look(pixels, tiles, _policy("scalenet"), predict_scale=Short())
+        predict_scales(pixels, tiles, _policy("scalenet"), predict_scale=Short())
 
 
 # --- the fakes themselves -----------------------------------------------------------------------------
@@ -150,7 +150,7 @@ FAKES = (
     ConstantScale(2.0),
     OscillatingScale(),
     BrokenScale(SeeingScale(), 2),
-    OracleScale(TruthOfSquares({1: np.array([[4, 4, 9, 9]]), 2: np.zeros((0, 4)), 3: np.zeros((0, 4))})),
+    OracleScalePredictor(TruthOfSquares({1: np.array([[4, 4, 9, 9]]), 2: np.zeros((0, 4)), 3: np.zeros((0, 4))})),
 )
 
 
@@ -187,7 +187,7 @@ def _plain(answer: Detections | ScaleMap | TileError) -> Any:
 def test_nan_for_one_tile_leaves_the_others_of_the_batch_alone(kind: str) -> None:
     pixels, tiles = _batch()
     net = BrokenScale(SeeingScale(), image_id=1)
-    seen = look(pixels, tiles, _policy(kind), detect=PerfectDetector(1), predict_scale=net)
+    seen = predict_scales(pixels, tiles, _policy(kind), detect=PerfectDetector(1), predict_scale=net)
     assert isinstance(seen[0].failure, TileError)
     assert "16 values that are NaN" in seen[0].failure.reason
     # It was computed all the same, so it counts.
@@ -202,7 +202,7 @@ def test_a_detector_that_breaks_on_one_tile_leaves_the_others_alone(kind: str) -
     pixels, tiles = _batch()
     pixels[1][:4, :4] = BREAKING
     detect = FailingDetector(PerfectDetector(1))
-    seen = look(pixels, tiles, _policy(kind), detect=detect, predict_scale=SeeingScale())
+    seen = predict_scales(pixels, tiles, _policy(kind), detect=detect, predict_scale=SeeingScale())
     assert seen[0].failure is None
     assert seen[1].failure is not None
     assert seen[1].failure.reason == "the detector broke on this tile: its boxes are NaN"
@@ -220,7 +220,7 @@ def test_nan_that_a_detector_lets_through_is_a_failure_of_the_tile(bad: float, w
             return dataclasses.replace(found, **{where: values})
 
     pixels, tiles = _batch()
-    for one in look(pixels[:2], tiles[:2], _policy("first-pass"), detect=Careless(1)):
+    for one in predict_scales(pixels[:2], tiles[:2], _policy("first-pass"), detect=Careless(1)):
         assert one.failure is not None
         assert one.failure.reason.startswith("the detector gave boxes or scores that are NaN or infinite: check")
 
@@ -232,7 +232,7 @@ def test_the_first_pass_map_holds_boxes_from_a_score_on_with_their_score_as_gain
     found = Detections(
         np.array([[0, 0, 16, 16], [32, 32, 48, 48], [0, 48, 16, 64]]), np.array([0.5, 0.02, 0.03]), np.ones(3)
     )
-    implied = first_pass_map(found, (64, 64), 0.03)
+    implied = scale_map_of_detections(found, (64, 64), 0.03)
     assert implied.hw == (64, 64)
     # 16 x 16 of 64 x 64 is 16384 of 512 x 512: class 2, and 256 cells.
     assert implied.classes[:16, :16].tolist() == [[2] * 16] * 16
@@ -245,13 +245,15 @@ def test_the_first_pass_map_holds_boxes_from_a_score_on_with_their_score_as_gain
 
 def test_a_first_pass_that_found_nothing_sees_background() -> None:
     for found in (Detections.empty(), Detections.empty(with_masks=True)):
-        assert first_pass_map(found, (64, 64), 0.0).classes.max() == 0
+        assert scale_map_of_detections(found, (64, 64), 0.0).classes.max() == 0
 
 
 def test_fused_is_the_mean_of_both_on_the_finer_grid() -> None:
     pixels, tiles = _batch()
     background = FixedScale(prob=np.eye(6)[0][:, None, None] * np.ones((1, 8, 8)))
-    seen = look(pixels[:1], tiles[:1], _policy("fused"), detect=PerfectDetector(1), predict_scale=background)[0]
+    seen = predict_scales(pixels[:1], tiles[:1], _policy("fused"), detect=PerfectDetector(1), predict_scale=background)[
+        0
+    ]
     assert seen.scale_map is not None
     assert seen.scale_map.prob is not None
     assert seen.scale_map.hw == (64, 64)
@@ -264,14 +266,14 @@ def test_fused_is_the_mean_of_both_on_the_finer_grid() -> None:
 def test_a_regression_net_cannot_be_fused() -> None:
     pixels, tiles = _batch()
     with pytest.raises(ValueError, match="only class maps can be fused"):
-        look(pixels, tiles, _policy("fused"), detect=PerfectDetector(1), predict_scale=ConstantScale(1.0))
+        predict_scales(pixels, tiles, _policy("fused"), detect=PerfectDetector(1), predict_scale=ConstantScale(1.0))
 
 
 # --- the oracle -------------------------------------------------------------------------------------
 
 
 def _oracle_map(boxes: Any, tile: Tile) -> ScaleMap:
-    oracle = OracleScale(TruthOfSquares({tile.image_id: np.array(boxes, np.float32)}))
+    oracle = OracleScalePredictor(TruthOfSquares({tile.image_id: np.array(boxes, np.float32)}))
     (scale_map,) = oracle([np.zeros((tile.height, tile.width, 3), np.uint8)], [tile])
     assert isinstance(scale_map, ScaleMap)
     return scale_map
@@ -326,4 +328,4 @@ def test_the_oracle_of_an_image_without_objects_sees_background() -> None:
 
 
 def test_the_oracle_is_no_network_and_costs_nothing() -> None:
-    assert OracleScale.input_pixels == 0
+    assert OracleScalePredictor.input_pixels == 0

@@ -14,11 +14,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import BATCH_HALVED, Networks, PredictScale, in_halves
+from scalenet_ray.core.inference import BATCH_HALVED, NetworkFactories, ScalePredictor, split_on_oom
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.models.checked_detector import MappedDetector
-from scalenet_ray.models.devices import saying_what_does_not_fit
+from scalenet_ray.models.devices import translate_oom
 from tests.faults import Given, Scenes, as_values, policy_of, random_networks, records_of, reference
 from tests.in_process import InProcessEngine
 from tests.oracles import CATEGORIES, RandomDetector, RandomScale
@@ -73,7 +73,7 @@ def test_a_batch_is_halved_until_it_fits_and_answers_keep_their_order(caplog: py
             raise OutOfMemoryError("full")
         return list(range(some.start, some.stop))
 
-    answers, halved = in_halves(call, 11)
+    answers, halved = split_on_oom(call, 11)
     assert answers == list(range(11))
     assert sizes == [11, 5, 2, 3, 6, 3, 3]
     assert halved == [0, 0, 5]
@@ -89,7 +89,7 @@ def test_a_tile_that_does_not_fit_alone_fails_alone_and_names_the_remedy() -> No
             raise OutOfMemoryError("full")
         return list(range(some.start, some.stop))
 
-    answers, halved = in_halves(call, 4)
+    answers, halved = split_on_oom(call, 4)
     assert [answer for answer in answers if not isinstance(answer, TileError)] == [0, 1, 3]
     assert isinstance(answers[2], TileError)
     assert "even alone: give a smaller max_tile_pixels" in answers[2].reason
@@ -97,7 +97,7 @@ def test_a_tile_that_does_not_fit_alone_fails_alone_and_names_the_remedy() -> No
 
 
 def test_no_tiles_are_no_call() -> None:
-    assert in_halves(lambda some: pytest.fail("called"), 0) == ([], [])
+    assert split_on_oom(lambda some: pytest.fail("called"), 0) == ([], [])
 
 
 def test_another_error_is_let_through() -> None:
@@ -105,7 +105,7 @@ def test_another_error_is_let_through() -> None:
         raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        in_halves(call, 4)
+        split_on_oom(call, 4)
 
 
 # --- the engines --------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_another_error_is_let_through() -> None:
 def test_small_memory_changes_nothing_but_the_batches_and_says_so(no_ray: None, name: str) -> None:
     policy, records, scenes = policy_of(name), records_of(6), Scenes()
     detector, scale_net = SmallDetector(2), SmallScale(2)
-    networks = Networks(Given(detector), Given(scale_net))
+    networks = NetworkFactories(Given(detector), Given(scale_net))
     engine = InProcessEngine(records, policy, networks, scenes, lease_size=5, detector_batch_size=8)
     results = engine.run()
     halvings = sum(result.guards.pop(BATCH_HALVED, 0) for result in results)
@@ -127,7 +127,7 @@ def test_small_memory_changes_nothing_but_the_batches_and_says_so(no_ray: None, 
 def test_a_tile_too_large_for_the_detector_costs_its_image_alone(no_ray: None) -> None:
     policy, records, scenes = policy_of("whole"), records_of(8), Scenes()
     # Of the four sizes of scenes one keeps its whole side when it is fitted into 64 x 64: the square.
-    networks = Networks(Given(SmallDetector(8, pixels=64 * 63)))
+    networks = NetworkFactories(Given(SmallDetector(8, pixels=64 * 63)))
     results = InProcessEngine(records, policy, networks, scenes, detector_batch_size=8).run()
     failed = {result.image_id: result.failure for result in results if result.failure is not None}
     assert sorted(failed) == [2, 6]
@@ -142,7 +142,7 @@ def test_a_tile_too_large_for_the_detector_costs_its_image_alone(no_ray: None) -
 def test_the_plain_reference_fails_such_an_image_with_the_same_reason(name: str) -> None:
     policy = policy_of(name)
     image = Scenes()(records_of(1)[0])
-    scale_net: PredictScale = SmallScale(0) if name == "scalenet" else RandomScale()
+    scale_net: ScalePredictor = SmallScale(0) if name == "scalenet" else RandomScale()
     result = recursive_detect(image, 1, policy, detect=SmallDetector(0), predict_scale=scale_net)
     assert result.failure is not None
     assert result.failure.stage == ("detect" if name == "whole" else "look")
@@ -171,7 +171,7 @@ def test_what_libraries_raise_for_memory_becomes_one_error(error: Exception) -> 
         raise error
 
     with pytest.raises(OutOfMemoryError) as caught:
-        saying_what_does_not_fit(call)
+        translate_oom(call)
     # What it holds would keep the batch's tensors alive.
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None
@@ -187,15 +187,15 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)) as caught:
-        saying_what_does_not_fit(call)
+        translate_oom(call)
     assert caught.value is error
 
 
 def test_a_library_that_really_has_no_room_is_understood() -> None:
     with pytest.raises(OutOfMemoryError):
-        saying_what_does_not_fit(lambda: torch.empty(2**60, dtype=torch.uint8))
+        translate_oom(lambda: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(OutOfMemoryError):
-        saying_what_does_not_fit(lambda: np.zeros((2**60,), np.uint8))
+        translate_oom(lambda: np.zeros((2**60,), np.uint8))
 
 
 def test_what_did_not_fit_is_let_go_before_the_halves_are_tried() -> None:
@@ -211,11 +211,11 @@ def test_what_did_not_fit_is_let_go_before_the_halves_are_tried() -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return [len(batch)]
 
-        return saying_what_does_not_fit(network)
+        return translate_oom(network)
 
     gc.disable()
     try:
-        assert in_halves(call, 4)[0] == [1, 1, 1, 1]
+        assert split_on_oom(call, 4)[0] == [1, 1, 1, 1]
     finally:
         gc.enable()
     assert len(held) == 7

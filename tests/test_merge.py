@@ -244,7 +244,7 @@ def test_masks_stay_with_their_boxes() -> None:
 
 # --- carrying back ----------------------------------------------------------------------------------
 
-TILE = Tile(5, (1,), (100, 100), Window(20, 40, 60, 60), 40, 80, keep=AreaRange(4.0, 100.0))
+TILE = Tile(5, (1,), (100, 100), Window(20, 40, 60, 60), 40, 80, valid_area=AreaRange(4.0, 100.0))
 """Two tile pixels for one of the image; every edge lies inside the image."""
 
 
@@ -311,7 +311,7 @@ def test_a_box_of_another_size_than_the_window_was_cut_for_is_dropped() -> None:
 
 
 def test_the_size_is_that_of_the_part_inside_the_image() -> None:
-    whole = Tile(5, (), (20, 40), Window(0, 0, 40, 20), 40, 80, keep=AreaRange(0.0, 30.0))
+    whole = Tile(5, (), (20, 40), Window(0, 0, 40, 20), 40, 80, valid_area=AreaRange(0.0, 30.0))
     # 10 x 10 image pixels, of which 5 x 5 are inside.
     assert _carried([[-10, -10, 10, 10]], whole).areas.tolist() == [25]
 

@@ -25,8 +25,8 @@ def packed_tiles(draw: st.DrawFn) -> PackedTile:
         Window(x0, y0, x0 + width, y0 + height),
         draw(st.integers(1, 9)),
         draw(st.integers(1, 9)),
-        keep=draw(st.sampled_from([ANY_AREA, AreaRange(low, math.inf), AreaRange(low, 2 * low)])),
-        allowance=draw(st.integers(0, 1000)),
+        valid_area=draw(st.sampled_from([ANY_AREA, AreaRange(low, math.inf), AreaRange(low, 2 * low)])),
+        window_budget=draw(st.integers(0, 1000)),
     )
     guards = tuple(draw(st.lists(st.sampled_from(["max_depth", "no_change"]), max_size=2)))
     return PackedTile(tile, draw(st.fractions(0, 1)), draw(st.booleans()), draw(st.integers(0, 2**40)), guards)

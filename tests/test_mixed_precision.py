@@ -15,13 +15,13 @@ from scalenet_ray.core.merge import iou_matrix
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.scale_head import ScaleHead, load_predictor, save_scale_head
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.models.torchvision_builders import build_detector
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene
 from tests.oracles import tile_of
 
-SAMPLE = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
+SAMPLE = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
 
 
 def dtypes_seen(model: nn.Module) -> set[torch.dtype]:
@@ -91,7 +91,7 @@ def test_a_scale_head_reads_a_detectors_features_in_bfloat16(tmp_path: Path) -> 
     config = SAMPLE.describe_features()
     save_scale_head(ScaleHead(config), config, path := str(tmp_path / "head.safetensors"))
     pixels = scenes(2)
-    names = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=path, mixed_precision=True)
+    names = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=path, mixed_precision=True)
     features = [one.features for one in names.load_detector(SAMPLE_CATEGORIES).with_features(pixels)]
     assert all(level.dtype == np.float32 for levels in features for level in levels)
     head: Any = names.load_scale_net()
@@ -108,4 +108,4 @@ def test_a_scale_head_reads_a_detectors_features_in_bfloat16(tmp_path: Path) -> 
 @pytest.mark.parametrize("spec", ["yolox-onnx:net.onnx", "own.module:Class"])
 def test_a_network_that_has_its_own_precision_is_refused(spec: str) -> None:
     with pytest.raises(ValueError, match=f"is for detectors of kind tiny or torchvision, got '{spec}'.* leave mixed"):
-        NetworkNames(detector=spec, mixed_precision=True).describe_detector()
+        NetworkSpec(detector=spec, mixed_precision=True).describe_detector()

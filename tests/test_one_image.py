@@ -16,7 +16,7 @@ from PIL import Image
 
 import scalenet_ray
 from scalenet_ray.api import ScaledPrediction
-from scalenet_ray.core.inference import OracleScale
+from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.recursion import recursive_detect
 from tests.job_scripts import REPOSITORY
@@ -26,7 +26,7 @@ SIDE = 128
 BOXES, LABELS = clustered_squares(2, (SIDE, SIDE), (7, 9), 4, extent=44)
 SCENE = draw_squares((SIDE, SIDE), BOXES, LABELS)
 DETECTOR = PerfectDetector(12, input_side=SIDE)
-NET = OracleScale(TruthOfSquares({0: BOXES}))
+NET = OracleScalePredictor(TruthOfSquares({0: BOXES}))
 
 
 def predict(image: Any = SCENE, detector: Any = DETECTOR, **arguments: Any) -> ScaledPrediction:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from scalenet_ray.core.detections import TileResult
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy, Recursion, parse_policy
 from scalenet_ray.core.recursion import Step, expand, planning_weights
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
@@ -100,7 +100,7 @@ def test_the_pages_overlay_is_opaque_where_it_was_zoomed_alone(
     changes: dict[str, Any], seen: ScaleMap, tmp_path: Path
 ) -> None:
     policy = policy_with(changes)
-    networks = Networks(Given(PerfectDetector()), Given(Sees(seen)))
+    networks = NetworkFactories(Given(PerfectDetector()), Given(Sees(seen)))
     task = PictureTask(str(tmp_path), [(policy, networks)], lambda record: np.zeros((64, 64, 3), np.uint8))
     (picture,) = task([(ImageRecord(1, "1.png", 64, 64), "random")])
     drawn = base64.b64decode(picture["looks"]["scalenet"]["map"].partition(",")[2])

@@ -9,7 +9,7 @@ import ray
 from ray.data import DataContext
 
 from scalenet_ray.core.detections import ImageResult
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.pipeline import ImageStream
@@ -30,7 +30,11 @@ from tests.oracles import RandomScale
 
 
 def run(
-    records: Sequence[ImageRecord], policy: Policy, networks: Networks, open_image: OpenImage, resources: Resources
+    records: Sequence[ImageRecord],
+    policy: Policy,
+    networks: NetworkFactories,
+    open_image: OpenImage,
+    resources: Resources,
 ) -> list[ImageResult]:
     """All results of a run on Ray; committed as they come, so that the queue forgets while it works."""
     stream = ImageStream(records, policy, networks, open_image, resources)
@@ -44,7 +48,11 @@ def run(
 
 
 def assert_equals_reference(
-    records: Sequence[ImageRecord], policy: Policy, networks: Networks, open_image: OpenImage, resources: Resources
+    records: Sequence[ImageRecord],
+    policy: Policy,
+    networks: NetworkFactories,
+    open_image: OpenImage,
+    resources: Resources,
 ) -> list[ImageResult]:
     results = run(records, policy, networks, open_image, resources)
     assert sorted(result.image_id for result in results) == [record.image_id for record in records]
@@ -98,7 +106,7 @@ def test_a_tiny_object_store_and_a_slow_detector_do_not_hang(idle_ray: None) -> 
     assert ray.cluster_resources()["object_store_memory"] < 100 * 2**20
     records = records_of(60)
     policy = dataclasses.replace(policy_of("scalenet"), input_side=416)
-    networks = Networks(Given(SlowDetector(0.005, 416)), Given(RandomScale()))
+    networks = NetworkFactories(Given(SlowDetector(0.005, 416)), Given(RandomScale()))
     # A row of 8 tiles is 4 MB, and a call of the detector waits for 8 rows.
     resources = Resources(scale_batch_size=8, detector_batch_size=64, no_progress_seconds=30)
     results = assert_equals_reference(records, policy, networks, FlatImages(416), resources)
@@ -108,7 +116,7 @@ def test_a_tiny_object_store_and_a_slow_detector_do_not_hang(idle_ray: None) -> 
 @pytest.mark.ray
 def test_a_run_without_progress_ends_and_has_not_filled_the_store(idle_ray: None, tmp_path: Path) -> None:
     let_go = tmp_path / "let go"
-    networks = Networks(Given(StuckDetector(let_go)), Given(RandomScale()))
+    networks = NetworkFactories(Given(StuckDetector(let_go)), Given(RandomScale()))
     stream = ImageStream(records_of(1000), policy_of("scalenet"), networks, Scenes(), Resources(no_progress_seconds=8))
     with pytest.raises(Exception, match="made no progress for at least"):
         list(stream)

@@ -78,12 +78,12 @@ def test_which_policies_look_and_at_what() -> None:
 
 
 def test_a_tile_is_looked_at_while_it_may_still_be_cut() -> None:
-    tile = Tile(1, (0,), (8, 8), Window(0, 0, 8, 8), 8, 8, allowance=1)
+    tile = Tile(1, (0,), (8, 8), Window(0, 0, 8, 8), 8, 8, window_budget=1)
     policy = dataclasses.replace(_named("scalenet"), recursion=Recursion(max_depth=2))
-    assert policy.looks_at(tile)
-    assert not policy.looks_at(dataclasses.replace(tile, allowance=0))
-    assert not policy.looks_at(dataclasses.replace(tile, path=(0, 0)))
-    assert not dataclasses.replace(policy, kind="grid").looks_at(tile)
+    assert policy.needs_scales(tile)
+    assert not policy.needs_scales(dataclasses.replace(tile, window_budget=0))
+    assert not policy.needs_scales(dataclasses.replace(tile, path=(0, 0)))
+    assert not dataclasses.replace(policy, kind="grid").needs_scales(tile)
 
 
 # --- the whole image's tile -------------------------------------------------------------------------
@@ -102,12 +102,12 @@ def test_roots_worked_by_hand() -> None:
     root = _named("scalenet").root(7, (480, 640))
     assert (root.image_id, root.path, root.image_hw, root.window) == (7, (), (480, 640), Window(0, 0, 640, 480))
     assert (root.height, root.width) == (312, 416)
-    assert root.allowance == _named("scalenet").recursion.max_windows
+    assert root.window_budget == _named("scalenet").recursion.max_windows
     # 427 * 416 / 640 = 277.55; a small image is enlarged; a line of pixels keeps one.
     assert fitted_hw(427, 640, 416) == (277, 416)
     assert fitted_hw(100, 50, 416) == (416, 208)
     assert fitted_hw(1, 3000, 416) == (1, 416)
-    assert _named("whole").root(7, (480, 640)).allowance == 0
+    assert _named("whole").root(7, (480, 640)).window_budget == 0
 
 
 def test_the_largest_side_is_that_of_the_deepest_window_or_of_the_largest_size() -> None:

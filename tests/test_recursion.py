@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalenet_ray.core.geometry import ANY_AREA, AreaRange, Tile
-from scalenet_ray.core.inference import PredictScale
+from scalenet_ray.core.inference import ScalePredictor
 from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.recursion import Expansion, expand
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap, ScaleRange
@@ -39,12 +39,12 @@ def _classes(grid: Any) -> ScaleMap:
     return ScaleMap(prob=np.arange(NUM_CLASSES)[:, None, None] == np.asarray(grid))
 
 
-def _walk(root: Tile, policy: Policy, net: PredictScale) -> list[tuple[Tile, Expansion]]:
+def _walk(root: Tile, policy: Policy, net: ScalePredictor) -> list[tuple[Tile, Expansion]]:
     """All tiles that come from one, with their expansions, without any pixels."""
     queue, done = deque([root]), []
     while queue:
         tile = queue.popleft()
-        scale_map = net([np.zeros((1, 1, 3), np.uint8)], [tile])[0] if policy.looks_at(tile) else None
+        scale_map = net([np.zeros((1, 1, 3), np.uint8)], [tile])[0] if policy.needs_scales(tile) else None
         assert not isinstance(scale_map, Exception)
         expansion = expand(tile, scale_map, policy)
         done.append((tile, expansion))
@@ -60,7 +60,7 @@ def _guards(walked: list[tuple[Tile, Expansion]]) -> list[str]:
 
 
 @st.composite
-def nets(draw: st.DrawFn) -> PredictScale:
+def nets(draw: st.DrawFn) -> ScalePredictor:
     """Maps at random, constant maps from the smallest float to the largest, and one that is always wrong."""
     hw = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     kind = draw(st.sampled_from(["class", "regression", "constant class", "constant scale", "oscillating"]))
@@ -93,7 +93,7 @@ def recursions(draw: st.DrawFn) -> Recursion:
 @settings(deadline=None, max_examples=300)
 @given(nets(), recursions(), st.integers(1, 600), st.integers(1, 600), st.sampled_from([1, 64, 416]))
 def test_recursion_ends_within_all_its_limits_on_any_input(
-    net: PredictScale, rules: Recursion, height: int, width: int, side: int
+    net: ScalePredictor, rules: Recursion, height: int, width: int, side: int
 ) -> None:
     policy = Policy("scalenet", "scalenet", side, recursion=rules)
     root = policy.root(3, (height, width))
@@ -115,8 +115,8 @@ def test_recursion_ends_within_all_its_limits_on_any_input(
         # Every leaf is detected, or nothing would be known of it.
         assert expansion.detect or children
         assert [child.path for child in children] == [(*tile.path, i) for i in range(len(children))]
-        assert sum(child.allowance + 1 for child in children) <= tile.allowance
-        assert len({(c.window, c.height, c.width, c.keep) for c in children}) == len(children)
+        assert sum(child.window_budget + 1 for child in children) <= tile.window_budget
+        assert len({(c.window, c.height, c.width, c.valid_area) for c in children}) == len(children)
         for child in children:
             assert frame.x0 <= child.window.x0 < child.window.x1 <= frame.x1
             assert frame.y0 <= child.window.y0 < child.window.y1 <= frame.y1
@@ -201,7 +201,7 @@ def test_the_limit_on_windows_is_shared_among_children() -> None:
     corners = np.zeros((8, 8))
     corners[0, 0] = corners[7, 7] = 1
     children = expand(policy.root(1, (64, 64)), _classes(corners), policy).children
-    assert [child.allowance for child in children] == [3, 2]
+    assert [child.window_budget for child in children] == [3, 2]
 
 
 def test_a_chain_that_runs_out_of_windows_says_so() -> None:
@@ -404,7 +404,7 @@ def test_a_digit_of_scale_3_is_rescaled_by_a_third() -> None:
     policy = _topk()
     expansion = expand(policy.root(1, (84, 84)), ScaleMap(scale=np.full((6, 6), 3.0)), policy)
     assert not expansion.detect
-    assert [(c.window.xyxy, c.height, c.width, c.keep) for c in expansion.children] == [
+    assert [(c.window.xyxy, c.height, c.width, c.valid_area) for c in expansion.children] == [
         ((0, 0, 84, 84), 28, 28, ANY_AREA)
     ]
 
@@ -522,18 +522,18 @@ def test_cocos_rule_keeps_classes_1_and_2_of_the_parents_frame() -> None:
     policy = _policy(side=416)
     (child,) = expand(policy.root(1, (480, 640)), _classes([[1]]), policy).children
     # 8u = 20736 pixels of 512 x 512; 480 x 640 has 307200: 20736 * 307200 / 262144 = 24300.
-    assert child.keep == AreaRange(0.0, 24300.0)
+    assert child.valid_area == AreaRange(0.0, 24300.0)
     # Section 'Recursive-Scale Net': a box of class 3 in the parent's frame is dropped, one of class 2 is kept. The
     # child's frame is a window of 320 x 320: 20736 * 102400 / 262144 = 8100.
     (grandchild,) = expand(child, _classes([[1]]), policy).children
-    assert grandchild.keep == AreaRange(0.0, 8100.0)
+    assert grandchild.valid_area == AreaRange(0.0, 8100.0)
 
 
 def test_a_window_for_large_objects_keeps_the_mirror_of_it() -> None:
     policy = _policy(side=512, large_classes=(5,), keep_factor=2.0)
     (child,) = expand(policy.root(1, (512, 512)), _classes([[5]]), policy).children
     # Class 5 begins at 28u = 72576; up to 2 times smaller.
-    assert child.keep == AreaRange(36288.0, math.inf)
+    assert child.valid_area == AreaRange(36288.0, math.inf)
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_a_window_for_large_objects_keeps_the_mirror_of_it() -> None:
 def test_keep_ranges_at_the_ends_of_the_classes(small: tuple, large: tuple, found: int, keep: AreaRange) -> None:
     policy = _policy(side=512, small_classes=small, large_classes=large)
     (child,) = expand(policy.root(1, (512, 512)), _classes([[found]]), policy).children
-    assert child.keep == keep
+    assert child.valid_area == keep
 
 
 @pytest.mark.parametrize("scale", [0.1, 10.0])
@@ -556,5 +556,5 @@ def test_keep_ranges_at_the_ends_of_the_classes(small: tuple, large: tuple, foun
 def test_a_regression_map_at_a_fixed_zoom_knows_no_classes_and_keeps_any_area(scale: float, classes: tuple) -> None:
     policy = _policy(small_classes=classes)
     (child,) = expand(policy.root(1, (64, 64)), ScaleMap(scale=np.array([[scale]])), policy).children
-    assert child.keep == ANY_AREA
+    assert child.valid_area == ANY_AREA
     assert child.height == (64 if scale < 1 else 16)

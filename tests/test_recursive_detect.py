@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scalenet_ray.core.detections import Detections, Failure, ImageResult
 from scalenet_ray.core.geometry import boxes_to_tile, edges_inside_image
-from scalenet_ray.core.inference import OracleScale
+from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.recursion import expand, recursive_detect
 from scalenet_ray.core.scale import ScaleRange
@@ -81,7 +81,7 @@ def test_zooming_finds_what_the_plain_detector_misses(seed: int) -> None:
     detect = PerfectDetector(12, input_side=SIDE)
     plain = recursive_detect(image, 1, _policy("whole"), detect=detect)
     assert len(plain.detections) == 0
-    oracle = OracleScale(TruthOfSquares({1: boxes}))
+    oracle = OracleScalePredictor(TruthOfSquares({1: boxes}))
     for name, net in (("oracle", oracle), ("scalenet", oracle), ("scalenet", SeeingScale())):
         result = recursive_detect(image, 1, _policy(name), detect=detect, predict_scale=net)
         assert result.failure is None
@@ -95,7 +95,7 @@ def test_what_lies_whole_in_some_window_is_found_and_nothing_else(seed: int, win
     # Scattered so that windows cut some of them: what every window cuts is lost, whatever the detector.
     boxes, labels = scattered_squares(seed, (SIDE, SIDE), (7, 11), 8)
     image = draw_squares((SIDE, SIDE), boxes, labels)
-    net = OracleScale(TruthOfSquares({1: boxes}))
+    net = OracleScalePredictor(TruthOfSquares({1: boxes}))
     policy = _policy("oracle", window=window, zoom=1 / window)
     root = policy.root(1, (SIDE, SIDE))
     cut = net([image], [root])[0]
@@ -118,7 +118,7 @@ def test_what_lies_whole_in_some_window_is_found_and_nothing_else(seed: int, win
 def test_a_second_zoom_finds_what_one_zoom_misses(seed: int) -> None:
     boxes, labels = clustered_squares(seed, (SIDE, SIDE), (4, 5), 3, extent=24)
     image = draw_squares((SIDE, SIDE), boxes, labels)
-    detect, net = PerfectDetector(12, input_side=SIDE), OracleScale(TruthOfSquares({1: boxes}))
+    detect, net = PerfectDetector(12, input_side=SIDE), OracleScalePredictor(TruthOfSquares({1: boxes}))
     once = recursive_detect(image, 1, _policy("oracle"), detect=detect, predict_scale=net)
     assert len(once.detections) == 0
     twice = recursive_detect(image, 1, _policy("oracle", max_depth=2, max_windows=64), detect=detect, predict_scale=net)
@@ -150,7 +150,7 @@ def test_fragments_at_the_border_of_a_window_are_no_detections() -> None:
     # One tiny square draws the window; the bar is cut by it and would be found as a piece.
     bar, tiny = (60, 10, 120, 40), (16, 16, 24, 24)
     image = draw_squares((SIDE, SIDE), np.array([bar, tiny]), [1, 2])
-    detect, net = PerfectDetector(2, input_side=SIDE), OracleScale(TruthOfSquares({1: np.array([tiny])}))
+    detect, net = PerfectDetector(2, input_side=SIDE), OracleScalePredictor(TruthOfSquares({1: np.array([tiny])}))
     policy = _policy("oracle")
     found = recursive_detect(image, 1, policy, detect=detect, predict_scale=net).detections
     assert sorted(found.boxes.tolist()) == [[16, 16, 24, 24], [60, 10, 120, 40]]
@@ -164,7 +164,10 @@ def test_a_window_does_not_answer_for_what_is_larger_than_it_was_cut_for() -> No
     # The large square fits the window and would be found there too, with a better score.
     large, tiny = (36, 36, 58, 58), (60, 60, 68, 68)
     image = draw_squares((SIDE, SIDE), np.array([large, tiny]), [1, 2])
-    detect, net = PerfectDetector(2, sure_side=40, input_side=SIDE), OracleScale(TruthOfSquares({1: np.array([tiny])}))
+    detect, net = (
+        PerfectDetector(2, sure_side=40, input_side=SIDE),
+        OracleScalePredictor(TruthOfSquares({1: np.array([tiny])})),
+    )
     # Class 1 ends at 2592 * 128^2 / 512^2 = 162 pixels; the large one has 484, under 8 times that and over 2.
     for keep_factor, depth, score in ((8.0, 1, 0.9), (2.0, 0, 0.1)):
         policy = _policy("oracle", keep_factor=keep_factor)
@@ -176,7 +179,7 @@ def test_a_window_does_not_answer_for_what_is_larger_than_it_was_cut_for() -> No
 def test_masks_come_back_on_the_pixels_of_their_window() -> None:
     image, boxes, _ = _tiny_scene(5)
     detect = PerfectDetector(12, input_side=SIDE, with_masks=True)
-    net = OracleScale(TruthOfSquares({1: boxes}))
+    net = OracleScalePredictor(TruthOfSquares({1: boxes}))
     found = recursive_detect(image, 1, _policy("oracle"), detect=detect, predict_scale=net).detections
     assert found.masks is not None
     assert len(found.masks) == len(boxes)
@@ -208,7 +211,7 @@ def test_a_pyramid_keeps_from_each_size_what_is_in_its_valid_range() -> None:
     boxes = np.array([[4, 4, 12, 12], [20, 20, 60, 60], [64, 64, 124, 124]])
     image = draw_squares((SIDE, SIDE), boxes, [1, 2, 3])
     policy = _policy("pyramid")
-    assert [tile.keep for tile in expand(policy.root(1, (SIDE, SIDE)), None, policy).children] == [
+    assert [tile.valid_area for tile in expand(policy.root(1, (SIDE, SIDE)), None, policy).children] == [
         (0.0, float("inf")),
         (0.0, 3240.0),
         (0.0, 1296.0),
@@ -389,7 +392,7 @@ ALL = ("whole", "whole@200", "pyramid", "grid-2", "random", "first-pass", "scale
 @pytest.mark.parametrize("name", ALL)
 def test_the_same_image_gives_the_same_result(name: str) -> None:
     image, boxes, _ = _tiny_scene(7)
-    net = OracleScale(TruthOfSquares({1: boxes})) if name == "oracle" else RandomScale(5)
+    net = OracleScalePredictor(TruthOfSquares({1: boxes})) if name == "oracle" else RandomScale(5)
     policy = _policy(name, max_depth=2, large_classes=(5,))
     first = recursive_detect(image, 1, policy, detect=RandomDetector(3, input_side=SIDE), predict_scale=net)
     again = recursive_detect(image.copy(), 1, policy, detect=RandomDetector(3, input_side=SIDE), predict_scale=net)
@@ -457,7 +460,7 @@ def test_a_detector_that_breaks_in_one_window_alone_fails_the_image_too() -> Non
     image, _, _ = _tiny_scene(2)
     spot = np.zeros_like(image)
     spot[60, 60] = BREAKING
-    net = OracleScale(TruthOfSquares({1: np.array([[58, 58, 62, 62]])}))
+    net = OracleScalePredictor(TruthOfSquares({1: np.array([[58, 58, 62, 62]])}))
     whole = dataclasses.replace(_policy("oracle"), input_side=64)
     detect = FailingDetector(PerfectDetector(3, input_side=64))
     assert recursive_detect(spot, 1, dataclasses.replace(whole, kind="whole"), detect=detect).failure is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.frontier import Frontier
 from tests.faults import (
@@ -23,7 +23,7 @@ from tests.faults import (
 from tests.in_process import InProcessEngine, OwnDecisions, Unjournaled
 from tests.oracles import RandomDetector
 
-WHIMSICAL = Networks(Given(RandomDetector()), Given(WhimsicalScale()))
+WHIMSICAL = NetworkFactories(Given(RandomDetector()), Given(WhimsicalScale()))
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.report.charts import front_plot
 from scalenet_ray.report.gallery import choose_pictures
 from scalenet_ray.report.page import render_report
@@ -20,7 +20,7 @@ from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
 from tests.report_fakes import big_page
 
-NETWORKS = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
+NETWORKS = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
 
 
 def pictures_of(page: str) -> list[dict[str, Any]]:

@@ -19,10 +19,10 @@ from PIL import Image
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 from scalenet_ray.runs.export import export_run
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.results import finished_images
+from scalenet_ray.runs.results import image_results
 from tests.job_scripts import load_job
 
 
@@ -42,7 +42,7 @@ class FindsTheWhole:
         return [Detections(np.array([[0, 0, p.shape[1], p.shape[0]]], np.float32), [0.9], [1]) for p in pixels]
 
 
-NETWORKS = NetworkNames(detector=f"{__name__}:FindsTheWhole")
+NETWORKS = NetworkSpec(detector=f"{__name__}:FindsTheWhole")
 
 
 def write_image(path: Path, width: int) -> None:
@@ -71,7 +71,7 @@ def detect(images: str = "pics", **changes: Any) -> int:
 def found() -> dict[str, tuple[int, int]]:
     """File's stem -> image id and the width of its box, as results.json has it; each image has one box."""
     rows = json.loads(Path("run/results.json").read_text())
-    ids = {image.image_id: image.file for image in finished_images(RunFolder("run"), "whole")}
+    ids = {image.image_id: image.file for image in image_results(RunFolder("run"), "whole")}
     assert len(rows) == len({row["image_id"] for row in rows})
     return {Path(ids[row["image_id"]]).stem: (row["image_id"], round(row["bbox"][2])) for row in rows}
 
@@ -340,16 +340,16 @@ def test_the_device_may_differ_and_so_it_may_in_a_run_of_an_older_version(pics: 
 
 
 def test_the_samples_networks_are_noted_by_name_and_the_same_in_another_checkout() -> None:
-    names = NetworkNames(detector=SAMPLE_DETECTOR)
+    names = NetworkSpec(detector=SAMPLE_DETECTOR)
     assert names.settings()["detector"] == "sample"
 
 
 @pytest.mark.parametrize("then", ["sample", "tiny:/old/checkout/scalenet_ray/weights/sample_detector.safetensors"])
 def test_a_run_on_the_sample_goes_on_after_the_checkout_moved(tmp_path: Path, then: str) -> None:
     run = RunFolder(str(tmp_path / "run"))
-    older = {**asdict(NetworkNames()), "detector": then}
+    older = {**asdict(NetworkSpec()), "detector": then}
     run.begin({"networks": older}, resume=False).release()
-    run.begin({"networks": NetworkNames(SAMPLE_DETECTOR).settings()}, resume=True, workers={"device": "cpu"}).release()
+    run.begin({"networks": NetworkSpec(SAMPLE_DETECTOR).settings()}, resume=True, workers={"device": "cpu"}).release()
 
 
 # --- damage -------------------------------------------------------------------------------------------------

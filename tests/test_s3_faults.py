@@ -13,7 +13,7 @@ from s3fs import S3FileSystem
 
 from scalenet_ray.core.policy import parse_policy, policy_to_dict
 from scalenet_ray.data import storage
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
 from tests.s3_faults import ANSWERS, BREAKS, faulty_s3
@@ -22,7 +22,7 @@ POLICIES = ("first-pass", "scalenet")
 
 
 def policy_yaml(name: str) -> str:
-    info = NetworkNames(detector=SAMPLE_DETECTOR).describe_detector()
+    info = NetworkSpec(detector=SAMPLE_DETECTOR).describe_detector()
     policy = parse_policy(name, input_side=info.input_side, iou_threshold=info.iou_threshold)
     return yaml.safe_dump({**policy_to_dict(policy), "name": "from-a-file"})
 
@@ -39,7 +39,7 @@ def test_a_run_with_everything_on_s3_survives_failing_requests(
         policy_file=str(tmp_path / "policy.yaml"),
         output=str(tmp_path / "run"),
         engine="local",
-        networks=NetworkNames(SAMPLE_DETECTOR, SAMPLE_SCALE_NET),
+        networks=NetworkSpec(SAMPLE_DETECTOR, SAMPLE_SCALE_NET),
     )
     assert module.main(job) == 0
 
@@ -55,7 +55,7 @@ def test_a_run_with_everything_on_s3_survives_failing_requests(
         policy_file=f"{s3_bucket}/policy.yaml",
         output=f"{s3_bucket}/run",
         engine="local",
-        networks=NetworkNames(
+        networks=NetworkSpec(
             f"tiny:{s3_bucket}/weights/{os.path.basename(detector)}",
             f"{s3_bucket}/weights/{os.path.basename(scale_net)}",
         ),

@@ -17,7 +17,7 @@ from scalenet_ray.core.scale import (
     class_of_area,
     class_target,
     fuse_maps,
-    map_of_boxes,
+    scale_map_of_boxes,
     scale_target,
 )
 
@@ -156,7 +156,7 @@ def test_regression_targets_are_the_objects_own_scales_the_smaller_on_top() -> N
 
 
 def _cells(box: list[float], area: float = 1.0, tile_hw: tuple[int, int] = (8, 16)) -> ScaleMap:
-    return map_of_boxes(np.array([box]), np.array([area]), np.array([1.0]), tile_hw, (4, 4))
+    return scale_map_of_boxes(np.array([box]), np.array([area]), np.array([1.0]), tile_hw, (4, 4))
 
 
 def test_a_box_marks_every_cell_that_it_touches_and_spreads_its_worth() -> None:
@@ -196,14 +196,14 @@ def test_a_box_outside_the_tile_marks_nothing(box: list[float]) -> None:
 def test_the_gain_of_a_cell_is_that_of_its_own_class() -> None:
     # A small object on a large one: the large one's worth on that cell is not for the small one's window.
     boxes, areas = np.array([[0, 0, 16, 8], [0, 0, 4, 2]]), np.array([128.0, 1.0])
-    both = map_of_boxes(boxes, areas, np.array([16.0, 5.0]), (8, 16), (4, 4))
+    both = scale_map_of_boxes(boxes, areas, np.array([16.0, 5.0]), (8, 16), (4, 4))
     assert both.classes[0, :2].tolist() == [1, 5]
     assert both.gain is not None
     assert both.gain[0, :2].tolist() == [5.0, 1.0]
 
 
 def test_no_boxes_imply_background() -> None:
-    nothing = map_of_boxes(np.zeros((0, 4)), np.zeros(0), np.zeros(0), (8, 16))
+    nothing = scale_map_of_boxes(np.zeros((0, 4)), np.zeros(0), np.zeros(0), (8, 16))
     assert nothing.hw == (64, 64)
     assert nothing.classes.max() == 0
 
@@ -217,7 +217,7 @@ def test_the_worth_of_boxes_inside_the_tile_is_neither_lost_nor_doubled(seed: in
     corners = np.sort(rng.uniform(0, 1, (6, 2, 2)), axis=1) * [tile_hw[1], tile_hw[0]]
     worth = rng.uniform(0, 3, 6)
     # All of one class: where they overlap, their worth adds up.
-    implied = map_of_boxes(corners.reshape(6, 4), np.zeros(6), worth, tile_hw, hw)
+    implied = scale_map_of_boxes(corners.reshape(6, 4), np.zeros(6), worth, tile_hw, hw)
     assert implied.gain is not None
     assert implied.gain.sum() == pytest.approx(worth.sum(), rel=1e-4)
     assert ((implied.gain > 0) == (implied.classes == 1)).all()

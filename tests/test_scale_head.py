@@ -9,7 +9,7 @@ import torch
 
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import look
+from scalenet_ray.core.inference import predict_scales
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.recursion import expand, recursive_detect
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
@@ -17,7 +17,7 @@ from scalenet_ray.engine import gains
 from scalenet_ray.models.checked_detector import MappedDetector
 from scalenet_ray.models.scale_head import HeadConfig, ScaleHead, ScaleHeadPredictor, load_predictor, save_scale_head
 from scalenet_ray.models.scale_net import PRESETS, ScaleNetPredictor, build_scale_net
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene, write_sample
 from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.head_recipe import HeadRecipe, read_scores
@@ -27,7 +27,7 @@ from tests.job_scripts import load_job
 from tests.oracles import PerfectDetector, tile_of
 
 CATEGORIES = dict(SAMPLE_CATEGORIES)
-NETWORKS = NetworkNames(detector=SAMPLE_DETECTOR)
+NETWORKS = NetworkSpec(detector=SAMPLE_DETECTOR)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_gain_policy_needs_a_map_with_gains(tmp_path: Path) -> None:
     plain = ScaleMap(prob=np.full((6, 8, 8), 1 / 6))
     with pytest.raises(ValueError, match="method gain needs a map that says what a closer look gains"):
         expand(policy.root(1, (64, 64)), plain, policy)
-    names = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
+    names = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
     with pytest.raises(ValueError, match="a policy that goes by the gain needs a scale head"):
         names.check([policy], CATEGORIES)
 
@@ -147,7 +147,7 @@ def test_a_detector_that_shows_no_features_is_refused(head: str) -> None:
     pixels, tiles = tiles_of((64, 64))
     tiles = [policy.root(0, (64, 64))]
     with pytest.raises(ValueError, match="feature maps, which this detector does not show"):
-        look(
+        predict_scales(
             pixels,
             tiles,
             policy,
@@ -162,7 +162,7 @@ def test_a_head_of_another_detector_is_refused(tmp_path: Path) -> None:
     save_scale_head(ScaleHead(config), config, path)
     policy = parse_policy("gain", input_side=192, iou_threshold=0.6)
     with pytest.raises(ValueError, match=r"reads the features of yolox-onnx:other.onnx, channels \(69, 69, 69\)"):
-        NetworkNames(detector=SAMPLE_DETECTOR, scale_net=path).check([policy], CATEGORIES)
+        NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=path).check([policy], CATEGORIES)
 
 
 def test_either_kind_of_net_is_loaded_by_what_its_file_says(head: str) -> None:
@@ -172,10 +172,10 @@ def test_either_kind_of_net_is_loaded_by_what_its_file_says(head: str) -> None:
 
 def test_a_head_that_a_policy_needs_reads_features(head: str) -> None:
     first_pass, gain = (parse_policy(name, input_side=64, iou_threshold=0.6) for name in ("first-pass", "gain"))
-    assert NetworkNames(scale_net=head).reads_features([first_pass, gain])
-    assert not NetworkNames(scale_net=head).reads_features([first_pass])
-    assert not NetworkNames(scale_net=SAMPLE_SCALE_NET).reads_features([gain])
-    assert not NetworkNames(scale_net="nowhere").reads_features([first_pass])
+    assert NetworkSpec(scale_net=head).reads_features([first_pass, gain])
+    assert not NetworkSpec(scale_net=head).reads_features([first_pass])
+    assert not NetworkSpec(scale_net=SAMPLE_SCALE_NET).reads_features([gain])
+    assert not NetworkSpec(scale_net="nowhere").reads_features([first_pass])
 
 
 def test_poisson_loss_is_lowest_where_the_rate_is_the_target() -> None:
@@ -267,7 +267,7 @@ def test_the_job_trains_a_head_on_the_samples_detector(ray_session: None, tmp_pa
 
 def test_yolox_shows_its_levels_maps(real_data: Path) -> None:
     names = [
-        NetworkNames(detector=f"yolox-onnx:{real_data}/models/{file}.onnx")
+        NetworkSpec(detector=f"yolox-onnx:{real_data}/models/{file}.onnx")
         for file in ("yolox_nano", "yolox_nano_dynamic")
     ]
     assert [name.describe_features().feature_channels for name in names] == [(69, 69, 69)] * 2

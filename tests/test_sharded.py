@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.timing import measured
 from scalenet_ray.engine.parallel import ShardedStream, image_stream
 from scalenet_ray.engine.pipeline import ImageStream
@@ -73,7 +73,7 @@ def test_a_pipeline_that_dies_ends_the_run_with_a_way_on(idle_ray: None) -> None
 
 @pytest.mark.ray
 def test_a_bug_in_a_pipeline_is_raised_here(idle_ray: None) -> None:
-    networks = Networks(Given(RandomDetector()), Given(BuggyScale(3)))
+    networks = NetworkFactories(Given(RandomDetector()), Given(BuggyScale(3)))
     with pytest.raises(Exception, match="a bug"):
         list(image_stream(records_of(4), policy_of("scalenet"), networks, Scenes(), TWO))
 

@@ -9,12 +9,19 @@ import pyarrow as pa
 import pytest
 
 from scalenet_ray.core.detections import Failure, TileResult
-from scalenet_ray.core.inference import Networks, PredictScale
+from scalenet_ray.core.inference import NetworkFactories, ScalePredictor
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Frontier, Work
 from scalenet_ray.engine.rows import MicroBatch, PackedTile, pack, unpack, unpack_results
-from scalenet_ray.engine.stages import DetectStage, LookAndDetectStage, LookStage, TileSource, _DecodedImages, cut_work
+from scalenet_ray.engine.stages import (
+    DetectStage,
+    ScaleAndDetectStage,
+    ScaleStage,
+    TileSource,
+    _DecodedImages,
+    cut_work,
+)
 from tests.faults import BuggyScale, Given, Scenes, policy_of, random_networks, records_of
 from tests.in_process import Handle, InProcessEngine
 from tests.oracles import (
@@ -65,11 +72,11 @@ def opened(row: pa.Table) -> MicroBatch:
     return batch
 
 
-def looking_networks(predict_scale: PredictScale, detector: Any = None) -> Networks:
-    return Networks(Given(detector or RandomDetector()), Given(predict_scale))
+def looking_networks(predict_scale: ScalePredictor, detector: Any = None) -> NetworkFactories:
+    return NetworkFactories(Given(detector or RandomDetector()), Given(predict_scale))
 
 
-def detected(policy: Policy, networks: Networks, *rows: pa.Table, batch_size: int = 16) -> list[TileResult]:
+def detected(policy: Policy, networks: NetworkFactories, *rows: pa.Table, batch_size: int = 16) -> list[TileResult]:
     return unpack_results(DetectStage(TRUSTING, policy, networks, batch_size)(pa.concat_tables(rows)))
 
 
@@ -90,7 +97,7 @@ def test_an_image_that_cannot_be_read_travels_on_as_a_failure_with_its_credit() 
 def test_an_image_that_changed_since_its_tiles_were_planned_fails_and_is_named() -> None:
     frontier = Frontier(records_of(1), 1)
     row = row_of(frontier, policy_of("scalenet"), Scenes(), 1)
-    LookStage(Handle(frontier), policy_of("scalenet"), looking_networks(ConstantScale(scale_class=1)))(row)
+    ScaleStage(Handle(frontier), policy_of("scalenet"), looking_networks(ConstantScale(scale_class=1)))(row)
 
     def other(record: ImageRecord) -> np.ndarray:
         return np.zeros((10, 10, 3), np.uint8)
@@ -163,16 +170,16 @@ def test_a_lease_of_written_images_is_an_empty_row_that_keeps_the_positions() ->
     def read() -> Iterable[pa.Table]:
         return TileSource(handle, policy, Scenes(), readers=1, lease_size=1).get_read_tasks(1)[0]()
 
-    look = LookStage(handle, policy, networks)
+    stage = ScaleStage(handle, policy, networks)
     rows = []
     for row in read():
-        look(row)
+        stage(row)
         rows.append(row)
     frontier.commit([1, 3])
     again = list(read())
     assert [len(opened(row).tiles) for row in again] == [0, 1, 0]
     assert again[1].drop_columns(["seconds"]) == rows[1].drop_columns(["seconds"])
-    empty = look(again[0])
+    empty = stage(again[0])
     assert empty.num_rows == 1
     assert opened(empty) == MicroBatch([], [], [])
     assert detected(policy, networks, empty) == []
@@ -188,14 +195,14 @@ def test_a_reader_waits_for_work_that_is_still_out_and_each_time_a_little_longer
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policy, frontier = policy_of("whole"), Frontier(records_of(2), 1)
-    look = LookStage(Handle(frontier), policy, random_networks(policy))
+    stage = ScaleStage(Handle(frontier), policy, random_networks(policy))
     rows: list[pa.Table] = []
     waits: list[float] = []
 
     def sleep(seconds: float) -> None:
         waits.append(seconds)
         if len(waits) in (4, 6):
-            look(rows[-1])
+            stage(rows[-1])
 
     monkeypatch.setattr("scalenet_ray.engine.stages.time.sleep", sleep)
     (read,) = TileSource(Handle(frontier), policy, Scenes(), readers=1, lease_size=1).get_read_tasks(1)
@@ -212,10 +219,10 @@ def test_a_retry_passes_on_what_was_recorded_and_not_what_it_would_decide() -> N
     policy, frontier = policy_of("scalenet"), Frontier(records_of(1), 1)
     row = row_of(frontier, policy, Scenes(), 1)
     handle = Handle(frontier)
-    first = opened(LookStage(handle, policy, looking_networks(ConstantScale(scale_class=1)))(row))
+    first = opened(ScaleStage(handle, policy, looking_networks(ConstantScale(scale_class=1)))(row))
     children = frontier.status().ready
     assert children > 0
-    retry = opened(LookStage(handle, policy, looking_networks(ConstantScale(scale_class=4)))(row))
+    retry = opened(ScaleStage(handle, policy, looking_networks(ConstantScale(scale_class=4)))(row))
     assert frontier.status().ready == children
     assert frontier.status().conflicts == 1
     assert retry.tiles == first.tiles
@@ -225,8 +232,8 @@ def test_a_retry_passes_on_what_was_recorded_and_not_what_it_would_decide() -> N
 def test_a_retry_that_fails_passes_on_a_tile_that_the_first_try_could_look_at() -> None:
     policy, frontier = policy_of("scalenet"), Frontier(records_of(1), 1)
     row = row_of(frontier, policy, Scenes(), 1)
-    first = opened(LookStage(Handle(frontier), policy, looking_networks(RandomScale()))(row))
-    retry = opened(LookStage(Handle(frontier), policy, looking_networks(BrokenScale(RandomScale(), 1)))(row))
+    first = opened(ScaleStage(Handle(frontier), policy, looking_networks(RandomScale()))(row))
+    retry = opened(ScaleStage(Handle(frontier), policy, looking_networks(BrokenScale(RandomScale(), 1)))(row))
     assert retry.tiles == first.tiles
     assert retry.results == []
 
@@ -234,8 +241,8 @@ def test_a_retry_that_fails_passes_on_a_tile_that_the_first_try_could_look_at() 
 def test_a_failure_that_was_recorded_stands_though_the_retry_can_look() -> None:
     policy, frontier = policy_of("scalenet"), Frontier(records_of(1), 1)
     row = row_of(frontier, policy, Scenes(), 1)
-    LookStage(Handle(frontier), policy, looking_networks(BrokenScale(RandomScale(), 1)))(row)
-    retry = opened(LookStage(Handle(frontier), policy, looking_networks(ConstantScale(scale_class=1)))(row))
+    ScaleStage(Handle(frontier), policy, looking_networks(BrokenScale(RandomScale(), 1)))(row)
+    retry = opened(ScaleStage(Handle(frontier), policy, looking_networks(ConstantScale(scale_class=1)))(row))
     assert retry.tiles == []
     (failed,) = retry.results
     assert failed.failure is not None
@@ -247,10 +254,10 @@ def test_a_failure_that_was_recorded_stands_though_the_retry_can_look() -> None:
 def test_an_image_that_could_be_read_once_keeps_its_credits_when_the_retry_cannot() -> None:
     policy, frontier = policy_of("scalenet"), Frontier(records_of(1), 1)
     work = leased(frontier, 1)
-    look = LookStage(Handle(frontier), policy, looking_networks(ConstantScale(scale_class=1)))
-    look(pack(cut_work(work, policy, Scenes())))
+    stage = ScaleStage(Handle(frontier), policy, looking_networks(ConstantScale(scale_class=1)))
+    stage(pack(cut_work(work, policy, Scenes())))
     children = frontier.status().ready
-    (failed,) = opened(look(pack(cut_work(work, policy, Scenes(unreadable={1}))))).results
+    (failed,) = opened(stage(pack(cut_work(work, policy, Scenes(unreadable={1}))))).results
     assert failed.credit == Fraction(1, 1 + children)
     assert frontier.status().ready == children
 
@@ -258,7 +265,7 @@ def test_an_image_that_could_be_read_once_keeps_its_credits_when_the_retry_canno
 def test_nan_for_one_tile_fails_its_image_alone() -> None:
     policy, frontier = policy_of("scalenet"), Frontier(records_of(3), 3)
     row = row_of(frontier, policy, Scenes(), 3)
-    batch = opened(LookStage(Handle(frontier), policy, looking_networks(BrokenScale(RandomScale(), 2)))(row))
+    batch = opened(ScaleStage(Handle(frontier), policy, looking_networks(BrokenScale(RandomScale(), 2)))(row))
     assert [packed.tile.image_id for packed in batch.tiles] == [1, 3]
     (failed,) = batch.results
     assert failed.image_id == 2
@@ -272,7 +279,7 @@ def test_a_bug_in_a_network_is_let_through_and_nothing_is_decided() -> None:
     policy, frontier = policy_of("scalenet"), Frontier(records_of(2), 2)
     row = row_of(frontier, policy, Scenes(), 2)
     with pytest.raises(ValueError, match="a bug: the weights are of another network"):
-        LookStage(Handle(frontier), policy, looking_networks(BuggyScale(2)))(row)
+        ScaleStage(Handle(frontier), policy, looking_networks(BuggyScale(2)))(row)
     assert frontier.status().outstanding == 2
 
 
@@ -280,7 +287,7 @@ def test_a_bug_in_a_network_is_let_through_and_nothing_is_decided() -> None:
 def test_policies_that_need_no_look_never_come_back_to_the_frontier(name: str, tiles: int) -> None:
     policy, frontier = policy_of(name), Frontier(records_of(2), 2)
     networks = random_networks(policy)
-    row = LookStage(Handle(frontier), policy, networks)(row_of(frontier, policy, Scenes(), 2))
+    row = ScaleStage(Handle(frontier), policy, networks)(row_of(frontier, policy, Scenes(), 2))
     assert frontier.status().outstanding == frontier.status().ready == 0
     assert frontier.lease(0, 1, 9) is None
     assert len(opened(row).tiles) == 2 * tiles
@@ -290,11 +297,11 @@ def test_policies_that_need_no_look_never_come_back_to_the_frontier(name: str, t
 
 
 def test_policies_that_need_no_look_make_no_scale_net() -> None:
-    def refuse() -> PredictScale:
+    def refuse() -> ScalePredictor:
         pytest.fail("a Scale Net was made")
 
     for name in ("whole", "grid-2", "random", "pyramid", "first-pass"):
-        LookStage(None, policy_of(name), Networks(Given(RandomDetector()), refuse))
+        ScaleStage(None, policy_of(name), NetworkFactories(Given(RandomDetector()), refuse))
 
 
 @pytest.mark.parametrize("name", ["first-pass", "fused"])
@@ -331,7 +338,7 @@ def test_scale_net_sees_a_whole_micro_batch_at_once() -> None:
             batches.append(len(tiles))
             return super().__call__(pixels, tiles)
 
-    LookStage(Handle(frontier), policy, looking_networks(Noting()))(row_of(frontier, policy, Scenes(), 3))
+    ScaleStage(Handle(frontier), policy, looking_networks(Noting()))(row_of(frontier, policy, Scenes(), 3))
     assert batches == [3]
 
 
@@ -355,14 +362,14 @@ def test_the_detector_gets_full_batches_over_rows_and_the_rest_last() -> None:
             return super().__call__(pixels)
 
     rows = [row_of_tiles(range(1, 4)), row_of_tiles([]), row_of_tiles(range(4, 8))]
-    results = detected(policy_of("whole"), Networks(Given(Noting())), *rows, batch_size=3)
+    results = detected(policy_of("whole"), NetworkFactories(Given(Noting())), *rows, batch_size=3)
     assert batches == [3, 3, 1]
     assert [result.image_id for result in results] == list(range(1, 8))
     assert all(len(result.detections) == 1 for result in results)
 
 
 def test_a_tile_that_breaks_the_detector_fails_alone() -> None:
-    networks = Networks(Given(FailingDetector(PerfectDetector())))
+    networks = NetworkFactories(Given(FailingDetector(PerfectDetector())))
     rows = [row_of_tiles([1]), row_of_tiles([2], BREAKING), row_of_tiles([3])]
     results = detected(policy_of("whole"), networks, *rows)
     assert [result.failure is None for result in results] == [True, False, True]
@@ -371,7 +378,7 @@ def test_a_tile_that_breaks_the_detector_fails_alone() -> None:
 
 
 def test_a_detect_call_gives_one_row_however_many_tiles_it_had() -> None:
-    stage = DetectStage(TRUSTING, policy_of("whole"), Networks(Given(PerfectDetector())), 4)
+    stage = DetectStage(TRUSTING, policy_of("whole"), NetworkFactories(Given(PerfectDetector())), 4)
     for count in (0, 1, 9):
         assert stage(row_of_tiles(range(count))).num_rows == 1
 
@@ -394,7 +401,7 @@ def test_a_detect_call_gives_one_row_however_many_tiles_it_had() -> None:
 def test_one_actor_looks_and_detects_but_for_a_scale_net_of_its_own(
     name: str, reads_features: bool, together: bool
 ) -> None:
-    networks = Networks(Given(RandomDetector()), reads_features=reads_features)
+    networks = NetworkFactories(Given(RandomDetector()), reads_features=reads_features)
     assert networks.detect_where_they_look(policy_of(name)) == together
 
 
@@ -406,7 +413,7 @@ def test_one_detector_looks_at_whole_images_and_detects_their_windows() -> None:
         made.append(CountingDetector(RandomDetector()))
         return made[-1]
 
-    stage = LookAndDetectStage(Handle(frontier), policy, Networks(make), batch_size=4)
+    stage = ScaleAndDetectStage(Handle(frontier), policy, NetworkFactories(make), batch_size=4)
     roots = unpack_results(stage(row_of(frontier, policy, Scenes(), 2)))
     assert [(result.image_id, result.path) for result in roots] == [(1, ()), (2, ())]
     windows = frontier.status().ready
@@ -423,7 +430,7 @@ def test_a_retry_in_one_actor_detects_what_was_recorded() -> None:
     policy, frontier = policy_of("first-pass"), Frontier(records_of(3), 3)
     row = row_of(frontier, policy, Scenes(), 3)
     first, retry = (
-        unpack_results(LookAndDetectStage(Handle(frontier), policy, Networks(Given(detector)), 4)(row))
+        unpack_results(ScaleAndDetectStage(Handle(frontier), policy, NetworkFactories(Given(detector)), 4)(row))
         for detector in (RandomDetector(), PerfectDetector())
     )
     assert [result.credit for result in first] == [result.credit for result in retry]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scalenet_ray.core.detections import ImageResult
-from scalenet_ray.core.inference import OracleScale
+from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.merge import merge_image
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.recursion import Step, recursive_detect
@@ -25,7 +25,7 @@ def watched(name: str) -> tuple[list[Step], ImageResult]:
         1,
         policy,
         detect=PerfectDetector(12, input_side=SIDE),
-        predict_scale=OracleScale(TruthOfSquares({1: boxes})),
+        predict_scale=OracleScalePredictor(TruthOfSquares({1: boxes})),
         observe=steps.append,
     )
     merged = merge_image([step.result for step in steps], policy.merging)

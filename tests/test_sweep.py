@@ -23,14 +23,14 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.data.coco import images_and_categories
 from scalenet_ray.data.policy_files import read_policies, read_space, start_values
-from scalenet_ray.engine.prediction_cache import Keeper
-from scalenet_ray.engine.tune import RecursionTrial, ResumableAsha, Sweep, TrialTask, best_policies, start_trials
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkNames
+from scalenet_ray.engine.prediction_cache import CacheActor
+from scalenet_ray.engine.tune import RecursionTrial, ResumableAsha, Sweep, TrialSettings, best_policies, start_trials
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import REPOSITORY, load_job
 from tests.scripted_detector import SCRIPTED, answering
 
-NETWORKS = NetworkNames(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
+NETWORKS = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
 SPACE = {
     "version": 1,
     "policies": ["first-pass", "scalenet"],
@@ -66,15 +66,15 @@ def job_on(data: Path, folder: Path, **changes: Any) -> Any:
     return replace(job, **changes)
 
 
-def task_on(data: Path, policy: str = "first-pass", **changes: Any) -> TrialTask:
+def task_on(data: Path, policy: str = "first-pass", **changes: Any) -> TrialSettings:
     info = NETWORKS.describe_detector()
     start = parse_policy(policy, input_side=info.input_side, iou_threshold=info.iou_threshold)
     annotations = str(data / "annotations" / "instances_train2017.json")
-    task = TrialTask({policy: start}, NETWORKS, annotations, str(data / "train2017"), (4, 8), 4.0, 10**8)
+    task = TrialSettings({policy: start}, NETWORKS, annotations, str(data / "train2017"), (4, 8), 4.0, 10**8)
     return replace(task, **changes)
 
 
-def trial_on(task: TrialTask, config: dict[str, Any], keeper: Any = None) -> Any:
+def trial_on(task: TrialSettings, config: dict[str, Any], keeper: Any = None) -> Any:
     trial = RecursionTrial.__new__(RecursionTrial)
     trial.setup(config, task=task, keeper=keeper)
     return trial
@@ -86,7 +86,7 @@ def trial_on(task: TrialTask, config: dict[str, Any], keeper: Any = None) -> Any
 @pytest.mark.ray
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_trial_adds_images_step_by_step_and_begins_anew_on_another(ray_session: None, data: Path, kept: bool) -> None:
-    keeper: Any = Keeper.remote() if kept else None
+    keeper: Any = CacheActor.remote() if kept else None
     trial = trial_on(task_on(data), {"policy": "first-pass", "recursion.window": 0.4}, keeper)
     first, last = trial.step(), trial.step()
     assert (first["images"], last["images"]) == (4, 8)
@@ -124,7 +124,7 @@ def test_a_trial_whose_detector_raises_on_every_image_ends_with_its_text(data: P
         msg = "no kernel"
         raise RuntimeError(msg)
 
-    task = task_on(data, networks=NetworkNames(detector=SCRIPTED))
+    task = task_on(data, networks=NetworkSpec(detector=SCRIPTED))
     with answering(broken, categories=NETWORKS.describe_detector().categories):
         trial = trial_on(task, {"policy": "first-pass"})
         trial.step()

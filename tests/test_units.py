@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scalenet_ray.experiments.tasks import Unit, run_units
+from scalenet_ray.experiments.tasks import Task, run_tasks
 from scalenet_ray.runs.folder import RunFolder
 from tests.unit_works import add, broken, die_once
 
@@ -15,11 +15,11 @@ from tests.unit_works import add, broken, die_once
 def test_units_wait_for_others_and_leave_their_outcomes(idle_ray: None, tmp_path: Path) -> None:
     log = tmp_path / "log"
     units = [
-        Unit("sum", partial(add, 1, 2, log, needs=("one",)), after=("one",)),
-        Unit("one", partial(add, 0, 1, log, name="one")),
+        Task("sum", partial(add, 1, 2, log, needs=("one",)), after=("one",)),
+        Task("one", partial(add, 0, 1, log, name="one")),
     ]
     said: list[str] = []
-    outcomes = run_units(units, RunFolder(str(tmp_path / "run")), said.append)
+    outcomes = run_tasks(units, RunFolder(str(tmp_path / "run")), said.append)
     assert list(outcomes.items()) == [("sum", {"sum": 3}), ("one", {"sum": 1})]
     assert json.loads((tmp_path / "run" / "units" / "sum.json").read_text()) == {"sum": 3}
     assert [line.split(",")[0] for line in said] == ["1 of 2 done: one sum 1", "2 of 2 done: sum sum 3"]
@@ -28,12 +28,12 @@ def test_units_wait_for_others_and_leave_their_outcomes(idle_ray: None, tmp_path
 @pytest.mark.ray
 def test_a_failed_unit_is_named_and_what_is_done_is_not_done_again(idle_ray: None, tmp_path: Path) -> None:
     log, run = tmp_path / "log", RunFolder(str(tmp_path / "run"))
-    first = Unit("one", partial(add, 0, 1, log, name="one"))
+    first = Task("one", partial(add, 0, 1, log, name="one"))
     with pytest.raises(
         RuntimeError, match=r"two failed: .*no such scale in a worker; what is done stays in .*: mend it"
     ):
-        run_units([first, Unit("two", broken, after=("one",))], run, lambda line: None)
-    outcomes = run_units([first, Unit("two", partial(add, 1, 1, log), after=("one",))], run, lambda line: None)
+        run_tasks([first, Task("two", broken, after=("one",))], run, lambda line: None)
+    outcomes = run_tasks([first, Task("two", partial(add, 1, 1, log), after=("one",))], run, lambda line: None)
     assert outcomes == {"one": {"sum": 1}, "two": {"sum": 2}}
     assert log.read_text().splitlines().count("one") == 1
 
@@ -42,11 +42,11 @@ def test_a_failed_unit_is_named_and_what_is_done_is_not_done_again(idle_ray: Non
 @pytest.mark.chaos
 def test_a_unit_whose_process_dies_is_done_again(idle_ray: None, tmp_path: Path) -> None:
     marker = tmp_path / "died"
-    outcomes = run_units([Unit("one", partial(die_once, marker))], RunFolder(str(tmp_path / "run")), lambda line: None)
+    outcomes = run_tasks([Task("one", partial(die_once, marker))], RunFolder(str(tmp_path / "run")), lambda line: None)
     assert marker.exists()
     assert outcomes == {"one": {"alive": 1}}
 
 
 def test_what_nobody_does_cannot_be_waited_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="units wait for two, which the run does not have"):
-        run_units([Unit("one", broken, after=("two",))], RunFolder(str(tmp_path)), lambda line: None)
+        run_tasks([Task("one", broken, after=("two",))], RunFolder(str(tmp_path)), lambda line: None)

@@ -140,4 +140,4 @@ def test_edges_inside_the_image_are_those_that_cut_through_it() -> None:
 
 
 def test_by_default_a_tile_keeps_boxes_of_any_area() -> None:
-    assert Tile(1, (), (20, 10), Window(0, 0, 10, 20), 5, 5).keep == ANY_AREA == AreaRange(0.0, math.inf)
+    assert Tile(1, (), (20, 10), Window(0, 0, 10, 20), 5, 5).valid_area == ANY_AREA == AreaRange(0.0, math.inf)

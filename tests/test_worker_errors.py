@@ -20,7 +20,7 @@ from tests.ray_fixture import RAY_ENVIRONMENT
 FRAMES = '  File "/a/b.py", line 3, in call\n    raise it\n'
 DATA = (
     "\n\nThe above exception was the direct cause of the following exception:\n\n"
-    "ray::MapWorker(MapBatches(LookStage)).submit() (pid=1, ip=10.0.0.1)\n" + FRAMES + "ray.exceptions."
+    "ray::MapWorker(MapBatches(ScaleStage)).submit() (pid=1, ip=10.0.0.1)\n" + FRAMES + "ray.exceptions."
     "UserCodeException: UDF failed to process a data block.\nFailed to apply UDF transform after 1/1 attempts."
 )
 USER = "scalenet_ray.core.errors.UserError"

@@ -10,17 +10,17 @@ import sys
 
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.data.policy_files import Choice, SearchSpace
-from scalenet_ray.engine.tune import Sweep, TrialTask, run_sweep
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkNames
+from scalenet_ray.engine.tune import Sweep, TrialSettings, run_sweep
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 
 
 def main(bucket: str) -> None:
     """Sweep, resume, and say what was tried each time."""
-    networks = NetworkNames(SAMPLE_DETECTOR)
+    networks = NetworkSpec(SAMPLE_DETECTOR)
     info = networks.describe_detector()
     policy = parse_policy("first-pass", input_side=info.input_side, iou_threshold=info.iou_threshold)
     annotations = f"{bucket}/sample/annotations/instances_train2017.json"
-    task = TrialTask({policy.name: policy}, networks, annotations, f"{bucket}/sample/train2017", (4,), 4.0, 10**8)
+    task = TrialSettings({policy.name: policy}, networks, annotations, f"{bucket}/sample/train2017", (4,), 4.0, 10**8)
     space = SearchSpace((policy.name,), {"recursion.max_windows": Choice((1, 4))})
     for resume in (False, True):
         said: list[str] = []

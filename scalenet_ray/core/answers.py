@@ -14,7 +14,7 @@ import numpy as np
 
 from scalenet_ray.core.detections import Detections, as_numbers
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.inference import refuse_nan
+from scalenet_ray.core.inference import reject_nan
 from scalenet_ray.core.masks import encode_mask, is_mask_of
 
 __all__ = [
@@ -139,7 +139,7 @@ def checked_answer(answer: Any, hw: tuple[int, int], class_ids: np.ndarray) -> D
         found = answer if isinstance(answer, Detections) else Detections(*parts[:3])
         if parts[3] is not None:
             found = replace(found, masks=_masks(parts[3], len(found), hw))
-        refused = refuse_nan(found)
+        refused = reject_nan(found)
         if isinstance(refused, TileError):
             return refused
         return _in_tile(_with_fair_scores(_with_known_labels(found, class_ids)), hw)

@@ -92,8 +92,8 @@ class Tile:
         window: the rectangle it is cut from, in image pixels.
         height: tile pixels from top to bottom.
         width: tile pixels from left to right.
-        keep: the areas (image pixels squared) of the boxes that this tile is there to find.
-        allowance: how many windows may still be cut from this tile and all that comes from it.
+        valid_area: the areas (image pixels squared) of the boxes that this tile is there to find.
+        window_budget: how many windows may still be cut from this tile and all that comes from it.
     """
 
     image_id: int
@@ -102,8 +102,8 @@ class Tile:
     window: Window
     height: int
     width: int
-    keep: AreaRange = ANY_AREA
-    allowance: int = 0
+    valid_area: AreaRange = ANY_AREA
+    window_budget: int = 0
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:

@@ -20,31 +20,31 @@ from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.geometry import Tile, boxes_to_tile
 from scalenet_ray.core.merge import Merging, carry_to_image
 from scalenet_ray.core.policy import Policy, fitted_hw
-from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap, fuse_maps, map_of_boxes
+from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap, fuse_maps, scale_map_of_boxes
 from scalenet_ray.core.timing import timed
 
 __all__ = [
     "BATCH_HALVED",
+    "AnyScalePredictor",
     "Detect",
     "DetectWithFeatures",
-    "Glimpse",
-    "Networks",
+    "DetectionsWithFeatures",
+    "FeatureScalePredictor",
+    "NetworkFactories",
     "ObjectsInImage",
-    "OracleScale",
-    "PredictScale",
-    "ReadFeatures",
-    "Seen",
-    "asks_detector",
+    "OracleScalePredictor",
+    "ScalePredictor",
+    "ScaleResult",
     "detect_tiles",
-    "first_pass_map",
-    "in_halves",
-    "look",
-    "maps_of_glimpses",
-    "refuse_nan",
+    "maps_from_features",
+    "needs_detector_first",
+    "reject_nan",
+    "scale_map_of_detections",
+    "split_on_oom",
 ]
 
 
-class PredictScale(Protocol):
+class ScalePredictor(Protocol):
     """Tiles' pixels -> their scale maps, a batch at a time.
 
     Attributes:
@@ -84,7 +84,7 @@ class Detect(Protocol):
         ...
 
 
-class Glimpse(NamedTuple):
+class DetectionsWithFeatures(NamedTuple):
     """What one forward pass of a detector gave of a tile: what it found, and what it saw on the way.
 
     Attributes:
@@ -100,13 +100,13 @@ class Glimpse(NamedTuple):
 class DetectWithFeatures(Detect, Protocol):
     """A detector that shows its feature maps, for a Scale Net that reads them."""
 
-    def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
         """[height, width, 3] uint8 RGB each, as `__call__`, with the feature maps of the same forward pass."""
         ...
 
 
 @runtime_checkable
-class ReadFeatures(Protocol):
+class FeatureScalePredictor(Protocol):
     """A Scale Net that reads the detector's feature maps, so that one forward pass serves both.
 
     Attributes:
@@ -118,12 +118,16 @@ class ReadFeatures(Protocol):
     def from_features(
         self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]
     ) -> list[ScaleMap | TileError]:
-        """Feature maps of `Glimpse` for each tile, [C, h, w] float32 -> a map each, in the tile's own frame."""
+        """Feature maps of each tile, [C, h, w] float32 -> a scale map each, in the tile's own frame."""
         ...
 
 
+AnyScalePredictor = ScalePredictor | FeatureScalePredictor
+"""From pixels, or from the detector's feature maps."""
+
+
 @dataclass(frozen=True, eq=False)
-class Seen:
+class ScaleResult:
     """What a look at one tile brought.
 
     Attributes:
@@ -144,14 +148,14 @@ class Seen:
 _Answer = tuple["ScaleMap | TileError | None", "Detections | TileError | None"]
 
 
-def refuse_nan(found: Detections | TileError) -> Detections | TileError:
+def reject_nan(found: Detections | TileError) -> Detections | TileError:
     """What a detector gave for a tile, or that it broke: a detector of the user's own may let NaN through."""
     if isinstance(found, TileError) or (np.isfinite(found.boxes).all() and np.isfinite(found.scores).all()):
         return found
     return TileError("the detector gave boxes or scores that are NaN or infinite: check its weights and precision")
 
 
-def first_pass_map(found: Detections, tile_hw: tuple[int, int], threshold: float) -> ScaleMap:
+def scale_map_of_detections(found: Detections, tile_hw: tuple[int, int], threshold: float) -> ScaleMap:
     """The scale map that the detector's own boxes imply, however unsure (policy `first-pass`).
 
     Args:
@@ -160,7 +164,7 @@ def first_pass_map(found: Detections, tile_hw: tuple[int, int], threshold: float
         threshold: boxes that score less are left out.
     """
     found = found[found.scores >= threshold]
-    return map_of_boxes(found.boxes, found.areas, found.scores, tile_hw)
+    return scale_map_of_boxes(found.boxes, found.areas, found.scores, tile_hw)
 
 
 class ObjectsInImage(Protocol):
@@ -171,7 +175,7 @@ class ObjectsInImage(Protocol):
         ...
 
 
-class OracleScale:
+class OracleScalePredictor:
     """A Scale Net that knows: its maps come from the ground truth (policy `oracle`).
 
     Args:
@@ -195,23 +199,23 @@ class OracleScale:
         # Of class 1: all for a point, nothing at its end, where the object is in range. Of the others: one each.
         of_class_1 = areas_in_tile * REFERENCE_AREA / (UNIT_AREA * tile.height * tile.width)
         worth = np.where(of_class_1 < 1.0, 1.0 - of_class_1, 1.0)
-        return map_of_boxes(in_tile, areas_in_tile, worth, (tile.height, tile.width))
+        return scale_map_of_boxes(in_tile, areas_in_tile, worth, (tile.height, tile.width))
 
 
-def asks_detector(policy: Policy, predict_scale: PredictScale | ReadFeatures | None) -> bool:
+def needs_detector_first(policy: Policy, predict_scale: AnyScalePredictor | None) -> bool:
     """Whether the detector sees a tile before its windows are planned."""
-    return policy.needs_first_pass or (policy.needs_network and isinstance(predict_scale, ReadFeatures))
+    return policy.needs_first_pass or (policy.needs_network and isinstance(predict_scale, FeatureScalePredictor))
 
 
 @timed("look")
-def look(
+def predict_scales(
     pixels: Sequence[np.ndarray],
     tiles: Sequence[Tile],
     policy: Policy,
     *,
     detect: Detect | None = None,
-    predict_scale: PredictScale | ReadFeatures | None = None,
-) -> list[Seen]:
+    predict_scale: AnyScalePredictor | None = None,
+) -> list[ScaleResult]:
     """Look at a batch of tiles, each network once for all of them; tiles that need no look are passed over.
 
     A batch that does not fit a device's memory is halved.
@@ -230,8 +234,8 @@ def look(
     Raises:
         UserError: if the policy needs a network that was not given.
     """
-    at = [i for i, tile in enumerate(tiles) if policy.looks_at(tile)]
-    seen = [Seen()] * len(tiles)
+    at = [i for i, tile in enumerate(tiles) if policy.needs_scales(tile)]
+    seen = [ScaleResult()] * len(tiles)
     if not at:
         return seen
     some_pixels, some_tiles = [pixels[i] for i in at], [tiles[i] for i in at]
@@ -241,7 +245,7 @@ def look(
         maps, found = _ask(some_pixels[some], some_tiles[some], policy, detect, predict_scale)
         return list(zip(maps, found, strict=True))
 
-    answers, halved = in_halves(ask, len(at))
+    answers, halved = split_on_oom(ask, len(at))
     marks = Counter(halved)
     for nth, (i, tile, answer) in enumerate(zip(at, some_tiles, answers, strict=True)):
         scale_map, detections = (answer, None) if isinstance(answer, TileError) else answer
@@ -254,33 +258,33 @@ def _ask(
     tiles: list[Tile],
     policy: Policy,
     detect: Detect | None,
-    predict_scale: PredictScale | ReadFeatures | None,
+    predict_scale: AnyScalePredictor | None,
 ) -> tuple[Sequence[ScaleMap | TileError | None], Sequence[Detections | TileError | None]]:
     """What each network that the policy needs says of each tile; None for one that it does not need."""
     nothing = [None] * len(tiles)
     if policy.kind != "first-pass" and predict_scale is None:
         msg = f"policy {policy.name} needs a scale map, got no Scale Net: give its weights with --scale-net PATH"
         raise UserError(msg)
-    if not asks_detector(policy, predict_scale):
-        assert not isinstance(predict_scale, ReadFeatures)
+    if not needs_detector_first(policy, predict_scale):
+        assert not isinstance(predict_scale, FeatureScalePredictor)
         assert predict_scale is not None
         return predict_scale(pixels, tiles), nothing
     if detect is None:
         msg = f"policy {policy.name} needs the detector's first pass, got no detector"
         raise UserError(msg)
     if policy.kind == "first-pass" or predict_scale is None:
-        return nothing, [refuse_nan(one) for one in detect(pixels)]
-    if not isinstance(predict_scale, ReadFeatures):
-        return predict_scale(pixels, tiles), [refuse_nan(one) for one in detect(pixels)]
+        return nothing, [reject_nan(one) for one in detect(pixels)]
+    if not isinstance(predict_scale, FeatureScalePredictor):
+        return predict_scale(pixels, tiles), [reject_nan(one) for one in detect(pixels)]
     if not isinstance(detect, DetectWithFeatures):
         msg = "this Scale Net reads the detector's feature maps, which this detector does not show: give another one"
         raise UserError(msg)
     glimpses = detect.with_features(pixels)
-    return maps_of_glimpses(glimpses, tiles, predict_scale), [refuse_nan(one.detections) for one in glimpses]
+    return maps_from_features(glimpses, tiles, predict_scale), [reject_nan(one.detections) for one in glimpses]
 
 
-def maps_of_glimpses(
-    glimpses: Sequence[Glimpse], tiles: Sequence[Tile], predict_scale: ReadFeatures
+def maps_from_features(
+    glimpses: Sequence[DetectionsWithFeatures], tiles: Sequence[Tile], predict_scale: FeatureScalePredictor
 ) -> list[ScaleMap | TileError]:
     """The maps that a Scale Net reads from a detector's feature maps.
 
@@ -302,17 +306,17 @@ def maps_of_glimpses(
 
 def _combine(
     tile: Tile, scale_map: ScaleMap | TileError | None, found: Detections | TileError | None, policy: Policy
-) -> Seen:
+) -> ScaleResult:
     looked = policy.needs_network
     for failure in (scale_map, found):
         if isinstance(failure, TileError):
-            return Seen(failure=failure, looked=looked)
+            return ScaleResult(failure=failure, looked=looked)
     assert not isinstance(scale_map, TileError)
     assert not isinstance(found, TileError)
     if found is not None and policy.needs_first_pass:
-        implied = first_pass_map(found, (tile.height, tile.width), policy.recursion.first_pass_threshold)
+        implied = scale_map_of_detections(found, (tile.height, tile.width), policy.recursion.first_pass_threshold)
         scale_map = implied if scale_map is None else fuse_maps(scale_map, implied)
-    return Seen(scale_map, found, None, looked)
+    return ScaleResult(scale_map, found, None, looked)
 
 
 @timed("detect")
@@ -339,8 +343,8 @@ def detect_tiles(
     """
     unseen = [i for i, detections in enumerate(found) if detections is None]
     fresh_pixels = [pixels[i] for i in unseen]
-    answers, halved = in_halves(lambda some: detect(fresh_pixels[some]), len(unseen))
-    fresh = dict(zip(unseen, map(refuse_nan, answers), strict=True))
+    answers, halved = split_on_oom(lambda some: detect(fresh_pixels[some]), len(unseen))
+    fresh = dict(zip(unseen, map(reject_nan, answers), strict=True))
     marks = Counter(unseen[i] for i in halved)
     results = [
         dataclasses.replace(result, guards=result.guards + (BATCH_HALVED,) * marks[i]) if marks[i] else result
@@ -378,7 +382,7 @@ BATCH_HALVED = "batch_halved"
 _log = logging.getLogger(__name__)
 
 
-def in_halves(call: Callable[[slice], Sequence[T]], count: int) -> tuple[list[T | TileError], list[int]]:
+def split_on_oom(call: Callable[[slice], Sequence[T]], count: int) -> tuple[list[T | TileError], list[int]]:
     """Call a network on a batch, and on its halves if the batch does not fit, and so on.
 
     Args:
@@ -413,17 +417,17 @@ def in_halves(call: Callable[[slice], Sequence[T]], count: int) -> tuple[list[T 
 
 
 @dataclass(frozen=True)
-class Networks:
+class NetworkFactories:
     """How an actor makes its networks: called once, where the weights are to live.
 
     Attributes:
         detect: makes the detector, labels already category ids.
         predict_scale: makes Scale Net or an oracle; None if no policy needs one.
-        reads_features: whether that is a `ReadFeatures`, so that the detector sees each tile that is looked at.
+        reads_features: whether that is a `FeatureScalePredictor`, which needs the detector to run on each tile first.
     """
 
     detect: Callable[[], Detect]
-    predict_scale: Callable[[], PredictScale | ReadFeatures] | None = None
+    predict_scale: Callable[[], AnyScalePredictor] | None = None
     reads_features: bool = False
 
     def detect_where_they_look(self, policy: Policy) -> bool:

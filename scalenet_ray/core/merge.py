@@ -106,7 +106,7 @@ def carry_to_image(found: Detections, tile: Tile, merging: Merging) -> Detection
         np.tile(window.xyxy, (len(found), 1)),
         found.masks,
     )
-    fits = (carried.areas >= tile.keep.low) & (carried.areas < tile.keep.high)
+    fits = (carried.areas >= tile.valid_area.low) & (carried.areas < tile.valid_area.high)
     keep = ~touches & (found.scores >= merging.score_threshold) & (carried.areas > 0)
     carried = carried[keep & fits if merging.match_size else keep]
     if carried.masks is None:

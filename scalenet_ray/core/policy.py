@@ -205,9 +205,9 @@ class Policy:
             growth = max(1.0, self.recursion.window * self.recursion.zoom) ** self.recursion.max_depth
         return round(self.input_side * max([growth, *(size for size, _, _ in self.pyramid)]))
 
-    def looks_at(self, tile: Tile) -> bool:
+    def needs_scales(self, tile: Tile) -> bool:
         """Whether windows may be cut from this tile, so that it is worth a look."""
-        return self.looks and tile.depth < self.recursion.max_depth and tile.allowance > 0
+        return self.looks and tile.depth < self.recursion.max_depth and tile.window_budget > 0
 
     def root(self, image_id: int, image_hw: tuple[int, int]) -> Tile:
         """The whole image as a tile: its longer side resampled to `input_side` pixels.
@@ -223,7 +223,7 @@ class Policy:
             (height, width),
             Window(0, 0, width, height),
             *fitted_hw(height, width, self.input_side),
-            allowance=self.recursion.max_windows if self.looks else 0,
+            window_budget=self.recursion.max_windows if self.looks else 0,
         )
 
 

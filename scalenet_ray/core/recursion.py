@@ -19,7 +19,12 @@ import numpy as np
 from scalenet_ray.core.detections import Failure, ImageResult, TileResult
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import ANY_AREA, AreaRange, Tile, Window, cut_tile
-from scalenet_ray.core.inference import Detect, PredictScale, ReadFeatures, detect_tiles, look
+from scalenet_ray.core.inference import (
+    AnyScalePredictor,
+    Detect,
+    detect_tiles,
+    predict_scales,
+)
 from scalenet_ray.core.merge import merge_image
 from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.scale import CLASS_BOUNDS, REFERENCE_AREA, ScaleMap
@@ -35,14 +40,14 @@ from scalenet_ray.core.windows import (
 
 __all__ = [
     "Expansion",
-    "Looked",
     "Step",
+    "TracedTile",
     "expand",
-    "look_through",
     "out_of_range",
     "planning_weights",
     "recursive_detect",
     "rescale_factor",
+    "trace_tiles",
 ]
 
 
@@ -65,7 +70,7 @@ def expand(tile: Tile, scale_map: ScaleMap | None, policy: Policy) -> Expansion:
 
     Args:
         tile: the tile that was looked at.
-        scale_map: what was seen in it; None for a tile that `policy.looks_at` says needs no look.
+        scale_map: what was seen in it; None for a tile that `policy.needs_scales` says needs no look.
         policy: the policy.
 
     Returns:
@@ -106,7 +111,7 @@ class _Direction:
 
     out_of_range: np.ndarray
     zooms_in: bool
-    keep: AreaRange = ANY_AREA
+    valid_area: AreaRange = ANY_AREA
 
 
 def _directions(tile: Tile, scale_map: ScaleMap, policy: Policy) -> list[_Direction]:
@@ -193,7 +198,7 @@ def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansi
     in_range_window = False
     left_behind = np.zeros(grid_hw, bool) if scale_map.scale is None else scale_map.scale > 0
     for direction in _directions(tile, scale_map, policy):
-        limit = tile.allowance - len(children)
+        limit = tile.window_budget - len(children)
         windows = plan_windows(_weights(direction, scale_map), cells_hw, limit=limit + 1, price=rules.price)
         if len(windows) > limit:
             guards.append("max_windows")
@@ -207,13 +212,13 @@ def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansi
                 continue
             left_behind[cells.cells] = False
             # TopK sends a canvas with scales on both sides of the range the same way twice.
-            child = dataclasses.replace(child, keep=direction.keep)
+            child = dataclasses.replace(child, valid_area=direction.valid_area)
             if all(dataclasses.replace(child, path=other.path) != other for other in children):
                 children.append(child)
     # With a fixed zoom every tile is detected: what is in range in it must not be lost to its children.
     # With TopK it is where its children leave an object behind; a digit's canvas waits for its scale.
     detect = rules.zoom is not None or in_range_window or bool(left_behind.any()) or not children
-    return Expansion(detect, tuple(_share_allowance(children, tile.allowance)), tuple(guards))
+    return Expansion(detect, tuple(_share_allowance(children, tile.window_budget)), tuple(guards))
 
 
 def _zoom_factor(scale_map: ScaleMap, cells: CellWindow, direction: _Direction, policy: Policy) -> float | None:
@@ -286,12 +291,12 @@ def _keep_range(frame_area: int, classes: tuple[int, ...], zooms_in: bool, polic
     return AreaRange(_CLASS_LIMITS[min(classes) - 1] / factor * frame_area / REFERENCE_AREA, math.inf)
 
 
-def _share_allowance(children: list[Tile], allowance: int) -> list[Tile]:
+def _share_allowance(children: list[Tile], window_budget: int) -> list[Tile]:
     """Divide the windows still allowed among the children, so that no order of work can exceed the limit."""
     if not children:
         return children
-    each, extra = divmod(allowance - len(children), len(children))
-    return [dataclasses.replace(child, allowance=each + (i < extra)) for i, child in enumerate(children)]
+    each, extra = divmod(window_budget - len(children), len(children))
+    return [dataclasses.replace(child, window_budget=each + (i < extra)) for i, child in enumerate(children)]
 
 
 class Step(NamedTuple):
@@ -317,7 +322,7 @@ def recursive_detect(
     policy: Policy,
     *,
     detect: Detect,
-    predict_scale: PredictScale | ReadFeatures | None = None,
+    predict_scale: AnyScalePredictor | None = None,
     observe: Callable[[Step], None] | None = None,
 ) -> ImageResult:
     """Algorithm 1 on one image, one tile after the other: the reference.
@@ -346,11 +351,15 @@ def recursive_detect(
 
 
 def _step(
-    image: np.ndarray, tile: Tile, policy: Policy, detect: Detect, predict_scale: PredictScale | ReadFeatures | None
+    image: np.ndarray,
+    tile: Tile,
+    policy: Policy,
+    detect: Detect,
+    predict_scale: AnyScalePredictor | None,
 ) -> Step:
     """Look at a tile, plan its windows, and detect it if that is what becomes of it."""
     pixels = [cut_tile(image, tile)]
-    seen = look(pixels, [tile], policy, detect=detect, predict_scale=predict_scale)[0]
+    seen = predict_scales(pixels, [tile], policy, detect=detect, predict_scale=predict_scale)[0]
     looked = predict_scale.input_pixels if seen.looked and predict_scale is not None else 0
     result = TileResult(tile.image_id, tile.path, Fraction(0), look_pixels=looked, image_hw=tile.image_hw)
     if seen.failure is not None:
@@ -362,7 +371,7 @@ def _step(
     return Step(tile, seen.scale_map, expansion.children, result)
 
 
-class Looked(NamedTuple):
+class TracedTile(NamedTuple):
     """One tile of an image.
 
     Attributes:
@@ -374,14 +383,14 @@ class Looked(NamedTuple):
     scale_map: ScaleMap | None
 
 
-def look_through(
+def trace_tiles(
     image: np.ndarray,
     image_id: int,
     policy: Policy,
     *,
     detect: Detect | None = None,
-    predict_scale: PredictScale | ReadFeatures | None = None,
-) -> list[Looked]:
+    predict_scale: AnyScalePredictor | None = None,
+) -> list[TracedTile]:
     """All tiles of an image, as `recursive_detect` makes them, but only looked at: for pictures of what a policy does.
 
     Args:
@@ -396,11 +405,11 @@ def look_through(
         children.
     """
     queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
-    looked: list[Looked] = []
+    looked: list[TracedTile] = []
     while queue:
         tile = queue.popleft()
-        seen = look([cut_tile(image, tile)], [tile], policy, detect=detect, predict_scale=predict_scale)[0]
-        looked.append(Looked(tile, seen.scale_map))
+        seen = predict_scales([cut_tile(image, tile)], [tile], policy, detect=detect, predict_scale=predict_scale)[0]
+        looked.append(TracedTile(tile, seen.scale_map))
         if seen.failure is None:
             queue.extend(expand(tile, seen.scale_map, policy).children)
     return looked

@@ -27,7 +27,7 @@ __all__ = [
     "class_of_area",
     "class_target",
     "fuse_maps",
-    "map_of_boxes",
+    "scale_map_of_boxes",
     "scale_target",
 ]
 
@@ -179,7 +179,7 @@ def scale_target(masks: Sequence[np.ndarray], scales: np.ndarray, hw: tuple[int,
     return target
 
 
-def map_of_boxes(
+def scale_map_of_boxes(
     boxes_in_tile: np.ndarray,
     areas: np.ndarray,
     worth: np.ndarray,

@@ -164,7 +164,7 @@ def pyramid_tiles(root: Tile, policy: Policy) -> list[Tile]:
             root.image_hw,
             root.window,
             *fitted_hw(height, width, round(policy.input_side * size)),
-            keep=AreaRange(low * to_image, high * to_image),
+            valid_area=AreaRange(low * to_image, high * to_image),
         )
         for i, (size, low, high) in enumerate(policy.pyramid)
     ]

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import Window
-from scalenet_ray.core.inference import OracleScale
+from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.masks import checked_segmentation, mask_of_image
 from scalenet_ray.data.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from scalenet_ray.data.storage import Address, atomic_writer, join, list_files, read_bytes
@@ -549,9 +549,9 @@ class GroundTruth:
         return objects.boxes[~objects.crowd], objects.areas[~objects.crowd]
 
 
-def oracle_from(annotations: str) -> OracleScale:
+def oracle_from(annotations: str) -> OracleScalePredictor:
     """The oracle of an instances file."""
-    return OracleScale(GroundTruth(annotations))
+    return OracleScalePredictor(GroundTruth(annotations))
 
 
 OpenImage = Callable[[ImageRecord], np.ndarray]

@@ -18,7 +18,7 @@ from scalenet_ray.data.coco import read_annotations
 from scalenet_ray.engine.placement import cpu_share, gpu_share
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.worker_errors import workers_errors
-from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.training.examples import TrainingImages, read_pixels
 from scalenet_ray.training.gain import measure_scores
 
@@ -34,7 +34,7 @@ _MEASURED = pa.schema([("file", pa.string()), ("place", pa.int64()), *_SCHEMA])
 class _Measure:
     """An actor that measures images, named by their place in `TrainingImages.examples`."""
 
-    def __init__(self, images: TrainingImages, networks: NetworkNames) -> None:
+    def __init__(self, images: TrainingImages, networks: NetworkSpec) -> None:
         self._examples = [example for part in images.examples() for example in part]
         annotations = storage.join(images.data, "annotations", f"instances_{images.split}.json")
         dataset = read_annotations(annotations)
@@ -56,7 +56,7 @@ class _Measure:
 
 
 def measure_dataset(
-    images: TrainingImages, networks: NetworkNames, folder: str, *, actors: int, say: Callable[[str], None]
+    images: TrainingImages, networks: NetworkSpec, folder: str, *, actors: int, say: Callable[[str], None]
 ) -> None:
     """Measure the scores of all objects of a data set into `folder`; files that are there are not made again.
 

@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError
 
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import WorkerError
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.timing import add_seconds, measured
 from scalenet_ray.data.coco import ImageRecord, OpenImage
@@ -71,7 +71,7 @@ class ShardedStream:
         self,
         images: Sequence[ImageRecord],
         policy: Policy,
-        networks: Networks,
+        networks: NetworkFactories,
         open_image: OpenImage,
         resources: Resources,
     ) -> None:
@@ -132,7 +132,11 @@ class ShardedStream:
 
 
 def image_stream(
-    images: Sequence[ImageRecord], policy: Policy, networks: Networks, open_image: OpenImage, resources: Resources
+    images: Sequence[ImageRecord],
+    policy: Policy,
+    networks: NetworkFactories,
+    open_image: OpenImage,
+    resources: Resources,
 ) -> Stream:
     """One pipeline, driven from this process, or several: as the resources have it."""
     stream = ImageStream if len(resources.dealt) == 1 else ShardedStream

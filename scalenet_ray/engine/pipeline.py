@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scalenet_ray.core.detections import ImageResult, TileResult
 from scalenet_ray.core.errors import WorkerError
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.merge import Merging, merge_image
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.timing import add_seconds, current_tally
@@ -34,7 +34,7 @@ from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus
 from scalenet_ray.engine.metrics import RunMetrics
 from scalenet_ray.engine.placement import cpu_share
 from scalenet_ray.engine.rows import seconds_of, unpack_results
-from scalenet_ray.engine.stages import DetectStage, LookAndDetectStage, LookStage, TileSource
+from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage, TileSource
 from scalenet_ray.engine.worker_errors import workers_errors
 from scalenet_ray.runs.resources import PoolSize, Resources, limits
 
@@ -110,7 +110,7 @@ class ImageStream:
         self,
         images: Sequence[ImageRecord],
         policy: Policy,
-        networks: Networks,
+        networks: NetworkFactories,
         open_image: OpenImage,
         resources: Resources,
         processes: int | None = None,
@@ -218,22 +218,22 @@ class ImageStream:
             self._open_image,
             readers=resources.readers,
             lease_size=max(1, batch_size // _tiles_per_lease(policy)),
-            patience=resources.patience,
+            retries=resources.retries,
         )
         rows = ray.data.read_datasource(source, num_cpus=cpus, override_num_blocks=resources.readers)
         detectors = {"batch_format": "pyarrow", "num_cpus": cpus, "num_gpus": resources.gpus_per_detector_actor or None}
-        detector_args = (self._frontier, policy, networks, resources.detector_batch_size, resources.patience)
+        detector_args = (self._frontier, policy, networks, resources.detector_batch_size, resources.retries)
         if together:
             return rows.map_batches(
-                LookAndDetectStage,
+                ScaleAndDetectStage,
                 fn_constructor_args=detector_args,
                 batch_size=1,
                 compute=_pool(resources.all_detectors),
                 **detectors,
             )
         return rows.map_batches(
-            LookStage,
-            fn_constructor_args=(self._frontier, policy, networks, resources.patience, resources.scale_batch_size),
+            ScaleStage,
+            fn_constructor_args=(self._frontier, policy, networks, resources.retries, resources.scale_batch_size),
             batch_size=1,
             batch_format="pyarrow",
             compute=_pool(resources.scale_actors),

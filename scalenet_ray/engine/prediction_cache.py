@@ -16,19 +16,24 @@ import ray
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import Detect, PredictScale, ReadFeatures, maps_of_glimpses
+from scalenet_ray.core.inference import (
+    AnyScalePredictor,
+    Detect,
+    FeatureScalePredictor,
+    maps_from_features,
+)
 from scalenet_ray.core.scale import ScaleMap
 
 __all__ = [
-    "Keeper",
-    "Kept",
-    "KeptDetector",
-    "KeptScale",
+    "CacheActor",
+    "CachedDetector",
+    "CachedScalePredictor",
+    "PredictionCache",
 ]
 
 
 @ray.remote(num_cpus=0)
-class Keeper:
+class CacheActor:
     """Holds what was kept, in the object store, for all trials of a sweep."""
 
     def __init__(self) -> None:
@@ -43,11 +48,11 @@ class Keeper:
         return self._parts[count:]
 
 
-class Kept:
+class PredictionCache:
     """Answers of networks, those of other trials among them.
 
     Args:
-        keeper: the sweep's `Keeper`; None to keep nothing from one trial to the next.
+        keeper: the sweep's `CacheActor`; None to keep nothing from one trial to the next.
 
     Attributes:
         hits: answers that were there.
@@ -106,7 +111,7 @@ def _key(kind: str, pixels: np.ndarray) -> bytes:
     return digest.digest()
 
 
-class KeptDetector:
+class CachedDetector:
     """A detector that is asked once for each tile.
 
     Args:
@@ -114,7 +119,7 @@ class KeptDetector:
         kept: its answers.
     """
 
-    def __init__(self, detect: Detect, kept: Kept) -> None:
+    def __init__(self, detect: Detect, kept: PredictionCache) -> None:
         self.inner = detect
         self.input_side = detect.input_side
         self._kept = kept
@@ -128,7 +133,7 @@ class KeptDetector:
         return self._kept.answers("detector", pixels, lambda at: self.inner([pixels[i] for i in at]))
 
 
-class KeptScale:
+class CachedScalePredictor:
     """A Scale Net that is asked once for each tile; one that reads a detector's features asks that for them.
 
     Args:
@@ -137,7 +142,7 @@ class KeptScale:
         kept: its answers.
     """
 
-    def __init__(self, predict_scale: PredictScale | ReadFeatures, detect: Any, kept: Kept) -> None:
+    def __init__(self, predict_scale: AnyScalePredictor, detect: Any, kept: PredictionCache) -> None:
         self._predict_scale = predict_scale
         self._detect = detect
         self._kept = kept
@@ -149,8 +154,8 @@ class KeptScale:
         def ask(at: list[int]) -> Sequence[ScaleMap | TileError]:
             """What the network says of the tiles at these places."""
             some, those = [pixels[i] for i in at], [tiles[i] for i in at]
-            if not isinstance(self._predict_scale, ReadFeatures):
+            if not isinstance(self._predict_scale, FeatureScalePredictor):
                 return self._predict_scale(some, those)
-            return maps_of_glimpses(self._detect.with_features(some), those, self._predict_scale)
+            return maps_from_features(self._detect.with_features(some), those, self._predict_scale)
 
         return self._kept.answers("scale net", pixels, ask)

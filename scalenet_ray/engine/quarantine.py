@@ -10,30 +10,30 @@ from typing import Any, TypeVar
 import ray
 
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.runs.resources import Patience
+from scalenet_ray.runs.resources import RetryPolicy
 
 __all__ = [
     "Attempts",
-    "CarefulCalls",
+    "GuardedCalls",
     "TileId",
 ]
 
 T = TypeVar("T")
 
 
-class CarefulCalls:
+class GuardedCalls:
     """A stage's calls to what may hang or crash.
 
     Args:
         stage: read, look or detect.
         frontier: the queue's actor.
-        patience: how long, and how often.
+        retries: how long, and how often.
     """
 
-    def __init__(self, stage: str, frontier: Any, patience: Patience) -> None:
+    def __init__(self, stage: str, frontier: Any, retries: RetryPolicy) -> None:
         self._stage = stage
         self._frontier = frontier
-        self._patience = patience
+        self._retries = retries
 
     def together(
         self,
@@ -70,7 +70,7 @@ class CarefulCalls:
         """As `together`, but each tile in a call of its own; a tile that has used up its tries is given up."""
         answers: list[T] = []
         for at, tile in enumerate(tiles):
-            most = self._patience.max_tries
+            most = self._retries.max_tries
             tries: int | None = ray.get(self._frontier.begin_alone.remote(self._stage, tile, most))
             if tries is None:
                 answers.append(give_up(at, TileError("its image is written already")))
@@ -89,7 +89,7 @@ class CarefulCalls:
         The watch needs no interpreter, so that a library that hangs with its lock held is ended, too. The status is 1:
         Ray takes a worker that ends with 0 for one that meant to.
         """
-        faulthandler.dump_traceback_later(self._patience.call_seconds, exit=True)
+        faulthandler.dump_traceback_later(self._retries.call_seconds, exit=True)
         try:
             yield
         finally:
@@ -98,7 +98,7 @@ class CarefulCalls:
     def _why(self, tries: int) -> str:
         return (
             f"killed its process {tries} times, though worked on by itself: a library crashed on it, or memory ran "
-            f"out, or there was no answer within {self._patience.call_seconds:g} s; look into the file, or leave it out"
+            f"out, or there was no answer within {self._retries.call_seconds:g} s; look into the file, or leave it out"
         )
 
 

@@ -40,7 +40,7 @@ _TILES = pa.schema(
         ("window", pa.list_(pa.int32(), 4)),
         ("hw", pa.list_(pa.int32(), 2)),
         ("keep", pa.list_(pa.float64(), 2)),
-        ("allowance", pa.int32()),
+        ("window_budget", pa.int32()),
         ("credit", pa.string()),
         ("settled", pa.bool_()),
         ("look_pixels", pa.int64()),
@@ -91,8 +91,8 @@ def pack(batch: MicroBatch) -> pa.Table:
             "image_hw": packed.tile.image_hw,
             "window": packed.tile.window.xyxy,
             "hw": (packed.tile.height, packed.tile.width),
-            "keep": tuple(packed.tile.keep),
-            "allowance": packed.tile.allowance,
+            "keep": tuple(packed.tile.valid_area),
+            "window_budget": packed.tile.window_budget,
             "credit": str(packed.credit),
             "settled": packed.settled,
             "look_pixels": packed.look_pixels,
@@ -138,8 +138,8 @@ def _packed_tile(row: dict) -> PackedTile:
         tuple(row["image_hw"]),
         Window(*row["window"]),
         *row["hw"],
-        keep=AreaRange(*row["keep"]),
-        allowance=row["allowance"],
+        valid_area=AreaRange(*row["keep"]),
+        window_budget=row["window_budget"],
     )
     return PackedTile(tile, Fraction(row["credit"]), row["settled"], row["look_pixels"], tuple(row["guards"]))
 

@@ -18,7 +18,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.parallel import image_stream
@@ -171,7 +171,9 @@ class Session:
         with workers_errors():
             return ray.get(_call.options(scheduling_strategy=on_this_node()).remote(function, *args))
 
-    def start(self, images: Sequence[ImageRecord], policy: Policy, networks: Networks, open_image: OpenImage) -> Stream:
+    def start(
+        self, images: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage
+    ) -> Stream:
         """Begin to work on images."""
         if self._engine == "local":
             return LocalStream(images, policy, networks, open_image)

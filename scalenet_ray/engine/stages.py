@@ -21,11 +21,11 @@ from scalenet_ray.core.detections import Failure, TileResult
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile, cut_tile
 from scalenet_ray.core.inference import (
-    Networks,
-    Seen,
-    asks_detector,
+    NetworkFactories,
+    ScaleResult,
     detect_tiles,
-    look,
+    needs_detector_first,
+    predict_scales,
 )
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Expansion, expand
@@ -33,7 +33,7 @@ from scalenet_ray.core.timing import timed
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Completion, Decision, Lease, Work, child_credit
 from scalenet_ray.engine.metrics import BatchMetrics
-from scalenet_ray.engine.quarantine import CarefulCalls
+from scalenet_ray.engine.quarantine import GuardedCalls
 from scalenet_ray.engine.rows import (
     GeneratorSource,
     MicroBatch,
@@ -44,12 +44,12 @@ from scalenet_ray.engine.rows import (
     pack_results,
     unpack,
 )
-from scalenet_ray.runs.resources import PATIENCE, Patience
+from scalenet_ray.runs.resources import DEFAULT_RETRIES, RetryPolicy
 
 __all__ = [
     "DetectStage",
-    "LookAndDetectStage",
-    "LookStage",
+    "ScaleAndDetectStage",
+    "ScaleStage",
     "TileSource",
 ]
 
@@ -90,7 +90,7 @@ class TileSource(GeneratorSource):
         open_image: how images are read.
         readers: how many.
         lease_size: how much work a lease asks for.
-        patience: with an image that hangs or kills its reader.
+        retries: with an image that hangs or kills its reader.
     """
 
     def __init__(
@@ -101,14 +101,14 @@ class TileSource(GeneratorSource):
         *,
         readers: int,
         lease_size: int,
-        patience: Patience = PATIENCE,
+        retries: RetryPolicy = DEFAULT_RETRIES,
     ) -> None:
         super().__init__(readers)
         self._frontier = frontier
         self._policy = policy
         self._open_image = open_image
         self._lease_size = lease_size
-        self._calls = CarefulCalls("read", frontier, patience)
+        self._calls = GuardedCalls("read", frontier, retries)
 
     def read(self, reader: int) -> Iterator[pa.Table]:
         """The same leases again give the same tables again, byte for byte but for the seconds they took."""
@@ -176,27 +176,32 @@ def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> M
     return batch
 
 
-class LookStage:
+class ScaleStage:
     """Looks at the tiles of one micro-batch, decides with the frontier, and passes on what is to be detected.
 
     Args:
         frontier: the queue's actor.
         policy: the policy.
         networks: how its networks are made; only those that the policy needs are.
-        patience: with a tile that hangs or kills its process.
+        retries: with a tile that hangs or kills its process.
         batch_size: tiles that a micro-batch has room for.
     """
 
     def __init__(
-        self, frontier: Any, policy: Policy, networks: Networks, patience: Patience = PATIENCE, batch_size: int = 1
+        self,
+        frontier: Any,
+        policy: Policy,
+        networks: NetworkFactories,
+        retries: RetryPolicy = DEFAULT_RETRIES,
+        batch_size: int = 1,
     ) -> None:
         self._frontier = frontier
         self._policy = policy
         self._metrics = BatchMetrics(policy.name, "look", batch_size)
-        self._calls = CarefulCalls("look", frontier, patience)
+        self._calls = GuardedCalls("look", frontier, retries)
         needs_map = policy.looks and policy.kind != "first-pass"
         self._predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
-        self._detect = networks.detect() if asks_detector(policy, self._predict_scale) else None
+        self._detect = networks.detect() if needs_detector_first(policy, self._predict_scale) else None
 
     @carries_seconds
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -222,10 +227,10 @@ class LookStage:
         ]
         return self._apply(batch, decided, read_failures)
 
-    def _look(self, tiles: list[Tile], pixels: list[np.ndarray]) -> list[Seen]:
-        def call(some: Sequence[int]) -> list[Seen]:
+    def _look(self, tiles: list[Tile], pixels: list[np.ndarray]) -> list[ScaleResult]:
+        def call(some: Sequence[int]) -> list[ScaleResult]:
             """Look at the tiles at these places."""
-            return look(
+            return predict_scales(
                 [pixels[at[i]] for i in some],
                 [tiles[at[i]] for i in some],
                 self._policy,
@@ -233,16 +238,16 @@ class LookStage:
                 predict_scale=self._predict_scale,
             )
 
-        at = [i for i, tile in enumerate(tiles) if self._policy.looks_at(tile)]
+        at = [i for i, tile in enumerate(tiles) if self._policy.needs_scales(tile)]
         ids = [(tiles[i].image_id, tiles[i].path) for i in at]
         self._metrics.called(len(at))
-        looked = self._calls.together(ids, call, lambda _, error: Seen(failure=error))
-        seen = [Seen()] * len(tiles)
+        looked = self._calls.together(ids, call, lambda _, error: ScaleResult(failure=error))
+        seen = [ScaleResult()] * len(tiles)
         for i, one in zip(at, looked, strict=True):
             seen[i] = one
         return seen
 
-    def _decide(self, packed: PackedTile, seen: Seen) -> Decision:
+    def _decide(self, packed: PackedTile, seen: ScaleResult) -> Decision:
         if seen.failure is not None:
             return Decision(Expansion(detect=False), Failure("look", seen.failure.reason))
         # A policy that needs no look was expanded where its tiles were cut: they are in this very row.
@@ -251,7 +256,7 @@ class LookStage:
         return Decision(expand(packed.tile, seen.scale_map, self._policy))
 
     def _apply(
-        self, batch: MicroBatch, decided: dict[int, tuple[Seen, Decision]], read_failures: list[TileResult]
+        self, batch: MicroBatch, decided: dict[int, tuple[ScaleResult, Decision]], read_failures: list[TileResult]
     ) -> MicroBatch:
         """Emit what was recorded, which on a retry may not be what this look would have decided."""
         out = MicroBatch([], [], read_failures)
@@ -286,14 +291,19 @@ class DetectStage:
         policy: the policy.
         networks: how the detector is made.
         batch_size: tiles to a call of the detector.
-        patience: with a tile that hangs or kills its process.
+        retries: with a tile that hangs or kills its process.
     """
 
     def __init__(
-        self, frontier: Any, policy: Policy, networks: Networks, batch_size: int, patience: Patience = PATIENCE
+        self,
+        frontier: Any,
+        policy: Policy,
+        networks: NetworkFactories,
+        batch_size: int,
+        retries: RetryPolicy = DEFAULT_RETRIES,
     ) -> None:
         self._policy = policy
-        self._calls = CarefulCalls("detect", frontier, patience)
+        self._calls = GuardedCalls("detect", frontier, retries)
         self._metrics = BatchMetrics(policy.name, "detect", batch_size)
         self._detect = networks.detect()
         self._batch_size = batch_size
@@ -339,7 +349,7 @@ class DetectStage:
         return self._calls.together(ids, call, lambda i, error: _begun(tiles[i], Failure("detect", error.reason)))
 
 
-class LookAndDetectStage:
+class ScaleAndDetectStage:
     """Both stages in one actor, where the detector itself looks, or nobody does.
 
     One detector serves both, all actors share the work of either kind, and no tile is passed on between them.
@@ -349,16 +359,21 @@ class LookAndDetectStage:
         policy: the policy.
         networks: how its networks are made; each is made once.
         batch_size: tiles that a micro-batch has room for, and tiles to a call of the detector.
-        patience: with a tile that hangs or kills its process.
+        retries: with a tile that hangs or kills its process.
     """
 
     def __init__(
-        self, frontier: Any, policy: Policy, networks: Networks, batch_size: int, patience: Patience = PATIENCE
+        self,
+        frontier: Any,
+        policy: Policy,
+        networks: NetworkFactories,
+        batch_size: int,
+        retries: RetryPolicy = DEFAULT_RETRIES,
     ) -> None:
         detector = networks.detect()
         networks = replace(networks, detect=lambda: detector)
-        self._look = LookStage(frontier, policy, networks, patience, batch_size)
-        self._detect = DetectStage(frontier, policy, networks, batch_size, patience)
+        self._look = ScaleStage(frontier, policy, networks, retries, batch_size)
+        self._detect = DetectStage(frontier, policy, networks, batch_size, retries)
 
     @carries_seconds
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -23,19 +23,19 @@ from scalenet_ray.data import storage
 from scalenet_ray.data.coco import CocoDataset, ImageRecord, oracle_from, read_annotations, to_results
 from scalenet_ray.data.policy_files import Choice, Range, SearchSpace, changed_policy, start_values
 from scalenet_ray.engine.placement import gpu_share
-from scalenet_ray.engine.prediction_cache import Keeper, Kept, KeptDetector, KeptScale
+from scalenet_ray.engine.prediction_cache import CacheActor, CachedDetector, CachedScalePredictor, PredictionCache
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.worker_errors import from_worker
 from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.evaluation.compare import front
-from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.batch import image_opener
 
 __all__ = [
     "RecursionTrial",
     "ResumableAsha",
     "Sweep",
-    "TrialTask",
+    "TrialSettings",
     "best_policies",
     "best_trials",
     "run_sweep",
@@ -77,7 +77,7 @@ class Sweep:
 
 
 def run_sweep(
-    space: SearchSpace, task: TrialTask, sweep: Sweep, uri: str, say: Callable[[str], None], *, resume: bool
+    space: SearchSpace, task: TrialSettings, sweep: Sweep, uri: str, say: Callable[[str], None], *, resume: bool
 ) -> list[dict[str, Any]]:
     """Try policies.
 
@@ -105,7 +105,7 @@ def run_sweep(
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
     # Addresses may be relative to where the job was started.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    keeper: Any = Keeper.remote() if sweep.keep else None
+    keeper: Any = CacheActor.remote() if sweep.keep else None
     resources = {"cpu": 1, "gpu": gpu_share(task.networks.device, sweep.at_once)}
     trainable = tune.with_resources(tune.with_parameters(RecursionTrial, task=task, keeper=keeper), resources)
     # The file system that all else here is read by: its retries, its endpoint, its credentials.
@@ -138,7 +138,7 @@ def run_sweep(
         return [_row(result, task) for result in tuner.fit()]
 
 
-def best_trials(rows: Sequence[dict[str, Any]], task: TrialTask) -> dict[str, dict[str, Any]]:
+def best_trials(rows: Sequence[dict[str, Any]], task: TrialSettings) -> dict[str, dict[str, Any]]:
     """The best trial under the ceiling, named "tuned"; without a ceiling the front, named "front-1" and so on.
 
     One that reads the ground truth is not among them: what is tuned is followed where there is none.
@@ -176,7 +176,7 @@ def best_trials(rows: Sequence[dict[str, Any]], task: TrialTask) -> dict[str, di
     return {"tuned": max(under, key=lambda row: row["AP_small"])}
 
 
-def best_policies(rows: Sequence[dict[str, Any]], task: TrialTask) -> list[Policy]:
+def best_policies(rows: Sequence[dict[str, Any]], task: TrialSettings) -> list[Policy]:
     """The policies of `best_trials`, by their names there.
 
     Raises:
@@ -186,7 +186,7 @@ def best_policies(rows: Sequence[dict[str, Any]], task: TrialTask) -> list[Polic
 
 
 def start_trials(
-    rows: Sequence[dict[str, Any]], task: TrialTask, space: SearchSpace
+    rows: Sequence[dict[str, Any]], task: TrialSettings, space: SearchSpace
 ) -> dict[str, dict[str, Any] | None]:
     """The trials of the policies that a sweep starts from, as they are.
 
@@ -215,7 +215,7 @@ def _same_values(values: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     )
 
 
-def _policy(row: dict[str, Any], task: TrialTask, name: str) -> Policy:
+def _policy(row: dict[str, Any], task: TrialSettings, name: str) -> Policy:
     values = dict(row["values"])
     return changed_policy(task.policies[values.pop("policy")], name, values)
 
@@ -244,7 +244,7 @@ def _domain(field: Range | Choice) -> Any:
     return tune.loguniform(field.low, field.high) if field.log else tune.uniform(field.low, field.high)
 
 
-def _tune_config(space: SearchSpace, task: TrialTask, sweep: Sweep) -> tune.TuneConfig:
+def _tune_config(space: SearchSpace, task: TrialSettings, sweep: Sweep) -> tune.TuneConfig:
     """Who chooses, and who ends trials early; the policies that a sweep starts from are tried first."""
     starts = [(name, start_values(policy, space)) for name, policy in task.policies.items()]
     points = [{"policy": name, **values} for name, values in starts if values is not None]
@@ -282,7 +282,7 @@ class ResumableAsha(ASHAScheduler):
                 self.on_trial_result(tune_controller, trial, {self._time_attr: step, self._metric: score})
 
 
-def _row(result: Any, task: TrialTask) -> dict[str, Any]:
+def _row(result: Any, task: TrialSettings) -> dict[str, Any]:
     metrics = result.metrics or {}
     names = ("AP", "AP_small", "AP_large", "passes", "score", "images", "images_failed", "hits", "misses")
     return {
@@ -323,7 +323,7 @@ class _Lines(tune.Callback):
 
 
 @dataclass(frozen=True)
-class TrialTask:
+class TrialSettings:
     """What all trials of a sweep do alike.
 
     Attributes:
@@ -337,7 +337,7 @@ class TrialTask:
     """
 
     policies: Mapping[str, Policy]
-    networks: NetworkNames
+    networks: NetworkSpec
     annotations: str
     folder: str
     subsets: tuple[int, ...]
@@ -353,10 +353,10 @@ class RecursionTrial(tune.Trainable):
     """
 
     # What comes after the configuration is given by `tune.with_parameters`.
-    def setup(self, config: dict[str, Any], task: TrialTask, keeper: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def setup(self, config: dict[str, Any], task: TrialSettings, keeper: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Load what all policies need; an actor goes on to its next trial with it."""
         self._task = task
-        self._kept = Kept(keeper)
+        self._kept = PredictionCache(keeper)
         self._dataset: CocoDataset = read_annotations(task.annotations)
         self._detector = task.networks.load_detector(self._dataset.categories, self._dataset.unused_categories)
         self._predictors: dict[str, Any] = {}
@@ -413,7 +413,7 @@ class RecursionTrial(tune.Trainable):
             image,
             record.image_id,
             self._policy,
-            detect=KeptDetector(self._detector, self._kept),
+            detect=CachedDetector(self._detector, self._kept),
             predict_scale=self._predictor(self._policy),
         )
         self._failed += result.failure is not None
@@ -432,5 +432,7 @@ class RecursionTrial(tune.Trainable):
             if kind == "oracle":
                 self._predictors[kind] = oracle_from(self._task.annotations)
             else:
-                self._predictors[kind] = KeptScale(self._task.networks.load_scale_net(), self._detector, self._kept)
+                self._predictors[kind] = CachedScalePredictor(
+                    self._task.networks.load_scale_net(), self._detector, self._kept
+                )
         return self._predictors[kind]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from scalenet_ray.core.policy import Recursion
 from scalenet_ray.core.scale import ScaleRange
-from scalenet_ray.experiments.rescale import CanvasRules, canvas_recursion
+from scalenet_ray.experiments.rescale import RescaleRules, canvas_recursion
 from scalenet_ray.models.scale_net import Padding, ScaleNetConfig
 
 __all__ = [
@@ -37,7 +37,7 @@ class Domain:
         test_sides: of those that are met, without a canvas round them.
         recipes: how they are rescaled, by name.
         classifiers: what classifies them, by name; the first one also behind the recipes.
-        dear_sides: test sides that are scored on the first 2,000 pictures: each look there costs as much as twenty
+        expensive_sides: test sides that are scored on the first 2,000 pictures: each look there costs as much as twenty
             at the canvas's own side.
     """
 
@@ -49,7 +49,7 @@ class Domain:
     test_sides: tuple[int, ...]
     recipes: dict[str, CanvasRecipe]
     classifiers: dict[str, ClassifierRecipe]
-    dear_sides: tuple[int, ...] = ()
+    expensive_sides: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class CanvasRecipe:
     scale_range: ScaleRange = _NEAR_UNIT
     k: float = 1.0
     one_sided: bool = False
-    rules: CanvasRules = field(default_factory=CanvasRules)
+    rules: RescaleRules = field(default_factory=RescaleRules)
     max_depth: int = 20
 
     def recursion(self, side: int, canvas_side: int) -> Recursion:
@@ -130,7 +130,7 @@ class CanvasRecipe:
         return canvas_recursion(ScaleRange(low, high), k=self.k, max_depth=self.max_depth)
 
 
-_LITERAL = CanvasRules(even=False, bisect=False, from_original=False, resampling="bilinear")
+_LITERAL = RescaleRules(even=False, bisect=False, from_original=False, resampling="bilinear")
 
 
 _PAPER_NET = NetRecipe("each", "pixels", "sgd", 0.01, cosine=False)
@@ -157,7 +157,7 @@ MNIST = Domain(
         # The paper's size costs fifty times what the plain classifier does.
         "capsnet": ClassifierRecipe("capsnet", width=0.25, optimizer="adam", learning_rate=1e-3, epochs=1.0),
     },
-    dear_sides=(112, 140),
+    expensive_sides=(112, 140),
 )
 """The paper's digits."""
 
@@ -166,7 +166,7 @@ DIGITS = replace(
     MNIST,
     name="digits",
     test_sides=(28, 56, 8),
-    dear_sides=(),
+    expensive_sides=(),
     # A thirtieth of MNIST's pictures: as many steps take more passes.
     recipes={"scalenet": replace(_TWO_SIDED, net=NetRecipe(epochs=6.0))},
     classifiers={"classifier": ClassifierRecipe(epochs=20.0)},

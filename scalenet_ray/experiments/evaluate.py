@@ -11,11 +11,11 @@ from torch import nn
 
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import PredictScale
+from scalenet_ray.core.inference import ScalePredictor
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.experiments.config import CanvasRecipe, Domain
 from scalenet_ray.experiments.data import Pictures, Resampling, centred, resized
-from scalenet_ray.experiments.rescale import settle_canvases
+from scalenet_ray.experiments.rescale import rescale_canvases
 from scalenet_ray.experiments.train import as_input
 
 __all__ = [
@@ -62,7 +62,7 @@ class ObjectScales:
         predict: the net.
     """
 
-    def __init__(self, predict: PredictScale) -> None:
+    def __init__(self, predict: ScalePredictor) -> None:
         self._predict = predict
         self.input_pixels = predict.input_pixels
 
@@ -155,7 +155,7 @@ def score_classifier(
 
 def score_recursion(
     classifier: nn.Module,
-    predict: PredictScale | None,
+    predict: ScalePredictor | None,
     recipe: CanvasRecipe,
     pictures: Pictures,
     name: str,
@@ -179,7 +179,7 @@ def score_recursion(
         for side, found in pictures_at(part, name, domain):
             on_side = found[0].shape[0]
             look = TrueScales(side / (on_side * domain.unit_side)) if predict is None else ObjectScales(predict)
-            some = settle_canvases(found, recipe.recursion(on_side, domain.canvas_side), recipe.rules, look)
+            some = rescale_canvases(found, recipe.recursion(on_side, domain.canvas_side), recipe.rules, look)
             rights.append(_right(classifier, [one.pixels for one in some], part.labels, domain))
             first = [
                 resized(one, settled.sides[:2][-1], recipe.rules.resampling)

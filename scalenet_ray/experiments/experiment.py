@@ -15,7 +15,7 @@ from scalenet_ray.experiments.classifiers import build_classifier
 from scalenet_ray.experiments.config import DOMAINS, CanvasRecipe, ClassifierRecipe, Domain, NetRecipe
 from scalenet_ray.experiments.data import Pictures, load_pictures, resized
 from scalenet_ray.experiments.evaluate import ObjectScales, pictures_at, score_classifier, score_recursion
-from scalenet_ray.experiments.rescale import settle_canvases
+from scalenet_ray.experiments.rescale import rescale_canvases
 from scalenet_ray.experiments.train import train_classifier, train_net
 from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, save_scale_net
 from scalenet_ray.models.weights import load_weights, save_weights
@@ -83,7 +83,7 @@ class Experiment:
         """Those that are tested on: all, or those of one set."""
         pictures = load_pictures(self.name, self.data, train=bool(self.held_out))
         pictures = pictures.part(slice(-self.held_out, None)).part(slice(0, self.test_limit))
-        return pictures.part(slice(0, _DEAR)) if tests in map(str, self.domain.dear_sides) else pictures
+        return pictures.part(slice(0, _DEAR)) if tests in map(str, self.domain.expensive_sides) else pictures
 
     def train_net(self, recipe: NetRecipe, seed: int, name: str) -> dict[str, Any]:
         """Train a Scale Net and save it as `name`; returns its number of parameters."""
@@ -132,7 +132,7 @@ class Experiment:
         for side in sides:
             ((_, pictures),) = pictures_at(self.tested().part(slice(0, _RESPONSES)), str(side), self.domain)
             recursion = CanvasRecipe().recursion(side, self.domain.canvas_side)
-            first = settle_canvases(pictures, recursion, CanvasRecipe(max_depth=1).rules, predict)
+            first = rescale_canvases(pictures, recursion, CanvasRecipe(max_depth=1).rules, predict)
             scales = [one.maps[0].scale for one in first]
             # A net may see no object in a picture far out of its range.
             told = [scale[scale > 0] for scale in scales if scale is not None and scale.any()]
@@ -144,7 +144,7 @@ class Experiment:
         predict = ObjectScales(ScaleNetPredictor(self._weights(net), self.device))
         ((_, (picture,)),) = pictures_at(self.tested().part(slice(0, 1)), str(side), self.domain)
         recursion = recipe.recursion(side, self.domain.canvas_side)
-        (settled,) = settle_canvases([picture], recursion, recipe.rules, predict)
+        (settled,) = rescale_canvases([picture], recursion, recipe.rules, predict)
         canvases = [resized(picture, each, recipe.rules.resampling) for each in settled.sides]
         maps = [one.scale for one in settled.maps]
         return {

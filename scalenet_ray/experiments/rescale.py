@@ -16,17 +16,17 @@ import numpy as np
 
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile, Window
-from scalenet_ray.core.inference import PredictScale
+from scalenet_ray.core.inference import ScalePredictor
 from scalenet_ray.core.policy import Recursion
 from scalenet_ray.core.recursion import rescale_factor
 from scalenet_ray.core.scale import ScaleMap, ScaleRange
 from scalenet_ray.experiments.data import Resampling, resized
 
 __all__ = [
-    "CanvasRules",
-    "Settled",
+    "RescaleRules",
+    "Rescaled",
     "canvas_recursion",
-    "settle_canvases",
+    "rescale_canvases",
 ]
 
 _BATCH_PIXELS = 2**16
@@ -34,7 +34,7 @@ _BATCH_PIXELS = 2**16
 
 
 @dataclass(frozen=True)
-class CanvasRules:
+class RescaleRules:
     """How sizes are chosen.
 
     Attributes:
@@ -51,7 +51,7 @@ class CanvasRules:
     resampling: Resampling = "bicubic"
 
 
-class Settled(NamedTuple):
+class Rescaled(NamedTuple):
     """What became of a picture.
 
     Attributes:
@@ -100,9 +100,9 @@ def canvas_recursion(scale_range: ScaleRange, *, k: float, max_depth: int, large
     )
 
 
-def settle_canvases(
-    pictures: Sequence[np.ndarray], recursion: Recursion, rules: CanvasRules, predict_scale: PredictScale
-) -> list[Settled]:
+def rescale_canvases(
+    pictures: Sequence[np.ndarray], recursion: Recursion, rules: RescaleRules, predict_scale: ScalePredictor
+) -> list[Rescaled]:
     """Rescale each picture until its scale is in range.
 
     Args:
@@ -122,7 +122,7 @@ def settle_canvases(
         side = picture.shape[0]
         tile = Tile(i, (), (side, side), Window(0, 0, side, side), side, side)
         running[i] = _Running(picture, picture, tile, sides=(side,))
-    settled: dict[int, Settled] = {}
+    settled: dict[int, Rescaled] = {}
     while running:
         for batch in _batches(running):
             seen = predict_scale([running[i].pixels for i in batch], [running[i].tile for i in batch])
@@ -138,7 +138,7 @@ def settle_canvases(
                     one.sides = (*one.sides, side)
                     one.tile = dataclasses.replace(one.tile, path=(*one.tile.path, 0), height=side, width=side)
                 if side is None or one.tile.depth == recursion.max_depth:
-                    settled[i] = Settled(one.sides, one.pixels, one.maps, side is not None)
+                    settled[i] = Rescaled(one.sides, one.pixels, one.maps, side is not None)
                     del running[i]
     return [settled[i] for i in range(len(pictures))]
 
@@ -154,7 +154,7 @@ def _batches(running: dict[int, _Running]) -> Iterator[list[int]]:
             yield members[start : start + count]
 
 
-def _next_side(one: _Running, scale_map: ScaleMap, recursion: Recursion, rules: CanvasRules) -> int | None:
+def _next_side(one: _Running, scale_map: ScaleMap, recursion: Recursion, rules: RescaleRules) -> int | None:
     """The side, in pixels, of the canvas that is looked at next; None if this one is what there was to find."""
     assert scale_map.scale is not None
     factor = rescale_factor(scale_map.scale, recursion)

@@ -18,15 +18,15 @@ from scalenet_ray.experiments.config import CanvasRecipe, NetRecipe
 from scalenet_ray.experiments.evaluate import set_names
 from scalenet_ray.experiments.experiment import Experiment
 from scalenet_ray.experiments.figures import response_plot, steps_plot
-from scalenet_ray.experiments.rescale import CanvasRules
-from scalenet_ray.experiments.tasks import Unit, run_units
+from scalenet_ray.experiments.rescale import RescaleRules
+from scalenet_ray.experiments.tasks import Task, run_tasks
 from scalenet_ray.runs.folder import RunFolder
 
 __all__ = [
     "CanvasOptions",
     "ablations",
     "plan_pictures",
-    "plan_units",
+    "plan_tasks",
     "run_experiment",
     "tabulate",
 ]
@@ -102,10 +102,10 @@ def run_experiment(
         learned, tested = len(experiment.learned().labels), len(experiment.tested().labels)
         recipe = experiment.domain.recipes["scalenet"]
         recipes = ablations(recipe) if options.ablation else experiment.domain.recipes
-        units = plan_units(experiment, recipes, range(options.seeds))
+        units = plan_tasks(experiment, recipes, range(options.seeds))
         if not options.ablation:
             units += plan_pictures(experiment, recipe, "net-s0")
-        outcomes = run_units(units, run, say, gpus=options.gpus_per_task)
+        outcomes = run_tasks(units, run, say, gpus=options.gpus_per_task)
         scores = tabulate(outcomes)
         run.write_json(
             "metrics.json", {name: scores, "trained_on": learned, "tested_on": tested, "seeds": options.seeds}
@@ -147,12 +147,12 @@ def ablations(recipe: CanvasRecipe) -> dict[str, CanvasRecipe]:
             recipe.scale_range,
             0.15,
             one_sided=True,
-            rules=CanvasRules(even=False, bisect=False, from_original=False, resampling="bilinear"),
+            rules=RescaleRules(even=False, bisect=False, from_original=False, resampling="bilinear"),
         ),
     }
 
 
-def plan_units(experiment: Experiment, recipes: Mapping[str, CanvasRecipe], seeds: Sequence[int]) -> list[Unit]:
+def plan_tasks(experiment: Experiment, recipes: Mapping[str, CanvasRecipe], seeds: Sequence[int]) -> list[Task]:
     """All units of an experiment, those that others wait for first.
 
     Args:
@@ -164,38 +164,38 @@ def plan_units(experiment: Experiment, recipes: Mapping[str, CanvasRecipe], seed
     (first, _), *_ = domain.classifiers.items()
     nets = list(dict.fromkeys(recipe.net for recipe in recipes.values()))
     net_names = {net: f"net{i}" if i else "net" for i, net in enumerate(nets)}
-    units: list[Unit] = []
+    units: list[Task] = []
     for seed in seeds:
         for net, name in net_names.items():
             work = partial(experiment.train_net, net, seed, f"{name}-s{seed}")
-            units.append(Unit(f"{name}-s{seed}", work))
+            units.append(Task(f"{name}-s{seed}", work))
     for seed in seeds:
         for name, classifier in domain.classifiers.items():
             work = partial(experiment.train_classifier, classifier, seed, f"{name}-s{seed}")
-            units.append(Unit(f"{name}-s{seed}", work))
+            units.append(Task(f"{name}-s{seed}", work))
     for seed in seeds:
         trained = (domain.classifiers[first], f"{first}-s{seed}")
         for tests in set_names(domain):
             for name, recipe in recipes.items():
                 net = f"{net_names[recipe.net]}-s{seed}"
                 work = partial(experiment.score_recursion, recipe, net, trained, tests)
-                units.append(Unit(_score_name(name, tests, seed), work, (net, trained[1])))
+                units.append(Task(_score_name(name, tests, seed), work, (net, trained[1])))
             work = partial(experiment.score_recursion, domain.recipes["scalenet"], None, trained, tests)
-            units.append(Unit(_score_name("oracle", tests, seed), work, (trained[1],)))
+            units.append(Task(_score_name("oracle", tests, seed), work, (trained[1],)))
             for name, classifier in domain.classifiers.items():
                 alone = f"{name}-s{seed}"
                 work = partial(experiment.score_classifier, classifier, alone, tests, squeeze=False)
-                units.append(Unit(_score_name(name, tests, seed), work, (alone,)))
+                units.append(Task(_score_name(name, tests, seed), work, (alone,)))
             work = partial(experiment.score_classifier, *trained, tests, squeeze=True)
-            units.append(Unit(_score_name(f"{first}_squeezed", tests, seed), work, (trained[1],)))
+            units.append(Task(_score_name(f"{first}_squeezed", tests, seed), work, (trained[1],)))
     return units
 
 
-def plan_pictures(experiment: Experiment, recipe: CanvasRecipe, net: str) -> list[Unit]:
+def plan_pictures(experiment: Experiment, recipe: CanvasRecipe, net: str) -> list[Task]:
     """What the plots show: a net's response, and the steps of one picture."""
     return [
-        Unit("response", partial(experiment.respond, net, RESPONSE_SIDES), (net,)),
-        Unit("steps", partial(experiment.steps, recipe, net, STEPS_SIDE), (net,)),
+        Task("response", partial(experiment.respond, net, RESPONSE_SIDES), (net,)),
+        Task("steps", partial(experiment.steps, recipe, net, STEPS_SIDE), (net,)),
     ]
 
 

@@ -17,13 +17,13 @@ from scalenet_ray.engine.worker_errors import from_worker, with_message
 from scalenet_ray.runs.folder import RunFolder
 
 __all__ = [
-    "Unit",
-    "run_units",
+    "Task",
+    "run_tasks",
 ]
 
 
 @dataclass(frozen=True)
-class Unit:
+class Task:
     """A piece of an experiment.
 
     Attributes:
@@ -37,8 +37,8 @@ class Unit:
     after: tuple[str, ...] = ()
 
 
-def run_units(
-    units: Sequence[Unit], run: RunFolder, say: Callable[[str], None], *, gpus: float = 0.0
+def run_tasks(
+    units: Sequence[Task], run: RunFolder, say: Callable[[str], None], *, gpus: float = 0.0
 ) -> dict[str, dict[str, Any]]:
     """Do what is not done yet, as many at once as there are CPUs (or GPUs).
 

@@ -12,10 +12,10 @@ import numpy as np
 from scalenet_ray.core.answers import answered_wrongly, checked_answer, listed_answers, raised
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
-from scalenet_ray.core.inference import Glimpse
+from scalenet_ray.core.inference import DetectionsWithFeatures
 from scalenet_ray.data.coco import map_categories
 from scalenet_ray.models.detectors import Detector, ShowsFeatures, canvas_of, declaration
-from scalenet_ray.models.devices import saying_what_does_not_fit
+from scalenet_ray.models.devices import translate_oom
 
 __all__ = [
     "CheckedDetector",
@@ -76,10 +76,10 @@ class CheckedDetector:
         """
         if not len(pixels):
             return []
-        answers = saying_what_does_not_fit(lambda: listed_answers(self._detector(list(pixels)), len(pixels)))
+        answers = translate_oom(lambda: listed_answers(self._detector(list(pixels)), len(pixels)))
         return [self._checked(answer, tile) for answer, tile in zip(answers, pixels, strict=True)]
 
-    def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
         """[h, w, 3] uint8 RGB each -> the detections with the feature maps of the same forward pass.
 
         Feature maps are () where the detector raised an exception or answered wrongly.
@@ -89,7 +89,9 @@ class CheckedDetector:
             OutOfMemoryError: if the batch does not fit the device's memory.
         """
         self._showing()
-        return self._tile_by_tile_if_it_fails(pixels, self._ask_for_features, lambda error: Glimpse(error, ()))
+        return self._tile_by_tile_if_it_fails(
+            pixels, self._ask_for_features, lambda error: DetectionsWithFeatures(error, ())
+        )
 
     @property
     def feature_channels(self) -> tuple[int, ...]:
@@ -101,14 +103,14 @@ class CheckedDetector:
         """The detector's own; raises as `with_features` does."""
         return self._showing().feature_stride
 
-    def _ask_for_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+    def _ask_for_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
         showing = self._showing()
         if not len(pixels):
             return []
-        glimpses = saying_what_does_not_fit(lambda: listed_answers(showing.with_features(list(pixels)), len(pixels)))
+        glimpses = translate_oom(lambda: listed_answers(showing.with_features(list(pixels)), len(pixels)))
         for glimpse in glimpses:
-            if not isinstance(glimpse, Glimpse):
-                msg = "with_features must answer with a Glimpse for each tile, got "
+            if not isinstance(glimpse, DetectionsWithFeatures):
+                msg = "with_features must answer with a DetectionsWithFeatures for each tile, got "
                 raise UserError(msg + type(glimpse).__name__)
         return [
             glimpse._replace(detections=self._checked(glimpse.detections, tile))
@@ -194,7 +196,7 @@ class MappedDetector:
         """[h, w, 3] uint8 RGB each -> detections in tile pixels, labels are category ids; raises as the checked one."""
         return [self._mapped(found) for found in self.checked(pixels)]
 
-    def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
         """[h, w, 3] uint8 RGB each -> the detector's own feature maps with the mapped detections; raises as it does."""
         return [one._replace(detections=self._mapped(one.detections)) for one in self.checked.with_features(pixels)]
 

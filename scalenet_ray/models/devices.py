@@ -13,7 +13,7 @@ from scalenet_ray.core.errors import OutOfMemoryError, UserError
 __all__ = [
     "device_named",
     "device_on_this_machine",
-    "saying_what_does_not_fit",
+    "translate_oom",
 ]
 
 
@@ -60,7 +60,7 @@ _MESSAGE = re.compile(
 )
 
 
-def saying_what_does_not_fit(call: Callable[[], T]) -> T:
+def translate_oom(call: Callable[[], T]) -> T:
     """Call a network.
 
     Raises:

@@ -20,7 +20,7 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.models.detectors import ShowsFeatures
-from scalenet_ray.models.devices import device_on_this_machine, saying_what_does_not_fit
+from scalenet_ray.models.devices import device_on_this_machine, translate_oom
 from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, read_checkpoint
 from scalenet_ray.models.weights import load_weights, save_weights
 
@@ -84,7 +84,7 @@ def save_scale_head(model: nn.Module, config: HeadConfig, path: str) -> None:
 
 
 class ScaleHeadPredictor:
-    """A trained scale head as `ReadFeatures`: a detector's feature maps -> scale maps with gains.
+    """A trained scale head as `FeatureScalePredictor`: a detector's feature maps -> scale maps with gains.
 
     Attributes:
         config: the head's configuration.
@@ -132,7 +132,7 @@ class ScaleHeadPredictor:
         """Look at tiles through the detector's eyes, those of one canvas together.
 
         Args:
-            features: B times the maps of `Glimpse.features`, [C, h, w] float32 each.
+            features: B times the maps of `DetectionsWithFeatures.features`, [C, h, w] float32 each.
             tiles: their recipes; a map covers its tile, not the canvas's padding.
 
         Returns:
@@ -141,7 +141,7 @@ class ScaleHeadPredictor:
         Raises:
             OutOfMemoryError: if the batch does not fit the device's memory.
         """
-        return saying_what_does_not_fit(lambda: self._look(features, tiles))
+        return translate_oom(lambda: self._look(features, tiles))
 
     def _look(self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
         maps: dict[int, ScaleMap | TileError] = {}

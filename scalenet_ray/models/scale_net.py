@@ -23,7 +23,7 @@ from torch.nn import functional
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
-from scalenet_ray.models.devices import device_on_this_machine, saying_what_does_not_fit
+from scalenet_ray.models.devices import device_on_this_machine, translate_oom
 from scalenet_ray.models.weights import load_weights, save_weights
 
 __all__ = [
@@ -303,7 +303,7 @@ def load_scale_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Sc
 
 
 class ScaleNetPredictor:
-    """A trained Scale Net as PredictScale: tiles' pixels -> scale maps, one forward pass a batch.
+    """A trained Scale Net as ScalePredictor: tiles' pixels -> scale maps, one forward pass a batch.
 
     Attributes:
         config: the network's configuration.
@@ -330,7 +330,7 @@ class ScaleNetPredictor:
         Raises:
             OutOfMemoryError: if the batch does not fit the device's memory.
         """
-        return saying_what_does_not_fit(lambda: self._look_by_size(pixels))
+        return translate_oom(lambda: self._look_by_size(pixels))
 
     def _look_by_size(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
         if self.config.input_side is not None:

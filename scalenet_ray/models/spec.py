@@ -21,7 +21,7 @@ __all__ = [
     "SAMPLE_DETECTOR",
     "SAMPLE_SCALE_NET",
     "DetectorInfo",
-    "NetworkNames",
+    "NetworkSpec",
 ]
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _readable(records: Sequence[ImageRecord], open_image: Callable[[ImageRecord]
 
 
 @dataclass(frozen=True)
-class NetworkNames:
+class NetworkSpec:
     """The networks: the frozen detector, and Scale Net.
 
     Attributes:
@@ -182,7 +182,7 @@ class NetworkNames:
         """The detector, its labels mapped by name to the ids of `categories`; those `unused` it need not know."""
         return MappedDetector(self._load(), categories, unused, name=self.detector)
 
-    def _on_cpu(self) -> NetworkNames:
+    def _on_cpu(self) -> NetworkSpec:
         """The same where there may be no GPU: a cluster's head has none, and workers come only once there is work."""
         return replace(self, device="cpu")
 

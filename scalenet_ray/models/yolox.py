@@ -19,7 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: i
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.inference import Glimpse
+from scalenet_ray.core.inference import DetectionsWithFeatures
 from scalenet_ray.core.merge import nms
 from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
@@ -167,7 +167,7 @@ class YoloxDetector:
         """
         return tuple(output.shape[1] + _ANSWER_MAPS for output in self._featured.get_outputs()[1:])
 
-    def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
         """Detect on tiles, [h, w, 3] uint8 RGB each, and show the feature maps; see `DetectWithFeatures`.
 
         Each level's map is the one that its boxes and classes are read from, and after it five of its answer: the
@@ -175,9 +175,9 @@ class YoloxDetector:
         """
         return detect_by_canvas(pixels, self.canvas_hw, self._glimpse_group)
 
-    def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Glimpse]:
+    def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[DetectionsWithFeatures]:
         return [
-            Glimpse(
+            DetectionsWithFeatures(
                 self._decode(rows, canvas, tile.shape[:2]),
                 tuple(np.concatenate(level) for level in zip(maps, _answer_maps(rows, canvas), strict=True)),
             )

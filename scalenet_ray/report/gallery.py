@@ -18,9 +18,9 @@ from PIL import Image
 
 from scalenet_ray.core.detections import SHOWN_SCORE, Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.inference import Networks, asks_detector
+from scalenet_ray.core.inference import NetworkFactories, needs_detector_first
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.recursion import Looked, look_through, planning_weights
+from scalenet_ray.core.recursion import TracedTile, planning_weights, trace_tiles
 from scalenet_ray.data.coco import CocoDataset, ImageRecord, OpenImage, objects_of, read_annotations
 from scalenet_ray.evaluation.compare import SMALL_AREA, are_new
 from scalenet_ray.evaluation.tide import KINDS, explain
@@ -96,7 +96,7 @@ class PictureTask:
     """
 
     run_uri: str
-    policies: Sequence[tuple[Policy, Networks]]
+    policies: Sequence[tuple[Policy, NetworkFactories]]
     open_image: OpenImage
     annotations: str | None = None
     compared_with: str | None = None
@@ -168,13 +168,17 @@ class PictureTask:
         }
 
     def _look(
-        self, policy: Policy, networks: Networks, images: Sequence[np.ndarray], pictures: Sequence[dict[str, Any]]
+        self,
+        policy: Policy,
+        networks: NetworkFactories,
+        images: Sequence[np.ndarray],
+        pictures: Sequence[dict[str, Any]],
     ) -> None:
         needs_map = policy.looks and policy.kind != "first-pass"
         predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
-        detect = networks.detect() if asks_detector(policy, predict_scale) else None
+        detect = networks.detect() if needs_detector_first(policy, predict_scale) else None
         for image, picture in zip(images, pictures, strict=True):
-            looked = look_through(image, picture["id"], policy, detect=detect, predict_scale=predict_scale)
+            looked = trace_tiles(image, picture["id"], policy, detect=detect, predict_scale=predict_scale)
             picture["looks"][policy.name] = _look_rows(looked, policy)
 
 
@@ -230,7 +234,7 @@ def _box_rows(found: Detections, new: np.ndarray, dataset: CocoDataset | None, i
     ]
 
 
-def _look_rows(looked: Sequence[Looked], policy: Policy) -> dict[str, Any]:
+def _look_rows(looked: Sequence[TracedTile], policy: Policy) -> dict[str, Any]:
     """The windows, and what the cells of the whole image's map counted for, as an overlay. Its tile is the first."""
     windows = [[*one.tile.window.xyxy, one.tile.depth] for one in looked[1:]]
     whole, seen = looked[0]

@@ -23,7 +23,7 @@ from scalenet_ray.data.coco import images_and_categories, safe_file_name, to_res
 from scalenet_ray.data.formats import SUPERVISION_COLUMNS, fiftyone_objects, supervision_rows, yolo_lines
 from scalenet_ray.data.schemas import DETECTIONS, detections_table
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.results import FinishedImage, finished_images
+from scalenet_ray.runs.results import StoredImage, image_results
 
 __all__ = [
     "EXPORT_FORMATS",
@@ -75,7 +75,7 @@ class Exported:
 class _Source(NamedTuple):
     """What a writer needs: the images, one after the other, and the categories' names by id."""
 
-    images: Iterator[FinishedImage]
+    images: Iterator[StoredImage]
     names: dict[int, str]
 
     @property
@@ -124,9 +124,9 @@ def export_run(
     uri = output or storage.join(run_uri, "exports", _PLACES[to].format(name))
     counts = {"images": 0, "detections": 0}
 
-    def images() -> Iterator[FinishedImage]:
+    def images() -> Iterator[StoredImage]:
         """The images with what scores enough, counted as they pass."""
-        for image in finished_images(run, name):
+        for image in image_results(run, name):
             kept = image.detections[image.detections.scores >= score_threshold]
             counts["images"] += 1
             counts["detections"] += len(kept)
@@ -182,8 +182,8 @@ def _write_parquet(source: _Source, uri: str, policy: str) -> None:
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def _in_lots(images: Iterator[FinishedImage], count: int = 256) -> Iterator[list[FinishedImage]]:
-    lot: list[FinishedImage] = []
+def _in_lots(images: Iterator[StoredImage], count: int = 256) -> Iterator[list[StoredImage]]:
+    lot: list[StoredImage] = []
     for image in images:
         lot.append(image)
         if len(lot) == count:
@@ -193,7 +193,7 @@ def _in_lots(images: Iterator[FinishedImage], count: int = 256) -> Iterator[list
         yield lot
 
 
-def _as_result(image: FinishedImage) -> ImageResult:
+def _as_result(image: StoredImage) -> ImageResult:
     return ImageResult(image.image_id, image.detections, None, 0, 0, 0, 0.0, {}, image.hw)
 
 
@@ -243,7 +243,7 @@ def _write_fiftyone(source: _Source, uri: str, policy: str) -> None:
     storage.write_bytes_atomic(storage.join(uri, "labels.json"), text.encode())
 
 
-def _by_stem(images: Sequence[FinishedImage]) -> Iterator[tuple[str, FinishedImage]]:
+def _by_stem(images: Sequence[StoredImage]) -> Iterator[tuple[str, StoredImage]]:
     """Each image with its file's path below the images' folder, without its suffix: what label files are named by.
 
     Raises:

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from scalenet_ray.core.detections import Failure, ImageResult, TileResult
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.merge import merge_image
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import recursive_detect
@@ -31,7 +31,7 @@ class LocalStream:
     """
 
     def __init__(
-        self, images: Sequence[ImageRecord], policy: Policy, networks: Networks, open_image: OpenImage
+        self, images: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage
     ) -> None:
         self._images = images
         self._policy = policy

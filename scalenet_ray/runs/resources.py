@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from scalenet_ray.core.errors import UserError
 
 __all__ = [
-    "PATIENCE",
-    "Patience",
+    "DEFAULT_RETRIES",
     "PoolSize",
     "Resources",
+    "RetryPolicy",
     "limits",
 ]
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """What is put up with.
 
     Attributes:
@@ -40,7 +40,7 @@ class Patience:
             raise UserError(msg)
 
 
-PATIENCE = Patience()
+DEFAULT_RETRIES = RetryPolicy()
 
 
 PoolSize = int | tuple[int, int]
@@ -88,8 +88,8 @@ class Resources:
     detector_batch_size: int = 16
     max_open_images: int | None = None
     pipelines: int | None = None
-    call_seconds: float = PATIENCE.call_seconds
-    max_tries: int = PATIENCE.max_tries
+    call_seconds: float = DEFAULT_RETRIES.call_seconds
+    max_tries: int = DEFAULT_RETRIES.max_tries
     no_progress_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -115,12 +115,12 @@ class Resources:
                 f"kind, got {self.pipelines}"
             )
             raise UserError(msg)
-        _ = self.patience
+        _ = self.retries
 
     @property
-    def patience(self) -> Patience:
+    def retries(self) -> RetryPolicy:
         """With a call that hangs, and with a tile that kills its process."""
-        return Patience(self.call_seconds, self.max_tries)
+        return RetryPolicy(self.call_seconds, self.max_tries)
 
     @property
     def all_detectors(self) -> PoolSize:

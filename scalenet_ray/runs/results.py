@@ -17,9 +17,9 @@ from scalenet_ray.data.schemas import DETECTIONS, IMAGES, detections_from_rows
 from scalenet_ray.runs.folder import Counting, RunFolder, in_image_order
 
 __all__ = [
-    "FinishedImage",
+    "StoredImage",
     "detections_by_image",
-    "finished_images",
+    "image_results",
     "tables_in_order",
 ]
 
@@ -34,7 +34,7 @@ _MOST_BUCKETS = 256
 """As many files are open at once."""
 
 
-class FinishedImage(NamedTuple):
+class StoredImage(NamedTuple):
     """One image that a policy has finished.
 
     Attributes:
@@ -50,7 +50,7 @@ class FinishedImage(NamedTuple):
     detections: Detections
 
 
-def finished_images(run: RunFolder, policy: str) -> Iterator[FinishedImage]:
+def image_results(run: RunFolder, policy: str) -> Iterator[StoredImage]:
     """The images that one policy has finished, in order of their ids; those that failed are left out.
 
     Args:
@@ -64,7 +64,7 @@ def finished_images(run: RunFolder, policy: str) -> Iterator[FinishedImage]:
             if row["failure_stage"] is None:
                 start, end = np.searchsorted(ids, [row["image_id"], row["image_id"] + 1]).tolist()
                 found = detections_from_rows(table.slice(start, end - start))
-                yield FinishedImage(row["image_id"], row["file"], (row["height"], row["width"]), found)
+                yield StoredImage(row["image_id"], row["file"], (row["height"], row["width"]), found)
 
 
 def detections_by_image(run: RunFolder, policy: str) -> Iterator[tuple[int, Detections]]:

@@ -15,7 +15,7 @@ from scalenet_ray.data import storage
 from scalenet_ray.data.coco import read_annotations, to_results, write_results
 from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.results import finished_images
+from scalenet_ray.runs.results import image_results
 
 __all__ = [
     "coco_results",
@@ -28,7 +28,7 @@ __all__ = [
 
 def coco_results(run: RunFolder, policy: str) -> Iterator[dict[str, Any]]:
     """The detections of one policy as COCO results, in order of image id, the best of an image first."""
-    for image in finished_images(run, policy):
+    for image in image_results(run, policy):
         yield from to_results(image.image_id, image.detections, image.hw)
 
 

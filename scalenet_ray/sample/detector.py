@@ -20,7 +20,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.inference import Glimpse
+from scalenet_ray.core.inference import DetectionsWithFeatures
 from scalenet_ray.core.merge import nms
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.padding import detect_by_canvas, square_canvas
@@ -341,14 +341,14 @@ class TinyDetector:
         """Detect on tiles; see `Detector`. At most 100 detections a tile, the best first."""
         return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
 
-    def with_features(self, pixels: Sequence[np.ndarray]) -> list[Glimpse]:
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
         """Detect on tiles, [h, w, 3] uint8 RGB each, and show the neck's feature maps; see `DetectWithFeatures`."""
         return detect_by_canvas(pixels, self.canvas_hw, self._glimpse_group)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
         return [glimpse.detections for glimpse in self._glimpse_group(tiles, canvas)]
 
-    def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Glimpse]:
+    def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[DetectionsWithFeatures]:
         with torch.inference_mode():
             with self._autocast:
                 answers = self.model(pack_tiles(tiles, canvas).to(self.device))
@@ -357,7 +357,9 @@ class TinyDetector:
             boxes = answers.boxes.float().cpu().numpy()
             features = [level.float().cpu().numpy() for level in answers.levels]
         return [
-            Glimpse(self._select(scores[i], boxes[i], tile.shape[:2]), tuple(level[i] for level in features))
+            DetectionsWithFeatures(
+                self._select(scores[i], boxes[i], tile.shape[:2]), tuple(level[i] for level in features)
+            )
             for i, tile in enumerate(tiles)
         ]
 

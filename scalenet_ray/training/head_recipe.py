@@ -21,7 +21,7 @@ from scalenet_ray.data import storage
 from scalenet_ray.data.coco import read_annotations
 from scalenet_ray.models.checked_detector import MappedDetector
 from scalenet_ray.models.scale_head import HeadConfig, ScaleHead, save_scale_head
-from scalenet_ray.models.spec import NetworkNames
+from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.training.examples import Example, TrainingImages
 from scalenet_ray.training.gain import ZOOMS, gain_map, gain_of_zoom
 from scalenet_ray.training.losses import count_pixels, focal_loss, pixel_figures, poisson_loss
@@ -68,7 +68,7 @@ class HeadRecipe:
     """
 
     images: TrainingImages
-    networks: NetworkNames
+    networks: NetworkSpec
     scores: str
     config: HeadConfig
     zoom: float = 2.5

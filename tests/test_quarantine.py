@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from scalenet_ray.core.detections import ImageResult
-from scalenet_ray.core.inference import Networks
+from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import OpenImage
 from scalenet_ray.engine.frontier import Frontier
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.engine.quarantine import Attempts
-from scalenet_ray.runs.resources import Patience, Resources
+from scalenet_ray.runs.resources import Resources, RetryPolicy
 from tests.faults import Given, WorkLog, as_values, policy_of, random_networks, records_of, reference
 from tests.in_process import Died, InProcessEngine
 from tests.oracles import RandomDetector, RandomScale
@@ -25,7 +25,7 @@ POISON = 5
 TRIES = 2
 
 
-def poisoned(stage: str, strike: Callable[[], None]) -> tuple[Networks, OpenImage]:
+def poisoned(stage: str, strike: Callable[[], None]) -> tuple[NetworkFactories, OpenImage]:
     """What works on the images, one of which is poison to one stage."""
     detector, scale_net = RandomDetector(), RandomScale()
     open_image: OpenImage = PoisonScenes(POISON)
@@ -35,7 +35,7 @@ def poisoned(stage: str, strike: Callable[[], None]) -> tuple[Networks, OpenImag
         scale_net = PoisonScale(strike, POISON)
     else:
         open_image = PoisonOpen(strike, POISON)
-    return Networks(Given(detector), Given(scale_net)), open_image
+    return NetworkFactories(Given(detector), Given(scale_net)), open_image
 
 
 def assert_it_failed_alone(results: list[ImageResult], policy: Policy, stage: str, tries: int) -> None:
@@ -128,15 +128,15 @@ def test_what_ended_or_is_written_is_not_remembered() -> None:
     ("wrong", "message"), [({"call_seconds": 0.0}, "call_seconds must be above 0"), ({"max_tries": 0}, "1 or more")]
 )
 def test_patience_refuses_what_makes_no_sense(wrong: dict, message: str) -> None:
-    for made in (Patience, Resources):
+    for made in (RetryPolicy, Resources):
         with pytest.raises(ValueError, match=message):
             made(**wrong)
 
 
 HANGS = """
 import time
-from scalenet_ray.engine.quarantine import CarefulCalls, Patience
-calls = CarefulCalls("detect", None, Patience(call_seconds=0.5))
+from scalenet_ray.engine.quarantine import GuardedCalls, RetryPolicy
+calls = GuardedCalls("detect", None, RetryPolicy(call_seconds=0.5))
 with calls.watched():
     pass
 time.sleep(1.0)
