@@ -80,7 +80,7 @@ def _policy(job: DetectImages, info: DetectorInfo) -> Policy:
         score_threshold=job.networks.score_threshold,
     )
     policies = check_names(read_policies(job.policy_file) if job.policy_file is not None else [named])
-    if len(policies) != 1 or policies[0].kind == "oracle":
+    if len(policies) != 1 or policies[0].reads_truth:
         msg = f"detection takes one policy and has no ground truth, got {', '.join(p.name for p in policies)}"
         raise UserError(msg)
     return policies[0]

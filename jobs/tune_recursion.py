@@ -91,7 +91,7 @@ def _start_policies(
             for name in space.policies
         ]
     )
-    knowing = [policy.name for policy in policies if policy.kind == "oracle"]
+    knowing = [policy.name for policy in policies if policy.reads_truth]
     if knowing:
         msg = f"a sweep tunes policies that read no ground truth, got {', '.join(knowing)}: leave it out of {job.space}"
         raise UserError(msg)

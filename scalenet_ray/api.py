@@ -202,7 +202,7 @@ def _policy(
         input_side=detector.input_side,
         iou_threshold=detector.iou_threshold if iou_threshold is None else iou_threshold,
     )
-    if named.kind == "oracle":
+    if named.reads_truth:
         msg = "policy oracle reads the ground truth, which one image has not: give another one"
         raise UserError(msg)
     return replace(named, merging=replace(named.merging, method=_SUPPRESSION[postprocess_type.upper()]))

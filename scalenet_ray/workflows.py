@@ -295,8 +295,8 @@ def evaluate_policies(
 
 def _baseline(policies: Sequence[Policy]) -> str:
     """What the others are compared with: the whole image, else the first policy that reads no ground truth, if any."""
-    whole = [policy for policy in policies if policy.kind == "whole"]
-    honest = [policy for policy in policies if policy.kind != "oracle"]
+    whole = [policy for policy in policies if policy.is_whole]
+    honest = [policy for policy in policies if not policy.reads_truth]
     named = [policy for policy in whole if policy.name == "whole"]
     return next(policy.name for policy in (*named, *whole, *honest, *policies))
 
@@ -304,5 +304,5 @@ def _baseline(policies: Sequence[Policy]) -> str:
 def _networks(policy: Policy, names: NetworkSpec, split: CocoSplit) -> NetworkFactories:
     return NetworkFactories(
         partial(names.load_detector, split.categories, split.unused_categories),
-        partial(oracle_from, split.annotations) if policy.kind == "oracle" else names.load_scale_net,
+        partial(oracle_from, split.annotations) if policy.reads_truth else names.load_scale_net,
     )

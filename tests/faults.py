@@ -105,7 +105,7 @@ def policy_of(name: str, max_depth: int = 2) -> Policy:
     """A policy on 64-px tiles whose images fan out down to `max_depth`."""
     recursion = Recursion(max_depth=max_depth, max_windows=6, min_window_side=8)
     policy = parse_policy(name, input_side=INPUT_SIDE, iou_threshold=0.65)
-    return dataclasses.replace(policy, recursion=recursion) if policy.looks else policy
+    return dataclasses.replace(policy, recursion=recursion) if policy.uses_evidence else policy
 
 
 class Given:
@@ -124,7 +124,7 @@ class Given:
 
 def random_networks(policy: Policy, count: int = 0) -> NetworkFactories:
     """Networks that answer at random, the same for the same tile; the truth of images 1 to `count` for oracle."""
-    if policy.kind == "oracle":
+    if policy.reads_truth:
         truth = TruthOfSquares({i: Scenes().boxes(i)[0] for i in range(1, count + 1)})
         return NetworkFactories(Given(RandomDetector()), Given(OracleScalePredictor(truth)))
     return NetworkFactories(Given(RandomDetector()), Given(RandomScale()))

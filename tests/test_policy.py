@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.policy import (
@@ -25,6 +26,7 @@ from scalenet_ray.core.policy import (
     policy_from_dict,
     policy_to_dict,
 )
+from scalenet_ray.core.recursion import expand
 from scalenet_ray.core.scale import ScaleRange
 
 NAMES = ("whole", "whole@640", "pyramid", "grid-2", "grid-3", "random", "first-pass", "scalenet", "fused", "oracle")
@@ -71,7 +73,7 @@ def test_a_name_with_an_impossible_number_says_what_is_wrong(name: str, message:
 
 
 def test_which_policies_look_and_at_what() -> None:
-    looks = {name for name in NAMES if _named(name).looks}
+    looks = {name for name in NAMES if _named(name).uses_evidence}
     assert looks == {"first-pass", "scalenet", "fused", "oracle"}
     assert {name for name in NAMES if _named(name).needs_network} == {"scalenet", "fused"}
     assert {name for name in NAMES if _named(name).needs_first_pass} == {"first-pass", "fused"}
@@ -239,7 +241,7 @@ BASE = {"version": 1, "name": "mine", "kind": "scalenet", "input_side": 416}
 
 UNUSUAL = Policy(
     "mine",
-    "scalenet",
+    "own",
     512,
     Recursion("class", 0.25, (1, 2), (5,), ScaleRange(0.5, 2.0), 0.11, 0.41, None, 7, 19, 1e-5, 2, 2.5, 7, 10**6, 0.07),
     Merging("soft-nms-gaussian", 0.5, 0.25, 0.001, 0.0, False),
@@ -248,6 +250,7 @@ UNUSUAL = Policy(
     5,
     ((1.0, 0.0, math.inf), (2.0, 10.0, 20.0)),
     4,
+    "module:function",
 )
 
 
@@ -340,3 +343,56 @@ def test_a_policy_can_be_a_key_and_does_not_change() -> None:
     assert len({_named("scalenet"), _named("scalenet"), _named("oracle")}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         _named("whole").seed = 3  # type: ignore[misc]
+
+
+# --- windows of the user's own ----------------------------------------------------------------------
+
+
+def halves(image_hw: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    height, width = image_hw
+    return [(0, 0, width // 2, height), (width // 2, 0, width, height), (0, 0, width // 2, height)]
+
+
+def outside(image_hw: tuple[int, int]) -> list[tuple[float, ...]]:
+    return [(0, 0, image_hw[1] + 1, image_hw[0])]
+
+
+def fractional(image_hw: tuple[int, int]) -> list[tuple[float, ...]]:
+    return [(0, 0, 0.5, 1)]
+
+
+def own(function: str) -> Policy:
+    return parse_policy(f"{__name__}:{function}", input_side=64, iou_threshold=0.5)
+
+
+def test_a_policy_cuts_the_windows_of_a_users_function():
+    policy = own("halves")
+    assert (policy.name, policy.kind, policy.uses_evidence) == ("halves", "own", False)
+    expansion = expand(policy.root(1, (40, 81)), None, policy)
+    assert expansion.detect
+    assert [(t.path, t.window.xyxy, t.height, t.width) for t in expansion.children] == [
+        ((0,), (0, 0, 40, 40), 64, 64),
+        ((1,), (40, 0, 81, 40), 62, 64),
+    ]
+    assert policy_from_dict(policy_to_dict(policy)) == policy
+    assert all(expand(child, None, policy).children == () for child in expansion.children)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("outside", "outside must return windows .* within an image of \\(40, 81\\).*leaves its image"),
+        ("fractional", "in whole pixels.*TypeError"),
+        ("absent", "must name a function that can be imported, got .*:absent"),
+    ],
+)
+def test_windows_that_are_none_are_refused_by_the_functions_name(function: str, message: str):
+    policy = own(function)
+    with pytest.raises(UserError, match=message):
+        expand(policy.root(1, (40, 81)), None, policy)
+
+
+def test_a_planner_belongs_to_kind_own_alone():
+    for kind, planner in (("own", None), ("grid", "a:b")):
+        with pytest.raises(UserError, match="planner is for kind own"):
+            Policy("p", kind, 64, planner=planner)

@@ -262,7 +262,7 @@ def _ask(
 ) -> tuple[Sequence[ScaleMap | TileError | None], Sequence[Detections | TileError | None]]:
     """What each network that the policy needs says of each tile; None for one that it does not need."""
     nothing = [None] * len(tiles)
-    if policy.kind != "first-pass" and predict_scale is None:
+    if policy.needs_predictor and predict_scale is None:
         msg = f"policy {policy.name} needs a scale map, got no Scale Net: give its weights with --scale-net PATH"
         raise UserError(msg)
     if not needs_detector_first(policy, predict_scale):
@@ -272,7 +272,7 @@ def _ask(
     if detect is None:
         msg = f"policy {policy.name} needs the detector's first pass, got no detector"
         raise UserError(msg)
-    if policy.kind == "first-pass" or predict_scale is None:
+    if not policy.needs_predictor or predict_scale is None:
         return nothing, [reject_nan(one) for one in detect(pixels)]
     if not isinstance(predict_scale, FeatureScalePredictor):
         return predict_scale(pixels, tiles), [reject_nan(one) for one in detect(pixels)]
@@ -432,4 +432,4 @@ class NetworkFactories:
 
     def detect_where_they_look(self, policy: Policy) -> bool:
         """Whether no network but the detector, or one that needs it, looks at tiles: then one actor does both."""
-        return not policy.looks or policy.needs_first_pass or (policy.needs_network and self.reads_features)
+        return not policy.uses_evidence or policy.needs_first_pass or (policy.needs_network and self.reads_features)

@@ -1,8 +1,8 @@
-"""Policies: where to look more closely, all under one interface.
+"""Policies: which tiles of an image the detector runs on.
 
-A policy turns a tile, and what was seen in it, into an `Expansion`: is the tile detected, and which
-tiles are cut from it. `whole`, `pyramid`, `grid-N` and `random` need to see nothing; `scalenet`,
-`first-pass`, `fused` and `oracle` read a scale map and follow Algorithm 1 (`core.recursion`).
+`whole`, `pyramid`, `grid-N`, `random` and `module:function` cut windows that depend on the image's size alone
+(`core.windows`). `scalenet`, `first-pass`, `fused` and `oracle` read a scale map and follow Algorithm 1
+(`core.recursion`); their evidence is the detector's first pass, Scale Net, both, or the ground truth.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Flag, auto
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,10 +25,10 @@ __all__ = [
     "DEFAULT_PYRAMID",
     "LARGEST_SIDE",
     "POLICY_VERSION",
+    "Evidence",
     "Policy",
     "Recursion",
     "check_names",
-    "fitted_hw",
     "parse_policy",
     "policy_from_dict",
     "policy_to_dict",
@@ -49,8 +50,24 @@ LARGEST_SIDE = 16_384
 DIGITS_RANGE = ScaleRange(low=0.99, high=1.05)
 """R_L and R_H of the paper's digits."""
 
-PolicyKind = Literal["whole", "pyramid", "grid", "random", "first-pass", "scalenet", "fused", "oracle"]
-_LOOKING: frozenset[str] = frozenset({"first-pass", "scalenet", "fused", "oracle"})
+PolicyKind = Literal["whole", "pyramid", "grid", "random", "own", "first-pass", "scalenet", "fused", "oracle"]
+
+
+class Evidence(Flag):
+    """Sources of the scale maps from which a policy plans its windows."""
+
+    NONE = 0
+    DETECTOR = auto()
+    NETWORK = auto()
+    TRUTH = auto()
+
+
+_EVIDENCE = {
+    "first-pass": Evidence.DETECTOR,
+    "scalenet": Evidence.NETWORK,
+    "fused": Evidence.DETECTOR | Evidence.NETWORK,
+    "oracle": Evidence.TRUTH,
+}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -135,13 +152,13 @@ class Recursion:
 
 @dataclass(frozen=True)
 class Policy:
-    """One way to spend detector passes on an image.
+    """Rules by which tiles are cut from an image, and detections merged.
 
     Attributes:
         name: as the user wrote it, e.g. "grid-2"; names result rows and files.
-        kind: which family it is of.
+        kind: its family, which decides where its windows come from.
         input_side: the longer side of the whole image's tile, in tile pixels.
-        recursion: Algorithm 1's parameters, for the kinds that look.
+        recursion: Algorithm 1's parameters, for the kinds with evidence.
         merging: how detections are filtered and merged.
         grid: windows along each side (grid).
         overlap: what neighbouring grid windows share, as a share of a window's side (grid).
@@ -149,6 +166,7 @@ class Policy:
         pyramid: sizes as factors of `input_side`, each with its valid range of areas in pixels of a
             512 x 512 frame (pyramid).
         seed: of the random windows; each image draws its own.
+        planner: "module:function", the function that plans the windows (own); see `core.windows.own_tiles`.
     """
 
     name: str
@@ -161,6 +179,7 @@ class Policy:
     random_windows: int = 2
     pyramid: tuple[tuple[float, float, float], ...] = ()
     seed: int = 0
+    planner: str | None = None
 
     def __post_init__(self) -> None:
         kinds = get_args(PolicyKind)
@@ -174,6 +193,10 @@ class Policy:
         _require(self.random_windows >= 0, f"random_windows must be 0 or more, got {self.random_windows}")
         _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
         _require(self.kind != "pyramid" or bool(self.pyramid), "a pyramid needs sizes: give at least one, got none")
+        _require(
+            (self.kind == "own") == (self.planner is not None),
+            f"planner is for kind own, and must be given there, got {self.planner!r} for kind {self.kind}",
+        )
         _require(all(size > 0 for size, _, _ in self.pyramid), f"pyramid sizes must be above 0, got {self.pyramid}")
         side = self.input_side * max([1.0, *(size for size, _, _ in self.pyramid)])
         _require(
@@ -183,31 +206,61 @@ class Policy:
         )
 
     @property
-    def looks(self) -> bool:
-        """Whether the policy reads a scale map at all."""
-        return self.kind in _LOOKING
+    def evidence(self) -> Evidence:
+        """Sources of its scale maps; `Evidence.NONE` if its windows do not depend on the image's content."""
+        return _EVIDENCE.get(self.kind, Evidence.NONE)
+
+    @property
+    def uses_evidence(self) -> bool:
+        """True if its windows are planned from scale maps."""
+        return bool(self.evidence)
 
     @property
     def needs_network(self) -> bool:
-        """Whether Scale Net looks at the tiles."""
-        return self.kind in ("scalenet", "fused")
+        """True if Scale Net runs on the tiles."""
+        return Evidence.NETWORK in self.evidence
 
     @property
     def needs_first_pass(self) -> bool:
-        """Whether the detector sees a tile before its windows are planned."""
-        return self.kind in ("first-pass", "fused")
+        """True if the detector runs on a tile before windows are cut from it."""
+        return Evidence.DETECTOR in self.evidence
+
+    @property
+    def reads_truth(self) -> bool:
+        """True if its scale maps come from the ground truth."""
+        return Evidence.TRUTH in self.evidence
+
+    @property
+    def needs_predictor(self) -> bool:
+        """True if it needs a scale predictor beside the detector: Scale Net or the oracle."""
+        return self.needs_network or self.reads_truth
+
+    @property
+    def detects_whole(self) -> bool:
+        """True if the whole image's tile is detected whatever comes of it; a pyramid has it among its sizes."""
+        return self.kind != "pyramid"
+
+    @property
+    def is_whole(self) -> bool:
+        """True if the whole image's tile is all that is detected."""
+        return self.kind == "whole"
+
+    @property
+    def fixed_windows(self) -> int:
+        """Number of windows cut from each image, whatever is in it; 0 if it depends on the image."""
+        return {"grid": self.grid**2, "random": self.random_windows, "pyramid": len(self.pyramid)}.get(self.kind, 0)
 
     @property
     def largest_side(self) -> int:
         """The longest side that a tile can have, in tile pixels, but for TopK, whose sizes the image decides."""
         growth = 1.0
-        if self.looks and self.recursion.zoom is not None:
+        if self.uses_evidence and self.recursion.zoom is not None:
             growth = max(1.0, self.recursion.window * self.recursion.zoom) ** self.recursion.max_depth
         return round(self.input_side * max([growth, *(size for size, _, _ in self.pyramid)]))
 
     def needs_scales(self, tile: Tile) -> bool:
-        """Whether windows may be cut from this tile, so that it is worth a look."""
-        return self.looks and tile.depth < self.recursion.max_depth and tile.window_budget > 0
+        """True if windows may be cut from this tile by its scale map."""
+        return self.uses_evidence and tile.depth < self.recursion.max_depth and tile.window_budget > 0
 
     def root(self, image_id: int, image_hw: tuple[int, int]) -> Tile:
         """The whole image as a tile: its longer side resampled to `input_side` pixels.
@@ -223,7 +276,7 @@ class Policy:
             (height, width),
             Window(0, 0, width, height),
             *fitted_hw(height, width, self.input_side),
-            window_budget=self.recursion.max_windows if self.looks else 0,
+            window_budget=self.recursion.max_windows if self.uses_evidence else 0,
         )
 
 
@@ -237,7 +290,10 @@ pass counts a box by its score, the oracle an object by how small it is, a scale
 
 
 def parse_policy(name: str, *, input_side: int, iou_threshold: float, score_threshold: float = 0.01) -> Policy:
-    """A policy by its name: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain, fused, oracle.
+    """A policy by its name.
+
+    The names are whole, whole@SIZE, pyramid, grid-N, random, module:function, first-pass, scalenet, gain, fused and
+    oracle.
 
     Args:
         name: the name, as on the command line.
@@ -260,15 +316,18 @@ def parse_policy(name: str, *, input_side: int, iou_threshold: float, score_thre
         return Policy(name, name, input_side, _TUNED.get(name, Recursion()), merging)
     if name == "gain":
         return Policy(name, "scalenet", input_side, _TUNED[name], merging)
+    if match := re.fullmatch(r"[A-Za-z_][\w.]*:([A-Za-z_]\w*)", name):
+        return Policy(match[1], "own", input_side, merging=merging, planner=name)
     msg = (
         f"there is no policy {name!r}: use whole, whole@SIZE (e.g. whole@640), pyramid, grid-N (e.g. grid-2), random, "
-        "first-pass, scalenet, gain, fused or oracle, or describe one in a file for --policy-file"
+        "first-pass, scalenet, gain, fused or oracle, module:function for windows of your own, or describe one in a "
+        "file for --policy-file"
     )
     raise UserError(msg)
 
 
 def check_names(policies: Sequence[Policy]) -> list[Policy]:
-    """Policies that one run may work through: their names differ and are fit for file names.
+    """The policies, if one run may work through them: their names differ and are fit for file names.
 
     Raises:
         UserError: if there is none, two have one name, or a name has an odd character.
@@ -286,6 +345,8 @@ def check_names(policies: Sequence[Policy]) -> list[Policy]:
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """A policy as plain values with its version, ready for YAML or JSON; `policy_from_dict` reads it."""
     plain = _plain(dataclasses.asdict(policy))
+    if policy.planner is None:
+        del plain["planner"]
     return {"version": POLICY_VERSION, **plain}
 
 

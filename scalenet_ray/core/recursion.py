@@ -28,15 +28,7 @@ from scalenet_ray.core.inference import (
 from scalenet_ray.core.merge import merge_image
 from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.scale import CLASS_BOUNDS, REFERENCE_AREA, ScaleMap
-from scalenet_ray.core.windows import (
-    CellWindow,
-    grid_tiles,
-    plan_windows,
-    pyramid_tiles,
-    random_tiles,
-    top_k_mean,
-    window_hw,
-)
+from scalenet_ray.core.windows import CellWindow, fixed_tiles, plan_windows, top_k_mean, window_hw
 
 __all__ = [
     "Expansion",
@@ -49,6 +41,78 @@ __all__ = [
     "rescale_factor",
     "trace_tiles",
 ]
+
+
+class Step(NamedTuple):
+    """One step of `recursive_detect`: what became of one tile.
+
+    Attributes:
+        tile: the tile.
+        scale_map: what was seen in it, in its own frame; None if it was not looked at.
+        children: the tiles cut from it.
+        result: its detections, in image pixels, filtered and not merged yet; its cost, the limits that acted, and why
+            it failed, if it did.
+    """
+
+    tile: Tile
+    scale_map: ScaleMap | None
+    children: tuple[Tile, ...]
+    result: TileResult
+
+
+def recursive_detect(
+    image: np.ndarray,
+    image_id: int,
+    policy: Policy,
+    *,
+    detect: Detect,
+    predict_scale: AnyScalePredictor | None = None,
+    observe: Callable[[Step], None] | None = None,
+) -> ImageResult:
+    """Algorithm 1 on one image, one tile after the other: the reference.
+
+    Args:
+        image: [h, w, 3] uint8 RGB.
+        image_id: the image's id.
+        policy: where to look more closely.
+        detect: the frozen detector.
+        predict_scale: Scale Net, or an oracle; only for the policies that need one.
+        observe: called with each step as soon as it is done, a tile before those that are cut from it.
+
+    Returns:
+        The image's merged detections in image pixels, and what they cost. A tile that a network breaks on
+        fails the image, with the reason.
+    """
+    queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
+    steps: list[Step] = []
+    while queue:
+        step = _step(image, queue.popleft(), policy, detect, predict_scale)
+        queue.extend(step.children)
+        steps.append(step)
+        if observe is not None:
+            observe(step)
+    return merge_image([step.result for step in steps], policy.merging)
+
+
+def _step(
+    image: np.ndarray,
+    tile: Tile,
+    policy: Policy,
+    detect: Detect,
+    predict_scale: AnyScalePredictor | None,
+) -> Step:
+    """Look at a tile, plan its windows, and detect it if that is what becomes of it."""
+    pixels = [cut_tile(image, tile)]
+    seen = predict_scales(pixels, [tile], policy, detect=detect, predict_scale=predict_scale)[0]
+    looked = predict_scale.input_pixels if seen.looked and predict_scale is not None else 0
+    result = TileResult(tile.image_id, tile.path, Fraction(0), look_pixels=looked, image_hw=tile.image_hw)
+    if seen.failure is not None:
+        return Step(tile, None, (), dataclasses.replace(result, failure=Failure("look", seen.failure.reason)))
+    expansion = expand(tile, seen.scale_map, policy)
+    result = dataclasses.replace(result, guards=expansion.guards)
+    if expansion.detect:
+        result = detect_tiles([result], [tile], pixels, [seen.detections], detect, policy.merging)[0]
+    return Step(tile, seen.scale_map, expansion.children, result)
 
 
 class Expansion(NamedTuple):
@@ -76,19 +140,13 @@ def expand(tile: Tile, scale_map: ScaleMap | None, policy: Policy) -> Expansion:
     Returns:
         Its expansion; the same for the same input, always.
     """
-    if policy.looks and scale_map is not None:
+    if policy.uses_evidence:
+        if scale_map is None:
+            return Expansion(detect=True, guards=_why_not_expanded(tile, policy))
         return _expand_by_scale(tile, scale_map, policy)
-    if policy.looks:
-        return Expansion(detect=True, guards=_why_not_looked_at(tile, policy))
     if tile.depth:
         return Expansion(detect=True)
-    if policy.kind == "grid":
-        return Expansion(detect=True, children=tuple(grid_tiles(tile, policy)))
-    if policy.kind == "random":
-        return Expansion(detect=True, children=tuple(random_tiles(tile, policy)))
-    if policy.kind == "pyramid":
-        return Expansion(detect=False, children=tuple(pyramid_tiles(tile, policy)))
-    return Expansion(detect=True)
+    return Expansion(policy.detects_whole, tuple(fixed_tiles(tile, policy)))
 
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------
@@ -97,8 +155,8 @@ _CLASS_LIMITS = (0.0, *map(float, CLASS_BOUNDS), math.inf)
 """Where scale class i ends, and i + 1 begins, in pixels of a 512 x 512 frame."""
 
 
-def _why_not_looked_at(tile: Tile, policy: Policy) -> tuple[str, ...]:
-    """The guard that kept a tile from being looked at."""
+def _why_not_expanded(tile: Tile, policy: Policy) -> tuple[str, ...]:
+    """The guard that kept windows from being cut from a tile."""
     if tile.depth < policy.recursion.max_depth:
         return ("max_windows",)
     # A fixed zoom ends at max_depth by its own rule; TopK was stopped before its scale was in range.
@@ -218,7 +276,7 @@ def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansi
     # With a fixed zoom every tile is detected: what is in range in it must not be lost to its children.
     # With TopK it is where its children leave an object behind; a digit's canvas waits for its scale.
     detect = rules.zoom is not None or in_range_window or bool(left_behind.any()) or not children
-    return Expansion(detect, tuple(_share_allowance(children, tile.window_budget)), tuple(guards))
+    return Expansion(detect, tuple(_share_budget(children, tile.window_budget)), tuple(guards))
 
 
 def _zoom_factor(scale_map: ScaleMap, cells: CellWindow, direction: _Direction, policy: Policy) -> float | None:
@@ -291,84 +349,12 @@ def _keep_range(frame_area: int, classes: tuple[int, ...], zooms_in: bool, polic
     return AreaRange(_CLASS_LIMITS[min(classes) - 1] / factor * frame_area / REFERENCE_AREA, math.inf)
 
 
-def _share_allowance(children: list[Tile], window_budget: int) -> list[Tile]:
+def _share_budget(children: list[Tile], window_budget: int) -> list[Tile]:
     """Divide the windows still allowed among the children, so that no order of work can exceed the limit."""
     if not children:
         return children
     each, extra = divmod(window_budget - len(children), len(children))
     return [dataclasses.replace(child, window_budget=each + (i < extra)) for i, child in enumerate(children)]
-
-
-class Step(NamedTuple):
-    """One step of `recursive_detect`: what became of one tile.
-
-    Attributes:
-        tile: the tile.
-        scale_map: what was seen in it, in its own frame; None if it was not looked at.
-        children: the tiles cut from it.
-        result: its detections, in image pixels, filtered and not merged yet; its cost, the limits that acted, and why
-            it failed, if it did.
-    """
-
-    tile: Tile
-    scale_map: ScaleMap | None
-    children: tuple[Tile, ...]
-    result: TileResult
-
-
-def recursive_detect(
-    image: np.ndarray,
-    image_id: int,
-    policy: Policy,
-    *,
-    detect: Detect,
-    predict_scale: AnyScalePredictor | None = None,
-    observe: Callable[[Step], None] | None = None,
-) -> ImageResult:
-    """Algorithm 1 on one image, one tile after the other: the reference.
-
-    Args:
-        image: [h, w, 3] uint8 RGB.
-        image_id: the image's id.
-        policy: where to look more closely.
-        detect: the frozen detector.
-        predict_scale: Scale Net, or an oracle; only for the policies that need one.
-        observe: called with each step as soon as it is done, a tile before those that are cut from it.
-
-    Returns:
-        The image's merged detections in image pixels, and what they cost. A tile that a network breaks on
-        fails the image, with the reason.
-    """
-    queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
-    steps: list[Step] = []
-    while queue:
-        step = _step(image, queue.popleft(), policy, detect, predict_scale)
-        queue.extend(step.children)
-        steps.append(step)
-        if observe is not None:
-            observe(step)
-    return merge_image([step.result for step in steps], policy.merging)
-
-
-def _step(
-    image: np.ndarray,
-    tile: Tile,
-    policy: Policy,
-    detect: Detect,
-    predict_scale: AnyScalePredictor | None,
-) -> Step:
-    """Look at a tile, plan its windows, and detect it if that is what becomes of it."""
-    pixels = [cut_tile(image, tile)]
-    seen = predict_scales(pixels, [tile], policy, detect=detect, predict_scale=predict_scale)[0]
-    looked = predict_scale.input_pixels if seen.looked and predict_scale is not None else 0
-    result = TileResult(tile.image_id, tile.path, Fraction(0), look_pixels=looked, image_hw=tile.image_hw)
-    if seen.failure is not None:
-        return Step(tile, None, (), dataclasses.replace(result, failure=Failure("look", seen.failure.reason)))
-    expansion = expand(tile, seen.scale_map, policy)
-    result = dataclasses.replace(result, guards=expansion.guards)
-    if expansion.detect:
-        result = detect_tiles([result], [tile], pixels, [seen.detections], detect, policy.merging)[0]
-    return Step(tile, seen.scale_map, expansion.children, result)
 
 
 class TracedTile(NamedTuple):

@@ -1,22 +1,22 @@
-"""Window planners: summed-area tables over a scale map (Algorithm 1), grid, random windows, pyramid."""
+"""Window planners: fixed windows of an image, and windows that cover the weight of a scale map (Algorithm 1)."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from scalenet_ray.core.geometry import AreaRange, Tile, Window
-from scalenet_ray.core.policy import Policy, fitted_hw
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.geometry import AreaRange, Tile, Window, fitted_hw
+from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.scale import REFERENCE_AREA
 
-__all__ = [
-    "CellWindow",
-    "plan_windows",
-    "top_k_mean",
-    "window_sums",
-]
+__all__ = ["CellWindow", "fixed_tiles", "plan_windows", "top_k_mean", "window_hw", "window_sums"]
 
 
 class CellWindow(NamedTuple):
@@ -122,19 +122,30 @@ def top_k_mean(scales: np.ndarray, k: float) -> float:
     return float(np.partition(values, values.size - count)[-count:].mean(dtype=np.float64))
 
 
+def window_hw(height: int, width: int, policy: Policy) -> tuple[int, int]:
+    """(height, width) of a window: a square of W of the frame's longer side, as far as the frame reaches.
+
+    A square fills the detector's canvas, so that an oblong image's windows see more for the same price. Rounded down,
+    so that a zoomed window never outgrows its tile.
+    """
+    side = max(1, int(max(height, width) * policy.recursion.window))
+    return (min(side, height), min(side, width))
+
+
 def _fitted_tile(parent: Tile, index: int, window: Window, policy: Policy) -> Tile:
-    """A window resampled so that its longer side is the policy's input side (Grid-Rescale)."""
+    """A window resampled so that its longer side is the policy's input side."""
     hw = fitted_hw(window.height, window.width, policy.input_side)
     return Tile(parent.image_id, (*parent.path, index), parent.image_hw, window, *hw)
 
 
 def _grid_starts(side: int, count: int, overlap: float) -> tuple[list[int], int]:
-    """Where `count` windows of one length start so that they cover `side` and overlap by a share of it."""
+    """Starts and length of `count` windows that cover `side` and overlap by a share of their length."""
     length = max(1, math.ceil(side / (count - (count - 1) * overlap)))
     return [(side - length) * i // max(count - 1, 1) for i in range(count)], length
 
 
 def grid_tiles(root: Tile, policy: Policy) -> list[Tile]:
+    """N x N overlapping windows of equal size (Grid-Rescale)."""
     height, width = root.image_hw
     ys, window_height = _grid_starts(height, policy.grid, policy.overlap)
     xs, window_width = _grid_starts(width, policy.grid, policy.overlap)
@@ -143,6 +154,7 @@ def grid_tiles(root: Tile, policy: Policy) -> list[Tile]:
 
 
 def random_tiles(root: Tile, policy: Policy) -> list[Tile]:
+    """Windows of the recursion's size at random places, the same for the same image and seed."""
     rng = np.random.default_rng((policy.seed, root.image_id))
     height, width = root.image_hw
     window_height, window_width = window_hw(height, width, policy)
@@ -170,11 +182,52 @@ def pyramid_tiles(root: Tile, policy: Policy) -> list[Tile]:
     ]
 
 
-def window_hw(height: int, width: int, policy: Policy) -> tuple[int, int]:
-    """(height, width) of a window: a square of W of the frame's longer side, as far as the frame reaches.
+def own_tiles(root: Tile, policy: Policy) -> list[Tile]:
+    """Windows of a user's function, each resampled so that its longer side is the policy's input side.
 
-    A square fills the detector's canvas, so that an oblong image's windows see more for the same price. Rounded down,
-    so that a zoomed window never outgrows its tile.
+    The function, `policy.planner`, takes the image's (height, width) and returns (x0, y0, x1, y1) of each window in
+    whole image pixels.
+
+    Raises:
+        UserError: if the function cannot be loaded, raises an exception, or returns anything else.
     """
-    side = max(1, int(max(height, width) * policy.recursion.window))
-    return (min(side, height), min(side, width))
+    plan = _load_planner(str(policy.planner))
+    try:
+        corners = [tuple(map(operator.index, window)) for window in plan(root.image_hw)]
+        windows = [Window(*xyxy) for xyxy in dict.fromkeys(corners)]
+        return [_fitted_tile(root, i, window, policy) for i, window in enumerate(windows)]
+    except Exception as error:
+        msg = (
+            f"{policy.planner} must return windows (x0, y0, x1, y1) in whole pixels within an image of "
+            f"{root.image_hw} (height, width): {type(error).__name__}: {error}"
+        )
+        raise UserError(msg) from error
+
+
+@functools.cache
+def _load_planner(name: str) -> Callable[[tuple[int, int]], Iterable[Sequence[int]]]:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        msg = f"a policy module:function must name a function that can be imported, got {name!r} ({error})"
+        raise UserError(msg) from error
+
+
+_PLANNERS: Mapping[str, Callable[[Tile, Policy], list[Tile]]] = {
+    "grid": grid_tiles,
+    "own": own_tiles,
+    "pyramid": pyramid_tiles,
+    "random": random_tiles,
+}
+
+
+def fixed_tiles(root: Tile, policy: Policy) -> list[Tile]:
+    """Tiles of a policy without evidence, the whole image's own left out.
+
+    Args:
+        root: the whole image's tile.
+        policy: the policy.
+    """
+    planner = _PLANNERS.get(policy.kind)
+    return [] if planner is None else planner(root, policy)

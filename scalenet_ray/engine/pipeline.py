@@ -86,10 +86,8 @@ def on_this_node() -> NodeAffinitySchedulingStrategy:
 
 
 def _tiles_per_lease(policy: Policy) -> int:
-    """Tiles that come of one piece of work where it is cut; 1 for a policy that looks."""
-    return 1 + {"grid": policy.grid**2, "random": policy.random_windows, "pyramid": len(policy.pyramid)}.get(
-        policy.kind, 0
-    )
+    """Tiles cut from one image by the reader; 1 for a policy with evidence."""
+    return 1 + policy.fixed_windows
 
 
 class ImageStream:

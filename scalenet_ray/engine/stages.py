@@ -164,7 +164,7 @@ def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> M
         try:
             image = open_image(item.image)
             tile = item.tile or policy.root(item.image.image_id, (image.shape[0], image.shape[1]))
-            expansion = Expansion(detect=True) if policy.looks else expand(tile, None, policy)
+            expansion = Expansion(detect=True) if policy.uses_evidence else expand(tile, None, policy)
             cut = [cut_tile(image, each) for each in (tile, *expansion.children)]
         except TileError as error:
             batch.results.append(_unread(item, error))
@@ -199,7 +199,7 @@ class ScaleStage:
         self._policy = policy
         self._metrics = BatchMetrics(policy.name, "look", batch_size)
         self._calls = GuardedCalls("look", frontier, retries)
-        needs_map = policy.looks and policy.kind != "first-pass"
+        needs_map = policy.needs_predictor
         self._predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
         self._detect = networks.detect() if needs_detector_first(policy, self._predict_scale) else None
 
@@ -251,7 +251,7 @@ class ScaleStage:
         if seen.failure is not None:
             return Decision(Expansion(detect=False), Failure("look", seen.failure.reason))
         # A policy that needs no look was expanded where its tiles were cut: they are in this very row.
-        if not self._policy.looks:
+        if not self._policy.uses_evidence:
             return Decision(expand(packed.tile, None, self._policy)._replace(children=()))
         return Decision(expand(packed.tile, seen.scale_map, self._policy))
 

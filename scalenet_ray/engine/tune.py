@@ -158,7 +158,7 @@ def best_trials(rows: Sequence[dict[str, Any]], task: TrialSettings) -> dict[str
         failed = next((row["error"] for row in rows if row["error"]), "no trial came to its end")
         msg = f"no trial of {len(rows)} saw all images to its end: {failed}"
         raise UserError(msg)
-    complete = [row for row in complete if task.policies[row["values"]["policy"]].kind != "oracle"]
+    complete = [row for row in complete if not task.policies[row["values"]["policy"]].reads_truth]
     if not complete:
         msg = "all trials that saw all images read the ground truth: let the sweep start from a policy that reads none"
         raise UserError(msg)
@@ -425,9 +425,9 @@ class RecursionTrial(tune.Trainable):
 
     def _predictor(self, policy: Policy) -> Any:
         """What tells scales to a policy, made once for all trials of this process."""
-        if not policy.needs_network and policy.kind != "oracle":
+        if not policy.needs_predictor:
             return None
-        kind = "oracle" if policy.kind == "oracle" else "scale net"
+        kind = "oracle" if policy.reads_truth else "scale net"
         if kind not in self._predictors:
             if kind == "oracle":
                 self._predictors[kind] = oracle_from(self._task.annotations)

@@ -11,7 +11,7 @@ import numpy as np
 
 from scalenet_ray.core.bounds import SHARE
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.policy import Evidence, Policy
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector
 from scalenet_ray.models.detector_check import try_detector
@@ -160,10 +160,14 @@ class NetworkSpec:
             if policy.needs_network and policy.recursion.method == "gain" and head is None:
                 msg = f"a policy that goes by the gain needs a scale head, got {self.scale_net}: train --preset head"
                 raise UserError(msg)
-            if policy.kind == "fused" and regression:
+            if policy.needs_first_pass and policy.needs_network and regression:
                 msg = f"policy {policy.name} fuses class maps, got {self.scale_net} with regression maps: give another"
                 raise UserError(msg)
-            if policy.looks and policy.recursion.zoom is None and not (policy.kind == "scalenet" and regression):
+            if (
+                policy.uses_evidence
+                and policy.recursion.zoom is None
+                and not (policy.evidence is Evidence.NETWORK and regression)
+            ):
                 msg = (
                     f"policy {policy.name} has zoom none, which rescales by 1 / TopK of a regression map, but reads "
                     "class maps: give a fixed zoom"

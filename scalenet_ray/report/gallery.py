@@ -174,7 +174,7 @@ class PictureTask:
         images: Sequence[np.ndarray],
         pictures: Sequence[dict[str, Any]],
     ) -> None:
-        needs_map = policy.looks and policy.kind != "first-pass"
+        needs_map = policy.needs_predictor
         predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
         detect = networks.detect() if needs_detector_first(policy, predict_scale) else None
         for image, picture in zip(images, pictures, strict=True):

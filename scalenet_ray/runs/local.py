@@ -43,7 +43,7 @@ class LocalStream:
         """Yields each image once, in order."""
         policy = self._policy
         detect = self._networks.detect()
-        needs_map = policy.looks and policy.kind != "first-pass"
+        needs_map = policy.needs_predictor
         predict_scale = self._networks.predict_scale() if needs_map and self._networks.predict_scale else None
         for record in self._images:
             self._began = self._began or time.monotonic()
