@@ -135,7 +135,7 @@ class InProcessEngine:
         self._readers = [_Replaying(task) for task in self._tasks]
         detector = _Mortal(networks.detect(), self._dies)
         mortal = replace(networks, detect=lambda: detector)
-        together = networks.detect_where_they_look(policy)
+        together = networks.one_actor_suffices(policy)
         self._look = _pass_on if together else ScaleStage(handle, policy, networks, retries)
         stage = ScaleAndDetectStage if together else DetectStage
         self._detect = stage(handle, policy, mortal, detector_batch_size, retries)

@@ -402,7 +402,7 @@ def test_one_actor_looks_and_detects_but_for_a_scale_net_of_its_own(
     name: str, reads_features: bool, together: bool
 ) -> None:
     networks = NetworkFactories(Given(RandomDetector()), reads_features=reads_features)
-    assert networks.detect_where_they_look(policy_of(name)) == together
+    assert networks.one_actor_suffices(policy_of(name)) == together
 
 
 def test_one_detector_looks_at_whole_images_and_detects_their_windows() -> None:

@@ -1,7 +1,7 @@
-"""THE ALGORITHM: one tile and what was seen in it -> the tiles cut from it (Algorithm 1).
+"""Recursive detection (Algorithm 1): predict scales, cut windows around what is out of range, detect, merge.
 
-`expand` is what every engine calls; `recursive_detect` is the plain reference that every engine must
-equal: one image, one tile at a time, no Ray.
+`recursive_detect` is the reference on one image, without Ray. Every engine calls the same `expand` and must give the
+same result.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ import numpy as np
 from scalenet_ray.core.detections import Failure, ImageResult, TileResult
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import ANY_AREA, AreaRange, Tile, Window, cut_tile
-from scalenet_ray.core.inference import (
-    AnyScalePredictor,
-    Detect,
-    detect_tiles,
-    predict_scales,
-)
+from scalenet_ray.core.inference import AnyScalePredictor, Detect, detect_tiles, predict_scales
 from scalenet_ray.core.merge import merge_image
 from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.scale import CLASS_BOUNDS, REFERENCE_AREA, ScaleMap
@@ -42,16 +37,19 @@ __all__ = [
     "trace_tiles",
 ]
 
+_CLASS_LIMITS = (0.0, *map(float, CLASS_BOUNDS), math.inf)
+"""Lower bound of class i + 1 and upper bound of class i, in pixels of a 512 x 512 frame."""
+
 
 class Step(NamedTuple):
-    """One step of `recursive_detect`: what became of one tile.
+    """One step of `recursive_detect`: a tile and what came of it.
 
     Attributes:
         tile: the tile.
-        scale_map: what was seen in it, in its own frame; None if it was not looked at.
-        children: the tiles cut from it.
-        result: its detections, in image pixels, filtered and not merged yet; its cost, the limits that acted, and why
-            it failed, if it did.
+        scale_map: its scale map, in its own frame; None if none was predicted.
+        children: tiles cut from it.
+        result: its detections, in image pixels, filtered and not merged yet; its cost, the limits that were hit, and
+            the failure, if it failed.
     """
 
     tile: Tile
@@ -69,24 +67,23 @@ def recursive_detect(
     predict_scale: AnyScalePredictor | None = None,
     observe: Callable[[Step], None] | None = None,
 ) -> ImageResult:
-    """Algorithm 1 on one image, one tile after the other: the reference.
+    """Detect objects in one image, tile after tile, from the whole image to the windows cut from it.
 
     Args:
         image: [h, w, 3] uint8 RGB.
         image_id: the image's id.
-        policy: where to look more closely.
+        policy: which tiles are cut and detected.
         detect: the frozen detector.
-        predict_scale: Scale Net, or an oracle; only for the policies that need one.
-        observe: called with each step as soon as it is done, a tile before those that are cut from it.
+        predict_scale: Scale Net or the oracle, for policies that need one.
+        observe: called with each step when it is done; a tile comes before those cut from it.
 
     Returns:
-        The image's merged detections in image pixels, and what they cost. A tile that a network breaks on
-        fails the image, with the reason.
+        The merged detections in image pixels, and their cost. A network's error on a tile fails the image.
     """
     queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
     steps: list[Step] = []
     while queue:
-        step = _step(image, queue.popleft(), policy, detect, predict_scale)
+        step = _process_tile(image, queue.popleft(), policy, detect, predict_scale)
         queue.extend(step.children)
         steps.append(step)
         if observe is not None:
@@ -94,18 +91,14 @@ def recursive_detect(
     return merge_image([step.result for step in steps], policy.merging)
 
 
-def _step(
-    image: np.ndarray,
-    tile: Tile,
-    policy: Policy,
-    detect: Detect,
-    predict_scale: AnyScalePredictor | None,
+def _process_tile(
+    image: np.ndarray, tile: Tile, policy: Policy, detect: Detect, predict_scale: AnyScalePredictor | None
 ) -> Step:
-    """Look at a tile, plan its windows, and detect it if that is what becomes of it."""
+    """Predict a tile's scales, cut windows by them, and detect the tile if the expansion says so."""
     pixels = [cut_tile(image, tile)]
     seen = predict_scales(pixels, [tile], policy, detect=detect, predict_scale=predict_scale)[0]
-    looked = predict_scale.input_pixels if seen.looked and predict_scale is not None else 0
-    result = TileResult(tile.image_id, tile.path, Fraction(0), look_pixels=looked, image_hw=tile.image_hw)
+    look_pixels = predict_scale.input_pixels if seen.looked and predict_scale is not None else 0
+    result = TileResult(tile.image_id, tile.path, Fraction(0), look_pixels=look_pixels, image_hw=tile.image_hw)
     if seen.failure is not None:
         return Step(tile, None, (), dataclasses.replace(result, failure=Failure("look", seen.failure.reason)))
     expansion = expand(tile, seen.scale_map, policy)
@@ -116,12 +109,12 @@ def _step(
 
 
 class Expansion(NamedTuple):
-    """What becomes of a tile.
+    """Decision on a tile.
 
     Attributes:
-        detect: whether the tile itself is detected.
-        children: the tiles cut from it, to be looked at again or detected.
-        guards: names of the limits that acted, once for each time.
+        detect: True if the tile itself is detected.
+        children: tiles cut from it.
+        guards: names of the limits that were hit, once for each time.
     """
 
     detect: bool
@@ -130,15 +123,12 @@ class Expansion(NamedTuple):
 
 
 def expand(tile: Tile, scale_map: ScaleMap | None, policy: Policy) -> Expansion:
-    """One step of a policy: which tiles come from this one.
+    """Decide whether a tile is detected, and which tiles are cut from it. A pure function.
 
     Args:
-        tile: the tile that was looked at.
-        scale_map: what was seen in it; None for a tile that `policy.needs_scales` says needs no look.
+        tile: the tile.
+        scale_map: its scale map; None for a tile that `policy.needs_scales` is false for.
         policy: the policy.
-
-    Returns:
-        Its expansion; the same for the same input, always.
     """
     if policy.uses_evidence:
         if scale_map is None:
@@ -151,21 +141,48 @@ def expand(tile: Tile, scale_map: ScaleMap | None, policy: Policy) -> Expansion:
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------
 
-_CLASS_LIMITS = (0.0, *map(float, CLASS_BOUNDS), math.inf)
-"""Where scale class i ends, and i + 1 begins, in pixels of a 512 x 512 frame."""
 
-
-def _why_not_expanded(tile: Tile, policy: Policy) -> tuple[str, ...]:
-    """The guard that kept windows from being cut from a tile."""
-    if tile.depth < policy.recursion.max_depth:
-        return ("max_windows",)
-    # A fixed zoom ends at max_depth by its own rule; TopK was stopped before its scale was in range.
-    return ("max_depth",) if policy.recursion.zoom is None else ()
+def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansion:
+    """Cut windows around the cells of a scale map that are out of the detector's range."""
+    rules = policy.recursion
+    children: list[Tile] = []
+    guards: list[str] = []
+    finished_window = False
+    uncovered = np.zeros(scale_map.hw, bool) if scale_map.scale is None else scale_map.scale > 0
+    for direction in _directions(tile, scale_map, policy):
+        limit = tile.window_budget - len(children)
+        weights, cells_hw = _weights(direction, scale_map), _cells_hw(tile, scale_map.hw, policy)
+        windows = plan_windows(weights, cells_hw, limit=limit + 1, price=rules.price)
+        if len(windows) > limit:
+            guards.append("max_windows")
+        for cells in windows[:limit]:
+            factor = _zoom_factor(scale_map, cells, direction, policy)
+            if factor is None:
+                finished_window = True
+                continue
+            child = _child(tile, len(children), cells, scale_map.hw, factor, policy, guards)
+            if child is None:
+                continue
+            uncovered[cells.cells] = False
+            child = dataclasses.replace(child, valid_area=direction.valid_area)
+            # TopK makes the same child twice of a canvas with scales on both sides of the range.
+            if all(dataclasses.replace(child, path=other.path) != other for other in children):
+                children.append(child)
+    # With a fixed zoom every tile is detected, for the objects in it that are in range. With TopK a tile is detected
+    # if a window of it is in range, or if its children leave an object uncovered.
+    detect = rules.zoom is not None or finished_window or bool(uncovered.any()) or not children
+    return Expansion(detect, tuple(_share_budget(children, tile.window_budget)), tuple(guards))
 
 
 @dataclass(frozen=True)
 class _Direction:
-    """Large objects are zoomed out of, small ones into; each on its own out-of-range cells."""
+    """Cells to zoom into (small objects) or out of (large objects).
+
+    Attributes:
+        out_of_range: [h, w] bool, the cells.
+        zooms_in: True for small objects.
+        valid_area: areas of the boxes that these windows are cut for, in image pixels.
+    """
 
     out_of_range: np.ndarray
     zooms_in: bool
@@ -173,7 +190,7 @@ class _Direction:
 
 
 def _directions(tile: Tile, scale_map: ScaleMap, policy: Policy) -> list[_Direction]:
-    """Out-of-range cells, large first and then small (Algorithm 1)."""
+    """Out-of-range cells, of large objects first, then of small ones."""
     rules = policy.recursion
     if scale_map.scale is not None:
         scale = scale_map.scale
@@ -189,98 +206,32 @@ def _directions(tile: Tile, scale_map: ScaleMap, policy: Policy) -> list[_Direct
         if not classes:
             continue
         if rules.method == "gain":
-            found = np.ones(scale_map.hw, bool)
+            cells = np.ones(scale_map.hw, bool)
         elif rules.method == "class":
-            found = np.isin(scale_map.classes, classes)
+            cells = np.isin(scale_map.classes, classes)
         else:
-            found = scale_map.prob[list(classes)].sum(axis=0) > rules.threshold  # type: ignore[index]
-        directions.append(_Direction(found, zooms_in, _keep_range(tile.window.area, classes, zooms_in, policy)))
+            cells = scale_map.prob[list(classes)].sum(axis=0) > rules.threshold  # type: ignore[index]
+        directions.append(_Direction(cells, zooms_in, _valid_area(tile.window.area, classes, zooms_in, policy)))
     return directions
 
 
-def out_of_range(tile: Tile, scale_map: ScaleMap, policy: Policy) -> np.ndarray:
-    """Which cells of a map are out of the detector's range: those that windows are laid over.
-
-    Args:
-        tile: the tile that was looked at.
-        scale_map: what was seen in it, on a grid of [h, w] cells.
-        policy: the policy.
-
-    Returns:
-        [h, w] bool; all of them where the policy goes by the gain and asks no class.
-    """
-    cells = np.zeros(scale_map.hw, bool)
-    for direction in _directions(tile, scale_map, policy):
-        cells |= direction.out_of_range
-    return cells
-
-
-def planning_weights(tile: Tile, scale_map: ScaleMap, policy: Policy) -> np.ndarray:
-    """What each cell of a map counts for when windows are planned: 0 where it is in the detector's range.
-
-    Args:
-        tile: the tile that was looked at.
-        scale_map: what was seen in it, on a grid of [h, w] cells.
-        policy: the policy.
-
-    Returns:
-        [h, w] float64 in [0, 1], over the greatest: all alike, or where the map says what a closer look gains, by that
-        gain. Of large and small objects the one that counts for more.
-
-    Raises:
-        UserError: if the policy goes by the gain and the map has none.
-    """
-    weights = [_weights(direction, scale_map) for direction in _directions(tile, scale_map, policy)]
-    most = np.max([np.zeros(scale_map.hw), *weights], axis=0)
-    return most / most.max() if most.any() else most
-
-
 def _weights(direction: _Direction, scale_map: ScaleMap) -> np.ndarray:
-    """[h, w] float64: what the cells of one direction count for."""
+    """[h, w] float64: expected gain of each out-of-range cell, or its share of the map."""
     if scale_map.gain is not None:
         return direction.out_of_range * scale_map.gain.astype(np.float64)
     return direction.out_of_range * (1.0 / direction.out_of_range.size)
 
 
-def _expand_by_scale(tile: Tile, scale_map: ScaleMap, policy: Policy) -> Expansion:
-    rules = policy.recursion
-    grid_hw = scale_map.hw
-    height, width = window_hw(tile.window.height, tile.window.width, policy)
-    # Rounded down: cells that a window of whole pixels cannot hold must not be cleared as if it did.
-    cells_hw = (
-        grid_hw[0] * height // tile.window.height - 2 * rules.margin,
-        grid_hw[1] * width // tile.window.width - 2 * rules.margin,
-    )
-    children: list[Tile] = []
-    guards: list[str] = []
-    in_range_window = False
-    left_behind = np.zeros(grid_hw, bool) if scale_map.scale is None else scale_map.scale > 0
-    for direction in _directions(tile, scale_map, policy):
-        limit = tile.window_budget - len(children)
-        windows = plan_windows(_weights(direction, scale_map), cells_hw, limit=limit + 1, price=rules.price)
-        if len(windows) > limit:
-            guards.append("max_windows")
-        for cells in windows[:limit]:
-            factor = _zoom_factor(scale_map, cells, direction, policy)
-            if factor is None:
-                in_range_window = True
-                continue
-            child = _child(tile, len(children), cells, grid_hw, factor, policy, guards)
-            if child is None:
-                continue
-            left_behind[cells.cells] = False
-            # TopK sends a canvas with scales on both sides of the range the same way twice.
-            child = dataclasses.replace(child, valid_area=direction.valid_area)
-            if all(dataclasses.replace(child, path=other.path) != other for other in children):
-                children.append(child)
-    # With a fixed zoom every tile is detected: what is in range in it must not be lost to its children.
-    # With TopK it is where its children leave an object behind; a digit's canvas waits for its scale.
-    detect = rules.zoom is not None or in_range_window or bool(left_behind.any()) or not children
-    return Expansion(detect, tuple(_share_budget(children, tile.window_budget)), tuple(guards))
+def _cells_hw(tile: Tile, grid_hw: tuple[int, int], policy: Policy) -> tuple[int, int]:
+    """(height, width) of a window in cells of the scale map, less the margin."""
+    frame, margin = tile.window, policy.recursion.margin
+    height, width = window_hw(frame.height, frame.width, policy)
+    # Rounded down: a cell that the window of whole pixels does not hold must not be cleared.
+    return grid_hw[0] * height // frame.height - 2 * margin, grid_hw[1] * width // frame.width - 2 * margin
 
 
 def _zoom_factor(scale_map: ScaleMap, cells: CellWindow, direction: _Direction, policy: Policy) -> float | None:
-    """By how much a window is rescaled; None if its TopK is in range and it is finished."""
+    """Zoom of a window relative to its tile; None if its TopK is in range."""
     rules = policy.recursion
     if rules.zoom is not None:
         return rules.zoom if direction.zooms_in else 1.0 / rules.zoom
@@ -291,11 +242,11 @@ def _zoom_factor(scale_map: ScaleMap, cells: CellWindow, direction: _Direction, 
 
 
 def rescale_factor(scales: np.ndarray, rules: Recursion) -> float | None:
-    """By how much a window is rescaled for what is in it (Algorithm 1): 1 / TopK.
+    """Zoom that brings a window's objects into range: 1 / TopK (Algorithm 1).
 
     Args:
-        scales: the scales of its cells, 0 where there is no object.
-        rules: with k and [R_L, R_H].
+        scales: scales of the window's cells; 0 is background.
+        rules: k and [R_L, R_H].
 
     Returns:
         The factor; None if TopK is in range, or there is no object.
@@ -314,7 +265,7 @@ def _child(
     policy: Policy,
     guards: list[str],
 ) -> Tile | None:
-    """A window of cells -> a tile of the image, or None and the guard that forbids it."""
+    """The tile of a window of cells; None, and a guard noted, if a limit forbids it."""
     rules, frame = policy.recursion, tile.window
     height, width = window_hw(frame.height, frame.width, policy)
     # The window keeps the centre of its cells; its sides are W of the tile's, whatever the grid.
@@ -323,7 +274,7 @@ def _child(
     x0 = min(max(math.floor(centre_x - width / 2 + 0.5), frame.x0), frame.x1 - width)
     y0 = min(max(math.floor(centre_y - height / 2 + 0.5), frame.y0), frame.y1 - height)
     window = Window(x0, y0, x0 + width, y0 + height)
-    # Before rounding: a side rounded up to one pixel would be zoomed by more than its tile can hold.
+    # Compared before rounding: a side rounded up to one pixel would be zoomed by more than its tile can hold.
     if rules.window < 1.0 and max(frame.width, frame.height) * rules.window < rules.min_window_side:
         guards.append("min_window_side")
         return None
@@ -332,8 +283,8 @@ def _child(
     shrink = min(1.0, math.sqrt(rules.max_tile_pixels / (wanted[0] * wanted[1])))
     if shrink < 1.0:
         guards.append("max_tile_pixels")
-    # 1e-6: 0.65 * 640 is 416 less a rounding error, and 415 would be another size.
-    # A side is one pixel at least, so that of a thin tile the other one must not exceed the limit alone.
+    # 1e-6: 0.65 * 640 is 416 less a rounding error. The outer min: of a thin tile, whose other side is rounded up to
+    # one pixel, the longer side alone must not exceed the limit.
     tile_height, tile_width = (min(max(1, math.floor(side * shrink + 1e-6)), rules.max_tile_pixels) for side in wanted)
     if window == frame and (tile_height, tile_width) == (tile.height, tile.width):
         guards.append("no_change")
@@ -341,8 +292,8 @@ def _child(
     return Tile(tile.image_id, (*tile.path, index), tile.image_hw, window, tile_height, tile_width)
 
 
-def _keep_range(frame_area: int, classes: tuple[int, ...], zooms_in: bool, policy: Policy) -> AreaRange:
-    """The areas, in image pixels, that a window cut for too small or too large objects is there to find."""
+def _valid_area(frame_area: int, classes: tuple[int, ...], zooms_in: bool, policy: Policy) -> AreaRange:
+    """Areas, in image pixels, of the boxes that a window for these scale classes may keep (size match)."""
     factor = policy.recursion.keep_factor
     if zooms_in:
         return AreaRange(0.0, _CLASS_LIMITS[max(classes)] * factor * frame_area / REFERENCE_AREA)
@@ -350,20 +301,62 @@ def _keep_range(frame_area: int, classes: tuple[int, ...], zooms_in: bool, polic
 
 
 def _share_budget(children: list[Tile], window_budget: int) -> list[Tile]:
-    """Divide the windows still allowed among the children, so that no order of work can exceed the limit."""
+    """The children with the windows still allowed divided among them, so that no order of work exceeds the limit."""
     if not children:
         return children
-    each, extra = divmod(window_budget - len(children), len(children))
-    return [dataclasses.replace(child, window_budget=each + (i < extra)) for i, child in enumerate(children)]
+    share, extra = divmod(window_budget - len(children), len(children))
+    return [dataclasses.replace(child, window_budget=share + (i < extra)) for i, child in enumerate(children)]
+
+
+def _why_not_expanded(tile: Tile, policy: Policy) -> tuple[str, ...]:
+    """The limit that kept windows from being cut from a tile."""
+    if tile.depth < policy.recursion.max_depth:
+        return ("max_windows",)
+    # A fixed zoom ends at max_depth by its own rule; TopK was stopped before its scale was in range.
+    return ("max_depth",) if policy.recursion.zoom is None else ()
+
+
+# --- for figures ------------------------------------------------------------------------------------
+
+
+def out_of_range(tile: Tile, scale_map: ScaleMap, policy: Policy) -> np.ndarray:
+    """Cells of a scale map that are out of the detector's range, around which windows are cut.
+
+    Args:
+        tile: the tile.
+        scale_map: its scale map, on a grid of [h, w] cells.
+        policy: the policy.
+
+    Returns:
+        [h, w] bool; all True where the policy goes by the expected gain.
+    """
+    cells = np.zeros(scale_map.hw, bool)
+    for direction in _directions(tile, scale_map, policy):
+        cells |= direction.out_of_range
+    return cells
+
+
+def planning_weights(tile: Tile, scale_map: ScaleMap, policy: Policy) -> np.ndarray:
+    """Weight of each cell of a scale map in the planning of windows, relative to the greatest.
+
+    Args:
+        tile: the tile.
+        scale_map: its scale map, on a grid of [h, w] cells.
+        policy: the policy.
+
+    Returns:
+        [h, w] float64 in [0, 1]: 0 where a cell is in range; else 1, or in proportion to the expected gain.
+
+    Raises:
+        UserError: if the policy goes by the gain and the map has none.
+    """
+    weights = [_weights(direction, scale_map) for direction in _directions(tile, scale_map, policy)]
+    greatest = np.max([np.zeros(scale_map.hw), *weights], axis=0)
+    return greatest / greatest.max() if greatest.any() else greatest
 
 
 class TracedTile(NamedTuple):
-    """One tile of an image.
-
-    Attributes:
-        tile: the tile.
-        scale_map: what was seen in it, in its own frame; None if it needed no look.
-    """
+    """A tile with its scale map, in the tile's frame; None if none was predicted."""
 
     tile: Tile
     scale_map: ScaleMap | None
@@ -377,25 +370,25 @@ def trace_tiles(
     detect: Detect | None = None,
     predict_scale: AnyScalePredictor | None = None,
 ) -> list[TracedTile]:
-    """All tiles of an image, as `recursive_detect` makes them, but only looked at: for pictures of what a policy does.
+    """Tiles and scale maps of an image as `recursive_detect` makes them, without detection.
 
     Args:
         image: [h, w, 3] uint8 RGB.
         image_id: the image's id.
-        policy: where to look more closely.
-        detect: the frozen detector; only for the policies whose look needs its first pass or its features.
-        predict_scale: Scale Net, or an oracle; only for the policies that need one.
+        policy: the policy.
+        detect: the frozen detector, for policies that need its first pass or its features.
+        predict_scale: Scale Net or the oracle, for policies that need one.
 
     Returns:
-        The whole image's tile first, then those cut from it. A tile that a network breaks on has neither map nor
+        The whole image's tile first, then those cut from it. A tile on which a network fails has neither map nor
         children.
     """
     queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
-    looked: list[TracedTile] = []
+    traced: list[TracedTile] = []
     while queue:
         tile = queue.popleft()
         seen = predict_scales([cut_tile(image, tile)], [tile], policy, detect=detect, predict_scale=predict_scale)[0]
-        looked.append(TracedTile(tile, seen.scale_map))
+        traced.append(TracedTile(tile, seen.scale_map))
         if seen.failure is None:
             queue.extend(expand(tile, seen.scale_map, policy).children)
-    return looked
+    return traced

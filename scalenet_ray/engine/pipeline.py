@@ -207,7 +207,7 @@ class ImageStream:
 
     def _dataset(self) -> Any:
         resources, policy, networks = self._resources, self._policy, self._networks
-        together = networks.detect_where_they_look(policy)
+        together = networks.one_actor_suffices(policy)
         batch_size = resources.detector_batch_size if together else resources.scale_batch_size
         cpus = cpu_share(self._processes)
         source = TileSource(

@@ -12,9 +12,8 @@ import numpy as np
 from scalenet_ray.core.answers import ANSWERED_WRONGLY, MOST_FAILED, answered_wrongly, fails_on_all, raised
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
-from scalenet_ray.core.geometry import Tile, Window, cut_tile
+from scalenet_ray.core.geometry import Tile, Window, cut_tile, fitted_hw
 from scalenet_ray.core.merge import iou_matrix
-from scalenet_ray.core.policy import fitted_hw
 from scalenet_ray.models.checked_detector import CheckedDetector
 
 __all__ = [
