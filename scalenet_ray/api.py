@@ -27,6 +27,9 @@ from scalenet_ray.models.checked_detector import CheckedDetector
 from scalenet_ray.models.detectors import Detector, load_detector
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 
+if TYPE_CHECKING:
+    import supervision  # pyright: ignore[reportMissingImports]
+
 __all__ = [
     "BoundingBox",
     "Category",
@@ -57,7 +60,7 @@ _OF_SLICING = {
     "batch_size": "one image's few windows run one after the other; many images in batches: jobs/detect.py",
     "force_postprocess_type": "what is asked for is what is done",
 }
-"""Arguments of `get_sliced_prediction` that mean nothing here, and what to do in their place."""
+"""Arguments of SAHI's `get_sliced_prediction` that have no meaning here, and what to do instead."""
 
 
 def get_scaled_prediction(
@@ -78,7 +81,7 @@ def get_scaled_prediction(
     verbose: int = 1,
     **of_slicing: Any,
 ) -> ScaledPrediction:
-    """Detect in one image, looking more closely where it pays; Ray is not started.
+    """Detect objects in one image with recursive zooming, in this process.
 
     Arguments have the names that SAHI's `get_sliced_prediction` gives them where they mean the same.
 
@@ -86,38 +89,37 @@ def get_scaled_prediction(
         image: an address (local, file:// or s3://), [h, w, 3] uint8 RGB, or a Pillow image.
         detection_model: a detector's name (`kind:what`, see `load_detector`) or a detector; None for the embedded
             sample's. A name is loaded on every call: for many images load it once.
-        policy: where to look more closely, by its name or whole; None for `scalenet` where there is a Scale Net (or
-            `gain` where it is a scale head), else `first-pass`.
+        policy: a policy or its name; None for `scalenet` if there is a Scale Net (`gain` if it is a scale head), else
+            for `first-pass`.
         scale_net: weights of Scale Net, or a predictor; None for none, or for the embedded sample's with its detector.
-        confidence_threshold: objects that score less are left out of the result. The detector itself is asked down to
-            0.01, because what it is unsure of is where `first-pass` looks.
-        device: where named networks compute, as torch names it.
-        perform_standard_pred: must be True: the whole image is always detected too.
+        confidence_threshold: objects that score less are left out of the result. The detector itself runs with a
+            threshold of 0.01: policy `first-pass` zooms in where it is unsure.
+        device: torch device of networks given by name.
+        perform_standard_pred: must be True: the whole image is always detected.
         postprocess_type: NMS, SOFT-NMS-LINEAR or SOFT-NMS-GAUSSIAN.
         postprocess_match_metric: must be IOU.
         postprocess_match_threshold: overlap above which a box is suppressed; None for the detector's own.
-        postprocess_class_agnostic: suppress boxes of other classes too, among those that suppression within each class
-            left.
+        postprocess_class_agnostic: after suppression within each class, suppress across classes.
         exclude_classes_by_name: categories to leave out of the result.
         exclude_classes_by_id: the same by id.
-        verbose: 0 says nothing, 1 a line, 2 each step.
-        **of_slicing: any other argument of SAHI's is refused, and it is said what to do.
+        verbose: 0 prints nothing, 1 a line, 2 each step.
+        **of_slicing: other arguments of SAHI's, refused with what to do instead.
 
     Returns:
-        The objects, the way to them, and ways out of here: COCO, supervision, a picture.
+        The objects and the steps, with conversions to COCO, supervision and a picture.
 
     Raises:
         FileNotFoundError: if the image or a network is not there.
         TypeError: if an argument has no meaning here.
-        UserError: if a value is not what it must be, the image cannot be decoded, or a network breaks on it.
+        UserError: if a value is out of its range, the image cannot be decoded, or a network fails on it.
     """
     _refuse(of_slicing, perform_standard_pred, postprocess_type, postprocess_match_metric)
     pixels = _pixels(image)
-    detector, look_net = _networks(detection_model, scale_net, device)
-    asked = _policy(policy, detector, look_net, postprocess_type, postprocess_match_threshold)
+    detector, predict_scale = _networks(detection_model, scale_net, device)
+    asked = _policy(policy, detector, predict_scale, postprocess_type, postprocess_match_threshold)
     steps: list[Step] = []
     begun = time.monotonic()
-    result = recursive_detect(pixels, 0, asked, detect=detector, predict_scale=look_net, observe=steps.append)
+    result = recursive_detect(pixels, 0, asked, detect=detector, predict_scale=predict_scale, observe=steps.append)
     seconds = time.monotonic() - begun
     found = _detections(result)
     if postprocess_class_agnostic:
@@ -132,7 +134,7 @@ def get_scaled_prediction(
 
 
 def _detections(result: ImageResult) -> Detections:
-    """Those of the image; its failure is the caller's."""
+    """Detections of the image; raises `UserError` if it failed."""
     if result.failure is not None:
         msg = f"the image could not be worked on ({result.failure.stage}): {result.failure.reason}"
         raise UserError(msg)
@@ -187,13 +189,17 @@ def _networks(
 def _policy(
     policy: str | Policy | None,
     detector: Detector,
-    look_net: AnyScalePredictor | None,
+    predict_scale: AnyScalePredictor | None,
     postprocess_type: str,
     iou_threshold: float | None,
 ) -> Policy:
     if policy is None:
         policy = (
-            "first-pass" if look_net is None else "gain" if isinstance(look_net, FeatureScalePredictor) else "scalenet"
+            "first-pass"
+            if predict_scale is None
+            else "gain"
+            if isinstance(predict_scale, FeatureScalePredictor)
+            else "scalenet"
         )
     if isinstance(policy, Policy):
         return policy
@@ -221,10 +227,6 @@ def _wanted(
     return found[(found.scores >= threshold) & ~np.isin(found.labels, excluded)]
 
 
-if TYPE_CHECKING:
-    import supervision  # pyright: ignore[reportMissingImports]
-
-
 class BoundingBox(NamedTuple):
     """A box, in image pixels."""
 
@@ -246,7 +248,7 @@ class Category(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How sure the detector is, in [0, 1]."""
+    """Confidence score, in [0, 1]."""
 
     value: float
 
@@ -258,7 +260,7 @@ class ObjectPrediction(NamedTuple):
         bbox: in image pixels.
         category: id and name.
         score: in [0, 1].
-        depth: how often the image was zoomed into to find it; 0 for the whole image.
+        depth: zoom depth of the tile that it was found in; 0 for the whole image.
     """
 
     bbox: BoundingBox
@@ -269,16 +271,16 @@ class ObjectPrediction(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ScaledPrediction:
-    """What `get_scaled_prediction` found in an image, and on what way.
+    """Result of `get_scaled_prediction`: objects, and the steps that led to them.
 
     Attributes:
-        pixels: [h, w, 3] uint8 RGB, the image as it was looked at (upright, 8 bits).
+        pixels: [h, w, 3] uint8 RGB, the decoded image (upright, 8 bits).
         detections: merged, in image pixels, the best first.
         categories: category id -> name.
-        policy: what was followed.
-        steps: what became of each tile, in order.
-        detector_passes: what it cost, in passes over the whole image.
-        durations_in_seconds: "prediction": all of it, the networks' loading left out.
+        policy: the policy.
+        steps: the step of each tile, in order.
+        detector_passes: cost, in passes over the whole image.
+        durations_in_seconds: "prediction": seconds without the loading of networks.
     """
 
     pixels: np.ndarray
@@ -291,7 +293,7 @@ class ScaledPrediction:
 
     @property
     def image(self) -> Image.Image:
-        """The image as Pillow knows it."""
+        """The image as a Pillow image."""
         return Image.fromarray(self.pixels)
 
     @property
@@ -315,7 +317,7 @@ class ScaledPrediction:
         ]
 
     def found_in_whole_image(self, confidence_threshold: float) -> Detections:
-        """What the pass over the whole image gave by itself: what there would be without the recursion.
+        """Detections of the pass over the whole image alone, without the recursion.
 
         Args:
             confidence_threshold: detections that score less are left out.
@@ -349,7 +351,7 @@ class ScaledPrediction:
         return [{key: row[key] for key in row if key != "score"} for row in self.to_coco_predictions()]
 
     def to_supervision(self) -> supervision.Detections:
-        """The objects as `supervision.Detections`; see `core.interchange.to_supervision`."""
+        """The objects as `supervision.Detections`; see `data.formats.to_supervision`."""
         return to_supervision(self.detections, self.categories, (self.image_height, self.image_width))
 
     def export_visuals(
@@ -361,7 +363,7 @@ class ScaledPrediction:
         hide_conf: bool = False,
         file_name: str = "prediction_visual",
     ) -> str:
-        """Write the image with its boxes, at its own size: those that came with the recursion in another colour.
+        """Write the image with its boxes drawn, those found by the recursion in another colour.
 
         Args:
             export_dir: folder or s3:// prefix.
@@ -378,7 +380,7 @@ class ScaledPrediction:
         from scalenet_ray.report.recursion_figure import NEW, SEEN, draw_boxes, picture_bytes
 
         objects = [] if hide_labels else self.object_prediction_list
-        texts = [one.category.name + ("" if hide_conf else f" {one.score.value:.2f}") for one in objects]
+        texts = [found.category.name + ("" if hide_conf else f" {found.score.value:.2f}") for found in objects]
         colours = [NEW if depth else SEEN for depth in self.detections.depth.tolist()]
         with drawing(self.image_width / 100, self.image_height / 100) as figure:
             figure.set_layout_engine("none")

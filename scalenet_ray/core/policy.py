@@ -42,7 +42,7 @@ DEFAULT_PYRAMID = (
     (1.5, 0.0, 20.0 * UNIT_AREA),
     (2.0, 0.0, 8.0 * UNIT_AREA),
 )
-"""Three sizes; the larger ones keep only what is small enough to profit from them."""
+"""Three sizes as factors of the input side, each with the range of areas whose boxes it keeps."""
 
 LARGEST_SIDE = 16_384
 """The longest side of a tile, in tile pixels: a square of them takes 3 GB as a network's input alone."""
@@ -80,22 +80,22 @@ class Recursion:
     """The parameters of Algorithm 1.
 
     Attributes:
-        method: how out-of-range cells of a class map are found: "class", the most probable class is one of
-            `small_classes` or `large_classes` (method 1), or "confidence", their probability
-            exceeds `threshold` (method 2; the paper's for COCO). "gain" asks no class: every cell counts by what a
-            closer look is expected to bring there. A regression map uses `scale_range`.
+        method: how out-of-range cells of a class map are found. "class": the most probable class is one of
+            `small_classes` or `large_classes` (method 1). "confidence": their probability exceeds `threshold`
+            (method 2; the paper's for COCO). "gain": every cell, weighted by its expected gain. A regression map uses
+            `scale_range` in place of a method.
         threshold: th of method 2.
         small_classes: classes too small for the detector (COCO: 1).
         large_classes: classes too large for it (COCO: none).
         scale_range: [R_L, R_H] of a regression map.
-        k: the share of scales that TopK averages, 0 < k <= 1.
+        k: share of the scales that TopK averages, 0 < k <= 1.
         window: W, the side of a window, a square, as a share of its tile's longer side.
         zoom: the fixed factor of a window (COCO: 2); None rescales by 1 / TopK (digits).
         max_depth: how often an image may be rescaled (COCO: at most twice).
         max_windows: the most windows of one image, over all depths.
-        price: what a window must bring more than to be taken: out-of-range cells as a share of the
-            tile's cells, or, where a map says what it expects to gain, that gain.
-        margin: cells along a window's sides that do not count for it when it is chosen: what lies there is cut.
+        price: least gain of a window: out-of-range cells as a share of the tile's cells, or the expected gain where
+            the map has one.
+        margin: cells along a window's sides that do not count when it is chosen, since objects there are cut.
         keep_factor: boxes from a window cut for small objects may be this many times larger in area than the
             largest such object (8: up to class 2, as in the paper).
         min_window_side: windows whose longer side is under this are not cut, in image pixels.
@@ -155,14 +155,14 @@ class Policy:
     """Rules by which tiles are cut from an image, and detections merged.
 
     Attributes:
-        name: as the user wrote it, e.g. "grid-2"; names result rows and files.
+        name: as given by the user, e.g. "grid-2"; names result rows and files.
         kind: its family, which decides where its windows come from.
         input_side: the longer side of the whole image's tile, in tile pixels.
         recursion: Algorithm 1's parameters, for the kinds with evidence.
-        merging: how detections are filtered and merged.
+        merging: filters and suppression of detections.
         grid: windows along each side (grid).
-        overlap: what neighbouring grid windows share, as a share of a window's side (grid).
-        random_windows: how many (random).
+        overlap: overlap of neighbouring grid windows, as a share of a window's side (grid).
+        random_windows: number of windows (random).
         pyramid: sizes as factors of `input_side`, each with its valid range of areas in pixels of a
             512 x 512 frame (pyramid).
         seed: of the random windows; each image draws its own.
@@ -252,7 +252,7 @@ class Policy:
 
     @property
     def largest_side(self) -> int:
-        """The longest side that a tile can have, in tile pixels, but for TopK, whose sizes the image decides."""
+        """Longest side of a tile, in tile pixels; TopK's tiles, whose size depends on the image, are not counted."""
         growth = 1.0
         if self.uses_evidence and self.recursion.zoom is not None:
             growth = max(1.0, self.recursion.window * self.recursion.zoom) ** self.recursion.max_depth
@@ -263,7 +263,7 @@ class Policy:
         return self.uses_evidence and tile.depth < self.recursion.max_depth and tile.window_budget > 0
 
     def root(self, image_id: int, image_hw: tuple[int, int]) -> Tile:
-        """The whole image as a tile: its longer side resampled to `input_side` pixels.
+        """Tile of the whole image, its longer side resampled to `input_side` pixels.
 
         Args:
             image_id: the image's id.
@@ -285,8 +285,8 @@ _TUNED = {
     "gain": Recursion(method="gain", window=0.4, zoom=2.5, price=0.08, margin=1, max_depth=1, max_windows=6),
     "oracle": Recursion(window=0.4, zoom=2.5, price=0.5),
 }
-"""Where the paper's values were not the best on train images. Prices are in what those maps say is gained: the first
-pass counts a box by its score, the oracle an object by how small it is, a scale head by the score it is to gain."""
+"""Parameters chosen on training images where the paper's were not the best. The unit of `price` is that of the map: the
+score of boxes (first pass), the smallness of objects (oracle), the expected gain in score (scale head)."""
 
 
 def parse_policy(name: str, *, input_side: int, iou_threshold: float, score_threshold: float = 0.01) -> Policy:
@@ -343,7 +343,7 @@ def check_names(policies: Sequence[Policy]) -> list[Policy]:
 
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
-    """A policy as plain values with its version, ready for YAML or JSON; `policy_from_dict` reads it."""
+    """Policy as plain values with a version, for YAML or JSON; the inverse of `policy_from_dict`."""
     plain = _plain(dataclasses.asdict(policy))
     if policy.planner is None:
         del plain["planner"]
@@ -360,7 +360,7 @@ _IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", st
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:
-    """A file's value as a field of type `kind` holds it; checked here, where its place in the file is known."""
+    """A value of a file, checked and converted to the type of its field."""
     if get_origin(kind) is UnionType:
         return None if value is None else _typed(value, get_args(kind)[0], where)
     if kind in (Recursion, Merging):
@@ -376,7 +376,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
         pairs = zip(value, kinds, strict=True)
         return tuple(_typed(item, one, f"{where}[{i}]") for i, (item, one) in enumerate(pairs))
     plain = str if get_origin(kind) is Literal else kind
-    # A bool is an int to Python, and is none to the one who wrote the file.
+    # In Python a bool is an int; in a file it is not.
     fits = isinstance(value, int | float if plain is float else plain) and isinstance(value, bool) == (plain is bool)
     _require(fits, f"{where} must be {_IN_WORDS[plain]}, got {value!r}")
     return plain(value)
@@ -392,7 +392,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 
 def policy_from_dict(values: dict[str, Any]) -> Policy:
-    """A policy from `policy_to_dict`'s values; absent fields take their defaults.
+    """Policy from the values of `policy_to_dict`; absent fields take their defaults.
 
     Raises:
         UserError: if the version is another one, or a name or a value is wrong; it says which.

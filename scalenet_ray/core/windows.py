@@ -20,9 +20,10 @@ __all__ = ["CellWindow", "fixed_tiles", "plan_windows", "top_k_mean", "window_hw
 
 
 class CellWindow(NamedTuple):
-    """A window on the grid: rows [top, top + height), columns [left, left + width), in cells.
+    """Window on a scale map's grid: rows [top, top + height), columns [left, left + width), in cells.
 
-    `gain` is what it holds of the weights that were left when it was chosen.
+    Attributes:
+        gain: sum of the weights inside that no window chosen before covers.
     """
 
     top: int
@@ -54,7 +55,7 @@ def window_sums(weights: np.ndarray, window_hw: tuple[int, int]) -> np.ndarray:
 
 
 def _centred(weights: np.ndarray, top: int, left: int, window_hw: tuple[int, int]) -> tuple[int, int]:
-    """Move a window so that what it covers lies in its middle: nothing covered is lost, edges cut less."""
+    """Top left cell of the window centred on the positive weights that it covers."""
     height, width = window_hw
     covered = weights[top : top + height, left : left + width] > 0
     rows, columns = np.flatnonzero(covered.any(axis=1)), np.flatnonzero(covered.any(axis=0))
@@ -69,27 +70,26 @@ def _centred(weights: np.ndarray, top: int, left: int, window_hw: tuple[int, int
 def plan_windows(
     weights: np.ndarray, window_hw: tuple[int, int], *, limit: int, price: float = 0.0
 ) -> list[CellWindow]:
-    """Windows of one size, one after the other, each covering most of what the others left.
+    """Choose windows of one size greedily by the weight that they cover (Algorithm 1, inner loop).
 
-    While weight is left: take the window that covers most of it, centre it on what it covers, clear
-    its cells (Algorithm 1). Ties go to the topmost, then leftmost window. Windows come ranked by
-    what they bring; the budget ends the list where the next one brings no more than `price`.
+    While weight is left: take the window that covers most of it, centre it on what it covers, clear its cells. Ties go
+    to the topmost, then leftmost window. The list ends where the next window gains no more than `price`.
 
     Args:
-        weights: [h, w] non-negative: 1 for an out-of-range cell, or the gain expected there.
+        weights: [h, w] non-negative: 1 for an out-of-range cell, or its expected gain.
         window_hw: (height, width) of the windows in cells; larger than the grid means all of it.
-        limit: the most windows to take.
-        price: what a window must bring more than, in the unit of `weights`.
+        limit: maximum number of windows.
+        price: least gain of a window, in the unit of `weights`.
 
     Returns:
-        At most `limit` windows, the most gainful first.
+        At most `limit` windows, in the order of their gain.
     """
     left_over = np.array(weights, dtype=np.float64)
     height = min(max(window_hw[0], 1), left_over.shape[0])
     width = min(max(window_hw[1], 1), left_over.shape[1])
     windows: list[CellWindow] = []
-    # A summed-area table loses some 1e-14 of the total: what differs by less than a tie is equal, and gains
-    # of less than ten are nothing.
+    # Rounding errors of a summed-area table are some 1e-14 of the total: sums that differ by less than `tie` are equal,
+    # and gains under ten of it are zero.
     tie = 1e-10 * float(left_over.sum())
     floor = max(price, 10 * tie)
     while len(windows) < limit:
@@ -106,7 +106,7 @@ def plan_windows(
 
 
 def top_k_mean(scales: np.ndarray, k: float) -> float:
-    """TopK of Algorithm 1: the mean of the top k of the scales of objects.
+    """Mean of the largest scales of objects: TopK of Algorithm 1.
 
     Args:
         scales: [...] scales, of any shape; 0 is background and does not count.
@@ -123,10 +123,10 @@ def top_k_mean(scales: np.ndarray, k: float) -> float:
 
 
 def window_hw(height: int, width: int, policy: Policy) -> tuple[int, int]:
-    """(height, width) of a window: a square of W of the frame's longer side, as far as the frame reaches.
+    """(height, width) of a window: a square of W times the frame's longer side, clipped to the frame.
 
-    A square fills the detector's canvas, so that an oblong image's windows see more for the same price. Rounded down,
-    so that a zoomed window never outgrows its tile.
+    A square fills the detector's canvas, which an oblong window would leave partly empty. Rounded down, so that a
+    zoomed window never exceeds its tile.
     """
     side = max(1, int(max(height, width) * policy.recursion.window))
     return (min(side, height), min(side, width))
@@ -166,7 +166,7 @@ def random_tiles(root: Tile, policy: Policy) -> list[Tile]:
 
 
 def pyramid_tiles(root: Tile, policy: Policy) -> list[Tile]:
-    """The whole image at several sizes, each keeping the boxes of its valid range (SNIPER's test)."""
+    """The whole image at several sizes, each with its own valid range of areas (SNIPER's test)."""
     height, width = root.image_hw
     to_image = height * width / REFERENCE_AREA
     return [
