@@ -22,10 +22,8 @@ import tyro
 from bench.engine import compare_engine
 from bench.growth import growth
 from bench.networks import NetworkSpeed, network_speed
-from bench.parts import frontier_tasks_per_second, merge_costs
 from bench.scale_out import scale_out
 from bench.slicing import compare
-from bench.stage_costs import stage_shares
 from bench.workloads import large_images, photographs
 
 _RESULTS = Path(__file__).parent / "results.json"
@@ -37,17 +35,8 @@ _ROUNDS = 3
 _SCALE_OUT = {1: (8.0, _ROUNDS), 4: (8.0, _ROUNDS), 16: (8.0, _ROUNDS), 64: (32.0, 1)}
 
 
-def _stages() -> dict[str, Any]:
-    return {"stage_shares": stage_shares(photographs(), "first-pass")}
-
-
 def _engine() -> dict[str, Any]:
     return compare_engine(photographs(), "first-pass", _ROUNDS, repeats=6)
-
-
-def _merge() -> dict[str, Any]:
-    costs = merge_costs()
-    return {f"merge_{figure}": {count: cost[figure] for count, cost in costs.items()} for figure in costs["100"]}
 
 
 def _scale_out() -> dict[str, Any]:
@@ -63,7 +52,6 @@ def _straggler() -> dict[str, Any]:
 
 
 _OF_PHOTOGRAPHS: dict[str, Callable[[], dict[str, Any]]] = {
-    "stages": _stages,
     "engine": _engine,
     "slicing": lambda: compare(photographs(), _ROUNDS, processes=2),
     "slicing-one-process": lambda: {"one_process": compare(photographs(), _ROUNDS, processes=1)},
@@ -76,8 +64,6 @@ _ON_CUDA: dict[str, Callable[[], dict[str, Any]]] = {"networks": lambda: {"netwo
 _PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     **_OF_PHOTOGRAPHS,
     **_ON_CUDA,
-    "merge": _merge,
-    "frontier": lambda: {"frontier_tasks_per_second": frontier_tasks_per_second()},
     "scale-out": _scale_out,
     "scale-out-first-pass": _scale_out_first_pass,
     "straggler": _straggler,

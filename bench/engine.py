@@ -22,9 +22,8 @@ import ray
 import tyro
 
 from bench.contenders import DETECTOR_ALONE, race
-from bench.cpu_seconds import cpu_clocks, spent_by_role
-from bench.ratios import ratio, spread
-from bench.workloads import Workload, large_images, photographs
+from bench.growth import cpu_clocks, spent_by_role
+from bench.workloads import Workload, large_images, photographs, ratio, spread
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.engine.session import join_ray

@@ -15,25 +15,77 @@ import os
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import tyro
 from ray._private.internal_api import node_stats
 
-from bench.stand_ins import grey_image, records_of, stand_ins, two_windows
+from bench.fakes import fake_networks, grey_image, records_of, two_windows
 from scalenet_ray.engine.session import Session
 from scalenet_ray.runs.batch import run_policy
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import Resources
 
-__all__ = ["growth"]
+__all__ = ["CpuClock", "cpu_clocks", "growth", "spent_by_role"]
+
+_ROLES = (
+    "ReadTileSource",
+    "ScaleStage",
+    "DetectStage",
+    "FrontierActor",
+    "PipelineActor",
+    "raylet",
+    "gcs_server",
+    "dashboard",
+)
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class CpuClock(NamedTuple):
+    """A process's.
+
+    Attributes:
+        role: what it does now; "other" if that is none of ours.
+        seconds: of CPU so far.
+    """
+
+    role: str
+    seconds: float
+
+
+def cpu_clocks() -> dict[int, CpuClock]:
+    """The clock of this process and of each below it, by process id."""
+    parents, clocks = {}, {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            with suppress(OSError):
+                fields = (path / "stat").read_text().rpartition(")")[2].split()
+                command = (path / "cmdline").read_text(errors="replace")
+                parents[int(path.name)] = int(fields[1])
+                role = next((role for role in _ROLES if role in command), "other")
+                clocks[int(path.name)] = CpuClock(role, (int(fields[11]) + int(fields[12])) / _TICKS)
+    ours = [os.getpid()]
+    for process in ours:
+        ours += [child for child, parent in parents.items() if parent == process]
+    clocks[os.getpid()] = clocks[os.getpid()]._replace(role="driver")
+    return {process: clocks[process] for process in ours}
+
+
+def spent_by_role(before: dict[int, CpuClock], after: dict[int, CpuClock]) -> dict[str, float]:
+    """CPU seconds between two readings, the most first; a process that was idle at the second counts by the first."""
+    spent: dict[str, float] = defaultdict(float)
+    for process, (role, seconds) in after.items():
+        earlier = before.get(process, CpuClock(role, 0.0))
+        spent[earlier.role if role == "other" else role] += seconds - earlier.seconds
+    return dict(sorted(spent.items(), key=lambda item: -item[1]))
+
 
 _HEAD = ("gcs_server", "raylet", "ray::FrontierActor", "dashboard")
 _ALONE = {"gcs_mb": "gcs_server", "frontier_mb": "ray::FrontierActor", "statistics_mb": "ray::_StatsActor"}
@@ -112,7 +164,7 @@ def _measure(images: int) -> dict[str, float]:
     """One run."""
     session = Session("ray", Resources())
     policy = two_windows()
-    start = partial(session.start, policy=policy, networks=stand_ins(), open_image=grey_image)
+    start = partial(session.start, policy=policy, networks=fake_networks(), open_image=grey_image)
     peaks = Peaks()
     with TemporaryDirectory() as output:
         peaks.start()

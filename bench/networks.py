@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import tyro
 
-from bench.ratios import ratio, spread
+from bench.workloads import ratio, spread
 from scalenet_ray.models.scale_net import PRESETS, ScaleNetPredictor, build_scale_net, save_scale_net
 from scalenet_ray.models.torchvision_builders import build_detector
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector

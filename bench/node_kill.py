@@ -18,8 +18,8 @@ import ray
 import tyro
 from ray.cluster_utils import Cluster
 
-from bench.ratios import ratio
-from bench.stand_ins import grey_image, records_of, stand_ins, two_windows
+from bench.fakes import fake_networks, grey_image, records_of, two_windows
+from bench.workloads import ratio
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.runs.resources import Resources
 
@@ -67,7 +67,7 @@ def _seconds(count: int, *, loses: bool) -> float:
         nodes = [cluster.add_node(num_cpus=_CPUS_PER_NODE, object_store_memory=_STORE_BYTES) for _ in range(2)]
         ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
         resources = Resources(readers=2, scale_actors=2, detector_actors=2, scale_batch_size=4, detector_batch_size=8)
-        networks = stand_ins(_DETECTOR_SECONDS, _SCALE_NET_SECONDS)
+        networks = fake_networks(_DETECTOR_SECONDS, _SCALE_NET_SECONDS)
         stream = ImageStream(records_of(count), two_windows(), networks, grey_image, resources)
         first, done = 0.0, 0
         for done, result in enumerate(stream, start=1):

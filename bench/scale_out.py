@@ -23,9 +23,9 @@ import ray
 import tyro
 from ray.cluster_utils import Cluster
 
-from bench.cpu_seconds import cpu_clocks, spent_by_role
-from bench.ratios import spread
-from bench.stand_ins import TILES_PER_IMAGE, Looks, Tally, grey_image, records_of, stand_ins, two_windows
+from bench.fakes import TILES_PER_IMAGE, Looks, Tally, fake_networks, grey_image, records_of, two_windows
+from bench.growth import cpu_clocks, spent_by_role
+from bench.workloads import spread
 from scalenet_ray.engine.parallel import image_stream
 from scalenet_ray.runs.batch import Stream
 from scalenet_ray.runs.resources import Resources
@@ -89,7 +89,7 @@ def scale_out(
     try:
         for _ in range(rounds):
             tally: Any = Tally.remote()
-            networks = stand_ins(
+            networks = fake_networks(
                 _DETECTOR_SECONDS * slower,
                 _SCALE_NET_SECONDS * slower,
                 tally=tally,

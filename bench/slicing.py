@@ -20,8 +20,7 @@ import tyro
 
 from bench.contenders import CONTENDERS, race
 from bench.engine import engine_race
-from bench.ratios import ratio, spread
-from bench.workloads import Workload, large_images, photographs
+from bench.workloads import Workload, large_images, photographs, ratio, spread
 
 __all__ = ["compare"]
 

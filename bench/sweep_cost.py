@@ -15,8 +15,7 @@ from tempfile import TemporaryDirectory
 import ray
 import tyro
 
-from bench.ratios import ratio
-from bench.workloads import photographs
+from bench.workloads import photographs, ratio
 from scalenet_ray.data.policy_files import read_space
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.tune import Sweep, TrialSettings, run_sweep

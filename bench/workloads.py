@@ -1,9 +1,13 @@
-"""Images to measure with: real photographs, and large images made of them."""
+"""Images to measure with, and ratios of paired rounds.
+
+These machines are noisy, so that two rates are compared only within one round.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +25,18 @@ from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.resources import Resources
 
-__all__ = ["Workload", "detector_name", "large_images", "photographs"]
+__all__ = ["Workload", "detector_name", "large_images", "photographs", "ratio", "spread"]
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Ours over theirs, round by round: median, min and max."""
+    return spread([mine / other for mine, other in zip(ours, theirs, strict=True)])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, min and max of what rounds measured."""
+    return {"median": float(np.median(values)), "min": float(np.min(values)), "max": float(np.max(values))}
+
 
 _LARGE_HW = (3000, 4000)
 _CELL = 640

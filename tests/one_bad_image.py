@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bench.stand_ins import grey_image
+from bench.fakes import grey_image
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.data.coco import ImageRecord
 

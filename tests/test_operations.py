@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.stand_ins import TILES_PER_IMAGE, records_of, stand_ins, two_windows
+from bench.fakes import TILES_PER_IMAGE, fake_networks, records_of, two_windows
 from scalenet_ray.console import JsonLines, log_to_stderr
 from scalenet_ray.core.timing import STAGES
 from scalenet_ray.engine.metrics import METRICS, exported_name
@@ -31,7 +31,7 @@ DASHBOARD = json.loads((REPOSITORY / "ops" / "grafana.json").read_text())
 def work(session: Session, images: int, folder: Path) -> None:
     # No other test's run has this name.
     policy = replace(two_windows(), name="watched")
-    start = partial(session.start, policy=policy, networks=stand_ins(), open_image=open_but_one)
+    start = partial(session.start, policy=policy, networks=fake_networks(), open_image=open_but_one)
     run_policy(records_of(images), policy.name, start, RunFolder(str(folder)), lambda _: None)
 
 

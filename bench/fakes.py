@@ -18,7 +18,7 @@ from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.data.coco import ImageRecord
 
-__all__ = ["TILES_PER_IMAGE", "Looks", "Tally", "grey_image", "records_of", "stand_ins", "two_windows"]
+__all__ = ["TILES_PER_IMAGE", "Looks", "Tally", "fake_networks", "grey_image", "records_of", "two_windows"]
 
 Looks = Literal["scalenet", "first-pass"]
 
@@ -122,7 +122,7 @@ class _ScaleNets:
         return _ScaleNet(self.seconds)
 
 
-def stand_ins(
+def fake_networks(
     detector: float = 0.0,
     scale_net: float = 0.0,
     *,
