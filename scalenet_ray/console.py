@@ -20,7 +20,7 @@ from scalenet_ray.core.detections import SHOWN_SCORE
 from scalenet_ray.core.errors import UserError, WorkerError
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Step, out_of_range
-from scalenet_ray.evaluation.compare import closer_look_in_words, front
+from scalenet_ray.evaluation.compare import closer_look_in_words, pareto_front
 
 __all__ = [
     "JsonLines",
@@ -116,7 +116,7 @@ def accuracy_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
 def trial_table(trials: Sequence[Mapping[str, Any]]) -> str:
     """A sweep's trials as text: those on the front, the cheapest first, then those that failed and why."""
     complete = [row for row in trials if row["complete"]]
-    best = [complete[i] for i in front([(row["passes"], row["AP_small"]) for row in complete])]
+    best = [complete[i] for i in pareto_front([(row["passes"], row["AP_small"]) for row in complete])]
     paths = list(dict.fromkeys(path for row in best for path in row["values"]))
     rows = [["trial", "passes", "AP_small", "AP", *(path.rpartition(".")[-1] for path in paths)]]
     for row in best:

@@ -13,7 +13,14 @@ from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import ImageRecord, Listing, images_and_categories, oracle_from, unknown_categories
+from scalenet_ray.data.coco import (
+    ImageRecord,
+    Listing,
+    annotations_uri,
+    images_and_categories,
+    oracle_from,
+    unknown_categories,
+)
 from scalenet_ray.engine.session import Session
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.charts import policy_plot
@@ -197,7 +204,7 @@ def open_split(session: Session, data: str, split: str, *, limit: int | None, ma
         limit: only the first so many images.
         max_megapixels: larger images are refused before they are decoded.
     """
-    annotations = storage.join(data, "annotations", f"instances_{split}.json")
+    annotations = annotations_uri(data, split)
     found: Listing = session.call(images_and_categories, annotations)
     return CocoSplit(
         storage.join(data, split),

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.geometry import AreaRange, Tile, Window
-from scalenet_ray.core.merge import Merging, carry_to_image, iou_matrix, merge_detections, nms, soft_nms
+from scalenet_ray.core.geometry import AreaRange, Tile, Window, iou_matrix
+from scalenet_ray.core.merge import Merging, carry_to_image, merge_detections, nms, soft_nms
 from tests.oracles import iou_of_boxes
 
 MERGING = Merging(iou_threshold=0.65, score_threshold=0.01, edge_margin=2.0)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.merge import iou_matrix
+from scalenet_ray.core.geometry import iou_matrix
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.scale_head import ScaleHead, load_predictor, save_scale_head

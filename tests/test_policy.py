@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.geometry import Tile, Window
+from scalenet_ray.core.geometry import Tile, Window, fit_longer_side
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.policy import (
     DEFAULT_PYRAMID,
@@ -21,7 +21,6 @@ from scalenet_ray.core.policy import (
     Policy,
     Recursion,
     check_names,
-    fitted_hw,
     parse_policy,
     policy_from_dict,
     policy_to_dict,
@@ -94,10 +93,10 @@ def test_a_tile_is_looked_at_while_it_may_still_be_cut() -> None:
 @settings(deadline=None, max_examples=300)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([1, 31, 416, 640]))
 def test_the_root_has_the_longer_side_exactly_and_the_other_rounded_down(h: int, w: int, side: int) -> None:
-    height, width = fitted_hw(h, w, side)
+    height, width = fit_longer_side(h, w, side)
     assert max(height, width) == side
     assert min(height, width) == max(1, min(h, w) * side // max(h, w))
-    assert (height, width) == tuple(reversed(fitted_hw(w, h, side)))
+    assert (height, width) == tuple(reversed(fit_longer_side(w, h, side)))
 
 
 def test_roots_worked_by_hand() -> None:
@@ -106,9 +105,9 @@ def test_roots_worked_by_hand() -> None:
     assert (root.height, root.width) == (312, 416)
     assert root.window_budget == _named("scalenet").recursion.max_windows
     # 427 * 416 / 640 = 277.55; a small image is enlarged; a line of pixels keeps one.
-    assert fitted_hw(427, 640, 416) == (277, 416)
-    assert fitted_hw(100, 50, 416) == (416, 208)
-    assert fitted_hw(1, 3000, 416) == (1, 416)
+    assert fit_longer_side(427, 640, 416) == (277, 416)
+    assert fit_longer_side(100, 50, 416) == (416, 208)
+    assert fit_longer_side(1, 3000, 416) == (1, 416)
     assert _named("whole").root(7, (480, 640)).window_budget == 0
 
 

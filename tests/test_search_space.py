@@ -22,7 +22,7 @@ from scalenet_ray.data.policy_files import (
     read_space,
     start_values,
 )
-from scalenet_ray.evaluation.compare import front
+from scalenet_ray.evaluation.compare import pareto_front
 
 POLICY = parse_policy("first-pass", input_side=416, iou_threshold=0.65)
 
@@ -160,8 +160,8 @@ def test_a_policy_that_lies_in_a_space_is_one_of_its_points(tmp_path: Path) -> N
 
 def test_the_front_has_what_nothing_beats() -> None:
     points = [(2.0, 20.0), (1.0, 10.0), (3.0, 20.0), (2.0, 19.0), (4.0, 30.0), (4.0, 30.0), (5.0, 5.0)]
-    assert front(points) == [1, 0, 4]
-    assert front([]) == []
+    assert pareto_front(points) == [1, 0, 4]
+    assert pareto_front([]) == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
@@ -170,7 +170,7 @@ def test_the_front_is_that_of_comparing_all_with_all(points: list[tuple[int, int
         return one[0] <= other[0] and one[1] >= other[1] and one != other
 
     unbeaten = {point for point in points if not any(beats(other, point) for other in points)}
-    found = [points[i] for i in front(points)]
+    found = [points[i] for i in pareto_front(points)]
     assert set(found) == unbeaten
     assert found == sorted(found)
     assert len(found) == len(set(found))

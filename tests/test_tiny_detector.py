@@ -11,8 +11,7 @@ import torch
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.geometry import Tile, Window, boxes_to_image, cut_tile
-from scalenet_ray.core.merge import iou_matrix
+from scalenet_ray.core.geometry import Tile, Window, boxes_to_image, cut_tile, iou_matrix
 from scalenet_ray.data.coco import Objects
 from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.spec import SAMPLE_DETECTOR

@@ -27,7 +27,11 @@ __all__ = [
     "boxes_to_tile",
     "cut_tile",
     "edges_inside_image",
-    "fitted_hw",
+    "fit_longer_side",
+    "intersection_areas",
+    "iou",
+    "iou_matrix",
+    "resample_nearest",
 ]
 
 
@@ -124,7 +128,7 @@ class Tile:
         return (self.width / self.window.width, self.height / self.window.height)
 
 
-def fitted_hw(height: int, width: int, side: int) -> tuple[int, int]:
+def fit_longer_side(height: int, width: int, side: int) -> tuple[int, int]:
     """(height, width) scaled so that the longer is `side`, rounded down and at least 1."""
     # In whole numbers: height * (side / height) may lie below `side`.
     longer = max(height, width)
@@ -161,6 +165,53 @@ def boxes_to_tile(boxes: np.ndarray, tile: Tile) -> np.ndarray:
     factor = np.array([zoom_x, zoom_y, zoom_x, zoom_y])
     offset = np.array([tile.window.x0, tile.window.y0, tile.window.x0, tile.window.y0])
     return ((np.asarray(boxes, dtype=np.float64) - offset) * factor).astype(np.float32)
+
+
+def intersection_areas(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Areas of the intersections of boxes, broadcast against each other: [..., 4] xyxy each -> [...]."""
+    low = np.maximum(boxes[..., :2], others[..., :2])
+    high = np.minimum(boxes[..., 2:], others[..., 2:])
+    return np.maximum(high - low, 0.0).prod(axis=-1)
+
+
+def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Intersection over union of boxes, broadcast against each other; 0 where both boxes are empty.
+
+    Args:
+        boxes: [..., 4] xyxy.
+        others: [..., 4] xyxy in the same frame.
+
+    Returns:
+        [...] float64.
+    """
+    boxes, others = boxes.astype(np.float64), others.astype(np.float64)
+    intersection = intersection_areas(boxes, others)
+    union = _areas(boxes) + _areas(others) - intersection
+    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return np.maximum(boxes[..., 2:] - boxes[..., :2], 0.0).prod(axis=-1)
+
+
+def iou_matrix(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Intersection over union of every pair of boxes: [N, 4] and [M, 4] xyxy -> [N, M] float64."""
+    return iou(boxes[:, None], others[None])
+
+
+def resample_nearest(values: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
+    """Resample a grid to another size: each new cell takes the value of the old cell that contains its centre.
+
+    Args:
+        values: [..., h, w].
+        hw: (height, width) of the result, in cells.
+
+    Returns:
+        [..., height, width], in whole-number arithmetic, so that the result does not depend on rounding.
+    """
+    rows = (np.arange(hw[0]) * 2 + 1) * values.shape[-2] // (2 * hw[0])
+    columns = (np.arange(hw[1]) * 2 + 1) * values.shape[-1] // (2 * hw[1])
+    return values[..., rows[:, None], columns[None, :]]
 
 
 def edges_inside_image(tile: Tile) -> tuple[bool, bool, bool, bool]:

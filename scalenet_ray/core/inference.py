@@ -17,7 +17,7 @@ import numpy as np
 
 from scalenet_ray.core.detections import Detections, Failure, TileResult
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
-from scalenet_ray.core.geometry import Tile, boxes_to_tile, fitted_hw
+from scalenet_ray.core.geometry import Tile, boxes_to_tile, fit_longer_side
 from scalenet_ray.core.merge import Merging, carry_to_image
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap, fuse_maps, scale_map_of_boxes
@@ -397,7 +397,7 @@ def _with_detections(
     """The result of a tile with its detections, in image pixels, and its cost."""
     try:
         canvas = detect.canvas_hw((tile.height, tile.width))
-        whole = detect.canvas_hw(fitted_hw(*tile.image_hw, detect.input_side))
+        whole = detect.canvas_hw(fit_longer_side(*tile.image_hw, detect.input_side))
     except UserError as error:
         return dataclasses.replace(result, failure=Failure("detect", str(error)))
     pixels = canvas[0] * canvas[1]

@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.geometry import Tile, Window
+from scalenet_ray.core.geometry import Tile, Window, resample_nearest
 
 __all__ = [
     "checked_segmentation",
@@ -161,10 +161,7 @@ def mask_of_window(counts: bytes, tile: Tile) -> bytes:
         that its centre lies in.
     """
     mask = coco_mask.decode({"size": [tile.height, tile.width], "counts": counts})
-    window = tile.window
-    rows = (np.arange(window.height) * 2 + 1) * tile.height // (2 * window.height)
-    columns = (np.arange(window.width) * 2 + 1) * tile.width // (2 * window.width)
-    return encode_mask(np.asfortranarray(mask[rows[:, None], columns]))
+    return encode_mask(np.asfortranarray(resample_nearest(mask, (tile.window.height, tile.window.width))))
 
 
 def mask_of_image(counts: bytes, window: Window, image_hw: tuple[int, int]) -> bytes:

@@ -18,14 +18,13 @@ import numpy as np
 
 from scalenet_ray.core.detections import SHOWN_SCORE, Detections, ImageResult, TileResult
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.geometry import Tile, boxes_to_image, edges_inside_image
+from scalenet_ray.core.geometry import Tile, boxes_to_image, edges_inside_image, iou, iou_matrix
 from scalenet_ray.core.masks import mask_of_window
 from scalenet_ray.core.timing import timed
 
 __all__ = [
     "Merging",
     "carry_to_image",
-    "iou_matrix",
     "merge_detections",
     "merge_image",
     "nms",
@@ -114,27 +113,6 @@ def carry_to_image(found: Detections, tile: Tile, merging: Merging) -> Detection
     return replace(carried, masks=tuple(mask_of_window(counts, tile) for counts in carried.masks))
 
 
-def iou_matrix(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Intersection over union of every pair; 0 where both boxes are empty.
-
-    Args:
-        boxes: [N, 4] xyxy.
-        others: [M, 4] xyxy in the same frame.
-
-    Returns:
-        [N, M] float64.
-    """
-    a, b = boxes.astype(np.float64), others.astype(np.float64)
-    corner_low = np.maximum(a[:, None, :2], b[None, :, :2])
-    corner_high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    sides = np.maximum(corner_high - corner_low, 0.0)
-    intersection = sides[..., 0] * sides[..., 1]
-    area_a = np.prod(np.maximum(a[:, 2:] - a[:, :2], 0.0), axis=1)
-    area_b = np.prod(np.maximum(b[:, 2:] - b[:, :2], 0.0), axis=1)
-    union = area_a[:, None] + area_b[None, :] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
-
-
 def nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np.ndarray:
     """Non-maximum suppression within each label.
 
@@ -174,22 +152,16 @@ def _overlapping_pairs(boxes: np.ndarray, labels: np.ndarray, iou_threshold: flo
     corners, group = boxes[by_x].astype(np.float64), group[by_x]
     first = np.arange(1, len(corners) + 1, dtype=np.int32)
     counts = np.maximum(_ends_along_x(corners, group) - first, 0)
-    areas = np.prod(np.maximum(corners[:, 2:] - corners[:, :2], 0.0), axis=1)
     ends = np.cumsum(counts)
     found = [np.empty((0, 2), np.int32)]
     row = 0
     while row < len(counts):
         done = int(ends[row] - counts[row])
         last = max(row + 1, int(np.searchsorted(ends, done + _PAIRS_AT_ONCE, side="right")))
-        one = np.repeat(np.arange(row, last), counts[row:last])
-        other = np.arange(len(one)) - (ends[one] - counts[one] - done) + first[one]
-        low = np.maximum(corners[one, :2], corners[other, :2])
-        high = np.minimum(corners[one, 2:], corners[other, 2:])
-        intersection = np.prod(np.maximum(high - low, 0.0), axis=1)
-        union = areas[one] + areas[other] - intersection
-        overlap = np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
-        over = (overlap > iou_threshold) & (group[one] == group[other])
-        found.append(np.stack([one[over], other[over]], axis=1).astype(np.int32))
+        left = np.repeat(np.arange(row, last), counts[row:last])
+        right = np.arange(len(left)) - (ends[left] - counts[left] - done) + first[left]
+        over = (iou(corners[left], corners[right]) > iou_threshold) & (group[left] == group[right])
+        found.append(np.stack([left[over], right[over]], axis=1).astype(np.int32))
         row = last
     return by_x[np.concatenate(found)]
 

@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.geometry import Tile, Window, fitted_hw
+from scalenet_ray.core.geometry import Tile, Window, fit_longer_side
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.scale import UNIT_AREA, ScaleRange
 
@@ -275,7 +275,7 @@ class Policy:
             (),
             (height, width),
             Window(0, 0, width, height),
-            *fitted_hw(height, width, self.input_side),
+            *fit_longer_side(height, width, self.input_side),
             window_budget=self.recursion.max_windows if self.uses_evidence else 0,
         )
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.geometry import resample_nearest
 
 __all__ = [
     "BACKGROUND",
@@ -216,28 +217,22 @@ def scale_map_of_boxes(
     return ScaleMap(prob=prob, gain=np.take_along_axis(gain, grid[None], axis=0)[0])
 
 
-def fuse_maps(one: ScaleMap, other: ScaleMap) -> ScaleMap:
-    """The mean of two class maps, on the finer of their grids along each axis (policy `fused`).
+def fuse_maps(first: ScaleMap, second: ScaleMap) -> ScaleMap:
+    """Average two classification maps, on the finer of their grids along each axis (policy `fused`).
 
-    Where both say what a closer look gains, so does what comes of them: the mean, for the same piece of the tile.
+    The result has gains if both maps have them: their mean, over the same area of the tile.
 
     Raises:
-        UserError: if one of them is a regression map.
+        UserError: if either is a regression map.
     """
-    if one.prob is None or other.prob is None:
+    if first.prob is None or second.prob is None:
         msg = "only class maps can be fused, got a regression map: train Scale Net with a class preset"
         raise UserError(msg)
-    hw = (max(one.hw[0], other.hw[0]), max(one.hw[1], other.hw[1]))
+    hw = (max(first.hw[0], second.hw[0]), max(first.hw[1], second.hw[1]))
+    prob = (resample_nearest(first.prob, hw) + resample_nearest(second.prob, hw)) / 2
     gain = None
-    if one.gain is not None and other.gain is not None:
-        # A finer cell holds less of it.
-        shares = [np.prod(each.hw) / np.prod(hw) for each in (one, other)]
-        gain = (_on_grid(one.gain, hw) * shares[0] + _on_grid(other.gain, hw) * shares[1]) / 2
-    return ScaleMap(prob=(_on_grid(one.prob, hw) + _on_grid(other.prob, hw)) / 2, gain=gain)
-
-
-def _on_grid(values: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
-    """[..., h, w] -> [..., *hw]: each cell of the new grid takes the value of the old cell that its centre lies in."""
-    rows = (np.arange(hw[0]) * 2 + 1) * values.shape[-2] // (2 * hw[0])
-    columns = (np.arange(hw[1]) * 2 + 1) * values.shape[-1] // (2 * hw[1])
-    return values[..., rows[:, None], columns[None, :]]
+    if first.gain is not None and second.gain is not None:
+        # A gain is per cell: a finer cell holds a share of the coarser cell's.
+        shares = [np.prod(scale_map.hw) / np.prod(hw) for scale_map in (first, second)]
+        gain = (resample_nearest(first.gain, hw) * shares[0] + resample_nearest(second.gain, hw) * shares[1]) / 2
+    return ScaleMap(prob=prob, gain=gain)

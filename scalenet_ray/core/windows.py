@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.geometry import AreaRange, Tile, Window, fitted_hw
+from scalenet_ray.core.geometry import AreaRange, Tile, Window, fit_longer_side
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.scale import REFERENCE_AREA
 
@@ -134,7 +134,7 @@ def window_hw(height: int, width: int, policy: Policy) -> tuple[int, int]:
 
 def _fitted_tile(parent: Tile, index: int, window: Window, policy: Policy) -> Tile:
     """A window resampled so that its longer side is the policy's input side."""
-    hw = fitted_hw(window.height, window.width, policy.input_side)
+    hw = fit_longer_side(window.height, window.width, policy.input_side)
     return Tile(parent.image_id, (*parent.path, index), parent.image_hw, window, *hw)
 
 
@@ -175,7 +175,7 @@ def pyramid_tiles(root: Tile, policy: Policy) -> list[Tile]:
             (i,),
             root.image_hw,
             root.window,
-            *fitted_hw(height, width, round(policy.input_side * size)),
+            *fit_longer_side(height, width, round(policy.input_side * size)),
             valid_area=AreaRange(low * to_image, high * to_image),
         )
         for i, (size, low, high) in enumerate(policy.pyramid)

@@ -30,6 +30,7 @@ __all__ = [
     "Listing",
     "Objects",
     "OpenImage",
+    "annotations_uri",
     "find_images",
     "images_and_categories",
     "list_images",
@@ -300,6 +301,11 @@ def parse_annotations(document: Mapping[str, Any], name: str = "the annotations"
         annotation_ids=np.array([row["id"] for row in rows], np.int64),
         damaged_masks=tuple(damaged),
     )
+
+
+def annotations_uri(data: Address, split: str) -> str:
+    """The address of the instances file of a split: DATA/annotations/instances_SPLIT.json."""
+    return join(data, "annotations", f"instances_{split}.json")
 
 
 def read_annotations(uri: Address) -> CocoDataset:

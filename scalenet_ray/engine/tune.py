@@ -27,7 +27,7 @@ from scalenet_ray.engine.prediction_cache import CacheActor, CachedDetector, Cac
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.worker_errors import from_worker
 from scalenet_ray.evaluation.ap import evaluate
-from scalenet_ray.evaluation.compare import front
+from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.batch import image_opener
 
@@ -163,7 +163,7 @@ def best_trials(rows: Sequence[dict[str, Any]], task: TrialSettings) -> dict[str
         msg = "all trials that saw all images read the ground truth: let the sweep start from a policy that reads none"
         raise UserError(msg)
     if task.ceiling is None:
-        chosen = [complete[i] for i in front([(row["passes"], row["AP_small"]) for row in complete])]
+        chosen = [complete[i] for i in pareto_front([(row["passes"], row["AP_small"]) for row in complete])]
         return {f"front-{i}": row for i, row in enumerate(chosen, start=1)}
     under = [row for row in complete if row["passes"] <= task.ceiling]
     if not under:

@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.merge import iou_matrix
+from scalenet_ray.core.geometry import iou_matrix
 from scalenet_ray.evaluation.tide import FOREGROUND_IOU, Explained
 
 __all__ = [
@@ -23,9 +23,9 @@ __all__ = [
     "are_new",
     "closer_look_in_words",
     "found_and_lost",
-    "front",
     "gained_and_lost",
     "paired_intervals",
+    "pareto_front",
 ]
 
 _AREAS = {"AP": 0, "AP_small": 1, "AP_large": 3}
@@ -157,7 +157,7 @@ def _interval(differences: np.ndarray) -> dict[str, float]:
     return {"difference": float(differences[0]), "low": float(low), "high": float(high), "above": above}
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """The points that no other one is at least as cheap and as good as, and better in one of the two.
 
     Args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.merge import iou_matrix
+from scalenet_ray.core.geometry import intersection_areas, iou_matrix
 from scalenet_ray.data.coco import Objects
 
 __all__ = [
@@ -127,8 +127,7 @@ def _in_crowds(boxes: np.ndarray, labels: np.ndarray, objects: Objects) -> np.nd
     crowds, names = objects.boxes[objects.crowd], objects.labels[objects.crowd]
     if not len(crowds):
         return np.zeros(len(boxes), bool)
-    low, high = np.maximum(boxes[:, None, :2], crowds[None, :, :2]), np.minimum(boxes[:, None, 2:], crowds[None, :, 2:])
-    inside = np.maximum(high - low, 0.0).prod(axis=2)
+    inside = intersection_areas(boxes[:, None], crowds[None])
     areas = np.maximum((boxes[:, 2:] - boxes[:, :2]).prod(axis=1), np.spacing(1.0))
     return ((inside / areas[:, None] >= FOREGROUND_IOU) & (labels[:, None] == names[None, :])).any(axis=1)
 

@@ -12,8 +12,7 @@ import numpy as np
 from scalenet_ray.core.answers import ANSWERED_WRONGLY, MOST_FAILED, answered_wrongly, fails_on_all, raised
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
-from scalenet_ray.core.geometry import Tile, Window, cut_tile, fitted_hw
-from scalenet_ray.core.merge import iou_matrix
+from scalenet_ray.core.geometry import Tile, Window, cut_tile, fit_longer_side, iou_matrix
 from scalenet_ray.models.checked_detector import CheckedDetector
 
 __all__ = [
@@ -84,7 +83,7 @@ def _first_answered(detector: CheckedDetector, images: Iterable[np.ndarray]) -> 
 
 def _whole(image: np.ndarray, side: int) -> np.ndarray:
     hw = (image.shape[0], image.shape[1])
-    return cut_tile(image, Tile(0, (), hw, Window(0, 0, hw[1], hw[0]), *fitted_hw(*hw, side)))
+    return cut_tile(image, Tile(0, (), hw, Window(0, 0, hw[1], hw[0]), *fit_longer_side(*hw, side)))
 
 
 def _answer(detector: CheckedDetector, tile: np.ndarray) -> Detections | TileError:
@@ -233,7 +232,7 @@ def three_views(image: np.ndarray, input_side: int) -> tuple[np.ndarray, np.ndar
     if half < _LEAST_SIDE:
         return None
     image_hw = (image.shape[0], image.shape[1])
-    hw = fitted_hw(*image_hw, int(input_side * _CONTENT))
+    hw = fit_longer_side(*image_hw, int(input_side * _CONTENT))
     content = cut_tile(image, Tile(0, (), image_hw, Window(0, 0, image_hw[1], image_hw[0]), *hw))
     small, padded = _on_grey(content, half), _on_grey(content, input_side)
     return small, padded, cv2.resize(small, (2 * half, 2 * half), interpolation=cv2.INTER_LINEAR)

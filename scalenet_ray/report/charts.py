@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from scalenet_ray.evaluation.compare import front
+from scalenet_ray.evaluation.compare import pareto_front
 
 __all__ = [
     "ACCENT",
@@ -324,7 +324,7 @@ def front_plot(rows: Sequence[Mapping[str, Any]], ceiling: float | None) -> str:
         An SVG element, the same for the same figures.
     """
     points = [(row["passes"], row["AP_small"]) for row in rows if row["complete"]]
-    on_front = [points[i] for i in front(points)]
+    on_front = [points[i] for i in pareto_front(points)]
     with drawing(7.2, 4.2) as figure:
         axes = figure.subplots()
         if points:

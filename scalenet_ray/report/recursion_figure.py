@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.geometry import fit_longer_side
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Step, planning_weights
 from scalenet_ray.evaluation.compare import are_new
@@ -38,7 +39,7 @@ _HEAT = np.array([230, 159, 0], np.float32)
 _DIMMED = 0.35
 
 
-_MOST_PIXELS_ALONG = 1200
+_LONGEST_SIDE = 1200
 
 
 _PANEL_INCHES = 4.2
@@ -100,9 +101,10 @@ def draw_boxes(
 
 def _draw_image(axes: Axes, image: np.ndarray) -> None:
     height, width = image.shape[:2]
-    shrink = max(1.0, max(height, width) / _MOST_PIXELS_ALONG)
-    size = (max(1, round(width / shrink)), max(1, round(height / shrink)))
-    shown = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if shrink > 1.0 else image
+    shown = image
+    if max(height, width) > _LONGEST_SIDE:
+        shown_hw = fit_longer_side(height, width, _LONGEST_SIDE)
+        shown = cv2.resize(image, shown_hw[::-1], interpolation=cv2.INTER_AREA)
     axes.imshow(shown, extent=(0, width, height, 0), interpolation="bicubic")
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)

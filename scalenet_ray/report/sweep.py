@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scalenet_ray.evaluation.compare import front
+from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.report.charts import MUTED, WARM, drawing, front_plot, label, quiet, themed, to_svg
 from scalenet_ray.report.html import cards, page, section, table
 
@@ -154,7 +154,7 @@ def render_sweep(
         HTML, one file that fetches nothing.
     """
     complete = [row for row in rows if row["complete"]]
-    best = [complete[i] for i in front([(row["passes"], row["AP_small"]) for row in complete])]
+    best = [complete[i] for i in pareto_front([(row["passes"], row["AP_small"]) for row in complete])]
     affordable = [row for row in best if ceiling is None or row["passes"] <= ceiling]
     paths = list(dict.fromkeys(path for row in rows for path in row["values"]))
     sections = [

@@ -19,7 +19,7 @@ import yaml
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import images_and_categories, safe_file_name, to_results, write_results
+from scalenet_ray.data.coco import annotations_uri, images_and_categories, safe_file_name, to_results, write_results
 from scalenet_ray.data.formats import SUPERVISION_COLUMNS, fiftyone_objects, supervision_rows, yolo_lines
 from scalenet_ray.data.schemas import DETECTIONS, detections_table
 from scalenet_ray.runs.folder import RunFolder
@@ -151,8 +151,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
 def _category_names(run: RunFolder, settings: dict[str, Any]) -> dict[int, str]:
     """Category id -> name: a detection run says them at its end, an evaluation's are its annotations'."""
     if "data" in settings:
-        annotations = storage.join(settings["data"], "annotations", f"instances_{settings['split']}.json")
-        return images_and_categories(annotations)[1]
+        return images_and_categories(annotations_uri(settings["data"], settings["split"])).categories
     metrics = storage.join(run.uri, "metrics.json")
     if not storage.exists(metrics):
         msg = f"{run.uri} must be finished, got no metrics.json, which names the categories: finish it with --resume"

@@ -15,8 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile, cut_tile
 from scalenet_ray.core.scale import class_of_area
-from scalenet_ray.data.coco import Objects, map_categories, read_annotations
-from scalenet_ray.data.storage import join
+from scalenet_ray.data.coco import Objects, annotations_uri, map_categories, read_annotations
 from scalenet_ray.models.torchvision_builders import build_detector, published_name
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector, load_torchvision, save_detector
 from scalenet_ray.models.weights import SUFFIXES, load_weights
@@ -278,7 +277,7 @@ def _network_name(what: str) -> str:
 def _categories(images: TrainingImages) -> tuple[dict[int, str], frozenset[int]]:
     """Category id -> name, the same in all splits; and the ids of those that no annotation of any is of."""
     splits = [images.split] if images.holdout else [images.split, images.val_split]
-    found = [read_annotations(join(images.data, "annotations", f"instances_{split}.json")) for split in splits]
+    found = [read_annotations(annotations_uri(images.data, split)) for split in splits]
     if found[0].categories != found[-1].categories:
         msg = f"{' and '.join(splits)} must have the same categories, got others: correct the annotations"
         raise UserError(msg)

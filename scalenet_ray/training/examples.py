@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.geometry import Tile, Window, fitted_hw
+from scalenet_ray.core.geometry import Tile, Window, fit_longer_side
 from scalenet_ray.core.masks import mask_of_segmentation
-from scalenet_ray.data.coco import Objects, objects_of, read_annotations, safe_file_name
+from scalenet_ray.data.coco import Objects, annotations_uri, objects_of, read_annotations, safe_file_name
 from scalenet_ray.data.images import read_image
 from scalenet_ray.data.storage import join
 
@@ -54,7 +54,7 @@ def read_examples(data: str, split: str, limit: int | None = None) -> list[Examp
         FileNotFoundError: if there are no annotations of that name.
         UserError: if they name no image, or are not COCO's.
     """
-    dataset = read_annotations(join(data, "annotations", f"instances_{split}.json"))
+    dataset = read_annotations(annotations_uri(data, split))
     if limit is not None and limit < 1:
         msg = f"training wants at least one image, got a limit of {limit}: raise it"
         raise UserError(msg)
@@ -155,4 +155,4 @@ def random_window(rng: np.random.Generator, hw: tuple[int, int], share: float) -
 
 def tile_of_window(image_id: int, hw: tuple[int, int], window: Window, tile_side: int) -> Tile:
     """The tile of a window whose longer side becomes `tile_side` tile pixels."""
-    return Tile(image_id, (), hw, window, *fitted_hw(window.height, window.width, tile_side))
+    return Tile(image_id, (), hw, window, *fit_longer_side(window.height, window.width, tile_side))

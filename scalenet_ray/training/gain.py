@@ -13,7 +13,7 @@ import numpy as np
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile, cut_tile, fitted_hw
+from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile, cut_tile, fit_longer_side, intersection_areas
 from scalenet_ray.core.inference import Detect
 from scalenet_ray.core.merge import Merging, carry_to_image
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA
@@ -50,8 +50,7 @@ def object_scores(found: Detections, objects: Objects) -> np.ndarray:
     if not len(found) or not len(objects.boxes):
         return np.zeros(len(objects.boxes), np.float32)
     boxes, others = objects.boxes[:, None].astype(np.float64), found.boxes[None].astype(np.float64)
-    sides = np.minimum(boxes[..., 2:], others[..., 2:]) - np.maximum(boxes[..., :2], others[..., :2])
-    shared = np.maximum(sides, 0.0).prod(axis=-1)
+    shared = intersection_areas(boxes, others)
     areas = [(b[..., 2:] - b[..., :2]).prod(axis=-1) for b in (boxes, others)]
     fits = shared >= MATCH_IOU * np.maximum(areas[0] + areas[1] - shared, 1e-9)
     fits &= objects.labels[:, None] == found.labels[None]
@@ -71,7 +70,7 @@ def _covering_tiles(image_id: int, image_hw: tuple[int, int], input_side: int, z
     longer = max(height, width)
     side = max(1, int(longer / zoom))
     window_height, window_width = min(height, side), min(width, side)
-    tile_hw = fitted_hw(window_height, window_width, input_side)
+    tile_hw = fit_longer_side(window_height, window_width, input_side)
     path = () if zoom == 1.0 else (0,)
     return [
         Tile(image_id, path, image_hw, Window(x, y, x + window_width, y + window_height), *tile_hw)

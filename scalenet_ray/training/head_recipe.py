@@ -18,7 +18,7 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.scale import IGNORE, NUM_CLASSES, REFERENCE_AREA, UNIT_AREA
 from scalenet_ray.core.windows import plan_windows
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import read_annotations
+from scalenet_ray.data.coco import annotations_uri, read_annotations
 from scalenet_ray.models.checked_detector import MappedDetector
 from scalenet_ray.models.scale_head import HeadConfig, ScaleHead, save_scale_head
 from scalenet_ray.models.spec import NetworkSpec
@@ -186,7 +186,7 @@ class _Opened:
 @functools.lru_cache(maxsize=1)
 def _opened(recipe: HeadRecipe) -> _Opened:
     images = recipe.images
-    dataset = read_annotations(storage.join(images.data, "annotations", f"instances_{images.split}.json"))
+    dataset = read_annotations(annotations_uri(images.data, images.split))
     scores = read_scores(recipe.scores)
     detector = recipe.networks.load_detector(dataset.categories, dataset.unused_categories)
     return _Opened(detector, scores, *_category_weights(recipe, scores))
