@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.inference import NetworkFactories
@@ -29,6 +29,16 @@ from scalenet_ray.report.page import render_report
 from scalenet_ray.report.tables import winner_of
 from scalenet_ray.runs.analysis import INTERVALS_UP_TO, analyse_run
 from scalenet_ray.runs.batch import Progress, image_opener, run_policy
+from scalenet_ray.runs.documents import (
+    DetectionAnalysis,
+    EvaluationAnalysis,
+    FailureCount,
+    FailureList,
+    FailureRow,
+    Metrics,
+    PolicyMetrics,
+    ReportDetails,
+)
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.inputs import annotation_digests, check_ground_truth
 from scalenet_ray.runs.summary import evaluate_policy, failure_counts, policy_cost, write_policy_results
@@ -81,8 +91,8 @@ class ProgressLog:
 def write_report(
     session: Session,
     run: RunFolder,
-    document: Mapping[str, Any],
-    analysis: Mapping[str, Any],
+    document: Metrics,
+    analysis: EvaluationAnalysis | DetectionAnalysis,
     records: Sequence[ImageRecord],
     categories: Mapping[int, str],
     make_pictures: PictureTask,
@@ -102,7 +112,7 @@ def write_report(
         log: the run's progress.
         count: the most pictures.
     """
-    analysis = {**analysis, "throughput": log.points}
+    analysis["throughput"] = log.points
     run.write_json("analysis.json", analysis)
     by_id = {record.image_id: record for record in records}
     chosen = choose_pictures(analysis["images"], winner_of(document["policies"]) or "", count)
@@ -116,17 +126,19 @@ def write_report(
         "failures": _failures(run, document),
         "run": {**run.config(), "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"), "resumed": run.resumed},
     }
-    run.write_text("report.html", render_report(document, details))
+    run.write_text("report.html", render_report(document, cast(ReportDetails, details)))
 
 
-def _failures(run: RunFolder, document: Mapping[str, Any]) -> dict[str, Any]:
+def _failures(run: RunFolder, document: Metrics) -> FailureList:
     """What `failures_section` shows: an image that several policies gave up for one reason is one row."""
     policies: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
     for row in run.failures().to_pylist():
         policies[row["file"], row["stage"], row["reason"]].append(row["policy"])
     counts = Counter((stage, reason) for _, stage, reason in policies)
-    reasons = [{"stage": stage, "reason": why, "count": count} for (stage, why), count in counts.most_common()]
-    rows = [
+    reasons: list[FailureCount] = [
+        {"stage": stage, "reason": reason, "count": count} for (stage, reason), count in counts.most_common()
+    ]
+    rows: list[FailureRow] = [
         {"file": file, "stage": stage, "reason": reason, "policies": names}
         for (file, stage, reason), names in list(policies.items())[:_MOST_FAILURES]
     ]
@@ -138,9 +150,7 @@ def _failures(run: RunFolder, document: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_summary(
-    session: Session, run: RunFolder, figures: Mapping[str, Mapping[str, Any]], total: int
-) -> dict[str, Any]:
+def write_summary(session: Session, run: RunFolder, figures: Mapping[str, Mapping[str, Any]], total: int) -> Metrics:
     """Gather a run's end into its folder: failures.parquet, COCO results, metrics.json.
 
     results.json is of the first policy; results/NAME.json of each.
@@ -160,11 +170,12 @@ def write_summary(
         names = [f"results/{policy}.json", *(["results.json"] if i == 0 else [])]
         session.call(write_policy_results, run.uri, policy, names)
     failed = len(set(failures.column("image_id").to_pylist()))
-    document = {
+    document: Metrics = {
         "images": {"total": total, "done": total - failed, "failed": failed},
         "failures": failure_counts(failures),
         "policies": {
-            policy: {**figures[policy], **run.speed(policy), **policy_cost(run, policy)} for policy in policies
+            policy: cast(PolicyMetrics, {**figures[policy], **run.speed(policy), **policy_cost(run, policy)})
+            for policy in policies
         },
     }
     run.write_json("metrics.json", document)
@@ -252,7 +263,7 @@ def evaluate_policies(
     compare_with: str | None = None,
     pictures: int = PICTURES,
     retry_failed: bool = False,
-) -> dict[str, Any]:
+) -> Metrics:
     """Work through all policies and evaluate them; writes metrics.json, analysis.json, policies.svg and report.html.
 
     Args:
@@ -287,9 +298,12 @@ def evaluate_policies(
     document = write_summary(session, run, metrics, len(split.images))
     base = compare_with or _baseline(policies)
     intervals = compare_with is not None or len(ids) <= INTERVALS_UP_TO
-    analysis = session.call(analyse_run, run.uri, list(metrics), base, split.annotations, ids, intervals)
+    analysis: EvaluationAnalysis = session.call(
+        analyse_run, run.uri, list(metrics), base, split.annotations, ids, intervals
+    )
     if analysis["differences"]:
-        document |= {"compared_with": base, "differences": analysis["differences"]}
+        document["compared_with"] = base
+        document["differences"] = analysis["differences"]
         run.write_json("metrics.json", document)
     run.write_text("policies.svg", policy_plot(document))
     # A task of the engine has no GPU of its own, and a few looks need none. Most CPUs only imitate bfloat16.

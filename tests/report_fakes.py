@@ -20,7 +20,7 @@ def photo(seed: int, hw: tuple[int, int] = (120, 160)) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"
 
 
-def big_page(images: int, pictures: int, hw: tuple[int, int] = (120, 160)) -> tuple[dict[str, Any], dict[str, Any]]:
+def big_page(images: int, pictures: int, hw: tuple[int, int] = (120, 160)) -> tuple[Any, Any]:
     """metrics.json and details of a page: image i gains i % 7 objects of class 1 + i % 3, and loses one if i is odd."""
     row = {"AP": 30.0, "AP50": 50.0, "AP_small": 10.0, "AP_large": 60.0, "detector_passes_per_image": 1.0}
     document = {

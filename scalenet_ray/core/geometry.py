@@ -171,7 +171,7 @@ def intersection_areas(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Areas of the intersections of boxes, broadcast against each other: [..., 4] xyxy each -> [...]."""
     low = np.maximum(boxes[..., :2], others[..., :2])
     high = np.minimum(boxes[..., 2:], others[..., 2:])
-    return np.maximum(high - low, 0.0).prod(axis=-1)
+    return _areas(low, high)
 
 
 def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -184,14 +184,17 @@ def iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     Returns:
         [...] float64.
     """
-    boxes, others = boxes.astype(np.float64), others.astype(np.float64)
+    boxes, others = np.asarray(boxes, np.float64), np.asarray(others, np.float64)
     intersection = intersection_areas(boxes, others)
-    union = _areas(boxes) + _areas(others) - intersection
+    union = _areas(boxes[..., :2], boxes[..., 2:]) + _areas(others[..., :2], others[..., 2:]) - intersection
     return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
 
 
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return np.maximum(boxes[..., 2:] - boxes[..., :2], 0.0).prod(axis=-1)
+def _areas(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Areas between corners, [..., 2] each; 0 where a side is negative."""
+    sides = np.maximum(high - low, 0.0)
+    # Many times as fast as prod(axis=-1) of two columns.
+    return sides[..., 0] * sides[..., 1]
 
 
 def iou_matrix(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:

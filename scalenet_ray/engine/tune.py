@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
@@ -30,6 +30,7 @@ from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.batch import image_opener
+from scalenet_ray.runs.documents import TrialRow
 
 __all__ = [
     "RecursionTrial",
@@ -78,7 +79,7 @@ class Sweep:
 
 def run_sweep(
     space: SearchSpace, task: TrialSettings, sweep: Sweep, uri: str, say: Callable[[str], None], *, resume: bool
-) -> list[dict[str, Any]]:
+) -> list[TrialRow]:
     """Try policies.
 
     Args:
@@ -138,7 +139,7 @@ def run_sweep(
         return [_row(result, task) for result in tuner.fit()]
 
 
-def best_trials(rows: Sequence[dict[str, Any]], task: TrialSettings) -> dict[str, dict[str, Any]]:
+def best_trials(rows: Sequence[TrialRow], task: TrialSettings) -> dict[str, TrialRow]:
     """The best trial under the ceiling, named "tuned"; without a ceiling the front, named "front-1" and so on.
 
     One that reads the ground truth is not among them: what is tuned is followed where there is none.
@@ -176,7 +177,7 @@ def best_trials(rows: Sequence[dict[str, Any]], task: TrialSettings) -> dict[str
     return {"tuned": max(under, key=lambda row: row["AP_small"])}
 
 
-def best_policies(rows: Sequence[dict[str, Any]], task: TrialSettings) -> list[Policy]:
+def best_policies(rows: Sequence[TrialRow], task: TrialSettings) -> list[Policy]:
     """The policies of `best_trials`, by their names there.
 
     Raises:
@@ -185,9 +186,7 @@ def best_policies(rows: Sequence[dict[str, Any]], task: TrialSettings) -> list[P
     return [_policy(row, task, name) for name, row in best_trials(rows, task).items()]
 
 
-def start_trials(
-    rows: Sequence[dict[str, Any]], task: TrialSettings, space: SearchSpace
-) -> dict[str, dict[str, Any] | None]:
+def start_trials(rows: Sequence[TrialRow], task: TrialSettings, space: SearchSpace) -> dict[str, TrialRow | None]:
     """The trials of the policies that a sweep starts from, as they are.
 
     Args:
@@ -198,7 +197,7 @@ def start_trials(
     Returns:
         Name -> its row; None for a policy that lies outside the space, or whose trial did not see all images.
     """
-    found: dict[str, dict[str, Any] | None] = {}
+    found: dict[str, TrialRow | None] = {}
     for name, policy in task.policies.items():
         start = start_values(policy, space)
         wanted = None if start is None else {"policy": name, **start}
@@ -215,7 +214,7 @@ def _same_values(values: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     )
 
 
-def _policy(row: dict[str, Any], task: TrialSettings, name: str) -> Policy:
+def _policy(row: TrialRow, task: TrialSettings, name: str) -> Policy:
     values = dict(row["values"])
     return changed_policy(task.policies[values.pop("policy")], name, values)
 
@@ -282,16 +281,17 @@ class ResumableAsha(ASHAScheduler):
                 self.on_trial_result(tune_controller, trial, {self._time_attr: step, self._metric: score})
 
 
-def _row(result: Any, task: TrialSettings) -> dict[str, Any]:
+def _row(result: Any, task: TrialSettings) -> TrialRow:
     metrics = result.metrics or {}
     names = ("AP", "AP_small", "AP_large", "passes", "score", "images", "images_failed", "hits", "misses")
-    return {
+    row = {
         "trial": metrics.get("trial_id") or str(result.path).rstrip("/").rsplit("/", 1)[-1],
         "values": dict(result.config or {}),
         **{name: metrics.get(name, float("nan")) for name in names},
         "complete": result.error is None and metrics.get("images") == task.subsets[-1],
         "error": None if result.error is None else str(from_worker(result.error)),
     }
+    return cast(TrialRow, row)
 
 
 class _Lines(tune.Callback):

@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -17,6 +17,9 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.masks import checked_segmentation
 from scalenet_ray.data.coco import CocoDataset, parse_annotations, read_annotations
 from scalenet_ray.data.storage import Address
+
+if TYPE_CHECKING:
+    from scalenet_ray.runs.documents import Curves
 
 __all__ = [
     "METRICS",
@@ -190,7 +193,7 @@ _AREAS = {"small": 1, "medium": 2, "large": 3}
 """Size -> its place among pycocotools' area ranges."""
 
 
-def precision_curves(evaluation: COCOeval) -> dict[str, dict[str, list[float]]]:
+def precision_curves(evaluation: COCOeval) -> dict[str, Curves]:
     """Precision at the recalls 0, .01, ... 1, the mean over the classes that have objects of a size.
 
     Args:
@@ -204,7 +207,7 @@ def precision_curves(evaluation: COCOeval) -> dict[str, dict[str, list[float]]]:
         evaluation.accumulate()
     # [thresholds, recalls, classes, areas, counts of boxes]; -1 where a class has no object of the size.
     precision = np.asarray(evaluation.eval["precision"])[..., -1]
-    curves = {}
+    curves: dict[str, Curves] = {}
     for size, at in _AREAS.items():
         known = precision[:, :, (precision[0, 0, :, at] > -1), at]
         if known.shape[2]:

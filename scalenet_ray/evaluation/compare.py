@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pycocotools.cocoeval import COCOeval
@@ -15,6 +15,9 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import iou_matrix
 from scalenet_ray.evaluation.tide import FOREGROUND_IOU, Explained
+
+if TYPE_CHECKING:
+    from scalenet_ray.runs.documents import Changes, ChangesRow, Differences, FoundCounts, Interval
 
 __all__ = [
     "SIDE_BOUNDS",
@@ -116,7 +119,7 @@ def _ranked(matches: np.ndarray, most: int) -> _Ranked:
 
 def paired_intervals(
     matched: Mapping[str, COCOeval], baseline: str, *, resamples: int = 300, seed: int = 0
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> Differences:
     """How each policy differs from one of them, on the same images drawn with replacement.
 
     Args:
@@ -149,7 +152,7 @@ def paired_intervals(
     }
 
 
-def _interval(differences: np.ndarray) -> dict[str, float]:
+def _interval(differences: np.ndarray) -> Interval:
     """The first is of the images themselves, the others of the draws; NaN where no draw has an object that counts."""
     drawn = differences[1:][~np.isnan(differences[1:])]
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
@@ -200,7 +203,7 @@ def are_new(found: Detections, before: Detections) -> np.ndarray:
     return overlap.max(axis=1, initial=0.0) < FOREGROUND_IOU
 
 
-def closer_look_in_words(found: Mapping[str, int]) -> str:
+def closer_look_in_words(found: FoundCounts) -> str:
     """What a closer look brought to what the passes over whole images alone find; its numbers add up.
 
     Args:
@@ -231,7 +234,7 @@ def found_and_lost(before: Explained, after: Explained, shown_score: float) -> t
 
 def gained_and_lost(
     before: Sequence[Explained], after: Sequence[Explained], categories: Mapping[int, str], shown_score: float
-) -> dict[str, list[dict[str, Any]]]:
+) -> Changes:
     """Objects gained and lost over all images.
 
     Args:
@@ -251,7 +254,7 @@ def gained_and_lost(
     labels = np.concatenate([*(image.object_labels for image in before), np.zeros(0, np.int64)])
     areas = np.concatenate([*(image.object_areas for image in before), np.zeros(0)])
 
-    def row(name: str, chosen: np.ndarray) -> dict[str, Any]:
+    def row(name: str, chosen: np.ndarray) -> ChangesRow:
         """Counts over the chosen objects, [M] bool."""
         counts = [int(which[chosen].sum()) for which in (found, gained, lost)]
         return {

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.geometry import intersection_areas, iou_matrix
 from scalenet_ray.data.coco import Objects
+
+if TYPE_CHECKING:
+    from scalenet_ray.runs.documents import ErrorCost
 
 __all__ = [
     "FOREGROUND_IOU",
@@ -132,7 +136,7 @@ def _in_crowds(boxes: np.ndarray, labels: np.ndarray, objects: Objects) -> np.nd
     return ((inside / areas[:, None] >= FOREGROUND_IOU) & (labels[:, None] == names[None, :])).any(axis=1)
 
 
-def error_breakdown(images: Sequence[Explained], shown_score: float) -> dict[str, dict[str, float]]:
+def error_breakdown(images: Sequence[Explained], shown_score: float) -> dict[str, ErrorCost]:
     """What each kind of error costs, over all images.
 
     Args:
@@ -148,7 +152,7 @@ def error_breakdown(images: Sequence[Explained], shown_score: float) -> dict[str
     correct = pool.kinds == _CORRECT
     plain = average_precision(images)
     shown = pool.scores >= shown_score
-    breakdown: dict[str, dict[str, float]] = {}
+    breakdown: dict[str, ErrorCost] = {}
     for kind in (_CLASS, _LOCALISATION, _BOTH, _DUPLICATE, _BACKGROUND):
         at_fault = pool.kinds == kind
         mended = pool.mended(at_fault) if kind in (_CLASS, _LOCALISATION) else np.zeros_like(at_fault)

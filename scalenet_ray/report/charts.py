@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from scalenet_ray.evaluation.compare import pareto_front
+from scalenet_ray.runs.documents import ChangesRow, Curves, ErrorCost, Metrics, PolicyMetrics, TrialRow
 
 __all__ = [
     "ACCENT",
@@ -42,7 +43,7 @@ __all__ = [
 _DASHES = ("-", "--", "-.", ":")
 
 
-def curves_chart(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> str:
+def curves_chart(curves: Mapping[str, Mapping[str, Curves]]) -> str:
     """Precision against recall, a panel for each size of objects: solid at IoU .5, thin over IoU .5 to .95."""
     sizes = [size for size in ("small", "medium", "large") if any(size in one for one in curves.values())]
     if not sizes:
@@ -83,7 +84,7 @@ def curves_chart(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]
         return themed(to_svg(figure), "Precision against recall by size of objects")
 
 
-def found_chart(rows: Sequence[Mapping[str, Any]], before: str, after: str, name: str) -> str:
+def found_chart(rows: Sequence[ChangesRow], before: str, after: str, name: str) -> str:
     """The share of objects found before and after, a line for each class or range of sizes."""
     if not rows:
         return ""
@@ -112,7 +113,7 @@ def found_chart(rows: Sequence[Mapping[str, Any]], before: str, after: str, name
         return themed(to_svg(figure), name)
 
 
-def errors_chart(errors: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def errors_chart(errors: Mapping[str, Mapping[str, ErrorCost]]) -> str:
     """What each kind of error costs each policy, in AP at IoU .5."""
     kinds = list(next(iter(errors.values()), {}))
     if not kinds:
@@ -156,7 +157,7 @@ def throughput_chart(throughput: Mapping[str, Sequence[Sequence[float]]]) -> str
         return themed(to_svg(figure), "Images finished over time")
 
 
-def cost_chart(policies: Mapping[str, Mapping[str, Any]]) -> str:
+def cost_chart(policies: Mapping[str, PolicyMetrics]) -> str:
     """Where the pixels and, if they were measured, the seconds of an image go."""
     pixels = {
         policy: {
@@ -267,7 +268,7 @@ def themed(svg: str, name: str) -> str:
 _PASSES = (0.5, 1, 2, 3, 5, 10, 20, 50, 100)
 
 
-def policy_plot(document: Mapping[str, Any]) -> str:
+def policy_plot(document: Metrics) -> str:
     """AP_small against detector passes per image (log), a point a policy.
 
     Where policies were compared with one of them, a bar goes over the middle 95 % of the paired bootstrap's
@@ -279,12 +280,13 @@ def policy_plot(document: Mapping[str, Any]) -> str:
     Returns:
         An SVG element, the same for the same figures; "" where no policy has an AP_small and a price.
     """
-    policies: Mapping[str, Mapping[str, Any]] = document["policies"]
     points = {
-        name: (float(row["detector_passes_per_image"]), float(row["AP_small"]))
-        for name, row in policies.items()
-        # Where all images failed nothing was paid.
-        if row.get("AP_small") is not None and not math.isnan(row["AP_small"]) and row["detector_passes_per_image"]
+        name: (float(row["detector_passes_per_image"]), float(ap_small))
+        for name, row in document["policies"].items()
+        # No passes: all images failed.
+        if (ap_small := row.get("AP_small")) is not None
+        and not math.isnan(ap_small)
+        and row["detector_passes_per_image"]
     }
     if not points:
         return ""
@@ -313,7 +315,7 @@ def policy_plot(document: Mapping[str, Any]) -> str:
         return to_svg(figure)
 
 
-def front_plot(rows: Sequence[Mapping[str, Any]], ceiling: float | None) -> str:
+def front_plot(rows: Sequence[TrialRow], ceiling: float | None) -> str:
     """AP_small against detector passes per image, a point for each trial that saw all images.
 
     Args:

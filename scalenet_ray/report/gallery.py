@@ -25,6 +25,7 @@ from scalenet_ray.data.coco import CocoDataset, ImageRecord, OpenImage, objects_
 from scalenet_ray.evaluation.compare import SMALL_AREA, are_new
 from scalenet_ray.evaluation.tide import KINDS, explain
 from scalenet_ray.runs.analysis import whole_passes
+from scalenet_ray.runs.documents import ImageChanges
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.results import detections_by_image
 
@@ -55,7 +56,7 @@ _SEEN_COLOUR = (230, 159, 0)
 _ByImage = Mapping[int, Detections]
 
 
-def choose_pictures(rows: Sequence[Mapping[str, Any]], policy: str, count: int) -> dict[int, str]:
+def choose_pictures(rows: Sequence[ImageChanges], policy: str, count: int) -> dict[int, str]:
     """Which images are worth a look: a third that gained most, a third that lost most, the others drawn by chance.
 
     Args:
@@ -67,7 +68,7 @@ def choose_pictures(rows: Sequence[Mapping[str, Any]], policy: str, count: int) 
         image id -> "gained", "lost" or "random", in this order.
     """
 
-    def change(row: Mapping[str, Any]) -> int:
+    def change(row: ImageChanges) -> int:
         """Objects gained less those lost."""
         _, gained, lost = row["by"][policy]
         return (gained or 0) - (lost or 0)

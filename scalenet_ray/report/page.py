@@ -1,11 +1,11 @@
-"""The page of a batch run: what it found, what that cost, and the pictures."""
+"""report.html of a batch run."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
 from typing import Any
 
+from scalenet_ray.core.detections import SHOWN_SCORE
 from scalenet_ray.evaluation.compare import closer_look_in_words
 from scalenet_ray.report.charts import (
     cost_chart,
@@ -26,11 +26,12 @@ from scalenet_ray.report.tables import (
     reads_truth,
     winner_of,
 )
+from scalenet_ray.runs.documents import Changes, Metrics, ReportDetails
 
 __all__ = ["render_report"]
 
-_MOST_CLASSES = 16
-_MOST_FOUND = 100
+_MAX_CHANGED_CLASSES = 16
+_MAX_FOUND_CLASSES = 100
 _POLICIES = "Every way to zoom, on the same images with the same frozen detector."
 _BEST = " The marked one finds most small objects without reading the ground truth."
 _ERRORS = (
@@ -47,24 +48,23 @@ _KEYS = (
 )
 
 
-def render_report(document: Mapping[str, Any], details: Mapping[str, Any] | None = None) -> str:
-    """The page of a run.
+def render_report(document: Metrics, details: ReportDetails | None = None) -> str:
+    """Render the report of a run.
 
     Args:
-        document: what metrics.json holds.
-        details: what analysis.json holds, with "pictures" (`PictureTask`), "files", "categories", "failures"
-            (`failures_section`) and "run" (`origin_section`) besides; None for the figures alone.
+        document: the content of metrics.json.
+        details: the other inputs; None for a report of metrics.json alone.
 
     Returns:
-        HTML, one file that fetches nothing.
+        HTML, self-contained in one file.
     """
-    details = details or {}
-    policies: Mapping[str, Mapping[str, Any]] = document["policies"]
+    details = details or {"shown_score": SHOWN_SCORE, "images": []}
+    policies = document["policies"]
     measured = any(is_known(row.get("AP_small")) for row in policies.values())
     winner = winner_of(policies)
     marked = winner is not None and measured and not reads_truth(winner, policies[winner])
     base = details.get("compared_with") or document.get("compared_with")
-    changes = details.get("changes", {}).get(winner)
+    changes = details.get("changes", {}).get(winner or "")
     head, rows = policy_rows(document)
     plot = policy_plot(document)
     plot_title = "AP of small objects against detector passes"
@@ -94,7 +94,7 @@ def render_report(document: Mapping[str, Any], details: Mapping[str, Any] | None
         section(
             "errors",
             "What goes wrong",
-            _ERRORS.format(score=details.get("shown_score", 0)),
+            _ERRORS.format(score=details["shown_score"]),
             _figure(errors_chart(details.get("errors", {}))),
         ),
         section(
@@ -118,30 +118,33 @@ def _pair(*svgs: str) -> str:
     return f'<div class="pair">{"".join(map(_figure, svgs))}</div>'
 
 
-def _lead(document: Mapping[str, Any], winner: str | None, base: str | None, details: Mapping[str, Any]) -> str:
+def _lead(document: Metrics, winner: str | None, base: str | None, details: ReportDetails) -> str:
+    """The paragraphs below the title, as HTML."""
     images = document["images"]
     parts = []
     if "found" in details:
         parts.append(f'<p class="lead">{_found_sentence(details, document, winner)}</p>')
-    row = document["policies"].get(winner, {})
-    if base and winner and base != winner and is_known(row.get("AP_small")):
-        before = document["policies"][base]
-        passes = row["detector_passes_per_image"]
-        reading = ", reading the ground truth," if reads_truth(winner, row) else ""
-        sentence = (
-            f"<b>{html.escape(winner)}</b>{reading} takes AP of small objects from {before['AP_small'] or 0:.1f} to "
-            f"<b>{row['AP_small']:.1f}</b>, for {passes:.2f} detector passes an image in place of "
-            f"{before['detector_passes_per_image']:.2f}."
-        )
-        parts.append(f'<p class="lead">{sentence}</p>')
+    if base and winner and base != winner:
+        before, after = document["policies"][base], document["policies"][winner]
+        ap_small = after.get("AP_small")
+        if ap_small is not None and is_known(ap_small):
+            reading = ", reading the ground truth," if reads_truth(winner, after) else ""
+            sentence = (
+                f"<b>{html.escape(winner)}</b>{reading} takes AP of small objects from "
+                f"{before.get('AP_small') or 0:.1f} to <b>{ap_small:.1f}</b>, for "
+                f"{after['detector_passes_per_image']:.2f} detector passes an image in place of "
+                f"{before['detector_passes_per_image']:.2f}."
+            )
+            parts.append(f'<p class="lead">{sentence}</p>')
     reason = " (failures.parquet names each with its reason)" if images["failed"] else ""
     state = f"{images['done']} of {images['total']} images done, {images['failed']} failed{reason}."
     parts.append(f'<p class="state{" bad" if images["failed"] else ""}">{state}</p>')
     return "".join([*parts, origin_line(details.get("run"))])
 
 
-def _found_sentence(details: Mapping[str, Any], document: Mapping[str, Any], policy: str | None) -> str:
-    """What a run without ground truth found, and what of it the whole images alone would not have given, as HTML."""
+def _found_sentence(details: ReportDetails, document: Metrics, policy: str | None) -> str:
+    """The boxes found without ground truth, and the difference from the whole images' passes, as HTML."""
+    assert "found" in details
     found, done = details["found"], document["images"]["done"]
     boxes = (
         f"<b>{found['boxes']}</b> boxes that score {details['shown_score']:g} or more, in {found['images']} of {done} "
@@ -160,8 +163,8 @@ def _no_whole_pass(policy: str | None) -> str:
     )
 
 
-def _found(details: Mapping[str, Any]) -> str:
-    """What was found, class by class, without ground truth."""
+def _found(details: ReportDetails) -> str:
+    """The section of the boxes found without ground truth, by class."""
     found = details.get("found")
     if not found or not found["by_class"]:
         return ""
@@ -174,11 +177,11 @@ def _found(details: Mapping[str, Any]) -> str:
             str(row["images"]),
             *([str(row[key]) for key in ("before", "new", "lost")] if known else []),
         ]
-        for row in found["by_class"][:_MOST_FOUND]
+        for row in found["by_class"][:_MAX_FOUND_CLASSES]
     ]
     head = ["class", "boxes", "images", *(["whole image alone", "new", "lost"] if known else [])]
-    left = len(found["by_class"]) - _MOST_FOUND
-    more = f" Of {len(found['by_class'])} classes the {_MOST_FOUND} most frequent." if left > 0 else ""
+    left = len(found["by_class"]) - _MAX_FOUND_CLASSES
+    more = f" Of {len(found['by_class'])} classes the {_MAX_FOUND_CLASSES} most frequent." if left > 0 else ""
     meant = (
         " New is what overlaps no box of its class by half that the pass over the whole image finds alone; lost is "
         "what only that pass finds."
@@ -190,30 +193,36 @@ def _found(details: Mapping[str, Any]) -> str:
 
 
 def _facts(
-    document: Mapping[str, Any],
+    document: Metrics,
     winner: str | None,
     base: str | None,
-    changes: Mapping[str, Any] | None,
-    details: Mapping[str, Any],
+    changes: Changes | None,
+    details: ReportDetails,
 ) -> str:
-    row = document["policies"].get(winner or "", {})
+    """The large figures at the top."""
+    row = document["policies"].get(winner or "")
     facts = []
-    interval = document.get("differences", {}).get(winner, {})
-    for figure, what in (
+    intervals = document.get("differences", {}).get(winner or "", {})
+    for metric, title in (
         ("AP_small", "AP of small objects"),
         ("AP", "AP of all objects"),
         ("AP_large", "AP of large objects"),
     ):
-        if is_known(row.get(figure)):
-            known = interval.get(figure)
+        value = row.get(metric) if row else None
+        if value is not None and is_known(value):
+            interval = intervals.get(metric)
             remark = (
-                f"{known['difference']:+.1f} to {base}  [{known['low']:+.1f}, {known['high']:+.1f}]" if known else ""
+                f"{interval['difference']:+.1f} to {base}  [{interval['low']:+.1f}, {interval['high']:+.1f}]"
+                if interval
+                else ""
             )
-            facts.append((f"{row[figure]:.1f}", what, remark))
+            facts.append((f"{value:.1f}", title, remark))
     if changes:
-        total = {key: sum(one[key] for one in changes["by_class"]) for key in ("objects", "before", "after")}
-        remark = f"{total['before']} without a closer look" if base != winner else ""
-        facts.append((f"{total['after']} of {total['objects']}", "small objects found", remark))
+        objects, before, after = (
+            sum(counts[key] for counts in changes["by_class"]) for key in ("objects", "before", "after")
+        )
+        remark = f"{before} without a closer look" if base != winner else ""
+        facts.append((f"{after} of {objects}", "small objects found", remark))
     found = details.get("found")
     if found:
         done = document["images"]["done"]
@@ -226,37 +235,39 @@ def _facts(
         facts.append((f"{row['detector_passes_per_image']:.2f}", "detector passes an image", f"policy {winner}"))
         if "images_per_second" in row:
             speed = row["images_per_second"]
-            short = speed is None or not is_known(speed)
-            facts.append(("\N{EN DASH}" if short else f"{speed:.1f}", "images a second", "too short to tell" * short))
+            measured = speed is not None and is_known(speed)
+            remark = "" if measured else "too short to tell"
+            facts.append((f"{speed:.1f}" if measured else "\N{EN DASH}", "images a second", remark))
     return cards(facts) if facts else ""
 
 
-def _changes(changes: Mapping[str, Any] | None, base: str | None, winner: str | None) -> str:
+def _changes(changes: Changes | None, base: str | None, winner: str | None) -> str:
+    """The section of the objects that the winner gained and lost."""
     if not changes or not base or not winner or base == winner:
         return ""
     classes = changes["by_class"]
-    left = len(classes) - _MOST_CLASSES
-    more = f" Of {len(classes)} classes the {_MOST_CLASSES} that gained most." if left > 0 else ""
+    left = len(classes) - _MAX_CHANGED_CLASSES
+    more = f" Of {len(classes)} classes the {_MAX_CHANGED_CLASSES} that gained most." if left > 0 else ""
     words = (
         f"Found by {html.escape(base)} and by {html.escape(winner)}: first by the side of the object in pixels, then "
         f"the small objects by class. Behind each line: gained, lost, and how many there are.{more}"
     )
     by_side = found_chart(changes["by_side"], base, winner, "Objects found by size")
-    by_class = found_chart(classes[:_MOST_CLASSES], base, winner, "Small objects found by class")
+    by_class = found_chart(classes[:_MAX_CHANGED_CLASSES], base, winner, "Small objects found by class")
     return section("changes", "Where objects were gained and lost", words, _pair(by_side, by_class))
 
 
-def _gallery(details: Mapping[str, Any]) -> str:
-    if not details.get("images"):
+def _gallery(details: ReportDetails) -> str:
+    if not details["images"]:
         return ""
     return section(
         "pictures", "Pictures", _KEYS, '<div id="gallery"><noscript>The pictures need JavaScript.</noscript></div>'
     )
 
 
-def _data(details: Mapping[str, Any], base: str | None, winner: str | None) -> dict[str, Any] | None:
-    """What report.js shows."""
-    if not details.get("images"):
+def _data(details: ReportDetails, base: str | None, winner: str | None) -> dict[str, Any] | None:
+    """The gallery's data, read by report.js."""
+    if not details["images"]:
         return None
     names = list(details["images"][0]["by"])
     return {

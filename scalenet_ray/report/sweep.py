@@ -10,6 +10,7 @@ from typing import Any
 from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.report.charts import MUTED, WARM, drawing, front_plot, label, quiet, themed, to_svg
 from scalenet_ray.report.html import cards, page, section, table
+from scalenet_ray.runs.documents import Interval, Metrics, PolicyMetrics, TrialRow
 
 __all__ = ["Contender", "contenders_of", "render_sweep", "sweep_verdict"]
 
@@ -30,15 +31,15 @@ class Contender:
 
     name: str
     is_start: bool
-    tuned: Mapping[str, Any] | None
-    reported: Mapping[str, Any] | None = None
-    difference: Mapping[str, float] | None = None
+    tuned: TrialRow | None
+    reported: PolicyMetrics | None = None
+    difference: Interval | None = None
 
 
 def contenders_of(
-    starts: Mapping[str, Mapping[str, Any] | None],
-    best: Mapping[str, Mapping[str, Any]],
-    document: Mapping[str, Any] | None = None,
+    starts: Mapping[str, TrialRow | None],
+    best: Mapping[str, TrialRow],
+    document: Metrics | None = None,
 ) -> list[Contender]:
     """The start beside the best.
 
@@ -137,7 +138,7 @@ def _how_sure(one: Contender, base: str, split: str) -> str:
 
 
 def render_sweep(
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[TrialRow],
     ceiling: float | None,
     contenders: Sequence[Contender] = (),
     splits: tuple[str, str] = ("", ""),
@@ -209,7 +210,7 @@ def _beside(contenders: Sequence[Contender], splits: tuple[str, str]) -> str:
     return table("The start beside the best", ["policy", *head, f"AP small to the start, {splits[1]}"], rows)
 
 
-def _facts(best: Sequence[Mapping[str, Any]]) -> str:
+def _facts(best: Sequence[TrialRow]) -> str:
     if not best:
         return ""
     row = max(best, key=lambda row: row["AP_small"])
@@ -222,7 +223,7 @@ def _facts(best: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _fields(complete: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> str:
+def _fields(complete: Sequence[TrialRow], best: Sequence[TrialRow], paths: Sequence[str]) -> str:
     varied = [path for path in paths if len({str(row["values"].get(path)) for row in complete}) > 1]
     if not varied:
         return ""
@@ -244,11 +245,11 @@ def _fields(complete: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, A
         return f"<figure>{themed(to_svg(figure), 'What each field came to')}</figure>"
 
 
-def _trials(rows: Sequence[Mapping[str, Any]], paths: Sequence[str], best: Sequence[Mapping[str, Any]]) -> str:
+def _trials(rows: Sequence[TrialRow], paths: Sequence[str], best: Sequence[TrialRow]) -> str:
     if not rows:
         return ""
 
-    def worth(row: Mapping[str, Any]) -> tuple[bool, float]:
+    def worth(row: TrialRow) -> tuple[bool, float]:
         """Trials that saw all images come first, then those that found most."""
         return (row["complete"], row["AP_small"] if row["AP_small"] == row["AP_small"] else -1.0)
 

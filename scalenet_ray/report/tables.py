@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from scalenet_ray.report.html import section, table
+from scalenet_ray.runs.documents import FailureList, Interval, Metrics, PolicyMetrics
 
 __all__ = [
     "failures_section",
@@ -35,7 +36,7 @@ _FIGURES = (
 )
 
 
-def winner_of(policies: Mapping[str, Mapping[str, Any]]) -> str | None:
+def winner_of(policies: Mapping[str, PolicyMetrics]) -> str | None:
     """The policy with the most AP_small that reads no ground truth; without figures the first; None of none.
 
     Where all read the ground truth it is one of those: ask `reads_truth`.
@@ -47,7 +48,7 @@ def winner_of(policies: Mapping[str, Mapping[str, Any]]) -> str | None:
     return max(honest, key=lambda name: _known(honest[name].get("AP_small")), default=None)
 
 
-def reads_truth(name: str, row: Mapping[str, Any]) -> bool:
+def reads_truth(name: str, row: PolicyMetrics) -> bool:
     """Whether a policy reads the ground truth: by its kind, whatever its name.
 
     Args:
@@ -66,27 +67,27 @@ def _known(value: float | None) -> float:
     return value if value is not None and is_known(value) else -1.0
 
 
-def policy_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def policy_rows(document: Metrics) -> tuple[list[str], list[list[str]]]:
     """The titles of the columns, and the cells of each policy as HTML.
 
     Args:
         document: what metrics.json holds; columns that no policy has are left out. The best of a column is bold; one
             that reads the ground truth says so, and is never the best.
     """
-    policies: Mapping[str, Mapping[str, Any]] = document["policies"]
+    policies = document["policies"]
     columns = [column for column in _FIGURES if any(column[1] in row for row in policies.values())]
     best = {
         key: max((_known(row.get(key)) for name, row in policies.items() if not reads_truth(name, row)), default=0.0)
         for _, key, _ in columns
         if key[0] == "A"
     }
-    differences: Mapping[str, Any] = document.get("differences") or {}
+    differences = document.get("differences") or {}
     widest = max(
         (abs(_known(one["AP_small"][end])) for one in differences.values() for end in ("low", "high")), default=0.0
     )
     head = ["policy", *(title for title, _, _ in columns)]
     if differences:
-        head.insert(2, f"AP small to {document['compared_with']}")
+        head.insert(2, f"AP small to {document.get('compared_with')}")
     rows = []
     for name, row in policies.items():
         knows = reads_truth(name, row)
@@ -104,7 +105,7 @@ def _cell(value: float | None, digits: int, best: float | None) -> str:
     return f"<b>{text}</b>" if best is not None and value == best else text
 
 
-def _interval(found: Mapping[str, float] | None, widest: float) -> str:
+def _interval(found: Interval | None, widest: float) -> str:
     """A difference with its 95 % interval in words and as a bar around zero."""
     if found is None or not all(is_known(found[end]) for end in ("low", "high")):
         return "\N{EN DASH}"
@@ -182,7 +183,7 @@ def _in_words(values: Mapping[str, Any] | None) -> str:
     return ", ".join(f"{name} {value}" for name, value in (values or {}).items() if value is not None)
 
 
-def failures_section(failures: Mapping[str, Any] | None) -> str:
+def failures_section(failures: FailureList | None) -> str:
     """The section of the images that were given up.
 
     Args:
@@ -198,7 +199,7 @@ def failures_section(failures: Mapping[str, Any] | None) -> str:
         [html.escape(str(one["reason"])), html.escape(str(one["stage"])), str(one["count"])]
         for one in failures["reasons"]
     ]
-    rows: Sequence[Mapping[str, Any]] = failures["rows"]
+    rows = failures["rows"]
     several = len({name for row in rows for name in row["policies"]}) > 1
     listed = [
         [

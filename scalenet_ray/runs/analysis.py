@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from scalenet_ray.data.schemas import detections_from_structs
 from scalenet_ray.evaluation.ap import match_results, precision_curves
 from scalenet_ray.evaluation.compare import are_new, found_and_lost, gained_and_lost, paired_intervals
 from scalenet_ray.evaluation.tide import Explained, error_breakdown, explain
+from scalenet_ray.runs.documents import ClassCounts, DetectionAnalysis, EvaluationAnalysis, FoundCounts, ImageChanges
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.results import detections_by_image
 from scalenet_ray.runs.summary import coco_results
@@ -37,7 +38,7 @@ _LISTED_IMAGES = 2000
 
 def analyse_run(
     run_uri: str, policies: Sequence[str], baseline: str, annotations: str, image_ids: Sequence[int], intervals: bool
-) -> dict[str, Any]:
+) -> EvaluationAnalysis:
     """Look through all policies' detections once.
 
     Args:
@@ -81,11 +82,11 @@ def _explain_all(run: RunFolder, policy: str, dataset: CocoDataset, image_ids: S
 
 def _image_rows(
     explained: Mapping[str, Sequence[Explained]], baseline: str, image_ids: Sequence[int]
-) -> list[dict[str, Any]]:
-    rows = []
+) -> list[ImageChanges]:
+    rows: list[ImageChanges] = []
     for i, image_id in enumerate(image_ids):
         before = explained[baseline][i]
-        by = {}
+        by: dict[str, list[int | None]] = {}
         for name, images in explained.items():
             gained, lost = found_and_lost(before, images[i], SHOWN_SCORE)
             by[name] = [int((images[i].found_at >= SHOWN_SCORE).sum()), int(gained.sum()), int(lost.sum())]
@@ -94,7 +95,7 @@ def _image_rows(
     return _most_changed(rows)
 
 
-def _most_changed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _most_changed(rows: list[ImageChanges]) -> list[ImageChanges]:
     """The rows that change most under any policy, in the images' order: all of COCO would be too long a page."""
     by_change = sorted(
         rows, key=lambda row: -max((gained or 0) + (lost or 0) for _, gained, lost in row["by"].values())
@@ -114,7 +115,7 @@ def whole_passes(run: RunFolder, policy: str) -> Iterator[tuple[int, Detections]
             yield image_id, detections_from_structs(boxes.as_py())
 
 
-def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> dict[str, Any]:
+def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> DetectionAnalysis:
     """What one policy found without ground truth, and what of that the whole image's pass alone would have found.
 
     A box is new if it overlaps none of that pass by half (`are_new`), and one of that pass is lost if no box of the
@@ -136,7 +137,7 @@ def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> d
     alone = dict(whole_passes(run, policy))
     found = {each: boxes[boxes.scores >= SHOWN_SCORE] for each, boxes in detections_by_image(run, policy)}
     counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
-    rows = []
+    rows: list[ImageChanges] = []
     for image_id in image_ids:
         after, before = found.get(image_id, Detections.empty()), alone.get(image_id)
         for label in np.unique(after.labels).tolist():
@@ -163,15 +164,17 @@ def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> d
             }
         )
     names = ("boxes", "images", "after", "before", "new", "lost")
-    by_class = [{"label": label, **{name: count[name] for name in names}} for label, count in counts.items()]
-    total = {name: sum(row[name] for row in by_class) for name in names}
-    total["images"] = sum(bool(row["by"][policy][0]) for row in rows)
+    by_class = [
+        cast(ClassCounts, {"label": label, **{name: count[name] for name in names}}) for label, count in counts.items()
+    ]
+    found_counts = {
+        **{name: sum(count[name] for count in counts.values()) for name in names},
+        "images": sum(bool(row["by"][policy][0]) for row in rows),
+        "compared": len(alone.keys() & set(image_ids)),
+        "by_class": sorted(by_class, key=lambda row: (-row["boxes"], row["label"])),
+    }
     return {
         "shown_score": SHOWN_SCORE,
         "images": _most_changed(rows),
-        "found": {
-            **total,
-            "compared": len(alone.keys() & set(image_ids)),
-            "by_class": sorted(by_class, key=lambda row: (-row["boxes"], row["label"])),
-        },
+        "found": cast(FoundCounts, found_counts),
     }

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import read_annotations, to_results, write_results
 from scalenet_ray.evaluation.ap import evaluate
+from scalenet_ray.runs.documents import FailureCount, PolicyCost
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.results import image_results
 
@@ -42,7 +43,7 @@ def write_policy_results(run_uri: str, policy: str, names: Sequence[str]) -> int
     return max(write_results(storage.join(run_uri, name), coco_results(run, policy)) for name in names)
 
 
-def policy_cost(run: RunFolder, policy: str) -> dict[str, Any]:
+def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
     """What one policy spent, from its finished images: means over the images that did not fail, and counts."""
     counting = run.counting(policy)
     guards: Counter[str] = Counter()
@@ -100,7 +101,7 @@ _NAMED = re.compile(r"""(?P<quote>['"]).*?(?P=quote)|\S*/\S*[^\s:;,)]""")
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
-def failure_counts(failures: pa.Table) -> list[dict[str, Any]]:
+def failure_counts(failures: pa.Table) -> list[FailureCount]:
     """Failed images by stage and kind of reason.
 
     Args:

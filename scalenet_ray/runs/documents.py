@@ -1,0 +1,273 @@
+"""Types of the documents that jobs write: metrics.json, analysis.json and the rows of a sweep."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+__all__ = [
+    "Changes",
+    "ChangesRow",
+    "ClassCounts",
+    "Curves",
+    "DetectionAnalysis",
+    "Differences",
+    "ErrorCost",
+    "EvaluationAnalysis",
+    "FailureCount",
+    "FailureList",
+    "FailureRow",
+    "FoundCounts",
+    "ImageChanges",
+    "ImageCounts",
+    "Interval",
+    "Metrics",
+    "PolicyCost",
+    "PolicyMetrics",
+    "ReportDetails",
+    "TrialRow",
+]
+
+
+class ImageCounts(TypedDict):
+    """Numbers of images of a run."""
+
+    total: int
+    done: int
+    failed: int
+
+
+class FailureCount(TypedDict):
+    """Failed images of one stage and reason; `example` is the file of one of them."""
+
+    stage: str
+    reason: str
+    count: int
+    example: NotRequired[str]
+
+
+class PolicyCost(TypedDict):
+    """Cost of a policy: means over the images that did not fail, busy seconds by stage, and counts."""
+
+    tiles_per_image: float
+    detector_passes_per_image: float
+    detector_megapixels_per_image: float
+    scalenet_megapixels_per_image: float
+    seconds_by_stage: dict[str, float]
+    guards: dict[str, int]
+    images_done: int
+    images_failed: int
+
+
+class PolicyMetrics(PolicyCost, total=False):
+    """One policy's row of metrics.json.
+
+    AP and AR are in percent, None or NaN where nothing was to be found, and missing without ground truth. `segm` holds
+    the same metrics for masks. `images_per_second` is None for a run too short to measure.
+    """
+
+    kind: str
+    AP: float | None
+    AP50: float | None
+    AP75: float | None
+    AP_small: float | None
+    AP_medium: float | None
+    AP_large: float | None
+    AR_1: float | None
+    AR_10: float | None
+    AR_100: float | None
+    AR_small: float | None
+    AR_medium: float | None
+    AR_large: float | None
+    segm: dict[str, float]
+    images_per_second: float | None
+    seconds: float | None
+
+
+class Interval(TypedDict):
+    """A difference from the baseline policy, with its paired bootstrap.
+
+    `low` and `high` are the 2.5th and 97.5th percentiles of the resampled differences; `above` is the share of them
+    above 0.
+    """
+
+    difference: float
+    low: float
+    high: float
+    above: float
+
+
+Differences = dict[str, dict[str, Interval]]
+"""Policy -> metric (AP, AP_small, AP_large) -> interval."""
+
+
+class ClassCounts(TypedDict):
+    """Boxes of one class found without ground truth.
+
+    `boxes` and `images` are over all images; `after`, `before`, `new` and `lost` over those whose whole pass is known.
+    """
+
+    label: int
+    boxes: int
+    images: int
+    after: int
+    before: int
+    new: int
+    lost: int
+
+
+class FoundCounts(TypedDict):
+    """Boxes found without ground truth, over all classes; `compared` counts the images whose whole pass is known."""
+
+    boxes: int
+    images: int
+    after: int
+    before: int
+    new: int
+    lost: int
+    compared: int
+    by_class: list[ClassCounts]
+
+
+class Metrics(TypedDict):
+    """metrics.json.
+
+    `compared_with` and `differences` are written by evaluations that measured intervals, `categories` and `found` by
+    detection runs.
+    """
+
+    images: ImageCounts
+    failures: list[FailureCount]
+    policies: dict[str, PolicyMetrics]
+    compared_with: NotRequired[str]
+    differences: NotRequired[Differences]
+    categories: NotRequired[dict[int, str]]
+    found: NotRequired[FoundCounts]
+
+
+class Curves(TypedDict):
+    """Precision in percent at the 101 recalls 0, .01, ... 1: at IoU .5, and the mean over IoU .5 to .95."""
+
+    iou50: list[float]
+    mean: list[float]
+
+
+class ErrorCost(TypedDict):
+    """Number of errors of one kind, and the AP at IoU .5 that correcting them alone would add."""
+
+    count: int
+    cost: float
+
+
+class ChangesRow(TypedDict):
+    """Objects of one class or range of sizes: how many there are, and how many two policies find."""
+
+    name: str
+    objects: int
+    before: int
+    after: int
+    gained: int
+    lost: int
+
+
+class Changes(TypedDict):
+    """Objects gained and lost: small objects by class, all objects by side."""
+
+    by_class: list[ChangesRow]
+    by_side: list[ChangesRow]
+
+
+class ImageChanges(TypedDict):
+    """One image in the report's gallery; `by` maps a policy to [found, gained, lost], None where unknown."""
+
+    id: int
+    objects: int
+    labels: list[int]
+    by: dict[str, list[int | None]]
+
+
+class EvaluationAnalysis(TypedDict):
+    """analysis.json of an evaluation; all but `shown_score`, `compared_with` and `images` are by policy.
+
+    `throughput` holds [seconds since the policy began, images done] in order.
+    """
+
+    shown_score: float
+    compared_with: str
+    differences: Differences
+    curves: dict[str, dict[str, Curves]]
+    errors: dict[str, dict[str, ErrorCost]]
+    changes: dict[str, Changes]
+    images: list[ImageChanges]
+    throughput: NotRequired[dict[str, list[list[float]]]]
+
+
+class DetectionAnalysis(TypedDict):
+    """analysis.json of a run without ground truth."""
+
+    shown_score: float
+    found: FoundCounts
+    images: list[ImageChanges]
+    throughput: NotRequired[dict[str, list[list[float]]]]
+
+
+class FailureRow(TypedDict):
+    """One failed image with one reason, and the policies that it failed under."""
+
+    file: str
+    stage: str
+    reason: str
+    policies: list[str]
+
+
+class FailureList(TypedDict):
+    """Failed images in the report: `total` images, `listed` pairs of image and reason, the first of these in `rows`."""
+
+    total: int
+    listed: int
+    reasons: list[FailureCount]
+    rows: list[FailureRow]
+
+
+class ReportDetails(TypedDict):
+    """Input of report.html besides metrics.json: analysis.json's fields, and the last five of the run itself.
+
+    `pictures` are `PictureTask`'s, `files` maps an image id to its file, `run` is config.yaml with "finished" (date and
+    time) and "resumed" (bool).
+    """
+
+    shown_score: float
+    images: list[ImageChanges]
+    compared_with: NotRequired[str]
+    differences: NotRequired[Differences]
+    curves: NotRequired[dict[str, dict[str, Curves]]]
+    errors: NotRequired[dict[str, dict[str, ErrorCost]]]
+    changes: NotRequired[dict[str, Changes]]
+    found: NotRequired[FoundCounts]
+    throughput: NotRequired[dict[str, list[list[float]]]]
+    pictures: NotRequired[list[dict[str, Any]]]
+    files: NotRequired[dict[int, str]]
+    categories: NotRequired[dict[int, str]]
+    failures: NotRequired[FailureList]
+    run: NotRequired[dict[str, Any]]
+
+
+class TrialRow(TypedDict):
+    """One trial of a sweep.
+
+    `values` maps a field's path to the value tried; metrics are NaN for a trial that failed before it measured any.
+    `complete` is true if the trial saw all images.
+    """
+
+    trial: str
+    values: dict[str, Any]
+    AP: float
+    AP_small: float
+    AP_large: float
+    passes: float
+    score: float
+    images: float
+    images_failed: float
+    hits: float
+    misses: float
+    complete: bool
+    error: str | None
