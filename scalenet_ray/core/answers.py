@@ -1,7 +1,7 @@
-"""What a detector answers, in any of the forms that detectors have, checked and taken for what it is.
+"""Validation of a detector's output, in any of the forms that detectors return.
 
-What is wrong in the answer to one tile is a `TileError`: it costs that image alone. Another number of answers than of
-tiles is a `UserError`: no answer can then be told to be of a tile.
+An invalid answer to one tile is a `TileError`: only that image fails. A number of answers other than the number of
+tiles is a `UserError`: answers cannot then be assigned to tiles.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ __all__ = [
 ]
 
 ANSWERED_WRONGLY = "the detector answered a tile wrongly"
-"""How the reason begins of a tile that is given up for that."""
+"""Prefix of the failure reason of a tile whose answer is invalid."""
 
 _RAISED = "the detector raised"
 
 MOST_FAILED = 32
-"""Images that a detector may fail on, one after the other from the first on, until it is taken to fail on all."""
+"""Number of failed images, from the first on without a success, after which a run ends."""
 
 _PARTS = ("boxes", "scores", "labels", "masks")
 _ROUNDING = 1e-3
-"""By so much a score may exceed [0, 1]: a half-precision network's rounding."""
-_LEAST_SIDE = 32
-"""Of tiles in which boxes that all lie in the first pixel are shares of the sides, and no objects."""
+"""Tolerance of scores beyond [0, 1], for the rounding of half precision."""
+_MIN_SIDE_IN_PIXELS = 32
+"""Shorter side of a tile from which on boxes that all lie within one pixel are taken for relative coordinates."""
 _SHOWN = 5
-_MOST_CHARACTERS = 300
+_MAX_CHARACTERS = 300
 
 
 def answered_wrongly(error: ValueError) -> TileError:
-    """Why a tile is given up whose answer is not what it must be."""
+    """Return the failure of a tile with an invalid answer."""
     return TileError(f"{ANSWERED_WRONGLY}: {error}")
 
 
 def raised(error: BaseException) -> TileError:
-    """Why a tile is given up on which the detector raised an exception, in one line."""
+    """Return the failure of a tile on which the detector raised an exception, in one line."""
     try:
         text = " ".join(str(error).split())
-    except Exception:  # The text is made by whoever wrote the exception.
+    except Exception:  # An exception's own __str__ may raise.
         text = ""
-    text = text.encode("utf-8", "replace").decode()[:_MOST_CHARACTERS]
+    text = text.encode("utf-8", "replace").decode()[:_MAX_CHARACTERS]
     return TileError(f"{_RAISED} {type(error).__name__}" + (f": {text}" if text else ""))
 
 
 class RaisedOn:
-    """Counts the images on which the detector raised an exception or answered wrongly, among those that it has met.
+    """Counter of the images on which the detector raised an exception or returned an invalid answer.
 
     Attributes:
-        images: those that it has met.
-        raised: those that were given up for that.
-        reason: of the last of them.
+        images: number of images processed.
+        raised: number of images that failed for this cause.
+        reason: reason of the last such failure.
     """
 
     def __init__(self) -> None:
@@ -74,37 +74,37 @@ class RaisedOn:
         self.reason = ""
 
     def add(self, failure_reason: str | None) -> None:
-        """Take in an image that the detector has met, and why it was given up, if it was."""
+        """Count an image, with the reason of its failure or None."""
         self.images += 1
         if failure_reason is not None and failure_reason.startswith((_RAISED, ANSWERED_WRONGLY)):
             self.raised += 1
             self.reason = failure_reason
 
     def all_of_the_first(self, *, no_more: bool) -> bool:
-        """Whether it failed on every one of the first images, as many as tell, or as there are if no more come."""
+        """Return True once the first `MOST_FAILED` images have all failed, or all images if `no_more` follow."""
         return 0 < self.raised == self.images and (self.images == MOST_FAILED or no_more)
 
 
 def fails_on_all(reason: str, images: int) -> UserError:
-    """What ends a run whose first images were all given up for what the detector does.
+    """Return the error that ends a run whose first images all failed in the detector.
 
     Args:
-        reason: why, of one of them.
-        images: how many they are.
+        reason: reason of one of the failures.
+        images: number of images.
     """
     which = "the only image" if images == 1 else f"each of the first {images} images"
     return UserError(f"{reason}: so on {which}, and the run ends; correct the detector, or choose another one")
 
 
 def listed_answers(answers: Any, tiles: int) -> list[Any]:
-    """The answers of one call as a list, as many as tiles.
+    """Return the answers of one call as a list.
 
     Args:
-        answers: what the detector gave: a list, a tuple or an iterator.
-        tiles: how many tiles it was given.
+        answers: the detector's output: a list, a tuple or an iterator.
+        tiles: number of tiles passed to it.
 
     Raises:
-        UserError: if it is something else, or the number differs.
+        UserError: if the type is another, or the number of answers differs from `tiles`.
     """
     if not isinstance(answers, list | tuple | Iterator):
         msg = f"the detector must answer with a list, an answer for each tile, got {type(answers).__name__}"
@@ -120,17 +120,17 @@ def listed_answers(answers: Any, tiles: int) -> list[Any]:
 
 
 def checked_answer(answer: Any, hw: tuple[int, int], class_ids: np.ndarray) -> Detections | TileError:
-    """The answer to one tile, boxes clipped to the tile; boxes of which nothing lies in the tile are dropped.
+    """Validate the answer to one tile; clip its boxes to the tile and drop those outside.
 
     Args:
         answer: `Detections`, a `TileError`, or (boxes, scores, labels) with or without masks, as a tuple, a list or a
             dict of these names. Boxes are [N, 4] xyxy in tile pixels; masks are run lengths (pycocotools' compressed
-            `counts`, or its whole dict), or [N, h, w] of truth values.
+            `counts`, or its dict), or [N, h, w] boolean.
         hw: (height, width) of the tile.
-        class_ids: [C] int64, what labels may be.
+        class_ids: [C] int64, valid labels.
 
     Returns:
-        The same as `Detections`, or why there are none.
+        The detections, or the tile's failure.
     """
     if isinstance(answer, TileError):
         return answer
@@ -142,13 +142,13 @@ def checked_answer(answer: Any, hw: tuple[int, int], class_ids: np.ndarray) -> D
         refused = reject_nan(found)
         if isinstance(refused, TileError):
             return refused
-        return _in_tile(_with_fair_scores(_with_known_labels(found, class_ids)), hw)
+        return _clipped(_with_valid_scores(_with_known_labels(found, class_ids)), hw)
     except ValueError as error:
         return answered_wrongly(error)
 
 
 def _parts(answer: Any) -> tuple[Any, Any, Any, Any]:
-    """Boxes, scores, labels and masks, or None for these."""
+    """Split an answer into boxes, scores, labels, and masks or None."""
     if isinstance(answer, Detections):
         return answer.boxes, answer.scores, answer.labels, answer.masks
     if isinstance(answer, Mapping):
@@ -177,7 +177,7 @@ def _with_known_labels(found: Detections, class_ids: np.ndarray) -> Detections:
     return found
 
 
-def _with_fair_scores(found: Detections) -> Detections:
+def _with_valid_scores(found: Detections) -> Detections:
     scores = found.scores
     if not len(scores) or (scores.min() >= 0 and scores.max() <= 1):
         return found
@@ -189,14 +189,15 @@ def _with_fair_scores(found: Detections) -> Detections:
     return found.with_scores(np.clip(scores, 0, 1))
 
 
-def _in_tile(found: Detections, hw: tuple[int, int]) -> Detections:
+def _clipped(found: Detections, hw: tuple[int, int]) -> Detections:
+    """Check the convention of the boxes and clip them to the tile."""
     boxes, ends = found.boxes, np.array([hw[1], hw[0]] * 2, np.float32)
     inverted = (boxes[:, 2:] < boxes[:, :2] - 1).any(axis=1)
     if inverted.any():
         first = boxes[inverted][0].round(1).tolist()
         msg = f"boxes must be [x0, y0, x1, y1] with x0 <= x1 and y0 <= y1, got {first}: is it [x, y, width, height]?"
         raise ValueError(msg)
-    if len(boxes) and boxes.max() <= 1 and min(hw) >= _LEAST_SIDE and (boxes % 1).any():
+    if len(boxes) and boxes.max() <= 1 and min(hw) >= _MIN_SIDE_IN_PIXELS and (boxes % 1).any():
         msg = f"boxes must be in pixels of the tile, got none above {boxes.max():g}: multiply shares by its sides"
         raise ValueError(msg)
     if ((boxes >= 0) & (boxes <= ends)).all() and (boxes[:, :2] < boxes[:, 2:]).all():
@@ -206,7 +207,7 @@ def _in_tile(found: Detections, hw: tuple[int, int]) -> Detections:
 
 
 def _masks(masks: Any, count: int, hw: tuple[int, int]) -> tuple[bytes, ...]:
-    """Run lengths of N masks of a tile."""
+    """Convert N masks of a tile to run lengths."""
     if not isinstance(masks, list | tuple):
         array = as_numbers(masks, "masks")
         if array.shape[:1] != (count,) or (count and array.shape[1:] != hw):

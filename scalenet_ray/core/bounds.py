@@ -1,4 +1,4 @@
-"""What the number of a setting may be, said beside its field: `limit: Annotated[int, ONE_OR_MORE]`."""
+"""Ranges of numeric settings, as annotations of their fields: `limit: Annotated[int, ONE_OR_MORE]`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Bounds:
     """A range of numbers.
 
     Attributes:
-        text: how a message says it.
-        low: the least.
-        high: the most.
-        includes_low: whether `low` itself is in it.
+        text: the range in words, for error messages.
+        low: lower bound.
+        high: upper bound, inclusive.
+        includes_low: whether `low` is inclusive.
     """
 
     text: str
@@ -25,13 +25,13 @@ class Bounds:
     includes_low: bool = True
 
     def __contains__(self, value: float) -> bool:
-        """Whether a number is finite and in the range."""
+        """Return True if a number is finite and in the range."""
         above = value >= self.low if self.includes_low else value > self.low
         return above and value <= self.high and abs(value) != math.inf
 
 
 ANY_NUMBER = Bounds("a number of 0 or more")
-"""Of a setting that says nothing else."""
+"""The range of settings without an annotation."""
 
 ONE_OR_MORE = Bounds("1 or more", low=1.0)
 ABOVE_ZERO = Bounds("a number above 0", includes_low=False)

@@ -1,4 +1,4 @@
-"""Detections, and what the work on a tile and on an image came to: boxes, cost, failure."""
+"""Detections, and the results of tiles and images: boxes, cost, failure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 SHOWN_SCORE = 0.3
-"""Boxes that score less are not drawn, and do not count where objects are counted as found."""
+"""Minimum score of the boxes that are drawn, and of those that count as found in counts of objects."""
 
 
 _LARGEST = np.finfo(np.float32).max
@@ -30,20 +30,20 @@ _LARGEST_LABEL = 2.0**53
 
 
 def as_numbers(values: object, name: str) -> np.ndarray:
-    """Numbers in any of the usual forms -> an array: nested lists, numpy's of any type, torch's on any device.
+    """Convert numbers to a numpy array: nested lists, numpy arrays of any type, torch tensors on any device.
 
     Args:
         values: the numbers.
-        name: what messages call them.
+        name: their name in error messages.
 
     Raises:
-        ValueError: if they are none, or rows differ in length.
+        ValueError: if `values` is not numeric, or rows differ in length.
     """
     try:
         array = np.asarray(_without_torch(values))
         if array.dtype == object and all(isinstance(value, int | float) for value in array.flat):
-            array = array.astype(np.float64)  # Whole numbers longer than any of numpy's.
-    except Exception as error:  # Whatever an object raises that says it is an array.
+            array = array.astype(np.float64)  # Integers beyond 64 bits.
+    except Exception as error:  # The array protocol of a foreign object may raise anything.
         msg = f"{name} must be an array of numbers, got {type(values).__name__}: {error}"
         raise ValueError(msg) from error
     if array.dtype.kind in "biuf":
@@ -59,14 +59,14 @@ def _without_torch(values: Any) -> Any:
         return values
     if isinstance(values, list | tuple):
         return [_without_torch(value) for value in values]
-    if hasattr(values, "detach"):  # torch is not imported here. numpy has no bfloat16.
+    if hasattr(values, "detach"):  # A torch tensor, detected without importing torch. numpy has no bfloat16.
         values = values.detach().cpu()
         return (values.double() if values.is_floating_point() else values).numpy()
     return values
 
 
 def _as_boxes(values: object) -> np.ndarray:
-    """[N, 4] float32; finite numbers that float32 does not reach are taken to its ends."""
+    """Convert to [N, 4] float32; finite numbers beyond float32's range are clipped to it."""
     if isinstance(values, np.ndarray) and values.dtype == np.float32:
         boxes = values
     else:
@@ -84,7 +84,8 @@ def _as_boxes(values: object) -> np.ndarray:
     return boxes
 
 
-def _rows(values: object, dtype: type, name: str, count: int) -> np.ndarray:
+def _as_column(values: object, dtype: type, name: str, count: int) -> np.ndarray:
+    """Convert to [count] of `dtype`."""
     array = values if isinstance(values, np.ndarray) and values.dtype == dtype else as_numbers(values, name)
     if array.shape != (count,):
         if count == 0 and array.size == 0:
@@ -102,24 +103,22 @@ def _rows(values: object, dtype: type, name: str, count: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """Boxes with scores and labels, from numbers in any of the usual forms (see `as_numbers`).
+    """Boxes with scores and labels, converted from any form that `as_numbers` accepts.
 
-    None at all is kept as [0, 4], and may be given as [].
+    Without boxes, the shape of `boxes` is [0, 4]; [] is accepted.
 
     Attributes:
-        boxes: [N, 4] float32 xyxy; which frame is said where they are made (a detector's are in
-            tile pixels, everything else's in image pixels).
+        boxes: [N, 4] float32 xyxy, a detector's in tile pixels, all others in image pixels.
         scores: [N] float32 in [0, 1].
-        labels: [N] int64, category ids (a detector's own class ids until they are mapped).
-        depth: [N] int64, how often the image was zoomed into to find the box; zeros by default.
-        windows: [N, 4] int64 xyxy, the window that each was found in, in image pixels; zeros until
-            a detection is carried to its image.
-        masks: N run-length encodings (pycocotools' compressed `counts`) of the object inside its
-            tile, or after carrying back inside its window; None if the detector gives no masks.
+        labels: [N] int64 category ids (the detector's own class ids until they are mapped).
+        depth: [N] int64, depth of the tile that the box was found in; zeros by default.
+        windows: [N, 4] int64 xyxy, window of that tile in image pixels; zeros until the boxes are mapped to the image.
+        masks: N run-length encodings (pycocotools' compressed `counts`) on the tile, or on its window once mapped to
+            the image; None if the detector returns no masks.
 
     Raises:
-        ValueError: if the shapes differ, a box, a score or a mask is missing, labels are not whole, or something is
-            no number.
+        ValueError: if shapes differ, a box, score or mask is missing, labels are not integers, or a value is not a
+            number.
     """
 
     boxes: np.ndarray
@@ -134,10 +133,10 @@ class Detections:
         count = len(boxes)
         set_ = object.__setattr__
         set_(self, "boxes", boxes)
-        set_(self, "scores", _rows(self.scores, np.float32, "scores", count))
-        set_(self, "labels", _rows(self.labels, np.int64, "labels", count))
+        set_(self, "scores", _as_column(self.scores, np.float32, "scores", count))
+        set_(self, "labels", _as_column(self.labels, np.int64, "labels", count))
         depth = np.zeros(count, np.int64) if self.depth is None else self.depth
-        set_(self, "depth", _rows(depth, np.int64, "depth", count))
+        set_(self, "depth", _as_column(depth, np.int64, "depth", count))
         windows = np.zeros((count, 4), np.int64) if self.windows is None else np.asarray(self.windows, np.int64)
         if windows.shape != (count, 4):
             msg = f"windows must be [{count}, 4] xyxy, got shape {list(windows.shape)}"
@@ -153,7 +152,7 @@ class Detections:
         return len(self.boxes)
 
     def __getitem__(self, index: np.ndarray) -> Detections:
-        """Those at `index`: [M] int positions or [N] bool."""
+        """Select detections by [M] int positions or an [N] bool mask."""
         index = np.asarray(index)
         if index.dtype == bool:
             index = np.flatnonzero(index)
@@ -167,7 +166,7 @@ class Detections:
         )
 
     def with_scores(self, scores: np.ndarray) -> Detections:
-        """The same boxes with other scores, [N] float32."""
+        """Return a copy with other scores, [N] float32."""
         return replace(self, scores=scores)
 
     @property
@@ -178,12 +177,12 @@ class Detections:
 
     @classmethod
     def empty(cls, *, with_masks: bool = False) -> Detections:
-        """No detections: boxes of shape [0, 4]."""
+        """Return zero detections: boxes of shape [0, 4]."""
         return cls(np.zeros((0, 4)), np.zeros(0), np.zeros(0), masks=() if with_masks else None)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Detections]) -> Detections:
-        """All detections of `parts`, in order; masks are kept if every part that has boxes has them."""
+        """Concatenate detections in order; masks are kept if every non-empty part has them."""
         parts = [part for part in parts if len(part)]
         if not parts:
             return cls.empty()
@@ -201,7 +200,7 @@ class Detections:
 
 
 class Failure(NamedTuple):
-    """Why an image was given up: the stage it happened in (read, look, detect) and the reason."""
+    """The stage in which an image failed (read, look, detect), and the reason."""
 
     stage: str
     reason: str
@@ -209,18 +208,18 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TileResult:
-    """What one tile's work came to.
+    """Result of one tile.
 
     Attributes:
-        image_id: the image.
-        path: the tile's path; (image_id, path) is its identity.
-        credit: its share of the image; an image is complete when its tiles' credits sum to 1.
-        detections: in image pixels, filtered by size and window edge; empty for a tile that was only looked at.
-        failure: set if the tile could not be worked on.
-        look_pixels: pixels that Scale Net computed for it.
-        detector_pixels: pixels that the detector computed for it.
-        detector_passes: the same over the pixels of a whole image at the detector's own side.
-        guards: the limits that acted on it.
+        image_id: id of the image.
+        path: the tile's path; (image_id, path) identifies the tile.
+        credit: the tile's share of the image; an image is complete when the credits of its tiles sum to 1.
+        detections: in image pixels, filtered by size and window edge; empty for a tile without a detector pass.
+        failure: set if the tile failed.
+        look_pixels: number of pixels computed by Scale Net.
+        detector_pixels: number of pixels computed by the detector.
+        detector_passes: `detector_pixels` over the pixels of a whole image at the detector's input side.
+        guards: names of the limits hit.
         image_hw: (height, width) of the image, in image pixels; None if it could not be opened.
     """
 
@@ -238,23 +237,22 @@ class TileResult:
 
 @dataclass(frozen=True, eq=False)
 class ImageResult:
-    """What one image's work came to.
+    """Result of one image.
 
     Attributes:
-        image_id: the image.
-        detections: merged, in image pixels, the best first; empty if the image failed: a part of the
-            answer must not pass for the whole.
-        failure: the first failure in order of the tiles' paths, or None.
-        tiles: tiles looked at or detected.
-        look_pixels: pixels that Scale Net computed.
-        detector_pixels: pixels that the detector computed.
-        detector_passes: the same in passes over a whole image at the detector's own side.
-        guards: how often each limit acted.
+        image_id: id of the image.
+        detections: merged, in image pixels, by descending score; empty if the image failed, so that partial results do
+            not pass for complete ones.
+        failure: the first failure in the order of the tiles' paths, or None.
+        tiles: number of tiles that Scale Net or the detector processed.
+        look_pixels: number of pixels computed by Scale Net.
+        detector_pixels: number of pixels computed by the detector.
+        detector_passes: `detector_pixels` over the pixels of a whole image at the detector's input side.
+        guards: number of times each limit was hit.
         image_hw: (height, width) of the image, in image pixels; None if it could not be opened.
-        tiles_by_depth: how many of `tiles` there are of each depth.
-        whole_pass: what the pass over the whole image finds alone, merged by itself as policy `whole` does, in image
-            pixels and without masks: boxes that score `SHOWN_SCORE` or more. None where there was no such pass, or the
-            image failed.
+        tiles_by_depth: depth -> number of tiles.
+        whole_pass: detections of the pass over the whole image alone, merged as by policy `whole`, in image pixels,
+            without masks, scores of at least `SHOWN_SCORE`. None without such a pass, or if the image failed.
     """
 
     image_id: int

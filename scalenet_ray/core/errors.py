@@ -1,4 +1,4 @@
-"""Errors: what a user can correct, what costs one image alone, a batch that is too large, and a worker's bug."""
+"""Exceptions: user errors, failures of one image, out of memory, and bugs in a worker."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ __all__ = ["OutOfMemoryError", "TileError", "UserError", "WorkerError"]
 
 
 class UserError(ValueError):
-    """An argument, a setting, a file or a detector that the user can correct; jobs print it in one line, no trace.
+    """An error in an argument, a setting, a file or a detector that the user can correct.
 
-    The message says what was wanted, what was given, and what to do. Any other exception is a bug and keeps its trace.
+    Jobs print it in one line without a traceback. The message states what was expected, what was given, and what to do.
+    Any other exception is a bug and keeps its traceback.
     """
 
 
 class TileError(UserError):
-    """One image or tile cannot be worked on: it is named, counted and left out; the run goes on.
+    """A failure of one image or tile: it is recorded and skipped, and the run goes on.
 
-    Raised for what data can cause (a truncated JPEG, NaN from a network), never for a bug: any
-    other exception ends the run with its message.
+    Raised for causes in the data (a truncated JPEG, NaN from a network), never for a bug: any other exception ends the
+    run.
 
     Attributes:
-        reason: what was wanted, what came and what to do, in one line.
+        reason: what was expected, what was given and what to do, in one line.
     """
 
     def __init__(self, reason: str) -> None:
@@ -28,23 +29,23 @@ class TileError(UserError):
 
 
 class OutOfMemoryError(Exception):
-    """A batch did not fit its device's memory; a smaller one may. Networks raise it, whatever library they are of."""
+    """A batch did not fit into the device's memory; raised by networks of any library."""
 
 
 class WorkerError(RuntimeError):
-    """A bug that showed in a worker process, whose own trace is of more use than the driver's.
+    """A bug in a worker process.
 
     The message is the exception in one line, e.g. `KeyError: 'x' in a worker`.
 
     Attributes:
-        trace: the worker's, as text of many lines.
+        trace: the worker's traceback.
     """
 
     def __init__(self, message: str, trace: str) -> None:
-        # Both as arguments, so that it can be pickled.
+        # Pickling passes `args` to the constructor.
         super().__init__(message, trace)
         self.trace = trace
 
     def __str__(self) -> str:
-        """The message alone."""
+        """The message, without the traceback."""
         return self.args[0]

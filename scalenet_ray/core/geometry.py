@@ -1,9 +1,8 @@
-"""Windows of an image, tiles cut from them, and the way between the two frames.
+"""Windows, tiles, boxes, and the mapping between image and tile coordinates.
 
-Pixel (i, j) covers [j, j + 1) x [i, i + 1). Boxes are xyxy. A *window* is a rectangle of whole
-image pixels; a *tile* is that window resampled to `height` x `width` pixels, as a recipe without
-pixels. The zoom is always computed from the rounded sizes, never from the nominal ratio, so that
-image -> tile -> image is the identity.
+Pixel (i, j) covers [j, j + 1) x [i, i + 1). Boxes are xyxy. A *window* is a rectangle of whole image pixels. A *tile*
+describes that window resampled to `height` x `width` pixels; it holds no pixels. The zoom is computed from the rounded
+sizes, never from the nominal ratio, so that image -> tile -> image is the identity.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A rectangle of an image: int image pixels, half open, [x0, x1) x [y0, y1).
+    """A rectangle of an image in integer image pixels, half open: [x0, x1) x [y0, y1).
 
     Raises:
-        ValueError: if it is empty or starts left of or above the image.
+        ValueError: if it is empty or a coordinate is negative.
     """
 
     x0: int
@@ -55,27 +54,27 @@ class Window:
 
     @property
     def width(self) -> int:
-        """Image pixels from left to right."""
+        """Width in image pixels."""
         return self.x1 - self.x0
 
     @property
     def height(self) -> int:
-        """Image pixels from top to bottom."""
+        """Height in image pixels."""
         return self.y1 - self.y0
 
     @property
     def area(self) -> int:
-        """Image pixels inside."""
+        """Area in image pixels."""
         return self.width * self.height
 
     @property
     def xyxy(self) -> tuple[int, int, int, int]:
-        """The four corners' coordinates, (x0, y0, x1, y1)."""
+        """The coordinates (x0, y0, x1, y1)."""
         return (self.x0, self.y0, self.x1, self.y1)
 
 
 class AreaRange(NamedTuple):
-    """The box areas that a tile's detections may have: image pixels squared, low <= area < high."""
+    """A range of box areas in square image pixels: low <= area < high."""
 
     low: float
     high: float
@@ -86,18 +85,18 @@ ANY_AREA = AreaRange(0.0, math.inf)
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A recipe for pixels: which window of which image, resampled to which size.
+    """A window of an image and the size that it is resampled to.
 
     Attributes:
         image_id: the image's id in its data set.
-        path: () for the whole image, (0,) for its first child, (0, 2) for that one's third child.
-            (image_id, path) is the tile's identity.
+        path: position in the recursion: () for the whole image, (0,) for its first child, (0, 2) for the third child
+            of that. (image_id, path) identifies the tile.
         image_hw: (height, width) of the image, in image pixels.
-        window: the rectangle it is cut from, in image pixels.
-        height: tile pixels from top to bottom.
-        width: tile pixels from left to right.
-        valid_area: the areas (image pixels squared) of the boxes that this tile is there to find.
-        window_budget: how many windows may still be cut from this tile and all that comes from it.
+        window: the window of the image.
+        height: height in tile pixels.
+        width: width in tile pixels.
+        valid_area: areas of the boxes kept from this tile, in square image pixels.
+        window_budget: number of windows that may still be cut from this tile and its descendants.
     """
 
     image_id: int
@@ -119,28 +118,28 @@ class Tile:
 
     @property
     def depth(self) -> int:
-        """How often the image was zoomed into: 0 for the whole image."""
+        """Depth in the recursion: 0 for the whole image."""
         return len(self.path)
 
     @property
     def zoom_xy(self) -> tuple[float, float]:
-        """Tile pixels for one image pixel, along x and along y, from the rounded sizes."""
+        """Tile pixels per image pixel along x and y, from the rounded sizes."""
         return (self.width / self.window.width, self.height / self.window.height)
 
 
 def fit_longer_side(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) scaled so that the longer is `side`, rounded down and at least 1."""
-    # In whole numbers: height * (side / height) may lie below `side`.
+    """Scale (height, width) so that the longer side is `side`; the other is rounded down, to at least 1."""
+    # Integer arithmetic: in floating point, height * (side / height) may be below `side`.
     longer = max(height, width)
     return (max(1, height * side // longer), max(1, width * side // longer))
 
 
 def boxes_to_image(boxes_in_tile: np.ndarray, tile: Tile) -> np.ndarray:
-    """Carry boxes from a tile's frame to its image's.
+    """Map boxes from tile to image coordinates.
 
     Args:
         boxes_in_tile: [N, 4] xyxy, in tile pixels.
-        tile: the tile they were found in.
+        tile: the tile.
 
     Returns:
         [N, 4] float32 xyxy, in image pixels.
@@ -152,14 +151,14 @@ def boxes_to_image(boxes_in_tile: np.ndarray, tile: Tile) -> np.ndarray:
 
 
 def boxes_to_tile(boxes: np.ndarray, tile: Tile) -> np.ndarray:
-    """Carry boxes from the image's frame to a tile's, unclipped.
+    """Map boxes from image to tile coordinates, without clipping.
 
     Args:
         boxes: [N, 4] xyxy, in image pixels.
-        tile: the tile to carry them to.
+        tile: the tile.
 
     Returns:
-        [N, 4] float32 xyxy, in tile pixels; boxes outside the window leave [0, width] x [0, height].
+        [N, 4] float32 xyxy, in tile pixels; boxes outside the window are outside [0, width] x [0, height].
     """
     zoom_x, zoom_y = tile.zoom_xy
     factor = np.array([zoom_x, zoom_y, zoom_x, zoom_y])
@@ -218,32 +217,31 @@ def resample_nearest(values: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
 
 
 def edges_inside_image(tile: Tile) -> tuple[bool, bool, bool, bool]:
-    """Which of the window's edges (left, top, right, bottom) lie inside the image and cut through it."""
+    """Test each edge of the tile's window (left, top, right, bottom): True if it is not an edge of the image."""
     window = tile.window
     height, width = tile.image_hw
     return (window.x0 > 0, window.y0 > 0, window.x1 < width, window.y1 < height)
 
 
-_MOST_SHRUNK = 2.0
+_MAX_SHRUNK = 2.0
 
 
 @timed("cut")
 def cut_tile(image: np.ndarray, tile: Tile) -> np.ndarray:
-    """Resample a tile's window to its size: bilinearly without antialiasing, by area where it shrinks much.
+    """Cut a tile's window from its image and resample it to the tile's size.
 
-    So did those who trained and measured the common detectors (OpenCV's INTER_LINEAR): with antialiasing
-    a shrunk tile is another picture than the detector knows. Past a factor of 2 aliasing is worse than that.
-    Nothing outside the window is seen.
+    Resampling is bilinear without antialiasing (OpenCV's INTER_LINEAR), as in the training of the common detectors, and
+    by area (INTER_AREA) where both sides shrink by more than 2. Pixels outside the window have no influence.
 
     Args:
-        image: [h, w, 3] uint8 RGB, of the size the tile says.
-        tile: what to cut.
+        image: [h, w, 3] uint8 RGB, of size `tile.image_hw`.
+        tile: the tile.
 
     Returns:
-        [tile.height, tile.width, 3] uint8 RGB, a fresh array.
+        [tile.height, tile.width, 3] uint8 RGB, a new array.
 
     Raises:
-        TileError: if the image is not of the size that the tile was planned for.
+        TileError: if the image's size is not `tile.image_hw`.
     """
     if image.shape[:2] != tile.image_hw:
         msg = (
@@ -252,9 +250,9 @@ def cut_tile(image: np.ndarray, tile: Tile) -> np.ndarray:
         )
         raise TileError(msg)
     window = tile.window
-    # Both ways: where one side grows, OpenCV's INTER_AREA is neither by area nor in place.
-    shrinks = window.width > _MOST_SHRUNK * tile.width and window.height > _MOST_SHRUNK * tile.height
-    # A view of the window: nothing is copied but the tile.
+    # Both sides: where one grows, INTER_AREA does not average by area.
+    shrinks = window.width > _MAX_SHRUNK * tile.width and window.height > _MAX_SHRUNK * tile.height
+
     return cv2.resize(
         image[window.y0 : window.y1, window.x0 : window.x1],
         (tile.width, tile.height),

@@ -1,4 +1,4 @@
-"""Instance masks: as annotated, and as run lengths from a tile to its window and to the whole image."""
+"""Instance masks: COCO segmentations, and run-length encodings on tiles, windows and images."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ __all__ = [
     "mask_of_window",
 ]
 
-# pycocotools counts pixels in 32 bits.
-_MOST_PIXELS = 2**31
+# pycocotools counts pixels in 32-bit integers.
+_MAX_PIXELS = 2**31
 
 
 def checked_segmentation(segmentation: Any, hw: tuple[int, int] | None) -> Any:
-    """A segmentation as COCO writes it, if pycocotools can read it.
+    """Validate a COCO segmentation, so that pycocotools can decode it safely.
 
-    It is checked here and not left to pycocotools, whose C code believes what it is given: a point far outside costs
-    it gigabytes, run lengths past the end are written where they lead.
+    pycocotools' C code does not check its input: a point far outside the image takes gigabytes of memory, and run
+    lengths past the end are written out of bounds.
 
     Args:
         segmentation: a list of polygons [x0, y0, x1, y1, ...] in image pixels, or {"size": [height, width], "counts":
-            run lengths, as a list or as compressed text}.
-        hw: (height, width) of the image; None if nobody said: run lengths are then held to their own size.
+            run lengths as a list or as compressed text}.
+        hw: (height, width) of the image; None if unknown: run lengths are then checked against their own size.
 
     Returns:
-        Polygons, cut to one image's size around the image where that is known; or {"size", "counts"} as given.
+        Polygons, clipped to within one image size of the image if `hw` is given; or {"size", "counts"} unchanged.
 
     Raises:
-        TileError: if it is damaged.
+        TileError: if the segmentation is invalid.
     """
     if isinstance(segmentation, list) and segmentation:
         return [_polygon(points, hw) for points in segmentation]
@@ -52,7 +52,7 @@ def checked_segmentation(segmentation: Any, hw: tuple[int, int] | None) -> Any:
         raise TileError(msg + "correct or remove the annotation")
     runs = _runs(counts) if isinstance(counts, str | bytes) else counts
     pixels = size[0] * size[1]
-    whole = pixels < _MOST_PIXELS and all(type(run) is int and run >= 0 for run in runs)
+    whole = pixels < _MAX_PIXELS and all(type(run) is int and run >= 0 for run in runs)
     if not whole or sum(runs) != pixels:
         wanted = f"run lengths of a segmentation must be 0 or more and sum to {size[0]} x {size[1]}"
         msg = f"{wanted}, got {_short(counts)}: correct or remove the annotation"
@@ -61,7 +61,7 @@ def checked_segmentation(segmentation: Any, hw: tuple[int, int] | None) -> Any:
 
 
 def mask_of_segmentation(segmentation: Any, hw: tuple[int, int]) -> np.ndarray:
-    """A segmentation as COCO writes it -> its mask on the image.
+    """Decode a COCO segmentation to a mask of the image.
 
     Args:
         segmentation: polygons or run lengths, see `checked_segmentation`.
@@ -71,7 +71,7 @@ def mask_of_segmentation(segmentation: Any, hw: tuple[int, int]) -> np.ndarray:
         [h, w] uint8, 0 or 1.
 
     Raises:
-        TileError: if it is damaged.
+        TileError: if the segmentation is invalid.
     """
     checked = checked_segmentation(segmentation, hw)
     if isinstance(checked, list):
@@ -83,7 +83,7 @@ def mask_of_segmentation(segmentation: Any, hw: tuple[int, int]) -> np.ndarray:
 
 
 def _polygon(points: Any, hw: tuple[int, int] | None) -> list[float]:
-    """The numbers of a polygon, cut to one image's size around the image where that is known."""
+    """Validate a polygon, and clip it to within one image size of the image if `hw` is given."""
     numbers = _numbers(points)
     if numbers is None or len(numbers) < 6 or len(numbers) % 2 or not np.isfinite(numbers).all():
         wanted = "a polygon must be an even number, 6 or more, of finite numbers [x0, y0, x1, y1, ...]"
@@ -98,22 +98,22 @@ def _polygon(points: Any, hw: tuple[int, int] | None) -> list[float]:
 
 
 def _numbers(points: Any) -> np.ndarray | None:
-    """[N] float64 of a list of numbers; None of anything else, text that reads as numbers included."""
+    """Convert a list of numbers to [N] float64; return None for anything else, numbers as text included."""
     if not isinstance(points, list):
         return None
     try:
-        found = np.array(points)
-    except (ValueError, OverflowError):  # Lists of different lengths in it.
+        array = np.array(points)
+    except (ValueError, OverflowError):  # Nested lists of different lengths.
         return None
-    if found.ndim != 1 or found.dtype.kind not in "iuf":
+    if array.ndim != 1 or array.dtype.kind not in "iuf":
         return None
-    return found.astype(np.float64)
+    return array.astype(np.float64)
 
 
 def _runs(counts: str | bytes) -> list[int]:
-    """COCO's compressed run lengths -> run lengths: 5 bits a character, from the second after next as differences.
+    """Decode COCO's compressed run lengths; return [-1] if they are invalid.
 
-    [-1] if they are none.
+    Each character holds 5 bits; from the fourth run on, a run is the difference from the run two before it.
     """
     data = counts.encode("utf-8", "surrogatepass") if isinstance(counts, str) else counts
     if not data:
@@ -124,13 +124,13 @@ def _runs(counts: str | bytes) -> list[int]:
         return [-1]
     starts = np.concatenate([[0], ends[:-1] + 1])
     digits = ends - starts + 1
-    # More than 12 characters of 5 bits are no number of pixels; with as many, sums stay exact.
+    # More than 12 characters of 5 bits exceed any number of pixels; up to 12, sums are exact in 64 bits.
     if digits.max() > 12:
         return [-1]
     places = np.arange(len(codes)) - np.repeat(starts, digits)
     values = np.add.reduceat((codes & 31) << (5 * places), starts)
     values -= np.where(codes[ends] & 16 != 0, np.int64(1) << (5 * digits), 0)
-    if np.abs(values).max() >= _MOST_PIXELS:
+    if np.abs(values).max() >= _MAX_PIXELS:
         return [-1]
     runs = values.copy()
     runs[1::2] = np.cumsum(values[1::2])
@@ -144,32 +144,31 @@ def _short(value: object) -> str:
 
 
 def is_mask_of(counts: bytes, hw: tuple[int, int]) -> bool:
-    """Whether compressed run lengths are of a mask of (height, width): without decoding, whatever the bytes are."""
+    """Return True if compressed run lengths are valid and of a (height, width) mask, without decoding the mask."""
     runs = _runs(counts)
     return min(runs, default=-1) >= 0 and sum(runs) == hw[0] * hw[1]
 
 
 def mask_of_window(counts: bytes, tile: Tile) -> bytes:
-    """A mask of a tile's pixels -> the same mask on the pixels of its window.
+    """Resample a mask from a tile to the pixels of its window.
 
     Args:
         counts: compressed run lengths of a [tile.height, tile.width] mask.
         tile: the tile.
 
     Returns:
-        Compressed run lengths of a [window.height, window.width] mask: each image pixel takes the tile pixel
-        that its centre lies in.
+        Compressed run lengths of a [window.height, window.width] mask (see `resample_nearest`).
     """
     mask = coco_mask.decode({"size": [tile.height, tile.width], "counts": counts})
     return encode_mask(np.asfortranarray(resample_nearest(mask, (tile.window.height, tile.window.width))))
 
 
 def mask_of_image(counts: bytes, window: Window, image_hw: tuple[int, int]) -> bytes:
-    """A mask of a window -> the same mask on the whole image.
+    """Place a window's mask on the whole image.
 
     Args:
         counts: compressed run lengths of a [window.height, window.width] mask.
-        window: where the window lies, in image pixels.
+        window: the window, in image pixels.
         image_hw: (height, width) of the image.
 
     Returns:
@@ -183,8 +182,8 @@ def mask_of_image(counts: bytes, window: Window, image_hw: tuple[int, int]) -> b
 
 
 def encode_mask(mask: np.ndarray) -> bytes:
-    """[h, w] uint8 in Fortran order -> compressed run lengths."""
+    """Encode a mask, [h, w] uint8 in Fortran order, to compressed run lengths."""
     counts = coco_mask.encode(mask)["counts"]
-    # The stubs allow for text, which only a mask read from JSON has.
+    # The type stubs also allow text.
     assert isinstance(counts, bytes)
     return counts

@@ -1,8 +1,8 @@
-"""From a tile's detections to an image's: carry back, filter by size and window edge, suppress.
+"""Merging of the detections of an image's tiles: mapping to the image, filters by size and window edge, NMS.
 
-Section 'Recursive-Scale Net': a box whose scale is not what its window was cut for is dropped, a box
-that touches a window edge inside the image is dropped, the rest goes through NMS or soft-NMS (Bodla et
-al., ICCV 2017). The result does not depend on the order in which tiles arrive.
+As in the paper's section 'Recursive-Scale Net', a box is dropped if its scale is not the scale that its window was cut
+for, or if it touches a window edge inside the image. The others go through NMS or soft-NMS (Bodla et al., ICCV 2017).
+The result does not depend on the order of the tiles.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ SuppressionMethod = Literal["nms", "soft-nms-linear", "soft-nms-gaussian"]
 
 @dataclass(frozen=True)
 class Merging:
-    """How the detections of an image's tiles become one list.
+    """Settings of the merging of an image's tiles.
 
     Attributes:
         method: hard NMS, or soft-NMS with linear or Gaussian decay.
-        iou_threshold: overlap above which a box is suppressed (NMS, linear soft-NMS).
+        iou_threshold: IoU above which a box is suppressed (NMS, linear soft-NMS).
         sigma: width of the Gaussian decay (Gaussian soft-NMS).
-        score_threshold: boxes that score less are dropped, before and after suppression.
-        edge_margin: a box nearer than this to a window edge inside the image touches it, in tile pixels.
-        match_size: drop boxes whose area is not what their window was cut for.
+        score_threshold: minimum score, before and after suppression.
+        edge_margin: distance in tile pixels within which a box touches a window edge inside the image.
+        match_size: drop boxes whose area is outside their tile's `valid_area`.
 
     Raises:
-        UserError: if a number leaves its range.
+        UserError: if a value is out of range.
     """
 
     method: SuppressionMethod = "nms"
@@ -71,20 +71,20 @@ class Merging:
 
 
 _PAIRS_AT_ONCE = 2**12
-"""Pairs of boxes whose overlap is worked out at once: half a MB."""
+"""Pairs of boxes per step of the IoU computation, about half a MB."""
 
 
 def carry_to_image(found: Detections, tile: Tile, merging: Merging) -> Detections:
-    """Carry a tile's detections to its image and drop those that the tile is not there to find.
+    """Map a tile's detections to its image and apply the filters of `merging`.
 
     Args:
-        found: detections with boxes, and masks, in tile pixels.
-        tile: where they were found.
-        merging: margin, size match and score threshold.
+        found: detections with boxes and masks in tile pixels.
+        tile: the tile.
+        merging: edge margin, size match and score threshold.
 
     Returns:
-        Detections with boxes in image pixels, clipped to the window, each with its depth and window; masks
-        as run lengths of the window. Boxes of which nothing lies in the window are dropped.
+        Detections with boxes in image pixels, clipped to the window, and their depth and window; masks are run lengths
+        on the window. Boxes outside the window are dropped.
     """
     window = tile.window
     touches = np.zeros(len(found), bool)
@@ -120,15 +120,15 @@ def nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold
         boxes: [N, 4] xyxy.
         scores: [N].
         labels: [N].
-        iou_threshold: a box that overlaps a better one by more than this is dropped.
+        iou_threshold: IoU with a better box above which a box is dropped.
 
     Returns:
-        [K] int64 positions kept, the best first; equal scores keep their order.
+        [K] int64 positions of the kept boxes by descending score; equal scores keep their order.
     """
     order = np.argsort(-scores, kind="stable")
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order))
-    # A pair of ranks a row, the better first, in the order in which the better ones have their say.
+    # [P, 2] ranks, the better box first, in the order of the better boxes.
     pairs = rank[_overlapping_pairs(boxes, labels, iou_threshold)]
     pairs.sort(axis=1)
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
@@ -142,10 +142,10 @@ def nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold
 
 
 def _overlapping_pairs(boxes: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np.ndarray:
-    """Pairs of boxes of one label that overlap by more than a threshold: [P, 2] positions.
+    """Return the pairs of boxes of one label whose IoU is above a threshold: [P, 2] positions.
 
-    Sweeps along x: the boxes that can overlap one are those that begin between its sides. No more than some thousand
-    pairs are looked at at once, so that memory grows with what overlaps alone.
+    Sweeps along x: only boxes whose left side lies between the sides of another can overlap it. Works in steps of
+    `_PAIRS_AT_ONCE`, so that memory depends on the number of overlapping pairs only.
     """
     group = np.unique(labels, return_inverse=True)[1].astype(np.int32)
     by_x = np.lexsort((boxes[:, 0], group)).astype(np.int32)
@@ -167,15 +167,15 @@ def _overlapping_pairs(boxes: np.ndarray, labels: np.ndarray, iou_threshold: flo
 
 
 def _ends_along_x(corners: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """For boxes in the order of their groups and left sides, [N] int32: before which one those that may overlap end."""
-    # Groups side by side, none touching the next, so that one search serves all.
+    """Return [N] int32: for each box, ordered by group and left side, the end of the boxes that may overlap it."""
+    # Groups are placed side by side without contact, so that one search covers all.
     left = corners[:, 0].min(initial=0.0)
     shift = group * (corners[:, 2].max(initial=0.0) - left + 1.0)
     return np.searchsorted(corners[:, 0] + shift, corners[:, 2] + shift, side="right").astype(np.int32)
 
 
 def soft_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, merging: Merging) -> np.ndarray:
-    """Soft-NMS within each label, selecting anew after each decay (Bodla et al., Figure 2).
+    """Soft-NMS within each label, with selection after each decay (Bodla et al., Figure 2).
 
     Args:
         boxes: [N, 4] xyxy.
@@ -199,26 +199,26 @@ def soft_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, merging:
             else:
                 decay = np.exp(-(overlap**2) / merging.sigma)
             decayed[members] *= decay
-            # As float32, like everywhere: 0.01 read as float32 is a little under 0.01 read as float64.
+            # In float32, as all other comparisons: 0.01 in float32 is slightly below 0.01 in float64.
             members = members[decayed[members].astype(np.float32) >= merging.score_threshold]
     return decayed.astype(np.float32)
 
 
 def _in_canonical_order(detections: Detections) -> Detections:
-    """Sorted by score, then by everything else, so that ties never depend on arrival."""
+    """Sort by score, then by all other columns, so that ties do not depend on the order of the tiles."""
     columns = (*detections.windows.T, *detections.boxes.T, detections.depth, detections.labels, -detections.scores)
     return detections[np.lexsort(columns)]
 
 
 def merge_detections(parts: Sequence[Detections], merging: Merging) -> Detections:
-    """All that the tiles of one image found -> the image's detections, the best first.
+    """Merge the detections of the tiles of one image.
 
     Args:
         parts: detections in image pixels (`carry_to_image`), in any order.
-        merging: the rules.
+        merging: method and thresholds.
 
     Returns:
-        Detections in image pixels; the same for any order of `parts`.
+        Detections in image pixels by descending score; the same for any order of `parts`.
     """
     found = _in_canonical_order(Detections.concatenate(parts))
     if merging.method == "nms":
@@ -229,14 +229,14 @@ def merge_detections(parts: Sequence[Detections], merging: Merging) -> Detection
 
 @timed("merge")
 def merge_image(results: Sequence[TileResult], merging: Merging) -> ImageResult:
-    """All tiles of one image -> the image.
+    """Merge the results of all tiles of one image.
 
     Args:
-        results: every tile of the image, in any order.
-        merging: how their detections become one list.
+        results: all tiles of the image, in any order.
+        merging: settings of the merging.
 
     Returns:
-        The same for any order of `results`.
+        The image's result; the same for any order of `results`.
     """
     ordered = sorted(results, key=lambda result: result.path)
     failure = next((result.failure for result in ordered if result.failure is not None), None)
@@ -261,11 +261,11 @@ def merge_image(results: Sequence[TileResult], merging: Merging) -> ImageResult:
 
 
 def _whole_pass(results: Sequence[TileResult], merging: Merging) -> Detections | None:
-    """The shown boxes of the whole image's own tile, merged without those of any other; None if it was not detected."""
+    """Merge the shown boxes of the whole image's tile alone; return None if it had no detector pass."""
     whole = next((result for result in results if not result.path and result.detector_pixels), None)
     if whole is None:
         return None
-    # A box is suppressed by better ones alone: those that are not shown need not take part.
+    # Only better boxes suppress a box: boxes below the shown score have no influence.
     found = whole.detections[whole.detections.scores >= SHOWN_SCORE]
     merged = merge_detections([dataclasses.replace(found, masks=None)], merging)
     return merged[merged.scores >= SHOWN_SCORE]

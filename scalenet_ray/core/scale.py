@@ -1,8 +1,8 @@
-"""What scale means: classes and numbers of pixels, maps of them, and the range a detector knows.
+"""Object scales: scale classes, scale maps, and Scale Net's training targets.
 
-The scale of an object is the number of its mask pixels, the same for all of its pixels (section
-'Scale Net'). For COCO the paper sorts it into six classes, measured after the image is resized to
-512 x 512. For digits it is the side over a unit side, so that 1.0 is what the classifier knows.
+The scale of an object is its number of mask pixels, the same at all of its pixels (paper, section 'Scale Net'). For
+COCO the paper divides it into six classes, measured after the image is resized to 512 x 512. For digits it is the side
+over a unit side: 1.0 is the scale that the classifier was trained on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REFERENCE_AREA = 512 * 512
 """Pixels of the frame that scale classes are measured in (section 'Experiments', COCO)."""
 
 UNIT_AREA = 2592
-"""u: objects with fewer pixels than this in a 512 x 512 frame are of class 1."""
+"""u: upper bound of class 1, in pixels of a 512 x 512 frame."""
 
 CLASS_BOUNDS = (UNIT_AREA, 8 * UNIT_AREA, 20 * UNIT_AREA, 28 * UNIT_AREA)
 """Upper bounds, exclusive, of classes 1 to 4 in pixels of a 512 x 512 frame; class 5 is above them."""
@@ -44,11 +44,11 @@ CLASS_BOUNDS = (UNIT_AREA, 8 * UNIT_AREA, 20 * UNIT_AREA, 28 * UNIT_AREA)
 NUM_CLASSES = 6
 BACKGROUND = 0
 IGNORE = 255
-"""The target of pixels that no loss may look at (crowds)."""
+"""Target value of pixels that the loss ignores (crowds)."""
 
 
 class ScaleRange(NamedTuple):
-    """The scales a detector knows: R_L <= scale <= R_H (Algorithm 1)."""
+    """The range of scales that a detector handles: R_L <= scale <= R_H (Algorithm 1)."""
 
     low: float
     high: float
@@ -63,21 +63,20 @@ def _require_finite(values: np.ndarray) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ScaleMap:
-    """What Scale Net says of a tile: one of two forms, on a grid that covers the tile evenly.
+    """Scale Net's prediction for a tile: a regression or a classification, on a regular grid over the tile.
 
-    Cell (i, j) of [h, w] covers rows [i * height / h, (i + 1) * height / h) of the tile, and columns
-    likewise. Scales are in the tile's own frame: an object that is too small in the image may be
-    in range in a tile.
+    Cell (i, j) of [h, w] covers rows [i * height / h, (i + 1) * height / h) of the tile, and columns likewise. Scales
+    are relative to the tile: an object that is too small in the image may be in range in a tile.
 
     Attributes:
-        scale: [h, w] float32, the scale of the object at each cell, 0 for background (regression).
-        prob: [6, h, w] float32, the probability of each scale class (classification).
-        gain: [h, w] float32 or None: what a closer look is expected to bring at each cell, where the map's
-            maker knows (objects' worth spread over their cells). Without it every out-of-range cell counts 1.
+        scale: [h, w] float32, scale of the object at each cell, 0 for background (regression).
+        prob: [6, h, w] float32, probability of each scale class (classification).
+        gain: [h, w] float32, expected gain of a closer look at each cell (an object's gain is spread over its cells);
+            None if unknown: every out-of-range cell then counts 1.
 
     Raises:
-        TileError: if a value is NaN or infinite: the network broke on this tile.
-        ValueError: if both forms or neither are given, the shape is wrong, or a gain is negative.
+        TileError: if a value is NaN or infinite.
+        ValueError: unless exactly one form is given; if a shape is wrong or a gain is negative.
     """
 
     scale: np.ndarray | None = None
@@ -115,10 +114,10 @@ class ScaleMap:
 
     @property
     def classes(self) -> np.ndarray:
-        """[h, w] int64, the most probable class of each cell (classification only).
+        """The most probable class of each cell, [h, w] int64.
 
         Raises:
-            ValueError: if it is a regression map.
+            ValueError: for a regression map.
         """
         if self.prob is None:
             msg = "classes are of a classification map, got a regression map: use its scale"
@@ -127,35 +126,35 @@ class ScaleMap:
 
 
 def class_of_area(areas: np.ndarray, frame_area: float) -> np.ndarray:
-    """The scale class, 1 to 5, of objects of `areas` pixels in a frame of `frame_area` pixels.
+    """Return the scale classes of objects from their areas.
 
     Args:
-        areas: [N] mask or box areas, in square pixels of the frame.
-        frame_area: height times width of that frame (an image or a tile), in square pixels.
+        areas: [N] mask or box areas, in pixels of a frame (an image or a tile).
+        frame_area: height times width of the frame.
 
     Returns:
-        [N] int64 in 1..5 (section 'Experiments', COCO: measured after resizing to 512 x 512).
+        [N] int64 in 1..5, measured as if the frame were resized to 512 x 512.
     """
     in_reference = np.asarray(areas, dtype=np.float64) * (REFERENCE_AREA / frame_area)
     return np.searchsorted(CLASS_BOUNDS, in_reference, side="right") + 1
 
 
 def _paint_order(areas: np.ndarray) -> np.ndarray:
-    """Largest first, so that small objects stay on top."""
+    """Order by descending area, so that small objects are painted over large ones."""
     return np.argsort(-np.asarray(areas, dtype=np.float64), kind="stable")
 
 
 def class_target(
     masks: Sequence[np.ndarray], areas: np.ndarray, frame_area: float, hw: tuple[int, int], crowd: Sequence[bool] = ()
 ) -> np.ndarray:
-    """Masks -> the map of scale classes that Scale Net learns (section 'Scale Net').
+    """Return Scale Net's classification target for the masks of a frame (paper, section 'Scale Net').
 
     Args:
         masks: N masks, each [h, w] bool on the target's grid.
-        areas: [N] areas in square pixels of the frame, from the annotation and not from the coarser grid.
-        frame_area: pixels of the frame that `areas` are measured in.
+        areas: [N] areas in pixels of the frame, from the annotation and not from the coarser grid.
+        frame_area: height times width of the frame.
         hw: (h, w) of the target.
-        crowd: [N] which are crowds: their pixels become IGNORE. None by default.
+        crowd: [N] bool, crowds: their pixels become IGNORE. No crowds by default.
 
     Returns:
         [h, w] uint8 in 0..5, or IGNORE.
@@ -173,7 +172,7 @@ def class_target(
 
 
 def scale_target(masks: Sequence[np.ndarray], scales: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
-    """Masks -> [h, w] float32 of each object's own scale, 0 for background (regression)."""
+    """Return Scale Net's regression target for masks: [h, w] float32, each object's scale, 0 for background."""
     target = np.zeros(hw, np.float32)
     for i in _paint_order(scales):
         target[masks[i]] = scales[i]
@@ -183,23 +182,22 @@ def scale_target(masks: Sequence[np.ndarray], scales: np.ndarray, hw: tuple[int,
 def scale_map_of_boxes(
     boxes_in_tile: np.ndarray,
     areas: np.ndarray,
-    worth: np.ndarray,
+    gains: np.ndarray,
     tile_hw: tuple[int, int],
     hw: tuple[int, int] = (64, 64),
 ) -> ScaleMap:
-    """Boxes -> the class map that they imply: an object's class on every cell its box touches.
-
-    This is how a detector's own first pass, or the ground truth, speaks the language of Scale Net.
+    """Convert boxes, from a detector or the ground truth, to a classification map.
 
     Args:
-        boxes_in_tile: [N, 4] xyxy, in tile pixels; parts outside the tile are cut off.
-        areas: [N] each whole object's area, in square tile pixels.
-        worth: [N] what a closer look at each object would bring; it is spread evenly over its cells.
+        boxes_in_tile: [N, 4] xyxy, in tile pixels; clipped to the tile.
+        areas: [N] areas of the whole objects, in square tile pixels.
+        gains: [N] expected gain of a closer look at each object; spread evenly over its cells.
         tile_hw: (height, width) of the tile.
         hw: (h, w) of the map.
 
     Returns:
-        A classification map with probabilities 0 and 1, and the gain of each cell's own class.
+        A map with probabilities 0 and 1: each cell has the class of the smallest object whose box touches it, and the
+        gains of the objects of that class.
     """
     boxes = np.asarray(boxes_in_tile, dtype=np.float64).reshape(-1, 4)
     classes = class_of_area(areas, tile_hw[0] * tile_hw[1])
@@ -212,7 +210,7 @@ def scale_map_of_boxes(
         x0, y0 = np.maximum(first[i], 0)
         x1, y1 = np.maximum(last[i], 0)
         grid[y0:y1, x0:x1] = classes[i]
-        gain[classes[i], y0:y1, x0:x1] += worth[i] / np.prod(last[i] - first[i])
+        gain[classes[i], y0:y1, x0:x1] += gains[i] / np.prod(last[i] - first[i])
     prob = np.arange(NUM_CLASSES)[:, None, None] == grid
     return ScaleMap(prob=prob, gain=np.take_along_axis(gain, grid[None], axis=0)[0])
 

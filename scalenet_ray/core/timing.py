@@ -18,14 +18,14 @@ __all__ = [
 ]
 
 STAGES: tuple[str, ...] = ("decode", "cut", "look", "detect", "merge", "write")
-"""What an image goes through."""
+"""Stages of the work on an image."""
 
 
 class Tally:
-    """Seconds by stage.
+    """Busy seconds by stage.
 
     Attributes:
-        seconds: stage -> seconds so far.
+        seconds: stage -> total seconds.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Tally:
         self._taken: Counter[str] = Counter()
 
     def take(self) -> dict[str, float]:
-        """Stage -> seconds since this was last asked; all stages, in order."""
+        """Return stage -> seconds since the last call, for all stages in order."""
         fresh = {stage: float(self.seconds[stage] - self._taken[stage]) for stage in STAGES}
         self._taken = self.seconds.copy()
         return fresh
@@ -43,13 +43,13 @@ _current: ContextVar[Tally | None] = ContextVar("tally", default=None)
 
 
 def current_tally() -> Tally | None:
-    """The tally that time is added to now, if any."""
+    """Return the active tally, or None."""
     return _current.get()
 
 
 @contextmanager
 def measured() -> Iterator[Tally]:
-    """Add up the time of all that is done within the block, on this thread, into a tally of its own."""
+    """Collect the seconds of all stages that run within the block, on this thread, into a new tally."""
     tally = Tally()
     token = _current.set(tally)
     try:
@@ -60,7 +60,7 @@ def measured() -> Iterator[Tally]:
 
 @contextmanager
 def timed(stage: str) -> Iterator[None]:
-    """What the block takes is time of `stage`, one of `STAGES`; also as a decorator of a function."""
+    """Add the duration of the block to `stage`, one of `STAGES`; also usable as a decorator."""
     begun = time.perf_counter()
     try:
         yield
@@ -69,7 +69,7 @@ def timed(stage: str) -> Iterator[None]:
 
 
 def add_seconds(seconds: Mapping[str, float]) -> None:
-    """Add what was measured elsewhere, stage -> seconds."""
+    """Add seconds by stage, measured elsewhere, to the active tally."""
     tally = _current.get()
     if tally is not None:
         tally.seconds.update(seconds)

@@ -52,7 +52,7 @@ _LONGEST_VALUE = 80
 
 
 # Of a file of annotations or addresses: parsed it takes some ten times as much memory.
-_MOST_BYTES = 2 * 2**30
+_MAX_BYTES = 2 * 2**30
 
 
 # Of a coordinate or a side of a box: what is further than this is no place in an image, and no float32 either.
@@ -315,7 +315,7 @@ def read_annotations(uri: Address) -> CocoDataset:
         FileNotFoundError: if it is not there.
         UserError: if it is no JSON, or something in it is missing, double, or points to nothing.
     """
-    data = read_bytes(uri, max_bytes=_MOST_BYTES)
+    data = read_bytes(uri, max_bytes=_MAX_BYTES)
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:  # The second: brackets without end.
@@ -420,7 +420,7 @@ def _refuse_twice(names: Sequence[str], where: str) -> None:
 def _addresses_in_part(uri: str) -> list[str]:
     try:
         # On this thread alone, as run folders' shards are read: one of Arrow's can abort a process that ends.
-        file = pq.ParquetFile(pa.BufferReader(read_bytes(uri, max_bytes=_MOST_BYTES)), pre_buffer=False)
+        file = pq.ParquetFile(pa.BufferReader(read_bytes(uri, max_bytes=_MAX_BYTES)), pre_buffer=False)
         column = next((name for name in ("uri", "path") if name in file.schema_arrow.names), None)
         if column is None:
             _fail(f"{uri} must have a column uri or path, got {', '.join(file.schema_arrow.names)}: rename it")

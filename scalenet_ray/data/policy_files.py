@@ -244,7 +244,7 @@ def changed_policy(policy: Policy, name: str, values: Mapping[str, Any]) -> Poli
     return policy_from_dict(plain)
 
 
-_MOST_BYTES = 2**20
+_MAX_BYTES = 2**20
 
 
 def read_yaml(uri: str | Path) -> Any:
@@ -254,7 +254,7 @@ def read_yaml(uri: str | Path) -> Any:
         FileNotFoundError: if it is not there.
         UserError: if it is no YAML, or over a MiB: settings are not.
     """
-    data = read_bytes(uri, max_bytes=_MOST_BYTES)
+    data = read_bytes(uri, max_bytes=_MAX_BYTES)
     try:
         return yaml.safe_load(data)
     # A ValueError: a date that is none. A RecursionError: brackets without end.

@@ -35,7 +35,7 @@ FOREGROUND_IOU = 0.5
 _BACKGROUND_IOU = 0.1
 
 
-_MOST_BOXES = 100
+_MAX_BOXES = 100
 
 
 _RECALLS = np.linspace(0.0, 1.0, 101)
@@ -91,7 +91,7 @@ def explain(detections: Detections, objects: Objects) -> Explained:
     Returns:
         The detections by score. A duplicate is one where its object was matched before, whatever lies under it besides.
     """
-    kept = np.argsort(-detections.scores, kind="stable")[:_MOST_BOXES]
+    kept = np.argsort(-detections.scores, kind="stable")[:_MAX_BOXES]
     boxes, labels = detections.boxes[kept], detections.labels[kept]
     real = ~objects.crowd
     names = objects.labels[real]

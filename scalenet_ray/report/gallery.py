@@ -40,10 +40,10 @@ _LONGER_SIDE = 960
 _JPEG_QUALITY = 82
 
 
-_MOST_BYTES = 10_000_000
+_MAX_BYTES = 10_000_000
 
 
-_MOST_BOXES = 80
+_MAX_BOXES = 80
 
 
 _MAP_SIDE = 96
@@ -120,7 +120,7 @@ class PictureTask:
         boxes, before = self._boxes(ids), self._before(ids)
         pictures: list[dict[str, Any]] = []
         opened: list[np.ndarray] = []
-        left = _MOST_BYTES
+        left = _MAX_BYTES
         for record, group in chosen:
             try:
                 image = self.open_image(record)
@@ -221,7 +221,7 @@ def _box_rows(found: Detections, new: np.ndarray, dataset: CocoDataset | None, i
         explained = explain(found, objects_of(dataset, image_id))
         for row, kind in zip(explained.kept, explained.kinds, strict=True):
             kinds[row] = KINDS[kind]
-    shown = [i for i in np.argsort(-found.scores, kind="stable") if found.scores[i] >= SHOWN_SCORE][:_MOST_BOXES]
+    shown = [i for i in np.argsort(-found.scores, kind="stable") if found.scores[i] >= SHOWN_SCORE][:_MAX_BOXES]
     return [
         [
             *_rounded(found.boxes[i].tolist()),
