@@ -1,4 +1,7 @@
-"""COCO's files: annotations in, results out. With `evaluation` and `interchange`, the only home of xywh."""
+"""COCO files: reading of annotations and image listings, matching of categories, writing of results.
+
+COCO's boxes are xywh; outside `data` and `evaluation.ap` all boxes are xyxy.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -45,33 +48,30 @@ __all__ = [
     "write_results",
 ]
 
-_SHOWN = 5
+T = TypeVar("T")
 
+# In error messages: values of a list, characters of a value.
+_MAX_SHOWN = 5
+_MAX_CHARACTERS = 80
 
-_LONGEST_VALUE = 80
-
-
-# Of a file of annotations or addresses: parsed it takes some ten times as much memory.
+# Of a file of annotations or addresses; parsed, it takes about ten times as much memory.
 _MAX_BYTES = 2 * 2**30
 
-
-# Of a coordinate or a side of a box: what is further than this is no place in an image, and no float32 either.
-_FARTHEST = 1e9
-
-
-_LARGEST_AREA = _FARTHEST**2
+# Of a coordinate or a side of a box.
+_MAX_COORDINATE = 1e9
+_MAX_AREA = _MAX_COORDINATE**2
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """An image of a data set, not read yet.
+    """The entry of an image in a data set.
 
     Attributes:
-        image_id: its id.
-        file_name: as the annotations write it, to be checked by `safe_file_name` before use; of an image
-            listed by `list_images`, its whole address.
-        height: image pixels as annotated, or None if nobody said.
-        width: image pixels as annotated, or None if nobody said.
+        image_id: the image's id.
+        file_name: path as annotated, to be checked by `safe_file_name` before use; for an image listed by
+            `list_images`, its address.
+        height: annotated height in image pixels, or None.
+        width: annotated width in image pixels, or None.
     """
 
     image_id: int
@@ -81,7 +81,7 @@ class ImageRecord:
 
     @property
     def hw(self) -> tuple[int, int] | None:
-        """(height, width) in image pixels, or None if nobody said."""
+        """Annotated (height, width) in image pixels, or None."""
         return None if self.height is None or self.width is None else (self.height, self.width)
 
 
@@ -90,10 +90,10 @@ class Objects(NamedTuple):
 
     Attributes:
         boxes: [N, 4] float32 xyxy, in image pixels.
-        areas: [N] float64, mask pixels as annotated; the box's area where the annotation has none.
+        areas: [N] float64 annotated mask pixels; the box's area where the annotation has no area.
         labels: [N] int64 category ids.
-        crowd: [N] bool, whether it stands for a crowd of objects.
-        segmentations: N polygons or run lengths as COCO writes them, None where only the box counts.
+        crowd: [N] bool, COCO's iscrowd.
+        segmentations: N COCO segmentations (polygons or run lengths), or None for objects with a box only.
     """
 
     boxes: np.ndarray
@@ -105,19 +105,19 @@ class Objects(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CocoDataset:
-    """Annotations, checked. M objects in columns: 73 bytes each, and what their segmentations take.
+    """Validated annotations: M objects in columns, 73 bytes per object without its segmentation.
 
     Attributes:
-        images: in the order of their ids.
+        images: image records in the order of their ids.
         categories: category id -> name.
-        image_ids: [M] int64, the image of each object.
+        image_ids: [M] int64 image ids.
         boxes_xywh: [M, 4] float64, in image pixels.
         areas: [M] float64 mask pixels.
         labels: [M] int64 category ids.
-        crowd: [M] bool.
-        segmentations: M polygons or run lengths that pycocotools can read, or None: there is none, or it is damaged.
-        annotation_ids: [M] int64, the objects' own ids.
-        damaged_masks: ids of the annotations with a damaged segmentation; their boxes count, as where there is none.
+        crowd: [M] bool, COCO's iscrowd.
+        segmentations: M valid COCO segmentations, or None where missing or invalid.
+        annotation_ids: [M] int64 annotation ids.
+        damaged_masks: ids of the annotations with an invalid segmentation, which count by their boxes.
     """
 
     images: tuple[ImageRecord, ...]
@@ -133,28 +133,28 @@ class CocoDataset:
 
     @cached_property
     def unused_categories(self) -> frozenset[int]:
-        """Ids of the categories that no annotation is of; no figure counts them."""
+        """Ids of the categories without annotations; metrics do not include them."""
         return frozenset(self.categories.keys() - set(np.unique(self.labels).tolist()))
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What is not taken as it is written, or can't be meant, a line each, for the person who starts a run."""
+        """Warnings about suspicious annotations, one line each, shown when a run starts."""
         lines = []
         if self.damaged_masks:
-            count, ids = len(self.damaged_masks), _first(self.damaged_masks)
+            count, ids = len(self.damaged_masks), _abbreviated(self.damaged_masks)
             lines.append(f"annotations with a segmentation that is no mask: {count}, counted by their boxes (id {ids})")
         if self.crowd.all():
             lines.append("no annotation is of an object that counts (crowds do not): there is no AP to measure")
-        lost = self.annotation_ids[self._nowhere & ~self.crowd].tolist()
-        if lost:
+        empty = self.annotation_ids[self._outside_image & ~self.crowd].tolist()
+        if empty:
             lines.append(
-                f"annotations whose box has no area in its image: {len(lost)}, never found (id {_first(lost)})"
+                f"annotations whose box has no area in its image: {len(empty)}, never found (id {_abbreviated(empty)})"
             )
         return tuple(lines)
 
     @property
-    def _nowhere(self) -> np.ndarray:
-        """[M] bool, whether nothing of a box lies in its image, as far as that says its size."""
+    def _outside_image(self) -> np.ndarray:
+        """[M] bool, True if a box has no area inside its image; images without a size are unbounded."""
         size = {record.image_id: record.hw or (np.inf, np.inf) for record in self.images}
         ends = np.array([size[image_id][::-1] for image_id in self.image_ids.tolist()], np.float64).reshape(-1, 2)
         low = np.maximum(self.boxes_xywh[:, :2], 0)
@@ -163,24 +163,24 @@ class CocoDataset:
 
     @cached_property
     def rows_by_image(self) -> dict[int, np.ndarray]:
-        """Image id -> the rows of its objects, in the file's order; images without objects are left out."""
+        """Image id -> rows of its objects in the file's order; images without objects are missing."""
         order = np.argsort(self.image_ids, kind="stable")
         ids, starts = np.unique(self.image_ids[order], return_index=True)
         return dict(zip(ids.tolist(), np.split(order, starts[1:]), strict=True)) if len(ids) else {}
 
 
-# --- annotations in ---------------------------------------------------------------------------------
+# --- annotations ------------------------------------------------------------------------------------
 
 
 def _fail(message: str) -> NoReturn:
     raise UserError(message)
 
 
-def _first(values: Iterable[object]) -> str:
-    """The first few of many, for a message."""
+def _abbreviated(values: Iterable[object]) -> str:
+    """Join the first values of a list, for a message."""
     values = list(values)
-    shown = (" ".join(str(value).split()) for value in values[:_SHOWN])
-    return ", ".join(shown) + (f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else "")
+    shown = (" ".join(str(value).split()) for value in values[:_MAX_SHOWN])
+    return ", ".join(shown) + (f" and {len(values) - _MAX_SHOWN} more" if len(values) > _MAX_SHOWN else "")
 
 
 def _is_number(value: object) -> bool:
@@ -188,18 +188,17 @@ def _is_number(value: object) -> bool:
 
 
 def _short(value: object) -> str:
-    """A value for a message of one line."""
     text = repr(value)
-    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 3]}..."
 
 
 def _is_text(value: object) -> bool:
-    """Whether it is text that can be written: JSON can hold half of a character, which no file's name or table can."""
+    """Return True for text without lone surrogates, which JSON allows and UTF-8 does not."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _rows(document: Mapping[str, Any], section: str, keys: Sequence[str], name: str) -> list[dict]:
-    """A section of the file, whose rows all have `keys` and an id of their own."""
+    """Return a section of the document; its rows must have `keys` and unique ids."""
     rows = document.get(section)
     if not isinstance(rows, list):
         _fail(f"{name} must have a list of {section}, got {type(rows).__name__}: is it an instances file of COCO?")
@@ -211,16 +210,22 @@ def _rows(document: Mapping[str, Any], section: str, keys: Sequence[str], name: 
             if key.endswith("id") and not (type(row[key]) is int and abs(row[key]) < 2**63):
                 which = f"{section}[{i}]" if key == "id" else f"{section}[{i}] (id {row['id']})"
                 _fail(f"{key} of {which} of {name} must be a whole number, got {_short(row[key])}: number them")
-    twice = [key for key, count in Counter(row["id"] for row in rows).items() if count > 1]
-    if twice:
-        _fail(f"each of {section} of {name} must have an id of its own, got twice {_first(twice)}: renumber them")
+    if repeated := _repeated(row["id"] for row in rows):
+        _fail(
+            f"each of {section} of {name} must have an id of its own, got twice {_abbreviated(repeated)}: renumber them"
+        )
     return rows
+
+
+def _repeated(values: Iterable[T]) -> list[T]:
+    """Return the values that occur more than once."""
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
 def _image_record(row: dict, name: str) -> ImageRecord:
     for key in ("height", "width"):
         value = row.get(key)
-        if value is not None and not (type(value) is int and 1 <= value <= _FARTHEST):
+        if value is not None and not (type(value) is int and 1 <= value <= _MAX_COORDINATE):
             got = _short(value)
             _fail(f"{key} of image {row['id']} of {name} must be 1 or more pixels, got {got}: correct it")
     if not _is_text(row["file_name"]):
@@ -229,16 +234,16 @@ def _image_record(row: dict, name: str) -> ImageRecord:
 
 
 def _check_fields(row: dict, name: str) -> None:
-    """That the fields of an annotation, but for its segmentation, are what COCO says."""
+    """Validate the fields of an annotation, except its segmentation."""
     box = row["bbox"]
     of_numbers = isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_number, box))
-    if not (of_numbers and all(-_FARTHEST <= value <= _FARTHEST for value in box) and min(box[2:]) >= 0):
+    if not (of_numbers and all(abs(value) <= _MAX_COORDINATE for value in box) and min(box[2:]) >= 0):
         _fail(
             f"bbox of annotation {row['id']} of {name} must be 4 finite numbers [x, y, width, height], up to "
-            f"{_FARTHEST:.0e} pixels, with no negative side, got {_short(box)}: correct or remove it"
+            f"{_MAX_COORDINATE:.0e} pixels, with no negative side, got {_short(box)}: correct or remove it"
         )
     area = row.get("area")
-    if area is not None and not (_is_number(area) and 0 <= area <= _LARGEST_AREA):
+    if area is not None and not (_is_number(area) and 0 <= area <= _MAX_AREA):
         _fail(f"area of annotation {row['id']} of {name} must be 0 or more, got {_short(area)}: correct it")
     crowd = row.get("iscrowd")
     if crowd is not None and not (type(crowd) is int and crowd in (0, 1)):
@@ -246,26 +251,26 @@ def _check_fields(row: dict, name: str) -> None:
 
 
 def _segmentation(row: dict, hw: tuple[int, int] | None, damaged: list[int]) -> Any:
-    """The segmentation of an annotation; None if there is none, or it is damaged: then its id joins `damaged`."""
-    found = row.get("segmentation")
-    if found is None or (isinstance(found, list) and not found):
+    """Return the segmentation of an annotation, None if missing or invalid; ids of invalid ones go to `damaged`."""
+    segmentation = row.get("segmentation")
+    if segmentation is None or (isinstance(segmentation, list) and not segmentation):
         return None
     try:
-        return checked_segmentation(found, hw)
+        return checked_segmentation(segmentation, hw)
     except TileError:
         damaged.append(row["id"])
         return None
 
 
 def parse_annotations(document: Mapping[str, Any], name: str = "the annotations") -> CocoDataset:
-    """Check annotations that are parsed already.
+    """Validate the content of a COCO instances file.
 
     Args:
-        document: images, annotations and categories as an instances file of COCO has them.
-        name: what messages call it.
+        document: the file's images, annotations and categories.
+        name: its name in error messages.
 
     Raises:
-        UserError: if something is missing, double, or points to nothing; the message names the first few.
+        UserError: if a field or row is missing, an id is repeated, or a reference is unknown.
     """
     if not isinstance(document, Mapping):
         _fail(f"{name} must be a JSON object with images, annotations and categories, got {type(document).__name__}")
@@ -280,10 +285,11 @@ def parse_annotations(document: Mapping[str, Any], name: str = "the annotations"
     names = {row["id"]: row["name"] for row in category_rows}
     rows = _rows(document, "annotations", ("id", "image_id", "category_id", "bbox"), name)
     images = sorted((_image_record(row, name) for row in image_rows), key=lambda record: record.image_id)
-    for what, known in (("image_id", {record.image_id for record in images}), ("category_id", names.keys())):
-        lost = [row["id"] for row in rows if row[what] not in known]
-        if lost:
-            _fail(f"{what} of an annotation of {name} must be listed, got an unknown one in {_first(lost)}: remove it")
+    for key, known in (("image_id", {record.image_id for record in images}), ("category_id", names.keys())):
+        unknown = [row["id"] for row in rows if row[key] not in known]
+        if unknown:
+            got = _abbreviated(unknown)
+            _fail(f"{key} of an annotation of {name} must be listed, got an unknown one in {got}: remove it")
     for row in rows:
         _check_fields(row, name)
     boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
@@ -309,23 +315,23 @@ def annotations_uri(data: Address, split: str) -> str:
 
 
 def read_annotations(uri: Address) -> CocoDataset:
-    """Read and check an instances file of COCO.
+    """Read and validate a COCO instances file.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        UserError: if it is no JSON, or something in it is missing, double, or points to nothing.
+        FileNotFoundError: if it does not exist.
+        UserError: if it is not JSON, or as in `parse_annotations`.
     """
     data = read_bytes(uri, max_bytes=_MAX_BYTES)
     try:
         document = json.loads(data)
-    except (ValueError, RecursionError) as error:  # The second: brackets without end.
+    except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets.
         msg = f"{uri} must be JSON, got something else ({error}): fetch or export it again"
         raise UserError(msg) from error
     return parse_annotations(document, str(uri))
 
 
 class Listing(NamedTuple):
-    """What a driver needs of an instances file: all but the objects. The fields are those of `CocoDataset`."""
+    """The fields of `CocoDataset` that a driver needs: all but the objects."""
 
     images: tuple[ImageRecord, ...]
     categories: dict[int, str]
@@ -334,13 +340,13 @@ class Listing(NamedTuple):
 
 
 def images_and_categories(uri: Address) -> Listing:
-    """What a driver needs of an instances file; raises as `read_annotations` does."""
+    """Read an instances file without its objects; raises as `read_annotations` does."""
     dataset = read_annotations(uri)
     return Listing(dataset.images, dataset.categories, dataset.unused_categories, dataset.remarks)
 
 
 def objects_of(dataset: CocoDataset, image_id: int) -> Objects:
-    """The ground truth of one image, in the file's order; none for an image without annotations."""
+    """Return the ground truth of one image, in the file's order."""
     rows = dataset.rows_by_image.get(image_id, np.zeros(0, np.int64))
     xywh = dataset.boxes_xywh[rows]
     boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32)
@@ -349,10 +355,10 @@ def objects_of(dataset: CocoDataset, image_id: int) -> Objects:
 
 
 def safe_file_name(name: str) -> str:
-    """`name`, if it stays inside the folder that it is joined to.
+    """Return `name` if it is a path inside the folder that it is joined to.
 
     Raises:
-        TileError: if it is empty, absolute, an address, or climbs out: that image is lost, the others not.
+        TileError: if it is empty, absolute, an address, or contains "..".
     """
     leaves = name.startswith("/") or "\\" in name or "://" in name or re.match(r"[A-Za-z]:", name)
     if not name or "\0" in name or leaves or ".." in name.split("/"):
@@ -366,7 +372,7 @@ class FoundImages(NamedTuple):
 
     Attributes:
         records: with ids 1 to N in the order of the sorted addresses, of unknown size.
-        remarks: what was left out, a line each.
+        remarks: numbers of skipped files by suffix, one line each.
     """
 
     records: list[ImageRecord]
@@ -374,28 +380,29 @@ class FoundImages(NamedTuple):
 
 
 def list_images(uri: Address) -> list[ImageRecord]:
-    """The records of `find_images`; raises as that does."""
+    """Return the records of `find_images`; raises as that does."""
     return find_images(uri).records
 
 
 def find_images(uri: Address) -> FoundImages:
-    """The images of a folder, a glob, an S3 prefix, or a Parquet file with a column `uri` or `path`.
+    """List the images of a folder, a glob, an S3 prefix, or a Parquet file with a column `uri` or `path`.
 
     Args:
-        uri: folders are read with their subfolders; one without images but with Parquet files is a list of addresses
-            in parts. Relative paths in a Parquet file start at its own folder.
+        uri: folders are listed with their subfolders; in a folder without images, Parquet files are read as one list of
+            addresses. Relative paths in a Parquet file are relative to its folder.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
-        UserError: if it holds no image, or a Parquet file is no list of addresses.
+        UserError: if it contains no image, or a Parquet file has no such column.
     """
     files = list_files(uri)
     names = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     skipped = Counter(name[name.rindex(".") :].lower() for name in files if name.lower().endswith(OTHER_SUFFIXES))
     if not names:
-        names = _addresses_in_parquet([name for name in files if name.lower().endswith(".parquet")], uri)
-    if unwritable := [repr(name) for name in names if not _is_text(name)]:
-        _fail(f"names of files must be UTF-8, got {_first(unwritable)}: rename them")
+        names = [name for part in files if part.lower().endswith(".parquet") for name in _addresses_in_parquet(part)]
+        _refuse_repeated(names, str(uri))
+    if not_utf8 := [repr(name) for name in names if not _is_text(name)]:
+        _fail(f"names of files must be UTF-8, got {_abbreviated(not_utf8)}: rename them")
     remarks = [f"{count} files skipped: {suffix} is not read" for suffix, count in sorted(skipped.items())]
     if not names:
         wanted, got = ", ".join(IMAGE_SUFFIXES), "; ".join(["got none", *remarks])
@@ -404,22 +411,14 @@ def find_images(uri: Address) -> FoundImages:
     return FoundImages([ImageRecord(i, name) for i, name in enumerate(sorted(names), start=1)], tuple(remarks))
 
 
-def _addresses_in_parquet(parts: Sequence[str], uri: Address) -> list[str]:
-    """The addresses in some Parquet files, which together are the list `uri`."""
-    names = [name for part in parts for name in _addresses_in_part(part)]
-    _refuse_twice(names, str(uri))
-    return names
+def _refuse_repeated(names: Sequence[str], where: str) -> None:
+    if repeated := _repeated(names):
+        _fail(f"{where} must name each image once, got twice {_abbreviated(repeated)}: remove them")
 
 
-def _refuse_twice(names: Sequence[str], where: str) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        _fail(f"{where} must name each image once, got twice {_first(twice)}: remove them")
-
-
-def _addresses_in_part(uri: str) -> list[str]:
+def _addresses_in_parquet(uri: str) -> list[str]:
     try:
-        # On this thread alone, as run folders' shards are read: one of Arrow's can abort a process that ends.
+        # Without Arrow's threads: at interpreter exit, a running one can abort the process.
         file = pq.ParquetFile(pa.BufferReader(read_bytes(uri, max_bytes=_MAX_BYTES)), pre_buffer=False)
         column = next((name for name in ("uri", "path") if name in file.schema_arrow.names), None)
         if column is None:
@@ -430,8 +429,9 @@ def _addresses_in_part(uri: str) -> list[str]:
         raise UserError(msg) from error
     wrong = [i for i, name in enumerate(names) if not isinstance(name, str) or not name.strip()]
     if wrong:
-        _fail(f"column {column} of {uri} must hold an address in each row, got none in rows {_first(wrong)}: fill it")
-    _refuse_twice(names, f"column {column} of {uri}")
+        got = _abbreviated(wrong)
+        _fail(f"column {column} of {uri} must hold an address in each row, got none in rows {got}: fill it")
+    _refuse_repeated(names, f"column {column} of {uri}")
     folder = uri.rpartition("/")[0]
     return [name if name.startswith("/") or "://" in name else join(folder, name) for name in names]
 
@@ -439,66 +439,66 @@ def _addresses_in_part(uri: str) -> list[str]:
 # --- categories -------------------------------------------------------------------------------------
 
 
-def _plain(name: str) -> str:
+def _normalised(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
 
 
 def map_categories(
     detector: Mapping[int, str], dataset: Mapping[int, str], unused: Collection[int] = ()
 ) -> dict[int, int]:
-    """The detector's class ids -> the data set's category ids, by name.
+    """Map the detector's class ids to the data set's category ids by name.
 
-    Case does not count, and underscores are spaces.
+    Names are compared without regard to case, with underscores as spaces.
 
     Args:
         detector: class id -> name.
         dataset: category id -> name.
-        unused: ids of the data set's categories that no annotation is of. The detector need not know them, and one
-            that bears the name of another stands behind it.
+        unused: ids of the data set's categories without annotations. The detector may lack them, and used categories
+            take precedence over unused ones of the same name.
 
     Returns:
-        Only the classes that the data set has; detections of the others are to be dropped.
+        Class id -> category id; classes that the data set does not have are missing.
 
     Raises:
-        UserError: if the detector lacks a category of the data set that is used, or two of these have one name.
+        UserError: if the detector lacks a used category, or two used categories have the same name.
     """
     used = {category_id: name for category_id, name in dataset.items() if category_id not in unused}
-    twice = [name for name, count in Counter(map(_plain, used.values())).items() if count > 1]
-    if twice:
-        _fail(f"categories must differ by name, got twice {_first(twice)}: rename them in the annotations")
-    known = {_plain(name) for name in detector.values()}
-    # Those that are used come last, so that a name is theirs.
-    ids = {_plain(name): category_id for category_id, name in [*dataset.items(), *used.items()]}
-    missing = [name for name in used.values() if _plain(name) not in known]
+    if repeated := _repeated(map(_normalised, used.values())):
+        _fail(f"categories must differ by name, got twice {_abbreviated(repeated)}: rename them in the annotations")
+    known = {_normalised(name) for name in detector.values()}
+    # Used categories come last, so that they overwrite unused ones of the same name.
+    ids = {_normalised(name): category_id for category_id, name in [*dataset.items(), *used.items()]}
+    missing = [name for name in used.values() if _normalised(name) not in known]
     if missing:
-        kind = f"no {_first(missing)}" if known & ids.keys() else "none"
+        got = f"no {_abbreviated(missing)}" if known & ids.keys() else "none"
         _fail(
-            f"the detector must know every category of the data set, got {kind} among its {_first(detector.values())}: "
-            "use a detector trained on them, or leave these categories out of the annotations"
+            f"the detector must know every category of the data set, got {got} among its "
+            f"{_abbreviated(detector.values())}: use a detector trained on them, or leave these categories out of the "
+            "annotations"
         )
-    return {class_id: ids[_plain(name)] for class_id, name in detector.items() if _plain(name) in ids}
+    return {class_id: ids[_normalised(name)] for class_id, name in detector.items() if _normalised(name) in ids}
 
 
 def unknown_categories(detector: Mapping[int, str], dataset: Mapping[int, str], unused: Collection[int]) -> list[str]:
-    """Names of the unused categories that the detector does not know, so that nothing is found of them."""
-    known = {_plain(name) for name in detector.values()}
-    return [name for category_id, name in dataset.items() if category_id in unused and _plain(name) not in known]
+    """Return the names of the unused categories that the detector lacks."""
+    known = {_normalised(name) for name in detector.values()}
+    return [name for category_id, name in dataset.items() if category_id in unused and _normalised(name) not in known]
 
 
-# --- results out ------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------
 
 
 def to_results(image_id: int, detections: Detections, image_hw: tuple[int, int] | None = None) -> list[dict[str, Any]]:
-    """Detections of an image -> COCO results.
+    """Convert the detections of an image to COCO results.
 
     Args:
-        image_id: the image.
-        detections: boxes in image pixels, labels are category ids; masks are of their windows.
-        image_hw: (height, width) of the image; needed for masks, which COCO wants on the whole image.
+        image_id: id of the image.
+        detections: boxes in image pixels, category ids as labels, masks on their windows.
+        image_hw: (height, width) of the image; required if there are masks.
 
     Returns:
-        One dict a detection: image_id, category_id, bbox [x, y, width, height] to 1/1000 px, score to
-        1/1,000,000, and `segmentation` (compressed run lengths) if there are masks.
+        One dict per detection: image_id, category_id, bbox [x, y, width, height] rounded to 1/1000 px, score rounded to
+        1/1,000,000, and segmentation (compressed run lengths on the whole image) if there are masks.
 
     Raises:
         UserError: if there are masks and no `image_hw`.
@@ -521,12 +521,10 @@ def to_results(image_id: int, detections: Detections, image_hw: tuple[int, int] 
 
 
 def write_results(uri: Address, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write COCO results as one JSON list, a row at a time: memory does not grow with their number.
-
-    The file appears whole when the last row is written, or not at all.
+    """Write COCO results as a JSON list, row by row and atomically.
 
     Returns:
-        How many rows were written.
+        The number of rows.
     """
     count = 0
     with atomic_writer(uri) as handle:
@@ -540,25 +538,25 @@ def write_results(uri: Address, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 class GroundTruth:
-    """The objects of each image, from an instances file.
+    """Lookup of the objects of an image in an instances file.
 
     Args:
-        annotations: address of the file; it is read once.
+        annotations: address of the file, read once.
     """
 
     def __init__(self, annotations: str) -> None:
         self._dataset = read_annotations(annotations)
 
     def __call__(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes [N, 4] xyxy and mask areas [N] of an image's objects, in image pixels; crowds left out."""
+        """Return boxes [N, 4] xyxy and mask areas [N] of an image's objects, in image pixels, without crowds."""
         objects = objects_of(self._dataset, image_id)
         return objects.boxes[~objects.crowd], objects.areas[~objects.crowd]
 
 
 def oracle_from(annotations: str) -> OracleScalePredictor:
-    """The oracle of an instances file."""
+    """Build the oracle scale predictor from an instances file."""
     return OracleScalePredictor(GroundTruth(annotations))
 
 
 OpenImage = Callable[[ImageRecord], np.ndarray]
-"""An image's record -> its pixels [h, w, 3] uint8 RGB; raises `TileError` for an image that cannot be read."""
+"""Reads an image: its record -> [h, w, 3] uint8 RGB; raises `TileError` if it cannot be read."""

@@ -1,4 +1,4 @@
-"""Detections in other tools' terms: YOLO's text files, FiftyOne's labels, supervision's arrays and tables."""
+"""Conversion of detections to other tools' formats: YOLO label files, FiftyOne labels, supervision."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 
 
 SUPERVISION_COLUMNS = ("x_min", "y_min", "x_max", "y_max", "class_id", "confidence", "tracker_id", "class_name")
-"""The columns that supervision's CSVSink writes for detections with names."""
+"""Columns of supervision's CSVSink for detections with class names."""
 
 
 def _relative_xywh(detections: Detections, image_hw: tuple[int, int]) -> np.ndarray:
-    """[N, 4] float64: upper left corner and sides of the boxes, as shares of the image's sides."""
+    """Return boxes as [N, 4] float64 x, y, width, height, relative to the image's size."""
     corners = detections.boxes.astype(np.float64) / np.array([image_hw[1], image_hw[0]] * 2)
     return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
 
 
 def yolo_lines(detections: Detections, image_hw: tuple[int, int], classes: Mapping[int, int]) -> list[str]:
-    """An image's detections as lines of a YOLO label file: class x y width height.
+    """Convert an image's detections to lines of a YOLO label file: class x y width height.
 
-    x and y are the box's centre; all four are shares of the image's sides. Scores have no place in a label file.
+    x and y are the box's centre; all four are relative to the image's size. The format has no scores.
 
     Args:
-        detections: N, in image pixels.
+        detections: N detections in image pixels.
         image_hw: (height, width) of the image, in pixels.
-        classes: category id -> the class's position in the file of names, from 0.
+        classes: category id -> class index, from 0.
     """
     boxes = _relative_xywh(detections, image_hw)
     boxes[:, :2] += boxes[:, 2:] / 2
@@ -56,16 +56,16 @@ def yolo_lines(detections: Detections, image_hw: tuple[int, int], classes: Mappi
 def fiftyone_objects(
     detections: Detections, image_hw: tuple[int, int], classes: Mapping[int, int]
 ) -> list[dict[str, Any]]:
-    """An image's detections as FiftyOneImageDetectionDataset's labels.json lists them.
+    """Convert an image's detections to labels of FiftyOneImageDetectionDataset's labels.json.
 
     Args:
-        detections: N, in image pixels.
+        detections: N detections in image pixels.
         image_hw: (height, width) of the image, in pixels.
-        classes: category id -> the class's position in the file's `classes`, from 0.
+        classes: category id -> index in the file's `classes`, from 0.
 
     Returns:
-        N dicts: label, bounding_box (upper left corner and sides, as shares of the image's sides), confidence, and the
-        depth at which each was found as an attribute.
+        N dicts: label, bounding_box (x, y, width, height relative to the image's size), confidence, and the depth as an
+        attribute.
     """
     return [
         {
@@ -85,10 +85,10 @@ def fiftyone_objects(
 
 
 def supervision_rows(detections: Detections, names: Mapping[int, str]) -> list[tuple[Any, ...]]:
-    """An image's detections as rows of `SUPERVISION_COLUMNS`; the tracker's id is empty.
+    """Convert an image's detections to rows of `SUPERVISION_COLUMNS`; tracker_id is empty.
 
     Args:
-        detections: N, in image pixels.
+        detections: N detections in image pixels.
         names: category id -> name.
     """
     boxes = detections.boxes.astype(np.float64).round(3).tolist()
@@ -102,12 +102,12 @@ def supervision_rows(detections: Detections, names: Mapping[int, str]) -> list[t
 def to_supervision(
     detections: Detections, names: Mapping[int, str], image_hw: tuple[int, int] | None = None
 ) -> supervision.Detections:
-    """Detections as `supervision.Detections`, for its annotators, trackers and metrics.
+    """Convert detections to `supervision.Detections`, for its annotators, trackers and metrics.
 
     Args:
-        detections: N, in image pixels.
+        detections: N detections in image pixels.
         names: category id -> name.
-        image_hw: (height, width) of the image in pixels; needed where there are masks.
+        image_hw: (height, width) of the image, in pixels; required if there are masks.
 
     Returns:
         xyxy [N, 4] float32 in image pixels, confidence [N] float32, class_id [N] int64 (category ids), mask

@@ -1,12 +1,12 @@
-"""Image bytes -> pixels, and windows of them -> tiles.
+"""Decoding of images to RGB.
 
-What is decoded, and how (nothing else is): the first frame of a JPEG, PNG, TIFF, BMP, WebP or GIF.
-- Orientation: EXIF is obeyed, unless only the stored pixels have the annotated size.
+Decodes the first frame of JPEG, PNG, TIFF, BMP, WebP and GIF:
+- EXIF orientation is applied, unless only the stored pixels have the annotated size.
 - Grey, palette, CMYK and YCbCr become RGB; colour profiles are ignored.
-- Transparent parts show white, as on a page.
-- 16 bits become 8 by rounding value / 257, so that 65535 is 255; 16-bit colour keeps its upper byte.
-- 32-bit integers and floats are refused: nothing in the file says which value is white.
-- A JPEG that lacks nothing but its end marker is read, as browsers do; one whose last scan is cut is refused.
+- Transparent pixels are composited over white.
+- 16-bit grey becomes 8-bit by rounding value / 257, so that 65535 is 255; 16-bit colour keeps its upper byte.
+- 32-bit integers and floats are refused: the file does not define their range.
+- A JPEG that lacks only its end marker is read, as browsers do; one with a truncated last scan is refused.
 """
 
 from __future__ import annotations
@@ -46,19 +46,14 @@ __all__ = [
 ]
 
 MAX_PIXELS = 200_000_000
-"""The largest image that is decoded, in pixels: a phone's 200 megapixels, and about 2 GB while it is read."""
+"""Size limit of an image, in pixels: 200 megapixels, as of phone cameras, take about 2 GB while they are decoded."""
 
-
-# No picture needs more than four channels of 16 bits a pixel; a small one may have a large profile beside it.
+# Size limit of a file, per pixel (four channels of 16 bits) and at least (a small image may hold a large profile).
 _BYTES_PER_PIXEL = 8
-
-
-_FEWEST_BYTES = 16 * 2**20
-
+_MIN_BYTES_LIMIT = 16 * 2**20
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""The endings of the formats that are decoded."""
-
+"""Suffixes of the formats that are decoded."""
 
 OTHER_SUFFIXES = (
     *(".avif", ".exr", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpx", ".jxl", ".mpo"),
@@ -66,11 +61,10 @@ OTHER_SUFFIXES = (
     *(".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga"),
     *(".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"),
 )
-"""The endings of pictures and videos that are not read: who has them in a folder is told that they are left out."""
+"""Suffixes of images and videos that are not decoded; listings report how many such files they skip."""
 
-
-# Readers are called by name and not through Image.open: only these ever see a stranger's bytes, and the
-# limit on pixels is the one asked for, with no setting of Pillow's changed for the whole process.
+# The readers are called directly, not through Image.open: no other reader sees untrusted bytes, and the limit on pixels
+# does not depend on Pillow's process-wide setting.
 _READERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
     (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
     (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
@@ -90,8 +84,8 @@ class _Header:
 
     Attributes:
         image: Pillow's image.
-        stored_hw: (height, width) of the pixels as they lie in the file.
-        orientation: 1 to 8, EXIF's number.
+        stored_hw: (height, width) of the pixels as stored in the file.
+        orientation: EXIF orientation, 1 to 8.
     """
 
     image: ImageFile
@@ -100,14 +94,14 @@ class _Header:
 
     @property
     def upright_hw(self) -> tuple[int, int]:
-        """(height, width) once turned as EXIF says."""
+        """(height, width) after EXIF orientation is applied."""
         height, width = self.stored_hw
         return (width, height) if self.orientation >= 5 else (height, width)
 
 
 @contextmanager
 def _guarded() -> Iterator[None]:
-    """Turn whatever Pillow raises into a TileError: on broken bytes its readers raise anything."""
+    """Convert any exception to `TileError`: on invalid bytes, Pillow's readers raise exceptions of any type."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -137,32 +131,32 @@ def _read_header(data: bytes, max_pixels: int) -> _Header:
             msg = f"an image must have pixels, got {height} x {width}: leave it out"
             raise TileError(msg)
         orientation = _orientation(image)
-        # Pillow's TIFF reader tells the turned size, and turns the pixels itself.
+        # Pillow's TIFF reader applies the orientation itself, to the size and the pixels.
         is_turned = isinstance(image, TiffImagePlugin.TiffImageFile) and orientation >= 5
         return _Header(image, (width, height) if is_turned else (height, width), orientation)
 
 
 def _orientation(image: ImageFile) -> int:
-    """EXIF's orientation, 1 if there is none that can be read."""
+    """Return the EXIF orientation; 1 if missing or unreadable."""
     try:
-        # Not image.getexif(): a PNG's would decode the pixels to find EXIF behind them.
+        # Not image.getexif(): for a PNG it decodes the pixels to find EXIF behind them.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except (ArithmeticError, AssertionError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
-        return 1  # Broken EXIF is no reason to lose the picture.
+        return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def image_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """The (height, width) that `decode_image` gives without `expect_hw`, from the header alone.
+    """Read (height, width) from the header alone, as `decode_image` returns it without `expect_hw`.
 
     Raises:
-        TileError: if it is no image, or too large.
+        TileError: if the bytes are not an image, or it is too large.
     """
     return _read_header(data, max_pixels).upright_hw
 
 
 def read_image(uri: Address, *, expect_hw: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read and decode a picture; a file too large to hold `max_pixels` is refused before it is read.
+    """Read and decode an image; a file too large for `max_pixels` is refused before it is read.
 
     Args:
         uri: a local path, file:// or s3:// address.
@@ -173,15 +167,15 @@ def read_image(uri: Address, *, expect_hw: tuple[int, int] | None = None, max_pi
         [h, w, 3] uint8 RGB, read-only.
 
     Raises:
-        TileError: whatever is wrong with this one picture: not there, not to be read, or as in `decode_image`.
+        TileError: if the file is missing or unreadable, or as in `decode_image`.
     """
     try:
         path = local_path(uri)
         if path is not None and os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             msg = f"cannot read {os.fspath(uri)}: it is a pipe, a socket or a device, not a file; leave it out"
             raise TileError(msg)
-        data = read_bytes(uri, max_bytes=max(_BYTES_PER_PIXEL * max_pixels, _FEWEST_BYTES))
-    # A ValueError: the address is none of ours, or has a character that no file's name has.
+        data = read_bytes(uri, max_bytes=max(_BYTES_PER_PIXEL * max_pixels, _MIN_BYTES_LIMIT))
+    # ValueError: an unsupported address, or a character that file names cannot contain.
     except (OSError, ValueError) as error:
         raise TileError(str(error)) from error
     return decode_image(data, expect_hw=expect_hw, max_pixels=max_pixels)
@@ -194,21 +188,21 @@ def decode_image(
     max_pixels: int = MAX_PIXELS,
     apply_exif: bool = True,
 ) -> np.ndarray:
-    """Decode a picture by the rules above.
+    """Decode an image by the rules in the module's docstring.
 
     Args:
         data: the file's bytes.
-        expect_hw: (height, width) that the annotations say. Boxes drawn on pixels that were not turned
-            by EXIF are common: then the stored pixels are given, if they alone have this size.
-        max_pixels: the limit, checked before any pixel is decoded. Pillow itself refuses a TIFF or WebP of
-            more than 179 million pixels.
-        apply_exif: whether to turn the picture upright.
+        expect_hw: annotated (height, width). If only the stored pixels have this size, EXIF orientation is not applied:
+            such annotations were made without it.
+        max_pixels: size limit, checked before pixels are decoded. Pillow itself refuses a TIFF or WebP of more than 179
+            million pixels.
+        apply_exif: whether to apply EXIF orientation.
 
     Returns:
-        [h, w, 3] uint8 RGB, read-only: many tiles are cut from it.
+        [h, w, 3] uint8 RGB, read-only.
 
     Raises:
-        TileError: if it is no image, damaged, too large, of floats, or not of the annotated size.
+        TileError: if the bytes are not an image, damaged, too large, of floats, or not of the annotated size.
     """
     header = _read_header(data, max_pixels)
     turn = apply_exif
@@ -225,17 +219,17 @@ def decode_image(
         header = _loaded(header, data, max_pixels)
         pixels = to_rgb(header.image)
     if isinstance(header.image, TiffImagePlugin.TiffImageFile):
-        pixels = pixels if turn else _turned(pixels, {6: 8, 8: 6}.get(header.orientation, header.orientation))
+        pixels = pixels if turn else _upright(pixels, {6: 8, 8: 6}.get(header.orientation, header.orientation))
     elif turn:
-        pixels = _turned(pixels, header.orientation)
+        pixels = _upright(pixels, header.orientation)
     pixels = np.ascontiguousarray(pixels)
     pixels.flags.writeable = False
     return pixels
 
 
 def _loaded(header: _Header, data: bytes, max_pixels: int) -> _Header:
-    """The header of an image whose pixels are decoded; of a JPEG without its end marker, with that put back."""
-    # No scan holds an end marker: behind the last one it stands, or nowhere. Pillow takes zeros for pixels until then.
+    """Decode the pixels of an opened image; a JPEG that lacks its end marker is opened again with the marker added."""
+    # Pillow decodes zeros up to a missing end marker. Scans contain none, so it can only follow the last scan.
     is_jpeg = isinstance(header.image, JpegImagePlugin.JpegImageFile)
     if is_jpeg and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         ended = _with_end_marker(data)
@@ -247,31 +241,30 @@ def _loaded(header: _Header, data: bytes, max_pixels: int) -> _Header:
     return header
 
 
-# Bits of many kinds, and each restart marker: whatever a scan still waits for, it takes some of these for pixels.
-_MORE_SCAN = tuple(
-    b"".join(bytes([start] * 1024) + bytes([0xFF, 0xD0 + i % 8]) for i in range(24))
-    for start in (0xFE, 0xAA, 0x55, 0xCC, 0x33, 0x0F, 0x6D)
+# Continuations of a scan: various bit patterns with each restart marker, so that an incomplete scan decodes some.
+_SCAN_CONTINUATIONS = tuple(
+    b"".join(bytes([pattern] * 1024) + bytes([0xFF, 0xD0 + i % 8]) for i in range(24))
+    for pattern in (0xFE, 0xAA, 0x55, 0xCC, 0x33, 0x0F, 0x6D)
 )
 
-
-_LONGEST_END = 4
+_MIN_PADDING = 4
 
 
 def _with_end_marker(data: bytes) -> bytes | None:
-    """A JPEG that breaks off, with an end marker; None if more than that is missing.
+    """Add an end marker to a JPEG that lacks it; return None if more than the marker is missing.
 
-    Decoders fill what is missing of a scan with grey and say nothing. But a scan that is whole does not depend on what
-    comes behind it, and one that is cut does: so its pixels are compared with a few ways in which it might go on.
+    Decoders silently fill missing parts of a scan with grey. The pixels of a complete scan do not depend on the bytes
+    that follow it, those of a truncated scan do: the image is decoded with several continuations and compared.
     """
     kept = data.rstrip(b"\x00\xff")
-    if len(data) - len(kept) < _LONGEST_END:
-        # The first half of the end marker; a longer run was written where there was nothing to write.
+    if len(data) - len(kept) < _MIN_PADDING:
+        # At most the first byte of the end marker; a longer run of such bytes is padding.
         kept = data[:-1] if data.endswith(b"\xff") else data
     if not _has_all_scans(kept):
         return None
     ended = kept + b"\xff\xd9"
     pixels = _decoded_jpeg(ended)
-    same = all(np.array_equal(pixels, _decoded_jpeg(kept + more + b"\xff\xd9")) for more in _MORE_SCAN)
+    same = all(np.array_equal(pixels, _decoded_jpeg(kept + more + b"\xff\xd9")) for more in _SCAN_CONTINUATIONS)
     return ended if same else None
 
 
@@ -280,8 +273,8 @@ def _decoded_jpeg(data: bytes) -> np.ndarray:
 
 
 def _has_all_scans(data: bytes) -> bool:
-    """Whether a scan of a JPEG has begun for each bit of each coefficient of each component."""
-    # Component -> the lowest bit seen of each of its 64 coefficients; 255: none.
+    """Return True if the JPEG has a scan for each bit of each coefficient of each component."""
+    # Component -> the lowest bit seen of each of its 64 coefficients, 255 for none.
     lowest: dict[int, bytearray] = {}
     at = 2
     while at + 4 <= len(data):
@@ -297,11 +290,11 @@ def _has_all_scans(data: bytes) -> bool:
             for component in body[1 : 1 + 2 * body[0] : 2]:
                 lowest.setdefault(component, bytearray(64))[first : last + 1] = bytes([bits & 15]) * (last + 1 - first)
         at += 4 + len(body)
-    return bool(lowest) and not any(any(each) for each in lowest.values())
+    return bool(lowest) and not any(any(bits) for bits in lowest.values())
 
 
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn stored pixels [h, w, 3] upright: a view."""
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Apply an EXIF orientation to stored pixels [h, w, 3]; returns a view."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
@@ -312,10 +305,10 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """A loaded image of any mode -> [h, w, 3] uint8 RGB, by the rules above; its EXIF is not looked at.
+    """Convert a loaded image of any mode to [h, w, 3] uint8 RGB; EXIF orientation is not applied.
 
     Raises:
-        TileError: if it is of 32-bit integers or floats.
+        TileError: if it has 32-bit integers or floats.
     """
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
@@ -327,5 +320,5 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    # Converting RGB to RGB is a copy, of 4 bytes a pixel.
+    # Converting RGB to RGB would copy the image.
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""Policies and search spaces in YAML files."""
+"""YAML files of policies and search spaces."""
 
 from __future__ import annotations
 
@@ -32,12 +32,21 @@ __all__ = [
 ]
 
 
+SPACE_VERSION = 1
+"""Version of the search space format; files of other versions are refused."""
+
+_ENDS = {"low": 0, "high": 1}
+_COMBINED_FIELDS = ("recursion.scale_range", "recursion.small_classes", "recursion.large_classes")
+_PARTS: tuple[tuple[str, Any], ...] = (("recursion", Recursion), ("merging", Merging))
+_MAX_BYTES = 2**20
+
+
 def read_policies(uri: str | Path) -> list[Policy]:
-    """The policies of a file: one, or a list of them; `policy_to_dict` says what a policy looks like.
+    """Read a file of one policy or a list of policies, each in the form of `policy_to_dict`.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        UserError: if it is no YAML, of another version, or a field is wrong; the message says which.
+        FileNotFoundError: if it does not exist.
+        UserError: if it is not YAML, of another version, or a field is invalid.
     """
     content = read_yaml(uri)
     entries = content if isinstance(content, list) else [content]
@@ -55,15 +64,8 @@ def read_policies(uri: str | Path) -> list[Policy]:
     return policies
 
 
-SPACE_VERSION = 1
-"""Written into every search space; a file of another version is refused."""
-
-
-_ENDS = {"low": 0, "high": 1}
-
-
 class Range(NamedTuple):
-    """Numbers from `low` to `high`, both included; evenly in the logarithm if `log`, whole ones if `whole`."""
+    """Numbers from `low` to `high`, inclusive; log-uniform if `log`, integers if `whole`."""
 
     low: float
     high: float
@@ -72,18 +74,18 @@ class Range(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One of some values; lists are JSON text here, so that a search library takes each for one value."""
+    """A choice among values; lists are JSON text, since search libraries take only scalar values."""
 
     options: tuple[str | int | float | bool | None, ...]
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What a sweep may change.
+    """Search space of a sweep.
 
     Attributes:
-        policies: names of the policies that it starts from; one of them is chosen for each trial.
-        fields: what may become of a field of theirs, by its path, e.g. "recursion.window".
+        policies: names of the starting policies; each trial chooses one.
+        fields: path of a policy's field, e.g. "recursion.window" -> its values.
     """
 
     policies: tuple[str, ...]
@@ -91,7 +93,7 @@ class SearchSpace:
 
 
 def read_space(uri: str | Path) -> SearchSpace:
-    """A search space from its file.
+    """Read a search space from a YAML file.
 
     ```yaml
     version: 1
@@ -105,8 +107,8 @@ def read_space(uri: str | Path) -> SearchSpace:
     ```
 
     Raises:
-        FileNotFoundError: if it is not there.
-        UserError: if it is no YAML, of another version, names an unknown field, or a range is empty.
+        FileNotFoundError: if it does not exist.
+        UserError: if it is not YAML, of another version, names an unknown field, or a range is empty.
     """
     content = read_yaml(uri)
     if not isinstance(content, dict) or content.get("version") != SPACE_VERSION:
@@ -130,10 +132,10 @@ def read_space(uri: str | Path) -> SearchSpace:
 
 
 def _field(path: str, value: Any, uri: str | Path) -> Range | Choice:
-    kind = _kind_of(path, uri)
+    kind = _field_type(path, uri)
     where = f"{path} in {uri}"
     if isinstance(value, dict) and set(value) == {"of"} and isinstance(value["of"], list) and value["of"]:
-        return Choice(tuple(json.dumps(each) if isinstance(each, list) else each for each in value["of"]))
+        return Choice(tuple(json.dumps(option) if isinstance(option, list) else option for option in value["of"]))
     ends = value if isinstance(value, dict) else {}
     if kind not in (int, float) or not {"from", "to"} <= set(ends) <= {"from", "to", "log"}:
         ranges = "{from: LOW, to: HIGH} or " if kind in (int, float) else ""
@@ -154,8 +156,8 @@ def _field(path: str, value: Any, uri: str | Path) -> Range | Choice:
     return Range(low, high, bool(log), kind is int)
 
 
-def _kind_of(path: str, uri: str | Path) -> Any:
-    """The type of a policy's field."""
+def _field_type(path: str, uri: str | Path) -> Any:
+    """Return the type of a policy's field."""
     parts = path.split(".")
     cls: Any = {"recursion": Recursion, "merging": Merging}.get(parts[0], Policy) if len(parts) > 1 else Policy
     hints = get_type_hints(cls)
@@ -174,20 +176,20 @@ def _kind_of(path: str, uri: str | Path) -> Any:
 
 
 def check_values(space: SearchSpace, policies: Sequence[Policy]) -> None:
-    """Refuse a space with a value that none of its policies may have, before the first trial.
+    """Check that each value of a search space is valid in each of its policies, before the first trial.
 
-    Each value, and both ends of each range, is tried by itself. Those that go together with another field's (the ends
-    of the scale range, the classes) are left to the trials.
+    Each option, and both ends of each range, is tried on its own. Fields that are only valid in combination (the ends
+    of the scale range, the classes) are checked by the trials.
 
     Args:
-        space: the space.
-        policies: those that it starts from.
+        space: the search space.
+        policies: its starting policies.
 
     Raises:
-        UserError: it names the field and the value.
+        UserError: if a value is invalid.
     """
     for path, field in space.fields.items():
-        if path.startswith(_GO_TOGETHER):
+        if path.startswith(_COMBINED_FIELDS):
             continue
         for value in field.options if isinstance(field, Choice) else (field.low, field.high):
             for policy in policies:
@@ -199,7 +201,7 @@ def check_values(space: SearchSpace, policies: Sequence[Policy]) -> None:
 
 
 def start_values(policy: Policy, space: SearchSpace) -> dict[str, Any] | None:
-    """What a policy itself has for the fields of a space, by path; None if it lies outside."""
+    """Return a policy's own values of the fields of a space, by path; None if one is outside the space."""
     values = {}
     for path, field in space.fields.items():
         holder: Any = policy_to_dict(policy)
@@ -213,22 +215,16 @@ def start_values(policy: Policy, space: SearchSpace) -> dict[str, Any] | None:
     return values
 
 
-_GO_TOGETHER = ("recursion.scale_range", "recursion.small_classes", "recursion.large_classes")
-
-
-_PARTS: tuple[tuple[str, Any], ...] = (("recursion", Recursion), ("merging", Merging))
-
-
 def changed_policy(policy: Policy, name: str, values: Mapping[str, Any]) -> Policy:
-    """A policy of another name and with other values.
+    """Return a copy of a policy with another name and other values.
 
     Args:
-        policy: what it starts from.
-        name: the new one's.
-        values: by path, see `SearchSpace`.
+        policy: the policy.
+        name: name of the copy.
+        values: new values by path, see `SearchSpace`.
 
     Raises:
-        UserError: if a value leaves its range, or two do not go together.
+        UserError: if a value is out of range, or two are incompatible.
     """
     plain = copy.deepcopy(policy_to_dict(policy)) | {"name": name}
     for path, given in values.items():
@@ -244,20 +240,17 @@ def changed_policy(policy: Policy, name: str, values: Mapping[str, Any]) -> Poli
     return policy_from_dict(plain)
 
 
-_MAX_BYTES = 2**20
-
-
 def read_yaml(uri: str | Path) -> Any:
-    """What a YAML file holds.
+    """Read a YAML file.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        UserError: if it is no YAML, or over a MiB: settings are not.
+        FileNotFoundError: if it does not exist.
+        UserError: if it is not YAML, or larger than 1 MiB.
     """
     data = read_bytes(uri, max_bytes=_MAX_BYTES)
     try:
         return yaml.safe_load(data)
-    # A ValueError: a date that is none. A RecursionError: brackets without end.
+    # ValueError: an invalid date. RecursionError: deeply nested brackets.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         msg = f"{uri} must be YAML, got something else ({error}): correct it"
         raise UserError(msg) from error

@@ -1,4 +1,4 @@
-"""Arrow schemas of what passes between stages and of what a run writes, and the way in and out of them."""
+"""Arrow schemas of tile results, detections and images, and conversion to and from them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TILE_RESULTS = pa.schema(
         ("masks", pa.list_(pa.binary())),
     ]
 )
-"""One row a tile; boxes and windows are [4N], flattened, xyxy in image pixels; masks null without masks."""
+"""One row per tile; boxes and windows are flattened to [4N], xyxy in image pixels; masks is null without masks."""
 
 
 DETECTIONS = pa.schema(
@@ -66,7 +66,7 @@ DETECTIONS = pa.schema(
         ("mask", pa.large_binary()),
     ]
 )
-"""One row a detection, the best of an image first; xyxy in image pixels; mask: run lengths of the window, or null."""
+"""One row per detection, by descending score within an image; xyxy in image pixels; mask: run lengths on the window."""
 
 
 IMAGES = pa.schema(
@@ -95,13 +95,17 @@ IMAGES = pa.schema(
         ),
     ]
 )
-"""One row an image, written after its detections: the record that it is finished. guards is JSON: name -> count;
-finished_at is seconds since the run began; whole_pass: the boxes that the pass over the whole image finds alone, of a
-score of `SHOWN_SCORE` or more, xyxy in image pixels; null without such a pass, and in runs of older versions."""
+"""One row per image, written after its detections as the record that it is finished.
+
+guards is JSON, name -> count. finished_at is in seconds since the run began. whole_pass is `ImageResult.whole_pass`;
+null without such a pass, and in runs of older versions.
+"""
+
+_CORNERS = ("x0", "y0", "x1", "y1")
 
 
 def tile_results_table(results: Sequence[TileResult]) -> pa.Table:
-    """Tile results as an Arrow table of schema `TILE_RESULTS`."""
+    """Convert tile results to an Arrow table of schema `TILE_RESULTS`."""
     found = [result.detections for result in results]
     columns = {
         "image_id": [result.image_id for result in results],
@@ -125,7 +129,7 @@ def tile_results_table(results: Sequence[TileResult]) -> pa.Table:
 
 
 def tile_results_from_table(table: pa.Table) -> list[TileResult]:
-    """The reverse of `tile_results_table`."""
+    """Inverse of `tile_results_table`."""
     table = table.combine_chunks()
     arrays = {name: table.column(name) for name in ("boxes", "scores", "labels", "depth", "windows")}
     rest = table.drop_columns(list(arrays)).to_pylist()
@@ -160,7 +164,7 @@ def tile_results_from_table(table: pa.Table) -> list[TileResult]:
 
 
 def detections_table(results: Sequence[ImageResult], policy: str) -> pa.Table:
-    """The detections of finished images as an Arrow table of schema `DETECTIONS`."""
+    """Convert the detections of finished images to an Arrow table of schema `DETECTIONS`."""
     counts = [len(result.detections) for result in results]
     found = Detections.concatenate([result.detections for result in results])
     masks = [mask for result in results for mask in result.detections.masks or [None] * len(result.detections)]
@@ -169,24 +173,23 @@ def detections_table(results: Sequence[ImageResult], policy: str) -> pa.Table:
         "policy": [policy] * len(found),
         "category_id": found.labels,
         "score": found.scores,
-        **{name: found.boxes[:, i] for i, name in enumerate(("x0", "y0", "x1", "y1"))},
+        **{name: found.boxes[:, i] for i, name in enumerate(_CORNERS)},
         "depth": found.depth.astype(np.int32),
-        **{f"window_{name}": found.windows[:, i].astype(np.int32) for i, name in enumerate(("x0", "y0", "x1", "y1"))},
+        **{f"window_{name}": found.windows[:, i].astype(np.int32) for i, name in enumerate(_CORNERS)},
         "mask": masks,
     }
     return pa.table({name: pa.array(columns[name], DETECTIONS.field(name).type) for name in DETECTIONS.names})
 
 
 def detections_from_rows(table: pa.Table) -> Detections:
-    """The detections of one image from rows of schema `DETECTIONS`."""
-    names = ("x0", "y0", "x1", "y1")
+    """Convert rows of schema `DETECTIONS` to the detections of one image."""
     masks = table.column("mask").to_pylist()
     return Detections(
-        np.stack([table.column(name).to_numpy() for name in names], axis=1),
+        np.stack([table.column(name).to_numpy() for name in _CORNERS], axis=1),
         table.column("score").to_numpy(),
         table.column("category_id").to_numpy(),
         table.column("depth").to_numpy(),
-        np.stack([table.column(f"window_{name}").to_numpy() for name in names], axis=1),
+        np.stack([table.column(f"window_{name}").to_numpy() for name in _CORNERS], axis=1),
         tuple(masks) if masks and all(mask is not None for mask in masks) else None,
     )
 
@@ -194,13 +197,13 @@ def detections_from_rows(table: pa.Table) -> Detections:
 def images_table(
     results: Sequence[ImageResult], policy: str, files: Sequence[str], finished_at: Sequence[float | None]
 ) -> pa.Table:
-    """Finished images as an Arrow table of schema `IMAGES`.
+    """Convert finished images to an Arrow table of schema `IMAGES`.
 
     Args:
-        results: the images.
-        policy: the policy's name.
-        files: each image's file.
-        finished_at: when each was finished, in seconds since the run began.
+        results: results of the images.
+        policy: name of the policy.
+        files: file of each image.
+        finished_at: time at which each was finished, in seconds since the run began.
     """
     rows = [
         {
@@ -225,15 +228,15 @@ def images_table(
 
 
 def _box_structs(found: Detections) -> list[dict[str, float]]:
-    """Detections as values of the column `whole_pass` of `IMAGES`."""
+    """Convert detections to a value of the column `whole_pass` of `IMAGES`."""
     rows = zip(found.labels.tolist(), found.scores.tolist(), *found.boxes.T.tolist(), strict=True)
-    names = ("category_id", "score", "x0", "y0", "x1", "y1")
+    names = ("category_id", "score", *_CORNERS)
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def detections_from_structs(boxes: Sequence[Mapping[str, float]]) -> Detections:
-    """The detections of a value of the column `whole_pass` of `IMAGES`."""
-    corners = [[box[name] for name in ("x0", "y0", "x1", "y1")] for box in boxes]
+    """Convert a value of the column `whole_pass` of `IMAGES` to detections."""
+    corners = [[box[name] for name in _CORNERS] for box in boxes]
     return Detections(
         np.array(corners, np.float32).reshape(-1, 4),
         np.array([box["score"] for box in boxes]),
@@ -242,7 +245,7 @@ def detections_from_structs(boxes: Sequence[Mapping[str, float]]) -> Detections:
 
 
 def to_ipc(table: pa.Table) -> bytes:
-    """A table as the bytes of an Arrow stream, to travel in one cell."""
+    """Serialise a table to the bytes of an Arrow stream, to fit in one cell."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -250,6 +253,6 @@ def to_ipc(table: pa.Table) -> bytes:
 
 
 def from_ipc(data: bytes | pa.Buffer) -> pa.Table:
-    """The reverse of `to_ipc`."""
+    """Inverse of `to_ipc`."""
     with pa.ipc.open_stream(data) as reader:
         return reader.read_all()

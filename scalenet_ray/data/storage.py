@@ -1,11 +1,11 @@
-"""Files by their address: a local path, file:// or s3://, read and written alike.
+"""Reading and writing of files by address: a local path, file:// or s3://.
 
-S3 is reached as botocore does: credentials, region and endpoint come from the environment (`AWS_ACCESS_KEY_ID`,
-`AWS_PROFILE`, `AWS_REGION`, `AWS_ENDPOINT_URL` ...), a profile or the machine's role and from nowhere else, and no
-message repeats them. `AWS_NO_SIGN_REQUEST=YES` asks for none: public buckets.
+S3 is configured as for botocore: credentials, region and endpoint come from the environment (`AWS_ACCESS_KEY_ID`,
+`AWS_PROFILE`, `AWS_REGION`, `AWS_ENDPOINT_URL` ...), a profile or the machine's role only, and no message contains
+them. `AWS_NO_SIGN_REQUEST=YES` is for public buckets.
 
-A request that fails for a passing reason (500, 503 SlowDown, a time-out, a connection that broke, in mid-answer too) is
-made again after a wait that grows, a bounded number of times (`AWS_MAX_ATTEMPTS` and `AWS_RETRY_MODE` are botocore's).
+Requests that fail for a transient reason (500, 503 SlowDown, a timeout, a lost connection) are retried a bounded number
+of times with increasing waits (`AWS_MAX_ATTEMPTS` and `AWS_RETRY_MODE` are botocore's).
 """
 
 from __future__ import annotations
@@ -45,36 +45,30 @@ Address = str | os.PathLike[str]
 
 
 _LOST_RACES = ("PreconditionFailed", "ConditionalRequestConflict")
-"""What S3 answers to a conditional write that came second."""
+"""S3's error codes for a conditional write that lost against another writer."""
 
-
-# A server that says nothing for so long is taken for lost, and asked again.
 _S3_TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}
-
-
 _S3_ATTEMPTS = 4
-
-
-_S3_ANSWERS = 3
+_S3_READ_ATTEMPTS = 3
 
 
 def _s3() -> AbstractFileSystem:
-    """The client, made once for each setting."""
+    """Return the S3 file system; fsspec caches one per configuration."""
     unsigned = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "on", "true", "yes")
-    # "standard" waits longer each time, at random; what the user's environment asks for goes before.
+    # "standard" is exponential backoff with jitter; the user's environment takes precedence.
     retries: dict[str, str | int] = {} if "AWS_RETRY_MODE" in os.environ else {"mode": "standard"}
     if "AWS_MAX_ATTEMPTS" not in os.environ:
         retries["total_max_attempts"] = _S3_ATTEMPTS
     settings = {**_S3_TIMEOUTS, "retries": retries}
-    # Other processes write to the same place: a listing remembered from earlier would be stale.
+    # Other processes write to the same place: a cached listing would be stale.
     store = fsspec.filesystem("s3", anon=unsigned, use_listings_cache=False, config_kwargs=settings)
-    # Of s3fs's own, which fetches an answer again that breaks off while it is read, but also multiplies botocore's.
-    store.retries = _S3_ANSWERS
+    # s3fs's own retries cover responses that break off while they are read, but multiply botocore's.
+    store.retries = _S3_READ_ATTEMPTS
     return store
 
 
 def _locate(uri: Address) -> tuple[AbstractFileSystem, str]:
-    """An address -> its file system and the path there; local paths become absolute."""
+    """Split an address into its file system and the path in it; local paths become absolute."""
     text = os.fspath(uri)
     if not text.strip():
         msg = f"an address must be a path, file:// or s3://, got {text!r}: name a file or folder"
@@ -83,7 +77,7 @@ def _locate(uri: Address) -> tuple[AbstractFileSystem, str]:
     if text.startswith("s3:") and not separator:
         rest, scheme, separator = "", "s3", "://"
     if not separator or scheme == "file":
-        # Not fsspec's own parsing: a file's name may hold "::", which means a chain of file systems to it.
+        # Not fsspec's own parsing: it takes "::" in a file name for a chain of file systems.
         path = _path_of_file_address(rest) if separator else os.path.expanduser(text)
         return fsspec.filesystem("file"), os.path.abspath(path)
     if scheme != "s3":
@@ -93,14 +87,14 @@ def _locate(uri: Address) -> tuple[AbstractFileSystem, str]:
         msg = f"an s3:// address must name a bucket, got {text}: write s3://BUCKET/KEY (is a variable unset?)"
         raise UserError(msg)
     if "@" in rest.partition("/")[0]:
-        # The address itself is not repeated: it holds a secret.
+        # The message must not contain the address: it holds a secret.
         msg = "an s3:// address must not hold credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
         raise UserError(msg)
     return _s3(), rest
 
 
 def _path_of_file_address(rest: str) -> str:
-    """What stands behind file:// -> a path; %20 is a space, unless a file's very name has it."""
+    """Convert the part of an address after file:// to a path; %20 is a space, unless a file has that name."""
     path = rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
     return path if os.path.exists(path) else unquote(path)
 
@@ -111,7 +105,7 @@ def _is_s3(store: AbstractFileSystem) -> bool:
 
 @contextmanager
 def _explained(verb: str, uri: Address, store: AbstractFileSystem) -> Iterator[None]:
-    """Say what was wanted and what to do. The cause is dropped: a server's text may repeat a key."""
+    """Reraise errors with a message that says what to do, without their cause: a server's text may contain a key."""
     try:
         yield
     except FileNotFoundError:
@@ -153,12 +147,12 @@ def _s3_reason(error: Exception) -> str:
 
 
 def join(base: Address, *parts: str) -> str:
-    """Put a path together below `base`: a part that starts with a slash still stays below it."""
+    """Join path components below `base`; a leading slash of a part is ignored."""
     return "/".join([os.fspath(base).rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def as_arrow(uri: Address) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The file system of an address as Arrow knows them, and the path there: for libraries that write by themselves."""
+    """Return an address as an Arrow file system and the path in it, for libraries that do their own I/O."""
     store, path = _locate(uri)
     if _is_s3(store):
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(store)), path
@@ -166,27 +160,27 @@ def as_arrow(uri: Address) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def local_path(uri: Address) -> str | None:
-    """The absolute path of a local address; None if it lies on S3."""
+    """Return the absolute path of a local address; None for S3."""
     store, path = _locate(uri)
     return None if _is_s3(store) else path
 
 
 def exists(uri: Address) -> bool:
-    """Whether there is a file or folder at `uri`."""
+    """Return True if there is a file or folder at `uri`."""
     store, path = _locate(uri)
     with _explained("look for", uri, store):
         return store.exists(path)
 
 
 def read_bytes(uri: Address, *, max_bytes: int | None = None) -> bytes:
-    """The whole content of a file.
+    """Read a whole file.
 
     Args:
         uri: the file.
-        max_bytes: a larger one is refused before it is read; None for what the user has chosen to trust.
+        max_bytes: size limit, checked before the file is read; None for no limit.
 
     Raises:
-        FileNotFoundError: if it is not there; the message says what to check.
+        FileNotFoundError: if it does not exist.
         PermissionError: if it may not be read.
         OSError: if the store fails otherwise.
         UserError: if it is larger than `max_bytes`.
@@ -196,27 +190,27 @@ def read_bytes(uri: Address, *, max_bytes: int | None = None) -> bytes:
         if max_bytes is not None:
             _check_size(uri, cast(int, store.info(path)["size"]), max_bytes)
         if _is_s3(store):
-            # In one piece: s3fs does not ask again for one of several that breaks off.
+            # One request: s3fs does not retry one of several concurrent ranges.
             return cast(bytes, store.cat_file(path, max_concurrency=1))
         with open(path, "rb") as handle:
-            # What grows meanwhile, or is a device without end, is not read to its end either.
+            # The limit also holds for files that grow meanwhile, and for endless devices.
             data = handle.read(-1 if max_bytes is None else max_bytes + 1)
         if max_bytes is not None:
             _check_size(uri, len(data), max_bytes)
         return data
 
 
-def _check_size(uri: Address, size: int, most: int) -> None:
-    if size > most:
-        msg = f"{os.fspath(uri)} may have {most} bytes, got {size}: split or shrink it, if it is the right one"
+def _check_size(uri: Address, size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        msg = f"{os.fspath(uri)} may have {max_bytes} bytes, got {size}: split or shrink it, if it is the right one"
         raise UserError(msg)
 
 
 @contextmanager
 def atomic_writer(uri: Address) -> Iterator[IO[bytes]]:
-    """Open `uri` for writing bytes: they appear there whole when the block ends, or not at all.
+    """Open `uri` for writing bytes; the file appears, or is replaced, atomically when the block ends.
 
-    Folders are made as needed. If the block raises, what stood at `uri` before still stands.
+    Folders are created as needed. If the block raises, the previous file remains.
 
     Raises:
         PermissionError: if it may not be written.
@@ -238,7 +232,7 @@ def _s3_writer(uri: Address, store: AbstractFileSystem, path: str) -> Iterator[I
             handle.commit()
     except BaseException:
         handle.discard()
-        # Else its finaliser would try the upload once more.
+        # Otherwise the finaliser retries the upload.
         handle.closed = True
         raise
 
@@ -246,7 +240,7 @@ def _s3_writer(uri: Address, store: AbstractFileSystem, path: str) -> Iterator[I
 @contextmanager
 def _local_writer(uri: Address, store: AbstractFileSystem, path: str) -> Iterator[IO[bytes]]:
     folder, _ = os.path.split(path)
-    # Hidden and in the same folder: never listed as data, and replacing stays within one disk.
+    # Hidden, so that it is not listed as data; in the same folder, so that the replacement is atomic.
     scratch = os.path.join(folder, f".{uuid4().hex}.part")
     with _explained("write", uri, store):
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
@@ -265,7 +259,7 @@ def _local_writer(uri: Address, store: AbstractFileSystem, path: str) -> Iterato
 
 
 def write_bytes_atomic(uri: Address, data: bytes) -> None:
-    """Write a whole file, so that a reader sees the old content or the new one and nothing between.
+    """Write a whole file atomically: a reader sees the old content or the new one.
 
     Raises:
         PermissionError: if it may not be written.
@@ -276,7 +270,7 @@ def write_bytes_atomic(uri: Address, data: bytes) -> None:
 
 
 def read_tagged(uri: Address) -> tuple[bytes, str]:
-    """The content of an S3 object, and the tag of this very version of it; raises as `read_bytes` does."""
+    """Read an S3 object with the ETag of its version; raises as `read_bytes` does."""
     store, path = _locate(uri)
     bucket, _, key = path.partition("/")
     with _explained("read", uri, store):
@@ -285,18 +279,18 @@ def read_tagged(uri: Address) -> tuple[bytes, str]:
 
 
 def write_if_unchanged(uri: Address, data: bytes, tag: str | None) -> str | None:
-    """Write an S3 object if nobody else has meanwhile: of several writers at once one succeeds.
+    """Write an S3 object by compare-and-swap: of several concurrent writers one succeeds.
 
     Args:
         uri: its s3:// address.
         data: its content.
-        tag: of the version that is to be replaced; None if there must be no object yet.
+        tag: ETag of the version to replace; None if the object must not exist yet.
 
     Returns:
-        The new version's tag; None if the object is another one by now, or gone.
+        The new version's ETag; None if the object has changed or is gone.
 
     Raises:
-        OSError: if the store fails, or knows no conditional writes.
+        OSError: if the store fails, or does not support conditional writes.
     """
     store, path = _locate(uri)
     bucket, _, key = path.partition("/")
@@ -315,27 +309,26 @@ def write_if_unchanged(uri: Address, data: bytes, tag: str | None) -> str | None
 
 
 def delete(uri: Address) -> None:
-    """Delete a file that is there."""
+    """Delete an existing file."""
     store, path = _locate(uri)
     with _explained("delete", uri, store):
         store.rm_file(path)
 
 
 def list_files(uri: Address, suffixes: Sequence[str] = ()) -> list[str]:
-    """The addresses of all files below a folder or S3 prefix, matching a glob, or of the one file named.
+    """List the files below a folder or S3 prefix, matching a glob, or the single file named.
 
-    Hidden files (a name or folder that starts with a dot) are left out, and folders that are links are
-    not followed.
+    Hidden files and folders (names that start with a dot) are skipped, and links to folders are not followed.
 
     Args:
-        uri: a file, a folder (read with its subfolders), or a glob with `*`, `?`, `[...]` or `**`.
-        suffixes: endings to keep, lower case with their dot, whatever the case of the names; () keeps all.
+        uri: a file, a folder (listed with its subfolders), or a glob with `*`, `?`, `[...]` or `**`.
+        suffixes: lower-case endings to keep, with their dot, compared without regard to case; () keeps all.
 
     Returns:
         Sorted addresses; local ones are absolute paths. [] if nothing matches.
 
     Raises:
-        FileNotFoundError: if a file or folder that is no glob is not there.
+        FileNotFoundError: if `uri` is not a glob and does not exist.
     """
     store, path = _locate(uri)
     with _explained("list", uri, store):

@@ -1,4 +1,4 @@
-"""AP and AR of COCO results, and precision-recall curves, by pycocotools."""
+"""AP and AR of COCO results, and precision-recall curves, computed by pycocotools."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METRICS = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"),
 )
-"""What `evaluate` measures, in the order of pycocotools' summary."""
+"""Names of the metrics, in the order of pycocotools' summary."""
 
 
 def evaluate(
@@ -42,22 +42,20 @@ def evaluate(
     iou_type: Literal["bbox", "segm"] = "bbox",
     image_ids: Collection[int] | None = None,
 ) -> dict[str, float]:
-    """AP and AR of results, by pycocotools.
+    """Compute AP and AR of COCO results.
 
     Args:
-        annotations: the ground truth; a data set read before is not read again.
-        results: COCO results, as `to_results` gives them. None at all is 0, not an error.
-        iou_type: "bbox", or "segm" for masks. An object without a usable mask is counted by its box; the size of an
-            image that the annotations do not say is that of its results.
-        image_ids: count these images only. By default all: an image without results, be it that it
-            failed, has missed all of its objects.
+        annotations: the ground truth, as a data set, a parsed instances file or its address.
+        results: COCO results, see `to_results`; without any, the metrics are 0.
+        iou_type: "bbox", or "segm" for masks. An object without a valid mask counts by its box; the sizes of images are
+            those of their results' masks.
+        image_ids: images to evaluate, all by default. All objects of an image without results are missed.
 
     Returns:
-        `METRICS` in percent, 0 to 100; NaN where no object has the size in question, so that there is
-        nothing to find.
+        `METRICS` in percent, 0 to 100; NaN for a size of which there are no objects.
 
     Raises:
-        UserError: if a result or `image_ids` names an image or a category that the annotations don't have.
+        UserError: if a result or `image_ids` names an image or a category that the annotations do not have.
     """
     evaluation = match_results(annotations, results, iou_type=iou_type, image_ids=image_ids)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -74,11 +72,7 @@ def match_results(
     iou_type: Literal["bbox", "segm"] = "bbox",
     image_ids: Collection[int] | None = None,
 ) -> COCOeval:
-    """Results matched to objects image by image, before figures are made of it; arguments as of `evaluate`.
-
-    Raises:
-        UserError: as `evaluate` does.
-    """
+    """Match results to objects image by image; arguments and errors as of `evaluate`."""
     if isinstance(annotations, CocoDataset):
         dataset = annotations
     else:
@@ -113,7 +107,7 @@ def _coco(images: list[dict], categories: list[dict], annotations: list[dict]) -
 
 
 def _ground_truth(dataset: CocoDataset, chosen: set[int]) -> list[dict]:
-    """The chosen images' objects as pycocotools wants them; "segmentation" as the data set has it."""
+    """Convert the objects of the chosen images to pycocotools' annotations, with unchecked segmentations."""
     rows = []
     columns = zip(
         dataset.image_ids.tolist(),
@@ -127,19 +121,26 @@ def _ground_truth(dataset: CocoDataset, chosen: set[int]) -> list[dict]:
     for image_id, label, box, area, crowd, segmentation in columns:
         if image_id not in chosen:
             continue
-        # Numbered anew: pycocotools takes an object with id 0 for one that was missed.
-        row = {"id": len(rows) + 1, "image_id": image_id, "category_id": label, "bbox": box, "area": area}
-        row["iscrowd"] = int(crowd)
-        row["segmentation"] = segmentation
-        rows.append(row)
+        rows.append(
+            {
+                # New ids from 1 on: pycocotools takes a match with object 0 for none.
+                "id": len(rows) + 1,
+                "image_id": image_id,
+                "category_id": label,
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(crowd),
+                "segmentation": segmentation,
+            }
+        )
     return rows
 
 
 def _add_masks(truth: list[dict], images: list[dict], found: list[dict]) -> None:
-    """Give each image its size, and each object a mask that pycocotools can read: its own, or its box.
+    """Set the sizes of the images and a valid mask of each object: its own, or its box.
 
-    An image without results has nothing that its masks are compared with, so that none is made: its annotated size may
-    be anything, since nothing was ever read of that size.
+    Objects of images without results get a mask of one pixel: it is compared with nothing, and the annotated size of
+    the image, which was never verified, may be huge.
     """
     sizes = {row["image_id"]: tuple(row["segmentation"]["size"]) for row in found}
     for image in images:
@@ -153,25 +154,24 @@ def _add_masks(truth: list[dict], images: list[dict], found: list[dict]) -> None
         try:
             row["segmentation"] = checked_segmentation(row["segmentation"], hw)
         except TileError:
-            row["segmentation"] = checked_segmentation([[*_corners(row["bbox"])]], hw)
+            row["segmentation"] = checked_segmentation([_box_polygon(row["bbox"])], hw)
 
 
-def _corners(box_xywh: Sequence[float]) -> tuple[float, ...]:
-    """A box as the polygon that stands in for a missing one."""
+def _box_polygon(box_xywh: Sequence[float]) -> list[float]:
     x, y, width, height = box_xywh
-    return (x, y, x, y + height, x + width, y + height, x + width, y)
+    return [x, y, x, y + height, x + width, y + height, x + width, y]
 
 
 def _results_to_count(
     results: Iterable[Mapping[str, Any]], dataset: CocoDataset, known: set[int], chosen: set[int], iou_type: str
 ) -> list[dict]:
-    """The chosen images' results as pycocotools wants them; copies, since it writes into them."""
+    """Convert the results of the chosen images to pycocotools' annotations; it modifies them, so they are copies."""
     rows = []
     for result in results:
         image_id, label = result["image_id"], result["category_id"]
         if image_id not in known or label not in dataset.categories:
-            what = f"image {image_id}" if image_id not in known else f"category {label}"
-            msg = f"results must be of the annotations' images and categories, got {what}: use the same data set"
+            got = f"image {image_id}" if image_id not in known else f"category {label}"
+            msg = f"results must be of the annotations' images and categories, got {got}: use the same data set"
             raise UserError(msg)
         if image_id not in chosen:
             continue
@@ -183,33 +183,32 @@ def _results_to_count(
                 msg = f"segm needs a segmentation in each result, got none in image {image_id}: evaluate bbox"
                 raise UserError(msg)
             row["segmentation"] = dict(result["segmentation"])
-            # A box around a thin object is of another size class than the object.
+            # The size range goes by the mask: the box of a thin object is much larger.
             row["area"] = float(coco_mask.area(result["segmentation"]))
         rows.append(row)
     return rows
 
 
 _AREAS = {"small": 1, "medium": 2, "large": 3}
-"""Size -> its place among pycocotools' area ranges."""
+"""Size -> index of pycocotools' area range."""
 
 
 def precision_curves(evaluation: COCOeval) -> dict[str, Curves]:
-    """Precision at the recalls 0, .01, ... 1, the mean over the classes that have objects of a size.
+    """Compute precision at the recalls 0, .01, ... 1, averaged over the classes that have objects of a size.
 
     Args:
         evaluation: from `match_results`.
 
     Returns:
-        size (small, medium, large) -> "iou50" at IoU .5 and "mean" over IoU .5 to .95 -> 101 percents. Sizes of
-        which there is no object are left out.
+        Size (small, medium, large) -> curves; sizes without objects are missing.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.accumulate()
-    # [thresholds, recalls, classes, areas, counts of boxes]; -1 where a class has no object of the size.
+    # [thresholds, recalls, classes, areas] at the largest number of boxes; -1 where a class has no object of the size.
     precision = np.asarray(evaluation.eval["precision"])[..., -1]
     curves: dict[str, Curves] = {}
-    for size, at in _AREAS.items():
-        known = precision[:, :, (precision[0, 0, :, at] > -1), at]
+    for size, area in _AREAS.items():
+        known = precision[:, :, (precision[0, 0, :, area] > -1), area]
         if known.shape[2]:
             by_recall = 100.0 * known.mean(axis=2)
             curves[size] = {"iou50": by_recall[0].tolist(), "mean": by_recall.mean(axis=0).tolist()}

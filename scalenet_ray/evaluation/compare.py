@@ -32,43 +32,43 @@ __all__ = [
 ]
 
 _AREAS = {"AP": 0, "AP_small": 1, "AP_large": 3}
-"""Figure -> its place among pycocotools' area ranges."""
+"""Metric -> index of pycocotools' area range."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Ranked:
-    """The detections of one category, best first.
+    """The detections of one category by descending score.
 
     Attributes:
-        images: [N] places of their images.
-        right: [thresholds, N] bool, matched to an object that counts.
-        wrong: [thresholds, N] bool, matched to none.
-        objects: [images] how many objects count in each.
+        images: [N] indices of their images.
+        true_positive: [thresholds, N] bool, matched to an object that is not ignored.
+        false_positive: [thresholds, N] bool, unmatched and not ignored.
+        objects: [images] number of objects that are not ignored.
     """
 
     images: np.ndarray
-    right: np.ndarray
-    wrong: np.ndarray
+    true_positive: np.ndarray
+    false_positive: np.ndarray
     objects: np.ndarray
 
 
 class ResampledAP:
-    """AP of results over images that are drawn again and again, matched once.
+    """AP over resampled images, from one matching of the results.
 
     Args:
         evaluation: from `match_results`.
-        area: place of the area range in its parameters.
+        area: index of the area range in its parameters.
     """
 
     def __init__(self, evaluation: COCOeval, area: int) -> None:
         params = evaluation.params
         self._recalls = np.asarray(params.recThrs)
         count = len(params.imgIds)
-        places = np.array(evaluation.evalImgs, dtype=object).reshape(-1, len(params.areaRng), count)[:, area]
-        self._categories = [_ranked(row, params.maxDets[-1]) for row in places]
+        matches = np.array(evaluation.evalImgs, dtype=object).reshape(-1, len(params.areaRng), count)[:, area]
+        self._categories = [_ranked(row, params.maxDets[-1]) for row in matches]
 
     def __call__(self, weights: np.ndarray) -> float:
-        """AP in percent where image i counts `weights[i]` times; NaN if no object counts."""
+        """Return AP in percent where image i counts `weights[i]` times; NaN if there are no objects."""
         values = [self._ap(ranked, weights) for ranked in self._categories]
         known = [value for value in values if value is not None]
         return 100.0 * float(np.mean(known)) if known else float("nan")
@@ -80,39 +80,40 @@ class ResampledAP:
         if not len(ranked.images):
             return 0.0
         count = weights[ranked.images]
-        right, wrong = np.cumsum(ranked.right * count, axis=1), np.cumsum(ranked.wrong * count, axis=1)
-        recall = right / objects
-        precision = right / np.maximum(right + wrong, np.spacing(1.0))
-        # The best precision at this recall or beyond.
-        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        true_positives = np.cumsum(ranked.true_positive * count, axis=1)
+        false_positives = np.cumsum(ranked.false_positive * count, axis=1)
+        recalls = true_positives / objects
+        precisions = true_positives / np.maximum(true_positives + false_positives, np.spacing(1.0))
+        # Interpolated precision: the maximum at this recall or above.
+        precisions = np.maximum.accumulate(precisions[:, ::-1], axis=1)[:, ::-1]
         total = 0.0
-        for one_recall, one_precision in zip(recall, precision, strict=True):
-            at = np.searchsorted(one_recall, self._recalls, side="left")
-            total += one_precision[at[at < len(one_precision)]].sum() / len(self._recalls)
-        return total / len(recall)
+        for recall, precision in zip(recalls, precisions, strict=True):
+            at = np.searchsorted(recall, self._recalls, side="left")
+            total += precision[at[at < len(precision)]].sum() / len(self._recalls)
+        return total / len(recalls)
 
 
-def _ranked(matches: np.ndarray, most: int) -> _Ranked:
-    scores, images, right, wrong = [], [], [], []
+def _ranked(matches: np.ndarray, max_detections: int) -> _Ranked:
+    scores, images, true_positive, false_positive = [], [], [], []
     objects = np.zeros(len(matches))
     for i, match in enumerate(matches):
         if match is None:
             continue
         objects[i] = np.count_nonzero(~np.asarray(match["gtIgnore"], bool))
-        ignored = np.asarray(match["dtIgnore"], bool)[:, :most]
-        matched = np.asarray(match["dtMatches"])[:, :most] > 0
-        scores.append(np.asarray(match["dtScores"], np.float64)[:most])
+        ignored = np.asarray(match["dtIgnore"], bool)[:, :max_detections]
+        matched = np.asarray(match["dtMatches"])[:, :max_detections] > 0
+        scores.append(np.asarray(match["dtScores"], np.float64)[:max_detections])
         images.append(np.full(len(scores[-1]), i))
-        right.append(matched & ~ignored)
-        wrong.append(~matched & ~ignored)
+        true_positive.append(matched & ~ignored)
+        false_positive.append(~matched & ~ignored)
     if not scores:
         empty = np.zeros((1, 0), bool)
         return _Ranked(np.zeros(0, np.int64), empty, empty, objects)
     order = np.argsort(-np.concatenate(scores), kind="stable")
     return _Ranked(
         np.concatenate(images)[order],
-        np.concatenate(right, axis=1)[:, order],
-        np.concatenate(wrong, axis=1)[:, order],
+        np.concatenate(true_positive, axis=1)[:, order],
+        np.concatenate(false_positive, axis=1)[:, order],
         objects,
     )
 
@@ -120,20 +121,19 @@ def _ranked(matches: np.ndarray, most: int) -> _Ranked:
 def paired_intervals(
     matched: Mapping[str, COCOeval], baseline: str, *, resamples: int = 300, seed: int = 0
 ) -> Differences:
-    """How each policy differs from one of them, on the same images drawn with replacement.
+    """Compute paired bootstrap intervals of the differences of AP between policies and a baseline.
 
     Args:
         matched: policy -> its results on the same images, from `match_results`.
         baseline: the policy that the others are compared with.
-        resamples: how often images are drawn.
-        seed: of the draws.
+        resamples: number of resamples of the images, drawn with replacement.
+        seed: random seed.
 
     Returns:
-        policy -> figure (AP, AP_small, AP_large) -> "difference" on the images themselves, "low" and "high", between
-        which the middle 95 % of the drawn differences lie, and "above": the share of them that is above 0.
+        Policy -> metric (AP, AP_small, AP_large) -> interval.
 
     Raises:
-        UserError: if `baseline` is none of the policies.
+        UserError: if `baseline` is not one of the policies.
     """
     if baseline not in matched:
         msg = f"the policy to compare with must be one of {', '.join(matched)}, got {baseline!r}"
@@ -141,56 +141,54 @@ def paired_intervals(
     count = len(matched[baseline].params.imgIds)
     rng = np.random.default_rng(seed)
     draws = [np.ones(count), *(np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(resamples))]
-    drawn = {
-        name: {figure: np.array([*map(ResampledAP(evaluation, area), draws)]) for figure, area in _AREAS.items()}
+    samples = {
+        name: {metric: np.array([*map(ResampledAP(evaluation, area), draws)]) for metric, area in _AREAS.items()}
         for name, evaluation in matched.items()
     }
     return {
-        name: {figure: _interval(values - drawn[baseline][figure]) for figure, values in figures.items()}
-        for name, figures in drawn.items()
+        name: {metric: _interval(values - samples[baseline][metric]) for metric, values in by_metric.items()}
+        for name, by_metric in samples.items()
         if name != baseline
     }
 
 
 def _interval(differences: np.ndarray) -> Interval:
-    """The first is of the images themselves, the others of the draws; NaN where no draw has an object that counts."""
-    drawn = differences[1:][~np.isnan(differences[1:])]
-    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+    """Return the interval of [1 + resamples] differences, the first of which is of the images themselves."""
+    resampled = differences[1:][~np.isnan(differences[1:])]
+    low, high = np.percentile(resampled, [2.5, 97.5]) if len(resampled) else (np.nan, np.nan)
     above = float(np.mean(differences[1:] > 0))
     return {"difference": float(differences[0]), "low": float(low), "high": float(high), "above": above}
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The points that no other one is at least as cheap and as good as, and better in one of the two.
+    """Return the indices of the points on the Pareto front.
 
     Args:
-        points: (price, worth) each.
+        points: (cost, value) pairs; lower cost and higher value are better.
 
     Returns:
-        Their positions, the cheapest first; of equal points the first one alone.
+        Indices by ascending cost; of equal points, the first.
     """
     best = float("-inf")
-    kept = []
+    front = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
         if points[i][1] > best:
             best = points[i][1]
-            kept.append(i)
-    return kept
+            front.append(i)
+    return front
 
 
 SMALL_AREA = 32.0**2
-"""COCO's bound of small objects, in mask pixels."""
-
+"""Upper bound of COCO's small objects, in mask pixels."""
 
 SIDE_BOUNDS = (8, 12, 16, 24, 32, 48, 64, 96)
-"""Where the ranges of objects' sides end, in image pixels; a side is the root of the mask's area."""
+"""Bounds of the ranges of objects' sides, in image pixels; an object's side is the square root of its mask area."""
 
 
 def are_new(found: Detections, before: Detections) -> np.ndarray:
-    """Which detections overlap none of `before` of their own category by half (IoU).
+    """Return a mask of the detections that have an IoU of .5 with none of `before` of the same category.
 
-    A box that moved stands for the same object, and so does a second box on it. With the arguments the other way round,
-    it says which of `before` are lost.
+    With the arguments swapped, it returns the lost ones of `before`.
 
     Args:
         found: N detections.
@@ -204,11 +202,10 @@ def are_new(found: Detections, before: Detections) -> np.ndarray:
 
 
 def closer_look_in_words(found: FoundCounts) -> str:
-    """What a closer look brought to what the passes over whole images alone find; its numbers add up.
+    """Describe in words the difference between the boxes found and those of the whole images' passes alone.
 
     Args:
-        found: counts of boxes, over the images that have such a pass: "after" in all, "before" those of the passes,
-            "new" and "lost" (`are_new`).
+        found: numbers of boxes, over the images with such a pass.
     """
     net = found["after"] - found["before"]
     further = net - found["new"] + found["lost"]
@@ -221,31 +218,30 @@ def closer_look_in_words(found: FoundCounts) -> str:
 
 
 def found_and_lost(before: Explained, after: Explained, shown_score: float) -> tuple[np.ndarray, np.ndarray]:
-    """Which objects of one image only `after` finds, and which only `before`: [M] bool each.
+    """Return masks of the objects of one image that only `after` finds, and that only `before` finds: [M] bool each.
 
     Args:
-        before: the image under the policy that is compared with.
+        before: the image under the baseline policy.
         after: the same image under another policy.
-        shown_score: an object counts as found from this score of its detection on.
+        shown_score: minimum score of the detection of a found object.
     """
-    one, other = before.found_at >= shown_score, after.found_at >= shown_score
-    return other & ~one, one & ~other
+    found_before, found_after = before.found_at >= shown_score, after.found_at >= shown_score
+    return found_after & ~found_before, found_before & ~found_after
 
 
 def gained_and_lost(
     before: Sequence[Explained], after: Sequence[Explained], categories: Mapping[int, str], shown_score: float
 ) -> Changes:
-    """Objects gained and lost over all images.
+    """Count the objects gained and lost over all images.
 
     Args:
-        before: the images under the policy that is compared with.
+        before: the images under the baseline policy.
         after: the same images, in the same order, under another policy.
         categories: id -> name.
-        shown_score: an object counts as found from this score of its detection on.
+        shown_score: minimum score of the detection of a found object.
 
     Returns:
-        "by_class": small objects alone, a row for each class that has some; "by_side": a row for each range of sides
-        that has objects. A row has "name", "objects", "before" and "after" (found), "gained" and "lost".
+        Small objects by class, and all objects by range of sides; rows without objects are omitted.
     """
     changes = [found_and_lost(*pair, shown_score) for pair in zip(before, after, strict=True)]
     gained = np.concatenate([*(gain for gain, _ in changes), np.zeros(0, bool)])
@@ -254,26 +250,26 @@ def gained_and_lost(
     labels = np.concatenate([*(image.object_labels for image in before), np.zeros(0, np.int64)])
     areas = np.concatenate([*(image.object_areas for image in before), np.zeros(0)])
 
-    def row(name: str, chosen: np.ndarray) -> ChangesRow:
-        """Counts over the chosen objects, [M] bool."""
-        counts = [int(which[chosen].sum()) for which in (found, gained, lost)]
+    def counted(name: str, chosen: np.ndarray) -> ChangesRow:
+        """Count over the chosen objects, [M] bool."""
+        num_before, num_gained, num_lost = (int(mask[chosen].sum()) for mask in (found, gained, lost))
         return {
             "name": name,
             "objects": int(chosen.sum()),
-            "before": counts[0],
-            "after": counts[0] + counts[1] - counts[2],
-            "gained": counts[1],
-            "lost": counts[2],
+            "before": num_before,
+            "after": num_before + num_gained - num_lost,
+            "gained": num_gained,
+            "lost": num_lost,
         }
 
     small = areas < SMALL_AREA
-    by_class = [row(name, small & (labels == label)) for label, name in categories.items()]
+    by_class = [counted(name, small & (labels == label)) for label, name in categories.items()]
     edges = (0.0, *SIDE_BOUNDS, math.inf)
     sides = np.sqrt(areas)
-    by_side = [row(_range_name(low, high), (sides >= low) & (sides < high)) for low, high in pairwise(edges)]
+    by_side = [counted(_range_name(low, high), (sides >= low) & (sides < high)) for low, high in pairwise(edges)]
     return {
-        "by_class": sorted((one for one in by_class if one["objects"]), key=lambda one: one["lost"] - one["gained"]),
-        "by_side": [one for one in by_side if one["objects"]],
+        "by_class": sorted((row for row in by_class if row["objects"]), key=lambda row: row["lost"] - row["gained"]),
+        "by_side": [row for row in by_side if row["objects"]],
     }
 
 

@@ -1,4 +1,4 @@
-"""Figures of the pages as SVG."""
+"""Charts of the reports, as SVG."""
 
 from __future__ import annotations
 
@@ -40,12 +40,23 @@ __all__ = [
     "to_svg",
 ]
 
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#808080")
+"""Okabe and Ito's palette, distinguishable with colour blindness."""
+
+SHAPES = ("o", "s", "^", "D", "v", "P", "X")
+ACCENT, WARM = COLOURS[0], COLOURS[1]
+_INK, MUTED, LINE = "#1c2024", "#6b7280", "#d4d8de"
 _DASHES = ("-", "--", "-.", ":")
+_MAX_LABEL = 24
+_PASSES_TICKS = (0.5, 1, 2, 3, 5, 10, 20, 50, 100)
+
+_ON_PAGE = {_INK: "ink", MUTED: "muted", LINE: "line", **{colour: f"s{i}" for i, colour in enumerate(COLOURS)}}
+"""Colour -> name of the page's CSS variable, so that figures follow its light and dark themes."""
 
 
 def curves_chart(curves: Mapping[str, Mapping[str, Curves]]) -> str:
-    """Precision against recall, a panel for each size of objects: solid at IoU .5, thin over IoU .5 to .95."""
-    sizes = [size for size in ("small", "medium", "large") if any(size in one for one in curves.values())]
+    """Plot precision against recall, one panel per size of objects: solid at IoU .5, dashed over IoU .5 to .95."""
+    sizes = [size for size in ("small", "medium", "large") if any(size in by_size for by_size in curves.values())]
     if not sizes:
         return ""
     recall = np.linspace(0, 100, 101)
@@ -85,7 +96,7 @@ def curves_chart(curves: Mapping[str, Mapping[str, Curves]]) -> str:
 
 
 def found_chart(rows: Sequence[ChangesRow], before: str, after: str, name: str) -> str:
-    """The share of objects found before and after, a line for each class or range of sizes."""
+    """Plot the share of objects found by two policies, one line per class or range of sizes."""
     if not rows:
         return ""
     with drawing(4.3, 0.55 + 0.29 * max(len(rows), 3)) as figure:
@@ -114,7 +125,7 @@ def found_chart(rows: Sequence[ChangesRow], before: str, after: str, name: str) 
 
 
 def errors_chart(errors: Mapping[str, Mapping[str, ErrorCost]]) -> str:
-    """What each kind of error costs each policy, in AP at IoU .5."""
+    """Plot the cost of each kind of error for each policy, in AP at IoU .5."""
     kinds = list(next(iter(errors.values()), {}))
     if not kinds:
         return ""
@@ -138,7 +149,7 @@ def errors_chart(errors: Mapping[str, Mapping[str, ErrorCost]]) -> str:
 
 
 def throughput_chart(throughput: Mapping[str, Sequence[Sequence[float]]]) -> str:
-    """Images finished over time, a line for each policy."""
+    """Plot the number of finished images over time, one line per policy."""
     lines = {policy: points for policy, points in throughput.items() if len(points) > 1}
     if not lines:
         return ""
@@ -158,7 +169,7 @@ def throughput_chart(throughput: Mapping[str, Sequence[Sequence[float]]]) -> str
 
 
 def cost_chart(policies: Mapping[str, PolicyMetrics]) -> str:
-    """Where the pixels and, if they were measured, the seconds of an image go."""
+    """Plot the megapixels per image by network and, if measured, the seconds by stage."""
     pixels = {
         policy: {
             "detector": row.get("detector_megapixels_per_image") or 0.0,
@@ -180,105 +191,21 @@ def cost_chart(policies: Mapping[str, PolicyMetrics]) -> str:
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_xlabel(title)
             quiet(axes, "x")
-            # Above the bars: inside, the best place may still lie on one.
+            # Above the axes: any place inside may cover a bar.
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=8, borderaxespad=0)
         return themed(to_svg(figure), "Pixels and seconds by stage")
 
 
-# Okabe and Ito's palette: apart for colour-blind readers too; shapes tell apart what its colours do not.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#808080")
-
-
-SHAPES = ("o", "s", "^", "D", "v", "P", "X")
-
-
-ACCENT, WARM = COLOURS[0], COLOURS[1]
-
-
-_INK, MUTED, LINE = "#1c2024", "#6b7280", "#d4d8de"
-
-
-_LONGEST_LABEL = 24
-
-
-_ON_PAGE = {_INK: "ink", MUTED: "muted", LINE: "line", **{colour: f"s{i}" for i, colour in enumerate(COLOURS)}}
-"""Colour -> the page's own name of it, so that a figure follows the page into the dark."""
-
-
-@contextmanager
-def drawing(width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches to draw on, until `to_svg` has it.
-
-    Text stays text, and ids do not change from run to run: the same figures give the same file.
-    """
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "scalenet_ray",
-        "font.size": 9,
-        "text.color": _INK,
-        "axes.labelcolor": MUTED,
-        "axes.edgecolor": LINE,
-        "axes.titlesize": 10,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "grid.color": LINE,
-    }
-    with mpl.rc_context(settings):
-        yield Figure(figsize=(width, height), layout="constrained")
-
-
-def quiet(axes: Axes, grid: str = "y") -> None:
-    """Leave the frame away, and draw a light grid along "x", "y" or "both"."""
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(side == "bottom" and grid == "y")
-    axes.tick_params(length=0)
-    axes.set_axisbelow(True)
-    axes.grid(axis=grid, linewidth=0.7)  # type: ignore[arg-type]
-
-
-def label(text: str) -> str:
-    """A name of any kind as a figure can hold it: short, and not read as a formula."""
-    return (text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}").replace(
-        "$", r"\$"
-    )
-
-
-def to_svg(figure: Figure) -> str:
-    """The figure as one <svg> element."""
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None}, transparent=True)
-    text = drawn.getvalue()
-    return text[text.index("<svg") :]
-
-
-def themed(svg: str, name: str) -> str:
-    """A figure for a page: colours and letters become the page's, ids its own, and screen readers are told its name."""
-    for colour, variable in _ON_PAGE.items():
-        svg = svg.replace(colour, f"var(--{variable}, {colour})")
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
-    # Two figures of a page must not clip by each other's paths.
-    key = re.sub(r"\W+", "-", name)
-    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{key}-", svg)
-    width = re.search(r'width="([\d.]+)pt"', svg)
-    style = f' style="max-width:{float(width[1]) * 1.5:.0f}px"' if width else ""
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{name}"{style} ', 1)
-
-
-_PASSES = (0.5, 1, 2, 3, 5, 10, 20, 50, 100)
-
-
 def policy_plot(document: Metrics) -> str:
-    """AP_small against detector passes per image (log), a point a policy.
+    """Plot AP_small against detector passes per image (log scale), one point per policy.
 
-    Where policies were compared with one of them, a bar goes over the middle 95 % of the paired bootstrap's
-    differences, laid off from that one's AP_small.
+    If differences from a baseline were measured, bars show their 95 % intervals relative to the baseline's AP_small.
 
     Args:
-        document: what metrics.json holds.
+        document: the content of metrics.json.
 
     Returns:
-        An SVG element, the same for the same figures; "" where no policy has an AP_small and a price.
+        An <svg> element; "" if no policy has an AP_small and detector passes.
     """
     points = {
         name: (float(row["detector_passes_per_image"]), float(ap_small))
@@ -303,7 +230,7 @@ def policy_plot(document: Metrics) -> str:
         if baseline in points:
             axes.axhline(points[baseline][1], color=MUTED, linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(_PASSES))
+        axes.xaxis.set_major_locator(FixedLocator(_PASSES_TICKS))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("detector passes per image")
@@ -316,14 +243,14 @@ def policy_plot(document: Metrics) -> str:
 
 
 def front_plot(rows: Sequence[TrialRow], ceiling: float | None) -> str:
-    """AP_small against detector passes per image, a point for each trial that saw all images.
+    """Plot AP_small against detector passes per image, one point per trial that saw all images.
 
     Args:
-        rows: as `run_sweep` gives them.
-        ceiling: the most passes that were asked for, drawn as a line; None if the front was.
+        rows: trials, from `run_sweep`.
+        ceiling: limit of the passes per image, drawn as a line; None without a limit.
 
     Returns:
-        An SVG element, the same for the same figures.
+        An <svg> element.
     """
     points = [(row["passes"], row["AP_small"]) for row in rows if row["complete"]]
     on_front = [points[i] for i in pareto_front(points)]
@@ -342,3 +269,61 @@ def front_plot(rows: Sequence[TrialRow], ceiling: float | None) -> str:
         if points or ceiling is not None:
             figure.legend(loc="outside lower center", ncols=3, frameon=False)
         return to_svg(figure)
+
+
+@contextmanager
+def drawing(width: float, height: float) -> Iterator[Figure]:
+    """Create a figure of a size in inches, with the pages' style while the block runs.
+
+    Text stays text and ids are reproducible: the same data gives the same file.
+    """
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "scalenet_ray",
+        "font.size": 9,
+        "text.color": _INK,
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": LINE,
+        "axes.titlesize": 10,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "grid.color": LINE,
+    }
+    with mpl.rc_context(settings):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def quiet(axes: Axes, grid: str = "y") -> None:
+    """Remove the frame, and draw a light grid along "x", "y" or "both"."""
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(side == "bottom" and grid == "y")
+    axes.tick_params(length=0)
+    axes.set_axisbelow(True)
+    axes.grid(axis=grid, linewidth=0.7)  # type: ignore[arg-type]
+
+
+def label(text: str) -> str:
+    """Shorten a name for a figure, and escape matplotlib's formula syntax."""
+    return (text if len(text) <= _MAX_LABEL else f"{text[: _MAX_LABEL - 1]}\N{HORIZONTAL ELLIPSIS}").replace("$", r"\$")
+
+
+def to_svg(figure: Figure) -> str:
+    """Render a figure as one <svg> element."""
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None}, transparent=True)
+    text = drawn.getvalue()
+    return text[text.index("<svg") :]
+
+
+def themed(svg: str, name: str) -> str:
+    """Adapt an <svg> element to a page: CSS variables as colours, the page's font, unique ids, an accessible name."""
+    for colour, variable in _ON_PAGE.items():
+        svg = svg.replace(colour, f"var(--{variable}, {colour})")
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
+    # Ids are made unique: clip paths of two figures of a page must not collide.
+    key = re.sub(r"\W+", "-", name)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{key}-", svg)
+    width = re.search(r'width="([\d.]+)pt"', svg)
+    style = f' style="max-width:{float(width[1]) * 1.5:.0f}px"' if width else ""
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{name}"{style} ', 1)

@@ -1,7 +1,7 @@
-"""The pictures of a run, as a page can hold them: photographs, what was seen in them, windows and boxes.
+"""Gallery of a report: photographs with scale maps, windows and boxes.
 
-The photographs and the looks are made again, for these few images alone; boxes are the run's own. A task of the engine
-does it, so that a cluster's files and networks are at hand.
+Boxes are read from the run folder. Photographs, scale maps and windows are recomputed for the chosen images, in a task
+of the engine, which has access to the cluster's files and networks.
 """
 
 from __future__ import annotations
@@ -35,41 +35,31 @@ __all__ = [
 ]
 
 _LONGER_SIDE = 960
-
-
 _JPEG_QUALITY = 82
-
-
 _MAX_BYTES = 10_000_000
-
-
 _MAX_BOXES = 80
-
-
 _MAP_SIDE = 96
 
-
-_SEEN_COLOUR = (230, 159, 0)
-"""Okabe and Ito's orange, as the page draws what a closer look brought."""
-
+_MAP_COLOUR = (230, 159, 0)
+"""Orange of Okabe and Ito's palette, as the page draws new boxes."""
 
 _ByImage = Mapping[int, Detections]
 
 
 def choose_pictures(rows: Sequence[ImageChanges], policy: str, count: int) -> dict[int, str]:
-    """Which images are worth a look: a third that gained most, a third that lost most, the others drawn by chance.
+    """Choose the images of a gallery: a third that gained most, a third that lost most, the rest at random.
 
     Args:
         rows: "images" of `analyse_run` or `analyse_detections`.
-        policy: the policy by which they gain or lose.
-        count: the most pictures.
+        policy: the policy whose gains and losses count.
+        count: maximum number of images.
 
     Returns:
-        image id -> "gained", "lost" or "random", in this order.
+        Image id -> "gained", "lost" or "random", in this order.
     """
 
     def change(row: ImageChanges) -> int:
-        """Objects gained less those lost."""
+        """Return the number of objects gained minus lost."""
         _, gained, lost = row["by"][policy]
         return (gained or 0) - (lost or 0)
 
@@ -85,15 +75,14 @@ def choose_pictures(rows: Sequence[ImageChanges], policy: str, count: int) -> di
 
 @dataclass(frozen=True)
 class PictureTask:
-    """All that is needed to make the pictures of a run anywhere.
+    """Picklable task that makes the pictures of a run's gallery.
 
     Attributes:
         run_uri: the run folder.
-        policies: with how each one's networks are made.
-        open_image: how an image is read.
+        policies: the policies and the factories of their networks.
+        open_image: reads an image.
         annotations: address of the instances file; None without ground truth.
-        compared_with: the policy that the others' boxes are new to; None where a policy is compared with its own pass
-            over the whole image.
+        compared_with: baseline policy of new boxes; None to compare each policy with its own pass over the whole image.
     """
 
     run_uri: str
@@ -103,17 +92,16 @@ class PictureTask:
     compared_with: str | None = None
 
     def __call__(self, chosen: Sequence[tuple[ImageRecord, str]]) -> list[dict[str, Any]]:
-        """Make them; an image that cannot be read is left out, and so are those past ten megabytes in all.
+        """Make the pictures; skips unreadable images, and stops at ten megabytes of photographs.
 
         Args:
             chosen: images with their group.
 
         Returns:
-            For each picture "id", "file", "group", "width", "height" (image pixels), "photo" (data URI), "truth": [x0,
-            y0, x1, y1, label, whether small, whether a crowd] each, "boxes": policy -> [x0, y0, x1, y1, score, label,
-            depth, kind, whether new] each, "before": policy -> the boxes that it is compared with, None where there is
-            nothing to compare with, and "looks": policy -> "windows" [x0, y0, x1, y1, depth] and "map" (data URI or
-            None).
+            For each picture: "id", "file", "group", "width", "height" (image pixels), "photo" (data URI); "truth": rows
+            [x0, y0, x1, y1, label, is small, is crowd]; "boxes": policy -> rows [x0, y0, x1, y1, score, label, depth,
+            kind, is new]; "before": policy -> the boxes compared with, or None; "looks": policy -> "windows", rows [x0,
+            y0, x1, y1, depth], and "map" (data URI or None).
         """
         dataset = None if self.annotations is None else read_annotations(self.annotations)
         ids = {record.image_id for record, _ in chosen}
@@ -149,22 +137,22 @@ class PictureTask:
         return pictures
 
     def _boxes(self, ids: set[int]) -> dict[str, _ByImage]:
-        """Policy -> the detections of each of some images; an image without any has none."""
+        """Return policy -> image id -> detections, for all of the given images."""
         run = RunFolder(self.run_uri)
         return {
             policy.name: dict.fromkeys(ids, Detections.empty())
-            | {each: found for each, found in detections_by_image(run, policy.name) if each in ids}
+            | {image_id: found for image_id, found in detections_by_image(run, policy.name) if image_id in ids}
             for policy, _ in self.policies
         }
 
     def _before(self, ids: set[int]) -> dict[str, _ByImage]:
-        """Policy -> what it is compared with, of each of some images; an image with nothing to compare is left out."""
+        """Return policy -> image id -> the detections compared with, for those of the given images that have any."""
         if self.compared_with is not None:
             base = self._boxes(ids)[self.compared_with]
             return {policy.name: base for policy, _ in self.policies}
         run = RunFolder(self.run_uri)
         return {
-            policy.name: {each: found for each, found in whole_passes(run, policy.name) if each in ids}
+            policy.name: {image_id: found for image_id, found in whole_passes(run, policy.name) if image_id in ids}
             for policy, _ in self.policies
         }
 
@@ -200,7 +188,7 @@ def _rounded(box: Sequence[float]) -> list[float]:
 def _all_box_rows(
     boxes: Mapping[str, _ByImage], before: Mapping[str, _ByImage], dataset: CocoDataset | None, image_id: int
 ) -> dict[str, Any]:
-    """What one picture holds as "boxes" and "before"."""
+    """Return the fields "boxes" and "before" of a picture."""
     rows: dict[str, dict[str, Any]] = {"boxes": {}, "before": {}}
     for name, by_image in boxes.items():
         found, known = by_image[image_id], before[name].get(image_id)
@@ -215,7 +203,7 @@ def _all_box_rows(
 
 
 def _box_rows(found: Detections, new: np.ndarray, dataset: CocoDataset | None, image_id: int) -> list[list[Any]]:
-    """The shown boxes of one image, the best first; new: [N] bool; kind is "" without ground truth."""
+    """Return the shown boxes of one image by descending score; new: [N] bool; kind is "" without ground truth."""
     kinds = [""] * len(found)
     if dataset is not None:
         explained = explain(found, objects_of(dataset, image_id))
@@ -236,16 +224,16 @@ def _box_rows(found: Detections, new: np.ndarray, dataset: CocoDataset | None, i
 
 
 def _look_rows(looked: Sequence[TracedTile], policy: Policy) -> dict[str, Any]:
-    """The windows, and what the cells of the whole image's map counted for, as an overlay. Its tile is the first."""
-    windows = [[*one.tile.window.xyxy, one.tile.depth] for one in looked[1:]]
+    """Return the windows, and the planning weights of the whole image's map as an overlay; its tile is the first."""
+    windows = [[*traced.tile.window.xyxy, traced.tile.depth] for traced in looked[1:]]
     whole, seen = looked[0]
     return {"windows": windows, "map": None if seen is None else _overlay(planning_weights(whole, seen, policy))}
 
 
 def _overlay(weights: np.ndarray) -> str:
-    """[h, w] weights in [0, 1] as a picture of one colour, opaque where they are 1."""
+    """Render [h, w] weights in [0, 1] as an image of one colour with the weights as opacity."""
     alpha = np.rint(255 * weights).astype(np.uint8)
-    colour = np.broadcast_to(np.array(_SEEN_COLOUR, np.uint8), (*alpha.shape, 3))
+    colour = np.broadcast_to(np.array(_MAP_COLOUR, np.uint8), (*alpha.shape, 3))
     image = Image.fromarray(np.dstack([colour, alpha]))
     image.thumbnail((_MAP_SIDE, _MAP_SIDE))
     sink = io.BytesIO()
@@ -261,5 +249,5 @@ def _photo(image: np.ndarray) -> str:
     return _data_uri("image/jpeg", sink.getvalue())
 
 
-def _data_uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def _data_uri(media_type: str, data: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"

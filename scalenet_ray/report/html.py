@@ -1,4 +1,4 @@
-"""The frame that all pages share: head, style and script in one file, sections, tables."""
+"""HTML of the reports: the page with its style and script, sections, tables, cards."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _THEME = (
 
 
 def page(title: str, lead: str, sections: Iterable[str], data: dict[str, Any] | None = None) -> str:
-    """A whole page, which can load nothing but what it holds and run no script but its own, whatever names data has.
+    """Build a self-contained page; its content security policy forbids other resources and scripts.
 
     Args:
         title: plain text.
-        lead: HTML that stands below the title.
-        sections: from `section`; empty ones are left out.
-        data: what the script shows as pictures; None for a page without.
+        lead: HTML below the title.
+        sections: from `section`.
+        data: JSON data of the gallery, read by report.js; None for a page without gallery.
     """
     assets = files("scalenet_ray.report")
     style, script = (assets.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
@@ -38,7 +38,7 @@ def page(title: str, lead: str, sections: Iterable[str], data: dict[str, Any] | 
     policy = f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     blob = ""
     if data is not None:
-        # "<" alone could end the element, or begin a comment in it.
+        # Escaped, so that data cannot end the element or start a comment in it.
         text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
         blob = f'<script type="application/json" id="data">{text}</script>'
     return (
@@ -54,10 +54,10 @@ def page(title: str, lead: str, sections: Iterable[str], data: dict[str, Any] | 
 
 
 def section(name: str, title: str, text: str, *content: str) -> str:
-    """A section with a heading and a sentence, or "" where there is nothing to show.
+    """Build a section with a heading and a text; "" if the content is empty.
 
     Args:
-        name: its anchor.
+        name: anchor of the section.
         title: plain text.
         text: HTML.
         content: HTML of figures and tables.
@@ -71,13 +71,13 @@ def section(name: str, title: str, text: str, *content: str) -> str:
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None) -> str:
-    """A table; the first cell of a row is its header.
+    """Build a table; the first cell of a row is its header.
 
     Args:
-        caption: plain text, for those who do not see it.
+        caption: plain text, for screen readers.
         head: titles of the columns, plain text.
         rows: HTML of the cells.
-        marked: the row to mark as the best.
+        marked: index of the row to highlight.
     """
     titles = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)
     body = "".join(
@@ -94,9 +94,9 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], mark
 
 
 def cards(facts: Iterable[tuple[str, str, str]]) -> str:
-    """Large figures: (figure, what it is, a remark), plain text."""
+    """Build a list of cards from (value, title, remark), plain text."""
     shown = "".join(
-        f"<li><strong>{html.escape(figure)}</strong><span>{html.escape(what)}</span><em>{html.escape(remark)}</em></li>"
-        for figure, what, remark in facts
+        f"<li><strong>{html.escape(value)}</strong><span>{html.escape(title)}</span><em>{html.escape(remark)}</em></li>"
+        for value, title, remark in facts
     )
     return f'<ul class="cards">{shown}</ul>'

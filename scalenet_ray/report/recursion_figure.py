@@ -1,4 +1,4 @@
-"""The picture of a recursion (the paper's Figures 1 and 2): photograph, scale maps, windows, boxes before and after."""
+"""Figure of a recursion, as the paper's Figures 1 and 2: image, scale maps, windows, boxes before and after."""
 
 from __future__ import annotations
 
@@ -28,31 +28,23 @@ __all__ = [
     "recursion_figure",
 ]
 
-# Okabe and Ito's palette: apart for colour-blind readers too.
 SEEN, NEW = "#56b4e9", "#e69f00"
-"""The colours of boxes that the whole image alone gave, and of those that came with the recursion."""
-
+"""Colours of the boxes found in the whole image alone, and of the boxes added by the recursion."""
 
 _HEAT = np.array([230, 159, 0], np.float32)
-
-
 _DIMMED = 0.35
-
-
 _LONGEST_SIDE = 1200
-
-
 _PANEL_INCHES = 4.2
 
 
 def draw_look(axes: Axes, image: np.ndarray, steps: Sequence[Step], policy: Policy) -> None:
-    """The image, dark but where cells of some steps' maps counted for their windows, with the windows that were asked.
+    """Draw the darkened image with the out-of-range cells of the steps' scale maps highlighted, and the windows.
 
     Args:
-        axes: where to.
+        axes: the axes to draw on.
         image: [h, w, 3] uint8 RGB.
-        steps: of one depth.
-        policy: what they followed.
+        steps: steps of one depth.
+        policy: their policy.
     """
     shown = image.astype(np.float32) * _DIMMED
     for step in steps:
@@ -79,23 +71,23 @@ def draw_boxes(
     line_width: float = 1.5,
     text_size: float = 7.0,
 ) -> None:
-    """The image with boxes on it.
+    """Draw an image with boxes.
 
     Args:
-        axes: where to.
+        axes: the axes to draw on.
         image: [h, w, 3] uint8 RGB.
         found: N detections in image pixels.
-        colours: of each box.
-        texts: what stands over each box; () for nothing.
-        line_width: of boxes, in points.
-        text_size: in points.
+        colours: colour of each box.
+        texts: label of each box; () for no labels.
+        line_width: line width of the boxes, in points.
+        text_size: text size, in points.
     """
     _draw_image(axes, image)
     for box, colour in zip(found.boxes.tolist(), colours, strict=True):
         _rectangle(axes, box, colour, line_width)
     for box, text, colour in zip(found.boxes.tolist(), texts, colours, strict=False):
         label = {"facecolor": colour, "edgecolor": "none", "pad": 1.0, "alpha": 0.9}
-        # What a file's author called a category is text, and no formula.
+        # Category names are plain text, not matplotlib formulas.
         axes.text(box[0], box[1], text, fontsize=text_size, va="bottom", bbox=label, clip_on=True, parse_math=False)
 
 
@@ -124,15 +116,15 @@ def recursion_figure(
     after: Detections,
     names: Mapping[int, str] | None = None,
 ) -> Figure:
-    """The whole picture, side by side: the photograph, a look at each depth, the boxes before, and those after.
+    """Draw the recursion side by side: the image, the scale maps and windows of each depth, the boxes before and after.
 
     Args:
         image: [h, w, 3] uint8 RGB.
         steps: all steps of the recursion (`recursive_detect`'s observer).
-        policy: what they followed.
-        before: what is found in the whole image alone, in image pixels.
-        after: what is found with the recursion; what is new has another colour.
-        names: category id -> what is written over a box; None for no text.
+        policy: their policy.
+        before: detections in the whole image alone, in image pixels.
+        after: detections with the recursion; new ones have another colour.
+        names: category id -> label of a box; None for no labels.
     """
     depths = sorted({step.tile.depth for step in steps if step.scale_map is not None or step.children})
     count = len(depths) + 3
@@ -154,7 +146,7 @@ def recursion_figure(
         labels = {name: _labels(found, names) for name, found in (("before", before), ("after", after))}
         draw_boxes(panels[count - 2], image, before, [SEEN] * len(before), texts=labels["before"])
         panels[count - 2].set_title(f"the whole image alone: {len(before)} found")
-        colours = [NEW if one else SEEN for one in new.tolist()]
+        colours = [NEW if is_new else SEEN for is_new in new.tolist()]
         draw_boxes(panels[count - 1], image, after, colours, texts=labels["after"])
         panels[count - 1].set_title(f"with {policy.name}: {len(after)} found, {int(new.sum())} new")
         return figure
@@ -165,15 +157,15 @@ def _labels(found: Detections, names: Mapping[int, str] | None) -> list[str]:
 
 
 def picture_bytes(figure: Figure, suffix: str, dots_per_inch: float = 110.0) -> bytes:
-    """A figure as a file's bytes.
+    """Render a figure to the bytes of a file.
 
     Args:
         figure: the figure.
         suffix: png, svg or pdf, with or without its dot.
-        dots_per_inch: of a PNG.
+        dots_per_inch: resolution of a PNG.
 
     Raises:
-        UserError: if it is another suffix.
+        UserError: for another suffix.
     """
     kind = suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf"):

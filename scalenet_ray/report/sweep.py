@@ -1,4 +1,4 @@
-"""The page of a sweep: its front, what the values of each field came to, and all trials."""
+"""report.html of a sweep: Pareto front, AP by the values of each field, all trials."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.report.charts import MUTED, WARM, drawing, front_plot, label, quiet, themed, to_svg
 from scalenet_ray.report.html import cards, page, section, table
+from scalenet_ray.report.tables import is_known
 from scalenet_ray.runs.documents import Interval, Metrics, PolicyMetrics, TrialRow
 
 __all__ = ["Contender", "contenders_of", "render_sweep", "sweep_verdict"]
@@ -19,14 +20,14 @@ _COLUMNS = 3
 
 @dataclass(frozen=True)
 class Contender:
-    """A policy that the sweep started from, or one that it found.
+    """A starting policy of a sweep, or one of its best.
 
     Attributes:
-        name: the policy's, in best.yaml and in the report.
-        is_start: whether the sweep started from it.
-        tuned: its trial's row on the split that was tuned on; None if it had none that saw all images.
-        reported: its row of the report's metrics.json; None before the report.
-        difference: its "AP_small" of the report's "differences": "difference", "low" and "high"; None without.
+        name: name of the policy in best.yaml and in the report.
+        is_start: whether it is a starting policy.
+        tuned: its trial on the tuning split; None without a trial that saw all images.
+        reported: its row of metrics.json on the reporting split; None before that evaluation.
+        difference: difference of AP_small on the reporting split from the starting policy; None if not measured.
     """
 
     name: str
@@ -41,12 +42,12 @@ def contenders_of(
     best: Mapping[str, TrialRow],
     document: Metrics | None = None,
 ) -> list[Contender]:
-    """The start beside the best.
+    """Return the starting policies followed by the best.
 
     Args:
         starts: from `start_trials`.
         best: from `best_trials`.
-        document: what the report's metrics.json holds; None before it.
+        document: metrics.json on the reporting split; None before that evaluation.
     """
     reported = document["policies"] if document else {}
     differences = document.get("differences", {}) if document else {}
@@ -58,44 +59,47 @@ def contenders_of(
 
 
 def sweep_verdict(contenders: Sequence[Contender], ceiling: float | None, splits: tuple[str, str]) -> list[str]:
-    """What a sweep came to, in sentences: whether anything beat the start, how sure that is, and at what price.
+    """Summarise a sweep in sentences: gain over the start, its significance, and cost.
 
     Args:
-        contenders: the start and the best.
-        ceiling: the most passes that were asked for; None if the front was.
-        splits: the one tuned on, and the one reported on.
+        contenders: the starting and the best policies.
+        ceiling: limit of the passes per image; None without a limit.
+        splits: the tuning and the reporting split.
     """
-    starts = [one for one in contenders if one.is_start]
-    best = [one for one in contenders if not one.is_start]
+    starts = [contender for contender in contenders if contender.is_start]
+    best = [contender for contender in contenders if not contender.is_start]
     tuned_on, reported_on = splits
-    return [
-        *_against_the_start(starts, best, ceiling, tuned_on),
-        *(_how_sure(one, starts[0].name, reported_on) for one in best if one.difference is not None),
-        *(
-            f"{one.name}: {one.reported['detector_passes_per_image']:.2f} passes on {reported_on} exceed the ceiling "
-            f"of {ceiling:g}, which held on {tuned_on} ({one.tuned['passes']:.2f})"
-            for one in best
-            if ceiling is not None
-            and one.tuned is not None
-            and one.reported is not None
-            and one.reported["detector_passes_per_image"] > ceiling
-        ),
+    sentences = _start_sentences(starts, best, ceiling, tuned_on)
+    sentences += [
+        _significance(contender.name, contender.difference, starts[0].name, reported_on)
+        for contender in best
+        if contender.difference is not None
     ]
+    for contender in best:
+        if ceiling is None or contender.tuned is None or contender.reported is None:
+            continue
+        passes = contender.reported["detector_passes_per_image"]
+        if passes > ceiling:
+            sentences.append(
+                f"{contender.name}: {passes:.2f} passes on {reported_on} exceed the ceiling of {ceiling:g}, which held "
+                f"on {tuned_on} ({contender.tuned['passes']:.2f})"
+            )
+    return sentences
 
 
-def _against_the_start(
+def _start_sentences(
     starts: Sequence[Contender], best: Sequence[Contender], ceiling: float | None, split: str
 ) -> list[str]:
-    """Whether anything found more small objects than the start, on the split that was tuned on."""
-    said = [
-        f"{one.name}, which the sweep started from, has no trial that saw all images of {split}: it lies outside the "
-        "space, or was ended early"
-        for one in starts
-        if one.tuned is None
+    """Compare the best with the start on the tuning split."""
+    sentences = [
+        f"{contender.name}, which the sweep started from, has no trial that saw all images of {split}: it lies outside "
+        "the space, or was ended early"
+        for contender in starts
+        if contender.tuned is None
     ]
-    tried = [(one.name, one.tuned) for one in starts if one.tuned is not None]
+    tried = [(contender.name, contender.tuned) for contender in starts if contender.tuned is not None]
     limit = float("inf") if ceiling is None else ceiling
-    said += [
+    sentences += [
         f"{name}, which the sweep started from, takes {row['passes']:.2f} passes on {split}, over the ceiling of "
         f"{ceiling:g}: what was found is cheaper"
         for name, row in tried
@@ -103,38 +107,36 @@ def _against_the_start(
     ]
     affordable = [(name, row) for name, row in tried if row["passes"] <= limit]
     if not affordable:
-        return said
-    name, start = max(affordable, key=lambda one: one[1]["AP_small"])
-    # Without a ceiling the start's own price is one.
+        return sentences
+    name, start = max(affordable, key=lambda pair: pair[1]["AP_small"])
+    # Without a ceiling, the start's own passes are the limit.
     limit = start["passes"] if ceiling is None else ceiling
-    found = [(one.name, one.tuned) for one in best if one.tuned is not None and one.tuned["passes"] <= limit]
-    won, row = max(found, key=lambda one: one[1]["AP_small"], default=("", start))
+    tuned = [(contender.name, contender.tuned) for contender in best if contender.tuned is not None]
+    found = [(found_name, row) for found_name, row in tuned if row["passes"] <= limit]
+    won, row = max(found, key=lambda pair: pair[1]["AP_small"], default=("", start))
     figures = f"AP_small {start['AP_small']:.1f} at {start['passes']:.2f} passes"
     if row["AP_small"] > start["AP_small"]:
         gain = row["AP_small"] - start["AP_small"]
-        said.append(
+        sentences.append(
             f"on {split} {won} finds AP_small {row['AP_small']:.1f} at {row['passes']:.2f} passes, {gain:+.1f} to "
             f"{name}, which the sweep started from ({figures})"
         )
     else:
-        held = ", ".join(one.name for one in best)
-        said.append(
+        held = ", ".join(contender.name for contender in best)
+        sentences.append(
             f"nothing beat the start on {split}: {name} has {figures}; best.yaml holds the best trial all the same, "
             f"{held}"
         )
-    return said
+    return sentences
 
 
-def _how_sure(one: Contender, base: str, split: str) -> str:
-    """What the paired bootstrap says of one policy on the split that is reported on."""
-    found = one.difference
-    assert found is not None
-    ends = [found[end] for end in ("difference", "low", "high")]
-    if any(end is None or end != end for end in ends):
-        return f"{one.name}: AP_small cannot be compared with {base} on {split}"
-    difference, low, high = ends
+def _significance(name: str, interval: Interval, base: str, split: str) -> str:
+    """Describe the interval of a policy's difference on the reporting split."""
+    if not all(is_known(interval[end]) for end in ("difference", "low", "high")):
+        return f"{name}: AP_small cannot be compared with {base} on {split}"
+    difference, low, high = interval["difference"], interval["low"], interval["high"]
     kind = "no sure gain" if low <= 0 <= high else "a loss" if high < 0 else "a gain"
-    return f"{kind} on {split}: {one.name} has AP_small {difference:+.1f} [{low:+.1f}, {high:+.1f}] to {base}"
+    return f"{kind} on {split}: {name} has AP_small {difference:+.1f} [{low:+.1f}, {high:+.1f}] to {base}"
 
 
 def render_sweep(
@@ -143,16 +145,16 @@ def render_sweep(
     contenders: Sequence[Contender] = (),
     splits: tuple[str, str] = ("", ""),
 ) -> str:
-    """The page of a sweep.
+    """Render the report of a sweep.
 
     Args:
-        rows: as `run_sweep` gives them.
-        ceiling: the most passes that were asked for; None if the front was.
-        contenders: the start and the best; () where nothing was found.
-        splits: the one tuned on, and the one reported on.
+        rows: trials, from `run_sweep`.
+        ceiling: limit of the passes per image; None without a limit.
+        contenders: the starting and the best policies; () if there are none.
+        splits: the tuning and the reporting split.
 
     Returns:
-        HTML, one file that fetches nothing.
+        HTML, self-contained in one file.
     """
     complete = [row for row in rows if row["complete"]]
     best = [complete[i] for i in pareto_front([(row["passes"], row["AP_small"]) for row in complete])]
@@ -193,11 +195,13 @@ def _beside(contenders: Sequence[Contender], splits: tuple[str, str]) -> str:
     if not contenders:
         return ""
     rows = []
-    for one in contenders:
-        tuned, reported, found = one.tuned or {}, one.reported or {}, one.difference
+    for contender in contenders:
+        tuned, reported, interval = contender.tuned or {}, contender.reported or {}, contender.difference
         difference = "\N{EN DASH}"
-        if found is not None and not any(found[end] is None or found[end] != found[end] for end in ("low", "high")):
-            difference = f"{found['difference']:+.1f} <small>[{found['low']:+.1f}, {found['high']:+.1f}]</small>"
+        if interval is not None and all(is_known(interval[end]) for end in ("low", "high")):
+            difference = (
+                f"{interval['difference']:+.1f} <small>[{interval['low']:+.1f}, {interval['high']:+.1f}]</small>"
+            )
         figures = (
             (tuned.get("AP_small"), 1),
             (tuned.get("passes"), 2),
@@ -205,7 +209,7 @@ def _beside(contenders: Sequence[Contender], splits: tuple[str, str]) -> str:
             (reported.get("detector_passes_per_image"), 2),
         )
         cells = ["\N{EN DASH}" if value is None or value != value else f"{value:.{n}f}" for value, n in figures]
-        rows.append([html.escape(f"{one.name}{' (start)' if one.is_start else ''}"), *cells, difference])
+        rows.append([html.escape(f"{contender.name}{' (start)' if contender.is_start else ''}"), *cells, difference])
     head = [f"{title}, {split}" for split in splits for title in ("AP small", "passes")]
     return table("The start beside the best", ["policy", *head, f"AP small to the start, {splits[1]}"], rows)
 
@@ -233,10 +237,10 @@ def _fields(complete: Sequence[TrialRow], best: Sequence[TrialRow], paths: Seque
         for panel in panels[len(varied) :]:
             panel.set_axis_off()
         for panel, path in zip(panels, varied, strict=False):
-            for some, marker, colour in ((complete, "o", MUTED), (best, "D", WARM)):
-                points = [(row["values"][path], row["AP_small"]) for row in some if path in row["values"]]
+            for trials, marker, colour in ((complete, "o", MUTED), (best, "D", WARM)):
+                points = [(row["values"][path], row["AP_small"]) for row in trials if path in row["values"]]
                 if not all(isinstance(value, int | float) and not isinstance(value, bool) for value, _ in points):
-                    points = [(label(str(value)), worth) for value, worth in points]
+                    points = [(label(str(value)), ap_small) for value, ap_small in points]
                 if points:
                     panel.plot(*zip(*points, strict=True), marker, color=colour, markersize=4, alpha=0.85)
             panel.set_title(label(path), loc="left", fontsize=8)
@@ -249,11 +253,11 @@ def _trials(rows: Sequence[TrialRow], paths: Sequence[str], best: Sequence[Trial
     if not rows:
         return ""
 
-    def worth(row: TrialRow) -> tuple[bool, float]:
-        """Trials that saw all images come first, then those that found most."""
+    def rank(row: TrialRow) -> tuple[bool, float]:
+        """Order complete trials before others, then by AP_small."""
         return (row["complete"], row["AP_small"] if row["AP_small"] == row["AP_small"] else -1.0)
 
-    ordered = sorted(rows, key=worth, reverse=True)
+    ordered = sorted(rows, key=rank, reverse=True)
     names = [row["trial"] for row in best]
     cells = [
         [

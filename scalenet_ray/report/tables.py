@@ -1,4 +1,4 @@
-"""Tables of a run's page: policies, origin of the figures, failed images."""
+"""Tables and sections of a run's report: policies, settings of the run, failed images."""
 
 from __future__ import annotations
 
@@ -37,29 +37,30 @@ _FIGURES = (
 
 
 def winner_of(policies: Mapping[str, PolicyMetrics]) -> str | None:
-    """The policy with the most AP_small that reads no ground truth; without figures the first; None of none.
+    """Return the policy with the highest AP_small among those that do not read the ground truth.
 
-    Where all read the ground truth it is one of those: ask `reads_truth`.
+    Without metrics it is the first of them. If all policies read the ground truth it is one of these; None if there are
+    no policies.
 
     Args:
-        policies: name -> its row of metrics.json.
+        policies: name -> row of metrics.json.
     """
-    honest = {name: row for name, row in policies.items() if not reads_truth(name, row)} or dict(policies)
-    return max(honest, key=lambda name: _known(honest[name].get("AP_small")), default=None)
+    candidates = {name: row for name, row in policies.items() if not reads_truth(name, row)} or dict(policies)
+    return max(candidates, key=lambda name: _known(candidates[name].get("AP_small")), default=None)
 
 
 def reads_truth(name: str, row: PolicyMetrics) -> bool:
-    """Whether a policy reads the ground truth: by its kind, whatever its name.
+    """Return True if a policy reads the ground truth.
 
     Args:
-        name: the policy's; it decides where an older version noted no kind.
-        row: its row of metrics.json.
+        name: name of the policy, used for rows of older versions, which have no kind.
+        row: row of metrics.json.
     """
     return row.get("kind", name) == "oracle"
 
 
 def is_known(value: float | None) -> bool:
-    """Whether a figure was measured: neither missing nor NaN."""
+    """Return True if a metric was measured: neither None nor NaN."""
     return value is not None and value == value
 
 
@@ -68,11 +69,13 @@ def _known(value: float | None) -> float:
 
 
 def policy_rows(document: Metrics) -> tuple[list[str], list[list[str]]]:
-    """The titles of the columns, and the cells of each policy as HTML.
+    """Return the titles of the columns, and the cells of each policy as HTML.
+
+    Columns without values are omitted. The best value of a column is bold; policies that read the ground truth are
+    marked and do not count for it.
 
     Args:
-        document: what metrics.json holds; columns that no policy has are left out. The best of a column is bold; one
-            that reads the ground truth says so, and is never the best.
+        document: the content of metrics.json.
     """
     policies = document["policies"]
     columns = [column for column in _FIGURES if any(column[1] in row for row in policies.values())]
@@ -83,18 +86,19 @@ def policy_rows(document: Metrics) -> tuple[list[str], list[list[str]]]:
     }
     differences = document.get("differences") or {}
     widest = max(
-        (abs(_known(one["AP_small"][end])) for one in differences.values() for end in ("low", "high")), default=0.0
+        (abs(_known(by_metric["AP_small"][end])) for by_metric in differences.values() for end in ("low", "high")),
+        default=0.0,
     )
     head = ["policy", *(title for title, _, _ in columns)]
     if differences:
         head.insert(2, f"AP small to {document.get('compared_with')}")
     rows = []
     for name, row in policies.items():
-        knows = reads_truth(name, row)
-        cells = [_cell(row.get(key), digits, None if knows else best.get(key)) for _, key, digits in columns]
+        is_oracle = reads_truth(name, row)
+        cells = [_cell(row.get(key), digits, None if is_oracle else best.get(key)) for _, key, digits in columns]
         if differences:
             cells.insert(1, _interval(differences.get(name, {}).get("AP_small"), widest))
-        rows.append([html.escape(name) + (" <small>(reads the ground truth)</small>" if knows else ""), *cells])
+        rows.append([html.escape(name) + (" <small>(reads the ground truth)</small>" if is_oracle else ""), *cells])
     return head, rows
 
 
@@ -105,13 +109,13 @@ def _cell(value: float | None, digits: int, best: float | None) -> str:
     return f"<b>{text}</b>" if best is not None and value == best else text
 
 
-def _interval(found: Interval | None, widest: float) -> str:
-    """A difference with its 95 % interval in words and as a bar around zero."""
-    if found is None or not all(is_known(found[end]) for end in ("low", "high")):
+def _interval(interval: Interval | None, widest: float) -> str:
+    """Render a difference with its 95 % interval as text and as a bar around zero."""
+    if interval is None or not all(is_known(interval[end]) for end in ("low", "high")):
         return "\N{EN DASH}"
     scale = 46 / max(widest, 1e-9)
-    low, high, middle = (50 + scale * found[end] for end in ("low", "high", "difference"))
-    words = f"{found['difference']:+.1f} <small>[{found['low']:+.1f}, {found['high']:+.1f}]</small>"
+    low, high, middle = (50 + scale * interval[end] for end in ("low", "high", "difference"))
+    words = f"{interval['difference']:+.1f} <small>[{interval['low']:+.1f}, {interval['high']:+.1f}]</small>"
     return (
         f'<span class="interval">{words}<svg viewBox="0 0 100 12" aria-hidden="true"><path class="zero" d="M50 0V12"/>'
         f'<path class="range" d="M{low:.1f} 6H{high:.1f}"/><circle cx="{middle:.1f}" cy="6" r="3.4"/></svg></span>'
@@ -133,13 +137,13 @@ _SETTINGS = (
 
 
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run, those of its networks among them."""
+    """Return the settings of a run, including those of its networks, in one mapping."""
     settings = dict(run.get("settings") or {})
     return {**(settings.pop("networks", None) or {}), **settings}
 
 
 def origin_line(run: Mapping[str, Any] | None) -> str:
-    """What was run, in one line under a page's title; "" if it is not known."""
+    """Render data, detector and date of a run in one line; "" if unknown."""
     if not run:
         return ""
     settings = _settings(run)
@@ -150,13 +154,13 @@ def origin_line(run: Mapping[str, Any] | None) -> str:
 
 
 def origin_section(run: Mapping[str, Any] | None) -> str:
-    """The section that says what was run.
+    """Render the section of a run's settings.
 
     Args:
-        run: what config.yaml holds, with "finished" (ISO date and time) and "resumed" (bool) besides; None if unknown.
+        run: the content of config.yaml with "finished" (date and time) and "resumed" (bool); None if unknown.
 
     Returns:
-        HTML; "" if it is not known.
+        HTML; "" if unknown.
     """
     if not run:
         return ""
@@ -166,7 +170,7 @@ def origin_section(run: Mapping[str, Any] | None) -> str:
     facts += [("finished", run["finished"])] if run.get("finished") else []
     facts += [("resumed", "yes, in this run folder" if run["resumed"] else "no")] if "resumed" in run else []
     facts += [("command", run["command"])] if run.get("command") else []
-    facts += [(title, _in_words(run.get(name))) for name, title in (("workers", "workers"), ("versions", "versions"))]
+    facts += [(name, _joined(run.get(name))) for name in ("workers", "versions")]
     rows = "".join(
         f"<div><dt>{html.escape(title)}</dt><dd>{html.escape(str(value))}</dd></div>" for title, value in facts if value
     )
@@ -179,33 +183,24 @@ def origin_section(run: Mapping[str, Any] | None) -> str:
     return section("run", "What was run", "", f'<dl class="origin">{rows}</dl>{more}')
 
 
-def _in_words(values: Mapping[str, Any] | None) -> str:
+def _joined(values: Mapping[str, Any] | None) -> str:
     return ", ".join(f"{name} {value}" for name, value in (values or {}).items() if value is not None)
 
 
 def failures_section(failures: FailureList | None) -> str:
-    """The section of the images that were given up.
-
-    Args:
-        failures: "total" (images), "reasons": "stage", "reason", "count" and "example" each, and "rows": the first of
-            them, "file", "stage", "reason" and "policies" each; None if not known.
-
-    Returns:
-        HTML; "" if there are none.
-    """
+    """Render the section of the failed images; "" if there are none."""
     if not failures or not failures["total"]:
         return ""
     reasons = [
-        [html.escape(str(one["reason"])), html.escape(str(one["stage"])), str(one["count"])]
-        for one in failures["reasons"]
+        [html.escape(row["reason"]), html.escape(row["stage"]), str(row["count"])] for row in failures["reasons"]
     ]
     rows = failures["rows"]
     several = len({name for row in rows for name in row["policies"]}) > 1
     listed = [
         [
-            html.escape(str(row["file"])),
-            html.escape(str(row["stage"])),
-            html.escape(str(row["reason"])),
+            html.escape(row["file"]),
+            html.escape(row["stage"]),
+            html.escape(row["reason"]),
             *([html.escape(", ".join(row["policies"]))] if several else []),
         ]
         for row in rows
