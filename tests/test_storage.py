@@ -167,7 +167,7 @@ def test_missing_credentials_are_named_as_such(s3_bucket: str, monkeypatch: pyte
 
 
 def test_no_message_holds_a_secret(s3_bucket: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(storage, "_S3_ANSWERS", 1)
+    monkeypatch.setattr(storage, "_S3_READ_ATTEMPTS", 1)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     secrets = ["key-of-a-test", "word-that-must-stay-hidden", "word-in-the-endpoint", "word-in-the-address"]
     shown = []
@@ -254,7 +254,7 @@ def test_without_further_attempts_the_same_faults_are_errors(
     write_bytes_atomic(f"{s3_bucket}/file", b"x" * 1000)
     behind = os.environ["AWS_ENDPOINT_URL"]
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(storage, "_S3_ANSWERS", 1)
+    monkeypatch.setattr(storage, "_S3_READ_ATTEMPTS", 1)
     for fault in ("internal error", "cut short"):
         with faulty_s3(behind, [fault]) as server:
             use_endpoint(server.address, monkeypatch)
@@ -265,7 +265,7 @@ def test_without_further_attempts_the_same_faults_are_errors(
 
 def test_a_server_that_stays_down_is_given_up(s3_bucket: str, impatient: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(storage, "_S3_ATTEMPTS", 2)
-    monkeypatch.setattr(storage, "_S3_ANSWERS", 1)
+    monkeypatch.setattr(storage, "_S3_READ_ATTEMPTS", 1)
     use_endpoint("http://127.0.0.1:9", monkeypatch)
     with pytest.raises(OSError, match="the endpoint cannot be reached; check AWS_ENDPOINT_URL"):
         read_bytes(f"{s3_bucket}/file")
