@@ -142,7 +142,7 @@ def main(job: TuneRecursion) -> int:
     policies = _start_policies(job, space, session, [tuned_on, reported_on])
     task = _task(job, policies, tuned_on)
     run = RunFolder.of_job(job.output, "tune_recursion", resume=job.resume)
-    workers = {"device": job.networks.device, **asdict(job.resources)}
+    workers = {"device": job.networks.device, **job.resources.as_settings()}
     with run.begin(_settings(job, space, policies), resume=job.resume, workers=workers):
         check_split(session, run, tuned_on)
         run.standing = "the trials that ended are kept"

@@ -20,7 +20,7 @@ from scalenet_ray.models.checked_detector import CheckedDetector
 from scalenet_ray.runs.batch import Progress, Stream, image_opener, run_policy
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import LocalStream
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import AdvancedResources, Resources
 from tests.faults import (
     FaultyScale,
     FlatImages,
@@ -65,7 +65,13 @@ def local(records: Sequence[ImageRecord], log: WorkLog | None = None) -> Stream:
 
 
 def on_ray(records: Sequence[ImageRecord], log: WorkLog | None = None) -> Stream:
-    return ImageStream(records, POLICY, networks(log), SCENES, Resources(scale_batch_size=2, max_open_images=3))
+    return ImageStream(
+        records,
+        POLICY,
+        networks(log),
+        SCENES,
+        Resources(scale_batch_size=2, advanced=AdvancedResources(max_open_images=3)),
+    )
 
 
 def networks(log: WorkLog | None) -> NetworkFactories:

@@ -75,7 +75,7 @@ class ShardedStream:
         open_image: OpenImage,
         resources: Resources,
     ) -> None:
-        shares = resources.dealt
+        shares = resources.per_pipeline
         # On the driver's own node, as the queues are. Of two threads one works through the images, and one hears which
         # are written.
         actor: Any = PipelineActor.options(scheduling_strategy=on_this_node(), max_concurrency=2)
@@ -139,5 +139,5 @@ def image_stream(
     resources: Resources,
 ) -> Stream:
     """One pipeline, driven from this process, or several: as the resources have it."""
-    stream = ImageStream if len(resources.dealt) == 1 else ShardedStream
+    stream = ImageStream if len(resources.per_pipeline) == 1 else ShardedStream
     return stream(images, policy, networks, open_image, resources)

@@ -147,7 +147,7 @@ class ImageStream:
         count = 0
         told = -_SECONDS_BETWEEN_STATUS
         try:
-            with _data_context(self._resources.no_progress_seconds):
+            with _data_context(self._resources.advanced.no_progress_seconds):
                 for table in self._dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                     add_seconds(seconds_of(table))
                     results = assembler.add(unpack_results(table))
@@ -216,11 +216,11 @@ class ImageStream:
             self._open_image,
             readers=resources.readers,
             lease_size=max(1, batch_size // _tiles_per_lease(policy)),
-            retries=resources.retries,
+            retries=resources.advanced.retries,
         )
         rows = ray.data.read_datasource(source, num_cpus=cpus, override_num_blocks=resources.readers)
         detectors = {"batch_format": "pyarrow", "num_cpus": cpus, "num_gpus": resources.gpus_per_detector_actor or None}
-        detector_args = (self._frontier, policy, networks, resources.detector_batch_size, resources.retries)
+        detector_args = (self._frontier, policy, networks, resources.detector_batch_size, resources.advanced.retries)
         if together:
             return rows.map_batches(
                 ScaleAndDetectStage,
@@ -231,7 +231,13 @@ class ImageStream:
             )
         return rows.map_batches(
             ScaleStage,
-            fn_constructor_args=(self._frontier, policy, networks, resources.retries, resources.scale_batch_size),
+            fn_constructor_args=(
+                self._frontier,
+                policy,
+                networks,
+                resources.advanced.retries,
+                resources.scale_batch_size,
+            ),
             batch_size=1,
             batch_format="pyarrow",
             compute=_pool(resources.scale_actors),
