@@ -18,7 +18,8 @@ from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_t
 from scalenet_ray.data import storage
 from scalenet_ray.data.policy_files import SearchSpace, check_values, read_space
 from scalenet_ray.engine.session import Session
-from scalenet_ray.engine.tune import Sweep, TrialSettings, best_policies, best_trials, run_sweep, start_trials
+from scalenet_ray.engine.trial import TrialSettings
+from scalenet_ray.engine.tune import Sweep, best_policies, best_trials, run_sweep, start_trials
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.report.charts import front_plot
 from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict

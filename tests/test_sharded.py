@@ -7,7 +7,7 @@ import ray
 
 from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.timing import measured
-from scalenet_ray.engine.parallel import ShardedStream, image_stream
+from scalenet_ray.engine.parallel import ParallelStream, image_stream
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.runs.resources import AdvancedResources, Resources, limits
 from tests.faults import (
@@ -39,7 +39,7 @@ def test_pipelines_side_by_side_equal_recursive_detect(idle_ray: None, name: str
     records, policy, scenes = records_of(23), policy_of(name), Scenes(unreadable={2, 23})
     networks = random_networks(policy)
     stream = image_stream(records, policy, networks, scenes, TWO)
-    assert isinstance(stream, ShardedStream)
+    assert isinstance(stream, ParallelStream)
     results = []
     with measured() as tally:
         for result in stream:
@@ -62,7 +62,7 @@ def test_fewer_images_than_pipelines(idle_ray: None) -> None:
 @pytest.mark.ray
 def test_a_pipeline_that_dies_ends_the_run_with_a_way_on(idle_ray: None) -> None:
     policy = policy_of("scalenet")
-    stream = ShardedStream(records_of(200), policy, random_networks(policy), SlowImages(), TWO)
+    stream = ParallelStream(records_of(200), policy, random_networks(policy), SlowImages(), TWO)
     results = iter(stream)
     next(results)
     ray.kill(stream._pipelines[1])
