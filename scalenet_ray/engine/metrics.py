@@ -27,15 +27,15 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {
-    "scalenet_images": Metric("counter", "Images finished; outcome is done or failed.", ("policy", "outcome")),
-    "scalenet_tiles": Metric("counter", "Tiles worked on, by how often was zoomed to them.", ("policy", "depth")),
-    "scalenet_failures": Metric("counter", "Images given up, by the stage that gave up.", ("policy", "stage")),
-    "scalenet_guards": Metric("counter", "How often each limit acted.", ("policy", "guard")),
+    "scalenet_images": Metric("counter", "Finished images; outcome is done or failed.", ("policy", "outcome")),
+    "scalenet_tiles": Metric("counter", "Processed tiles, by recursion depth.", ("policy", "depth")),
+    "scalenet_failures": Metric("counter", "Failed images, by the stage that failed.", ("policy", "stage")),
+    "scalenet_guards": Metric("counter", "Number of times that each limit was hit.", ("policy", "guard")),
     "scalenet_stage_seconds": Metric("counter", "Busy seconds of each stage, over all processes.", ("policy", "stage")),
-    "scalenet_batch_tiles": Metric("counter", "Tiles in calls of a network.", ("policy", "stage")),
-    "scalenet_batch_room": Metric("counter", "Tiles that those calls had room for.", ("policy", "stage")),
-    "scalenet_queue_tiles": Metric("gauge", "Tiles in the queue: ready, or out with a reader.", ("policy", "state")),
-    "scalenet_open_images": Metric("gauge", "Images begun and not all decided.", ("policy",)),
+    "scalenet_batch_tiles": Metric("counter", "Tiles in network calls.", ("policy", "stage")),
+    "scalenet_batch_room": Metric("counter", "Capacity of those calls, in tiles.", ("policy", "stage")),
+    "scalenet_queue_tiles": Metric("gauge", "Tiles in the queue: ready, or leased to a reader.", ("policy", "state")),
+    "scalenet_open_images": Metric("gauge", "Images in progress.", ("policy",)),
 }
 """All metrics by name."""
 

@@ -57,14 +57,16 @@ def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dic
     # Workers keep the working directory: a recipe may hold relative paths.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     sizes = recipe.sizes()
+    # Raises a `UserError` if there are no examples.
     Epochs(*sizes, training.batch_size, training.workers, training.seed)
     cpus = cpu_share(training.workers * (1 + training.readers))
     resources = {"CPU": cpus} | ({"GPU": training.gpus_per_worker} if training.gpus_per_worker else {})
     file_system, path = storage.as_arrow(folder)
     events = Queue(actor_options={"num_cpus": 0})
+    assignment = Assignment(recipe=recipe, training=training, sizes=sizes, events=events, reader_cpus=cpus)
     trainer = _Trainer(
         work,
-        train_loop_config={"assignment": Assignment(recipe, training, sizes, events, cpus)},
+        train_loop_config={"assignment": assignment},
         scaling_config=ScalingConfig(
             num_workers=training.workers, use_gpu=training.gpus_per_worker > 0, resources_per_worker=resources
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -168,7 +168,7 @@ def run_policy(
             for image_id in run.find_failures([policy]).column("image_id").to_pylist():
                 del finished[image_id]
     left = [record for record in records if record.image_id not in finished]
-    state = Progress(policy, len(records) - len(left), len(records))
+    state = Progress(policy, done=len(records) - len(left), total=len(records))
     run.standing = state.standing(0)
     if not left:
         return state
@@ -184,6 +184,7 @@ def _process(
     report: Callable[[Progress], None],
     begun: float,
 ) -> Progress:
+    """Process the images that are left, with the progress of earlier drivers in `before`."""
     policy, at_work = before.policy, run.seconds_at_work(before.policy)
     state = before
     stream = start(left)
@@ -202,8 +203,14 @@ def _process(
             _log(result, policy, records[result.image_id].file_name)
             failed += result.failure is not None
             tiles += result.tiles
-            state = Progress(
-                policy, before.done + images, before.total, failed, tiles, images, now - first, now - begun
+            state = replace(
+                before,
+                done=before.done + images,
+                failed=failed,
+                tiles=tiles,
+                images=images,
+                seconds=now - first,
+                elapsed=now - begun,
             )
             if result.failure is None or result.failure.stage != "read":
                 raised.add(result.failure and result.failure.reason)

@@ -133,7 +133,13 @@ def export_run(
 
     _WRITERS[to](_Source(images(), _category_names(run, settings)), uri, name)
     done = run.table("images", name, ["image_id"]).num_rows
-    return Exported(name, counts["images"], counts["detections"], done - counts["images"], uri)
+    return Exported(
+        policy=name,
+        images=counts["images"],
+        detections=counts["detections"],
+        failed=done - counts["images"],
+        uri=uri,
+    )
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:
