@@ -32,10 +32,10 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 
-_REPORT_SECONDS = 2.0
+_SECONDS_BETWEEN_LINES = 2.0
 
 
-_FLUSH_SECONDS = 30.0
+_SECONDS_BETWEEN_SHARDS = 30.0
 
 
 class Stream(Protocol):
@@ -217,10 +217,10 @@ def _process(
             if raised.all_of_the_first(no_more=images == len(left)):
                 writer.flush()
                 _stop_if_all_failed(raised, run, policy)
-            if now - written > _FLUSH_SECONDS:
+            if now - written > _SECONDS_BETWEEN_SHARDS:
                 writer.flush()
                 written = now
-            if now - reported > _REPORT_SECONDS or images == len(left):
+            if now - reported > _SECONDS_BETWEEN_LINES or images == len(left):
                 report(state)
                 reported = now
     finally:
