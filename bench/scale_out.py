@@ -28,7 +28,7 @@ from bench.growth import cpu_clocks, spent_by_role
 from bench.workloads import spread
 from scalenet_ray.engine.parallel import image_stream
 from scalenet_ray.runs.batch import Stream
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import AdvancedResources, Resources
 
 __all__ = ["ScaleOut", "scale_out"]
 
@@ -78,7 +78,7 @@ def scale_out(
         readers=scale_actors,
         scale_actors=scale_actors,
         detector_actors=detectors,
-        max_open_images=max(64, _OPEN_IMAGES_PER_DETECTOR * detectors),
+        advanced=AdvancedResources(max_open_images=max(64, _OPEN_IMAGES_PER_DETECTOR * detectors)),
     )
     with_detector = detectors + (scale_actors if policy == "first-pass" else 0)
     count = math.ceil(_TILES_PER_DETECTOR * detectors / TILES_PER_IMAGE) + 2 * resources.open_images

@@ -18,7 +18,8 @@ import tyro
 from bench.workloads import photographs, ratio
 from scalenet_ray.data.policy_files import read_space
 from scalenet_ray.engine.session import join_ray
-from scalenet_ray.engine.tune import Sweep, TrialSettings, run_sweep
+from scalenet_ray.engine.trial import TrialSettings
+from scalenet_ray.engine.tune import Sweep, run_sweep
 from scalenet_ray.models.spec import NetworkSpec
 
 _SPACE = Path(__file__).parents[1] / "jobs" / "tune_recursion.yaml"

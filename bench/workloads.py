@@ -23,7 +23,7 @@ from scalenet_ray.data.coco import CocoDataset, ImageRecord, parse_annotations, 
 from scalenet_ray.data.images import decode_image
 from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.models.spec import NetworkSpec
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import AdvancedResources, Resources
 
 __all__ = ["Workload", "detector_name", "large_images", "photographs", "ratio", "spread"]
 
@@ -41,9 +41,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 _LARGE_HW = (3000, 4000)
 _CELL = 640
 
-_FOR_PHOTOGRAPHS = Resources(detector_batch_size=16, max_open_images=128)
+_FOR_PHOTOGRAPHS = Resources(detector_batch_size=16, advanced=AdvancedResources(max_open_images=128))
 # A reader keeps the last 14 of these decoded: no more in work than that, or each is decoded again for its windows.
-_FOR_LARGE_IMAGES = Resources(readers=2, detector_batch_size=4, max_open_images=28)
+_FOR_LARGE_IMAGES = Resources(readers=2, detector_batch_size=4, advanced=AdvancedResources(max_open_images=28))
 
 
 def _data() -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -112,7 +112,7 @@ def main(job: DetectImages) -> int:
         "networks": job.networks.settings(),
         "policies": [policy_to_dict(policy)],
     }
-    workers = {"engine": job.engine, "device": job.networks.device, **asdict(job.resources)}
+    workers = {"engine": job.engine, "device": job.networks.device, **job.resources.as_settings()}
     with run.begin(settings, resume=job.resume, workers=workers):
         images = keep_image_ids(run, images, str(job.images), policy.name)
         log = ProgressLog(print)

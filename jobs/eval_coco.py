@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,7 +120,7 @@ def main(job: EvalCoco) -> int:
         msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
         raise UserError(msg)
     run = RunFolder.of_job(job.output, "eval_coco", resume=job.resume)
-    workers = {"engine": job.engine, "device": job.networks.device, **asdict(job.resources)}
+    workers = {"engine": job.engine, "device": job.networks.device, **job.resources.as_settings()}
     options: dict[str, Any] = {"compare_with": job.compare_with, "pictures": job.report_pictures}
     options["retry_failed"] = job.retry_failed
     with run.begin(_settings(job, policies), resume=job.resume, workers=workers):

@@ -18,7 +18,8 @@ from scalenet_ray.core.policy import Policy, check_names, parse_policy, policy_t
 from scalenet_ray.data import storage
 from scalenet_ray.data.policy_files import SearchSpace, check_values, read_space
 from scalenet_ray.engine.session import Session
-from scalenet_ray.engine.tune import Sweep, TrialSettings, best_policies, best_trials, run_sweep, start_trials
+from scalenet_ray.engine.trial import TrialSettings
+from scalenet_ray.engine.tune import Sweep, best_policies, best_trials, run_sweep, start_trials
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.report.charts import front_plot
 from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
@@ -142,7 +143,7 @@ def main(job: TuneRecursion) -> int:
     policies = _start_policies(job, space, session, [tuned_on, reported_on])
     task = _task(job, policies, tuned_on)
     run = RunFolder.of_job(job.output, "tune_recursion", resume=job.resume)
-    workers = {"device": job.networks.device, **asdict(job.resources)}
+    workers = {"device": job.networks.device, **job.resources.as_settings()}
     with run.begin(_settings(job, space, policies), resume=job.resume, workers=workers):
         check_split(session, run, tuned_on)
         run.standing = "the trials that ended are kept"

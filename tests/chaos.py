@@ -36,7 +36,7 @@ from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.runs.batch import Progress, run_policy
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import LocalStream
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import AdvancedResources, Resources
 from tests.faults import Given, Scenes, WorkLog, policy_of, random_networks, records_of
 from tests.oracles import RandomDetector, RandomScale
 
@@ -48,7 +48,12 @@ _POLICY = policy_of("scalenet")
 _UNREADABLE = 7
 _SCENES = Scenes(unreadable={_UNREADABLE})
 _RESOURCES = Resources(
-    readers=2, scale_actors=2, detector_actors=2, scale_batch_size=4, detector_batch_size=8, max_open_images=24
+    readers=2,
+    scale_actors=2,
+    detector_actors=2,
+    scale_batch_size=4,
+    detector_batch_size=8,
+    advanced=AdvancedResources(max_open_images=24),
 )
 _IMAGES_PER_SHARD = 16
 
@@ -131,9 +136,9 @@ class _Detector(RandomDetector):
 
 def _drive(folder: Path, images: int, deaths: int, address: str) -> None:
     """Begin, or go on, and live as long as one may."""
-    import scalenet_ray.runs.folder as runs
+    from scalenet_ray.runs import shard_writer
 
-    runs._IMAGES_PER_SHARD = _IMAGES_PER_SHARD
+    shard_writer._IMAGES_PER_SHARD = _IMAGES_PER_SHARD
     ray.init(address=address, log_to_driver=False, configure_logging=False)
     kinds = {kind: Mortal(folder, kind, 6.0, deaths) for kind in ("reader", "scale actor", "detector actor")}
     log = WorkLog(folder / "work")

@@ -16,7 +16,7 @@ from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.engine.session import Session
 from scalenet_ray.runs.batch import Progress, run_policy
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import AdvancedResources, Resources
 from tests.faults import FaultyScale, Given, Scenes, SlowDetector, WorkLog, policy_of, records_of
 from tests.oracles import RandomScale
 
@@ -39,12 +39,14 @@ def main() -> None:
     """Run, a line for each finished image."""
     output, log = sys.argv[1:]
     networks = NetworkFactories(Given(SlowDetector(0.05)), Given(FaultyScale(RandomScale(), WorkLog(Path(log)))))
-    resources = Resources(scale_batch_size=2, detector_batch_size=4, max_open_images=OPEN_IMAGES)
+    resources = Resources(
+        scale_batch_size=2, detector_batch_size=4, advanced=AdvancedResources(max_open_images=OPEN_IMAGES)
+    )
     session = Session("ray", resources)
     start = partial(session.start, policy=POLICY, networks=networks, open_image=SCENES)
     run = RunFolder(output)
     with (
-        patch("scalenet_ray.runs.folder._IMAGES_PER_SHARD", SHARD),
+        patch("scalenet_ray.runs.shard_writer._IMAGES_PER_SHARD", SHARD),
         patch("scalenet_ray.runs.batch._SECONDS_BETWEEN_LINES", -1.0),
         run.begin({"images": len(RECORDS)}, resume=True),
     ):

@@ -14,14 +14,20 @@ from ray.cluster_utils import Cluster
 
 from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import AdvancedResources, Resources
 from tests.faults import Given, Scenes, SlowDetector, as_values, policy_of, random_networks, records_of, reference
 from tests.oracles import RandomScale
 
 _STORE_BYTES = 80 * 2**20
 _NOTICE_LOSSES_SOON = {"health_check_period_ms": 1000, "health_check_failure_threshold": 4}
 _LOSSES_AFTER = (4, 14)
-_RESOURCES = Resources(scale_actors=2, detector_actors=2, scale_batch_size=2, detector_batch_size=4, max_open_images=8)
+_RESOURCES = Resources(
+    scale_actors=2,
+    detector_actors=2,
+    scale_batch_size=2,
+    detector_batch_size=4,
+    advanced=AdvancedResources(max_open_images=8),
+)
 
 
 def main() -> None:

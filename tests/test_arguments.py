@@ -102,7 +102,8 @@ def test_none_is_said_in_any_case_wherever_a_number_may_be_that(word: str):
     job: Any = parse_arguments(
         load_job("tune_recursion").TuneRecursion, [part for each in flags for part in (each, word)]
     )
-    given = (job.ceiling, job.limit, job.networks.iou_threshold, job.resources.max_open_images, job.resources.pipelines)
+    advanced = job.resources.advanced
+    given = (job.ceiling, job.limit, job.networks.iou_threshold, advanced.max_open_images, advanced.pipelines)
     assert given == (None,) * 5
     # A name is a name: that a variable of a script is None must not stand for the embedded sample.
     assert (job.output, job.data) == (word, word)

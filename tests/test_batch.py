@@ -20,7 +20,7 @@ from scalenet_ray.models.checked_detector import CheckedDetector
 from scalenet_ray.runs.batch import Progress, Stream, image_opener, run_policy
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import LocalStream
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import AdvancedResources, Resources
 from tests.faults import (
     FaultyScale,
     FlatImages,
@@ -44,7 +44,7 @@ SCENES = Scenes(unreadable={3})
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of two images, and a line for each image."""
-    monkeypatch.setattr("scalenet_ray.runs.folder._IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr("scalenet_ray.runs.shard_writer._IMAGES_PER_SHARD", 2)
     monkeypatch.setattr("scalenet_ray.runs.batch._SECONDS_BETWEEN_LINES", -1.0)
 
 
@@ -65,7 +65,13 @@ def local(records: Sequence[ImageRecord], log: WorkLog | None = None) -> Stream:
 
 
 def on_ray(records: Sequence[ImageRecord], log: WorkLog | None = None) -> Stream:
-    return ImageStream(records, POLICY, networks(log), SCENES, Resources(scale_batch_size=2, max_open_images=3))
+    return ImageStream(
+        records,
+        POLICY,
+        networks(log),
+        SCENES,
+        Resources(scale_batch_size=2, advanced=AdvancedResources(max_open_images=3)),
+    )
 
 
 def networks(log: WorkLog | None) -> NetworkFactories:
@@ -157,7 +163,7 @@ def test_images_are_committed_as_they_are_written(tmp_path: Path) -> None:
 
 
 def test_a_slow_run_is_written_every_half_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.runs.folder._IMAGES_PER_SHARD", 1000)
+    monkeypatch.setattr("scalenet_ray.runs.shard_writer._IMAGES_PER_SHARD", 1000)
     now = iter(range(0, 10_000, 10))
     monkeypatch.setattr("scalenet_ray.runs.batch.time.monotonic", lambda: float(next(now)))
     run = whole_run(tmp_path / "run")

@@ -4,8 +4,8 @@ import pyarrow as pa
 import pytest
 
 from scalenet_ray.console import failure_lines, last_line
-from scalenet_ray.runs.folder import FAILURES
 from scalenet_ray.runs.summary import failure_counts
+from scalenet_ray.runs.tables import FAILURES
 
 
 def failures(*rows: tuple[int, str, str], policy: str = "whole", file: str = "/photos/{}.jpg") -> pa.Table:

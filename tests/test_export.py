@@ -18,7 +18,8 @@ from pycocotools.coco import COCO
 from scalenet_ray.core.detections import Detections, Failure, ImageResult
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.runs.export import EXPORT_FORMATS, export_run
-from scalenet_ray.runs.folder import RunFolder, ShardWriter
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.shard_writer import ShardWriter
 from tests.test_show import run_command
 
 # Ids with gaps, as COCO's have: positions and ids must not be mixed up.

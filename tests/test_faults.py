@@ -10,7 +10,7 @@ from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import OpenImage
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import AdvancedResources, Resources
 from tests.faults import (
     BuggyScale,
     Fault,
@@ -162,7 +162,9 @@ def test_a_retry_that_decides_otherwise_loses_and_doubles_nothing(idle_ray: None
 
 def test_a_dead_frontier_ends_the_run_and_says_what_to_do(idle_ray: None) -> None:
     policy = policy_of("scalenet")
-    stream = ImageStream(RECORDS, policy, random_networks(policy), SCENES, Resources(max_open_images=2))
+    stream = ImageStream(
+        RECORDS, policy, random_networks(policy), SCENES, Resources(advanced=AdvancedResources(max_open_images=2))
+    )
     results = iter(stream)
     next(results)
     ray.kill(stream._frontier)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import AdvancedResources, Resources
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job, same_results
 
@@ -44,8 +44,14 @@ def job_on(data: Path, output: Path, engine: str, **changes: Any) -> Any:
     [
         Resources(),
         Resources(scale_actors=3, detector_actors=2, scale_batch_size=3, detector_batch_size=7),
-        Resources(readers=2, detector_actors=(1, 2), scale_batch_size=1, detector_batch_size=1, max_open_images=3),
-        Resources(readers=2, scale_actors=2, detector_actors=2, pipelines=2),
+        Resources(
+            readers=2,
+            detector_actors=(1, 2),
+            scale_batch_size=1,
+            detector_batch_size=1,
+            advanced=AdvancedResources(max_open_images=3),
+        ),
+        Resources(readers=2, scale_actors=2, detector_actors=2, advanced=AdvancedResources(pipelines=2)),
     ],
     ids=["defaults", "three scale actors", "single tiles and a growing pool", "two pipelines"],
 )

@@ -13,7 +13,7 @@ from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.runs.resources import Resources, limits
+from scalenet_ray.runs.resources import AdvancedResources, Resources, limits
 from tests.faults import (
     FlatImages,
     Given,
@@ -90,7 +90,9 @@ def test_every_policy_equals_recursive_detect(idle_ray: None, name: str, resourc
 @pytest.mark.parametrize("max_open_images", [1, 2])
 def test_few_open_images_make_it_slow_but_not_wrong(idle_ray: None, max_open_images: int) -> None:
     records, policy = records_of(9), policy_of("scalenet")
-    resources = Resources(max_open_images=max_open_images, scale_batch_size=3, detector_batch_size=16)
+    resources = Resources(
+        scale_batch_size=3, detector_batch_size=16, advanced=AdvancedResources(max_open_images=max_open_images)
+    )
     results = assert_equals_reference(records, policy, random_networks(policy), Scenes(), resources)
     assert max(int(result.detections.depth.max(initial=0)) for result in results) == 2
 
@@ -108,7 +110,9 @@ def test_a_tiny_object_store_and_a_slow_detector_do_not_hang(idle_ray: None) -> 
     policy = dataclasses.replace(policy_of("scalenet"), input_side=416)
     networks = NetworkFactories(Given(SlowDetector(0.005, 416)), Given(RandomScale()))
     # A row of 8 tiles is 4 MB, and a call of the detector waits for 8 rows.
-    resources = Resources(scale_batch_size=8, detector_batch_size=64, no_progress_seconds=30)
+    resources = Resources(
+        scale_batch_size=8, detector_batch_size=64, advanced=AdvancedResources(no_progress_seconds=30)
+    )
     results = assert_equals_reference(records, policy, networks, FlatImages(416), resources)
     assert sum(result.detector_pixels for result in results) * 3 > 2 * ray.cluster_resources()["object_store_memory"]
 
@@ -117,7 +121,13 @@ def test_a_tiny_object_store_and_a_slow_detector_do_not_hang(idle_ray: None) -> 
 def test_a_run_without_progress_ends_and_has_not_filled_the_store(idle_ray: None, tmp_path: Path) -> None:
     let_go = tmp_path / "let go"
     networks = NetworkFactories(Given(StuckDetector(let_go)), Given(RandomScale()))
-    stream = ImageStream(records_of(1000), policy_of("scalenet"), networks, Scenes(), Resources(no_progress_seconds=8))
+    stream = ImageStream(
+        records_of(1000),
+        policy_of("scalenet"),
+        networks,
+        Scenes(),
+        Resources(advanced=AdvancedResources(no_progress_seconds=8)),
+    )
     with pytest.raises(Exception, match="made no progress for at least"):
         list(stream)
     let_go.touch()
@@ -152,7 +162,7 @@ def test_a_run_leaves_ray_datas_settings_as_they_were(idle_ray: None) -> None:
 )
 def test_resources_out_of_range_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Resources(**wrong)
+        AdvancedResources(**wrong) if wrong.keys() & {"max_open_images", "no_progress_seconds"} else Resources(**wrong)
 
 
 def test_processes_are_readers_and_as_many_actors_as_there_may_be() -> None:
@@ -175,7 +185,7 @@ def test_a_detect_call_takes_rows_enough_for_a_full_batch() -> None:
 
 def test_there_are_more_images_open_than_the_stages_can_hold() -> None:
     assert Resources().open_images >= 64
-    assert Resources(max_open_images=3).open_images == 3
+    assert Resources(advanced=AdvancedResources(max_open_images=3)).open_images == 3
     many = Resources(scale_actors=10, detector_actors=(1, 20), scale_batch_size=16)
     assert many.open_images > 16 * (1 + 10 + 20)
     # In one stage each actor has a row in work and one that waits.

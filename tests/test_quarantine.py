@@ -14,7 +14,7 @@ from scalenet_ray.data.coco import OpenImage
 from scalenet_ray.engine.frontier import Frontier
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.engine.quarantine import Attempts
-from scalenet_ray.runs.resources import Resources, RetryPolicy
+from scalenet_ray.runs.resources import AdvancedResources, Resources, RetryPolicy
 from tests.faults import Given, WorkLog, as_values, policy_of, random_networks, records_of, reference
 from tests.in_process import Died, InProcessEngine
 from tests.oracles import RandomDetector, RandomScale
@@ -128,7 +128,7 @@ def test_what_ended_or_is_written_is_not_remembered() -> None:
     ("wrong", "message"), [({"call_seconds": 0.0}, "call_seconds must be above 0"), ({"max_tries": 0}, "1 or more")]
 )
 def test_patience_refuses_what_makes_no_sense(wrong: dict, message: str) -> None:
-    for made in (RetryPolicy, Resources):
+    for made in (RetryPolicy, AdvancedResources):
         with pytest.raises(ValueError, match=message):
             made(**wrong)
 
@@ -170,7 +170,9 @@ def test_an_image_that_kills_or_hangs_its_process_each_time_fails_alone(
 ) -> None:
     policy = policy_of("whole" if stage == "detect" else "scalenet")
     networks, open_image = poisoned(stage, strikes(log))
-    resources = Resources(scale_batch_size=3, detector_batch_size=6, max_tries=TRIES, call_seconds=3.0)
+    resources = Resources(
+        scale_batch_size=3, detector_batch_size=6, advanced=AdvancedResources(max_tries=TRIES, call_seconds=3.0)
+    )
     stream = ImageStream(RECORDS, policy, networks, open_image, resources)
     assert_it_failed_alone(list(stream), policy, stage, TRIES)
     assert len(log.lines()) == 1 + TRIES
@@ -183,7 +185,9 @@ def test_an_image_that_kills_or_hangs_its_process_each_time_fails_alone(
 def test_an_actor_that_hangs_once_is_replaced_and_nothing_is_lost(idle_ray: None, log: WorkLog, tmp_path: Path) -> None:
     policy = policy_of("whole")
     networks, open_image = poisoned("detect", HangOnce(log, tmp_path / "marker"))
-    results = list(ImageStream(RECORDS, policy, networks, open_image, Resources(call_seconds=3.0)))
+    results = list(
+        ImageStream(RECORDS, policy, networks, open_image, Resources(advanced=AdvancedResources(call_seconds=3.0)))
+    )
     assert log.lines() == ["hung"]
     expected = reference(RECORDS, policy, random_networks(policy), open_image)
     assert {result.image_id: as_values(result) for result in results} == expected

@@ -13,14 +13,16 @@ import pytest
 
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import ImageRecord
-from scalenet_ray.runs.folder import RunFolder, ShardWriter
+from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.lock import _S3Lock, lock_run
+from scalenet_ray.runs.shard_writer import ShardWriter
 from tests.test_runs import result_of
 
 SETTINGS = {"seed": 1}
 LIVES = """
 import sys, time
 from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.shard_writer import ShardWriter
 with RunFolder(sys.argv[1]).begin({"seed": 1}, resume=False):
     sys.stdout.write("begun\\n")
     sys.stdout.flush()
@@ -31,7 +33,7 @@ with RunFolder(sys.argv[1]).begin({"seed": 1}, resume=False):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A beat four times a second; a second without one is stale."""
-    monkeypatch.setattr("scalenet_ray.runs.lock._BEAT_SECONDS", 0.25)
+    monkeypatch.setattr("scalenet_ray.runs.lock._HEARTBEAT_SECONDS", 0.25)
     monkeypatch.setattr("scalenet_ray.runs.lock._STALE_SECONDS", 1.0)
 
 
@@ -145,7 +147,7 @@ def test_a_driver_that_was_paused_writes_nothing_once_another_has_taken_over(
 ) -> None:
     uri = f"{s3_bucket}/run"
     with monkeypatch.context() as paused:
-        paused.setattr(_S3Lock, "_keep_beating", lambda self: None)
+        paused.setattr(_S3Lock, "_send_heartbeats", lambda self: None)
         run = RunFolder(uri)
         first = run.begin(SETTINGS, resume=False)
     with RunFolder(uri).begin(SETTINGS, resume=True):
@@ -164,8 +166,8 @@ def test_a_beat_whose_answer_was_lost_is_still_ours(s3_bucket: str) -> None:
     with lock_run(uri, take_over=False) as lock:
         assert isinstance(lock, _S3Lock)
         lock._tag = '"of before"'
-        lock._write_again()
-        lock._write_again()
+        lock._renew()
+        lock._renew()
         lock.check()
 
 

@@ -13,7 +13,9 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.data.schemas import DETECTIONS, IMAGES, detections_from_rows
-from scalenet_ray.runs.folder import FAILURES, RunFolder, ShardWriter
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.shard_writer import ShardWriter
+from scalenet_ray.runs.tables import FAILURES
 
 SETTINGS = {"seed": 3, "policies": ("whole", "grid-2"), "nested": {"score_threshold": 0.01, "none": None}}
 
@@ -126,7 +128,7 @@ def test_images_are_committed_after_their_shard_is_there(run: RunFolder) -> None
 
 
 def test_a_full_shard_is_written_at_once(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.runs.folder._IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr("scalenet_ray.runs.shard_writer._IMAGES_PER_SHARD", 2)
     write(run, 1, 2, 3, 4, 5)
     shards = [pq.read_table(uri) for uri in run.shards("images", "whole")]
     assert [table.column("image_id").to_pylist() for table in shards] == [[1, 2], [3, 4], [5]]

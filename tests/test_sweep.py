@@ -24,7 +24,8 @@ from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.data.coco import images_and_categories
 from scalenet_ray.data.policy_files import read_policies, read_space, start_values
 from scalenet_ray.engine.prediction_cache import CacheActor
-from scalenet_ray.engine.tune import RecursionTrial, ResumableAsha, Sweep, TrialSettings, best_policies, start_trials
+from scalenet_ray.engine.trial import RecursionTrial, TrialSettings
+from scalenet_ray.engine.tune import ResumableAsha, Sweep, best_policies, start_trials
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import REPOSITORY, load_job
@@ -74,9 +75,9 @@ def task_on(data: Path, policy: str = "first-pass", **changes: Any) -> TrialSett
     return replace(task, **changes)
 
 
-def trial_on(task: TrialSettings, config: dict[str, Any], keeper: Any = None) -> Any:
+def trial_on(task: TrialSettings, config: dict[str, Any], cache_actor: Any = None) -> Any:
     trial = RecursionTrial.__new__(RecursionTrial)
-    trial.setup(config, task=task, keeper=keeper)
+    trial.setup(config, task=task, cache_actor=cache_actor)
     return trial
 
 
@@ -86,8 +87,8 @@ def trial_on(task: TrialSettings, config: dict[str, Any], keeper: Any = None) ->
 @pytest.mark.ray
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_trial_adds_images_step_by_step_and_begins_anew_on_another(ray_session: None, data: Path, kept: bool) -> None:
-    keeper: Any = CacheActor.remote() if kept else None
-    trial = trial_on(task_on(data), {"policy": "first-pass", "recursion.window": 0.4}, keeper)
+    cache_actor: Any = CacheActor.remote() if kept else None
+    trial = trial_on(task_on(data), {"policy": "first-pass", "recursion.window": 0.4}, cache_actor)
     first, last = trial.step(), trial.step()
     assert (first["images"], last["images"]) == (4, 8)
     assert last["images_failed"] == 0

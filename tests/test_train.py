@@ -251,7 +251,7 @@ def test_a_report_that_fails_does_not_drown_what_follows() -> None:
             raise OSError(msg)
 
     def listen(*rows: dict[str, Any]) -> list[str]:
-        with driver._listening(_News(*rows), report) as stopped:  # type: ignore[arg-type]
+        with driver._forwarded(_News(*rows), report) as stopped:  # type: ignore[arg-type]
             pass
         return stopped
 
@@ -267,7 +267,7 @@ def test_a_report_that_fails_does_not_drown_what_follows() -> None:
 def test_a_report_with_a_bug_ends_the_run_with_it() -> None:
     with (
         pytest.raises(KeyError, match="loss"),
-        driver._listening(_News({"epoch": 1}), lambda row: row["loss"]),  # type: ignore[arg-type]
+        driver._forwarded(_News({"epoch": 1}), lambda row: row["loss"]),  # type: ignore[arg-type]
     ):
         pass
 

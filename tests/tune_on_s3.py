@@ -10,7 +10,8 @@ import sys
 
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.data.policy_files import Choice, SearchSpace
-from scalenet_ray.engine.tune import Sweep, TrialSettings, run_sweep
+from scalenet_ray.engine.trial import TrialSettings
+from scalenet_ray.engine.tune import Sweep, run_sweep
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 
 

@@ -1,15 +1,15 @@
-"""The feedback queue: which tiles wait, which are out, what was decided, and when a run is over.
+"""Feedback queue of the tiles of a run.
 
-Ray Data has no cycles; the cycle goes through this queue. Readers lease work from it, the look stage
-completes it with the tiles that come of it, and those can be leased again. It holds recipes and never
+Ray Data pipelines have no cycles, so the cycle goes through this queue: readers lease tiles, the scale stage completes
+them with their child tiles, and the children can be leased in turn. The queue holds the coordinates of tiles, no
 pixels. Two records make it safe under Ray's retries:
 
-* Leases are journaled. Ray replays a read task *by position*: after a death past k blocks the retry's first k
-  are thrown away unseen, so `lease` gives the same work for the same (reader, sequence number) again.
-* Completion is authoritative. The first decision on a tile is recorded and returned, and the stage emits
-  what was returned: a retry that would decide otherwise loses and doubles nothing.
+* Leases are journaled. Ray replays a read task *by position*: if it died after k blocks, the first k blocks of the
+  retry are discarded. So `lease` returns the same work for the same (reader, sequence number).
+* Completion is authoritative. The first decision on a tile is recorded and returned, and the stage emits what was
+  returned. A retry that decides differently neither loses nor duplicates tiles.
 
-`Frontier` is plain Python; `FrontierActor` is the same behind a Ray actor.
+`Frontier` is plain Python; `FrontierActor` is the same class as a Ray actor.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ __all__ = ["Completion", "Decision", "Frontier", "FrontierActor", "FrontierStatu
 
 
 def child_credit(credit: Fraction, expansion: Expansion) -> Fraction:
-    """The share that a tile, and each tile cut from it, has of the tile's credit."""
+    """The credit of a tile after its expansion, and of each of its children: equal shares of the tile's credit."""
     return credit / (1 + len(expansion.children))
 
 
 @dataclass(frozen=True)
 class Work:
-    """One thing to lease: an image to open (no tile yet: its size may be unknown), or a tile cut from one."""
+    """A unit of work to lease: an image to open (`tile` is None, as its size may be unknown), or a tile of an image."""
 
     image: ImageRecord
     tile: Tile | None
@@ -48,16 +48,19 @@ class Work:
 
     @property
     def id(self) -> TileId:
-        """(image id, path): the identity of the tile, made once."""
+        """(image id, path of the tile)."""
         return (self.image.image_id, self.tile.path if self.tile is not None else ())
 
 
 @dataclass(frozen=True)
 class Lease:
-    """What a reader is told: work to do; nothing yet (wait); or that this sequence number is long since done.
+    """Answer to a reader's request.
 
-    `forgotten` leases are of images that are written already: a replaying reader yields an empty block in
-    their place to keep its positions. `suspect` work was begun before, and its reader died: one piece at a time.
+    Attributes:
+        work: the work to do; empty if there is none yet, and the reader must ask again.
+        forgotten: all images of this lease are written already. A replayed reader yields an empty block in its place,
+            so that the positions of its blocks stay the same.
+        suspect: the work was started before, and its reader died: it must be processed one piece at a time.
     """
 
     work: tuple[Work, ...] = ()
@@ -66,14 +69,14 @@ class Lease:
 
 
 class Decision(NamedTuple):
-    """What was decided on a tile: what becomes of it, or why it was given up."""
+    """Decision on a tile: its expansion, and the failure if it failed."""
 
     expansion: Expansion
     failure: Failure | None = None
 
 
 class Completion(NamedTuple):
-    """A decision on one tile, offered by the look stage."""
+    """Decision on one tile, proposed by the scale stage."""
 
     image_id: int
     path: tuple[int, ...]
@@ -82,7 +85,7 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True)
 class FrontierStatus:
-    """How far the queue is: counts of images and tiles."""
+    """Counts of images and tiles in the queue."""
 
     admitted: int
     open_images: int
@@ -94,19 +97,19 @@ class FrontierStatus:
 
 @dataclass
 class _Reader:
-    """A reader's journal: entries from `first` on; what came before is of written images."""
+    """Journal of a reader: its leases from number `first` on; earlier ones are of written images."""
 
     first: int = 0
     entries: list[tuple[Work, ...] | None] = field(default_factory=list)
 
 
 class Frontier:
-    """The queue.
+    """Feedback queue of tiles.
 
     Args:
         images: the images, in the order in which they are admitted.
-        max_open_images: images that may be open at once. It bounds memory, and must exceed the pipeline's depth
-            times its batches, or the pipeline runs dry.
+        max_open_images: maximum number of images in progress. It bounds memory, and must exceed the pipeline's depth
+            times its batch sizes, or the stages starve.
 
     Raises:
         ValueError: if max_open_images is under 1.
@@ -135,78 +138,79 @@ class Frontier:
         self._began: float | None = None
 
     def lease(self, reader: int, sequence: int, count: int) -> Lease | None:
-        """Work for a reader, the same again for the same (reader, sequence).
+        """Lease work to a reader; the same work again for the same (reader, sequence).
 
-        A reader gets the tiles of the images that it opened, since it has them decoded: the deepest first, then the
-        oldest image's. While they do not fill a lease it opens new images, if those do, so that a batch is looked at or
-        detected as a whole. Tiles of another's images it gets where it has no other work: those that are more than
-        their reader would take at once, or, with nothing out, any.
+        A request also acknowledges the reader's lease before: its block has left the reader.
+
+        A reader gets tiles of the images that it opened, since it has them decoded: the deepest first, then by age of
+        the image. If they do not fill a lease but new images do, it opens new images, so that batches are full. If it
+        has no other work it gets tiles of other readers' images: those beyond one lease of their reader, or any if no
+        tile is leased.
 
         Args:
             reader: the reader's number.
-            sequence: which lease of this reader's; one past the last non-empty one, or any earlier.
-            count: the most pieces of work to give.
+            sequence: the number of the reader's lease: one past its last non-empty one, or any earlier one.
+            count: maximum number of pieces of work.
 
         Returns:
-            A lease; an empty one means wait and ask again; None that the run is over.
+            A lease; an empty one means wait and ask again; None means that the run is over.
         """
         journal = self._journal[reader]
         at = sequence - journal.first
-        if 0 < at <= len(journal.entries):
-            self._attempts.end_together("read", [item.id for item in journal.entries[at - 1] or ()])
+        self._acknowledge(journal, at - 1)
         if at < len(journal.entries):
             self._redelivered += 1
             entry = journal.entries[at] if at >= 0 else None
-            return Lease(forgotten=True) if entry is None else self._begun(entry)
+            return Lease(forgotten=True) if entry is None else self._start_reading(entry)
         work = self._take(reader, count)
         if not work:
-            return None if self._over() else Lease()
+            return None if self._is_finished() else Lease()
         self._began = self._began or time.monotonic()
         journal.entries.append(work)
         images = {item.image.image_id for item in work}
         self._uncommitted[reader, sequence] = len(images)
         for image_id in images:
             self._leases_of[image_id].add((reader, sequence))
-        return self._begun(work)
+        return self._start_reading(work)
 
     def begin(self, stage: str, tiles: Sequence[TileId]) -> bool:
-        """A stage is about to work on some tiles in one call.
+        """Record that a stage starts to process some tiles in one call.
 
         Returns:
-            Whether it may: False if one was begun before without an end, or its image is written by now; then they
-            are to be begun by themselves.
+            False if a tile was started before without an end, or its image is written already: the tiles must then be
+            processed one by one.
         """
         known = self._known(tiles)
         return self._attempts.begin(stage, known) and len(known) == len(tiles)
 
-    def begin_alone(self, stage: str, tile: TileId, most: int) -> int | None:
-        """A stage is about to work on one tile by itself, unless it has tried so `most` times.
+    def begin_alone(self, stage: str, tile: TileId, limit: int) -> int | None:
+        """Record that a stage starts to process one tile alone, unless it has done so `limit` times.
 
         Returns:
-            How often it was begun so before, without an end; None if its image is written, and nothing need be done.
+            How often the tile was started alone before, without an end; None if its image is written already.
         """
-        return self._attempts.begin_alone(stage, tile, most) if self._known([tile]) else None
+        return self._attempts.begin_alone(stage, tile, limit) if self._known([tile]) else None
 
     def end(self, stage: str, tiles: Sequence[TileId]) -> None:
-        """The work on these tiles is over, and its process lives."""
+        """Record that a stage has processed these tiles and that its process lives."""
         self._attempts.end(stage, tiles)
 
     def complete(self, completions: Sequence[Completion]) -> list[Decision]:
-        """Record decisions, in one step: tiles that come of them can be leased from now on.
+        """Record decisions in one step; child tiles can be leased from now on.
 
         Args:
-            completions: what the look stage decided.
+            completions: the decisions of the scale stage.
 
         Returns:
-            The decisions that count: the first ever offered for each tile.
+            The valid decisions: the first one recorded for each tile.
 
         Raises:
-            KeyError: if a tile was never leased: a bug, not a fault.
+            KeyError: if a tile was never leased, which is a bug.
         """
         return [self._complete(completion) for completion in completions]
 
     def commit(self, image_ids: Sequence[int]) -> None:
-        """Forget images whose results are written: their decisions and their entries in the journal."""
+        """Delete the decisions and journal entries of images whose results are written."""
         for image_id in image_ids:
             self._decided.pop(image_id, None)
             self._order.pop(image_id, None)
@@ -219,7 +223,7 @@ class Frontier:
                     self._forget(reader, sequence)
 
     def status(self) -> FrontierStatus:
-        """Counts, for the progress line and for tests."""
+        """Counts of images and tiles."""
         return FrontierStatus(
             admitted=self._admitted,
             open_images=len(self._open_tiles),
@@ -233,14 +237,19 @@ class Frontier:
         """Seconds since the first lease; 0 before."""
         return 0.0 if self._began is None else time.monotonic() - self._began
 
-    # --- inside -----------------------------------------------------------------------------------------
+    # --- internals --------------------------------------------------------------------------------------
 
     def _known(self, tiles: Sequence[TileId]) -> list[TileId]:
-        """Those of images that are not written yet."""
+        """The tiles of images that are not written yet."""
         return [tile for tile in tiles if tile[0] in self._order]
 
-    def _begun(self, work: tuple[Work, ...]) -> Lease:
-        """A lease, its work begun."""
+    def _acknowledge(self, journal: _Reader, index: int) -> None:
+        """Record that a reader has read the lease at `index` of its journal, if there is one."""
+        if 0 <= index < len(journal.entries):
+            self._attempts.end_together("read", [item.id for item in journal.entries[index] or ()])
+
+    def _start_reading(self, work: tuple[Work, ...]) -> Lease:
+        """Record that a reader starts to read the work, and return its lease."""
         return Lease(work, suspect=not self._attempts.begin("read", self._known([item.id for item in work])))
 
     @property
@@ -253,18 +262,18 @@ class Frontier:
             self._admit(count)
         work: list[Work] = []
         if len(own) >= count or len(self._fresh) < count:
-            work += _popped(own, count)
+            work += _pop(own, count)
         work += [self._fresh.popleft() for _ in range(min(count - len(work), len(self._fresh)))]
         if not work:
             others = max(self._ready.values(), key=len)
-            work = _popped(others, count) if len(others) > count or not self._out else []
+            work = _pop(others, count) if len(others) > count or not self._out else []
         for item in work:
             self._out[item.id] = item
             self._opened_by.setdefault(item.image.image_id, reader)
         return tuple(work)
 
     def _admit(self, wanted: int) -> None:
-        """Have so many images ready to be opened, if that many may be open."""
+        """Admit images until `wanted` are ready to be opened, or the limit of open images is reached."""
         while len(self._fresh) < wanted and len(self._open_tiles) < self._max_open and self._images is not None:
             image = next(self._images, None)
             if image is None:
@@ -282,14 +291,14 @@ class Frontier:
         self._open_tiles[image_id] += 1
         heapq.heappush(self._ready[self._opened_by[image_id]], (-len(path), self._order[image_id], path, work))
 
-    def _over(self) -> bool:
+    def _is_finished(self) -> bool:
         return self._images is None and not self._waiting and not self._out
 
     def _complete(self, completion: Completion) -> Decision:
         image_id, path, decision = completion
         decided = self._decided.get(image_id)
         if decided is None:
-            # Written and forgotten: whatever this retry emits is dropped by the assembler as a double.
+            # The image is written: the assembler drops what this retry emits as a duplicate.
             return decision
         if path in decided:
             self._conflicts += decided[path] != decision
@@ -307,15 +316,15 @@ class Frontier:
     def _forget(self, reader: int, sequence: int) -> None:
         journal = self._journal[reader]
         journal.entries[sequence - journal.first] = None
-        done = next((i for i, entry in enumerate(journal.entries) if entry is not None), len(journal.entries))
-        del journal.entries[:done]
-        journal.first += done
+        first = next((i for i, entry in enumerate(journal.entries) if entry is not None), len(journal.entries))
+        del journal.entries[:first]
+        journal.first += first
 
 
-def _popped(heap: list[tuple[int, int, tuple[int, ...], Work]], count: int) -> list[Work]:
+def _pop(heap: list[tuple[int, int, tuple[int, ...], Work]], count: int) -> list[Work]:
     return [heapq.heappop(heap)[-1] for _ in range(min(count, len(heap)))]
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class FrontierActor(Frontier):
-    """The queue as one actor. If it dies the run ends with a clear message, and resuming goes on."""
+    """Feedback queue as a Ray actor. If it dies, the run ends with an error and can be resumed."""

@@ -1,4 +1,4 @@
-"""How well a frozen detector finds each object at each zoom, measured over a data set by Ray Data."""
+"""Measure the scores of a frozen detector for each object at each zoom, over a data set, with Ray Data."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _IMAGES_PER_FILE = 512
 _BATCH = 8
 _SCHEMA = pa.schema([("image_id", pa.int64()), ("scores", pa.list_(pa.list_(pa.float32())))])
 _MEASURED = pa.schema([("file", pa.string()), ("place", pa.int64()), *_SCHEMA])
-"""What an actor answers: a file's columns, null of an image that can't be measured, and the file and place it is of."""
+"""Output of an actor: the output file, the index of the example, and its columns; null for an unreadable image."""
 
 
 class _Measure:
-    """An actor that measures images, named by their place in `TrainingImages.examples`."""
+    """Actor that measures images, given by their index in `TrainingImages.examples`."""
 
     def __init__(self, images: TrainingImages, networks: NetworkSpec) -> None:
         self._examples = [example for part in images.examples() for example in part]
@@ -41,14 +41,14 @@ class _Measure:
         self._merging = Merging(score_threshold=networks.score_threshold)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """One row a row: its file, and of an image that can't be measured, no scores."""
+        """Add the scores to each row; an image that cannot be read has none."""
         rows: list[dict[str, Any]] = batch.to_pylist()
         for row in rows:
             example = self._examples[row["place"]]
             try:
                 scores = measure_scores(read_pixels(example), example.objects, self._detect, self._merging)
             except TileError:
-                # Training meets the same image, leaves it out and says why.
+                # Training skips the same image and reports the reason.
                 continue
             row |= {"image_id": example.image_id, "scores": scores.tolist()}
         return pa.Table.from_pylist(rows, _MEASURED)
@@ -57,14 +57,14 @@ class _Measure:
 def measure_dataset(
     images: TrainingImages, networks: NetworkSpec, folder: str, *, actors: int, say: Callable[[str], None]
 ) -> None:
-    """Measure the scores of all objects of a data set into `folder`; files that are there are not made again.
+    """Measure the scores of all objects of a data set and write them to `folder`; existing files are kept.
 
     Args:
-        images: the data set, what is held out included.
-        networks: names the frozen detector.
-        folder: local or s3://; `models.head_recipe.read_scores` reads it.
-        actors: how many processes measure; one pool of them for the whole data set, with `networks.device` each.
-        say: takes a line for the person who waits.
+        images: the data set, held-out images included.
+        networks: specification of the frozen detector.
+        folder: local or s3://; `training.head_recipe.read_scores` reads it.
+        actors: number of actors, each on `networks.device`.
+        say: called with a line of progress for each written file.
     """
     count = sum(map(len, images.examples()))
     ranges = list(_ranges(count))
@@ -73,7 +73,7 @@ def measure_dataset(
         return
     join_ray()
     cpus = cpu_share(2 * actors)
-    left = {name: len(places) for name, places in missing}
+    sizes = {name: len(places) for name, places in missing}
     items = [{"file": name, "place": place} for name, places in missing for place in places]
     measured = ray.data.from_items(items, override_num_blocks=max(1, len(items) // _BATCH)).map_batches(
         _Measure,
@@ -84,7 +84,7 @@ def measure_dataset(
         num_cpus=cpus,
         num_gpus=gpu_share(networks.device, actors),
     )
-    # Answers come in any order; a file is written when the last of its images is in.
+    # Results arrive in any order; a file is written when all of its images are there.
     rows: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     done = count - len(items)
     tables: Iterable[Any] = measured.iter_batches(batch_size=None, batch_format="pyarrow")
@@ -93,8 +93,8 @@ def measure_dataset(
             for row in table.to_pylist():
                 name = row["file"]
                 rows[name].append(row)
-                if len(rows[name]) == left[name]:
-                    done += left[name]
+                if len(rows[name]) == sizes[name]:
+                    done += sizes[name]
                     _write(storage.join(folder, name), rows.pop(name))
                     say(f"scores of objects measured: {done} of {count} images")
 

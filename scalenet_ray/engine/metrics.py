@@ -1,6 +1,6 @@
-"""Metrics of a run for Prometheus, by Ray's own exporter: what is done, what waits, what takes the time, what fails.
+"""Prometheus metrics of a run, exported by Ray.
 
-Ray puts `ray_` before each name. docs/operations.md says what to look at, and ops/grafana.json shows it.
+Ray adds the prefix `ray_` to each name. See docs/operations.md, and ops/grafana.json for a dashboard.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["METRICS", "BatchMetrics", "Metric", "RunMetrics", "exported_name"]
 
 
 class Metric(NamedTuple):
-    """A metric: what kind it is, what it says, and by what it is told apart."""
+    """Definition of a metric: kind, description and tags."""
 
     kind: Literal["counter", "gauge"]
     description: str
@@ -27,21 +27,21 @@ class Metric(NamedTuple):
 
 
 METRICS: dict[str, Metric] = {
-    "scalenet_images": Metric("counter", "Images finished; outcome is done or failed.", ("policy", "outcome")),
-    "scalenet_tiles": Metric("counter", "Tiles worked on, by how often was zoomed to them.", ("policy", "depth")),
-    "scalenet_failures": Metric("counter", "Images given up, by the stage that gave up.", ("policy", "stage")),
-    "scalenet_guards": Metric("counter", "How often each limit acted.", ("policy", "guard")),
+    "scalenet_images": Metric("counter", "Finished images; outcome is done or failed.", ("policy", "outcome")),
+    "scalenet_tiles": Metric("counter", "Processed tiles, by recursion depth.", ("policy", "depth")),
+    "scalenet_failures": Metric("counter", "Failed images, by the stage that failed.", ("policy", "stage")),
+    "scalenet_guards": Metric("counter", "Number of times that each limit was hit.", ("policy", "guard")),
     "scalenet_stage_seconds": Metric("counter", "Busy seconds of each stage, over all processes.", ("policy", "stage")),
-    "scalenet_batch_tiles": Metric("counter", "Tiles in calls of a network.", ("policy", "stage")),
-    "scalenet_batch_room": Metric("counter", "Tiles that those calls had room for.", ("policy", "stage")),
-    "scalenet_queue_tiles": Metric("gauge", "Tiles in the queue: ready, or out with a reader.", ("policy", "state")),
-    "scalenet_open_images": Metric("gauge", "Images begun and not all decided.", ("policy",)),
+    "scalenet_batch_tiles": Metric("counter", "Tiles in network calls.", ("policy", "stage")),
+    "scalenet_batch_room": Metric("counter", "Capacity of those calls, in tiles.", ("policy", "stage")),
+    "scalenet_queue_tiles": Metric("gauge", "Tiles in the queue: ready, or leased to a reader.", ("policy", "state")),
+    "scalenet_open_images": Metric("gauge", "Images in progress.", ("policy",)),
 }
-"""All there are, by name."""
+"""All metrics by name."""
 
 
 def exported_name(name: str) -> str:
-    """What Prometheus knows a metric of ours by."""
+    """The name of a metric in Prometheus."""
     return f"ray_{name}_total" if METRICS[name].kind == "counter" else f"ray_{name}"
 
 
@@ -52,23 +52,23 @@ def _metric(name: str) -> Any:
 
 
 def _add(name: str, value: float, **tags: str) -> None:
-    # Ray's counters refuse a step of 0.
+    # Ray counters raise for an increment of 0.
     if value > 0 and ray.is_initialized():
         _metric(name).inc(value, tags)
 
 
 class RunMetrics:
-    """What a driver tells of one policy's run.
+    """Metrics that the driver records for one policy.
 
     Args:
-        policy: its name.
+        policy: the policy's name.
     """
 
     def __init__(self, policy: str) -> None:
         self._policy = policy
 
     def finished(self, result: ImageResult) -> None:
-        """An image is finished, or given up."""
+        """Record a finished or failed image."""
         failure = result.failure
         _add("scalenet_images", 1, policy=self._policy, outcome="done" if failure is None else "failed")
         if failure is not None:
@@ -79,32 +79,32 @@ class RunMetrics:
             _add("scalenet_guards", times, policy=self._policy, guard=guard)
 
     def took(self, seconds: Mapping[str, float]) -> None:
-        """Busy seconds by stage, since this was last told."""
-        for stage, each in seconds.items():
-            _add("scalenet_stage_seconds", each, policy=self._policy, stage=stage)
+        """Record the busy seconds by stage since the last call."""
+        for stage, value in seconds.items():
+            _add("scalenet_stage_seconds", value, policy=self._policy, stage=stage)
 
     def queue(self, status: FrontierStatus) -> None:
-        """How the queue stands."""
+        """Record the state of the queue."""
         for state, tiles in (("ready", status.ready), ("out", status.outstanding - status.ready)):
             _metric("scalenet_queue_tiles").set(tiles, {"policy": self._policy, "state": state})
         _metric("scalenet_open_images").set(status.open_images, {"policy": self._policy})
 
 
 class BatchMetrics:
-    """What an actor tells of its calls of a network.
+    """Metrics that an actor records for its network calls.
 
     Args:
-        policy: its name.
+        policy: the policy's name.
         stage: look or detect.
-        room: tiles that a call could have.
+        batch_size: maximum number of tiles of a call.
     """
 
-    def __init__(self, policy: str, stage: str, room: int) -> None:
+    def __init__(self, policy: str, stage: str, batch_size: int) -> None:
         self._tags = {"policy": policy, "stage": stage}
-        self._room = room
+        self._batch_size = batch_size
 
     def called(self, tiles: int) -> None:
-        """A call with so many tiles."""
+        """Record a call with this number of tiles."""
         if tiles:
             _add("scalenet_batch_tiles", tiles, **self._tags)
-            _add("scalenet_batch_room", max(tiles, self._room), **self._tags)
+            _add("scalenet_batch_room", max(tiles, self._batch_size), **self._tags)

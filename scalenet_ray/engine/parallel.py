@@ -1,7 +1,7 @@
-"""Several pipelines side by side, each with a part of the images, a queue and a driver of its own.
+"""Parallel pipelines, each with a share of the images and with a queue and a driver of its own.
 
-One driver spends some milliseconds on a tile's way through Ray Data, and one queue one or two: enough for a few
-accelerators, and not for hundreds. An image goes through one pipeline from end to end, so that nothing is shared.
+A driver spends a few milliseconds per tile in Ray Data, and a queue one or two, which limits one pipeline to a few
+accelerators. Each image is processed by one pipeline, so pipelines share no state.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from scalenet_ray.runs.batch import Stream
 from scalenet_ray.runs.resources import Resources
 
 __all__ = [
-    "ShardedStream",
+    "ParallelStream",
     "image_stream",
 ]
 
-_GROUPS_IN_HAND = 8
+_BUFFERED_GROUPS = 8
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class PipelineActor:
-    """An `ImageStream` and its driver, in a process of their own."""
+    """Actor that drives an `ImageStream` in a process of its own."""
 
     def __init__(self, *args: Any) -> None:
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         self._stream = ImageStream(*args)
 
     def groups(self) -> Iterator[tuple[list[ImageResult], dict[str, float]]]:
-        """Images in the groups in which they finish, and the seconds that each stage was busy since the last."""
+        """Yield groups of finished images, and the busy seconds of each stage since the group before."""
         with measured() as tally:
             for results in self._stream.groups():
                 yield results, tally.take()
 
     def commit(self, image_ids: list[int]) -> None:
-        """These are written."""
+        """Acknowledge that the results of these images are written."""
         self._stream.commit(image_ids)
 
     def seconds_at_work(self) -> float:
@@ -56,15 +56,15 @@ class PipelineActor:
         return self._stream.seconds_at_work()
 
 
-class ShardedStream:
-    """`ImageStream` for more actors than one driver can feed.
+class ParallelStream:
+    """Stream of image results from several pipelines, for more actors than one driver can feed.
 
     Args:
-        images: the images, dealt out one by one.
+        images: the images, assigned to the pipelines in turn.
         policy: the policy.
-        networks: how actors make their networks.
-        open_image: how readers read an image.
-        resources: who works, in all pipelines together.
+        networks: factories of the networks, called in the actors.
+        open_image: opens an image, called in the readers.
+        resources: resources of all pipelines together.
     """
 
     def __init__(
@@ -75,9 +75,8 @@ class ShardedStream:
         open_image: OpenImage,
         resources: Resources,
     ) -> None:
-        shares = resources.dealt
-        # On the driver's own node, as the queues are. Of two threads one works through the images, and one hears which
-        # are written.
+        shares = resources.per_pipeline
+        # On the driver's node, like the queues. One thread runs the pipeline, the other one receives commits.
         actor: Any = PipelineActor.options(scheduling_strategy=on_this_node(), max_concurrency=2)
         parts = [images[i :: len(shares)] for i in range(len(shares))]
         self._pipelines = [
@@ -87,16 +86,16 @@ class ShardedStream:
         self._pipeline_of = {image.image_id: i for i, part in enumerate(parts) for image in part}
 
     def __iter__(self) -> Iterator[ImageResult]:
-        """Yields each image once.
+        """Yield the result of each image once.
 
         Raises:
             UserError: if a stage raised it.
             WorkerError: if a stage raised another error, a pipeline or its queue died, or ended with images unfinished.
         """
-        streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": _GROUPS_IN_HAND}
-        left: list[Any] = [pipeline.groups.options(**streaming).remote() for pipeline in self._pipelines]
-        while left:
-            ready, left = ray.wait(left)
+        streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": _BUFFERED_GROUPS}
+        running: list[Any] = [pipeline.groups.options(**streaming).remote() for pipeline in self._pipelines]
+        while running:
+            ready, running = ray.wait(running)
             first: Any = ready[0]
             try:
                 results, seconds = ray.get(next(first))
@@ -110,21 +109,21 @@ class ShardedStream:
                 raise WorkerError(msg, str(error)) from error
             except RayError as error:
                 raise from_worker(error) from None
-            # The one that was asked last comes last, so that none waits for long.
-            left.append(first)
+            # At the end of the list, so that all pipelines are served in turn.
+            running.append(first)
             add_seconds(seconds)
             yield from results
 
     def commit(self, image_ids: Iterable[int]) -> None:
-        """Say that the results of these images are written: the queues need not remember them."""
-        of: defaultdict[int, list[int]] = defaultdict(list)
+        """Acknowledge that the results of these images are written, so that the queues can forget them."""
+        ids_of: defaultdict[int, list[int]] = defaultdict(list)
         for image_id in image_ids:
-            of[self._pipeline_of[image_id]].append(image_id)
-        for i, ids in of.items():
+            ids_of[self._pipeline_of[image_id]].append(image_id)
+        for i, ids in ids_of.items():
             self._pipelines[i].commit.remote(ids)
 
     def seconds_at_work(self) -> float:
-        """Seconds since the earliest first lease of all pipelines; 0 before, and if one died, which iterating says."""
+        """Seconds since the first lease of any pipeline; 0 before, or if one died, which iteration reports."""
         try:
             return max(ray.get([pipeline.seconds_at_work.remote() for pipeline in self._pipelines]))
         except RayActorError:
@@ -138,6 +137,6 @@ def image_stream(
     open_image: OpenImage,
     resources: Resources,
 ) -> Stream:
-    """One pipeline, driven from this process, or several: as the resources have it."""
-    stream = ImageStream if len(resources.dealt) == 1 else ShardedStream
+    """Create the stream for the resources: one pipeline driven by this process, or several in actors."""
+    stream = ImageStream if len(resources.per_pipeline) == 1 else ParallelStream
     return stream(images, policy, networks, open_image, resources)

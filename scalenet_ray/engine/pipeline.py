@@ -1,12 +1,12 @@
-"""The main job as one Ray Data run: read -> look <-> frontier -> detect -> assemble.
+"""A policy over many images as one Ray Data pipeline with a feedback queue.
 
-Frontier  --lease-->  readers (generator read tasks: cut the tiles' pixels)
-^                     |
-| complete(tile,      v
-|   children)      look actors --tiles to detect--> detector actors --> assembler
-+---------------------+
+    Frontier  --lease-->  readers (generator read tasks: cut the tiles' pixels)
+    ^                     |
+    | complete(tile,      v
+    |   children)      Scale Net actors --tiles to detect--> detector actors --> assembler
+    +---------------------+
 
-Where the detector itself looks, or nobody does, looking and detecting are one stage.
+If the policy needs no Scale Net of its own, the two actor stages are one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus
 from scalenet_ray.engine.metrics import RunMetrics
 from scalenet_ray.engine.placement import cpu_share
-from scalenet_ray.engine.rows import seconds_of, unpack_results
+from scalenet_ray.engine.rows import read_seconds, unpack_results
 from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage, TileSource
 from scalenet_ray.engine.worker_errors import workers_errors
 from scalenet_ray.runs.resources import PoolSize, Resources, limits
@@ -47,61 +47,18 @@ __all__ = [
 _SECONDS_BETWEEN_STATUS = 2.0
 
 
-@contextmanager
-def _data_context(no_progress_seconds: float) -> Iterator[None]:
-    """Ray Data's settings that the loop depends on; whatever held before holds again afterwards."""
-    context = DataContext.get_current()
-    wanted = {
-        # Every block leaves as soon as it is made: one that waits for more could wait for its own children.
-        "target_max_block_size": 1,
-        # A share of the object store for each stage hangs a loop in a small one: the reader, which never ends, uses
-        # up what is shared, and the look stage may not start a call that would let the detectors' batch leave.
-        # What bounds the queues is this ratio of the next stage's bytes in hand, and the open images.
-        "op_resource_reservation_enabled": False,
-        "downstream_capacity_backpressure_ratio": 2.0,
-        "execution_no_progress_timeout_s": no_progress_seconds,
-        "enable_progress_bars": False,
-        # A thread in every call, to no use here.
-        "memory_usage_poll_interval_s": None,
-        "print_on_execution_start": False,
-        # An order would let one slow tile stop the loop.
-        "max_errored_blocks": 0,
-    }
-    before = {name: getattr(context, name) for name in wanted}
-    order = context.execution_options.preserve_order
-    try:
-        for name, value in wanted.items():
-            setattr(context, name, value)
-        context.execution_options.preserve_order = False
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-        context.execution_options.preserve_order = order
-
-
-def on_this_node() -> NodeAffinitySchedulingStrategy:
-    """Where this very process is, and nowhere else."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-def _tiles_per_lease(policy: Policy) -> int:
-    """Tiles cut from one image by the reader; 1 for a policy with evidence."""
-    return 1 + policy.fixed_windows
-
-
 class ImageStream:
-    """Finished images, as they finish, of one policy over any number of images.
+    """Stream of the image results of one policy, in the order in which they finish.
 
-    Iterate over it once; after the results of some images are written, `commit` lets the queue forget them.
+    Iterate over it once. Call `commit` after results are written, so that the queue can forget their images.
 
     Args:
-        images: the images, in the order in which they are begun.
+        images: the images, in the order in which they are started.
         policy: the policy.
-        networks: how actors make their networks.
-        open_image: how readers read an image.
-        resources: who works.
-        processes: readers and actors among which the cluster's CPUs are shared out; those of the resources by default.
+        networks: factories of the networks, called in the actors.
+        open_image: opens an image, called in the readers.
+        resources: readers, actors and batch sizes.
+        processes: number of processes that share the cluster's CPUs; by default those of the resources.
     """
 
     def __init__(
@@ -119,14 +76,14 @@ class ImageStream:
         self._open_image = open_image
         self._resources = resources
         self._processes = processes or resources.processes
-        # On the driver's own node: a worker node that is lost must not take the queue with it.
+        # On the driver's node, so that the loss of a worker node does not end the queue.
         actor: Any = FrontierActor.options(scheduling_strategy=on_this_node())
         self._frontier = actor.remote(list(images), resources.open_images)
         self._metrics = RunMetrics(policy.name)
-        self._told: Counter[str] = Counter()
+        self._reported: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[ImageResult]:
-        """Yields each image once.
+        """Yield the result of each image once.
 
         Raises:
             UserError: if a stage raised it.
@@ -136,7 +93,7 @@ class ImageStream:
         return (result for results in self.groups() for result in results)
 
     def groups(self) -> Iterator[list[ImageResult]]:
-        """Yields images in the groups in which they finish, each image once.
+        """Yield the results of images in the groups in which they finish, each image once.
 
         Raises:
             UserError: if a stage raised it.
@@ -145,20 +102,20 @@ class ImageStream:
         """
         assembler = Assembler(self._policy.merging)
         count = 0
-        told = -_SECONDS_BETWEEN_STATUS
+        reported = -_SECONDS_BETWEEN_STATUS
         try:
-            with _data_context(self._resources.no_progress_seconds):
+            with _data_context(self._resources.advanced.no_progress_seconds):
                 for table in self._dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                    add_seconds(seconds_of(table))
+                    add_seconds(read_seconds(table))
                     results = assembler.add(unpack_results(table))
                     count += len(results)
                     for result in results:
                         self._metrics.finished(result)
                     yield results
-                    if time.monotonic() - told > _SECONDS_BETWEEN_STATUS:
-                        told = time.monotonic()
+                    if time.monotonic() - reported > _SECONDS_BETWEEN_STATUS:
+                        reported = time.monotonic()
                         self._metrics.queue(self.status())
-                        self._tell_seconds()
+                        self._report_seconds()
         except Exception as error:
             if self._frontier_lives():
                 with workers_errors():
@@ -168,35 +125,35 @@ class ImageStream:
                 "safe; run the same command with --resume to go on with the others"
             )
             raise WorkerError(msg, str(error)) from error
-        self._tell_seconds()
+        self._report_seconds()
         if count != len(self._images):
-            begun = assembler.unfinished
+            started = assembler.unfinished
             msg = (
                 f"the run ended with {len(self._images) - count} of {len(self._images)} images unfinished, "
-                f"{len(begun)} of them begun, e.g. ids {begun[:5]}: add --resume to go on with them"
+                f"{len(started)} of them begun, e.g. ids {started[:5]}: add --resume to go on with them"
             )
             raise RuntimeError(msg)
 
     def commit(self, image_ids: Iterable[int]) -> None:
-        """Say that the results of these images are written: the queue need not remember them."""
+        """Acknowledge that the results of these images are written, so that the queue can forget them."""
         self._frontier.commit.remote(list(image_ids))
 
     def seconds_at_work(self) -> float:
-        """Seconds since the first lease; 0 before, and if the frontier died, which iterating says."""
+        """Seconds since the first lease; 0 before, or if the frontier died, which iteration reports."""
         try:
             return ray.get(self._frontier.seconds_at_work.remote())
         except RayActorError:
             return 0.0
 
     def status(self) -> FrontierStatus:
-        """How far the queue is."""
+        """The state of the queue."""
         return ray.get(self._frontier.status.remote())
 
-    def _tell_seconds(self) -> None:
+    def _report_seconds(self) -> None:
         tally = current_tally()
         if tally is not None:
-            self._metrics.took({stage: seconds - self._told[stage] for stage, seconds in tally.seconds.items()})
-            self._told = Counter(tally.seconds)
+            self._metrics.took({stage: seconds - self._reported[stage] for stage, seconds in tally.seconds.items()})
+            self._reported = Counter(tally.seconds)
 
     def _frontier_lives(self) -> bool:
         try:
@@ -216,11 +173,11 @@ class ImageStream:
             self._open_image,
             readers=resources.readers,
             lease_size=max(1, batch_size // _tiles_per_lease(policy)),
-            retries=resources.retries,
+            retries=resources.advanced.retries,
         )
         rows = ray.data.read_datasource(source, num_cpus=cpus, override_num_blocks=resources.readers)
         detectors = {"batch_format": "pyarrow", "num_cpus": cpus, "num_gpus": resources.gpus_per_detector_actor or None}
-        detector_args = (self._frontier, policy, networks, resources.detector_batch_size, resources.retries)
+        detector_args = (self._frontier, policy, networks, resources.detector_batch_size, resources.advanced.retries)
         if together:
             return rows.map_batches(
                 ScaleAndDetectStage,
@@ -231,7 +188,13 @@ class ImageStream:
             )
         return rows.map_batches(
             ScaleStage,
-            fn_constructor_args=(self._frontier, policy, networks, resources.retries, resources.scale_batch_size),
+            fn_constructor_args=(
+                self._frontier,
+                policy,
+                networks,
+                resources.advanced.retries,
+                resources.scale_batch_size,
+            ),
             batch_size=1,
             batch_format="pyarrow",
             compute=_pool(resources.scale_actors),
@@ -246,16 +209,11 @@ class ImageStream:
         )
 
 
-def _pool(size: PoolSize) -> ActorPoolStrategy:
-    fewest, most = limits(size)
-    return ActorPoolStrategy(size=fewest) if fewest == most else ActorPoolStrategy(min_size=fewest, max_size=most)
-
-
 class Assembler:
-    """Collects tile results by image; a tile that comes twice counts once.
+    """Groups tile results by image, and merges an image when all of its tiles are there; duplicates are dropped.
 
     Args:
-        merging: how an image's detections become one list.
+        merging: parameters of the merge.
     """
 
     def __init__(self, merging: Merging) -> None:
@@ -264,10 +222,13 @@ class Assembler:
         self._finished: set[int] = set()
 
     def add(self, results: Iterable[TileResult]) -> list[ImageResult]:
-        """Take in tile results, and give the images that they finish.
+        """Add tile results.
+
+        Returns:
+            The results of the images that they complete.
 
         Raises:
-            RuntimeError: if an image's credits exceed 1: a tile was made twice under two names, which is a bug.
+            RuntimeError: if an image's credits exceed 1, which is a bug: a tile was created twice.
         """
         done = []
         for result in results:
@@ -286,5 +247,53 @@ class Assembler:
 
     @property
     def unfinished(self) -> list[int]:
-        """Ids of images with some of their tiles in, but not all."""
+        """Ids of images of which some tiles are missing."""
         return sorted(self._tiles)
+
+
+@contextmanager
+def _data_context(no_progress_seconds: float) -> Iterator[None]:
+    """Set the Ray Data options that the feedback loop depends on, and restore the previous ones afterwards."""
+    context = DataContext.get_current()
+    wanted = {
+        # Emit every block at once: a block that waits for more rows could wait for its own children.
+        "target_max_block_size": 1,
+        # Reserved shares of a small object store deadlock the loop: the reader never ends and uses up the shared part,
+        # so the scale stage may not start the call that would complete a detector batch. Queues are bounded by the
+        # ratio to the next stage's pending bytes, and by the limit of open images.
+        "op_resource_reservation_enabled": False,
+        "downstream_capacity_backpressure_ratio": 2.0,
+        "execution_no_progress_timeout_s": no_progress_seconds,
+        "enable_progress_bars": False,
+        # Starts an unneeded thread in every call.
+        "memory_usage_poll_interval_s": None,
+        "print_on_execution_start": False,
+        "max_errored_blocks": 0,
+    }
+    before = {name: getattr(context, name) for name in wanted}
+    order = context.execution_options.preserve_order
+    try:
+        for name, value in wanted.items():
+            setattr(context, name, value)
+        # With order preserved, one slow tile would stop the loop.
+        context.execution_options.preserve_order = False
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        context.execution_options.preserve_order = order
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Scheduling strategy for the node of this process."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def _tiles_per_lease(policy: Policy) -> int:
+    """Tiles cut from one image by a reader; 1 for a policy with evidence."""
+    return 1 + policy.fixed_windows
+
+
+def _pool(size: PoolSize) -> ActorPoolStrategy:
+    low, high = limits(size)
+    return ActorPoolStrategy(size=low) if low == high else ActorPoolStrategy(min_size=low, max_size=high)

@@ -1,7 +1,7 @@
-"""What networks said of tiles, kept: a sweep's trials differ in where they look, and mostly look at the same tiles.
+"""Cache of network outputs, keyed by a hash of the tile's pixels.
 
-What is kept is known by the very pixels that were looked at, so that a hit is what a miss would have given, whatever
-policy, zoom or window led there.
+The trials of a sweep differ in their windows and mostly process the same tiles. As the key is a hash of the network's
+input, a hit equals the output of the network, whatever policy, zoom or window produced the tile.
 """
 
 from __future__ import annotations
@@ -34,128 +34,130 @@ __all__ = [
 
 @ray.remote(num_cpus=0)
 class CacheActor:
-    """Holds what was kept, in the object store, for all trials of a sweep."""
+    """Actor that keeps cached outputs in the object store for all trials of a sweep."""
 
     def __init__(self) -> None:
         self._parts: list[ray.ObjectRef] = []
 
-    def add(self, answers: dict[bytes, Any]) -> None:
-        """Keep answers; they live as long as this actor."""
-        self._parts.append(ray.put(answers))
+    def add(self, outputs: dict[bytes, Any]) -> None:
+        """Store outputs; they live as long as this actor."""
+        self._parts.append(ray.put(outputs))
 
     def since(self, count: int) -> list[ray.ObjectRef]:
-        """What came after the first so many parts."""
+        """The parts after the first `count`."""
         return self._parts[count:]
 
 
 class PredictionCache:
-    """Answers of networks, those of other trials among them.
+    """Network outputs by key, shared with other trials through an actor.
 
     Args:
-        keeper: the sweep's `CacheActor`; None to keep nothing from one trial to the next.
+        actor: the sweep's `CacheActor`; None to start each trial with an empty cache.
 
     Attributes:
-        hits: answers that were there.
-        misses: answers that a network had to give.
+        hits: number of outputs found in the cache.
+        misses: number of outputs computed by a network.
     """
 
-    def __init__(self, keeper: Any = None) -> None:
-        self._keeper = keeper
-        self._known: dict[bytes, Any] = {}
+    def __init__(self, actor: Any = None) -> None:
+        self._actor = actor
+        self._outputs: dict[bytes, Any] = {}
         self._new: dict[bytes, Any] = {}
         self._parts = 0
         self.hits = self.misses = 0
 
     def begin(self) -> None:
-        """Begin another trial."""
+        """Start another trial."""
         self.hits = self.misses = 0
-        if self._keeper is None:
-            self._known = {}
+        if self._actor is None:
+            self._outputs = {}
 
     def fetch(self) -> None:
-        """Learn what other trials have added."""
-        if self._keeper is not None:
-            refs = ray.get(self._keeper.since.remote(self._parts))
+        """Fetch the outputs that other trials have added."""
+        if self._actor is not None:
+            refs = ray.get(self._actor.since.remote(self._parts))
             self._parts += len(refs)
             for part in ray.get(refs):
-                self._known.update(part)
+                self._outputs.update(part)
 
     def share(self) -> None:
-        """Let other trials have what is new."""
-        if self._keeper is not None and self._new:
-            ray.get(self._keeper.add.remote(self._new))
+        """Share new outputs with other trials."""
+        if self._actor is not None and self._new:
+            ray.get(self._actor.add.remote(self._new))
             self._new = {}
 
-    def answers(self, kind: str, pixels: Sequence[np.ndarray], ask: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
-        """What a network says of tiles.
+    def get(
+        self, network: str, pixels: Sequence[np.ndarray], compute: Callable[[list[int]], Sequence[Any]]
+    ) -> list[Any]:
+        """The outputs of a network for tiles, computed where the cache has none.
 
         Args:
-            kind: of the network.
+            network: its name, a part of the key.
             pixels: [h, w, 3] uint8 each.
-            ask: positions that are not known -> their answers.
+            compute: indices into `pixels` -> their outputs.
         """
-        keys = [_key(kind, each) for each in pixels]
-        unknown = [i for i, key in enumerate(keys) if key not in self._known]
-        self.hits += len(keys) - len(unknown)
-        self.misses += len(unknown)
-        if unknown:
-            fresh = dict(zip((keys[i] for i in unknown), ask(unknown), strict=True))
-            self._known |= fresh
+        keys = [_key(network, array) for array in pixels]
+        missing = [i for i, key in enumerate(keys) if key not in self._outputs]
+        self.hits += len(keys) - len(missing)
+        self.misses += len(missing)
+        if missing:
+            fresh = dict(zip((keys[i] for i in missing), compute(missing), strict=True))
+            self._outputs |= fresh
             self._new |= fresh
-        return [self._known[key] for key in keys]
+        return [self._outputs[key] for key in keys]
 
 
-def _key(kind: str, pixels: np.ndarray) -> bytes:
-    digest = hashlib.blake2b(f"{kind} {pixels.shape}".encode(), digest_size=20)
+def _key(network: str, pixels: np.ndarray) -> bytes:
+    digest = hashlib.blake2b(f"{network} {pixels.shape}".encode(), digest_size=20)
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.digest()
 
 
 class CachedDetector:
-    """A detector that is asked once for each tile.
+    """Detector with a cache of its outputs.
 
     Args:
         detect: the detector.
-        kept: its answers.
+        cache: the cache.
     """
 
-    def __init__(self, detect: Detect, kept: PredictionCache) -> None:
+    def __init__(self, detect: Detect, cache: PredictionCache) -> None:
         self.inner = detect
         self.input_side = detect.input_side
-        self._kept = kept
+        self._cache = cache
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """The detector's own."""
+        """The detector's padded input size."""
         return self.inner.canvas_hw(hw)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """As the detector's."""
-        return self._kept.answers("detector", pixels, lambda at: self.inner([pixels[i] for i in at]))
+        """Detections of each tile, as the detector returns them."""
+        return self._cache.get("detector", pixels, lambda indices: self.inner([pixels[i] for i in indices]))
 
 
 class CachedScalePredictor:
-    """A Scale Net that is asked once for each tile; one that reads a detector's features asks that for them.
+    """Scale predictor with a cache of its outputs.
 
     Args:
-        predict_scale: the Scale Net.
-        detect: the detector.
-        kept: its answers.
+        predict_scale: the scale predictor.
+        detect: the detector, which computes the features of a `FeatureScalePredictor`.
+        cache: the cache.
     """
 
-    def __init__(self, predict_scale: AnyScalePredictor, detect: Any, kept: PredictionCache) -> None:
+    def __init__(self, predict_scale: AnyScalePredictor, detect: Any, cache: PredictionCache) -> None:
         self._predict_scale = predict_scale
         self._detect = detect
-        self._kept = kept
+        self._cache = cache
         self.input_pixels = predict_scale.input_pixels
 
     def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
-        """As the Scale Net's."""
+        """Scale map of each tile, as the predictor returns it."""
 
-        def ask(at: list[int]) -> Sequence[ScaleMap | TileError]:
-            """What the network says of the tiles at these places."""
-            some, those = [pixels[i] for i in at], [tiles[i] for i in at]
+        def compute(indices: list[int]) -> Sequence[ScaleMap | TileError]:
+            """Predict the scale maps of the tiles at these indices."""
+            batch, batch_tiles = [pixels[i] for i in indices], [tiles[i] for i in indices]
             if not isinstance(self._predict_scale, FeatureScalePredictor):
-                return self._predict_scale(some, those)
-            return maps_from_features(self._detect.with_features(some), those, self._predict_scale)
+                return self._predict_scale(batch, batch_tiles)
+            return maps_from_features(self._detect.with_features(batch), batch_tiles, self._predict_scale)
 
-        return self._kept.answers("scale net", pixels, ask)
+        return self._cache.get("scale net", pixels, compute)

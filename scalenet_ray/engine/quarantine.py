@@ -1,4 +1,4 @@
-"""Timeouts and retries of calls to networks, and the tiles that are given up."""
+"""Timeouts and retries of calls that may hang or crash; tiles that keep ending their process fail."""
 
 from __future__ import annotations
 
@@ -21,13 +21,17 @@ __all__ = [
 T = TypeVar("T")
 
 
+TileId = tuple[int, tuple[int, ...]]
+"""(image id, path of the tile)."""
+
+
 class GuardedCalls:
-    """A stage's calls to what may hang or crash.
+    """Calls of one stage, with a timeout, recorded in the frontier so that crashes are attributed to tiles.
 
     Args:
         stage: read, look or detect.
         frontier: the queue's actor.
-        retries: how long, and how often.
+        retries: the timeout and the number of tries.
     """
 
     def __init__(self, stage: str, frontier: Any, retries: RetryPolicy) -> None:
@@ -41,25 +45,25 @@ class GuardedCalls:
         call: Callable[[Sequence[int]], Sequence[T]],
         give_up: Callable[[int, TileError], T],
     ) -> list[T]:
-        """Work on some tiles in one call, or one at a time if one of them may be poison.
+        """Process tiles in one call, or one by one if a call with one of them did not end.
 
         Args:
             tiles: their ids.
-            call: positions in `tiles` -> an answer each.
-            give_up: a position, and why -> the answer for a tile that is given up.
+            call: indices into `tiles` -> one result each.
+            give_up: an index and the error -> the result of a tile that fails.
 
         Returns:
-            An answer for each tile, in order.
+            One result per tile, in order.
         """
         if not tiles:
             return []
-        # Waited for: an `os._exit` in the call would take a message along that is still on its way.
+        # Blocking: a process that calls `os._exit` would not send a message that is still queued.
         if not ray.get(self._frontier.begin.remote(self._stage, tiles)):
             return self.one_by_one(tiles, call, give_up)
         with self.watched():
-            answers = list(call(range(len(tiles))))
+            results = list(call(range(len(tiles))))
         self._frontier.end.remote(self._stage, tiles)
-        return answers
+        return results
 
     def one_by_one(
         self,
@@ -67,27 +71,27 @@ class GuardedCalls:
         call: Callable[[Sequence[int]], Sequence[T]],
         give_up: Callable[[int, TileError], T],
     ) -> list[T]:
-        """As `together`, but each tile in a call of its own; a tile that has used up its tries is given up."""
-        answers: list[T] = []
-        for at, tile in enumerate(tiles):
-            most = self._retries.max_tries
-            tries: int | None = ray.get(self._frontier.begin_alone.remote(self._stage, tile, most))
+        """Like `together`, with one call per tile; a tile without tries left fails."""
+        results: list[T] = []
+        for i, tile in enumerate(tiles):
+            limit = self._retries.max_tries
+            tries: int | None = ray.get(self._frontier.begin_alone.remote(self._stage, tile, limit))
             if tries is None:
-                answers.append(give_up(at, TileError("its image is written already")))
-            elif tries >= most:
-                answers.append(give_up(at, TileError(self._why(tries))))
+                results.append(give_up(i, TileError("its image is written already")))
+            elif tries >= limit:
+                results.append(give_up(i, TileError(self._reason(tries))))
             else:
                 with self.watched():
-                    answers += call([at])
+                    results += call([i])
                 self._frontier.end.remote(self._stage, [tile])
-        return answers
+        return results
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """End this process, with the stacks of its threads on the standard error, if the block takes too long.
+        """End this process if the block takes longer than the timeout; print the stacks of its threads to stderr.
 
-        The watch needs no interpreter, so that a library that hangs with its lock held is ended, too. The status is 1:
-        Ray takes a worker that ends with 0 for one that meant to.
+        The timer needs no interpreter, so it also ends a library that hangs while it holds the GIL. The exit status is
+        1: Ray treats 0 as an intended exit.
         """
         faulthandler.dump_traceback_later(self._retries.call_seconds, exit=True)
         try:
@@ -95,60 +99,57 @@ class GuardedCalls:
         finally:
             faulthandler.cancel_dump_traceback_later()
 
-    def _why(self, tries: int) -> str:
+    def _reason(self, tries: int) -> str:
         return (
             f"killed its process {tries} times, though worked on by itself: a library crashed on it, or memory ran "
             f"out, or there was no answer within {self._retries.call_seconds:g} s; look into the file, or leave it out"
         )
 
 
-TileId = tuple[int, tuple[int, ...]]
-"""(image id, path of the tile)."""
-
-
 class Attempts:
-    """What each stage has begun and not ended.
+    """Calls of each stage that were started and have not ended.
 
-    A process that dies cannot say so; but whoever takes over its work begins it again, and finds that it was begun.
+    A process that dies cannot report it. The process that retries its work starts the same tiles again, and learns here
+    that they were started before.
     """
 
     def __init__(self) -> None:
-        # Image id -> (stage, path) -> how often the tile was begun by itself.
-        self._begun: dict[int, dict[tuple[str, tuple[int, ...]], int]] = {}
+        # Image id -> (stage, path) -> number of starts of the tile alone.
+        self._started: dict[int, dict[tuple[str, tuple[int, ...]], int]] = {}
 
     def begin(self, stage: str, tiles: Iterable[TileId]) -> bool:
-        """Some tiles are begun together.
+        """Record the start of a call with several tiles.
 
         Returns:
-            Whether none of them was begun before without an end.
+            True if none of them was started before without an end.
         """
-        fresh = True
+        is_first = True
         for image_id, path in tiles:
-            begun = self._begun.setdefault(image_id, {})
-            fresh &= (stage, path) not in begun
-            begun.setdefault((stage, path), 0)
-        return fresh
+            started = self._started.setdefault(image_id, {})
+            is_first &= (stage, path) not in started
+            started.setdefault((stage, path), 0)
+        return is_first
 
-    def begin_alone(self, stage: str, tile: TileId, most: int) -> int:
-        """One tile is begun by itself, unless it was so `most` times.
+    def begin_alone(self, stage: str, tile: TileId, limit: int) -> int:
+        """Record the start of a call with one tile, unless `limit` such calls were started.
 
         Returns:
-            How often it was before, without an end.
+            Number of such calls before that did not end.
         """
-        begun = self._begun.setdefault(tile[0], {})
-        before = begun.get((stage, tile[1]), 0)
-        begun[stage, tile[1]] = min(before + 1, most)
+        started = self._started.setdefault(tile[0], {})
+        before = started.get((stage, tile[1]), 0)
+        started[stage, tile[1]] = min(before + 1, limit)
         return before
 
     def end(self, stage: str, tiles: Iterable[TileId]) -> None:
-        """The process that began these tiles has lived to tell."""
+        """Record that a live process has processed these tiles."""
         for image_id, path in tiles:
-            self._begun.get(image_id, {}).pop((stage, path), None)
+            self._started.get(image_id, {}).pop((stage, path), None)
 
     def end_together(self, stage: str, tiles: Iterable[TileId]) -> None:
-        """As `end`, but what was begun by itself ends by itself."""
-        self.end(stage, [tile for tile in tiles if not self._begun.get(tile[0], {}).get((stage, tile[1]))])
+        """Like `end`, except for tiles that were started alone: each of those is ended by itself."""
+        self.end(stage, [tile for tile in tiles if not self._started.get(tile[0], {}).get((stage, tile[1]))])
 
     def forget(self, image_id: int) -> None:
-        """The image is written."""
-        self._begun.pop(image_id, None)
+        """Delete the records of an image."""
+        self._started.pop(image_id, None)

@@ -1,4 +1,4 @@
-"""Rows of Ray Data: packed micro-batches of tiles, generator read tasks, seconds that travel with a row."""
+"""Rows of Ray Data: packed micro-batches of tiles, the seconds column, and a datasource of generators."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ __all__ = [
     "GeneratorSource",
     "MicroBatch",
     "PackedTile",
-    "carries_seconds",
-    "measure",
     "pack",
     "pack_results",
-    "seconds_of",
+    "read_seconds",
+    "timed_table",
     "unpack",
     "unpack_results",
+    "with_seconds_column",
 ]
+
+# --- micro-batches ------------------------------------------------------------------------------------
+
 
 _TILES = pa.schema(
     [
@@ -57,14 +60,14 @@ _RESULTS_ROW = pa.schema([("results", pa.binary())])
 
 @dataclass(frozen=True)
 class PackedTile:
-    """A tile on its way, with what the stages before this one decided.
+    """A tile between two stages.
 
     Attributes:
-        tile: the recipe its pixels were cut by.
+        tile: its coordinates.
         credit: its share of the image.
-        settled: nothing is to be decided on it any more: it is detected.
-        look_pixels: pixels that Scale Net computed for it.
-        guards: limits that acted on it.
+        settled: whether the decision on it is made, and it only has to be detected.
+        look_pixels: number of pixels that Scale Net computed for it.
+        guards: limits that were hit on it.
     """
 
     tile: Tile
@@ -75,7 +78,7 @@ class PackedTile:
 
 
 class MicroBatch(NamedTuple):
-    """Tiles with their pixels, [height, width, 3] uint8 RGB each, and results that need no more work."""
+    """Tiles with their pixels, [height, width, 3] uint8 RGB each, and finished results."""
 
     tiles: list[PackedTile]
     pixels: list[np.ndarray]
@@ -83,7 +86,7 @@ class MicroBatch(NamedTuple):
 
 
 def pack(batch: MicroBatch) -> pa.Table:
-    """A micro-batch as a table of one row."""
+    """Pack a micro-batch into a table of one row."""
     rows = [
         {
             "image_id": packed.tile.image_id,
@@ -106,7 +109,7 @@ def pack(batch: MicroBatch) -> pa.Table:
 
 
 def unpack(table: pa.Table) -> Iterator[MicroBatch]:
-    """The micro-batches of a table's rows; pixels are views of the table's memory, read only."""
+    """Unpack the micro-batches of a table's rows; pixels are read-only views of the table's memory."""
     for i in range(table.num_rows):
         tiles = [_packed_tile(row) for row in from_ipc(table["tiles"][i].as_buffer()).to_pylist()]
         results = tile_results_from_table(from_ipc(table["results"][i].as_buffer()))
@@ -114,19 +117,19 @@ def unpack(table: pa.Table) -> Iterator[MicroBatch]:
 
 
 def pack_results(results: Sequence[TileResult]) -> pa.Table:
-    """Tile results as a table of one row."""
+    """Pack tile results into a table of one row."""
     return pa.table([[to_ipc(tile_results_table(results))]], schema=_RESULTS_ROW)
 
 
 def unpack_results(table: pa.Table) -> list[TileResult]:
-    """The tile results of a table's rows, in order."""
+    """Unpack the tile results of a table's rows, in order."""
     cells = (table["results"][i].as_buffer() for i in range(table.num_rows))
     return [result for cell in cells for result in tile_results_from_table(from_ipc(cell))]
 
 
 def _cell(pixels: Sequence[np.ndarray]) -> pa.Array:
-    """The pixels of all tiles, one after the other, as one cell; they are copied once."""
-    data = b"".join(np.ascontiguousarray(each).data for each in pixels)
+    """Concatenate the pixels of all tiles in one cell, with a single copy."""
+    data = b"".join(np.ascontiguousarray(array).data for array in pixels)
     offsets = np.array([0, len(data)], np.int64)
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
@@ -150,20 +153,65 @@ def _views(buffer: pa.Buffer, tiles: Sequence[PackedTile]) -> list[np.ndarray]:
         shape = (packed.tile.height, packed.tile.width, 3)
         size = shape[0] * shape[1] * 3
         view = np.frombuffer(buffer, np.uint8, size, offset).reshape(shape)
-        # Where the buffer is not the object store's it could be written, and the same code would break on a cluster.
+        # Buffers of the object store are read-only; others must behave alike, or code breaks on a cluster only.
         view.flags.writeable = False
         views.append(view)
         offset += size
     return views
 
 
+# --- seconds column -----------------------------------------------------------------------------------
+
+
+_SECONDS = "seconds"
+
+
+_SECONDS_TYPE = pa.list_(pa.float64(), len(STAGES))
+
+
+def timed_table(make: Callable[[], pa.Table]) -> pa.Table:
+    """Make a table of one row, and add a column with the busy seconds of each stage."""
+    with measured() as tally:
+        table = make()
+    cell = [tally.seconds[stage] for stage in STAGES]
+    return table.append_column(pa.field(_SECONDS, _SECONDS_TYPE), pa.array([cell], _SECONDS_TYPE))
+
+
+def with_seconds_column(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, pa.Table], pa.Table]:
+    """Decorate a stage's `__call__`: the seconds column of its output holds its own seconds plus those of its input."""
+
+    @wraps(call)
+    def timed_call(stage: Any, table: pa.Table) -> pa.Table:
+        """Call the stage and add the seconds column."""
+
+        def make() -> pa.Table:
+            """Add the seconds of the input, then call the stage."""
+            add_seconds(read_seconds(table))
+            return call(stage, table)
+
+        return timed_table(make)
+
+    return timed_call
+
+
+def read_seconds(table: pa.Table) -> Mapping[str, float]:
+    """Sum the seconds column over a table's rows: stage -> seconds; empty for a table without the column."""
+    if _SECONDS not in table.column_names:
+        return {}
+    rows = table.column(_SECONDS).to_pylist()
+    return {stage: sum(row[i] for row in rows) for i, stage in enumerate(STAGES)}
+
+
+# --- read tasks ---------------------------------------------------------------------------------------
+
+
 class GeneratorSource(Datasource):
-    """One read task for each reader, whose tables are made as they are asked for; nobody knows how many.
+    """Datasource whose read tasks are Python generators of unknown length, one per reader.
 
     Ray Data replays a task that died *by position*: `read` must yield the same tables again.
 
     Args:
-        readers: how many.
+        readers: number of readers.
     """
 
     def __init__(self, readers: int = 1) -> None:
@@ -171,56 +219,21 @@ class GeneratorSource(Datasource):
         self._readers = readers
 
     def read(self, reader: int) -> Iterator[pa.Table]:
-        """The tables of one reader, numbered from 0."""
+        """Yield the tables of one reader.
+
+        Args:
+            reader: its number, from 0.
+        """
         raise NotImplementedError
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown."""
+        """Return None: the size is unknown."""
         return None
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """A task for each reader, whatever `parallelism` Ray Data would like."""
+        """Return one task per reader, whatever the `parallelism`."""
         del parallelism, per_task_row_limit, data_context
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [ReadTask(partial(self.read, reader), metadata) for reader in range(self._readers)]
-
-
-_COLUMN = "seconds"
-
-
-_TYPE = pa.list_(pa.float64(), len(STAGES))
-
-
-def measure(make: Callable[[], pa.Table]) -> pa.Table:
-    """Make a table of one row, and note in it how long each stage was busy with it."""
-    with measured() as tally:
-        table = make()
-    cell = [tally.seconds[stage] for stage in STAGES]
-    return table.append_column(pa.field(_COLUMN, _TYPE), pa.array([cell], _TYPE))
-
-
-def carries_seconds(call: Callable[[Any, pa.Table], pa.Table]) -> Callable[[Any, pa.Table], pa.Table]:
-    """A stage's `__call__` whose row notes its own seconds and those that its input came with."""
-
-    @wraps(call)
-    def timed_call(stage: Any, table: pa.Table) -> pa.Table:
-        """The call, with its seconds in a column."""
-
-        def make() -> pa.Table:
-            """The call, after what its input took has been added."""
-            add_seconds(seconds_of(table))
-            return call(stage, table)
-
-        return measure(make)
-
-    return timed_call
-
-
-def seconds_of(table: pa.Table) -> Mapping[str, float]:
-    """Stage -> seconds, the sum over a table's rows; nothing for a table whose rows carry none."""
-    if _COLUMN not in table.column_names:
-        return {}
-    rows = table.column(_COLUMN).to_pylist()
-    return {stage: sum(row[i] for row in rows) for i, stage in enumerate(STAGES)}

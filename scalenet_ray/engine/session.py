@@ -1,4 +1,4 @@
-"""Where the work happens: Ray, joined or started, or this very process."""
+"""Engine of a job: a Ray cluster, or the process itself."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from scalenet_ray.runs.resources import Resources
 __all__ = ["EngineName", "Session", "join_ray"]
 
 EngineName = Literal["ray", "local"]
-"""ray: actors on this machine or a cluster; local: one process, for small jobs and notebooks."""
+"""ray: actors on this machine or a cluster; local: a single process, for small jobs and notebooks."""
 
 
 _STDERR = 2
 _ANSWER_SECONDS = 10.0
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""The preface of HTTP/2 and empty settings: what a gRPC server answers at once, with settings of its own."""
+"""HTTP/2 connection preface with empty settings; a gRPC server replies at once with its settings."""
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -46,13 +46,13 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def join_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it); without it start Ray on this machine.
+    """Connect to the cluster at RAY_ADDRESS (set by `ray job submit`), or start Ray on this machine.
 
-    What Ray and its workers say goes to the logs of Ray's session alone, not to the terminal; with the package's log
-    at INFO what workers say is shown, too.
+    Output of Ray and its workers goes to the log files of the Ray session. Worker output is also printed if the log
+    level of the package is INFO or lower.
 
     Raises:
-        UserError: if there is no cluster at that address, or Ray can be neither joined nor started.
+        UserError: if no cluster answers at the address, or Ray cannot be started.
     """
     if ray.is_initialized():
         return
@@ -64,7 +64,7 @@ def join_ray() -> None:
             handler.setLevel(logging.CRITICAL)
     shown = logging.getLogger("scalenet_ray").isEnabledFor(logging.INFO)
     with _quiet_backend(), _same_sigterm_handler():
-        # Of all errors of all tasks, those too that are tried again; there is no setting for it.
+        # It prints the errors of all tasks, retried ones included; Ray has no setting for it.
         listen = worker.listen_error_messages
         worker.listen_error_messages = listen if shown else lambda *args: None
         try:
@@ -78,10 +78,10 @@ def join_ray() -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Refuse an address at which nobody answers: Ray itself would try for minutes.
+    """Check that a cluster answers at an address; Ray itself would retry for minutes.
 
     Args:
-        address: HOST:PORT, ray://HOST:PORT, or auto: the cluster that was started on this machine.
+        address: HOST:PORT, ray://HOST:PORT, or auto for the cluster that was started on this machine.
     """
     found = canonicalize_bootstrap_address(address) if address == "auto" else address.removeprefix("ray://")
     host, _, port = str(found).rpartition(":")
@@ -105,14 +105,14 @@ def _check_answers(address: str) -> None:
 
 @contextmanager
 def _quiet_backend() -> Iterator[None]:
-    """Have Ray's C++ core, here and in processes started in the block, say only what ends it, unless told otherwise."""
+    """Set Ray's C++ log level to fatal, in this process and those started in the block, unless the user has set it."""
     name = "RAY_BACKEND_LOG_LEVEL"
     if name in os.environ:
         yield
         return
     os.environ[name] = "fatal"
     sys.stderr.flush()
-    # That its level is another one than its default it says itself, on the standard error's descriptor.
+    # Ray prints a changed log level to file descriptor 2.
     terminal, nowhere = os.dup(_STDERR), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, _STDERR)
@@ -126,7 +126,7 @@ def _quiet_backend() -> Iterator[None]:
 
 @contextmanager
 def _same_sigterm_handler() -> Iterator[None]:
-    """Keep whoever handles SIGTERM: `ray.init` puts a handler of its own there, which raises `SystemExit`."""
+    """Restore the SIGTERM handler: `ray.init` installs its own, which raises `SystemExit`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -145,11 +145,11 @@ def _same_sigterm_handler() -> Iterator[None]:
 
 
 class Session:
-    """An engine, ready for work; with `ray`, as `join_ray` finds it.
+    """An engine that is ready for work; engine `ray` is started by `join_ray`.
 
     Args:
-        engine: which one.
-        resources: who works, for `ray`.
+        engine: the engine.
+        resources: readers, actors and batch sizes of engine `ray`.
     """
 
     def __init__(self, engine: EngineName, resources: Resources) -> None:
@@ -159,12 +159,12 @@ class Session:
             join_ray()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function away from the driver, so that what it loads never lies in the driver's memory.
+        """Run a function in a Ray task, so that its data does not stay in the driver's memory; with `local`, call it.
 
-        On the driver's own node: a local run folder is a folder of that one.
+        The task runs on the driver's node, which has the local run folder.
 
         Raises:
-            WorkerError: if the function raised what is neither a `UserError` nor an `OSError`.
+            WorkerError: if the function raised an error other than a `UserError` or an `OSError`.
         """
         if self._engine == "local":
             return function(*args)
@@ -174,7 +174,7 @@ class Session:
     def start(
         self, images: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage
     ) -> Stream:
-        """Begin to work on images."""
+        """Start to process images."""
         if self._engine == "local":
             return LocalStream(images, policy, networks, open_image)
         return image_stream(images, policy, networks, open_image, self._resources)

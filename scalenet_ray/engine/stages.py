@@ -1,7 +1,7 @@
-"""The stages, as Ray Data callables: read and cut, look and decide, detect; the last two in one where they can be.
+"""Ray Data stages: cut tiles; predict scales and decide; detect; or the last two in one.
 
-Each is thin: it unpacks a micro-batch, calls the core, and packs what comes. What data can cause (`TileError`)
-is caught here, completed as failed, and travels on with its credit; a bug is let through and ends the run.
+Each stage unpacks a micro-batch, calls the core and packs the results. Errors caused by the data (`TileError`) are
+caught: the tile is completed as failed and passed on with its credit. Any other error is a bug and ends the run.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from scalenet_ray.engine.rows import (
     GeneratorSource,
     MicroBatch,
     PackedTile,
-    carries_seconds,
-    measure,
     pack,
     pack_results,
+    timed_table,
     unpack,
+    with_seconds_column,
 )
 from scalenet_ray.runs.resources import DEFAULT_RETRIES, RetryPolicy
 
@@ -53,15 +53,15 @@ __all__ = [
     "TileSource",
 ]
 
-# Short beside a batch on an accelerator, and long beside a question, which costs both sides a millisecond.
-_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.05, 0.2
+# Short compared with a batch on an accelerator, long compared with a request, which takes about a millisecond.
+_WAIT_SECONDS, _MAX_WAIT_SECONDS = 0.05, 0.2
 
 
 _CACHE_BYTES = 512 * 2**20
 
 
 class _DecodedImages:
-    """The images decoded last, up to so many bytes: the windows of an image follow it closely."""
+    """LRU cache of decoded images, bounded in bytes: an image's windows are cut soon after the image itself."""
 
     def __init__(self, open_image: OpenImage) -> None:
         self._open_image = open_image
@@ -82,15 +82,15 @@ class _DecodedImages:
 
 
 class TileSource(GeneratorSource):
-    """Readers that lease work from the frontier, cut its pixels, and yield one packed row a lease.
+    """Readers that lease work from the frontier, cut the tiles' pixels, and yield one packed row per lease.
 
     Args:
         frontier: the queue's actor.
         policy: the policy.
-        open_image: how images are read.
-        readers: how many.
-        lease_size: how much work a lease asks for.
-        retries: with an image that hangs or kills its reader.
+        open_image: opens an image.
+        readers: number of readers.
+        lease_size: pieces of work per lease.
+        retries: timeout and retries for images that hang or crash their reader.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TileSource(GeneratorSource):
         self._calls = GuardedCalls("read", frontier, retries)
 
     def read(self, reader: int) -> Iterator[pa.Table]:
-        """The same leases again give the same tables again, byte for byte but for the seconds they took."""
+        """Yield a table per lease; a replay yields the same tables, except for the seconds column."""
         images = _DecodedImages(self._open_image)
         sequence = 0
         wait = _WAIT_SECONDS
@@ -121,10 +121,10 @@ class TileSource(GeneratorSource):
                 return
             if not lease.work and not lease.forgotten:
                 time.sleep(wait)
-                wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+                wait = min(2 * wait, _MAX_WAIT_SECONDS)
                 continue
             wait = _WAIT_SECONDS
-            yield measure(partial(self._pack, lease, images))
+            yield timed_table(partial(self._pack, lease, images))
             sequence += 1
 
     def _pack(self, lease: Lease, images: OpenImage) -> pa.Table:
@@ -137,7 +137,7 @@ class TileSource(GeneratorSource):
         parts = self._calls.one_by_one(
             [item.id for item in lease.work],
             lambda at: [cut_work((lease.work[i],), self._policy, images) for i in at],
-            lambda i, error: MicroBatch([], [], [_unread(lease.work[i], error)]),
+            lambda i, error: MicroBatch([], [], [_read_failure(lease.work[i], error)]),
         )
         return MicroBatch(
             [packed for part in parts for packed in part.tiles],
@@ -149,15 +149,15 @@ class TileSource(GeneratorSource):
 def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> MicroBatch:
     """Open the images of a lease and cut its tiles.
 
-    A policy that needs to see nothing is expanded here, so that an image is decoded once for all its tiles.
+    A policy that needs no scale predictions is expanded here, so that an image is decoded once for all of its tiles.
 
     Args:
-        work: what was leased.
+        work: the work of the lease.
         policy: the policy.
-        open_image: how images are read.
+        open_image: opens an image.
 
     Returns:
-        Tiles with pixels; images that cannot be read as failed results.
+        Tiles with pixels; failed results for images that cannot be read.
     """
     batch = MicroBatch([], [], [])
     for item in work:
@@ -165,26 +165,26 @@ def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> M
             image = open_image(item.image)
             tile = item.tile or policy.root(item.image.image_id, (image.shape[0], image.shape[1]))
             expansion = Expansion(detect=True) if policy.uses_evidence else expand(tile, None, policy)
-            cut = [cut_tile(image, each) for each in (tile, *expansion.children)]
+            pixels = [cut_tile(image, part) for part in (tile, *expansion.children)]
         except TileError as error:
-            batch.results.append(_unread(item, error))
+            batch.results.append(_read_failure(item, error))
             continue
         credit = child_credit(item.credit, expansion)
         batch.tiles.append(PackedTile(tile, credit))
         batch.tiles.extend(PackedTile(child, credit, settled=True) for child in expansion.children)
-        batch.pixels.extend(cut)
+        batch.pixels.extend(pixels)
     return batch
 
 
 class ScaleStage:
-    """Looks at the tiles of one micro-batch, decides with the frontier, and passes on what is to be detected.
+    """Predicts scales of the tiles of a micro-batch, completes them in the frontier, and emits tiles to detect.
 
     Args:
         frontier: the queue's actor.
         policy: the policy.
-        networks: how its networks are made; only those that the policy needs are.
-        retries: with a tile that hangs or kills its process.
-        batch_size: tiles that a micro-batch has room for.
+        networks: factories of the networks; only those that the policy needs are created.
+        retries: timeout and retries for tiles that hang or crash the process.
+        batch_size: maximum number of tiles of a micro-batch.
     """
 
     def __init__(
@@ -203,79 +203,88 @@ class ScaleStage:
         self._predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
         self._detect = networks.detect() if needs_detector_first(policy, self._predict_scale) else None
 
-    @carries_seconds
+    @with_seconds_column
     def __call__(self, table: pa.Table) -> pa.Table:
-        """One packed row -> one packed row, always."""
+        """Process one packed row; the output is one packed row, even if it is empty."""
         (batch,) = unpack(table)
-        return pack(self.looked_at(batch))
+        return pack(self.process(batch))
 
-    def looked_at(self, batch: MicroBatch) -> MicroBatch:
-        """The tiles that are to be detected yet, and results of the others."""
-        at = [i for i, packed in enumerate(batch.tiles) if not packed.settled]
-        tiles, pixels = [batch.tiles[i].tile for i in at], [batch.pixels[i] for i in at]
-        seen = self._look(tiles, pixels)
+    def process(self, batch: MicroBatch) -> MicroBatch:
+        """Decide on the tiles of a batch; return the tiles to detect, and the results of the others."""
+        indices = [i for i, packed in enumerate(batch.tiles) if not packed.settled]
+        tiles, pixels = [batch.tiles[i].tile for i in indices], [batch.pixels[i] for i in indices]
+        scales = self._predict(tiles, pixels)
         completions = [
-            Completion(tile.image_id, tile.path, self._decide(batch.tiles[i], one))
-            for i, tile, one in zip(at, tiles, seen, strict=True)
+            Completion(tile.image_id, tile.path, self._propose(batch.tiles[i], scale))
+            for i, tile, scale in zip(indices, tiles, scales, strict=True)
         ]
-        unread = [Completion(r.image_id, r.path, Decision(Expansion(detect=False), r.failure)) for r in batch.results]
-        recorded: list[Decision] = ray.get(self._frontier.complete.remote([*completions, *unread]))
-        decided = dict(zip(at, zip(seen, recorded[: len(at)], strict=True), strict=True))
+        unreadable = [
+            Completion(result.image_id, result.path, Decision(Expansion(detect=False), result.failure))
+            for result in batch.results
+        ]
+        recorded: list[Decision] = ray.get(self._frontier.complete.remote([*completions, *unreadable]))
+        decisions = dict(zip(indices, zip(scales, recorded[: len(indices)], strict=True), strict=True))
         read_failures = [
             replace(result, credit=child_credit(result.credit, decision.expansion))
-            for result, decision in zip(batch.results, recorded[len(at) :], strict=True)
+            for result, decision in zip(batch.results, recorded[len(indices) :], strict=True)
         ]
-        return self._apply(batch, decided, read_failures)
+        return self._apply(batch, decisions, read_failures)
 
-    def _look(self, tiles: list[Tile], pixels: list[np.ndarray]) -> list[ScaleResult]:
-        def call(some: Sequence[int]) -> list[ScaleResult]:
-            """Look at the tiles at these places."""
+    def _predict(self, tiles: list[Tile], pixels: list[np.ndarray]) -> list[ScaleResult]:
+        """Predict the scales of the tiles that need them; the others get an empty result."""
+
+        def call(batch: Sequence[int]) -> list[ScaleResult]:
+            """Predict the scales of `wanted[i]` for each i of the batch."""
             return predict_scales(
-                [pixels[at[i]] for i in some],
-                [tiles[at[i]] for i in some],
+                [pixels[wanted[i]] for i in batch],
+                [tiles[wanted[i]] for i in batch],
                 self._policy,
                 detect=self._detect,
                 predict_scale=self._predict_scale,
             )
 
-        at = [i for i, tile in enumerate(tiles) if self._policy.needs_scales(tile)]
-        ids = [(tiles[i].image_id, tiles[i].path) for i in at]
-        self._metrics.called(len(at))
-        looked = self._calls.together(ids, call, lambda _, error: ScaleResult(failure=error))
-        seen = [ScaleResult()] * len(tiles)
-        for i, one in zip(at, looked, strict=True):
-            seen[i] = one
-        return seen
+        wanted = [i for i, tile in enumerate(tiles) if self._policy.needs_scales(tile)]
+        ids = [(tiles[i].image_id, tiles[i].path) for i in wanted]
+        self._metrics.called(len(wanted))
+        predicted = self._calls.together(ids, call, lambda _, error: ScaleResult(failure=error))
+        results = [ScaleResult()] * len(tiles)
+        for i, result in zip(wanted, predicted, strict=True):
+            results[i] = result
+        return results
 
-    def _decide(self, packed: PackedTile, seen: ScaleResult) -> Decision:
-        if seen.failure is not None:
-            return Decision(Expansion(detect=False), Failure("look", seen.failure.reason))
-        # A policy that needs no look was expanded where its tiles were cut: they are in this very row.
+    def _propose(self, packed: PackedTile, scale: ScaleResult) -> Decision:
+        """The decision to propose to the frontier."""
+        if scale.failure is not None:
+            return Decision(Expansion(detect=False), Failure("look", scale.failure.reason))
+        # Without scale predictions the reader has expanded the tile: its children are in this row already.
         if not self._policy.uses_evidence:
             return Decision(expand(packed.tile, None, self._policy)._replace(children=()))
-        return Decision(expand(packed.tile, seen.scale_map, self._policy))
+        return Decision(expand(packed.tile, scale.scale_map, self._policy))
 
     def _apply(
-        self, batch: MicroBatch, decided: dict[int, tuple[ScaleResult, Decision]], read_failures: list[TileResult]
+        self, batch: MicroBatch, decisions: dict[int, tuple[ScaleResult, Decision]], read_failures: list[TileResult]
     ) -> MicroBatch:
-        """Emit what was recorded, which on a retry may not be what this look would have decided."""
+        """Emit tiles and results by the recorded decisions, which on a retry may differ from the proposed ones."""
         out = MicroBatch([], [], read_failures)
         for i, (packed, pixels) in enumerate(zip(batch.tiles, batch.pixels, strict=True)):
-            if i not in decided:
+            if i not in decisions:
                 out.tiles.append(packed)
                 out.pixels.append(pixels)
                 continue
-            seen, (expansion, failure) = decided[i]
+            scale, (expansion, failure) = decisions[i]
             credit = child_credit(packed.credit, expansion)
-            looked = self._predict_scale.input_pixels if seen.looked and self._predict_scale is not None else 0
-            packed = PackedTile(packed.tile, credit, True, looked, (*expansion.guards, *seen.guards))
-            result = _begun(packed, failure)
+            look_pixels = self._predict_scale.input_pixels if scale.looked and self._predict_scale is not None else 0
+            packed = PackedTile(
+                packed.tile, credit, settled=True, look_pixels=look_pixels, guards=(*expansion.guards, *scale.guards)
+            )
+            result = _result(packed, failure)
             if failure is not None or not expansion.detect:
                 out.results.append(result)
-            elif seen.detections is not None and self._detect is not None:
-                found = [seen.detections]
+            elif scale.detections is not None and self._detect is not None:
                 out.results.extend(
-                    detect_tiles([result], [packed.tile], [pixels], found, self._detect, self._policy.merging)
+                    detect_tiles(
+                        [result], [packed.tile], [pixels], [scale.detections], self._detect, self._policy.merging
+                    )
                 )
             else:
                 out.tiles.append(packed)
@@ -284,14 +293,14 @@ class ScaleStage:
 
 
 class DetectStage:
-    """Detects the tiles of some micro-batches, in batches that mix images and depths.
+    """Detects the tiles of several micro-batches, in batches that mix images and depths.
 
     Args:
         frontier: the queue's actor.
         policy: the policy.
-        networks: how the detector is made.
-        batch_size: tiles to a call of the detector.
-        retries: with a tile that hangs or kills its process.
+        networks: factories of the networks.
+        batch_size: tiles per call of the detector.
+        retries: timeout and retries for tiles that hang or crash the process.
     """
 
     def __init__(
@@ -308,18 +317,18 @@ class DetectStage:
         self._detect = networks.detect()
         self._batch_size = batch_size
 
-    @carries_seconds
+    @with_seconds_column
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Packed rows -> one row of tile results.
+        """Process packed rows; the output is one row of tile results.
 
-        One row is one block, all or nothing. With a row a tile Ray Data makes a block of each, and replays them by
-        position after a death; by then tiles of written images may be gone from the input, and others would be
-        thrown away in their place.
+        One row is one block, emitted as a whole. With one row per tile, Ray Data would emit a block per tile and
+        discard blocks by position after a failure; tiles of written images may be missing in the retry's input, so
+        that results of other tiles would be discarded in their place.
         """
-        return pack_results(self.detected(unpack(table)))
+        return pack_results(self.process(unpack(table)))
 
-    def detected(self, batches: Iterable[MicroBatch]) -> list[TileResult]:
-        """Results of all tiles, those that came as results first."""
+    def process(self, batches: Iterable[MicroBatch]) -> list[TileResult]:
+        """Detect all tiles; return the results that the batches already hold, then the new ones."""
         results: list[TileResult] = []
         tiles: list[PackedTile] = []
         pixels: list[np.ndarray] = []
@@ -329,37 +338,37 @@ class DetectStage:
             pixels += batch.pixels
         for start in range(0, len(tiles), self._batch_size):
             stop = start + self._batch_size
-            results += self._detected(tiles[start:stop], pixels[start:stop])
+            results += self._detect_batch(tiles[start:stop], pixels[start:stop])
         return results
 
-    def _detected(self, tiles: list[PackedTile], pixels: list[np.ndarray]) -> list[TileResult]:
-        def call(some: Sequence[int]) -> list[TileResult]:
-            """Detect the tiles at these places."""
+    def _detect_batch(self, tiles: list[PackedTile], pixels: list[np.ndarray]) -> list[TileResult]:
+        def call(batch: Sequence[int]) -> list[TileResult]:
+            """Detect the tiles at these indices."""
             return detect_tiles(
-                [_begun(tiles[i]) for i in some],
-                [tiles[i].tile for i in some],
-                [pixels[i] for i in some],
-                [None] * len(some),
+                [_result(tiles[i]) for i in batch],
+                [tiles[i].tile for i in batch],
+                [pixels[i] for i in batch],
+                [None] * len(batch),
                 self._detect,
                 self._policy.merging,
             )
 
         ids = [(packed.tile.image_id, packed.tile.path) for packed in tiles]
         self._metrics.called(len(tiles))
-        return self._calls.together(ids, call, lambda i, error: _begun(tiles[i], Failure("detect", error.reason)))
+        return self._calls.together(ids, call, lambda i, error: _result(tiles[i], Failure("detect", error.reason)))
 
 
 class ScaleAndDetectStage:
-    """Both stages in one actor, where the detector itself looks, or nobody does.
+    """Both stages in one actor, for policies that use the detector's own outputs or no scale predictions.
 
-    One detector serves both, all actors share the work of either kind, and no tile is passed on between them.
+    Both use the same detector, and no tile is sent between actors.
 
     Args:
         frontier: the queue's actor.
         policy: the policy.
-        networks: how its networks are made; each is made once.
-        batch_size: tiles that a micro-batch has room for, and tiles to a call of the detector.
-        retries: with a tile that hangs or kills its process.
+        networks: factories of the networks; each is called once.
+        batch_size: maximum number of tiles of a micro-batch, and tiles per call of the detector.
+        retries: timeout and retries for tiles that hang or crash the process.
     """
 
     def __init__(
@@ -372,21 +381,22 @@ class ScaleAndDetectStage:
     ) -> None:
         detector = networks.detect()
         networks = replace(networks, detect=lambda: detector)
-        self._look = ScaleStage(frontier, policy, networks, retries, batch_size)
-        self._detect = DetectStage(frontier, policy, networks, batch_size, retries)
+        self._scale_stage = ScaleStage(frontier, policy, networks, retries, batch_size)
+        self._detect_stage = DetectStage(frontier, policy, networks, batch_size, retries)
 
-    @carries_seconds
+    @with_seconds_column
     def __call__(self, table: pa.Table) -> pa.Table:
-        """One packed row -> one row of tile results."""
-        return pack_results(self._detect.detected(self._look.looked_at(batch) for batch in unpack(table)))
+        """Process packed rows; the output is one row of tile results."""
+        return pack_results(self._detect_stage.process(self._scale_stage.process(batch) for batch in unpack(table)))
 
 
-def _unread(item: Work, error: TileError) -> TileResult:
+def _read_failure(item: Work, error: TileError) -> TileResult:
     image_id, path = item.id
     return TileResult(image_id, path, item.credit, failure=Failure("read", error.reason))
 
 
-def _begun(packed: PackedTile, failure: Failure | None = None) -> TileResult:
+def _result(packed: PackedTile, failure: Failure | None = None) -> TileResult:
+    """A result without detections."""
     tile = packed.tile
     return TileResult(
         tile.image_id,

@@ -1,7 +1,6 @@
-"""Training on Ray Train: any number of workers, each fed by Ray Data, checkpoints in the run folder, resumable.
+"""Distributed training on Ray Train, with Ray Data as input and resumable checkpoints in the run folder.
 
-What a step sees depends on seed, epoch and rank alone, so that a run taken up at an epoch ends as if it had
-never stopped.
+The batch of a step depends on seed, epoch and rank alone, so that a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,39 +32,41 @@ from scalenet_ray.training.schedule import Epochs, Training
 __all__ = ["train"]
 
 CHECKPOINTS = "checkpoints"
-"""Where a run folder has them."""
+"""Folder of the checkpoints in a run folder."""
 
 _LOG = logging.getLogger(__name__)
 _POLL_SECONDS = 0.2
 
 
 def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dict[str, Any]], None]) -> None:
-    """Train to the end, or from where the run in `folder` stopped.
+    """Train a recipe, from the last checkpoint of the run in `folder` if there is one.
 
     Args:
-        recipe: what is trained.
-        training: how.
-        folder: the run folder, local or s3://; gets checkpoints/ and, at the end, the recipe's file.
-        report: called with each epoch's row as it ends: "epoch" from 1, "loss", "learning_rate" (at its end), "val"
-            (the recipe's figures), "images_per_second", "seconds", "failed" (reasons of images that could not be
-            used). It says all that came before each time: an OSError is raised only if its last call ended in one.
+        recipe: the network, its examples and its loss.
+        training: epochs, batch size, workers and optimizer settings.
+        folder: the run folder, local or s3://; holds checkpoints/ and, at the end, the recipe's file.
+        report: called at the end of each epoch with a row: "epoch" from 1, "loss", "learning_rate" (at its end), "val"
+            (the recipe's metrics), "images_per_second", "seconds", "failed" (reasons of unusable images). Each call
+            must write the complete log, as an OSError is raised only if the last call raised it.
 
     Raises:
-        UserError: if there is nothing to train on, or the loss is NaN or infinite; it names step and images.
-        WorkerError: if the workers were lost too often, or a checkpoint could not be written.
+        UserError: if there are no examples, or the loss is NaN or infinite; it names step and images.
+        WorkerError: if workers failed too often, or a checkpoint could not be written.
     """
     join_ray()
-    # Else workers go to a folder of their own, and relative paths of a recipe lead nowhere.
+    # Workers keep the working directory: a recipe may hold relative paths.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     sizes = recipe.sizes()
+    # Raises a `UserError` if there are no examples.
     Epochs(*sizes, training.batch_size, training.workers, training.seed)
     cpus = cpu_share(training.workers * (1 + training.readers))
     resources = {"CPU": cpus} | ({"GPU": training.gpus_per_worker} if training.gpus_per_worker else {})
     file_system, path = storage.as_arrow(folder)
-    news = Queue(actor_options={"num_cpus": 0})
+    events = Queue(actor_options={"num_cpus": 0})
+    assignment = Assignment(recipe=recipe, training=training, sizes=sizes, events=events, reader_cpus=cpus)
     trainer = _Trainer(
         work,
-        train_loop_config={"assignment": Assignment(recipe, training, sizes, news, cpus)},
+        train_loop_config={"assignment": assignment},
         scaling_config=ScalingConfig(
             num_workers=training.workers, use_gpu=training.gpus_per_worker > 0, resources_per_worker=resources
         ),
@@ -78,14 +79,13 @@ def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dic
             logging_config=LoggingConfig("WARNING"),
         ),
     )
-    with _listening(news, report) as stopped:
+    with _forwarded(events, report) as stopped:
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             cause = from_worker(error)
-            msg = f"training stopped: {cause}; the last checkpoint is in {folder}: mend it and add --resume"
-            told = with_message(cause, msg)
-            raise told from None
+            msg = f"training stopped: {cause}; the last checkpoint is in {folder}: fix it and rerun with --resume"
+            raise with_message(cause, msg) from None
     if stopped:
         msg = f"{stopped[0]}: lower the learning rate or look at these"
         raise UserError(msg)
@@ -96,43 +96,43 @@ def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dic
 
 
 class _Trainer(TorchTrainer):
-    """A trainer that leaves signals to whoever handles them: Ray's own handler tries on after the first SIGINT."""
+    """`TorchTrainer` without a signal handler: Ray's handler would continue to train after the first SIGINT."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
         del controller
 
 
 @contextmanager
-def _listening(news: Queue, report: Callable[[dict[str, Any]], None]) -> Iterator[list[str]]:
-    """Pass on what the workers say, from a thread, until all has been said; yields why they stopped, if they say so.
+def _forwarded(events: Queue, report: Callable[[dict[str, Any]], None]) -> Iterator[list[str]]:
+    """Call `report` with the workers' events, from a thread; yield a list that gets the reason if they stop early.
 
-    What `report` raised is raised at the end: a bug always, an OSError if no later call has gone well.
+    Errors of `report` are raised at the end of the block: a bug always, an OSError unless a later call succeeded.
     """
     stopped: list[str] = []
     over = threading.Event()
     with ThreadPoolExecutor(1) as thread:
-        listener = thread.submit(_listen, news, report, over, stopped)
+        listener = thread.submit(_forward, events, report, over, stopped)
         try:
             yield stopped
         finally:
             over.set()
             wait([listener])
-            news.shutdown()
+            events.shutdown()
     error = listener.result()
     if error is not None and not stopped:
         raise error
 
 
-def _listen(
-    news: Queue, report: Callable[[dict[str, Any]], None], over: threading.Event, stopped: list[str]
+def _forward(
+    events: Queue, report: Callable[[dict[str, Any]], None], over: threading.Event, stopped: list[str]
 ) -> OSError | None:
-    """Until it is over and nothing is left; returns what the last call of `report` failed with."""
+    """Call `report` until `over` is set and no event is left; return the OSError of the last call, if it raised one."""
     failure: OSError | None = None
-    while not (over.is_set() and news.empty()):
-        if news.empty():
+    while not (over.is_set() and events.empty()):
+        if events.empty():
             time.sleep(_POLL_SECONDS)
             continue
-        row = news.get()
+        row = events.get()
         if "stopped" in row:
             stopped.append(row["stopped"])
             continue

@@ -1,7 +1,7 @@
-"""What a worker that trains is fed: Ray Data streams whose tasks make its batches in order.
+"""Training batches of a worker, made in order by Ray Data tasks.
 
-What a batch holds depends on seed, epoch and rank alone. Nothing holds the data set: a reader makes a few
-batches ahead.
+The content of a batch depends on seed, epoch and rank alone. The data set is never materialized: readers prefetch a few
+batches.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = [
 
 
 def make_batch(recipe: Recipe, picks: list[Pick | None]) -> pa.Table:
-    """The examples of a batch, packed as one row: "batch", its arrays as safetensors, and "failed", JSON.
+    """Make a batch, packed as one row: "batch" (its arrays, as safetensors) and "failed" (reasons, as JSON).
 
-    An example whose image cannot be used is left blank: it costs itself alone, and "failed" says why.
+    An example whose image cannot be used is replaced by a blank one, with the reason in "failed".
     """
     rows: list[Row] = []
     failed: list[str] = []
@@ -52,19 +52,19 @@ def make_batch(recipe: Recipe, picks: list[Pick | None]) -> pa.Table:
 
 
 def read_batch(table: pa.Table) -> tuple[dict[str, np.ndarray], list[str]]:
-    """What `make_batch` packed: arrays by name, [examples, ...] each, and why examples were left blank."""
+    """Unpack a batch of `make_batch`: arrays by name, [examples, ...] each, and the reasons of failed examples."""
     return load(table["batch"][0].as_py()), json.loads(table["failed"][0].as_py())
 
 
 class _BatchSource(GeneratorSource):
-    """One reader's batches: those of `steps`, a row each."""
+    """Datasource of one reader, with a row per step of `steps`."""
 
     def __init__(self, recipe: Recipe, epochs: Epochs, rank: int, steps: range) -> None:
         super().__init__()
         self._recipe, self._epochs, self._rank, self._steps = recipe, epochs, rank, steps
 
     def read(self, reader: int) -> Iterator[pa.Table]:
-        """Make them; there is but one reader."""
+        """Yield the batches; there is a single reader."""
         del reader
         for step in self._steps:
             yield make_batch(self._recipe, self._epochs.picks(step, self._rank))
@@ -72,14 +72,14 @@ class _BatchSource(GeneratorSource):
 
 @dataclass(frozen=True)
 class BatchStream:
-    """A worker's batches, made by some readers in turn.
+    """Batches of a worker, made by several readers in turn.
 
     Attributes:
-        recipe: what makes examples.
-        epochs: which are in a batch.
-        rank: the worker's.
-        readers: how many tasks make batches.
-        cpus: that each of them takes up.
+        recipe: makes the examples.
+        epochs: selects the examples of each batch.
+        rank: the worker's rank.
+        readers: number of read tasks.
+        cpus: CPUs of each read task.
     """
 
     recipe: Recipe
@@ -89,14 +89,14 @@ class BatchStream:
     cpus: float
 
     def batches(self, first: int, last: int) -> Iterator[tuple[dict[str, np.ndarray], list[str]]]:
-        """The batches of the steps from `first` to before `last`, in order, as `read_batch` gives them."""
+        """Iterate over the batches of the steps `first` to `last - 1`, as `read_batch` returns them."""
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        # Every batch leaves as soon as it is made.
+        # Emit every batch at once.
         context.target_max_block_size = 1
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        # It warns that there are no progress bars.
+        # It warns about disabled progress bars.
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
         streams = [self._stream(range(first + i, last, self.readers)) for i in range(min(self.readers, last - first))]
         for step in range(last - first):

@@ -1,4 +1,4 @@
-"""What each worker of a training run does: every step the same as all others, on its share of the batch."""
+"""Training loop of a Ray Train worker: data-parallel steps on its share of each batch."""
 
 from __future__ import annotations
 
@@ -24,74 +24,74 @@ from scalenet_ray.training.schedule import Epochs, Training
 __all__ = ["STATE_FILE", "Assignment", "make_schedule", "work"]
 
 STATE_FILE = "state.pt"
-"""In a checkpoint: what a run is taken up from."""
+"""Optimizer and model state in a checkpoint, from which a run is resumed."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a worker is told.
+    """Arguments of a worker.
 
     Attributes:
-        recipe: what is trained.
-        training: how.
-        sizes: the recipe's, read once.
-        news: takes the first worker's rows of epochs, or {"stopped": why}.
-        reader_cpus: that each of its readers takes up.
+        recipe: the network, its examples and its loss.
+        training: epochs, batch size, workers and optimizer settings.
+        sizes: the recipe's numbers of training and validation examples.
+        events: receives the first worker's row of each epoch, or {"stopped": reason}.
+        reader_cpus: CPUs of each of the worker's readers.
     """
 
     recipe: Recipe
     training: Training
     sizes: tuple[int, int]
-    news: Queue
+    events: Queue
     reader_cpus: float
 
 
 class _StoppedError(Exception):
-    """The loss is no number; on all workers at once."""
+    """The loss is NaN or infinite; raised on all workers."""
 
 
 def work(config: dict[str, Any]) -> None:
-    """Train to the end, from the last checkpoint if there is one.
+    """Train all epochs, from the last checkpoint if there is one.
 
     Args:
         config: "assignment", an `Assignment`.
     """
-    # Where Ray Train would say each report.
+    # Ray Train logs each report at level INFO.
     logging.getLogger().setLevel(logging.WARNING)
     worker = _Worker(config["assignment"])
     try:
         worker.run()
-    except _StoppedError as why:
-        # Not a failure to Ray Train, which would try again what must come out the same.
+    except _StoppedError as error:
+        # Not raised: Ray Train would retry, with the same result.
         if worker.rank == 0:
-            worker.news.put({"stopped": str(why)})
+            worker.events.put({"stopped": str(error)})
 
 
 class _Worker:
-    """One of the processes that train."""
+    """State of a worker: model, optimizer and input."""
 
     def __init__(self, assignment: Assignment) -> None:
-        self.recipe, self.how, self.news = assignment.recipe, assignment.training, assignment.news
+        self.recipe, self.training, self.events = assignment.recipe, assignment.training, assignment.events
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
-        self.epochs = Epochs(*assignment.sizes, self.how.batch_size, self.workers, self.how.seed)
-        self.stream = BatchStream(self.recipe, self.epochs, self.rank, self.how.readers, assignment.reader_cpus)
-        torch.manual_seed(self.how.seed)
+        self.epochs = Epochs(*assignment.sizes, self.training.batch_size, self.workers, self.training.seed)
+        self.stream = BatchStream(self.recipe, self.epochs, self.rank, self.training.readers, assignment.reader_cpus)
+        torch.manual_seed(self.training.seed)
         self.device = get_device()
         network = self.recipe.build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model: nn.Module = prepare_model(network)
-        # Without what wraps it for many workers.
+        # Without the DistributedDataParallel wrapper.
         self.network: nn.Module = getattr(self.model, "module", self.model)
-        learning_rate = self.how.learning_rate or self.recipe.learning_rate
+        learning_rate = self.training.learning_rate or self.recipe.learning_rate
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=learning_rate)
 
     def run(self) -> None:
-        """All epochs that are not done yet."""
+        """Train the remaining epochs."""
         done = _restore(self.network, self.optimizer)
         train_steps = self.epochs.train_steps
-        schedule = make_schedule(self.optimizer, train_steps * self.how.epochs, train_steps * done)
-        batches = self.stream.batches(done * self.epochs.steps, self.how.epochs * self.epochs.steps)
-        for epoch in range(done, self.how.epochs):
+        schedule = make_schedule(self.optimizer, train_steps * self.training.epochs, train_steps * done)
+        batches = self.stream.batches(done * self.epochs.steps, self.training.epochs * self.epochs.steps)
+        for epoch in range(done, self.training.epochs):
             started = time.monotonic()
             failed: set[str] = set()
             loss = self._train(epoch, batches, schedule, failed)
@@ -102,7 +102,7 @@ class _Worker:
                 "loss": loss,
                 "learning_rate": float(schedule.get_last_lr()[0]),
                 "val": figures,
-                "images_per_second": train_steps * self.how.batch_size / (trained - started),
+                "images_per_second": train_steps * self.training.batch_size / (trained - started),
                 "seconds": time.monotonic() - started,
                 "failed": sorted({reason for part in self._gathered(sorted(failed)) for reason in part}),
             }
@@ -115,39 +115,39 @@ class _Worker:
         schedule: torch.optim.lr_scheduler.LRScheduler,
         failed: set[str],
     ) -> float:
-        """An epoch's steps; adds to `failed` why images could not be used. Returns the mean loss."""
-        torch.manual_seed(int(np.random.default_rng([self.how.seed, epoch, self.rank]).integers(2**63)))
+        """Train one epoch and return the mean loss; reasons of unusable images are added to `failed`."""
+        torch.manual_seed(int(np.random.default_rng([self.training.seed, epoch, self.rank]).integers(2**63)))
         losses = []
         self.model.train()
-        for place in range(self.epochs.train_steps):
+        for step in range(self.epochs.train_steps):
             arrays, broken = next(batches)
             failed.update(broken)
             loss = forward_backward(
                 self.model,
                 self._on_device(arrays),
                 self.recipe.loss,
-                parts=self.how.accumulate,
-                mixed_precision=self.how.mixed_precision,
+                parts=self.training.accumulate,
+                mixed_precision=self.training.mixed_precision,
             )
             if self.workers > 1:
                 distributed.all_reduce(loss)
                 loss /= self.workers
             try:
-                clip_and_step(self.model, self.optimizer, loss, self.how.clip_norm)
+                clip_and_step(self.model, self.optimizer, loss, self.training.clip_norm)
             except FloatingPointError as error:
-                # All workers see the same mean, and stop together.
+                # The loss is the mean over all workers, so that all of them stop.
                 ids = self._gathered([int(i) for i in arrays["image_id"].ravel()])
                 named = ", ".join(str(i) for part in ids for i in part)
-                msg = f"{error} at step {epoch * self.epochs.train_steps + place} (images {named})"
+                msg = f"{error} at step {epoch * self.epochs.train_steps + step} (images {named})"
                 raise _StoppedError(msg) from error
             schedule.step()
             losses.append(float(loss))
         return float(np.mean(losses))
 
     def _validate(self, batches: Iterator[tuple[dict[str, np.ndarray], list[str]]], failed: set[str]) -> dict[str, Any]:
-        """The figures of all that is validated on, {} where there is nothing."""
+        """Compute the metrics over all validation examples; {} if there are none."""
         if self.workers > 1:
-            # Each worker's batch norm has counted its own share; what is saved is the first one's.
+            # Batch norm statistics differ between workers; the checkpoint holds the first worker's.
             for buffer in self.network.buffers():
                 distributed.broadcast(buffer, 0)
         self.network.eval()
@@ -164,9 +164,9 @@ class _Worker:
         return self.recipe.figures({name: np.sum([part[name] for part in parts], axis=0) for name in counts})
 
     def _report(self, row: dict[str, Any]) -> None:
-        """Tell Ray Train of an epoch, and those who listen; the first worker brings the checkpoint."""
+        """Report an epoch to Ray Train and to the driver; the first worker adds the checkpoint."""
         figure = row["val"].get(self.recipe.best_by, float("nan"))
-        # NaN (a class that does not occur) would confuse the order of the best.
+        # NaN, the metric of a class without examples, would break the order of checkpoints.
         metrics = {"epoch": row["epoch"], self.recipe.best_by: figure if np.isfinite(figure) else -1.0}
         if self.rank:
             ray.train.report(metrics)
@@ -180,13 +180,13 @@ class _Worker:
             }
             torch.save(state, os.path.join(folder, STATE_FILE))
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        self.news.put(row)
+        self.events.put(row)
 
     def _on_device(self, arrays: dict[str, np.ndarray]) -> Batch:
         return {name: torch.from_numpy(values).to(self.device, non_blocking=True) for name, values in arrays.items()}
 
     def _gathered(self, value: Any) -> list[Any]:
-        """Each worker's value, on each worker."""
+        """Gather the values of all workers on each worker."""
         if self.workers == 1:
             return [value]
         parts: list[Any] = [None] * self.workers
@@ -195,26 +195,26 @@ class _Worker:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, steps: int, done: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Up over the first twentieth, at most 500 steps, then down to 0 along a cosine.
+    """Linear warm-up over the first 5 % of the steps, at most 500, then cosine decay to 0.
 
     Args:
-        optimizer: its learning rate is the highest.
-        steps: of the whole run.
-        done: how many of them are.
+        optimizer: its learning rate is the maximum.
+        steps: number of steps of the run.
+        done: number of steps done before.
     """
-    rise = min(500, max(1, steps // 20))
+    warmup = min(500, max(1, steps // 20))
 
     def factor(step: int) -> float:
-        """What the rate is multiplied by, `step` steps after those that were done."""
+        """Factor of the learning rate, `step` steps after `done`."""
         step += done
-        fallen = (step - rise) / max(1, steps - rise)
-        return (step + 1) / rise if step < rise else 0.5 * (1.0 + float(np.cos(np.pi * fallen)))
+        progress = (step - warmup) / max(1, steps - warmup)
+        return (step + 1) / warmup if step < warmup else 0.5 * (1.0 + float(np.cos(np.pi * progress)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _restore(network: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Take up the last checkpoint, if there is one: how many epochs are done."""
+    """Load the last checkpoint, if there is one, and return its number of epochs."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0

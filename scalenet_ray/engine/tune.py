@@ -1,4 +1,4 @@
-"""Hyperparameter sweep on Ray Tune over growing subsets of the images, resumable."""
+"""Resumable hyperparameter search for policies on Ray Tune; `trial` evaluates one policy."""
 
 from __future__ import annotations
 
@@ -15,28 +15,21 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.optuna import OptunaSearch
 
-from scalenet_ray.core.answers import RaisedOn, fails_on_all
-from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import CocoDataset, ImageRecord, oracle_from, read_annotations, to_results
 from scalenet_ray.data.policy_files import Choice, Range, SearchSpace, changed_policy, start_values
 from scalenet_ray.engine.placement import gpu_share
-from scalenet_ray.engine.prediction_cache import CacheActor, CachedDetector, CachedScalePredictor, PredictionCache
+from scalenet_ray.engine.prediction_cache import CacheActor
 from scalenet_ray.engine.session import join_ray
+from scalenet_ray.engine.trial import RecursionTrial, TrialSettings
 from scalenet_ray.engine.worker_errors import from_worker
-from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.evaluation.compare import pareto_front
-from scalenet_ray.models.spec import NetworkSpec
-from scalenet_ray.runs.batch import image_opener
 from scalenet_ray.runs.documents import TrialRow
 
 __all__ = [
-    "RecursionTrial",
     "ResumableAsha",
     "Sweep",
-    "TrialSettings",
     "best_policies",
     "best_trials",
     "run_sweep",
@@ -44,7 +37,7 @@ __all__ = [
 ]
 
 Searcher = Literal["optuna", "random", "grid"]
-"""optuna: where earlier trials did well (TPE); random: anywhere; grid: every combination of listed values."""
+"""optuna: Bayesian optimization (TPE); random: random search; grid: every combination of listed values."""
 
 
 _NAME = "tune"
@@ -52,15 +45,15 @@ _NAME = "tune"
 
 @dataclass(frozen=True)
 class Sweep:
-    """How a sweep is done.
+    """Search settings.
 
     Attributes:
-        searcher: who chooses.
-        trials: how many; a grid has as many as it has combinations.
-        at_once: trials side by side, a CPU each, and with --device cuda a share of a GPU each.
-        keep: keep what networks said of tiles for all trials.
-        stop_early: end trials that do worse than others on the same subset (ASHA); only with a ceiling.
-        seed: of the searcher.
+        searcher: search algorithm.
+        trials: number of trials; a grid has one per combination.
+        at_once: number of concurrent trials, each with a CPU, and with --device cuda a share of a GPU.
+        keep: share a cache of network outputs between all trials.
+        stop_early: stop trials that perform worse than others on the same subset (ASHA); needs a ceiling.
+        seed: random seed of the searcher.
     """
 
     searcher: Searcher = "optuna"
@@ -80,36 +73,36 @@ class Sweep:
 def run_sweep(
     space: SearchSpace, task: TrialSettings, sweep: Sweep, uri: str, say: Callable[[str], None], *, resume: bool
 ) -> list[TrialRow]:
-    """Try policies.
+    """Run the trials of a sweep.
 
     Args:
-        space: what may change.
-        task: what each trial does.
-        sweep: how.
-        uri: the run folder, local or s3://; Tune's own folder, which TensorBoard reads, is tune/ in it.
-        say: takes a line for the person who waits.
-        resume: go on with the sweep that is there.
+        space: the search space.
+        task: settings that all trials share.
+        sweep: search settings.
+        uri: the run folder, local or s3://; Tune's own folder in it, tune/, can be read by TensorBoard.
+        say: called with a line of text when a trial ends.
+        resume: resume an existing sweep.
 
     Returns:
-        Each trial as a row: "trial", its "values" by path, what `RecursionTrial` tells of it, "complete" (it saw all
-        images), and "error", why it failed, or None.
+        A row per trial: "trial", its "values" by path, the metrics of `RecursionTrial`, "complete" (whether it saw all
+        images), and "error", the reason of its failure, or None.
 
     Raises:
-        UserError: if a grid is asked for a range, or there is no sweep to go on with.
+        UserError: if the searcher is grid and the space holds a range.
     """
     join_ray()
-    # Of a trial that fails the trace is in its folder, and its last line in the trials' table.
+    # A failed trial's traceback is in its folder, and its error in the table of trials.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    # Signals are left to whoever handles them.
+    # Keep the signal handlers of the job.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    # What is decided is on disk soon: a killed sweep loses a few seconds.
+    # Save the state of the search often: a killed sweep loses a few seconds.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
-    # Addresses may be relative to where the job was started.
+    # Addresses may be relative to the working directory of the job.
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-    keeper: Any = CacheActor.remote() if sweep.keep else None
+    cache_actor: Any = CacheActor.remote() if sweep.keep else None
     resources = {"cpu": 1, "gpu": gpu_share(task.networks.device, sweep.at_once)}
-    trainable = tune.with_resources(tune.with_parameters(RecursionTrial, task=task, keeper=keeper), resources)
-    # The file system that all else here is read by: its retries, its endpoint, its credentials.
+    trainable = tune.with_resources(tune.with_parameters(RecursionTrial, task=task, cache_actor=cache_actor), resources)
+    # The same file system as for all other files, with its retries, endpoint and credentials.
     file_system, folder = storage.as_arrow(uri)
     if resume and storage.exists(storage.join(uri, _NAME, "tuner.pkl")):
         tuner = tune.Tuner.restore(
@@ -134,19 +127,19 @@ def run_sweep(
             ),
         )
     with warnings.catch_warnings():
-        # A trial that was cut short begins anew, and says again what its searcher knows already.
+        # An interrupted trial starts again and reports results that the searcher knows.
         warnings.filterwarnings("ignore", "The reported value is ignored because this `step")
         return [_row(result, task) for result in tuner.fit()]
 
 
 def best_trials(rows: Sequence[TrialRow], task: TrialSettings) -> dict[str, TrialRow]:
-    """The best trial under the ceiling, named "tuned"; without a ceiling the front, named "front-1" and so on.
+    """Select the best trial under the ceiling, "tuned"; without a ceiling the Pareto front, "front-1" and so on.
 
-    One that reads the ground truth is not among them: what is tuned is followed where there is none.
+    Policies that read the ground truth are excluded, as they cannot be applied to other images.
 
     Args:
-        rows: as `run_sweep` gives them.
-        task: what the trials did.
+        rows: from `run_sweep`.
+        task: settings of the trials.
 
     Returns:
         Name -> its row.
@@ -168,46 +161,50 @@ def best_trials(rows: Sequence[TrialRow], task: TrialSettings) -> dict[str, Tria
         return {f"front-{i}": row for i, row in enumerate(chosen, start=1)}
     under = [row for row in complete if row["passes"] <= task.ceiling]
     if not under:
-        least = min(row["passes"] for row in complete)
+        fewest = min(row["passes"] for row in complete)
         msg = (
             f"no trial of {len(rows)} stays at {task.ceiling:g} passes an image or under, the cheapest takes "
-            f"{least:.2f}: raise the ceiling, or let the space hold cheaper policies"
+            f"{fewest:.2f}: raise the ceiling, or let the space hold cheaper policies"
         )
         raise UserError(msg)
     return {"tuned": max(under, key=lambda row: row["AP_small"])}
 
 
 def best_policies(rows: Sequence[TrialRow], task: TrialSettings) -> list[Policy]:
-    """The policies of `best_trials`, by their names there.
+    """The policies of `best_trials`, with the same names.
 
     Raises:
-        UserError: as there.
+        UserError: as `best_trials`.
     """
     return [_policy(row, task, name) for name, row in best_trials(rows, task).items()]
 
 
 def start_trials(rows: Sequence[TrialRow], task: TrialSettings, space: SearchSpace) -> dict[str, TrialRow | None]:
-    """The trials of the policies that a sweep starts from, as they are.
+    """Find the trials of the unmodified policies that a sweep starts from.
 
     Args:
-        rows: as `run_sweep` gives them.
-        task: what the trials did.
-        space: what may change.
+        rows: from `run_sweep`.
+        task: settings of the trials.
+        space: the search space.
 
     Returns:
-        Name -> its row; None for a policy that lies outside the space, or whose trial did not see all images.
+        Name -> its row; None for a policy outside the space, or whose trial did not see all images.
     """
-    found: dict[str, TrialRow | None] = {}
-    for name, policy in task.policies.items():
-        start = start_values(policy, space)
-        wanted = None if start is None else {"policy": name, **start}
-        same = (row for row in rows if row["complete"] and wanted is not None and _same_values(row["values"], wanted))
-        found[name] = next(same, None)
-    return found
+    trials: dict[str, TrialRow | None] = dict.fromkeys(task.policies)
+    for start in _start_points(task, space):
+        same = (row for row in rows if row["complete"] and _same_values(row["values"], start))
+        trials[start["policy"]] = next(same, None)
+    return trials
+
+
+def _start_points(task: TrialSettings, space: SearchSpace) -> list[dict[str, Any]]:
+    """The unmodified policies inside the search space, as points of Tune's parameter space."""
+    starts = [(name, start_values(policy, space)) for name, policy in task.policies.items()]
+    return [{"policy": name, **values} for name, values in starts if values is not None]
 
 
 def _same_values(values: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether two trials are of one policy; a searcher may hand numbers back through a logarithm."""
+    """Compare the values of two trials; floats with a tolerance, as searchers may transform them by a logarithm."""
     return values.keys() == wanted.keys() and all(
         math.isclose(value, wanted[path]) if isinstance(value, float) else value == wanted[path]
         for path, value in values.items()
@@ -220,7 +217,7 @@ def _policy(row: TrialRow, task: TrialSettings, name: str) -> Policy:
 
 
 def _param_space(space: SearchSpace, sweep: Sweep) -> dict[str, Any]:
-    """The space in Tune's own terms."""
+    """The search space as Tune's parameter space."""
     fields: dict[str, Range | Choice] = {"policy": Choice(space.policies), **space.fields}
     if sweep.searcher != "grid":
         return {path: _domain(field) for path, field in fields.items()}
@@ -237,16 +234,15 @@ def _domain(field: Range | Choice) -> Any:
     if isinstance(field, Choice):
         return tune.choice(list(field.options))
     if field.whole:
-        # Tune's own ends before the higher one.
+        # The upper bound of Tune is exclusive.
         low, high = int(field.low), int(field.high) + 1
         return tune.lograndint(low, high) if field.log else tune.randint(low, high)
     return tune.loguniform(field.low, field.high) if field.log else tune.uniform(field.low, field.high)
 
 
 def _tune_config(space: SearchSpace, task: TrialSettings, sweep: Sweep) -> tune.TuneConfig:
-    """Who chooses, and who ends trials early; the policies that a sweep starts from are tried first."""
-    starts = [(name, start_values(policy, space)) for name, policy in task.policies.items()]
-    points = [{"policy": name, **values} for name, values in starts if values is not None]
+    """Searcher and scheduler; the unmodified policies are the first trials, except in a grid."""
+    points = _start_points(task, space)
     single = task.ceiling is not None
     objective: dict[str, Any] = {"metric": "score", "mode": "max"}
     front_objective: dict[str, Any] = {"metric": ["AP_small", "passes"], "mode": ["max", "min"]}
@@ -268,14 +264,14 @@ def _tune_config(space: SearchSpace, task: TrialSettings, sweep: Sweep) -> tune.
 
 
 class ResumableAsha(ASHAScheduler):
-    """ASHA that knows, after a resume, what ended trials had reached: Tune does not keep its scheduler's memory."""
+    """ASHA that restores the results of finished trials after a resume, which Tune does not save."""
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Take up a trial; of one that has ended, what it came to at each step."""
+        """Add a trial; for a finished one, replay its result of each step."""
         super().on_trial_add(tune_controller, trial)
         if trial.is_finished() and trial.last_result:
             steps = trial.last_result[self._time_attr]
-            # Tune keeps the last ten of each figure.
+            # Tune keeps the last ten values of each metric.
             scores = list(trial.metric_n_steps[self._metric]["10"])[-steps:]
             for step, score in enumerate(scores, start=1):
                 self.on_trial_result(tune_controller, trial, {self._time_attr: step, self._metric: score})
@@ -295,11 +291,11 @@ def _row(result: Any, task: TrialSettings) -> TrialRow:
 
 
 class _Lines(tune.Callback):
-    """A line for each trial that ends.
+    """Callback that prints a line for each trial that ends.
 
     Args:
-        say: takes it.
-        total: trials in all, if it is known.
+        say: called with the line.
+        total: number of trials, if known.
     """
 
     def __init__(self, say: Callable[[str], None], total: int | None) -> None:
@@ -308,7 +304,7 @@ class _Lines(tune.Callback):
         self._ended = 0
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say what it came to."""
+        """Print the metrics of a finished trial."""
         self._ended += 1
         last = trial.last_result
         self._say(
@@ -317,122 +313,6 @@ class _Lines(tune.Callback):
         )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say that it failed; the sweep goes on."""
+        """Print that a trial failed; the sweep continues."""
         self._ended += 1
         self._say(f"trial {self._ended}{self._of}: {trial.trial_id} failed, the sweep goes on")
-
-
-@dataclass(frozen=True)
-class TrialSettings:
-    """What all trials of a sweep do alike.
-
-    Attributes:
-        policies: those that trials start from, by name.
-        networks: the detector and Scale Net.
-        annotations: address of the instances file.
-        folder: of the images.
-        subsets: how many images each step ends at, the last one all; what is stopped early saw fewer.
-        ceiling: the most detector passes an image; None to ask for the whole front.
-        max_pixels: larger images are refused before they are decoded.
-    """
-
-    policies: Mapping[str, Policy]
-    networks: NetworkSpec
-    annotations: str
-    folder: str
-    subsets: tuple[int, ...]
-    ceiling: float | None
-    max_pixels: int
-
-
-class RecursionTrial(tune.Trainable):
-    """A policy, step by step over more images; each step tells what it found on all of them so far.
-
-    Results: "AP_small", "AP", "AP_large" in percent, "passes" an image, "images_failed", "score" (AP_small, or below 0
-    by how far the passes exceed the ceiling), "hits" and "misses" of what was kept.
-    """
-
-    # What comes after the configuration is given by `tune.with_parameters`.
-    def setup(self, config: dict[str, Any], task: TrialSettings, keeper: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Load what all policies need; an actor goes on to its next trial with it."""
-        self._task = task
-        self._kept = PredictionCache(keeper)
-        self._dataset: CocoDataset = read_annotations(task.annotations)
-        self._detector = task.networks.load_detector(self._dataset.categories, self._dataset.unused_categories)
-        self._predictors: dict[str, Any] = {}
-        self._open_image = image_opener(task.folder, task.max_pixels)
-        self.reset_config(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another trial."""
-        self.config = new_config
-        values = {path: value for path, value in new_config.items() if path != "policy"}
-        self._policy = changed_policy(self._task.policies[new_config["policy"]], "trial", values)
-        self._kept.begin()
-        self._results: list[dict[str, Any]] = []
-        self._passes = 0.0
-        self._failed = self._done = 0
-        self._raised = RaisedOn()
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Work through the images up to the end of the next subset."""
-        self._kept.fetch()
-        end = next((size for size in self._task.subsets if size > self._done), self._task.subsets[-1])
-        for images, record in enumerate(self._dataset.images[self._done : end], start=self._done + 1):
-            self._work(record, no_more=images == self._task.subsets[-1])
-        self._done = end
-        self._kept.share()
-        ids = [record.image_id for record in self._dataset.images[:end]]
-        figures = evaluate(self._dataset, self._results, image_ids=ids)
-        passes = self._passes / max(1, end - self._failed)
-        ceiling = self._task.ceiling
-        return {
-            **{name: figures[name] for name in ("AP", "AP_small", "AP_large")},
-            "passes": passes,
-            "score": figures["AP_small"] if ceiling is None or passes <= ceiling else ceiling - passes,
-            "images": end,
-            "images_failed": self._failed,
-            "hits": self._kept.hits,
-            "misses": self._kept.misses,
-        }
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: a trial that is cut short begins anew, on what was kept."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing; see `save_checkpoint`."""
-
-    def _work(self, record: ImageRecord, *, no_more: bool) -> None:
-        try:
-            image = self._open_image(record)
-        except TileError:
-            self._failed += 1
-            return
-        result = recursive_detect(
-            image,
-            record.image_id,
-            self._policy,
-            detect=CachedDetector(self._detector, self._kept),
-            predict_scale=self._predictor(self._policy),
-        )
-        self._failed += result.failure is not None
-        self._raised.add(result.failure and result.failure.reason)
-        if self._raised.all_of_the_first(no_more=no_more):
-            raise fails_on_all(self._raised.reason, self._raised.images)
-        self._passes += result.detector_passes if result.failure is None else 0.0
-        self._results += to_results(record.image_id, result.detections, result.image_hw)
-
-    def _predictor(self, policy: Policy) -> Any:
-        """What tells scales to a policy, made once for all trials of this process."""
-        if not policy.needs_predictor:
-            return None
-        kind = "oracle" if policy.reads_truth else "scale net"
-        if kind not in self._predictors:
-            if kind == "oracle":
-                self._predictors[kind] = oracle_from(self._task.annotations)
-            else:
-                self._predictors[kind] = CachedScalePredictor(
-                    self._task.networks.load_scale_net(), self._detector, self._kept
-                )
-        return self._predictors[kind]

@@ -1,4 +1,4 @@
-"""Errors of workers, as Ray hands them on, told apart: the user's own error again, or a bug with the worker's trace."""
+"""Convert errors that workers raised through Ray: user errors are raised again, bugs as `WorkerError`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _CHAINED = re.compile(
 )
 _LAST_LINE = re.compile(r"^(?P<name>[A-Za-z_][\w.]*)(?:: (?P<message>.*))?$")
 _COLOUR = re.compile(r"\x1b\[\d*m")
-_USERS = {f"{UserError.__module__}.{name}" for name in ("UserError", "TileError")}
+_USER_ERRORS = {f"{UserError.__module__}.{name}" for name in ("UserError", "TileError")}
 
 
 @contextmanager
 def workers_errors() -> Iterator[None]:
-    """What a worker raised and Ray passes on leaves the block as `from_worker` has it."""
+    """Convert a Ray error that leaves the block with `from_worker`."""
     try:
         yield
     except RayError as error:
@@ -33,13 +33,13 @@ def workers_errors() -> Iterator[None]:
 
 
 def from_worker(error: Exception) -> Exception:
-    """What a worker raised.
+    """Convert the error of a worker.
 
     Args:
-        error: as it came through Ray.
+        error: the error that Ray raised.
 
     Returns:
-        The `UserError` or `OSError` that the worker raised, else a `WorkerError` with its trace.
+        The `UserError` or `OSError` that the worker raised, else a `WorkerError` with its traceback.
     """
     cause = error
     while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
@@ -51,7 +51,7 @@ def from_worker(error: Exception) -> Exception:
     if raised is None:
         return WorkerError(f"{type(error).__name__}: {trace.splitlines()[-1] if trace else ''}", trace)
     name, message = raised
-    if name in _USERS:
+    if name in _USER_ERRORS:
         return UserError(message)
     builtin = getattr(builtins, name, None)
     if isinstance(builtin, type) and issubclass(builtin, OSError):
@@ -61,18 +61,18 @@ def from_worker(error: Exception) -> Exception:
 
 
 def with_message(error: Exception, message: str) -> Exception:
-    """An error of `from_worker` with more words: still the user's to correct, or still a bug with the same trace."""
+    """An error of `from_worker` with another message; a `WorkerError` keeps its traceback."""
     return WorkerError(message, error.trace) if isinstance(error, WorkerError) else UserError(message)
 
 
 def _raised(trace: str) -> tuple[str, str] | None:
-    """The name of the exception in a trace, and its message in one line; Ray's own wrap others and are passed over."""
-    found = [_last_line(block) for block in _CHAINED.split(trace)]
-    return next((one for one in reversed(found) if one and not one[0].startswith("ray.")), None)
+    """(name, one-line message) of the last exception in a traceback that is not one of Ray's wrappers."""
+    exceptions = [_last_line(block) for block in _CHAINED.split(trace)]
+    return next((raised for raised in reversed(exceptions) if raised and not raised[0].startswith("ray.")), None)
 
 
 def _last_line(block: str) -> tuple[str, str] | None:
-    """The line after the last frame, with what follows it: a message may have many lines."""
+    """(name, message) from the lines after the last frame; messages may have several lines."""
     lines = block.strip().splitlines()
     last_frame = max((i for i, line in enumerate(lines) if line.startswith("  File ")), default=-1)
     for i, line in enumerate(lines[last_frame + 1 :], start=last_frame + 1):

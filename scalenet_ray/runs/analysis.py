@@ -1,6 +1,6 @@
-"""What a finished evaluation has to say beyond its figures: intervals, curves, errors, objects gained and lost.
+"""Analysis of a finished run: bootstrap intervals, precision-recall curves, error types, objects gained and lost.
 
-Runs as a Ray task, from the run folder and the annotations alone.
+Needs the run folder and the annotations only; runs as a Ray task.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scalenet_ray.data.schemas import detections_from_structs
 from scalenet_ray.evaluation.ap import match_results, precision_curves
 from scalenet_ray.evaluation.compare import are_new, found_and_lost, gained_and_lost, paired_intervals
 from scalenet_ray.evaluation.tide import Explained, error_breakdown, explain
-from scalenet_ray.runs.documents import ClassCounts, DetectionAnalysis, EvaluationAnalysis, FoundCounts, ImageChanges
+from scalenet_ray.runs.documents import ClassCounts, DetectionAnalysis, EvaluationAnalysis, ImageChanges
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.results import detections_by_image
 from scalenet_ray.runs.summary import coco_results
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 INTERVALS_UP_TO = 5000
-"""Images up to which the bootstrap's intervals are made unasked: it takes time in proportion to them."""
+"""Bootstrap intervals are computed by default up to this many images: their time grows with the number of images."""
 
 
 _LISTED_IMAGES = 2000
@@ -39,21 +39,21 @@ _LISTED_IMAGES = 2000
 def analyse_run(
     run_uri: str, policies: Sequence[str], baseline: str, annotations: str, image_ids: Sequence[int], intervals: bool
 ) -> EvaluationAnalysis:
-    """Look through all policies' detections once.
+    """Analyse the detections of all policies.
 
     Args:
-        run_uri: the run folder, all policies worked through.
+        run_uri: the run folder, with all policies finished.
         policies: their names.
-        baseline: the one that the others are compared with.
+        baseline: the policy that the others are compared with.
         annotations: address of the instances file.
-        image_ids: the images that count.
-        intervals: whether to draw the paired bootstrap's intervals.
+        image_ids: the images to evaluate.
+        intervals: whether to compute paired bootstrap intervals.
 
     Returns:
-        "compared_with"; "shown_score"; "differences" (`paired_intervals`; {} if not asked for); "curves": policy ->
-        `precision_curves`; "errors": policy -> `error_breakdown`; "changes": policy -> `gained_and_lost`; "images": a
-        row each for those that changed most, with "id", "objects", "labels" of its objects, and "by": policy ->
-        [found, gained, lost].
+        "compared_with"; "shown_score"; "differences" (`paired_intervals`; {} without `intervals`); "curves": policy ->
+        `precision_curves`; "errors": policy -> `error_breakdown`; "changes": policy -> `gained_and_lost`; "images": one
+        row per image, for the images that changed most: "id", "objects" (their number), "labels" (of its objects), and
+        "by": policy -> [found, gained, lost].
     """
     run, dataset = RunFolder(run_uri), read_annotations(annotations)
     matched = {name: match_results(dataset, coco_results(run, name), image_ids=image_ids) for name in policies}
@@ -77,7 +77,7 @@ def analyse_run(
 
 def _explain_all(run: RunFolder, policy: str, dataset: CocoDataset, image_ids: Sequence[int]) -> list[Explained]:
     found = dict(detections_by_image(run, policy))
-    return [explain(found.get(each, Detections.empty()), objects_of(dataset, each)) for each in image_ids]
+    return [explain(found.get(image_id, Detections.empty()), objects_of(dataset, image_id)) for image_id in image_ids]
 
 
 def _image_rows(
@@ -96,18 +96,18 @@ def _image_rows(
 
 
 def _most_changed(rows: list[ImageChanges]) -> list[ImageChanges]:
-    """The rows that change most under any policy, in the images' order: all of COCO would be too long a page."""
+    """The rows with the most changes under any policy, in the order of the images."""
     by_change = sorted(
         rows, key=lambda row: -max((gained or 0) + (lost or 0) for _, gained, lost in row["by"].values())
     )
-    kept = {row["id"] for row in by_change[:_LISTED_IMAGES]}
-    return [row for row in rows if row["id"] in kept]
+    listed = {row["id"] for row in by_change[:_LISTED_IMAGES]}
+    return [row for row in rows if row["id"] in listed]
 
 
 def whole_passes(run: RunFolder, policy: str) -> Iterator[tuple[int, Detections]]:
-    """What the pass over each whole image found alone (`ImageResult.whole_pass`), image after image.
+    """Iterate over (image id, detections of the pass over the whole image alone, `ImageResult.whole_pass`).
 
-    Images without such a pass, and those of older versions, are left out.
+    Images without such a pass, and images of older versions, are skipped.
     """
     table = run.table("images", policy, ["image_id", "whole_pass"])
     for image_id, boxes in zip(table.column("image_id").to_pylist(), table.column("whole_pass"), strict=True):
@@ -116,30 +116,29 @@ def whole_passes(run: RunFolder, policy: str) -> Iterator[tuple[int, Detections]
 
 
 def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> DetectionAnalysis:
-    """What one policy found without ground truth, and what of that the whole image's pass alone would have found.
+    """Compare a policy's detections with those of its pass over the whole image, without ground truth.
 
-    A box is new if it overlaps none of that pass by half (`are_new`), and one of that pass is lost if no box of the
-    policy overlaps it so. Boxes count from `SHOWN_SCORE` on.
+    A box is new if it does not match any box of the whole image's pass (`are_new`); a box of that pass is lost if no
+    box of the policy matches it. Boxes that score less than `SHOWN_SCORE` are ignored.
 
     Args:
-        run_uri: the run folder, the policy worked through.
-        policy: its name.
-        image_ids: the images that count.
+        run_uri: the run folder, with the policy finished.
+        policy: the policy's name.
+        image_ids: the images to analyse.
 
     Returns:
-        "shown_score"; "images": rows as those of `analyse_run`, where gained are the new boxes, and gained and lost are
-        None for an image without a pass over the whole; "found": "boxes", "images" (that have one), "compared" (images
-        with a pass over the whole; 0 if there is nothing to compare with), of these "after" (boxes), "before" (boxes of
-        those passes), "new" and "lost", and "by_class": a row for each class, the most frequent first, with "label",
-        "boxes", "images", "after", "before", "new" and "lost".
+        "shown_score"; "images": rows as in `analyse_run`, where new boxes are gained, and gained and lost are None for
+        an image without a pass over the whole image; "found": "boxes", "images" (with at least one box), "compared"
+        (images with a pass over the whole image), and on those "after" (boxes), "before" (boxes of that pass), "new",
+        "lost"; and "by_class", rows of "label" and the same counts, by descending "boxes".
     """
     run = RunFolder(run_uri)
-    alone = dict(whole_passes(run, policy))
-    found = {each: boxes[boxes.scores >= SHOWN_SCORE] for each, boxes in detections_by_image(run, policy)}
+    whole = dict(whole_passes(run, policy))
+    found = {image_id: boxes[boxes.scores >= SHOWN_SCORE] for image_id, boxes in detections_by_image(run, policy)}
     counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
     rows: list[ImageChanges] = []
     for image_id in image_ids:
-        after, before = found.get(image_id, Detections.empty()), alone.get(image_id)
+        after, before = found.get(image_id, Detections.empty()), whole.get(image_id)
         for label in np.unique(after.labels).tolist():
             counts[label]["images"] += 1
         changes: list[int | None] = [None, None]
@@ -152,9 +151,9 @@ def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> D
                 "lost": before[are_new(before, after)],
             }
             changes = [len(shown["new"]), len(shown["lost"])]
-        for what, boxes in shown.items():
+        for name, boxes in shown.items():
             for label in boxes.labels.tolist():
-                counts[label][what] += 1
+                counts[label][name] += 1
         rows.append(
             {
                 "id": image_id,
@@ -170,7 +169,7 @@ def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> D
     found_counts = {
         **{name: sum(count[name] for count in counts.values()) for name in names},
         "images": sum(bool(row["by"][policy][0]) for row in rows),
-        "compared": len(alone.keys() & set(image_ids)),
+        "compared": len(whole.keys() & set(image_ids)),
         "by_class": sorted(by_class, key=lambda row: (-row["boxes"], row["label"])),
     }
     return {

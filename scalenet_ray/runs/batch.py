@@ -1,11 +1,11 @@
-"""One policy over many images into a run folder: what every batch job does, whatever its engine."""
+"""Run one policy over many images and write the results to a run folder, with any engine."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -18,7 +18,9 @@ from scalenet_ray.core.timing import measured
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import ImageRecord, safe_file_name
 from scalenet_ray.data.images import read_image
-from scalenet_ray.runs.folder import SECONDS_WORTH_A_RATE, RunFolder, ShardWriter
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.shard_writer import ShardWriter
+from scalenet_ray.runs.shards import MIN_RATE_SECONDS
 
 __all__ = [
     "Progress",
@@ -37,34 +39,34 @@ _SECONDS_BETWEEN_SHARDS = 30.0
 
 
 class Stream(Protocol):
-    """Finished images as they finish, and a way to say that they are written."""
+    """Iterable over image results in the order in which they finish."""
 
     def __iter__(self) -> Iterator[ImageResult]:
-        """Yields each image once."""
+        """Yield the result of each image once."""
         ...
 
     def commit(self, image_ids: Iterable[int]) -> None:
-        """These images are written."""
+        """Acknowledge that the results of these images are written."""
         ...
 
     def seconds_at_work(self) -> float:
-        """Seconds since the first image was leased or begun to be read; 0 before."""
+        """Seconds since work on the first image began; 0 before."""
         ...
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a policy is.
+    """Progress of a policy.
 
     Attributes:
         policy: its name.
         done: images finished, those of an earlier, resumed run included.
         total: images in all.
-        failed: images given up in this run.
-        tiles: tiles worked on in this run.
+        failed: images that failed in this run.
+        tiles: tiles processed in this run.
         images: images finished in this run.
-        seconds: from the first image that was begun in this run to the last that was finished: start-up is left out.
-        elapsed: seconds since this run of the policy began, start-up included.
+        seconds: from the start of the first image of this run to the end of the last; start-up excluded.
+        elapsed: seconds since this run of the policy began; start-up included.
     """
 
     policy: str
@@ -78,16 +80,16 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Images of this run over the time that they took; 0 while there is none."""
+        """Images per second of this run; 0 before the first image."""
         return self.images / self.seconds if self.seconds > 0 else 0.0
 
     def standing(self, more: int) -> str:
-        """How far the policy is in words, with so many images more than are counted here."""
+        """The progress in words, with `more` finished images added."""
         return f"{self.policy}: {self.done + more} of {self.total} done"
 
     def __str__(self) -> str:
         """One line for the terminal."""
-        rate = self.images_per_second if self.seconds >= SECONDS_WORTH_A_RATE else None
+        rate = self.images_per_second if self.seconds >= MIN_RATE_SECONDS else None
         left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "starting"
         if self.done == self.total:
             left = "done"
@@ -105,20 +107,20 @@ def _open(record: ImageRecord, folder: str | None, max_pixels: int) -> np.ndarra
 
 
 def image_opener(folder: str | None, max_pixels: int) -> Callable[[ImageRecord], np.ndarray]:
-    """How readers open an image.
+    """A picklable function that opens an image.
 
     Args:
-        folder: where `file_name`s are; None if they are whole addresses.
+        folder: the folder of the `file_name`s; None if they are full addresses.
         max_pixels: larger images are refused before they are decoded.
 
     Returns:
-        A picklable function: record -> [h, w, 3] uint8 RGB, or `TileError`.
+        record -> [h, w, 3] uint8 RGB; raises `TileError`.
     """
     return partial(_open, folder=folder, max_pixels=max_pixels)
 
 
 def _check_same_files(records: Sequence[ImageRecord], written: Mapping[int, str]) -> None:
-    """An id that stands for another file by now would lend an image the results of another."""
+    """Check that each image id still refers to the same file."""
     for record in records:
         before = written.get(record.image_id, record.file_name)
         if before != record.file_name:
@@ -138,23 +140,23 @@ def run_policy(
     *,
     retry_failed: bool = False,
 ) -> Progress:
-    """Work through all images that the run folder does not have yet, and write them there.
+    """Process all images that are not in the run folder yet, and write their results.
 
-    What ends it early, an interruption or an error, is raised once all finished images are written.
+    If an error or an interrupt ends it early, all finished images are written before it is raised.
 
     Args:
         records: all images of the run.
         policy: the policy's name.
-        start: the images left -> their stream.
+        start: starts a stream over the remaining images.
         run: the run folder.
         report: called with the progress every few seconds.
-        retry_failed: also try those again that failed before; what comes of it replaces the record of the failure.
+        retry_failed: also process images again that failed before; the new result replaces the failure.
 
     Returns:
         The progress at the end.
 
     Raises:
-        UserError: if an image that is written already was another file, or a finished shard is damaged.
+        UserError: if an image id of the run folder refers to another file now, or a finished shard is damaged.
     """
     begun = time.monotonic()
     finished: dict[int, str] = {}
@@ -166,15 +168,15 @@ def run_policy(
             for image_id in run.find_failures([policy]).column("image_id").to_pylist():
                 del finished[image_id]
     left = [record for record in records if record.image_id not in finished]
-    state = Progress(policy, len(records) - len(left), len(records))
+    state = Progress(policy, done=len(records) - len(left), total=len(records))
     run.standing = state.standing(0)
     if not left:
         return state
     with measured():
-        return _work_through(left, state, start, run, report, begun)
+        return _process(left, state, start, run, report, begun)
 
 
-def _work_through(
+def _process(
     left: Sequence[ImageRecord],
     before: Progress,
     start: Callable[[Sequence[ImageRecord]], Stream],
@@ -182,6 +184,7 @@ def _work_through(
     report: Callable[[Progress], None],
     begun: float,
 ) -> Progress:
+    """Process the images that are left, with the progress of earlier drivers in `before`."""
     policy, at_work = before.policy, run.seconds_at_work(before.policy)
     state = before
     stream = start(left)
@@ -200,14 +203,20 @@ def _work_through(
             _log(result, policy, records[result.image_id].file_name)
             failed += result.failure is not None
             tiles += result.tiles
-            state = Progress(
-                policy, before.done + images, before.total, failed, tiles, images, now - first, now - begun
+            state = replace(
+                before,
+                done=before.done + images,
+                failed=failed,
+                tiles=tiles,
+                images=images,
+                seconds=now - first,
+                elapsed=now - begun,
             )
             if result.failure is None or result.failure.stage != "read":
                 raised.add(result.failure and result.failure.reason)
             if raised.all_of_the_first(no_more=images == len(left)):
                 writer.flush()
-                _end_unless_some_are_done(raised, run, policy)
+                _stop_if_all_failed(raised, run, policy)
             if now - written > _SECONDS_BETWEEN_SHARDS:
                 writer.flush()
                 written = now
@@ -220,15 +229,15 @@ def _work_through(
     return state
 
 
-def _end_unless_some_are_done(raised: RaisedOn, run: RunFolder, policy: str) -> None:
-    """End a run whose detector raises on every image: on millions it would do the same."""
+def _stop_if_all_failed(raised: RaisedOn, run: RunFolder, policy: str) -> None:
+    """Raise if the detector has raised on every image so far, and would on all others."""
     stages = run.table("images", policy, ["image_id", "failure_stage"]).column("failure_stage")
     if not stages.null_count:
         raise fails_on_all(raised.reason, raised.images)
 
 
 def _log(result: ImageResult, policy: str, file: str) -> None:
-    """A warning for an image that was given up, and a note of the limits that acted on one, with what names it."""
+    """Log a failed image as a warning, and the limits that were hit at debug level."""
     about = {"policy": policy, "image_id": result.image_id, "file": file}
     if result.failure is not None:
         stage, reason = result.failure

@@ -1,4 +1,4 @@
-"""A run folder's detections in other tools' formats."""
+"""Export the detections of a run to formats of other tools."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ExportFormat = Literal["coco", "parquet", "yolo", "supervision", "fiftyone"]
 
 
 EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
-"""What `export_run` writes."""
+"""The formats of `export_run`."""
 
 
 _PLACES = {
@@ -50,13 +50,13 @@ _PLACES = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Summary of an export.
 
     Attributes:
-        policy: whose detections.
-        images: how many images they are of, those in which nothing was found included.
-        detections: how many.
-        failed: images that the run gave up; they are left out.
+        policy: the policy's name.
+        images: number of exported images, those without detections included.
+        detections: number of exported detections.
+        failed: number of failed images, which are not exported.
         uri: the file or folder.
     """
 
@@ -73,19 +73,19 @@ class Exported:
 
 
 class _Source(NamedTuple):
-    """What a writer needs: the images, one after the other, and the categories' names by id."""
+    """Input of a writer: the images, and category id -> name."""
 
     images: Iterator[StoredImage]
     names: dict[int, str]
 
     @property
     def positions(self) -> dict[int, int]:
-        """Category id -> its position among the ids, from 0: formats without ids count so."""
+        """Category id -> index in ascending order of ids, for formats without ids."""
         return {category_id: i for i, category_id in enumerate(sorted(self.names))}
 
     @property
     def classes(self) -> list[str]:
-        """The names in that order."""
+        """Category names in ascending order of ids."""
         return [self.names[category_id] for category_id in sorted(self.names)]
 
 
@@ -101,22 +101,21 @@ def export_run(
     Args:
         run_uri: the run folder of `eval_coco` or `detect`, local or s3://; it need not be finished.
         to: the format.
-        policy: whose detections; None for the run's first policy.
+        policy: the policy; None for the run's first one.
         output: a file, or a folder for yolo and fiftyone; None for one under `exports/` in the run folder.
-        score_threshold: detections that score less are left out.
+        score_threshold: minimum score of exported detections.
 
     Raises:
         FileNotFoundError: if there is no such run.
-        FileExistsError: if a folder to write into has label files already.
-        UserError: if the run has no such policy, or does not say its categories' names, or two images would share one
-            label file.
+        FileExistsError: if the output folder already has label files.
+        UserError: if the run has no such policy or no category names yet, or two images would share a label file.
     """
     if to not in EXPORT_FORMATS:
         msg = f"the format must be one of {', '.join(EXPORT_FORMATS)}, got {to!r}"
         raise UserError(msg)
     run = RunFolder(run_uri)
     settings = _settings(run)
-    named = [one["name"] for one in settings["policies"]]
+    named = [settings_of_policy["name"] for settings_of_policy in settings["policies"]]
     name = str(named[0]) if policy is None else policy
     if name not in named:
         msg = f"--policy must be one of the run's, {', '.join(named)}, got {name!r}"
@@ -125,16 +124,22 @@ def export_run(
     counts = {"images": 0, "detections": 0}
 
     def images() -> Iterator[StoredImage]:
-        """The images with what scores enough, counted as they pass."""
+        """Filter each image's detections by score, and count images and detections."""
         for image in image_results(run, name):
-            kept = image.detections[image.detections.scores >= score_threshold]
+            detections = image.detections[image.detections.scores >= score_threshold]
             counts["images"] += 1
-            counts["detections"] += len(kept)
-            yield image._replace(detections=kept)
+            counts["detections"] += len(detections)
+            yield image._replace(detections=detections)
 
     _WRITERS[to](_Source(images(), _category_names(run, settings)), uri, name)
     done = run.table("images", name, ["image_id"]).num_rows
-    return Exported(name, counts["images"], counts["detections"], done - counts["images"], uri)
+    return Exported(
+        policy=name,
+        images=counts["images"],
+        detections=counts["detections"],
+        failed=done - counts["images"],
+        uri=uri,
+    )
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:
@@ -149,7 +154,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
 
 
 def _category_names(run: RunFolder, settings: dict[str, Any]) -> dict[int, str]:
-    """Category id -> name: a detection run says them at its end, an evaluation's are its annotations'."""
+    """Category id -> name, from the annotations of an evaluation or the metrics.json of a detection run."""
     if "data" in settings:
         return images_and_categories(annotations_uri(settings["data"], settings["split"])).categories
     metrics = storage.join(run.uri, "metrics.json")
@@ -170,10 +175,10 @@ def _write_coco(source: _Source, uri: str, policy: str) -> None:
 
 
 def _write_parquet(source: _Source, uri: str, policy: str) -> None:
-    """Schema DETECTIONS, and each row's category and file by name."""
+    """Write schema DETECTIONS with the columns `category` (name) and `file`."""
     schema = DETECTIONS.append(pa.field("category", pa.string())).append(pa.field("file", pa.string()))
     with storage.atomic_writer(uri) as handle, pq.ParquetWriter(handle, schema) as writer:
-        for images in _in_lots(source.images):
+        for images in _batched(source.images):
             rows = detections_table([_as_result(image) for image in images], policy)
             files = np.repeat([image.file for image in images], [len(image.detections) for image in images])
             categories = [source.names[label] for label in rows.column("category_id").to_pylist()]
@@ -181,23 +186,33 @@ def _write_parquet(source: _Source, uri: str, policy: str) -> None:
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def _in_lots(images: Iterator[StoredImage], count: int = 256) -> Iterator[list[StoredImage]]:
-    lot: list[StoredImage] = []
+def _batched(images: Iterator[StoredImage], count: int = 256) -> Iterator[list[StoredImage]]:
+    batch: list[StoredImage] = []
     for image in images:
-        lot.append(image)
-        if len(lot) == count:
-            yield lot
-            lot = []
-    if lot:
-        yield lot
+        batch.append(image)
+        if len(batch) == count:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _as_result(image: StoredImage) -> ImageResult:
-    return ImageResult(image.image_id, image.detections, None, 0, 0, 0, 0.0, {}, image.hw)
+    return ImageResult(
+        image_id=image.image_id,
+        detections=image.detections,
+        failure=None,
+        tiles=0,
+        look_pixels=0,
+        detector_pixels=0,
+        detector_passes=0.0,
+        guards={},
+        image_hw=image.hw,
+    )
 
 
 def _write_supervision(source: _Source, uri: str, policy: str) -> None:
-    """The table that supervision's CSVSink writes, with the image's id and file as custom columns."""
+    """Write the table of supervision's CSVSink, with the image's id and file as custom columns."""
     del policy
     with storage.atomic_writer(uri) as handle:
         text = io.TextIOWrapper(handle, "utf-8", newline="")
@@ -212,7 +227,7 @@ def _write_supervision(source: _Source, uri: str, policy: str) -> None:
 
 
 def _write_yolo(source: _Source, uri: str, policy: str) -> None:
-    """labels/NAME.txt for every image, empty where nothing was found; classes.txt and data.yaml."""
+    """Write labels/NAME.txt for every image, classes.txt and data.yaml."""
     del policy
     _refuse_old_labels(storage.join(uri, "labels"))
     for stem, image in _by_stem(list(source.images)):
@@ -232,7 +247,7 @@ def _refuse_old_labels(folder: str) -> None:
 
 
 def _write_fiftyone(source: _Source, uri: str, policy: str) -> None:
-    """labels.json as a FiftyOneImageDetectionDataset has it; the images stay where they are (its data_path)."""
+    """Write labels.json of a FiftyOneImageDetectionDataset; the images are its data_path and are not copied."""
     del policy
     labels = {
         stem: fiftyone_objects(image.detections, image.hw, source.positions)
@@ -243,20 +258,20 @@ def _write_fiftyone(source: _Source, uri: str, policy: str) -> None:
 
 
 def _by_stem(images: Sequence[StoredImage]) -> Iterator[tuple[str, StoredImage]]:
-    """Each image with its file's path below the images' folder, without its suffix: what label files are named by.
+    """Iterate over (stem of the label file, image): the stem is the path below the images' folder without its suffix.
 
     Raises:
-        UserError: if two images have the same.
+        UserError: if two images have the same stem.
     """
     files = [image.file for image in images]
     if files and all(file.startswith("/") or "://" in file for file in files):
-        # Listed by their addresses: what all of them share is the images' folder.
+        # Full addresses: their common prefix is the images' folder.
         shared = posixpath.commonprefix([file.rpartition("/")[0] + "/" for file in files]).rpartition("/")[0]
         files = [file[len(shared) :].lstrip("/") for file in files]
     stems = [posixpath.splitext(safe_file_name(file))[0] for file in files]
-    twice = [stem for stem, count in Counter(stems).items() if count > 1]
-    if twice:
-        msg = f"two images would share the label file {twice[0]}: give them names that differ before the suffix"
+    duplicates = [stem for stem, count in Counter(stems).items() if count > 1]
+    if duplicates:
+        msg = f"two images would share the label file {duplicates[0]}: give them names that differ before the suffix"
         raise UserError(msg)
     yield from zip(stems, images, strict=True)
 

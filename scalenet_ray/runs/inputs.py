@@ -1,10 +1,10 @@
-"""What a run works on, as its folder remembers it: images keep their ids, and other annotations are refused.
+"""Inputs of a run: image ids stay the same when it is resumed, and changed annotations are refused.
 
-    inputs.parquet        the images that the run was ever given (schema INPUTS), and which of them count now
-    annotations.parquet   of a data set with ground truth: its categories, and a digest of each annotation
+    inputs.parquet        all images that were ever an input of the run (schema INPUTS), and which of them are now
+    annotations.parquet   for a data set with ground truth: its categories, and a digest of each annotation
 
-Images that are listed have no ids of their own: they are known by their files. On resuming, a file that the run knows
-keeps its id, whatever was added or removed meanwhile; another one gets an id above all that were used.
+Images listed from a folder have no ids of their own and are identified by their files. When a run is resumed, a known
+file keeps its id, whatever files were added or removed meanwhile; a new file gets an id above all used ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import pyarrow as pa
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import ImageRecord, read_annotations
-from scalenet_ray.runs.folder import INPUTS, RunFolder
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.tables import INPUTS
 
 __all__ = [
     "annotation_digests",
@@ -40,24 +41,24 @@ _CATEGORIES = b"categories"
 
 
 def keep_image_ids(run: RunFolder, listed: Sequence[ImageRecord], images: str, policy: str) -> list[ImageRecord]:
-    """Number listed images as the run knows them, and note them in its folder.
+    """Assign ids to listed images, the same as before in a resumed run, and write them to inputs.parquet.
 
     Args:
         run: the run folder, begun.
         listed: the images as they are listed now, in order of their addresses, numbered from 1.
-        images: the folder, glob or file that they are listed from. If it is at another place by now, and no longer at
-            the one before, files are known by their paths below it.
-        policy: the run's, whose shards know the images of a run of an older version.
+        images: the folder, glob or file that they are listed from. If it was moved, files are identified by their
+            paths below it.
+        policy: the run's policy; a run of an older version has its images in the policy's shards alone.
 
     Returns:
-        The images with the ids that count, in order of them.
+        The images with their ids, in order of id.
     """
     folder, table = _folder_of(images), run.inputs()
     if table is None:
         known = {file: image_id for image_id, file in run.finished(policy).items()}
     else:
         known = dict(zip(table.column("file").to_pylist(), table.column("image_id").to_pylist(), strict=True))
-        begun_in = _note(table, _FOLDER, f"{run.uri}/inputs.parquet")
+        begun_in = _metadata_value(table, _FOLDER, f"{run.uri}/inputs.parquet")
         if begun_in != folder and not storage.exists(begun_in):
             known = {_moved(file, begun_in, folder): image_id for file, image_id in known.items()}
     files = {image_id: file for file, image_id in known.items()}
@@ -66,7 +67,7 @@ def keep_image_ids(run: RunFolder, listed: Sequence[ImageRecord], images: str, p
         and files.get(record.image_id, record.file_name) == record.file_name
         for record in listed
     )
-    # In a new run, or one of an older version whose folder is as it was, an image's place is its id.
+    # In a new run, or in one of an older version whose folder is unchanged, the listed numbers are the ids.
     if table is not None or not in_place:
         unused = count(max(files, default=0) + 1)
         ids = (known[record.file_name] if record.file_name in known else next(unused) for record in listed)
@@ -94,9 +95,15 @@ def _write_inputs(
     run: RunFolder, given: Iterable[ImageRecord], gone: Iterable[ImageRecord], metadata: Mapping[bytes, bytes]
 ) -> None:
     rows = [
-        {"image_id": one.image_id, "file": one.file_name, "height": one.height, "width": one.width, "counts": counts}
-        for records, counts in ((given, True), (gone, False))
-        for one in records
+        {
+            "image_id": record.image_id,
+            "file": record.file_name,
+            "height": record.height,
+            "width": record.width,
+            "counts": is_input,
+        }
+        for records, is_input in ((given, True), (gone, False))
+        for record in records
     ]
     table = pa.Table.from_pylist(rows, INPUTS).sort_by("image_id")
     run.write_table("inputs.parquet", table.replace_schema_metadata(dict(metadata)))
@@ -106,7 +113,7 @@ def _write_inputs(
 
 
 def annotation_digests(annotations: str, image_ids: Collection[int]) -> pa.Table:
-    """A digest of each annotation of some images: 12 bytes an object, whatever it says.
+    """Digests of the annotations of some images, 12 bytes per object.
 
     Args:
         annotations: address of the instances file; raises as `read_annotations` does.
@@ -129,18 +136,18 @@ def annotation_digests(annotations: str, image_ids: Collection[int]) -> pa.Table
 def check_ground_truth(
     run: RunFolder, images: Sequence[ImageRecord], categories: Mapping[int, str], digests: pa.Table
 ) -> None:
-    """Refuse to go on with a run on other images, categories or objects than it was begun with; note them in a new one.
+    """Check that a resumed run has the images, categories and annotations that it was begun with.
 
-    A run of an older version has no note: it gets one now.
+    A new run, and one of an older version that did not store them, stores them now.
 
     Args:
         run: the run folder, begun.
-        images: the images that count.
+        images: the images to evaluate.
         categories: id -> name.
         digests: of their annotations, from `annotation_digests`.
 
     Raises:
-        UserError: it names one difference.
+        UserError: if they differ; it names one difference.
     """
     before, then = run.inputs(), run.read_table("annotations.parquet")
     if before is None or then is None:
@@ -148,8 +155,9 @@ def check_ground_truth(
         run.write_table("annotations.parquet", digests.replace_schema_metadata(names))
         _write_inputs(run, images, [], {})
         return
+    old_categories = dict(json.loads(_metadata_value(then, _CATEGORIES, f"{run.uri}/annotations.parquet")))
     difference = (
-        _category_that_differs(dict(json.loads(_note(then, _CATEGORIES, f"{run.uri}/annotations.parquet"))), categories)
+        _category_that_differs(old_categories, categories)
         or _image_that_differs(before, images)
         or _annotation_that_differs(then, digests)
     )
@@ -158,8 +166,8 @@ def check_ground_truth(
         raise UserError(msg)
 
 
-def _note(table: pa.Table, name: bytes, uri: str) -> str:
-    """What a table of a run folder holds beside its rows."""
+def _metadata_value(table: pa.Table, name: bytes, uri: str) -> str:
+    """A value in the schema metadata of a table of the run folder."""
     metadata = table.schema.metadata or {}
     if name not in metadata:
         msg = f"{uri} must be as a run wrote it, got one without {name.decode()}: give another --output"

@@ -1,4 +1,4 @@
-"""The whole job in one process, image after image: for small jobs, notebooks, and as the measure of the rest."""
+"""Run a policy in one process without Ray, for small jobs and notebooks, and as the reference for the Ray engine."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = [
 
 
 class LocalStream:
-    """`ImageStream` without Ray: `recursive_detect` on one image after the other.
+    """Stream of image results from `recursive_detect`, one image at a time.
 
     Args:
         images: the images.
         policy: the policy.
-        networks: how the networks are made.
-        open_image: how an image is read.
+        networks: factories of the networks.
+        open_image: opens an image.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class LocalStream:
         self._began: float | None = None
 
     def __iter__(self) -> Iterator[ImageResult]:
-        """Yields each image once, in order."""
+        """Yield the result of each image, in order."""
         policy = self._policy
         detect = self._networks.detect()
         needs_map = policy.needs_predictor
@@ -57,8 +57,8 @@ class LocalStream:
             yield recursive_detect(image, record.image_id, policy, detect=detect, predict_scale=predict_scale)
 
     def commit(self, image_ids: Iterable[int]) -> None:
-        """Nothing is remembered, so there is nothing to forget."""
+        """Do nothing: no state is kept per image."""
 
     def seconds_at_work(self) -> float:
-        """Seconds since the first image was begun to be read; 0 before."""
+        """Seconds since the first image was opened; 0 before."""
         return 0.0 if self._began is None else time.monotonic() - self._began

@@ -1,10 +1,14 @@
-"""One driver to a run folder: a lock that a dead driver does not hold for ever.
+"""Lock of a run folder: one driver at a time, and a dead driver's lock can be taken over.
 
-A local folder is locked by the kernel (`flock`), which lets go when the process ends, however it ends. On S3 the
-lock is an object, `driver.lock`, written on the condition that there is none, and written again every few seconds
-while the driver lives: its beat. Whoever wants to take over watches it: a lock whose object does not change for
-`_STALE_SECONDS` is a dead driver's. No two clocks are compared. A driver that was only paused, and finds another's
-lock in the place of its own, stops before it writes anything more.
+A local folder is locked by the kernel (`flock`), which releases the lock when the process ends. On S3 the lock is an
+object, `driver.lock`, created on the condition that it does not exist and renewed every few seconds by a thread. To
+take it over, another driver watches it: the lock is stale if it does not change for `_STALE_SECONDS`. Clocks of
+different machines are not compared. A driver that was paused and finds that its lock was taken over stops before its
+next write.
+
+The lock is renewed by a thread and not at each write of results, because a living driver may write nothing for an
+hour: an epoch of a training, the evaluation at the end of a run, the start of a cluster. A stale time above that would
+make every resume after a crash wait as long.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ import os
 import platform
 import threading
 import time
+from abc import ABC, abstractmethod
 from types import TracebackType
-from typing import Protocol
+from typing import Self
 from uuid import uuid4
 
 from scalenet_ray.data import storage
@@ -30,28 +35,31 @@ __all__ = [
 _NAME = "driver.lock"
 
 
-_BEAT_SECONDS = 5.0
+_HEARTBEAT_SECONDS = 5.0
 
 
 _STALE_SECONDS = 30.0
 
 
-class RunLock(Protocol):
-    """A lock that is held. As a context manager it is released at the end, also when the block raises."""
+class RunLock(ABC):
+    """A lock that is held. As a context manager it is released at the end of the block."""
 
+    @abstractmethod
     def check(self) -> None:
         """Raise `RuntimeError` if another driver has taken over."""
-        ...
 
+    @abstractmethod
     def release(self) -> None:
-        """Let go."""
-        ...
+        """Release the lock."""
 
-    def __enter__(self) -> RunLock: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        del kind, error, traceback
+        self.release()
 
 
 def lock_run(uri: str, *, take_over: bool) -> RunLock:
@@ -59,19 +67,19 @@ def lock_run(uri: str, *, take_over: bool) -> RunLock:
 
     Args:
         uri: the run folder, local or s3://.
-        take_over: on S3, watch a lock that is there and take it over if its driver is dead; else it is refused at
-            once. A local lock of a dead driver needs no taking over.
+        take_over: on S3, watch an existing lock and take it over if it is stale; without it an existing lock is
+            refused at once. The local lock of a dead driver is free in any case.
 
     Raises:
         FileExistsError: if another driver is at work there; it names the driver.
-        OSError: if the file system knows no locks.
+        OSError: if the file system does not support locks.
     """
     path = storage.local_path(storage.join(uri, _NAME))
     return _LocalLock(uri, path) if path is not None else _S3Lock(uri, take_over=take_over)
 
 
-def _driver(uuid: str, beat: int) -> bytes:
-    return json.dumps({"driver": uuid, "pid": os.getpid(), "host": platform.node(), "beat": beat}).encode()
+def _content(driver: str, beat: int) -> bytes:
+    return json.dumps({"driver": driver, "pid": os.getpid(), "host": platform.node(), "beat": beat}).encode()
 
 
 def _refused(uri: str, content: bytes, remedy: str) -> FileExistsError:
@@ -83,26 +91,12 @@ def _refused(uri: str, content: bytes, remedy: str) -> FileExistsError:
     return FileExistsError(f"{who} is at work in {uri}, and two would spoil each other's results: {remedy}")
 
 
-class _Held:
-    """What both kinds share."""
-
-    def release(self) -> None:
-        """Let go."""
-        raise NotImplementedError
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        del kind, error, traceback
-        self.release()
-
-
-class _LocalLock(_Held):
-    """The kernel's lock on a file in the folder.
+class _LocalLock(RunLock):
+    """A kernel lock (`flock`) on a file in the run folder.
 
     Args:
         uri: the run folder.
-        path: the file.
+        path: the lock file.
     """
 
     def __init__(self, uri: str, path: str) -> None:
@@ -129,35 +123,32 @@ class _LocalLock(_Held):
             else:
                 os.close(handle)
         os.truncate(self._handle, 0)
-        os.write(self._handle, _driver(uuid4().hex, 0))
+        os.write(self._handle, _content(uuid4().hex, 0))
 
     def _is_still_there(self, handle: int) -> bool:
-        """Whether its last holder has not deleted the file between our opening it and our locking it."""
+        """False if the last holder deleted the file between its opening and its locking here."""
         try:
             return os.path.samestat(os.fstat(handle), os.stat(self._path))
         except FileNotFoundError:
             return False
 
-    def __enter__(self) -> _LocalLock:
-        return self
-
     def check(self) -> None:
-        """Nobody can take over from a process that lives."""
+        """Do nothing: the kernel keeps the lock while the process lives."""
 
     def release(self) -> None:
-        """Delete the file and let go."""
+        """Delete the file and release the lock."""
         if self._handle is not None:
             os.unlink(self._path)
             os.close(self._handle)
             self._handle = None
 
 
-class _S3Lock(_Held):
-    """An object that is written again while its driver lives.
+class _S3Lock(RunLock):
+    """An S3 object that a thread renews while the driver lives.
 
     Args:
         uri: the run folder.
-        take_over: whether to watch a lock that is there, and take it over.
+        take_over: whether to watch an existing lock, and take it over if it is stale.
     """
 
     def __init__(self, uri: str, *, take_over: bool) -> None:
@@ -168,19 +159,19 @@ class _S3Lock(_Held):
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._tag = self._claim(take_over=take_over)
-        self._beaten = time.monotonic()
-        threading.Thread(target=self._keep_beating, name="run-lock", daemon=True).start()
+        self._renewed = time.monotonic()
+        threading.Thread(target=self._send_heartbeats, name="run-lock", daemon=True).start()
 
     def _claim(self, *, take_over: bool) -> str:
         tag = None
         while True:
-            written = storage.write_if_unchanged(self._object, _driver(self._driver, 0), tag)
+            written = storage.write_if_unchanged(self._object, _content(self._driver, 0), tag)
             if written is not None:
                 return written
             tag = self._watch(take_over=take_over)
 
     def _watch(self, *, take_over: bool) -> str | None:
-        """The tag of the lock that is there, once it is known to be a dead driver's; None if it has gone."""
+        """Wait until the existing lock is stale, and return its tag; None if it was deleted."""
         give_up = time.monotonic() + _STALE_SECONDS
         first: str | None = None
         while True:
@@ -196,32 +187,29 @@ class _S3Lock(_Held):
                 raise _refused(self._uri, content, remedy)
             if time.monotonic() > give_up:
                 return tag
-            time.sleep(_BEAT_SECONDS / 2)
+            time.sleep(_HEARTBEAT_SECONDS / 2)
 
-    def __enter__(self) -> _S3Lock:
-        return self
-
-    def _keep_beating(self) -> None:
-        while not self._ended.wait(_BEAT_SECONDS):
+    def _send_heartbeats(self) -> None:
+        while not self._ended.wait(_HEARTBEAT_SECONDS):
             try:
-                self._write_again()
+                self._renew()
             except OSError:
-                # The store does not answer: `check` finds out before anything is written.
+                # S3 does not answer: `check` renews the lock before the next write.
                 continue
             except RuntimeError:
                 return
 
-    def _write_again(self) -> None:
+    def _renew(self) -> None:
         with self._lock:
             if self._ended.is_set():
                 return
             self._beat += 1
-            tag = storage.write_if_unchanged(self._object, _driver(self._driver, self._beat), self._tag)
+            tag = storage.write_if_unchanged(self._object, _content(self._driver, self._beat), self._tag)
             self._tag = tag if tag is not None else self._tag_if_ours()
-            self._beaten = time.monotonic()
+            self._renewed = time.monotonic()
 
     def _tag_if_ours(self) -> str:
-        """The tag of the lock, which may have been written by a try of ours whose answer was lost."""
+        """The tag of the lock if this driver wrote it, e.g. in a request whose response was lost."""
         try:
             content, tag = storage.read_tagged(self._object)
         except FileNotFoundError:
@@ -232,12 +220,12 @@ class _S3Lock(_Held):
         return tag
 
     def check(self) -> None:
-        """Raise `RuntimeError` if another driver has taken over while this one was paused or cut off."""
-        if time.monotonic() - self._beaten > _STALE_SECONDS / 2:
-            self._write_again()
+        """Raise `RuntimeError` if another driver has taken over while this one was paused or disconnected."""
+        if time.monotonic() - self._renewed > _STALE_SECONDS / 2:
+            self._renew()
 
     def release(self) -> None:
-        """Delete the object, if it is still ours."""
+        """Delete the object, if it is still this driver's."""
         with self._lock:
             if self._ended.is_set():
                 return
@@ -246,5 +234,5 @@ class _S3Lock(_Held):
                 self._tag_if_ours()
                 storage.delete(self._object)
             except (OSError, RuntimeError):
-                # Another's by now, or out of reach: it goes stale by itself.
+                # Taken over, or S3 does not answer: the lock becomes stale by itself.
                 return

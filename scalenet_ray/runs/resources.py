@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from scalenet_ray.core.errors import UserError
 
 __all__ = [
     "DEFAULT_RETRIES",
+    "AdvancedResources",
     "PoolSize",
     "Resources",
     "RetryPolicy",
     "limits",
 ]
 
+PoolSize = int | tuple[int, int]
+"""Number of actors, or (minimum, maximum) of an autoscaling pool."""
+
+
+_DETECTORS_PER_PIPELINE = 4
+
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """What is put up with.
+    """Timeout and retries of calls to networks and image readers.
 
     Attributes:
-        call_seconds: a call that takes longer hangs: its process is ended, and the work begun again in a new one.
-        max_tries: a tile that by itself has ended its process so often is given up.
+        call_seconds: a call that takes longer is stopped with its process, and its work retried in a new one.
+        max_tries: a tile fails if it has ended its process this often while processed alone.
 
     Raises:
-        UserError: if a number leaves its range.
+        UserError: if a number is out of range.
     """
 
     call_seconds: float = 300.0
@@ -43,40 +51,59 @@ class RetryPolicy:
 DEFAULT_RETRIES = RetryPolicy()
 
 
-PoolSize = int | tuple[int, int]
-"""So many actors, or (fewest, most) of a pool that grows with the load."""
+@dataclass(frozen=True)
+class AdvancedResources:
+    """Limits and timeouts that rarely need a change.
 
+    Attributes:
+        max_open_images: maximum number of images in progress; bounds memory. None: enough to keep every actor busy.
+        pipelines: number of parallel pipelines that share the images, readers and actors, each with a queue and a
+            driver of its own. None: one per 4 detectors, if there are a reader and actors for each.
+        call_seconds: timeout of a call to the networks, and of reading the images of a lease; the process is replaced.
+        max_tries: an image fails if one of its tiles has ended its process this often while processed alone.
+        no_progress_seconds: the run fails if no work finishes for this long.
 
-_DETECTORS_PER_PIPELINE = 4
+    Raises:
+        UserError: if a number is out of range.
+    """
 
+    max_open_images: int | None = None
+    pipelines: int | None = None
+    call_seconds: float = DEFAULT_RETRIES.call_seconds
+    max_tries: int = DEFAULT_RETRIES.max_tries
+    no_progress_seconds: float = 1800.0
 
-def limits(size: PoolSize) -> tuple[int, int]:
-    """(fewest, most) actors of a pool."""
-    return (size, size) if isinstance(size, int) else size
+    def __post_init__(self) -> None:
+        for name in ("max_open_images", "pipelines"):
+            _check_count(name, getattr(self, name))
+        if self.no_progress_seconds <= 0:
+            msg = f"no_progress_seconds must be above 0, got {self.no_progress_seconds}"
+            raise UserError(msg)
+        _ = self.retries
+
+    @property
+    def retries(self) -> RetryPolicy:
+        """The retry policy of all stages."""
+        return RetryPolicy(self.call_seconds, self.max_tries)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Who works, with what, on how much at a time. The same on one node or on many.
+    """Actors, GPUs and batch sizes; the same options on one node and on many.
 
     Attributes:
-        readers: read tasks, which decode and cut.
-        scale_actors: actors that look at tiles with Scale Net: so many, or (fewest, most). Where a policy asks no
-            Scale Net, or one on the detector's features, they are detector actors, if they have the same GPUs.
-        detector_actors: actors that detect: so many, or (fewest, most).
-        gpus_per_scale_actor: GPUs of each look actor; fractions share one.
-        gpus_per_detector_actor: GPUs of each detector actor.
-        scale_batch_size: tiles of a micro-batch, the look stage's batch.
-        detector_batch_size: tiles to a call of the detector.
-        max_open_images: images in work at once; bounds memory. None: enough to keep every actor fed.
-        pipelines: images, readers and actors are shared out among so many, each with a queue and a driver of its own.
-            None: one for every 4 detectors, as far as there are readers and actors for each.
-        call_seconds: a call to the networks, or the reading of a lease, that takes longer: its process is replaced.
-        max_tries: a tile that by itself has ended its process so often is given up, and its image with it.
-        no_progress_seconds: a run that finishes nothing for so long ends with an error.
+        readers: number of read tasks, which decode images and cut tiles.
+        scale_actors: number of Scale Net actors, or (minimum, maximum). For a policy without a Scale Net, or with one
+            on the detector's features, they are additional detector actors if both have the same GPUs.
+        detector_actors: number of detector actors, or (minimum, maximum).
+        gpus_per_scale_actor: GPUs of each Scale Net actor; a fraction shares one.
+        gpus_per_detector_actor: GPUs of each detector actor; a fraction shares one.
+        scale_batch_size: tiles of a micro-batch, the batch of Scale Net.
+        detector_batch_size: tiles of a detector batch.
+        advanced: limits and timeouts.
 
     Raises:
-        UserError: if a number leaves its range.
+        UserError: if a number is out of range.
     """
 
     readers: int = 1
@@ -86,96 +113,105 @@ class Resources:
     gpus_per_detector_actor: float = 0.0
     scale_batch_size: int = 8
     detector_batch_size: int = 16
-    max_open_images: int | None = None
-    pipelines: int | None = None
-    call_seconds: float = DEFAULT_RETRIES.call_seconds
-    max_tries: int = DEFAULT_RETRIES.max_tries
-    no_progress_seconds: float = 1800.0
+    advanced: AdvancedResources = field(default_factory=AdvancedResources)
 
     def __post_init__(self) -> None:
         for name in ("scale_actors", "detector_actors"):
-            fewest, most = limits(getattr(self, name))
-            if not 1 <= fewest <= most:
+            minimum, maximum = limits(getattr(self, name))
+            if not 1 <= minimum <= maximum:
                 msg = f"{name} must be 1 or more, or (fewest, most), got {getattr(self, name)}"
                 raise UserError(msg)
-        for name in ("readers", "scale_batch_size", "detector_batch_size", "max_open_images", "pipelines"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                msg = f"{name} must be 1 or more, got {getattr(self, name)}"
-                raise UserError(msg)
+        for name in ("readers", "scale_batch_size", "detector_batch_size"):
+            _check_count(name, getattr(self, name))
         if min(self.gpus_per_scale_actor, self.gpus_per_detector_actor) < 0:
             got = f"{self.gpus_per_scale_actor} and {self.gpus_per_detector_actor}"
             msg = f"GPUs per actor must be 0 or more, got {got}"
             raise UserError(msg)
-        if self.no_progress_seconds <= 0:
-            msg = f"no_progress_seconds must be above 0, got {self.no_progress_seconds}"
-            raise UserError(msg)
-        if self.pipelines is not None and self.pipelines > self._most_pipelines:
+        pipelines = self.advanced.pipelines
+        if pipelines is not None and pipelines > self._max_pipelines:
             msg = (
-                f"pipelines must be at most {self._most_pipelines}, so that each has a reader and an actor of either "
-                f"kind, got {self.pipelines}"
+                f"pipelines must be at most {self._max_pipelines}, so that each has a reader and an actor of either "
+                f"kind, got {pipelines}"
             )
             raise UserError(msg)
-        _ = self.retries
-
-    @property
-    def retries(self) -> RetryPolicy:
-        """With a call that hangs, and with a tile that kills its process."""
-        return RetryPolicy(self.call_seconds, self.max_tries)
 
     @property
     def all_detectors(self) -> PoolSize:
-        """Actors of a policy that has no use for a Scale Net of its own."""
+        """Detector actors of a policy that needs no separate Scale Net actors."""
         if self.gpus_per_scale_actor != self.gpus_per_detector_actor:
             return self.detector_actors
-        fewest, most = (sum(pair) for pair in zip(limits(self.scale_actors), limits(self.detector_actors), strict=True))
-        return (fewest, most)
+        minimum, maximum = (
+            sum(pair) for pair in zip(limits(self.scale_actors), limits(self.detector_actors), strict=True)
+        )
+        return (minimum, maximum)
 
     @property
     def rows_per_detect_call(self) -> int:
-        """Micro-batches that a detector actor takes at once, so that its batches are full."""
+        """Micro-batches per call of a detector actor, enough to fill its batches."""
         return math.ceil(self.detector_batch_size / self.scale_batch_size)
 
     @property
     def open_images(self) -> int:
-        """Images in work at once: above everything that the stages can hold back, so that none runs dry."""
-        if self.max_open_images is not None:
-            return self.max_open_images
-        # A row is of either size; of the detector's, where looking and detecting are one stage, fewer are on their way.
+        """Maximum number of images in progress: more than all stages can buffer, so that none of them starves."""
+        if self.advanced.max_open_images is not None:
+            return self.advanced.max_open_images
+        # If one stage runs both networks, rows are detector batches, and fewer of them are in flight.
         return max(64, 8 * self.scale_batch_size * self.processes, 4 * self.detector_batch_size * self.processes)
 
     @property
     def processes(self) -> int:
-        """Readers and actors that may be there at once."""
+        """Maximum number of read tasks and actors."""
         return self.readers + limits(self.scale_actors)[1] + limits(self.detector_actors)[1]
 
     @property
-    def _most_pipelines(self) -> int:
-        """Each has a reader, and an actor of both kinds from the start."""
+    def _max_pipelines(self) -> int:
+        """Each pipeline needs a reader and, from the start, an actor of either kind."""
         return min(self.readers, limits(self.scale_actors)[0], limits(self.detector_actors)[0])
 
     @property
-    def dealt(self) -> list[Resources]:
-        """The share of each pipeline; these resources themselves where there is one."""
-        enough = math.ceil(limits(self.detector_actors)[1] / _DETECTORS_PER_PIPELINE)
-        count = self.pipelines or min(enough, self._most_pipelines)
+    def per_pipeline(self) -> list[Resources]:
+        """The resources of each pipeline."""
+        wanted = math.ceil(limits(self.detector_actors)[1] / _DETECTORS_PER_PIPELINE)
+        count = self.advanced.pipelines or min(wanted, self._max_pipelines)
+        open_images = self.advanced.max_open_images
         return [
             replace(
                 self,
-                readers=_part(self.readers, count, i),
-                scale_actors=_part_of_pool(self.scale_actors, count, i),
-                detector_actors=_part_of_pool(self.detector_actors, count, i),
-                max_open_images=self.max_open_images and max(1, _part(self.max_open_images, count, i)),
-                pipelines=1,
+                readers=_share(self.readers, count, i),
+                scale_actors=_share_of_pool(self.scale_actors, count, i),
+                detector_actors=_share_of_pool(self.detector_actors, count, i),
+                advanced=replace(
+                    self.advanced,
+                    max_open_images=open_images and max(1, _share(open_images, count, i)),
+                    pipelines=1,
+                ),
             )
             for i in range(count)
         ]
 
+    def as_settings(self) -> dict[str, Any]:
+        """All values by the names of their flags."""
+        values = asdict(self)
+        advanced = values.pop("advanced")
+        return values | advanced
 
-def _part(whole: int, count: int, which: int) -> int:
-    return whole // count + (which < whole % count)
+
+def limits(size: PoolSize) -> tuple[int, int]:
+    """(minimum, maximum) number of actors of a pool."""
+    return (size, size) if isinstance(size, int) else size
 
 
-def _part_of_pool(size: PoolSize, count: int, which: int) -> PoolSize:
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        msg = f"{name} must be 1 or more, got {value}"
+        raise UserError(msg)
+
+
+def _share(total: int, count: int, index: int) -> int:
+    return total // count + (index < total % count)
+
+
+def _share_of_pool(size: PoolSize, count: int, index: int) -> PoolSize:
     if isinstance(size, int):
-        return _part(size, count, which)
-    return _part(size[0], count, which), _part(size[1], count, which)
+        return _share(size, count, index)
+    return _share(size[0], count, index), _share(size[1], count, index)

@@ -1,4 +1,4 @@
-"""What a run folder holds, image by image: for what evaluates it, exports it or shows it."""
+"""Read the results of a run image by image, in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import pyarrow as pa
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.data.schemas import DETECTIONS, IMAGES, detections_from_rows
-from scalenet_ray.runs.folder import Counting, RunFolder, in_image_order
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.shards import CurrentRecords
+from scalenet_ray.runs.tables import in_image_order
 
 __all__ = [
     "StoredImage",
@@ -24,24 +26,24 @@ __all__ = [
 ]
 
 _MOST_IN_MEMORY = 50_000
-"""Images of a policy up to which all that it found is sorted in memory."""
+"""Results of at most this many images are sorted in memory."""
 
 
 _IMAGES_PER_BUCKET = 10_000
 
 
 _MOST_BUCKETS = 256
-"""As many files are open at once."""
+"""Bounds the number of open files."""
 
 
 class StoredImage(NamedTuple):
-    """One image that a policy has finished.
+    """Stored result of one policy on one image.
 
     Attributes:
         image_id: its id.
-        file: as the annotations name it, or its whole address where images were listed.
+        file: its name in the annotations, or its full address for listed images.
         hw: (height, width) in image pixels.
-        detections: merged, in image pixels, the best first; labels are category ids.
+        detections: merged, in image pixels, by descending score; labels are category ids.
     """
 
     image_id: int
@@ -51,24 +53,24 @@ class StoredImage(NamedTuple):
 
 
 def image_results(run: RunFolder, policy: str) -> Iterator[StoredImage]:
-    """The images that one policy has finished, in order of their ids; those that failed are left out.
+    """Iterate over the finished images of one policy by id, failed ones excluded.
 
     Args:
         run: the run folder.
         policy: the policy's name.
     """
-    for images, detections in tables_in_order(run, policy):
-        table = detections.combine_chunks()
+    for images, rows in tables_in_order(run, policy):
+        table = rows.combine_chunks()
         ids = table.column("image_id").to_numpy()
         for row in images.select(["image_id", "file", "height", "width", "failure_stage"]).to_pylist():
             if row["failure_stage"] is None:
                 start, end = np.searchsorted(ids, [row["image_id"], row["image_id"] + 1]).tolist()
-                found = detections_from_rows(table.slice(start, end - start))
-                yield StoredImage(row["image_id"], row["file"], (row["height"], row["width"]), found)
+                detections = detections_from_rows(table.slice(start, end - start))
+                yield StoredImage(row["image_id"], row["file"], (row["height"], row["width"]), detections)
 
 
 def detections_by_image(run: RunFolder, policy: str) -> Iterator[tuple[int, Detections]]:
-    """The detections of one policy, image after image in order of their ids; images without any are left out."""
+    """Iterate over (image id, detections) of one policy by id; images without detections are skipped."""
     for _, detections in tables_in_order(run, policy):
         table = detections.combine_chunks()
         ids = table.column("image_id").to_numpy()
@@ -78,10 +80,10 @@ def detections_by_image(run: RunFolder, policy: str) -> Iterator[tuple[int, Dete
 
 
 def tables_in_order(run: RunFolder, policy: str) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """What one policy has written, some images at a time: their records and their detections, in order of image id.
+    """Iterate over a policy's image records and detections in order of image id, in groups of images.
 
-    Beyond 50,000 images the shards are dealt out to files by ranges of image ids, on the local disk (`TMPDIR`), and
-    each file is sorted by itself: memory does not grow with the run.
+    Beyond 50,000 images, rows are partitioned by ranges of image ids into files on the local disk (`TMPDIR`) and
+    sorted file by file, so that memory does not grow with the run.
 
     Args:
         run: the run folder.
@@ -90,32 +92,32 @@ def tables_in_order(run: RunFolder, policy: str) -> Iterator[tuple[pa.Table, pa.
     Yields:
         Tables of schema `IMAGES` and `DETECTIONS`.
     """
-    counting = run.counting(policy)
-    count = len(counting.ids)
+    current = run.current_records(policy)
+    count = len(current.ids)
     if count <= _MOST_IN_MEMORY:
         yield run.table("images", policy), run.table("detections", policy)
         return
     buckets = min(_MOST_BUCKETS, -(-count // _IMAGES_PER_BUCKET))
-    # The first id of each bucket but the first.
-    bounds = counting.ids[np.arange(1, buckets) * count // buckets]
+    # The first id of each bucket except the first one.
+    bounds = current.ids[np.arange(1, buckets) * count // buckets]
     with TemporaryDirectory(prefix="scalenet_ray-") as folder:
         images, detections = (
-            _deal_out(run, kind, policy, counting, bounds, Path(folder)) for kind in ("images", "detections")
+            _partition(run, kind, policy, current, bounds, Path(folder)) for kind in ("images", "detections")
         )
         for pair in zip(images, detections, strict=True):
-            one, other = (in_image_order(pa.ipc.open_stream(path.read_bytes()).read_all()) for path in pair)
-            yield one, other
+            records, found = (in_image_order(pa.ipc.open_stream(path.read_bytes()).read_all()) for path in pair)
+            yield records, found
 
 
-def _deal_out(
-    run: RunFolder, kind: str, policy: str, counting: Counting, bounds: np.ndarray, folder: Path
+def _partition(
+    run: RunFolder, kind: str, policy: str, current: CurrentRecords, bounds: np.ndarray, folder: Path
 ) -> list[Path]:
-    """Write the rows of all shards to a file for each range of image ids, which `bounds` part."""
+    """Write the rows of all shards to one file per range of image ids; `bounds` are the first ids of all but one."""
     paths = [folder / f"{kind}-{i}.arrow" for i in range(len(bounds) + 1)]
     schema = {"images": IMAGES, "detections": DETECTIONS}[kind]
     with ExitStack() as opened:
         writers = [opened.enter_context(pa.ipc.new_stream(str(path), schema)) for path in paths]
-        for part in run.parts(kind, policy, None, counting):
+        for part in run.parts(kind, policy, None, current):
             bucket = np.searchsorted(bounds, part.column("image_id").to_numpy(), side="right")
             for i in np.unique(bucket).tolist():
                 writers[i].write_table(part.filter(pa.array(bucket == i)))

@@ -1,71 +1,139 @@
-"""The settings of a run compared with those that it was begun with: what a refusal to resume says."""
+"""config.yaml of a run folder: written when the run begins, compared with the settings when it is resumed."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
+import sys
+import time
 from collections.abc import Collection, Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import yaml
 
+from scalenet_ray import __version__
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.data import storage
+
 __all__ = [
-    "settings_that_differ",
-    "working_directory",
+    "CONFIG",
+    "check_settings",
+    "read_config",
+    "write_config",
 ]
+
+CONFIG = "config.yaml"
+
+
+_VERSIONED = ("torch", "torchvision", "ray", "numpy", "pyarrow", "onnxruntime", "pycocotools")
+
 
 _SAMPLE_WEIGHTS = re.compile(r"(tiny:)?(.*/)?scalenet_ray/(?:weights|sample)/sample_(detector|scale_net)\.safetensors")
 
 
-_SHOWN = 3
+_MAX_SHOWN = 3
 
 
-def settings_that_differ(
-    then: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str], directory: str | None
-) -> str:
-    """Say which settings differ, the first few of them.
-
-    Addresses are the same if they mean the same place, however they are written. Policies hold what follows from
-    other settings too: their differences are said if nothing else differs.
+def write_config(run_uri: str, settings: Mapping[str, Any], workers: Mapping[str, Any]) -> None:
+    """Write config.yaml: the command, the settings and the versions.
 
     Args:
-        then: what the run was begun with, as config.yaml holds it.
-        now: what it is resumed with, plain values.
-        free: names of settings that may differ, be they networks' or of no group.
-        directory: where the run was begun: relative addresses of then start there. None if it is not known.
+        run_uri: the run folder.
+        settings: plain values that the results depend on.
+        workers: plain values that they do not depend on.
+    """
+    versions = {name: version(name) for name in _VERSIONED}
+    versions |= {"python": platform.python_version(), "scalenet-ray": __version__}
+    content = {
+        "command": " ".join(sys.argv),
+        "begun": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "directory": _working_directory(),
+        "settings": dict(settings),
+        "workers": dict(workers),
+        "versions": versions,
+    }
+    storage.write_bytes_atomic(storage.join(run_uri, CONFIG), yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def read_config(run_uri: str) -> dict[str, Any]:
+    """Read config.yaml: "settings", "workers", "command", "versions".
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        UserError: if it is damaged, or not a run's.
+    """
+    uri = storage.join(run_uri, CONFIG)
+    try:
+        content = yaml.safe_load(storage.read_bytes(uri))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+        msg = f"{uri} must hold the settings of a run, got a damaged file or another tool's: give another --output"
+        raise UserError(msg)
+    return content
+
+
+def check_settings(run_uri: str, settings: Mapping[str, Any], workers: Mapping[str, Any]) -> None:
+    """Check that a run to resume was begun with the same settings.
+
+    Raises:
+        UserError: if settings differ, the first few of which it names; or config.yaml is damaged.
+    """
+    config = read_config(run_uri)
+    differences = _differences(config["settings"], settings, workers, config.get("directory"))
+    if differences:
+        msg = f"{run_uri} was begun with other settings ({differences}): use the same, or another --output"
+        raise UserError(msg)
+
+
+def _differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str], directory: str | None
+) -> str:
+    """The first few settings that differ, in words.
+
+    Addresses are equal if they name the same place. Policies also hold values that follow from other settings: their
+    differences are listed only if nothing else differs.
+
+    Args:
+        then: settings that the run was begun with, from config.yaml.
+        now: settings that it is resumed with, plain values.
+        ignored: names of settings that may differ, of the networks or at the top level.
+        directory: the working directory when the run began, the base of relative addresses in `then`; None if unknown.
 
     Returns:
         E.g. "networks.score_threshold: 0.01 then, 0.05 now"; "" if none differs.
     """
-    before, after = dict(_leaves(then)), dict(_leaves(yaml.safe_load(yaml.safe_dump(dict(now)))))
-    may_differ = {*free, *(f"networks.{name}" for name in free)}
-    differ = [
+    before, after = dict(_flatten(then)), dict(_flatten(yaml.safe_load(yaml.safe_dump(dict(now)))))
+    may_differ = {*ignored, *(f"networks.{name}" for name in ignored)}
+    names = [
         name
         for name in dict.fromkeys([*before, *after])
-        if name not in may_differ and not _is_same(before.get(name), after.get(name), directory or working_directory())
+        if name not in may_differ and not _is_same(before.get(name), after.get(name), directory or _working_directory())
     ]
-    differ = [name for name in differ if not name.startswith("policies")] or differ
-    # Other policies altogether: their names say it.
-    differ = ["policies"] if differ[:1] == ["policies"] else differ
-    said = [f"{name}: {before.get(name)!r} then, {after.get(name)!r} now" for name in differ[:_SHOWN]]
-    return "; ".join([*said, *([f"and {len(differ) - _SHOWN} more"] if len(differ) > _SHOWN else [])])
+    names = [name for name in names if not name.startswith("policies")] or names
+    # If the policies' names differ, differences inside the policies are not listed.
+    names = ["policies"] if names[:1] == ["policies"] else names
+    texts = [f"{name}: {before.get(name)!r} then, {after.get(name)!r} now" for name in names[:_MAX_SHOWN]]
+    return "; ".join([*texts, *([f"and {len(names) - _MAX_SHOWN} more"] if len(names) > _MAX_SHOWN else [])])
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as dotted path -> value; a list of named settings as its names, and each one's by its name."""
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as (dotted path, value); a list of named settings as the list of names and each item by name."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+            yield from _flatten(item, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list) and value and all(isinstance(item, Mapping) and "name" in item for item in value):
         yield path, [item["name"] for item in value]
         for item in value:
-            yield from _leaves(item, f"{path}.{item['name']}")
+            yield from _flatten(item, f"{path}.{item['name']}")
     else:
         yield path, value
 
 
-def working_directory() -> str:
-    """Where relative addresses start; "" if it was removed, as Ray does with a submitted job's."""
+def _working_directory() -> str:
+    """The base of relative addresses; "" if it was removed, as Ray does with that of a submitted job."""
     try:
         return os.getcwd()
     except FileNotFoundError:
@@ -74,18 +142,18 @@ def working_directory() -> str:
 
 def _is_same(then: Any, now: Any, directory: str) -> bool:
     if isinstance(then, str) and isinstance(now, str) and then != now:
-        return _address(then, directory) == _address(now, working_directory())
+        return _normalized(then, directory) == _normalized(now, _working_directory())
     return bool(then == now)
 
 
-def _address(text: str, directory: str) -> str:
-    """A text as an address that has one form for one place; the sample's networks are the same wherever they lie."""
+def _normalized(text: str, directory: str) -> str:
+    """A text as a normalized address; the sample's networks are equal wherever the package is installed."""
     if text == "sample" or _SAMPLE_WEIGHTS.fullmatch(text):
         return "sample"
-    kind, separator, what = text.partition(":")
-    if separator and not what.startswith("//"):
-        # A detector: kind:what.
-        return f"{kind}:{_address(what, directory)}"
+    kind, separator, rest = text.partition(":")
+    if separator and not rest.startswith("//"):
+        # A detector, KIND:ADDRESS.
+        return f"{kind}:{_normalized(rest, directory)}"
     if text.startswith("s3://"):
         return text.rstrip("/")
     return os.path.normpath(os.path.join(directory, text.removeprefix("file://")))

@@ -1,4 +1,4 @@
-"""COCO results, figures, cost and failure counts of a finished run."""
+"""COCO results, metrics, cost and failure counts of a finished run."""
 
 from __future__ import annotations
 
@@ -27,27 +27,36 @@ __all__ = [
 ]
 
 
+_MAX_REASONS = 20
+
+
+_PATH_OR_QUOTED = re.compile(r"""(?P<quote>['"]).*?(?P=quote)|\S*/\S*[^\s:;,)]""")
+
+
+_NUMBER = re.compile(r"\d+(\.\d+)?")
+
+
 def coco_results(run: RunFolder, policy: str) -> Iterator[dict[str, Any]]:
-    """The detections of one policy as COCO results, in order of image id, the best of an image first."""
+    """Iterate over the detections of one policy as COCO results, by image id, then descending score."""
     for image in image_results(run, policy):
         yield from to_results(image.image_id, image.detections, image.hw)
 
 
 def write_policy_results(run_uri: str, policy: str, names: Sequence[str]) -> int:
-    """Write one policy's COCO results under each of `names` in the run folder.
+    """Write one policy's COCO results to each of the files `names` of the run folder.
 
     Returns:
-        How many detections were written.
+        The number of detections.
     """
     run = RunFolder(run_uri)
     return max(write_results(storage.join(run_uri, name), coco_results(run, policy)) for name in names)
 
 
 def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
-    """What one policy spent, from its finished images: means over the images that did not fail, and counts."""
-    counting = run.counting(policy)
+    """Cost of one policy: means over the images that did not fail, and counts."""
+    current = run.current_records(policy)
     guards: Counter[str] = Counter()
-    for part in run.parts("images", policy, ["image_id", "guards", "failure_stage"], counting):
+    for part in run.parts("images", policy, ["image_id", "guards", "failure_stage"], current):
         for text in part.filter(pc.field("failure_stage").is_null()).column("guards").to_pylist():
             guards.update(json.loads(text))
     measured = ["tiles", "detector_passes", "detector_pixels", "scalenet_pixels"]
@@ -55,7 +64,7 @@ def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
     done = table.filter(pc.field("failure_stage").is_null())
 
     def mean(column: str, unit: float = 1.0) -> float:
-        """The mean of a column over finished images, in `unit`; 0 if there is none."""
+        """Mean of a column over the images that did not fail, in multiples of `unit`; 0 without images."""
         values = done.column(column).to_numpy()
         return float(values.mean() / unit) if len(values) else 0.0
 
@@ -74,59 +83,50 @@ def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
 def evaluate_policy(
     run_uri: str, policy: str, annotations: str, image_ids: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    """COCO's figures of one policy.
+    """COCO metrics of one policy.
 
     Args:
         run_uri: the run folder.
         policy: the policy's name.
         annotations: address of the instances file.
-        image_ids: the images that count; those that failed count as images in which nothing was found.
+        image_ids: the images to evaluate; failed ones count as images without detections.
 
     Returns:
-        iou type -> figure -> percent: "bbox", and "segm" where all detections have masks.
+        IoU type -> metric -> percent: "bbox", and "segm" if all detections have masks.
     """
     run = RunFolder(run_uri)
     dataset = read_annotations(annotations)
     results = list(coco_results(run, policy))
-    kinds = ("bbox", "segm") if results and all("segmentation" in row for row in results) else ("bbox",)
-    return {kind: evaluate(dataset, results, iou_type=kind, image_ids=image_ids) for kind in kinds}
-
-
-_MOST_REASONS = 20
-
-
-_NAMED = re.compile(r"""(?P<quote>['"]).*?(?P=quote)|\S*/\S*[^\s:;,)]""")
-
-
-_NUMBER = re.compile(r"\d+(\.\d+)?")
+    iou_types = ("bbox", "segm") if results and all("segmentation" in row for row in results) else ("bbox",)
+    return {iou_type: evaluate(dataset, results, iou_type=iou_type, image_ids=image_ids) for iou_type in iou_types}
 
 
 def failure_counts(failures: pa.Table) -> list[FailureCount]:
-    """Failed images by stage and kind of reason.
+    """Group failed images by stage and reason.
 
     Args:
         failures: schema `FAILURES`.
 
     Returns:
-        The most frequent first, 20 at most: "stage"; "reason", without the names and numbers by which those of one kind
-        differ; "count", of images, whatever the policy; "example", the file of one.
+        At most 20 groups, by descending count: "stage"; "reason", with file names and numbers replaced; "count", the
+        number of images, however many policies failed on them; "example", the file of one of them.
     """
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], str] = {}
     seen: set[tuple[int, str, str]] = set()
     columns = (failures.column(name).to_pylist() for name in ("image_id", "file", "stage", "reason"))
     for image_id, file, stage, reason in zip(*columns, strict=True):
-        kind = (stage, _kind_of(reason, file))
-        if (image_id, *kind) not in seen:
-            seen.add((image_id, *kind))
-            counts[kind] += 1
-            examples.setdefault(kind, file)
+        group = (stage, _generalized(reason, file))
+        if (image_id, *group) not in seen:
+            seen.add((image_id, *group))
+            counts[group] += 1
+            examples.setdefault(group, file)
     return [
         {"stage": stage, "reason": reason, "count": count, "example": examples[stage, reason]}
-        for (stage, reason), count in counts.most_common(_MOST_REASONS)
+        for (stage, reason), count in counts.most_common(_MAX_REASONS)
     ]
 
 
-def _kind_of(reason: str, file: str) -> str:
-    """A reason without what names this one image: its file, other paths and quoted text, and numbers."""
-    return _NUMBER.sub("N", _NAMED.sub("...", reason.replace(file, "...")))
+def _generalized(reason: str, file: str) -> str:
+    """Replace what is specific to an image in a reason: its file, other paths, quoted text and numbers."""
+    return _NUMBER.sub("N", _PATH_OR_QUOTED.sub("...", reason.replace(file, "...")))

@@ -1,0 +1,138 @@
+"""A trial of a sweep: one policy evaluated on growing subsets of the images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ray import tune
+
+from scalenet_ray.core.answers import RaisedOn, fails_on_all
+from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.recursion import recursive_detect
+from scalenet_ray.data.coco import CocoDataset, ImageRecord, oracle_from, read_annotations, to_results
+from scalenet_ray.data.policy_files import changed_policy
+from scalenet_ray.engine.prediction_cache import CachedDetector, CachedScalePredictor, PredictionCache
+from scalenet_ray.evaluation.ap import evaluate
+from scalenet_ray.models.spec import NetworkSpec
+from scalenet_ray.runs.batch import image_opener
+
+__all__ = ["RecursionTrial", "TrialSettings"]
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """Settings that all trials of a sweep share.
+
+    Attributes:
+        policies: the policies that trials modify, by name.
+        networks: the detector and Scale Net.
+        annotations: address of the instances file.
+        folder: folder of the images.
+        subsets: number of images after each step, in ascending order; a trial that is stopped early saw fewer.
+        ceiling: maximum number of detector passes per image; None to search the whole Pareto front.
+        max_pixels: larger images are refused before they are decoded.
+    """
+
+    policies: Mapping[str, Policy]
+    networks: NetworkSpec
+    annotations: str
+    folder: str
+    subsets: tuple[int, ...]
+    ceiling: float | None
+    max_pixels: int
+
+
+class RecursionTrial(tune.Trainable):
+    """Tune trainable that evaluates a policy; each step adds images and reports metrics over all images so far.
+
+    Metrics: "AP_small", "AP", "AP_large" in percent, "passes" per image, "images", "images_failed", "score" (AP_small,
+    or the ceiling minus the passes if these exceed it), "hits" and "misses" of the prediction cache.
+    """
+
+    # `tune.with_parameters` passes the arguments after `config`.
+    def setup(self, config: dict[str, Any], task: TrialSettings, cache_actor: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Load the data set and the networks, which the actor reuses for its next trials."""
+        self._task = task
+        self._cache = PredictionCache(cache_actor)
+        self._dataset: CocoDataset = read_annotations(task.annotations)
+        self._detector = task.networks.load_detector(self._dataset.categories, self._dataset.unused_categories)
+        self._open_image = image_opener(task.folder, task.max_pixels)
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Start another trial in this actor."""
+        self.config = new_config
+        values = {path: value for path, value in new_config.items() if path != "policy"}
+        self._policy = changed_policy(self._task.policies[new_config["policy"]], "trial", values)
+        self._cache.begin()
+        self._results: list[dict[str, Any]] = []
+        self._passes = 0.0
+        self._failed = self._done = 0
+        self._raised = RaisedOn()
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Process the images up to the end of the next subset."""
+        self._cache.fetch()
+        end = next((size for size in self._task.subsets if size > self._done), self._task.subsets[-1])
+        for images, record in enumerate(self._dataset.images[self._done : end], start=self._done + 1):
+            self._process(record, no_more=images == self._task.subsets[-1])
+        self._done = end
+        self._cache.share()
+        ids = [record.image_id for record in self._dataset.images[:end]]
+        metrics = evaluate(self._dataset, self._results, image_ids=ids)
+        passes = self._passes / max(1, end - self._failed)
+        ceiling = self._task.ceiling
+        return {
+            **{name: metrics[name] for name in ("AP", "AP_small", "AP_large")},
+            "passes": passes,
+            "score": metrics["AP_small"] if ceiling is None or passes <= ceiling else ceiling - passes,
+            "images": end,
+            "images_failed": self._failed,
+            "hits": self._cache.hits,
+            "misses": self._cache.misses,
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Do nothing: an interrupted trial starts again, with the cached predictions."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Do nothing; see `save_checkpoint`."""
+
+    def _process(self, record: ImageRecord, *, no_more: bool) -> None:
+        try:
+            image = self._open_image(record)
+        except TileError:
+            self._failed += 1
+            return
+        result = recursive_detect(
+            image,
+            record.image_id,
+            self._policy,
+            detect=CachedDetector(self._detector, self._cache),
+            predict_scale=self._predictor(self._policy),
+        )
+        self._failed += result.failure is not None
+        self._raised.add(result.failure and result.failure.reason)
+        if self._raised.all_of_the_first(no_more=no_more):
+            raise fails_on_all(self._raised.reason, self._raised.images)
+        self._passes += result.detector_passes if result.failure is None else 0.0
+        self._results += to_results(record.image_id, result.detections, result.image_hw)
+
+    def _predictor(self, policy: Policy) -> Any:
+        """The scale predictor of a policy, created once per process; None if it needs none."""
+        if not policy.needs_predictor:
+            return None
+        return self._oracle if policy.reads_truth else self._scale_net
+
+    @cached_property
+    def _oracle(self) -> Any:
+        return oracle_from(self._task.annotations)
+
+    @cached_property
+    def _scale_net(self) -> CachedScalePredictor:
+        return CachedScalePredictor(self._task.networks.load_scale_net(), self._detector, self._cache)
