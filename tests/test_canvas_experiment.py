@@ -20,20 +20,20 @@ from torchvision.datasets import CIFAR10 as CIFAR10_FILES
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.core.windows import top_k_mean
-from scalenet_ray.experiments.config import CIFAR10, DIGITS, MNIST, CanvasRecipe, NetRecipe
+from scalenet_ray.experiments.config import CIFAR10, DIGITS, MNIST, CanvasRecipe, NetRecipe, ablations
 from scalenet_ray.experiments.data import Pictures, centred, load_pictures, resized
 from scalenet_ray.experiments.evaluate import (
     ObjectScales,
     TrueScales,
     pictures_at,
+    response_plot,
     score_classifier,
     score_recursion,
     set_names,
+    steps_plot,
 )
-from scalenet_ray.experiments.experiment import Experiment
-from scalenet_ray.experiments.figures import response_plot, steps_plot
 from scalenet_ray.experiments.rescale import rescale_canvases
-from scalenet_ray.experiments.run import ablations, plan_tasks, tabulate
+from scalenet_ray.experiments.run import Experiment, Task, plan_tasks, tabulate
 from scalenet_ray.experiments.train import as_input, train_classifier, train_net
 from scalenet_ray.models.scale_net import normalised
 from tests.job_scripts import load_job
@@ -75,11 +75,11 @@ class Template(torch.nn.Module):
 
 
 def test_scikit_learns_digits_are_split_and_enlarged() -> None:
-    learned, tested = (load_pictures("digits", None, train=train) for train in (True, False))
-    assert learned.pixels.shape == (1198, 28, 28, 3)
-    assert tested.pixels.shape == (599, 28, 28, 3)
-    assert {*learned.labels} == {*tested.labels} == set(range(10))
-    assert not {one.tobytes() for one in learned.pixels} & {one.tobytes() for one in tested.pixels}
+    train_set, test_set = (load_pictures("digits", None, train=train) for train in (True, False))
+    assert train_set.pixels.shape == (1198, 28, 28, 3)
+    assert test_set.pixels.shape == (599, 28, 28, 3)
+    assert {*train_set.labels} == {*test_set.labels} == set(range(10))
+    assert not {picture.tobytes() for picture in train_set.pixels} & {picture.tobytes() for picture in test_set.pixels}
 
 
 def test_mnist_is_read_as_torchvision_lays_it_out() -> None:
@@ -124,11 +124,11 @@ def test_data_that_cannot_be_had_is_told_of(name: str, message: str) -> None:
 def test_held_out_digits_are_tested_on_and_not_learned() -> None:
     whole = load_pictures("digits", None, train=True)
     experiment = Experiment("digits", None, "nowhere", held_out=98, test_limit=50)
-    assert np.array_equal(experiment.learned().pixels, whole.pixels[:1100])
-    assert np.array_equal(experiment.tested().labels, whole.labels[1100:1150])
-    assert len(replace(experiment, held_out=0, test_limit=None).tested().labels) == 599
+    assert np.array_equal(experiment.train_set().pixels, whole.pixels[:1100])
+    assert np.array_equal(experiment.test_set().labels, whole.labels[1100:1150])
+    assert len(replace(experiment, held_out=0, test_limit=None).test_set().labels) == 599
     with pytest.raises(ValueError, match="held_out must leave pictures to train on, got 2000 of 1198"):
-        replace(experiment, held_out=2000).learned()
+        replace(experiment, held_out=2000).train_set()
 
 
 # --- the sets -------------------------------------------------------------------------------------------------
@@ -205,8 +205,8 @@ def test_a_net_that_says_nothing_at_all_sees_no_object() -> None:
     blind.input_pixels = 64  # type: ignore[attr-defined]
     picture = np.full((8, 8, 3), 9, np.uint8)
     recipe = MNIST.recipes["scalenet"]
-    (settled,) = rescale_canvases([picture], recipe.recursion(8, 28), recipe.rules, ObjectScales(blind))  # type: ignore[arg-type]
-    assert settled.sides == (8,)
+    (result,) = rescale_canvases([picture], recipe.recursion(8, 28), recipe.rules, ObjectScales(blind))  # type: ignore[arg-type]
+    assert result.sides == (8,)
 
 
 def test_the_papers_two_settings_each_go_one_way() -> None:
@@ -267,26 +267,26 @@ def test_the_oracle_brings_every_picture_to_the_unit_side(name: str) -> None:
     for side, found in pictures_at(squares(2), name, MNIST):
         on_side = found[0].shape[0]
         oracle = TrueScales(side / (on_side * MNIST.unit_side))
-        for settled in rescale_canvases(found, CanvasRecipe().recursion(on_side, MNIST.canvas_side), rules, oracle):
+        for result in rescale_canvases(found, CanvasRecipe().recursion(on_side, MNIST.canvas_side), rules, oracle):
             # Of the canvas, of which the picture is a part.
-            assert settled.sides[-1] * side / on_side == pytest.approx(MNIST.unit_side, rel=0.05)
-            assert not settled.capped
+            assert result.sides[-1] * side / on_side == pytest.approx(MNIST.unit_side, rel=0.05)
+            assert not result.capped
 
 
 # --- the plan and the table -----------------------------------------------------------------------------------
 
 
 def test_nets_that_are_trained_alike_are_trained_once() -> None:
-    units = plan_tasks(Experiment("mnist", "d", "w"), MNIST.recipes, range(2))
-    names = [unit.name for unit in units]
+    tasks = plan_tasks(Experiment("mnist", "d", "w"), MNIST.recipes, range(2))
+    names = [task.name for task in tasks]
     assert len(names) == len(set(names))
     assert sorted(name for name in names if name.startswith("net")) == ["net-s0", "net-s1", "net1-s0", "net1-s1"]
-    by_name = {unit.name: unit for unit in units}
+    by_name = {task.name: task for task in tasks}
     assert by_name["scalenet--84--s1"].after == ("net-s1", "classifier-s1")
     assert by_name["scalenet_paper--84--s1"].after == ("net1-s1", "classifier-s1")
     assert by_name["oracle--84--s1"].after == ("classifier-s1",)
     assert by_name["capsnet--84--s1"].after == ("capsnet-s1",)
-    assert all(waited in names for unit in units for waited in unit.after)
+    assert all(name in names for task in tasks for name in task.after)
 
 
 def test_each_ablation_changes_the_recipe() -> None:
@@ -295,14 +295,16 @@ def test_each_ablation_changes_the_recipe() -> None:
 
 
 def test_a_table_has_means_and_deviations_over_seeds() -> None:
-    outcomes = {
-        "net-s0": {"parameters": 3},
-        "scalenet--84--s0": {"accuracy": 98.0, "steps": 4.0, "capped": 0.0, "once": 30.0},
-        "scalenet--84--s1": {"accuracy": 99.0, "steps": 5.0, "capped": 1.0, "once": 32.0},
-        "classifier--84--s0": {"accuracy": 10.0, "steps": 0.0, "capped": 0.0, "once": None},
-        "oracle--84--s0": {"accuracy": 99.5, "steps": 1.0, "capped": 0.0, "once": 99.5},
+    scores = {
+        ("scalenet", 0): {"accuracy": 98.0, "steps": 4.0, "capped": 0.0, "once": 30.0},
+        ("scalenet", 1): {"accuracy": 99.0, "steps": 5.0, "capped": 1.0, "once": 32.0},
+        ("classifier", 0): {"accuracy": 10.0, "steps": 0.0, "capped": 0.0, "once": None},
+        ("oracle", 0): {"accuracy": 99.5, "steps": 1.0, "capped": 0.0, "once": 99.5},
     }
-    assert tabulate(outcomes) == {
+    tasks = [Task("net-s0", dict)]
+    tasks += [Task(f"{method}-{seed}", dict, method=method, test_set="84") for method, seed in scores]
+    outcomes = dict(zip((task.name for task in tasks), ({"parameters": 3}, *scores.values()), strict=True))
+    assert tabulate(tasks, outcomes) == {
         "scalenet": {"84": {"mean": 98.5, "std": pytest.approx(0.5**0.5), "steps": 4.5, "capped": 0.5}},
         "once": {"84": {"mean": 31.0, "std": pytest.approx(2.0**0.5)}},
         "oracle": {"84": {"mean": 99.5, "std": 0.0, "steps": 1.0, "capped": 0.0}},

@@ -19,7 +19,7 @@ from torch import distributed, nn
 
 from scalenet_ray.engine.train_data import BatchStream
 from scalenet_ray.training.recipe import Batch, Recipe, clip_and_step, forward_backward
-from scalenet_ray.training.schedule import Epochs, Training
+from scalenet_ray.training.schedule import Epochs, Training, warmup_cosine
 
 __all__ = ["STATE_FILE", "Assignment", "make_schedule", "work"]
 
@@ -202,15 +202,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, steps: int, done: int) -> to
         steps: of the whole run.
         done: how many of them are.
     """
-    rise = min(500, max(1, steps // 20))
-
-    def factor(step: int) -> float:
-        """What the rate is multiplied by, `step` steps after those that were done."""
-        step += done
-        fallen = (step - rise) / max(1, steps - rise)
-        return (step + 1) / rise if step < rise else 0.5 * (1.0 + float(np.cos(np.pi * fallen)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    warmup = min(500, max(1, steps // 20))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step + done, steps, warmup))
 
 
 def _restore(network: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -1,4 +1,4 @@
-"""Settings of a training, and the order of its examples."""
+"""Training settings, the order of the examples, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ __all__ = [
     "Epochs",
     "Pick",
     "Training",
+    "warmup_cosine",
 ]
 
 _FREE = ("gpus_per_worker", "readers", "keep", "max_restarts")
@@ -160,3 +161,17 @@ class Epochs:
             return [Pick(int(order[(first + i) % self.train]), epoch) for i in range(self.share)]
         first = (place - self.train_steps) * self.batch_size + rank * self.share
         return [Pick(i, None) if i < self.validation else None for i in range(first, first + self.share)]
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """Learning rate factor: linear warm-up to 1, then cosine decay to 0.
+
+    Args:
+        step: current step, from 0.
+        steps: number of steps of the run.
+        warmup: number of warm-up steps, at least 1.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * (1.0 + float(np.cos(np.pi * progress)))
