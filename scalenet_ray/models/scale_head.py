@@ -141,9 +141,11 @@ class ScaleHeadPredictor:
         Raises:
             OutOfMemoryError: if the batch does not fit the device's memory.
         """
-        return translate_oom(lambda: self._look(features, tiles))
+        return translate_oom(lambda: self._predict_batch(features, tiles))
 
-    def _look(self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
+    def _predict_batch(
+        self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]
+    ) -> list[ScaleMap | TileError]:
         maps: dict[int, ScaleMap | TileError] = {}
         shapes = [tuple(level.shape for level in levels) for levels in features]
         for shape in dict.fromkeys(shapes):

@@ -328,18 +328,18 @@ class ScaleNetPredictor:
         Raises:
             OutOfMemoryError: if the batch does not fit the device's memory.
         """
-        return translate_oom(lambda: self._look_by_size(pixels))
+        return translate_oom(lambda: self._predict_by_size(pixels))
 
-    def _look_by_size(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
+    def _predict_by_size(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
         if self.config.input_side is not None:
-            return self._look(pixels) if len(pixels) else []
+            return self._predict_batch(pixels) if len(pixels) else []
         maps: dict[int, ScaleMap | TileError] = {}
         for hw in dict.fromkeys(tile.shape[:2] for tile in pixels):
             index = [i for i, tile in enumerate(pixels) if tile.shape[:2] == hw]
-            maps.update(zip(index, self._look([pixels[i] for i in index]), strict=True))
+            maps.update(zip(index, self._predict_batch([pixels[i] for i in index]), strict=True))
         return [maps[i] for i in range(len(pixels))]
 
-    def _look(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
+    def _predict_batch(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
         with torch.inference_mode(), self._autocast:
             tiles = torch.from_numpy(np.stack([squashed(tile, self.config) for tile in pixels]))
             output = self.model(normalised(tiles.to(self.device), self.config)).float()

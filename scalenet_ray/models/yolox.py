@@ -174,9 +174,11 @@ class YoloxDetector:
         appended: logits of the objectness, of the best class and of their product, and the logarithms of width and
         height in cells.
         """
-        return detect_by_canvas(pixels, self.canvas_hw, self._glimpse_group)
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group_with_features)
 
-    def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[DetectionsWithFeatures]:
+    def _detect_group_with_features(
+        self, tiles: list[np.ndarray], canvas: tuple[int, int]
+    ) -> list[DetectionsWithFeatures]:
         return [
             DetectionsWithFeatures(
                 self._decode(rows, canvas, tile.shape[:2]),

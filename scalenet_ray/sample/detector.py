@@ -343,12 +343,14 @@ class TinyDetector:
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
         """Detect on tiles, [h, w, 3] uint8 RGB each, with the neck's feature maps; see `DetectWithFeatures`."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._glimpse_group)
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group_with_features)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
-        return [glimpse.detections for glimpse in self._glimpse_group(tiles, canvas)]
+        return [output.detections for output in self._detect_group_with_features(tiles, canvas)]
 
-    def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[DetectionsWithFeatures]:
+    def _detect_group_with_features(
+        self, tiles: list[np.ndarray], canvas: tuple[int, int]
+    ) -> list[DetectionsWithFeatures]:
         with torch.inference_mode():
             with self._autocast:
                 answers = self.model(pack_tiles(tiles, canvas).to(self.device))
