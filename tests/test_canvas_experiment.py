@@ -49,13 +49,13 @@ def squares(count: int) -> Pictures:
 
 
 class KnowsScale:
-    """Says the true scale of a picture that fills what is not black."""
+    """Oracle scale predictor of squares: their visible side over 16."""
 
     input_pixels = 0
 
     def __call__(self, pixels: Any, tiles: Any) -> list[ScaleMap]:
-        sides = [(one.max(2) > 0).any(0).sum() for one in pixels]
-        return [ScaleMap(scale=np.full(one.shape[:2], s / 16)) for one, s in zip(pixels, sides, strict=True)]
+        sides = [(canvas.max(2) > 0).any(0).sum() for canvas in pixels]
+        return [ScaleMap(scale=np.full(canvas.shape[:2], s / 16)) for canvas, s in zip(pixels, sides, strict=True)]
 
 
 class Template(torch.nn.Module):
@@ -186,7 +186,9 @@ def test_background_has_no_scale() -> None:
 def test_an_objects_pixels_count_even_where_the_net_says_nothing() -> None:
     def half_blind(pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap]:
         del tiles
-        return [ScaleMap(scale=np.where(np.arange(each.shape[1]) < 4, 0.0, 2.0) + 0 * each[..., 0]) for each in pixels]
+        return [
+            ScaleMap(scale=np.where(np.arange(canvas.shape[1]) < 4, 0.0, 2.0) + 0 * canvas[..., 0]) for canvas in pixels
+        ]
 
     half_blind.input_pixels = 64  # type: ignore[attr-defined]
     canvas = centred(np.full((4, 4, 3), 9, np.uint8), 8)
@@ -200,7 +202,7 @@ def test_an_objects_pixels_count_even_where_the_net_says_nothing() -> None:
 def test_a_net_that_says_nothing_at_all_sees_no_object() -> None:
     def blind(pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap]:
         del tiles
-        return [ScaleMap(scale=np.zeros(each.shape[:2], np.float32)) for each in pixels]
+        return [ScaleMap(scale=np.zeros(canvas.shape[:2], np.float32)) for canvas in pixels]
 
     blind.input_pixels = 64  # type: ignore[attr-defined]
     picture = np.full((8, 8, 3), 9, np.uint8)
@@ -238,10 +240,10 @@ def test_a_net_learns_how_large_squares_are(loss: Any, least: float) -> None:
 
 def test_training_is_the_same_for_the_same_seed_and_a_classifier_learns() -> None:
     recipe = replace(DIGITS.classifiers["classifier"], epochs=6.0, batch_size=16)
-    one, other, third = (train_classifier(squares(64), DIGITS, recipe, seed=seed) for seed in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
-    assert not torch.equal(next(one.parameters()), next(third.parameters()))
-    assert score_classifier(one, squares(20), "validation", DIGITS).accuracy == 100
+    first, again, other = (train_classifier(squares(64), DIGITS, recipe, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+    assert score_classifier(first, squares(20), "validation", DIGITS).accuracy == 100
 
 
 def test_a_loss_that_is_no_number_stops_the_training() -> None:
@@ -258,7 +260,7 @@ def test_mixed_precision_learns_as_well() -> None:
     mixed = train_net(squares(64), DIGITS, NetRecipe(epochs=2.0), seed=0, mixed_precision=True)
     pairs = list(zip(exact.parameters(), mixed.parameters(), strict=True))
     assert all(mine.dtype == torch.float32 for _, mine in pairs)
-    assert not all(torch.equal(one, other) for one, other in pairs)
+    assert not all(torch.equal(exact_weight, mixed_weight) for exact_weight, mixed_weight in pairs)
 
 
 @pytest.mark.parametrize("name", ["validation", "56", "8"])
