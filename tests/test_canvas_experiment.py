@@ -20,20 +20,20 @@ from torchvision.datasets import CIFAR10 as CIFAR10_FILES
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.core.windows import top_k_mean
-from scalenet_ray.experiments.config import CIFAR10, DIGITS, MNIST, CanvasRecipe, NetRecipe
+from scalenet_ray.experiments.config import CIFAR10, DIGITS, MNIST, CanvasRecipe, NetRecipe, ablations
 from scalenet_ray.experiments.data import Pictures, centred, load_pictures, resized
 from scalenet_ray.experiments.evaluate import (
     ObjectScales,
     TrueScales,
     pictures_at,
+    response_plot,
     score_classifier,
     score_recursion,
     set_names,
+    steps_plot,
 )
-from scalenet_ray.experiments.experiment import Experiment
-from scalenet_ray.experiments.figures import response_plot, steps_plot
 from scalenet_ray.experiments.rescale import rescale_canvases
-from scalenet_ray.experiments.run import ablations, plan_tasks, tabulate
+from scalenet_ray.experiments.run import Experiment, Task, plan_tasks, tabulate
 from scalenet_ray.experiments.train import as_input, train_classifier, train_net
 from scalenet_ray.models.scale_net import normalised
 from tests.job_scripts import load_job
@@ -49,13 +49,13 @@ def squares(count: int) -> Pictures:
 
 
 class KnowsScale:
-    """Says the true scale of a picture that fills what is not black."""
+    """Oracle scale predictor of squares: their visible side over 16."""
 
     input_pixels = 0
 
     def __call__(self, pixels: Any, tiles: Any) -> list[ScaleMap]:
-        sides = [(one.max(2) > 0).any(0).sum() for one in pixels]
-        return [ScaleMap(scale=np.full(one.shape[:2], s / 16)) for one, s in zip(pixels, sides, strict=True)]
+        sides = [(canvas.max(2) > 0).any(0).sum() for canvas in pixels]
+        return [ScaleMap(scale=np.full(canvas.shape[:2], s / 16)) for canvas, s in zip(pixels, sides, strict=True)]
 
 
 class Template(torch.nn.Module):
@@ -75,11 +75,11 @@ class Template(torch.nn.Module):
 
 
 def test_scikit_learns_digits_are_split_and_enlarged() -> None:
-    learned, tested = (load_pictures("digits", None, train=train) for train in (True, False))
-    assert learned.pixels.shape == (1198, 28, 28, 3)
-    assert tested.pixels.shape == (599, 28, 28, 3)
-    assert {*learned.labels} == {*tested.labels} == set(range(10))
-    assert not {one.tobytes() for one in learned.pixels} & {one.tobytes() for one in tested.pixels}
+    train_set, test_set = (load_pictures("digits", None, train=train) for train in (True, False))
+    assert train_set.pixels.shape == (1198, 28, 28, 3)
+    assert test_set.pixels.shape == (599, 28, 28, 3)
+    assert {*train_set.labels} == {*test_set.labels} == set(range(10))
+    assert not {picture.tobytes() for picture in train_set.pixels} & {picture.tobytes() for picture in test_set.pixels}
 
 
 def test_mnist_is_read_as_torchvision_lays_it_out() -> None:
@@ -124,11 +124,11 @@ def test_data_that_cannot_be_had_is_told_of(name: str, message: str) -> None:
 def test_held_out_digits_are_tested_on_and_not_learned() -> None:
     whole = load_pictures("digits", None, train=True)
     experiment = Experiment("digits", None, "nowhere", held_out=98, test_limit=50)
-    assert np.array_equal(experiment.learned().pixels, whole.pixels[:1100])
-    assert np.array_equal(experiment.tested().labels, whole.labels[1100:1150])
-    assert len(replace(experiment, held_out=0, test_limit=None).tested().labels) == 599
+    assert np.array_equal(experiment.train_set().pixels, whole.pixels[:1100])
+    assert np.array_equal(experiment.test_set().labels, whole.labels[1100:1150])
+    assert len(replace(experiment, held_out=0, test_limit=None).test_set().labels) == 599
     with pytest.raises(ValueError, match="held_out must leave pictures to train on, got 2000 of 1198"):
-        replace(experiment, held_out=2000).learned()
+        replace(experiment, held_out=2000).train_set()
 
 
 # --- the sets -------------------------------------------------------------------------------------------------
@@ -186,7 +186,9 @@ def test_background_has_no_scale() -> None:
 def test_an_objects_pixels_count_even_where_the_net_says_nothing() -> None:
     def half_blind(pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap]:
         del tiles
-        return [ScaleMap(scale=np.where(np.arange(each.shape[1]) < 4, 0.0, 2.0) + 0 * each[..., 0]) for each in pixels]
+        return [
+            ScaleMap(scale=np.where(np.arange(canvas.shape[1]) < 4, 0.0, 2.0) + 0 * canvas[..., 0]) for canvas in pixels
+        ]
 
     half_blind.input_pixels = 64  # type: ignore[attr-defined]
     canvas = centred(np.full((4, 4, 3), 9, np.uint8), 8)
@@ -200,13 +202,13 @@ def test_an_objects_pixels_count_even_where_the_net_says_nothing() -> None:
 def test_a_net_that_says_nothing_at_all_sees_no_object() -> None:
     def blind(pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap]:
         del tiles
-        return [ScaleMap(scale=np.zeros(each.shape[:2], np.float32)) for each in pixels]
+        return [ScaleMap(scale=np.zeros(canvas.shape[:2], np.float32)) for canvas in pixels]
 
     blind.input_pixels = 64  # type: ignore[attr-defined]
     picture = np.full((8, 8, 3), 9, np.uint8)
     recipe = MNIST.recipes["scalenet"]
-    (settled,) = rescale_canvases([picture], recipe.recursion(8, 28), recipe.rules, ObjectScales(blind))  # type: ignore[arg-type]
-    assert settled.sides == (8,)
+    (result,) = rescale_canvases([picture], recipe.recursion(8, 28), recipe.rules, ObjectScales(blind))  # type: ignore[arg-type]
+    assert result.sides == (8,)
 
 
 def test_the_papers_two_settings_each_go_one_way() -> None:
@@ -238,10 +240,10 @@ def test_a_net_learns_how_large_squares_are(loss: Any, least: float) -> None:
 
 def test_training_is_the_same_for_the_same_seed_and_a_classifier_learns() -> None:
     recipe = replace(DIGITS.classifiers["classifier"], epochs=6.0, batch_size=16)
-    one, other, third = (train_classifier(squares(64), DIGITS, recipe, seed=seed) for seed in (0, 0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
-    assert not torch.equal(next(one.parameters()), next(third.parameters()))
-    assert score_classifier(one, squares(20), "validation", DIGITS).accuracy == 100
+    first, again, other = (train_classifier(squares(64), DIGITS, recipe, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+    assert score_classifier(first, squares(20), "validation", DIGITS).accuracy == 100
 
 
 def test_a_loss_that_is_no_number_stops_the_training() -> None:
@@ -258,7 +260,7 @@ def test_mixed_precision_learns_as_well() -> None:
     mixed = train_net(squares(64), DIGITS, NetRecipe(epochs=2.0), seed=0, mixed_precision=True)
     pairs = list(zip(exact.parameters(), mixed.parameters(), strict=True))
     assert all(mine.dtype == torch.float32 for _, mine in pairs)
-    assert not all(torch.equal(one, other) for one, other in pairs)
+    assert not all(torch.equal(exact_weight, mixed_weight) for exact_weight, mixed_weight in pairs)
 
 
 @pytest.mark.parametrize("name", ["validation", "56", "8"])
@@ -267,26 +269,26 @@ def test_the_oracle_brings_every_picture_to_the_unit_side(name: str) -> None:
     for side, found in pictures_at(squares(2), name, MNIST):
         on_side = found[0].shape[0]
         oracle = TrueScales(side / (on_side * MNIST.unit_side))
-        for settled in rescale_canvases(found, CanvasRecipe().recursion(on_side, MNIST.canvas_side), rules, oracle):
+        for result in rescale_canvases(found, CanvasRecipe().recursion(on_side, MNIST.canvas_side), rules, oracle):
             # Of the canvas, of which the picture is a part.
-            assert settled.sides[-1] * side / on_side == pytest.approx(MNIST.unit_side, rel=0.05)
-            assert not settled.capped
+            assert result.sides[-1] * side / on_side == pytest.approx(MNIST.unit_side, rel=0.05)
+            assert not result.capped
 
 
 # --- the plan and the table -----------------------------------------------------------------------------------
 
 
 def test_nets_that_are_trained_alike_are_trained_once() -> None:
-    units = plan_tasks(Experiment("mnist", "d", "w"), MNIST.recipes, range(2))
-    names = [unit.name for unit in units]
+    tasks = plan_tasks(Experiment("mnist", "d", "w"), MNIST.recipes, range(2))
+    names = [task.name for task in tasks]
     assert len(names) == len(set(names))
     assert sorted(name for name in names if name.startswith("net")) == ["net-s0", "net-s1", "net1-s0", "net1-s1"]
-    by_name = {unit.name: unit for unit in units}
+    by_name = {task.name: task for task in tasks}
     assert by_name["scalenet--84--s1"].after == ("net-s1", "classifier-s1")
     assert by_name["scalenet_paper--84--s1"].after == ("net1-s1", "classifier-s1")
     assert by_name["oracle--84--s1"].after == ("classifier-s1",)
     assert by_name["capsnet--84--s1"].after == ("capsnet-s1",)
-    assert all(waited in names for unit in units for waited in unit.after)
+    assert all(name in names for task in tasks for name in task.after)
 
 
 def test_each_ablation_changes_the_recipe() -> None:
@@ -295,14 +297,16 @@ def test_each_ablation_changes_the_recipe() -> None:
 
 
 def test_a_table_has_means_and_deviations_over_seeds() -> None:
-    outcomes = {
-        "net-s0": {"parameters": 3},
-        "scalenet--84--s0": {"accuracy": 98.0, "steps": 4.0, "capped": 0.0, "once": 30.0},
-        "scalenet--84--s1": {"accuracy": 99.0, "steps": 5.0, "capped": 1.0, "once": 32.0},
-        "classifier--84--s0": {"accuracy": 10.0, "steps": 0.0, "capped": 0.0, "once": None},
-        "oracle--84--s0": {"accuracy": 99.5, "steps": 1.0, "capped": 0.0, "once": 99.5},
+    scores = {
+        ("scalenet", 0): {"accuracy": 98.0, "steps": 4.0, "capped": 0.0, "once": 30.0},
+        ("scalenet", 1): {"accuracy": 99.0, "steps": 5.0, "capped": 1.0, "once": 32.0},
+        ("classifier", 0): {"accuracy": 10.0, "steps": 0.0, "capped": 0.0, "once": None},
+        ("oracle", 0): {"accuracy": 99.5, "steps": 1.0, "capped": 0.0, "once": 99.5},
     }
-    assert tabulate(outcomes) == {
+    tasks = [Task("net-s0", dict)]
+    tasks += [Task(f"{method}-{seed}", dict, method=method, test_set="84") for method, seed in scores]
+    outcomes = dict(zip((task.name for task in tasks), ({"parameters": 3}, *scores.values()), strict=True))
+    assert tabulate(tasks, outcomes) == {
         "scalenet": {"84": {"mean": 98.5, "std": pytest.approx(0.5**0.5), "steps": 4.5, "capped": 0.5}},
         "once": {"84": {"mean": 31.0, "std": pytest.approx(2.0**0.5)}},
         "oracle": {"84": {"mean": 99.5, "std": 0.0, "steps": 1.0, "capped": 0.0}},

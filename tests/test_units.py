@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scalenet_ray.experiments.tasks import Task, run_tasks
+from scalenet_ray.experiments.run import Task, run_tasks
 from scalenet_ray.runs.folder import RunFolder
 from tests.unit_works import add, broken, die_once
 

@@ -19,7 +19,7 @@ from torch import distributed, nn
 
 from scalenet_ray.engine.train_data import BatchStream
 from scalenet_ray.training.recipe import Batch, Recipe, clip_and_step, forward_backward
-from scalenet_ray.training.schedule import Epochs, Training
+from scalenet_ray.training.schedule import Epochs, Training, warmup_cosine
 
 __all__ = ["STATE_FILE", "Assignment", "make_schedule", "work"]
 
@@ -203,14 +203,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, steps: int, done: int) -> to
         done: number of steps done before.
     """
     warmup = min(500, max(1, steps // 20))
-
-    def factor(step: int) -> float:
-        """Factor of the learning rate, `step` steps after `done`."""
-        step += done
-        progress = (step - warmup) / max(1, steps - warmup)
-        return (step + 1) / warmup if step < warmup else 0.5 * (1.0 + float(np.cos(np.pi * progress)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step + done, steps, warmup))
 
 
 def _restore(network: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -1,4 +1,4 @@
-"""The paper's classifiers of canvases (sections 'MNIST' and 'CIFAR-10'), and what each is trained to lower."""
+"""Classifiers of the paper's experiments (sections 'MNIST' and 'CIFAR-10') and their losses."""
 
 from __future__ import annotations
 
@@ -21,57 +21,57 @@ __all__ = [
 ]
 
 KINDS = ("plain", "deformable", "capsnet", "vgg11")
-"""The classifiers by name."""
-
+"""Names of the classifiers."""
 
 _FILTERS, _KERNEL, _HIDDEN = (16, 32), 5, 128
-
-
-_LEAST_SIDE = 4
-
+_MIN_SIDE = 4
 
 _VGG_STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
-
-
 _VGG_STRIDE = 2 ** len(_VGG_STAGES)
+_VGG_MIN_CHANNELS = 8
 
+ROUTING_ITERATIONS = 3
+"""Iterations of dynamic routing (Sabour et al., section 4)."""
 
-_LEAST_CHANNELS = 8
+_CAPSULE_KERNEL, _CAPSULE_STRIDE = 9, 2
+_CAPSNET_CHANNELS, _CAPSULE_TYPES = 256, 32
+_PRIMARY_DIM, _DIGIT_DIM = 8, 16
+_INITIAL_STD = 0.1
+_MARGIN_PRESENT, _MARGIN_ABSENT, _ABSENT_WEIGHT = 0.9, 0.1, 0.5
 
 
 class _DeformableConv(nn.Module):
-    """A padded convolution whose taps are moved by what another one says (Dai et al., 2017, section 2.1)."""
+    """Deformable convolution: a second convolution predicts the offsets of the taps (Dai et al., 2017, section 2.1)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__()
         self.offsets = nn.Conv2d(in_channels, 2 * kernel**2, kernel, padding=kernel // 2)
         self.conv = DeformConv2d(in_channels, out_channels, kernel, padding=kernel // 2)
-        # At zero it starts as the plain convolution.
+        # Zero offsets: it starts as a plain convolution.
         nn.init.zeros_(self.offsets.weight)
         nn.init.zeros_(self.offsets.bias)  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, in, H, W] -> [B, out, H, W]; in float32, as torchvision has no other on CPUs."""
+        """[B, in, H, W] -> [B, out, H, W], in float32: torchvision's CPU kernel has no bfloat16."""
         with torch.autocast(x.device.type, enabled=False):
             return self.conv(x.float(), self.offsets(x.float()))
 
 
 def build_classifier(kind: str, *, side: int, in_channels: int, classes: int = 10, width: float = 1.0) -> nn.Module:
-    """A fresh classifier: [B, in_channels, side, side] float32 -> [B, classes] scores, the largest being the answer.
+    """Build a classifier with random weights: [B, in_channels, side, side] float32 -> [B, classes] scores.
 
     Args:
-        kind: "plain" is two 5x5 convolutions of 16 and 32 filters, each with ReLU and 2x2 max-pooling, and two fully
-            connected layers, 128 wide between them (section 'MNIST'); "deformable" is the same with a second
-            convolution whose taps move (Dai et al., 2017); "capsnet" is `CapsNet`, whose scores are lengths; "vgg11"
-            is VGG-11 with batch norm (section 'CIFAR-10'), but with the mean over all cells and one linear layer in
-            the place of VGG's three large ones, as is usual at CIFAR's size.
-        side: of the input, in pixels: at least 4, at least 17 for "capsnet", a multiple of 32 for "vgg11".
+        kind: "plain": two 5 x 5 convolutions of 16 and 32 filters, each with ReLU and 2 x 2 max-pooling, and two fully
+            connected layers with 128 hidden units (section 'MNIST'). "deformable": the same with a deformable second
+            convolution. "capsnet": `CapsNet`. "vgg11": VGG-11 with batch norm (section 'CIFAR-10'), global average
+            pooling and one linear layer instead of VGG's three, as is usual at CIFAR's size.
+        side: input side in pixels: at least 4, at least 17 for "capsnet", a multiple of 32 for "vgg11".
         in_channels: 1 for grey, 3 for RGB.
-        classes: scores of the output.
-        width: what the channels of "capsnet" and "vgg11" are multiplied by; the other two have none but 1.
+        classes: number of classes.
+        width: multiplier of the channels of "capsnet" and "vgg11"; must be 1 for the others.
 
     Raises:
-        UserError: if the kind is unknown, or has no such side or width.
+        UserError: if the kind is unknown, or does not support the side or width.
     """
     _check_kind(kind)
     if width <= 0 or (width != 1 and kind in ("plain", "deformable")):
@@ -81,8 +81,8 @@ def build_classifier(kind: str, *, side: int, in_channels: int, classes: int = 1
         return CapsNet(side=side, in_channels=in_channels, classes=classes, width=width)
     if kind == "vgg11":
         return _vgg11(side, in_channels, classes, width)
-    if side < _LEAST_SIDE:
-        msg = f"the side for {kind} must be at least {_LEAST_SIDE}, got {side}: use a larger canvas"
+    if side < _MIN_SIDE:
+        msg = f"the side for {kind} must be at least {_MIN_SIDE}, got {side}: use a larger canvas"
         raise UserError(msg)
     first, second = _FILTERS
     return nn.Sequential(
@@ -109,25 +109,25 @@ def _vgg11(side: int, in_channels: int, classes: int, width: float) -> nn.Module
     channels = in_channels
     for stage in _VGG_STAGES:
         for full in stage:
-            before, channels = channels, max(_LEAST_CHANNELS, round(full * width))
+            before, channels = channels, max(_VGG_MIN_CHANNELS, round(full * width))
             layers += [nn.Conv2d(before, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
 def classifier_loss(kind: str, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The margin loss of capsules' lengths for "capsnet", the cross-entropy of logits for all others.
+    """Margin loss for "capsnet", cross-entropy for all others.
 
     Args:
         kind: see `build_classifier`.
-        scores: [B, classes] float, as the classifier gives them.
+        scores: [B, classes] float, output of the classifier.
         labels: [B] int in 0..classes - 1.
 
     Returns:
-        A scalar, the mean of images.
+        Scalar, the mean over images.
 
     Raises:
-        UserError: if the kind is unknown, or the shapes do not fit.
+        UserError: if the kind is unknown or the shapes do not match.
     """
     _check_kind(kind)
     if scores.ndim != 2 or labels.shape != scores.shape[:1]:
@@ -142,75 +142,56 @@ def _check_kind(kind: str) -> None:
         raise UserError(msg)
 
 
-ROUTING_ITERATIONS = 3
-"""Rounds of routing (Sabour et al., section 4)."""
-
-
-_CAPSULE_KERNEL, _STRIDE = 9, 2
-
-
-_CHANNELS, _TYPES = 256, 32
-
-
-_PRIMARY, _DIGIT = 8, 16
-
-
-_DEVIATION = 0.1
-
-
-_PRESENT, _ABSENT, _ABSENT_WEIGHT = 0.9, 0.1, 0.5
-
-
 def squash(vectors: torch.Tensor) -> torch.Tensor:
-    """Shorten vectors of length n to n^2 / (1 + n^2), and keep where they point (Sabour et al., equation 1).
+    """Scale vectors of length n to n^2 / (1 + n^2) (Sabour et al., equation 1).
 
     Args:
-        vectors: [..., dimensions] float; those of zeros stay, with a gradient of 0.
+        vectors: [..., dimensions] float. Zero vectors stay zero, with a gradient of 0.
 
     Returns:
         [..., dimensions].
     """
-    # Dividing by the length itself would give NaN for a vector of zeros.
+    # Not vectors / length: NaN for a zero vector.
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors * (length / (1.0 + length**2))
 
 
 def route(predictions: torch.Tensor) -> torch.Tensor:
-    """Dynamic routing (Sabour et al., procedure 1): capsules send most to where others predict the same.
+    """Dynamic routing by agreement (Sabour et al., procedure 1).
 
-    Only the last round has a gradient: the shares that the earlier ones come to are constants.
+    Only the last iteration is differentiated: the coupling coefficients of earlier ones are constants.
 
     Args:
-        predictions: [B, capsules, classes, dimensions] float, what each capsule below predicts of each one above.
+        predictions: [B, capsules, classes, dimensions] float, prediction of each lower capsule for each upper one.
 
     Returns:
-        [B, classes, dimensions], the squashed capsules above.
+        [B, classes, dimensions], the squashed upper capsules.
     """
     constant = predictions.detach()
     logits = torch.zeros_like(constant[..., 0])
     for _ in range(ROUTING_ITERATIONS - 1):
-        logits = logits + torch.einsum("bpcd,bcd->bpc", constant, _gathered(logits, constant))
-    return _gathered(logits, predictions)
+        logits = logits + torch.einsum("bpcd,bcd->bpc", constant, _routed_sum(logits, constant))
+    return _routed_sum(logits, predictions)
 
 
-def _gathered(logits: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
+def _routed_sum(logits: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
     """[B, capsules, classes] and [B, capsules, classes, dimensions] -> [B, classes, dimensions]."""
     return squash(torch.einsum("bpc,bpcd->bcd", logits.softmax(dim=2), predictions))
 
 
 class CapsNet(nn.Module):
-    """A convolution, primary capsules and a capsule a class (Sabour et al., section 4).
+    """Capsule network: a convolution, primary capsules and one capsule per class (Sabour et al., section 4).
 
-    The decoder that reconstructs the picture is left out: the margin loss alone trains it.
+    Without the reconstruction decoder: it is trained with the margin loss alone.
 
     Args:
-        side: of the input, in pixels.
+        side: input side in pixels.
         in_channels: 1 for grey, 3 for RGB.
-        classes: capsules of the output.
-        width: of the layers: 1 is the paper's 256 channels and 32 types of primary capsules.
+        classes: number of classes.
+        width: multiplier of the paper's 256 channels and 32 primary capsule types.
 
     Raises:
-        UserError: if the side leaves no primary capsule.
+        UserError: if the side is too small for a primary capsule.
     """
 
     def __init__(self, *, side: int, in_channels: int, classes: int = 10, width: float = 1.0) -> None:
@@ -218,29 +199,29 @@ class CapsNet(nn.Module):
         if side < 2 * _CAPSULE_KERNEL - 1:
             msg = f"a capsnet's side must be at least {2 * _CAPSULE_KERNEL - 1}, got {side}: use a larger canvas"
             raise UserError(msg)
-        cells = ((side - 2 * _CAPSULE_KERNEL + 1) // _STRIDE + 1) ** 2
-        channels, types = max(1, round(_CHANNELS * width)), max(1, round(_TYPES * width))
+        cells = ((side - 2 * _CAPSULE_KERNEL + 1) // _CAPSULE_STRIDE + 1) ** 2
+        channels, types = max(1, round(_CAPSNET_CHANNELS * width)), max(1, round(_CAPSULE_TYPES * width))
         self.features = nn.Conv2d(in_channels, channels, _CAPSULE_KERNEL)
-        self.primary = nn.Conv2d(channels, types * _PRIMARY, _CAPSULE_KERNEL, stride=_STRIDE)
-        self.transforms = nn.Parameter(_DEVIATION * torch.randn(types * cells, classes, _DIGIT, _PRIMARY))
+        self.primary = nn.Conv2d(channels, types * _PRIMARY_DIM, _CAPSULE_KERNEL, stride=_CAPSULE_STRIDE)
+        self.transforms = nn.Parameter(_INITIAL_STD * torch.randn(types * cells, classes, _DIGIT_DIM, _PRIMARY_DIM))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, C, side, side] -> [B, classes], the lengths of the classes' capsules, under 1."""
+        """[B, C, side, side] -> [B, classes], lengths of the class capsules, below 1."""
         maps = self.primary(functional.relu(self.features(images)))
-        capsules = squash(maps.unflatten(1, (-1, _PRIMARY)).flatten(3).transpose(2, 3).flatten(1, 2))
+        capsules = squash(maps.unflatten(1, (-1, _PRIMARY_DIM)).flatten(3).transpose(2, 3).flatten(1, 2))
         return torch.linalg.vector_norm(route(torch.einsum("bpi,pcdi->bpcd", capsules, self.transforms)), dim=-1)
 
 
 def margin_loss(lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Squared margins: 0.9 for the right class, 0.1, at half the weight, for all others (Sabour et al., equation 4).
+    """Margin loss: margin 0.9 for the correct class, 0.1 at half the weight for others (Sabour et al., equation 4).
 
     Args:
         lengths: [B, classes] float in 0..1.
         labels: [B] int in 0..classes - 1.
 
     Returns:
-        A scalar: summed over classes, the mean of images.
+        Scalar: summed over classes, averaged over images.
     """
-    right = functional.one_hot(labels.long(), lengths.shape[1]).bool()
-    present, absent = functional.relu(_PRESENT - lengths) ** 2, functional.relu(lengths - _ABSENT) ** 2
-    return torch.where(right, present, _ABSENT_WEIGHT * absent).sum(dim=1).mean()
+    correct = functional.one_hot(labels.long(), lengths.shape[1]).bool()
+    present, absent = functional.relu(_MARGIN_PRESENT - lengths) ** 2, functional.relu(lengths - _MARGIN_ABSENT) ** 2
+    return torch.where(correct, present, _ABSENT_WEIGHT * absent).sum(dim=1).mean()

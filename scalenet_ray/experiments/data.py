@@ -1,4 +1,4 @@
-"""The data sets of the experiments on canvases: MNIST and CIFAR-10 by torchvision, scikit-learn's digits anywhere."""
+"""Data sets of the experiments: MNIST and CIFAR-10 as torchvision lays them out, and scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -15,55 +15,57 @@ from torchvision.datasets import CIFAR10, MNIST
 
 from scalenet_ray.core.errors import UserError
 
-__all__ = [
-    "Pictures",
-    "Resampling",
-    "centred",
-    "load_pictures",
-    "resized",
-]
+__all__ = ["Pictures", "Resampling", "centred", "load_pictures", "resized"]
 
-_ENLARGED = 28
+Resampling = Literal["bicubic", "bilinear", "area", "nearest", "bicubic-aliased", "bilinear-aliased"]
+"""Resampling filters. The first three are Pillow's and antialiased; the others are not."""
 
+_PILLOW = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "area": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+}
+_OPENCV = {"bicubic-aliased": cv2.INTER_CUBIC, "bilinear-aliased": cv2.INTER_LINEAR}
 
-_TEST_SHARE = 3
+_SKLEARN_SIDE = 28
+_SKLEARN_TEST_EVERY = 3
 
 
 class Pictures(NamedTuple):
-    """Pictures with one object each.
+    """Labelled images with one object each.
 
     Attributes:
-        pixels: [N, s, s, 3] uint8; grey in all three channels.
-        labels: [N] int64, the class of each.
+        pixels: [N, s, s, 3] uint8; grey images have three equal channels.
+        labels: [N] int64 class indices.
     """
 
     pixels: np.ndarray
     labels: np.ndarray
 
     def part(self, which: slice) -> Pictures:
-        """Some of them."""
+        """The images and labels of a slice."""
         return Pictures(self.pixels[which], self.labels[which])
 
 
-class _RewrittenCifar(CIFAR10):
-    """CIFAR-10 in its standard files, which need not hold the published bytes: rewritten ones are read as well."""
+class _UnverifiedCifar10(CIFAR10):
+    """CIFAR-10 without torchvision's checksum test: files in the standard layout are read, re-encoded ones too."""
 
     def _check_integrity(self) -> bool:
         return all(Path(self.root, self.base_folder, name).is_file() for name, _ in (*self.train_list, *self.test_list))
 
 
 def load_pictures(name: str, data: str | None, *, train: bool) -> Pictures:
-    """The pictures of a data set.
+    """Load a data set.
 
     Args:
         name: "mnist", "cifar10" or "digits".
-        data: folder with MNIST/raw or cifar-10-batches-py, as torchvision lays them out; what is missing is
-            fetched by torchvision where there is a network. "digits" needs none.
-        train: those to learn from, else those to test on.
+        data: folder with MNIST/raw or cifar-10-batches-py; downloaded by torchvision if missing. Not used for "digits".
+        train: load the training split, else the test split.
 
     Raises:
-        UserError: if there is no such data set, or no folder for one that needs it.
-        RuntimeError: if its files are not there and cannot be fetched.
+        UserError: if the name is unknown, or the data set needs a folder and none is given.
+        RuntimeError: if the files are missing and the download fails.
     """
     if name == "digits":
         return _sklearn_digits(train)
@@ -76,13 +78,12 @@ def load_pictures(name: str, data: str | None, *, train: bool) -> Pictures:
     if name == "mnist":
         mnist = _mnist(data, train)
         return Pictures(np.repeat(mnist.data.numpy()[..., None], 3, axis=3), mnist.targets.numpy().astype(np.int64))
-    # What is there is not fetched anew.
-    cifar = _RewrittenCifar(data, train=train, download=not Path(data, CIFAR10.base_folder).is_dir())
+    cifar = _UnverifiedCifar10(data, train=train, download=not Path(data, CIFAR10.base_folder).is_dir())
     return Pictures(cifar.data, np.array(cifar.targets, np.int64))
 
 
 def _mnist(data: str, train: bool) -> MNIST:
-    """MNIST, fetched if it is not there; packed files are unpacked elsewhere, since the folder may be another's."""
+    """Load MNIST. Compressed files are unpacked into a temporary folder, since `data` may be read-only."""
     raw = Path(data, "MNIST", "raw")
     packed = sorted(raw.glob("*-ubyte.gz"))
     if not packed or any(raw.glob("*-ubyte")):
@@ -96,42 +97,28 @@ def _mnist(data: str, train: bool) -> MNIST:
 
 
 def _sklearn_digits(train: bool) -> Pictures:
-    """Every third one tests: the set's writers come one after the other."""
+    """Load scikit-learn's digits at 28 x 28; every third is a test image, as the file is sorted by writer."""
     digits: Any = load_digits()
-    is_test = np.arange(len(digits.target)) % _TEST_SHARE == 0
-    kept = np.flatnonzero(is_test != train)
-    small = np.repeat((digits.images[kept] * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=3)
-    return Pictures(np.stack([resized(one, _ENLARGED) for one in small]), digits.target[kept].astype(np.int64))
-
-
-Resampling = Literal["bicubic", "bilinear", "area", "nearest", "bicubic-aliased", "bilinear-aliased"]
-"""How pictures change their size. Pillow's first three see every pixel when they shrink; the others skip some."""
-
-
-_PILLOW = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "area": Image.Resampling.BOX,
-    "nearest": Image.Resampling.NEAREST,
-}
-
-
-_OPENCV = {"bicubic-aliased": cv2.INTER_CUBIC, "bilinear-aliased": cv2.INTER_LINEAR}
+    is_test = np.arange(len(digits.target)) % _SKLEARN_TEST_EVERY == 0
+    chosen = np.flatnonzero(is_test != train)
+    small = np.repeat((digits.images[chosen] * (255 / 16)).round().astype(np.uint8)[..., None], 3, axis=3)
+    pixels = np.stack([resized(picture, _SKLEARN_SIDE) for picture in small])
+    return Pictures(pixels, digits.target[chosen].astype(np.int64))
 
 
 def resized(picture: np.ndarray, side: int, method: Resampling = "bicubic") -> np.ndarray:
-    """A square picture at another size.
+    """Resample a square image.
 
     Args:
         picture: [s, s, 3] uint8.
-        side: pixels along each side of the result.
-        method: how.
+        side: side of the result in pixels.
+        method: resampling filter.
 
     Returns:
-        [side, side, 3] uint8; the picture itself if it has that size.
+        [side, side, 3] uint8; the input itself if it has that size.
 
     Raises:
-        ValueError: if there is no such method, or no pixel would be left.
+        ValueError: if the filter is unknown or `side` is below 1.
     """
     if method not in get_args(Resampling):
         msg = f"resampling must be one of {', '.join(get_args(Resampling))}, got {method!r}"
@@ -147,11 +134,11 @@ def resized(picture: np.ndarray, side: int, method: Resampling = "bicubic") -> n
 
 
 def centred(picture: np.ndarray, side: int) -> np.ndarray:
-    """A square picture in the middle of a black canvas, or the middle of it where it is larger.
+    """Pad a square image with black to a canvas, or crop its middle if it is larger.
 
     Args:
-        picture: [s, s, 3] uint8. Where s and `side` differ by an odd number, the middle is half a pixel off.
-        side: pixels along each side of the canvas.
+        picture: [s, s, 3] uint8. If s and `side` differ by an odd number, the centre is off by half a pixel.
+        side: side of the canvas in pixels.
 
     Returns:
         [side, side, 3] uint8.

@@ -1,12 +1,13 @@
-"""How many pictures are told rightly at a side: by a classifier alone, and behind a recursion."""
+"""Classification accuracy by image size, with and without rescaling, and the plots of a Scale Net's predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.ticker import FuncFormatter
 from torch import nn
 
 from scalenet_ray.core.errors import TileError
@@ -17,33 +18,35 @@ from scalenet_ray.experiments.config import CanvasRecipe, Domain
 from scalenet_ray.experiments.data import Pictures, Resampling, centred, resized
 from scalenet_ray.experiments.rescale import rescale_canvases
 from scalenet_ray.experiments.train import as_input
+from scalenet_ray.report.charts import ACCENT, MUTED, drawing, quiet, to_svg
 
 __all__ = [
     "ObjectScales",
     "Score",
     "TrueScales",
     "pictures_at",
+    "response_plot",
     "score_classifier",
     "score_recursion",
     "set_names",
+    "steps_plot",
 ]
 
-_PICTURES = 500
-"""Pictures that are worked through at a time."""
+_CHUNK = 500
+"""Images that are scored at a time."""
 
-
-_LEAST_SCALE = np.float32(1e-6)
-"""Of an object's pixel of which a net says nothing."""
+_MIN_SCALE = np.float32(1e-6)
+"""Scale of an object's pixel where the network predicts 0, which would mean background."""
 
 
 class Score(NamedTuple):
-    """What became of pictures at one side.
+    """Result on one test set.
 
     Attributes:
-        accuracy: the share that was told rightly, in percent.
-        steps: how often a picture was rescaled, the mean.
-        capped: the share that the limit of steps ended, in percent.
-        once: the accuracy after the first step alone, in percent; None without a recursion.
+        accuracy: accuracy in percent.
+        steps: mean number of rescaling steps.
+        capped: share of images that ended at the maximum depth, in percent.
+        once: accuracy after the first step alone, in percent; None without a recursion.
     """
 
     accuracy: float
@@ -53,13 +56,13 @@ class Score(NamedTuple):
 
 
 class ObjectScales:
-    """What a net says of the pixels of an object alone: black ones are background and have no scale.
+    """Scale predictor restricted to the object: black pixels are background and get scale 0.
 
-    Where the net says 0 of an object's pixel, the pixel still counts, as the net was trained. Where it says 0 of all of
-    them, it sees no object.
+    Pixels of the object where the network predicts 0 count in the mean, as in training. If it predicts 0 everywhere,
+    the map is empty.
 
     Args:
-        predict: the net.
+        predict: scale predictor.
     """
 
     def __init__(self, predict: ScalePredictor) -> None:
@@ -67,27 +70,25 @@ class ObjectScales:
         self.input_pixels = predict.input_pixels
 
     def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
-        """Canvases, [h, w, 3] uint8 each -> maps, 0 where they are black."""
-        seen = self._predict(pixels, tiles)
+        """Canvases, [h, w, 3] uint8 each -> scale maps, 0 at black pixels."""
         return [
-            one
-            if isinstance(one, TileError) or one.scale is None
-            else ScaleMap(scale=_of_object(one.scale, canvas.max(2) > 0))
-            for one, canvas in zip(seen, pixels, strict=True)
+            found
+            if isinstance(found, TileError) or found.scale is None
+            else ScaleMap(scale=_masked(found.scale, canvas.max(2) > 0))
+            for found, canvas in zip(self._predict(pixels, tiles), pixels, strict=True)
         ]
 
 
-def _of_object(scale: np.ndarray, is_object: np.ndarray) -> np.ndarray:
-    """[h, w] scales, 0 outside the object."""
-    inside = np.where(is_object, scale, np.float32(0))
-    return np.where(is_object, np.maximum(inside, _LEAST_SCALE), inside) if inside.any() else inside
+def _masked(scale: np.ndarray, on_object: np.ndarray) -> np.ndarray:
+    inside = np.where(on_object, scale, np.float32(0))
+    return np.where(on_object, np.maximum(inside, _MIN_SCALE), inside) if inside.any() else inside
 
 
 class TrueScales:
-    """What is known of pictures of one size: the oracle in a Scale Net's place.
+    """Oracle scale predictor for images of one size.
 
     Args:
-        share: of the side of its first canvas that a picture takes up, divided by the side whose scale is 1.
+        share: side of the object over the side of its first canvas, divided by the unit side.
     """
 
     input_pixels = 0
@@ -96,7 +97,7 @@ class TrueScales:
         self._share = share
 
     def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
-        """Canvases, [h, w, 3] uint8 each -> maps, 0 where they are black."""
+        """Canvases, [h, w, 3] uint8 each -> scale maps, 0 at black pixels."""
         return [
             ScaleMap(scale=np.where(canvas.max(2) > 0, tile.height * self._share, 0.0).astype(np.float32))
             for canvas, tile in zip(pixels, tiles, strict=True)
@@ -104,53 +105,53 @@ class TrueScales:
 
 
 def set_names(domain: Domain) -> list[str]:
-    """The sets that are scored: "validation", the trained sides on their canvas, and each side that is met.
+    """Test sets of a domain: "validation" (the training sides on their canvas) and one per test side.
 
-    8 pixels also without antialiasing ("8-bilinear-aliased", "8-nearest"): the paper does not say how it shrank.
+    Side 8 also without antialiasing ("8-bilinear-aliased", "8-nearest"), since the paper does not name its filter.
     """
     names = ["validation", *map(str, domain.test_sides)]
     return names + (["8-bilinear-aliased", "8-nearest"] if 8 in domain.test_sides else [])
 
 
 def pictures_at(pictures: Pictures, name: str, domain: Domain) -> list[tuple[int, list[np.ndarray]]]:
-    """The pictures of a set.
+    """Images of a test set.
 
     Args:
-        pictures: as they are.
-        name: see `set_names`.
-        domain: of theirs.
+        pictures: images in their original size.
+        name: test set, see `set_names`.
+        domain: settings of the data set.
 
     Returns:
-        (side, pictures) for each side of the set: on a canvas for "validation", else as large as they are.
+        (object side, images) for each side of the set: on a canvas for "validation", else unpadded.
     """
     if name == "validation":
         return [
-            (side, [centred(resized(one, side, "bilinear"), domain.canvas_side) for one in pictures.pixels])
+            (side, [centred(resized(picture, side, "bilinear"), domain.canvas_side) for picture in pictures.pixels])
             for side in domain.train_sides
         ]
     side, _, method = name.partition("-")
     resampling: Resampling = method or "bilinear"  # type: ignore[assignment]
-    return [(int(side), [resized(one, int(side), resampling) for one in pictures.pixels])]
+    return [(int(side), [resized(picture, int(side), resampling) for picture in pictures.pixels])]
 
 
 def score_classifier(
     classifier: nn.Module, pictures: Pictures, name: str, domain: Domain, *, squeeze: bool = False
 ) -> Score:
-    """A classifier alone: what is larger than its canvas is cut to its middle, or squeezed.
+    """Accuracy of a classifier without rescaling.
 
     Args:
-        classifier: of canvases.
-        pictures: to test on.
-        name: see `set_names`.
-        domain: of theirs.
-        squeeze: whether pictures of other sides are resized to the canvas; else they are cut or padded.
+        classifier: classifier of canvases.
+        pictures: test images.
+        name: test set, see `set_names`.
+        domain: settings of the data set.
+        squeeze: resize images to the canvas; else they are cropped or padded.
     """
-    rights = []
-    for part in _parts(pictures):
-        for _, found in pictures_at(part, name, domain):
-            canvases = [resized(one, domain.canvas_side, "bilinear") for one in found] if squeeze else found
-            rights.append(_right(classifier, canvases, part.labels, domain))
-    return Score(_percent(rights))
+    correct = []
+    for chunk in _chunks(pictures):
+        for _, images in pictures_at(chunk, name, domain):
+            canvases = [resized(image, domain.canvas_side, "bilinear") for image in images] if squeeze else images
+            correct.append(_correct(classifier, canvases, chunk.labels, domain))
+    return Score(_percent(correct))
 
 
 def score_recursion(
@@ -161,50 +162,105 @@ def score_recursion(
     name: str,
     domain: Domain,
 ) -> Score:
-    """A classifier of what a recursion settles on.
+    """Accuracy of a classifier on rescaled images.
 
     Args:
-        classifier: of canvases.
-        predict: the Scale Net; None for the oracle.
-        recipe: of the recursion.
-        pictures: to test on.
-        name: see `set_names`.
-        domain: of theirs.
+        classifier: classifier of canvases.
+        predict: Scale Net, or None for the oracle.
+        recipe: settings of the recursion.
+        pictures: test images.
+        name: test set, see `set_names`.
+        domain: settings of the data set.
     """
-    rights: list[np.ndarray] = []
-    rights_once: list[np.ndarray] = []
+    correct: list[np.ndarray] = []
+    correct_once: list[np.ndarray] = []
     steps: list[int] = []
     capped: list[bool] = []
-    for part in _parts(pictures):
-        for side, found in pictures_at(part, name, domain):
-            on_side = found[0].shape[0]
-            look = TrueScales(side / (on_side * domain.unit_side)) if predict is None else ObjectScales(predict)
-            some = rescale_canvases(found, recipe.recursion(on_side, domain.canvas_side), recipe.rules, look)
-            rights.append(_right(classifier, [one.pixels for one in some], part.labels, domain))
-            first = [
-                resized(one, settled.sides[:2][-1], recipe.rules.resampling)
-                for one, settled in zip(found, some, strict=True)
+    for chunk in _chunks(pictures):
+        for side, images in pictures_at(chunk, name, domain):
+            image_side = images[0].shape[0]
+            scales = TrueScales(side / (image_side * domain.unit_side)) if predict is None else ObjectScales(predict)
+            recursion = recipe.recursion(image_side, domain.canvas_side)
+            rescaled = rescale_canvases(images, recursion, recipe.rules, scales)
+            once = [
+                resized(image, result.sides[:2][-1], recipe.rules.resampling)
+                for image, result in zip(images, rescaled, strict=True)
             ]
-            rights_once.append(_right(classifier, first, part.labels, domain))
-            steps += [len(one.sides) - 1 for one in some]
-            capped += [one.capped for one in some]
-    return Score(_percent(rights), float(np.mean(steps)), 100.0 * float(np.mean(capped)), _percent(rights_once))
+            correct.append(_correct(classifier, [result.pixels for result in rescaled], chunk.labels, domain))
+            correct_once.append(_correct(classifier, once, chunk.labels, domain))
+            steps += [len(result.sides) - 1 for result in rescaled]
+            capped += [result.capped for result in rescaled]
+    return Score(_percent(correct), float(np.mean(steps)), 100.0 * float(np.mean(capped)), _percent(correct_once))
 
 
-def _parts(pictures: Pictures) -> Iterator[Pictures]:
-    for start in range(0, len(pictures.labels), _PICTURES):
-        yield pictures.part(slice(start, start + _PICTURES))
+def _chunks(pictures: Pictures) -> Iterator[Pictures]:
+    for start in range(0, len(pictures.labels), _CHUNK):
+        yield pictures.part(slice(start, start + _CHUNK))
 
 
-def _right(classifier: nn.Module, canvases: Sequence[np.ndarray], labels: np.ndarray, domain: Domain) -> np.ndarray:
-    """[N] bool: which are told rightly."""
+def _correct(classifier: nn.Module, images: Sequence[np.ndarray], labels: np.ndarray, domain: Domain) -> np.ndarray:
+    """[N] bool, whether each image is classified correctly."""
     device = next(classifier.parameters()).device
-    batch = np.stack([centred(one, domain.canvas_side) for one in canvases])
-    # The nets may be in bfloat16, whose scores of classes tie.
+    batch = np.stack([centred(image, domain.canvas_side) for image in images])
+    # In float32: scores tie in bfloat16.
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         scores = classifier(as_input(batch, domain.in_channels).to(device))
     return scores.argmax(1).cpu().numpy() == labels
 
 
-def _percent(rights: Sequence[np.ndarray]) -> float:
-    return 100.0 * float(np.concatenate(rights).mean())
+def _percent(correct: Sequence[np.ndarray]) -> float:
+    return 100.0 * float(np.concatenate(correct).mean())
+
+
+def response_plot(response: Mapping[str, Any]) -> str:
+    """Plot predicted against true scale, both logarithmic; returns an SVG element.
+
+    Args:
+        response: "true" and "predicted", lists of scales.
+    """
+    with drawing(4.4, 3.6) as figure:
+        axes = figure.subplots()
+        ends = [min(response["true"]), max(response["true"])]
+        axes.plot(ends, ends, color=MUTED, linewidth=0.8, linestyle="--", label="right")
+        axes.plot(response["true"], response["predicted"], "o-", color=ACCENT, markersize=4, label="Scale Net")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("true scale (1: the unit side)")
+        axes.set_ylabel("predicted scale, mean of the object's pixels")
+        quiet(axes, "both")
+        axes.legend(frameon=False)
+        return to_svg(figure)
+
+
+def steps_plot(steps: Mapping[str, Any]) -> str:
+    """Plot the canvases of one recursion with the scale map below each (Figure 2); returns an SVG element.
+
+    Args:
+        steps: "canvases", [side, side] grey levels each, and "maps", [side, side] scales, for the leading canvases.
+    """
+    canvases = [np.array(canvas) for canvas in steps["canvases"]]
+    maps = [np.array(scale) for scale in steps["maps"]]
+    vmax = max(float(scale.max()) for scale in maps)
+    limit = max(len(canvas) for canvas in canvases) / 2
+    with drawing(1.8 * len(canvases) + 0.8, 3.8) as figure:
+        rows = figure.subplots(2, len(canvases), squeeze=False)
+        shown = None
+        for i, canvas in enumerate(canvases):
+            half = len(canvas) / 2
+            extent = (-half, half, half, -half)
+            above, below = rows[0, i], rows[1, i]
+            above.imshow(canvas, cmap="gray", vmin=0, vmax=255, extent=extent)
+            above.set_title(f"{len(canvas)} px")
+            if i < len(maps):
+                shown = below.imshow(maps[i], cmap="viridis", vmin=0, vmax=vmax, extent=extent)
+                on_object = maps[i][maps[i] > 0]
+                below.set_title(f"scale {on_object.mean():.2f}" if on_object.size else "no object")
+            for axes in (above, below):
+                axes.set_xlim(-limit, limit)
+                axes.set_ylim(limit, -limit)
+                axes.set_axis_off()
+        if shown is not None:
+            figure.colorbar(shown, ax=rows[1, :].tolist(), shrink=0.8)
+        return to_svg(figure)

@@ -1,7 +1,7 @@
-"""Algorithm 1 on canvases with one object each: the window is the whole canvas, and TopK rescales it.
+"""Algorithm 1 on canvases with one object each: the window is the whole canvas, and TopK sets its next size.
 
-Many canvases go through it side by side, so that a network sees batches of one size. What is added to the rule of
-photographs' windows is the choice among sizes, so that a recursion neither oscillates nor runs for ever.
+Many canvases are rescaled together, so that the network gets batches of one size. A bisection over sizes, which the
+paper does not have, guarantees that the recursion ends.
 """
 
 from __future__ import annotations
@@ -22,27 +22,21 @@ from scalenet_ray.core.recursion import rescale_factor
 from scalenet_ray.core.scale import ScaleMap, ScaleRange
 from scalenet_ray.experiments.data import Resampling, resized
 
-__all__ = [
-    "RescaleRules",
-    "Rescaled",
-    "canvas_recursion",
-    "rescale_canvases",
-]
+__all__ = ["RescaleRules", "Rescaled", "canvas_recursion", "rescale_canvases"]
 
 _BATCH_PIXELS = 2**16
-"""Canvas pixels that a network sees at once: a layer of 32 channels in 8 MB, which caches hold."""
+"""Canvas pixels of a batch: one layer of 32 channels takes 8 MB, which fits a CPU cache."""
 
 
 @dataclass(frozen=True)
 class RescaleRules:
-    """How sizes are chosen.
+    """Choice of the next canvas size.
 
     Attributes:
-        even: sides are even, as the canvas that the classifier knows: an odd one is half a pixel off in its middle.
-        bisect: once a canvas was too large at one side and too small at another, only sides in between are tried,
-            the middle one where the network asks for another; it ends where there is none.
-        from_original: each canvas is made from the picture; else from the canvas before.
-        resampling: how.
+        even: use even sides only, like the classifier's canvas; an odd side is off centre by half a pixel.
+        bisect: once one side was too large and another too small, try only sides in between, and end when none is left.
+        from_original: resample each canvas from the original image, else from the previous canvas.
+        resampling: resampling filter.
     """
 
     even: bool = True
@@ -52,13 +46,13 @@ class RescaleRules:
 
 
 class Rescaled(NamedTuple):
-    """What became of a picture.
+    """Result of rescaling one image.
 
     Attributes:
-        sides: of its canvases in pixels, its own first, the last one for the classifier.
+        sides: sides of its canvases in pixels: the original first, the classifier's input last.
         pixels: [side, side, 3] uint8, the last canvas.
-        maps: what was seen in each canvas that was looked at.
-        capped: whether the limit of steps ended it, and not its scale.
+        maps: scale maps of the canvases that the network was run on.
+        capped: whether it ended at the maximum depth instead of in range.
     """
 
     sides: tuple[int, ...]
@@ -68,8 +62,8 @@ class Rescaled(NamedTuple):
 
 
 @dataclass
-class _Running:
-    """A picture on its way: `low` and `high` are the sides that were too small, and too large."""
+class _State:
+    """An image in progress; `low` and `high` are the largest side that was too small, and the smallest too large."""
 
     picture: np.ndarray
     pixels: np.ndarray
@@ -81,13 +75,13 @@ class _Running:
 
 
 def canvas_recursion(scale_range: ScaleRange, *, k: float, max_depth: int, largest_side: int = 512) -> Recursion:
-    """Algorithm 1 for canvases: W is all of it, and TopK rescales.
+    """Parameters of Algorithm 1 for canvases: W is the whole canvas, the zoom is 1 / TopK.
 
     Args:
         scale_range: [R_L, R_H].
-        k: the share of scales that TopK averages; 1 is their mean.
-        max_depth: the most steps; 1 is the paper's baseline that rescales once.
-        largest_side: canvases do not grow beyond it, in pixels.
+        k: share of the scales that TopK averages; 1 is the mean.
+        max_depth: maximum number of steps; 1 is the paper's single-step baseline.
+        largest_side: maximum side of a canvas in pixels.
     """
     return Recursion(
         scale_range=scale_range,
@@ -103,73 +97,74 @@ def canvas_recursion(scale_range: ScaleRange, *, k: float, max_depth: int, large
 def rescale_canvases(
     pictures: Sequence[np.ndarray], recursion: Recursion, rules: RescaleRules, predict_scale: ScalePredictor
 ) -> list[Rescaled]:
-    """Rescale each picture until its scale is in range.
+    """Rescale each image until its predicted scale is in range.
 
     Args:
-        pictures: N square pictures, [s, s, 3] uint8 each, of any sizes.
+        pictures: N square images, [s, s, 3] uint8 each, of any sizes.
         recursion: see `canvas_recursion`.
-        rules: how sizes are chosen.
-        predict_scale: Scale Net, or an oracle: the scale at each pixel of the object, 0 elsewhere.
+        rules: choice of sizes.
+        predict_scale: Scale Net or an oracle: the scale at each pixel of the object, 0 elsewhere.
 
     Returns:
-        N, in their order.
+        N results in the order of `pictures`.
 
     Raises:
-        TileError: if the network gives NaN.
+        TileError: if the network returns NaN.
     """
-    running = {}
+    active: dict[int, _State] = {}
     for i, picture in enumerate(pictures):
         side = picture.shape[0]
         tile = Tile(i, (), (side, side), Window(0, 0, side, side), side, side)
-        running[i] = _Running(picture, picture, tile, sides=(side,))
-    settled: dict[int, Rescaled] = {}
-    while running:
-        for batch in _batches(running):
-            seen = predict_scale([running[i].pixels for i in batch], [running[i].tile for i in batch])
-            for i, scale_map in zip(batch, seen, strict=True):
+        active[i] = _State(picture, picture, tile, sides=(side,))
+    done: dict[int, Rescaled] = {}
+    while active:
+        for batch in _batches(active):
+            maps = predict_scale([active[i].pixels for i in batch], [active[i].tile for i in batch])
+            for i, scale_map in zip(batch, maps, strict=True):
                 if isinstance(scale_map, TileError):
                     raise scale_map
-                one = running[i]
-                one.maps = (*one.maps, scale_map)
-                side = _next_side(one, scale_map, recursion, rules)
+                state = active[i]
+                state.maps = (*state.maps, scale_map)
+                side = _next_side(state, scale_map, recursion, rules)
                 if side is not None:
-                    source = one.picture if rules.from_original else one.pixels
-                    one.pixels = resized(source, side, rules.resampling)
-                    one.sides = (*one.sides, side)
-                    one.tile = dataclasses.replace(one.tile, path=(*one.tile.path, 0), height=side, width=side)
-                if side is None or one.tile.depth == recursion.max_depth:
-                    settled[i] = Rescaled(one.sides, one.pixels, one.maps, side is not None)
-                    del running[i]
-    return [settled[i] for i in range(len(pictures))]
+                    source = state.picture if rules.from_original else state.pixels
+                    state.pixels = resized(source, side, rules.resampling)
+                    state.sides = (*state.sides, side)
+                    path = (*state.tile.path, 0)
+                    state.tile = dataclasses.replace(state.tile, path=path, height=side, width=side)
+                if side is None or state.tile.depth == recursion.max_depth:
+                    done[i] = Rescaled(state.sides, state.pixels, state.maps, capped=side is not None)
+                    del active[i]
+    return [done[i] for i in range(len(pictures))]
 
 
-def _batches(running: dict[int, _Running]) -> Iterator[list[int]]:
-    """Those that are running, in groups of one size that a network can take at once."""
+def _batches(active: dict[int, _State]) -> Iterator[list[int]]:
+    """Group the active images by side, in batches of at most `_BATCH_PIXELS`."""
     by_side: dict[int, list[int]] = {}
-    for i, one in running.items():
-        by_side.setdefault(one.tile.height, []).append(i)
+    for i, state in active.items():
+        by_side.setdefault(state.tile.height, []).append(i)
     for side, members in by_side.items():
         count = max(1, _BATCH_PIXELS // side**2)
         for start in range(0, len(members), count):
             yield members[start : start + count]
 
 
-def _next_side(one: _Running, scale_map: ScaleMap, recursion: Recursion, rules: RescaleRules) -> int | None:
-    """The side, in pixels, of the canvas that is looked at next; None if this one is what there was to find."""
+def _next_side(state: _State, scale_map: ScaleMap, recursion: Recursion, rules: RescaleRules) -> int | None:
+    """The side of the next canvas in pixels, or None if the recursion ends."""
     assert scale_map.scale is not None
     factor = rescale_factor(scale_map.scale, recursion)
     if factor is None:
         return None
-    side, grain = one.tile.height, 2 if rules.even else 1
-    fitting = grain * round(side * factor / grain)
+    side, grain = state.tile.height, 2 if rules.even else 1
+    wanted = grain * round(side * factor / grain)
     if factor < 1.0:
-        one.high = side
-        fitting = max(grain, min(fitting, side - grain))
+        state.high = side
+        wanted = max(grain, min(wanted, side - grain))
     else:
-        one.low = side
-        fitting = min(max(fitting, side + grain), max(side, math.isqrt(recursion.max_tile_pixels)))
-    if rules.bisect and one.high is not None and not one.low < fitting < one.high:
-        fitting = grain * ((one.low + one.high) // (2 * grain))
-        if not one.low < fitting < one.high:
+        state.low = side
+        wanted = min(max(wanted, side + grain), max(side, math.isqrt(recursion.max_tile_pixels)))
+    if rules.bisect and state.high is not None and not state.low < wanted < state.high:
+        wanted = grain * ((state.low + state.high) // (2 * grain))
+        if not state.low < wanted < state.high:
             return None
-    return fitting if fitting != side else None
+    return wanted if wanted != side else None

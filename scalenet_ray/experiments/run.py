@@ -1,54 +1,73 @@
-"""What eval_digits and eval_cifar do alike: all units of an experiment, its figures, its pictures and its table."""
+"""Experiments of eval_digits and eval_cifar: training and scoring as resumable Ray tasks, the table and the plots."""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
+import ray
+import torch
+from ray.exceptions import RayError
+from torch import nn
 
 from scalenet_ray.console import accuracy_table
 from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.scale import ScaleRange
 from scalenet_ray.data import storage
-from scalenet_ray.experiments.config import CanvasRecipe, NetRecipe
-from scalenet_ray.experiments.evaluate import set_names
-from scalenet_ray.experiments.experiment import Experiment
-from scalenet_ray.experiments.figures import response_plot, steps_plot
-from scalenet_ray.experiments.rescale import RescaleRules
-from scalenet_ray.experiments.tasks import Task, run_tasks
+from scalenet_ray.engine.session import join_ray
+from scalenet_ray.engine.worker_errors import from_worker, with_message
+from scalenet_ray.experiments.classifiers import build_classifier
+from scalenet_ray.experiments.config import DOMAINS, CanvasRecipe, ClassifierRecipe, Domain, NetRecipe, ablations
+from scalenet_ray.experiments.data import Pictures, load_pictures, resized
+from scalenet_ray.experiments.evaluate import (
+    ObjectScales,
+    pictures_at,
+    response_plot,
+    score_classifier,
+    score_recursion,
+    set_names,
+    steps_plot,
+)
+from scalenet_ray.experiments.rescale import RescaleRules, rescale_canvases
+from scalenet_ray.experiments.train import train_classifier, train_net
+from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, save_scale_net
+from scalenet_ray.models.weights import load_weights, save_weights
 from scalenet_ray.runs.folder import RunFolder
 
-__all__ = [
-    "CanvasOptions",
-    "ablations",
-    "plan_pictures",
-    "plan_tasks",
-    "run_experiment",
-    "tabulate",
-]
+__all__ = ["CanvasOptions", "Experiment", "Task", "plan_plots", "plan_tasks", "run_experiment", "run_tasks", "tabulate"]
 
-_NOT_ITS_RESULTS = ("output", "resume", "gpus_per_task", "seeds")
-"""No unit's outcome depends on these: a run may be resumed with others, and so with more seeds."""
+_FREE_SETTINGS = ("output", "resume", "gpus_per_task", "seeds")
+"""Settings that no task's outcome depends on: they may differ when a run is resumed."""
+
+_ONCE = {"scalenet": "once", "scalenet_paper": "once_paper", "as_it_is": "once"}
+"""Methods whose accuracy after the first step is a row of the table of its own, with that row's name."""
+
+_EXPENSIVE_LIMIT = 2000
+
+_RESPONSE_SIDES = (4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28, 42, 56, 84)
+_RESPONSE_PICTURES = 100
+_STEPS_SIDE = 84
 
 
 @dataclass(frozen=True, kw_only=True)
 class CanvasOptions:
-    """What can be asked of both.
+    """Options of both jobs.
 
     Attributes:
-        seeds: how often everything is trained and scored; may grow when a run is resumed.
-        held_out: test on so many of the training pictures, which are then not trained on: to choose settings.
-        ablation: score the recipe "scalenet" with one choice changed at a time; wants --held-out.
-        train_limit: only the first so many pictures to train on.
-        test_limit: only the first so many pictures to test on.
-        mixed_precision: compute in bfloat16 what bears it; twice as fast where the hardware knows it.
-        gpus_per_task: a share of a GPU for each training or scoring; 0 for CPUs.
-        output: the run folder, local or s3://; by default a new one under runs.
-        resume: go on with the run that is in the output folder.
+        seeds: number of repetitions of all training and scoring; may grow when a run is resumed.
+        held_out: number of training images to test on instead of the test set, and not to train on: to choose settings.
+        ablation: score the recipe "scalenet" with one choice changed at a time; needs --held-out.
+        train_limit: train on the first N images only.
+        test_limit: test on the first N images only.
+        mixed_precision: run under bfloat16 autocast; twice as fast on hardware that supports it.
+        gpus_per_task: GPU share of each task; 0 for CPUs.
+        output: run folder, local or s3://; by default a new one under runs.
+        resume: continue the run in the output folder.
     """
 
     seeds: int = 3
@@ -65,17 +84,17 @@ class CanvasOptions:
 def run_experiment(
     options: CanvasOptions, name: str, data: str | None, say: Callable[[str], None], *, width: float | None = None
 ) -> None:
-    """Do what is not done yet; writes config.yaml, units/*.json, weights/, metrics.json and *.svg.
+    """Run the tasks that are not done yet; writes config.yaml, units/*.json, weights/, metrics.json and two plots.
 
     Args:
-        options: from the command line, the job's own among them.
-        name: of the data: mnist, cifar10 or digits.
+        options: options of the command line.
+        name: data set: mnist, cifar10 or digits.
         data: its folder; None for digits.
-        say: takes a line for the person who waits.
-        width: of the first classifier's layers; the domain's own by default.
+        say: called with each line of progress.
+        width: channel multiplier of the first classifier; by default the domain's.
 
     Raises:
-        UserError: if there is no seed, or settings would be chosen on the test set.
+        UserError: if `seeds` is below 1, or an ablation would use the test set.
     """
     if options.seeds < 1:
         msg = f"--seeds must be 1 or more, got {options.seeds}"
@@ -84,9 +103,9 @@ def run_experiment(
         msg = "--ablation chooses settings, which the test set must not: add --held-out, e.g. --held-out 5000"
         raise UserError(msg)
     run = RunFolder.of_job(options.output, f"eval_{name}", resume=options.resume)
-    settings = {key: value for key, value in asdict(options).items() if key not in _NOT_ITS_RESULTS}
-    others = {"gpus_per_task": options.gpus_per_task, "seeds": options.seeds}
-    with run.begin(settings, resume=options.resume, workers=others):
+    settings = {key: value for key, value in asdict(options).items() if key not in _FREE_SETTINGS}
+    workers = {"gpus_per_task": options.gpus_per_task, "seeds": options.seeds}
+    with run.begin(settings, resume=options.resume, workers=workers):
         experiment = Experiment(
             name,
             data,
@@ -98,126 +117,291 @@ def run_experiment(
             device="cuda" if options.gpus_per_task else "cpu",
             mixed_precision=options.mixed_precision,
         )
-        # Here, so that what is missing is fetched and unpacked once.
-        learned, tested = len(experiment.learned().labels), len(experiment.tested().labels)
+        # In the driver, so that missing data is downloaded once.
+        trained_on, tested_on = len(experiment.train_set().labels), len(experiment.test_set().labels)
         recipe = experiment.domain.recipes["scalenet"]
         recipes = ablations(recipe) if options.ablation else experiment.domain.recipes
-        units = plan_tasks(experiment, recipes, range(options.seeds))
+        tasks = plan_tasks(experiment, recipes, range(options.seeds))
         if not options.ablation:
-            units += plan_pictures(experiment, recipe, "net-s0")
-        outcomes = run_tasks(units, run, say, gpus=options.gpus_per_task)
-        scores = tabulate(outcomes)
-        run.write_json(
-            "metrics.json", {name: scores, "trained_on": learned, "tested_on": tested, "seeds": options.seeds}
-        )
+            tasks += plan_plots(experiment, recipe, "net-s0")
+        outcomes = run_tasks(tasks, run, say, gpus=options.gpus_per_task)
+        scores = tabulate(tasks, outcomes)
+        metrics = {name: scores, "trained_on": trained_on, "tested_on": tested_on, "seeds": options.seeds}
+        run.write_json("metrics.json", metrics)
         if not options.ablation:
             run.write_text("response.svg", response_plot(outcomes["response"]))
             run.write_text("steps.svg", steps_plot(outcomes["steps"]))
     say(accuracy_table(scores))
-    say(f"trained on {learned}, tested on {tested} pictures, {options.seeds} seeds; results in {run.uri}")
+    say(f"trained on {trained_on}, tested on {tested_on} pictures, {options.seeds} seeds; results in {run.uri}")
 
 
-_ONCE = {"scalenet": "once", "scalenet_paper": "once_paper", "as_it_is": "once"}
+@dataclass(frozen=True)
+class Experiment:
+    """Data, weights and devices of an experiment; the methods with dict results are the work of tasks.
+
+    Attributes:
+        name: data set: mnist, cifar10 or digits.
+        data: its folder; None for digits.
+        folder: folder of the weights, local or s3://.
+        held_out: number of the last training images that replace the test set; 0 for the test set itself.
+        train_limit: train on the first N images only.
+        test_limit: test on the first N images only.
+        width: channel multiplier of the first classifier; by default the domain's.
+        device: torch device.
+        mixed_precision: run under bfloat16 autocast.
+    """
+
+    name: str
+    data: str | None
+    folder: str
+    held_out: int = 0
+    train_limit: int | None = None
+    test_limit: int | None = None
+    width: float | None = None
+    device: str = "cpu"
+    mixed_precision: bool = False
+
+    @property
+    def domain(self) -> Domain:
+        """Settings of the data set."""
+        domain = DOMAINS[self.name]
+        if self.width is None:
+            return domain
+        first = next(iter(domain.classifiers))
+        resized_first = replace(domain.classifiers[first], width=self.width)
+        return replace(domain, classifiers={**domain.classifiers, first: resized_first})
+
+    def train_set(self) -> Pictures:
+        """Images to train on.
+
+        Raises:
+            UserError: if none are left.
+        """
+        pictures = load_pictures(self.name, self.data, train=True)
+        count = len(pictures.labels) - self.held_out
+        if count < 1:
+            msg = f"held_out must leave pictures to train on, got {self.held_out} of {len(pictures.labels)}"
+            raise UserError(msg)
+        return pictures.part(slice(0, min(count, self.train_limit or count)))
+
+    def test_set(self, name: str = "") -> Pictures:
+        """Images to test on, fewer for the expensive ones of `set_names`."""
+        pictures = load_pictures(self.name, self.data, train=bool(self.held_out))
+        pictures = pictures.part(slice(-self.held_out, None)).part(slice(0, self.test_limit))
+        expensive = name in map(str, self.domain.expensive_sides)
+        return pictures.part(slice(0, _EXPENSIVE_LIMIT)) if expensive else pictures
+
+    def train(self, recipe: NetRecipe | ClassifierRecipe, seed: int, name: str) -> dict[str, Any]:
+        """Train a Scale Net or a classifier and save its weights as `name`; returns its number of parameters."""
+        pictures, domain = self.train_set(), self.domain
+        hardware: dict[str, Any] = {"device": self.device, "mixed_precision": self.mixed_precision}
+        if isinstance(recipe, NetRecipe):
+            model = train_net(pictures, domain, recipe, seed=seed, **hardware)
+            save_scale_net(model, recipe.config(domain.in_channels), self._weights(name))
+        else:
+            model = train_classifier(pictures, domain, recipe, seed=seed, **hardware)
+            save_weights(model.state_dict(), {}, self._weights(name))
+        return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+    def score_classifier(self, recipe: ClassifierRecipe, name: str, test_set: str, *, squeeze: bool) -> dict[str, Any]:
+        """Score a classifier on a test set without rescaling."""
+        classifier, pictures = self._classifier(recipe, name), self.test_set(test_set)
+        return score_classifier(classifier, pictures, test_set, self.domain, squeeze=squeeze)._asdict()
+
+    def score_recursion(
+        self, recipe: CanvasRecipe, net: str | None, classifier: tuple[ClassifierRecipe, str], test_set: str
+    ) -> dict[str, Any]:
+        """Score a classifier on a rescaled test set; without a net the oracle predicts the scales."""
+        predict = None if net is None else ScaleNetPredictor(self._weights(net), self.device)
+        model, pictures = self._classifier(*classifier), self.test_set(test_set)
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.mixed_precision):
+            return score_recursion(model, predict, recipe, pictures, test_set, self.domain)._asdict()
+
+    def scale_response(self, net: str, sides: tuple[int, ...]) -> dict[str, Any]:
+        """A Scale Net's mean prediction on the first images at some sides."""
+        predict = ObjectScales(ScaleNetPredictor(self._weights(net), self.device))
+        first = self.test_set().part(slice(0, _RESPONSE_PICTURES))
+        means = []
+        for side in sides:
+            ((_, pictures),) = pictures_at(first, str(side), self.domain)
+            recursion = CanvasRecipe().recursion(side, self.domain.canvas_side)
+            scales = [result.maps[0].scale for result in rescale_canvases(pictures, recursion, RescaleRules(), predict)]
+            # Far out of range a net may predict 0 everywhere.
+            predicted = [scale[scale > 0].mean() for scale in scales if scale is not None and scale.any()]
+            means.append(float(np.mean(predicted or [np.nan])))
+        return {"sides": list(sides), "true": [side / self.domain.unit_side for side in sides], "predicted": means}
+
+    def steps(self, recipe: CanvasRecipe, net: str, side: int) -> dict[str, Any]:
+        """Rescale the first image from a side; returns the grey canvases and their scale maps as nested lists."""
+        predict = ObjectScales(ScaleNetPredictor(self._weights(net), self.device))
+        ((_, (picture,)),) = pictures_at(self.test_set().part(slice(0, 1)), str(side), self.domain)
+        recursion = recipe.recursion(side, self.domain.canvas_side)
+        (result,) = rescale_canvases([picture], recursion, recipe.rules, predict)
+        canvases = [resized(picture, canvas_side, recipe.rules.resampling) for canvas_side in result.sides]
+        return {
+            "canvases": [canvas[..., 0].tolist() for canvas in canvases],
+            "maps": [found.scale.round(3).tolist() for found in result.maps if found.scale is not None],
+        }
+
+    def _weights(self, name: str) -> str:
+        return storage.join(self.folder, f"{name}.safetensors")
+
+    def _classifier(self, recipe: ClassifierRecipe, name: str) -> nn.Module:
+        side, in_channels = self.domain.canvas_side, self.domain.in_channels
+        model = build_classifier(recipe.kind, side=side, in_channels=in_channels, width=recipe.width)
+        path = self._weights(name)
+        load_state(model, load_weights(path)[0], path)
+        return model.to(torch.device(self.device)).eval()
 
 
-RESPONSE_SIDES = (4, 6, 8, 10, 12, 14, 16, 18, 20, 24, 28, 42, 56, 84)
+@dataclass(frozen=True)
+class Task:
+    """A Ray task of an experiment.
 
+    Attributes:
+        name: unique name; the outcome is written to units/NAME.json in the run folder.
+        work: function to run in a worker process; returns plain values.
+        after: names of the tasks that must be done first.
+        method: row of the table that a score belongs to.
+        test_set: column of the table that a score belongs to.
+    """
 
-STEPS_SIDE = 84
-
-
-def ablations(recipe: CanvasRecipe) -> dict[str, CanvasRecipe]:
-    """A recipe, and others that differ from it in one choice each."""
-    rules, net = recipe.rules, recipe.net
-    return {
-        "as it is": recipe,
-        "each convolution padded": replace(recipe, net=replace(net, padding="each")),
-        "error of each pixel": replace(recipe, net=replace(net, loss="pixels")),
-        "SGD 0.01, not annealed": replace(recipe, net=replace(net, optimizer="sgd", learning_rate=0.01, cosine=False)),
-        "mean of the top 15 %": replace(recipe, k=0.15),
-        "in range .84 to 1.16": replace(recipe, scale_range=ScaleRange(0.84, 1.16)),
-        "one-sided": replace(recipe, one_sided=True),
-        "odd sides too": replace(recipe, rules=replace(rules, even=False)),
-        "no bisection": replace(recipe, rules=replace(rules, bisect=False)),
-        "from the canvas before": replace(recipe, rules=replace(rules, from_original=False)),
-        "bilinear": replace(recipe, rules=replace(rules, resampling="bilinear")),
-        "nearest": replace(recipe, rules=replace(rules, resampling="nearest")),
-        "none of these": CanvasRecipe(
-            NetRecipe("each", "pixels", "sgd", 0.01, cosine=False, epochs=net.epochs),
-            recipe.scale_range,
-            0.15,
-            one_sided=True,
-            rules=RescaleRules(even=False, bisect=False, from_original=False, resampling="bilinear"),
-        ),
-    }
+    name: str
+    work: Callable[[], Mapping[str, Any]]
+    after: tuple[str, ...] = ()
+    method: str | None = None
+    test_set: str | None = None
 
 
 def plan_tasks(experiment: Experiment, recipes: Mapping[str, CanvasRecipe], seeds: Sequence[int]) -> list[Task]:
-    """All units of an experiment, those that others wait for first.
+    """Training and scoring tasks of an experiment, training first.
 
     Args:
-        experiment: what is worked on.
-        recipes: recursions by name; nets that are trained alike are trained once.
-        seeds: of the trainings; everything is done with each.
+        experiment: the experiment.
+        recipes: methods of rescaling by name; nets with equal recipes are trained once.
+        seeds: seeds of the training; all tasks are repeated for each.
     """
     domain = experiment.domain
-    (first, _), *_ = domain.classifiers.items()
+    first = next(iter(domain.classifiers))
     nets = list(dict.fromkeys(recipe.net for recipe in recipes.values()))
     net_names = {net: f"net{i}" if i else "net" for i, net in enumerate(nets)}
-    units: list[Task] = []
+    trained = [*((name, net) for net, name in net_names.items()), *domain.classifiers.items()]
+    tasks = [
+        Task(f"{name}-s{seed}", partial(experiment.train, recipe, seed, f"{name}-s{seed}"))
+        for name, recipe in trained
+        for seed in seeds
+    ]
     for seed in seeds:
-        for net, name in net_names.items():
-            work = partial(experiment.train_net, net, seed, f"{name}-s{seed}")
-            units.append(Task(f"{name}-s{seed}", work))
-    for seed in seeds:
-        for name, classifier in domain.classifiers.items():
-            work = partial(experiment.train_classifier, classifier, seed, f"{name}-s{seed}")
-            units.append(Task(f"{name}-s{seed}", work))
-    for seed in seeds:
-        trained = (domain.classifiers[first], f"{first}-s{seed}")
-        for tests in set_names(domain):
+        classifier = f"{first}-s{seed}"
+        spec = (domain.classifiers[first], classifier)
+        for test_set in set_names(domain):
+
+            def add(method: str, work: Callable[..., Any], *after: str, seed: int = seed, on: str = test_set) -> None:
+                tasks.append(Task(f"{method}--{on}--s{seed}", work, after, method, on))
+
             for name, recipe in recipes.items():
                 net = f"{net_names[recipe.net]}-s{seed}"
-                work = partial(experiment.score_recursion, recipe, net, trained, tests)
-                units.append(Task(_score_name(name, tests, seed), work, (net, trained[1])))
-            work = partial(experiment.score_recursion, domain.recipes["scalenet"], None, trained, tests)
-            units.append(Task(_score_name("oracle", tests, seed), work, (trained[1],)))
-            for name, classifier in domain.classifiers.items():
+                add(name, partial(experiment.score_recursion, recipe, net, spec, test_set), net, classifier)
+            oracle = domain.recipes["scalenet"]
+            add("oracle", partial(experiment.score_recursion, oracle, None, spec, test_set), classifier)
+            for name, recipe in domain.classifiers.items():
                 alone = f"{name}-s{seed}"
-                work = partial(experiment.score_classifier, classifier, alone, tests, squeeze=False)
-                units.append(Task(_score_name(name, tests, seed), work, (alone,)))
-            work = partial(experiment.score_classifier, *trained, tests, squeeze=True)
-            units.append(Task(_score_name(f"{first}_squeezed", tests, seed), work, (trained[1],)))
-    return units
+                add(name, partial(experiment.score_classifier, recipe, alone, test_set, squeeze=False), alone)
+            squeezed = partial(experiment.score_classifier, *spec, test_set, squeeze=True)
+            add(f"{first}_squeezed", squeezed, classifier)
+    return tasks
 
 
-def plan_pictures(experiment: Experiment, recipe: CanvasRecipe, net: str) -> list[Task]:
-    """What the plots show: a net's response, and the steps of one picture."""
+def plan_plots(experiment: Experiment, recipe: CanvasRecipe, net: str) -> list[Task]:
+    """Tasks that compute the data of the two plots."""
     return [
-        Task("response", partial(experiment.respond, net, RESPONSE_SIDES), (net,)),
-        Task("steps", partial(experiment.steps, recipe, net, STEPS_SIDE), (net,)),
+        Task("response", partial(experiment.scale_response, net, _RESPONSE_SIDES), (net,)),
+        Task("steps", partial(experiment.steps, recipe, net, _STEPS_SIDE), (net,)),
     ]
 
 
-def tabulate(outcomes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Outcomes of scores -> method -> set -> mean and standard deviation of the accuracy over seeds, in percent.
+def run_tasks(
+    tasks: Sequence[Task], run: RunFolder, say: Callable[[str], None], *, gpus: float = 0.0
+) -> dict[str, dict[str, Any]]:
+    """Run the tasks without an outcome in the run folder, in parallel on Ray.
 
-    Recursions have also "steps" and "capped", the means. "once" and "once_paper" are what the first step of "scalenet"
-    and "scalenet_paper" brings by itself.
+    Args:
+        tasks: tasks, started in this order where dependencies allow.
+        run: run folder.
+        say: called with each line of progress.
+        gpus: GPUs per task; a share such as 0.25 lets four tasks use one.
+
+    Returns:
+        Outcomes by task name, in the order of the tasks.
+
+    Raises:
+        ValueError: if a task waits for an unknown one.
+        UserError: if a task raised it; finished tasks stay done.
+        WorkerError: if a task raised another error.
+    """
+    unknown = sorted({name for task in tasks for name in task.after} - {task.name for task in tasks})
+    if unknown:
+        msg = f"units wait for {', '.join(unknown)}, which the run does not have"
+        raise ValueError(msg)
+    outcomes = {task.name: outcome for task in tasks if (outcome := _read_outcome(run, task.name)) is not None}
+    run.standing = f"{len(outcomes)} of {len(tasks)} done"
+    waiting = [task for task in tasks if task.name not in outcomes]
+    if not waiting:
+        return outcomes
+    join_ray()
+    # Ray retries lost processes only: an error in the code would occur again.
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_work)
+    running: dict[ray.ObjectRef, str] = {}
+    started, done_before = time.monotonic(), len(outcomes)
+    while waiting or running:
+        for task in [task for task in waiting if all(name in outcomes for name in task.after)]:
+            running[remote.remote(task.work)] = task.name
+            waiting.remove(task)
+        (ref,), _ = ray.wait(list(running), num_returns=1)
+        name = running.pop(ref)
+        try:
+            outcomes[name] = ray.get(ref)
+        except RayError as error:
+            for other in running:
+                ray.cancel(other, force=True)
+            cause = from_worker(error)
+            msg = f"{name} failed: {cause}; what is done stays in {run.uri}: mend it and add --resume"
+            raise with_message(cause, msg) from None
+        run.write_json(f"units/{name}.json", outcomes[name])
+        run.standing = f"{len(outcomes)} of {len(tasks)} done"
+        left = (time.monotonic() - started) / (len(outcomes) - done_before) * (len(tasks) - len(outcomes))
+        numbers = (f"{key} {value:.4g}" for key, value in outcomes[name].items() if isinstance(value, int | float))
+        say(f"{run.standing}: {name} {' '.join(numbers)}, about {left / 60:.0f} min left")
+    return {task.name: outcomes[task.name] for task in tasks}
+
+
+def _work(work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    return dict(work())
+
+
+def _read_outcome(run: RunFolder, name: str) -> dict[str, Any] | None:
+    uri = storage.join(run.uri, "units", f"{name}.json")
+    return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+
+
+def tabulate(
+    tasks: Sequence[Task], outcomes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Method -> test set -> "mean" and "std" of the accuracy over seeds, in percent.
+
+    Recursions also have the means of "steps" and "capped". Methods "once" and "once_paper" are the first steps of
+    "scalenet" and "scalenet_paper".
     """
     scores: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for name, outcome in outcomes.items():
-        if "accuracy" in outcome:
-            method, tests, _ = name.split("--")
-            scores.setdefault(method, {}).setdefault(tests, []).append(outcome)
-            if method in _ONCE:
-                first = {"accuracy": outcome["once"], "steps": 0.0, "capped": 0.0}
-                scores.setdefault(_ONCE[method], {}).setdefault(tests, []).append(first)
+    for task in tasks:
+        if task.method is None or task.test_set is None:
+            continue
+        outcome = outcomes[task.name]
+        scores.setdefault(task.method, {}).setdefault(task.test_set, []).append(outcome)
+        if task.method in _ONCE:
+            once = {"accuracy": outcome["once"], "steps": 0.0, "capped": 0.0}
+            scores.setdefault(_ONCE[task.method], {}).setdefault(task.test_set, []).append(once)
     return {method: {tests: dict(_summary(rows)) for tests, rows in sets.items()} for method, sets in scores.items()}
-
-
-def _score_name(method: str, tests: str, seed: int) -> str:
-    return f"{method.replace(' ', '_')}--{tests}--s{seed}"
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

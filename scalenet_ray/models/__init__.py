@@ -1,1 +1,1 @@
-"""The networks: everything that knows torch or onnxruntime, and nothing that knows Ray."""
+"""Detectors, Scale Net and their weights: the modules that import torch or onnxruntime, without Ray."""

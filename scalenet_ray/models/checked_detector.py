@@ -1,4 +1,4 @@
-"""A detector whose declaration and every answer are checked: what all other code calls."""
+"""Wrappers of a detector that validate its output and map its labels to the data set's category ids."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ _LOG = logging.getLogger(__name__)
 
 
 class CheckedDetector:
-    """A frozen detector, held to what `Detector` promises.
+    """Validates the attributes and outputs of a detector.
 
-    Answers are taken in any of the forms of `core.answers`. Where the detector raises an exception on a batch, it is
-    called again tile by tile, and a tile on which it raises alone is answered by a `TileError` that quotes it; so is
-    one that gets another number of answers, or one of another type.
+    Outputs may have any of the formats of `core.answers`. If the detector raises an exception on a batch, or returns
+    outputs of the wrong number or type, it is called again for each tile, and each tile that fails alone gets a
+    `TileError` with the cause.
 
     Args:
         detector: the detector.
-        name: what messages call it.
+        name: name of the detector in messages.
 
     Attributes:
-        name: the same.
-        input_side: the longer side of a whole image's tile, in tile pixels.
-        iou_threshold: of its own suppression.
+        name: name of the detector in messages.
+        input_side: longer side of a whole image's tile in tile pixels.
+        iou_threshold: IoU threshold of the detector's NMS.
         categories: class id -> name.
 
     Raises:
-        UserError: if the declaration is not what it must be; see `declaration`.
+        UserError: if an attribute of the detector is invalid; see `declaration`.
     """
 
     def __init__(self, detector: Detector, name: str) -> None:
@@ -56,11 +56,11 @@ class CheckedDetector:
         self._class_ids = np.array(sorted(self.categories), np.int64)
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """The detector's own, at least as large as the tile."""
+        """Canvas size of a tile of (height, width), at least as large as the tile."""
         return canvas_of(self._detector, hw, self.name)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """[h, w, 3] uint8 RGB each -> detections in tile pixels, or why there are none; [] without asking for [].
+        """Detect on tiles, [h, w, 3] uint8 RGB each: detections in tile pixels, or a `TileError` per failed tile.
 
         Raises:
             OutOfMemoryError: if the batch does not fit the device's memory.
@@ -68,10 +68,10 @@ class CheckedDetector:
         return self._tile_by_tile_if_it_fails(pixels, self.ask, lambda error: error)
 
     def ask(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """As a call, of [h, w, 3] uint8 RGB each, but what the detector raises is let through.
+        """Detect on tiles, [h, w, 3] uint8 RGB each, and propagate the detector's exceptions.
 
         Raises:
-            UserError: if the answers are not as many as tiles, or of another type.
+            UserError: if the outputs have the wrong number or type.
             OutOfMemoryError: if the batch does not fit the device's memory.
         """
         if not len(pixels):
@@ -80,44 +80,44 @@ class CheckedDetector:
         return [self._checked(answer, tile) for answer, tile in zip(answers, pixels, strict=True)]
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
-        """[h, w, 3] uint8 RGB each -> the detections with the feature maps of the same forward pass.
+        """Detect on tiles, [h, w, 3] uint8 RGB each, with the feature maps of the same forward pass.
 
-        Feature maps are () where the detector raised an exception or answered wrongly.
+        Feature maps are () for failed tiles.
 
         Raises:
-            UserError: if the detector shows none.
+            UserError: if the detector does not provide feature maps.
             OutOfMemoryError: if the batch does not fit the device's memory.
         """
-        self._showing()
+        self._feature_detector()
         return self._tile_by_tile_if_it_fails(
             pixels, self._ask_for_features, lambda error: DetectionsWithFeatures(error, ())
         )
 
     @property
     def feature_channels(self) -> tuple[int, ...]:
-        """The detector's own; raises as `with_features` does."""
-        return self._showing().feature_channels
+        """Channels of the feature maps, finest first; raises as `with_features` does."""
+        return self._feature_detector().feature_channels
 
     @property
     def feature_stride(self) -> int:
-        """The detector's own; raises as `with_features` does."""
-        return self._showing().feature_stride
+        """Cell side of the finest feature map in tile pixels; raises as `with_features` does."""
+        return self._feature_detector().feature_stride
 
     def _ask_for_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
-        showing = self._showing()
+        detector = self._feature_detector()
         if not len(pixels):
             return []
-        glimpses = translate_oom(lambda: listed_answers(showing.with_features(list(pixels)), len(pixels)))
-        for glimpse in glimpses:
-            if not isinstance(glimpse, DetectionsWithFeatures):
+        outputs = translate_oom(lambda: listed_answers(detector.with_features(list(pixels)), len(pixels)))
+        for output in outputs:
+            if not isinstance(output, DetectionsWithFeatures):
                 msg = "with_features must answer with a DetectionsWithFeatures for each tile, got "
-                raise UserError(msg + type(glimpse).__name__)
+                raise UserError(msg + type(output).__name__)
         return [
-            glimpse._replace(detections=self._checked(glimpse.detections, tile))
-            for glimpse, tile in zip(glimpses, pixels, strict=True)
+            output._replace(detections=self._checked(output.detections, tile))
+            for output, tile in zip(outputs, pixels, strict=True)
         ]
 
-    def _showing(self) -> ShowsFeatures:
+    def _feature_detector(self) -> ShowsFeatures:
         if not hasattr(self._detector, "with_features"):
             msg = (
                 f"this Scale Net reads the detector's feature maps, which {type(self._detector).__name__} does not "
@@ -135,10 +135,7 @@ class CheckedDetector:
         ask: Callable[[Sequence[np.ndarray]], list[T]],
         failed: Callable[[TileError], T],
     ) -> list[T]:
-        """The answers to a batch; if it fails as a whole, those to each tile alone.
-
-        The size of the batch is let through: a smaller one may fit.
-        """
+        """Run a batch, and each tile alone if the batch fails; out-of-memory errors are propagated."""
         try:
             return ask(pixels)
         except OutOfMemoryError:
@@ -150,26 +147,26 @@ class CheckedDetector:
             _LOG.warning("the detector raised an exception on %d tiles", len(pixels), exc_info=True)
             if len(pixels) == 1:
                 return [failed(raised(error))]
-        # Not while the error is handled: its frames hold what the batch has on the device.
+        # Outside of the except block: the traceback's frames hold the batch's tensors on the device.
         return [answer for tile in pixels for answer in self._tile_by_tile_if_it_fails([tile], ask, failed)]
 
 
 class MappedDetector:
-    """Maps labels by name and drops the classes that the data set does not have; every answer is checked.
+    """Checked detector whose labels are mapped by name to category ids; classes without a category are dropped.
 
-    Categories that are the detector's own are not mapped: two of its classes may have one name.
+    If `categories` equal the detector's, labels are not mapped, since two of its classes may have the same name.
 
     Args:
         detector: the frozen detector.
-        categories: the data set's category ids and names.
-        unused: ids of those that no annotation is of, which the detector need not know.
-        name: what messages call the detector; None for the name of its class.
+        categories: category id of the data set -> name.
+        unused: ids of categories without an annotation, which the detector may lack.
+        name: name of the detector in messages; None for the name of its class.
 
     Attributes:
         checked: the detector with its own labels.
 
     Raises:
-        UserError: if the detector does not know a category of the data set, or is not what it must be.
+        UserError: if the detector lacks a category of the data set or is invalid.
     """
 
     def __init__(
@@ -184,30 +181,31 @@ class MappedDetector:
         self.input_side = self.checked.input_side
         own = self.checked.categories
         same = dict(categories) == own
-        mapping = {each: each for each in own} if same else map_categories(own, categories, unused)
+        mapping = {class_id: class_id for class_id in own} if same else map_categories(own, categories, unused)
         self._classes = np.array(sorted(mapping), np.int64)
         self._category_ids = np.array([mapping[class_id] for class_id in sorted(mapping)], np.int64)
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """The detector's own."""
+        """Canvas size of a tile of (height, width), at least as large as the tile."""
         return self.checked.canvas_hw(hw)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """[h, w, 3] uint8 RGB each -> detections in tile pixels, labels are category ids; raises as the checked one."""
+        """Detect on tiles, [h, w, 3] uint8 RGB each; labels are category ids. Raises as `CheckedDetector` does."""
         return [self._mapped(found) for found in self.checked(pixels)]
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
-        """[h, w, 3] uint8 RGB each -> the detector's own feature maps with the mapped detections; raises as it does."""
-        return [one._replace(detections=self._mapped(one.detections)) for one in self.checked.with_features(pixels)]
+        """Detect on tiles, [h, w, 3] uint8 RGB each, with feature maps. Raises as `CheckedDetector` does."""
+        outputs = self.checked.with_features(pixels)
+        return [output._replace(detections=self._mapped(output.detections)) for output in outputs]
 
     @property
     def feature_channels(self) -> tuple[int, ...]:
-        """The detector's own; raises as `with_features` does."""
+        """Channels of the feature maps, finest first; raises as `with_features` does."""
         return self.checked.feature_channels
 
     @property
     def feature_stride(self) -> int:
-        """The detector's own; raises as `with_features` does."""
+        """Cell side of the finest feature map in tile pixels; raises as `with_features` does."""
         return self.checked.feature_stride
 
     def _mapped(self, found: Detections | TileError) -> Detections | TileError:

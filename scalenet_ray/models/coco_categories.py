@@ -1,11 +1,11 @@
-"""The 80 categories of COCO's detection task: ids with their names; the ids have gaps."""
+"""The 80 categories of COCO's detection task."""
 
 from __future__ import annotations
 
 __all__ = ["COCO_CATEGORIES", "COCO_NUM_CLASSES"]
 
 COCO_NUM_CLASSES = 91
-"""Outputs of a network whose class index is the category id: 0 is background, the gaps are never used."""
+"""Number of outputs of a network whose class index is the category id: 0 is background, ids in gaps are unused."""
 
 COCO_CATEGORIES: dict[int, str] = {
     1: "person",

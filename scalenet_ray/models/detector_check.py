@@ -1,4 +1,4 @@
-"""A detector tried on a few real tiles before a run begins, so that what is wrong with it is said then."""
+"""Test of a detector on a few images before a run, which finds invalid outputs and hidden resizing."""
 
 from __future__ import annotations
 
@@ -23,281 +23,270 @@ __all__ = [
     "try_detector",
 ]
 
-_MOST_COMPARED = 3
+_GREY = 114
+"""Padding and blank tiles."""
 
+_MAX_COMPARED = 3
+"""Images whose views are compared."""
 
 _ENOUGH_EVIDENCE = 2.0
+"""Total score of the compared detections after which no further image is compared."""
 
+_MAX_DISTANCE = 0.05
+"""Distance between two calls on the same tile above which a warning is logged."""
 
-_BATCH_DISTANCE = 0.05
+_CONTENT_SHARE = 3 / 8
+"""Longer side of the image in a view as a share of the input side, so that every view has padding."""
 
+_MIN_VIEW_SIDE = 32
 
-_GREY = 114
+_SURE, _UNSURE = 0.3, 0.1
+"""Scores of detections that must have a partner, and minimum score of a partner."""
 
+_MATCH_IOU = 0.5
+
+_MIN_EVIDENCE = 0.5
+_MIN_DISTANCE = 0.01
+_TIMES_NEARER = 1.5
+_MIN_GROWN_DISTANCE = 0.5
+_FULL_SHARE = 0.98
 
 _LOG = logging.getLogger(__name__)
 
 
-def try_detector(detector: CheckedDetector, images: Iterable[np.ndarray]) -> None:
-    """Call a detector on whole images, until it answers one, and compare its answers to views of the first three.
-
-    A batch that does not fit this machine's memory is no fault: the run may compute elsewhere.
-
-    Args:
-        detector: the detector.
-        images: [h, w, 3] uint8 RGB each, opened as they are asked for.
-
-    Raises:
-        UserError: if it fails on all images (at most `MOST_FAILED`), answers a blank tile wrongly, or resizes its
-            tiles.
-    """
-    try:
-        answered = _first_answered(detector, images)
-        if answered:
-            _check_batches(detector, answered[0])
-            if _is_steady(detector, answered[0]):
-                _check_size(detector, answered)
-    except OutOfMemoryError as error:
-        _LOG.warning("the detector could not be tried before the run: a tile does not fit the memory (%s)", error)
-
-
-def _first_answered(detector: CheckedDetector, images: Iterable[np.ndarray]) -> list[np.ndarray]:
-    """Up to three images, the first of which it answers."""
-    failures: list[TileError] = []
-    answered: list[np.ndarray] = []
-    for image in images:
-        if not answered:
-            answer = _answer(detector, _whole(image, detector.input_side))
-            if isinstance(answer, TileError):
-                failures.append(answer)
-                if len(failures) == MOST_FAILED:
-                    break
-                continue
-        answered.append(image)
-        if len(answered) == _MOST_COMPARED:
-            break
-    if failures and not answered:
-        raise fails_on_all(f"detector {detector.name!r}: {failures[0].reason}", len(failures))
-    return answered
-
-
-def _whole(image: np.ndarray, side: int) -> np.ndarray:
-    hw = (image.shape[0], image.shape[1])
-    return cut_tile(image, Tile(0, (), hw, Window(0, 0, hw[1], hw[0]), *fit_longer_side(*hw, side)))
-
-
-def _answer(detector: CheckedDetector, tile: np.ndarray) -> Detections | TileError:
-    return _answers(detector, [tile])[0]
-
-
-def _answers(detector: CheckedDetector, tiles: list[np.ndarray]) -> list[Detections | TileError]:
-    """Those to a batch; what is wrong with all of it, for each tile, and without a word in the log."""
-    try:
-        return detector.ask(tiles)
-    except OutOfMemoryError:
-        raise
-    except UserError as error:
-        return [error if isinstance(error, TileError) else answered_wrongly(error)] * len(tiles)
-    except (Exception, SystemExit) as error:  # The detector is the user's own code.
-        return [raised(error)] * len(tiles)
-
-
-def _check_batches(detector: CheckedDetector, image: np.ndarray) -> None:
-    """Two tiles at once, in one of which nothing is to be found; a difference costs no more than a warning."""
-    tile = _whole(image, max(1, detector.input_side // 2))
-    blank = np.full_like(tile, _GREY)
-    alone = _answer(detector, tile)
-    nothing = _answer(detector, blank)
-    if isinstance(nothing, TileError) and nothing.reason.startswith(ANSWERED_WRONGLY):
-        msg = f"detector {detector.name!r}: on a blank tile {nothing.reason}"
-        raise UserError(msg)
-    together = _answers(detector, [tile, blank])[0]
-    if isinstance(alone, Detections) and isinstance(together, Detections):
-        distance = agreement(alone, together).distance
-        if distance > _BATCH_DISTANCE:
-            _LOG.warning(
-                "detector %r answers a tile otherwise in a batch than alone (distance %.2f of 1): results will depend "
-                "on --detector-batch-size and differ from run to run",
-                detector.name,
-                distance,
-            )
-
-
-def _is_steady(detector: CheckedDetector, image: np.ndarray) -> bool:
-    """Whether it answers a tile twice alike; one that does not can't be told to resize, and is warned of."""
-    tile = _whole(image, detector.input_side)
-    first, second = _answer(detector, tile), _answer(detector, tile)
-    if isinstance(first, TileError) or isinstance(second, TileError):
-        return True
-    distance = agreement(first, second).distance
-    if distance > _BATCH_DISTANCE:
-        _LOG.warning(
-            "detector %r answers the same tile otherwise the second time (distance %.2f of 1): results will differ "
-            "from run to run",
-            detector.name,
-            distance,
-        )
-    return distance <= _BATCH_DISTANCE
-
-
-def _check_size(detector: CheckedDetector, images: Iterable[np.ndarray]) -> None:
-    seen: list[tuple[Detections, Detections, Detections]] = []
-    evidence = Agreement()
-    for image in images:
-        views = three_views(image, detector.input_side)
-        if views is None:
-            return
-        small, padded, enlarged = (_answer(detector, view) for view in views)
-        if isinstance(small, TileError) or isinstance(padded, TileError) or isinstance(enlarged, TileError):
-            continue
-        seen.append((small, padded, enlarged))
-        evidence = evidence.plus(agreement(small, padded))
-        if evidence.total >= _ENOUGH_EVIDENCE:
-            break
-    if found := follows_size(seen):
-        padded_distance, enlarged_distance = (each.distance for each in found)
-        msg = (
-            f"detector {detector.name!r} resizes its tiles, which undoes the zoom: it answers a picture and the same "
-            f"enlarged twofold alike (distance {enlarged_distance:.2f} of 1), but not the same pixels with more grey "
-            f"around them ({padded_distance:.2f}): pad tiles at the right and below, to what canvas_hw says, and never "
-            "resize them"
-        )
-        raise UserError(msg)
-
-
-_SURROUND = 114
-
-
-_CONTENT = 3 / 8
-"""The picture's longer side as a share of the input side: there is grey beside it in every view."""
-
-
-_LEAST_SIDE = 32
-
-
-_SURE, _UNSURE = 0.3, 0.1
-
-
-_MATCH_IOU = 0.5
-
-
-_LEAST_EVIDENCE = 0.5
-
-
-_LEAST_DISTANCE = 0.01
-
-
-_TIMES_NEARER = 1.5
-
-
-_OF_THE_TILE = 0.5
-
-
-_FILLS = 0.98
-
-
 class Agreement(NamedTuple):
-    """How far two lists of detections agree, in scores; agreements of several pictures add up.
+    """Agreement of two lists of detections, in scores; sums over images are meaningful.
 
     Attributes:
-        shared: the lower score of each pair of boxes, times their overlap.
-        total: the higher score of each pair, and the scores of boxes without a partner.
+        shared: sum over matched pairs of the lower score times the IoU.
+        total: sum over matched pairs of the higher score, plus the scores of unmatched boxes.
     """
 
     shared: float = 0.0
     total: float = 0.0
 
     def plus(self, other: Agreement) -> Agreement:
-        """Both together."""
+        """Sum of two agreements."""
         return Agreement(self.shared + other.shared, self.total + other.total)
 
     @property
     def distance(self) -> float:
-        """0 for the same detections, 1 for others; 0 if there are none."""
+        """0 for equal detections or none, 1 for disjoint ones."""
         return 1.0 - self.shared / self.total if self.total else 0.0
 
 
+def try_detector(detector: CheckedDetector, images: Iterable[np.ndarray]) -> None:
+    """Run a detector on images until one succeeds, and check its outputs on views of the first three.
+
+    A tile that does not fit this machine's memory is only logged: the run may use other machines.
+
+    Args:
+        detector: the detector.
+        images: [h, w, 3] uint8 RGB each; read lazily.
+
+    Raises:
+        UserError: if the detector fails on all images (at most `MOST_FAILED`), returns an invalid output for a blank
+            tile, or resizes its tiles.
+    """
+    try:
+        images = _first_detected(detector, images)
+        if images:
+            _check_batches(detector, images[0])
+            if _is_deterministic(detector, images[0]):
+                _check_size(detector, images)
+    except OutOfMemoryError as error:
+        _LOG.warning("the detector could not be tried before the run: a tile does not fit the memory (%s)", error)
+
+
+def _first_detected(detector: CheckedDetector, images: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """Up to three images; the detector succeeds on the first."""
+    failures: list[TileError] = []
+    chosen: list[np.ndarray] = []
+    for image in images:
+        if not chosen:
+            found = _detect_alone(detector, _whole(image, detector.input_side))
+            if isinstance(found, TileError):
+                failures.append(found)
+                if len(failures) == MOST_FAILED:
+                    break
+                continue
+        chosen.append(image)
+        if len(chosen) == _MAX_COMPARED:
+            break
+    if failures and not chosen:
+        raise fails_on_all(f"detector {detector.name!r}: {failures[0].reason}", len(failures))
+    return chosen
+
+
+def _check_batches(detector: CheckedDetector, image: np.ndarray) -> None:
+    """Compare a tile alone with the same tile in a batch with a blank one; a difference is logged."""
+    tile = _whole(image, max(1, detector.input_side // 2))
+    blank = np.full_like(tile, _GREY)
+    alone = _detect_alone(detector, tile)
+    nothing = _detect_alone(detector, blank)
+    if isinstance(nothing, TileError) and nothing.reason.startswith(ANSWERED_WRONGLY):
+        msg = f"detector {detector.name!r}: on a blank tile {nothing.reason}"
+        raise UserError(msg)
+    in_batch = _detect(detector, [tile, blank])[0]
+    _is_same(
+        alone,
+        in_batch,
+        "detector %r answers a tile otherwise in a batch than alone (distance %.2f of 1): results will depend on "
+        "--detector-batch-size and differ from run to run",
+        detector.name,
+    )
+
+
+def _is_deterministic(detector: CheckedDetector, image: np.ndarray) -> bool:
+    """Compare two calls on the same tile; a difference is logged, and makes the test for resizing meaningless."""
+    tile = _whole(image, detector.input_side)
+    return _is_same(
+        _detect_alone(detector, tile),
+        _detect_alone(detector, tile),
+        "detector %r answers the same tile otherwise the second time (distance %.2f of 1): results will differ from "
+        "run to run",
+        detector.name,
+    )
+
+
+def _is_same(first: Detections | TileError, second: Detections | TileError, warning: str, name: str) -> bool:
+    """Whether two outputs agree, or one failed; else logs the warning with the detector's name and the distance."""
+    if isinstance(first, TileError) or isinstance(second, TileError):
+        return True
+    distance = agreement(first, second).distance
+    if distance > _MAX_DISTANCE:
+        _LOG.warning(warning, name, distance)
+    return distance <= _MAX_DISTANCE
+
+
+def _check_size(detector: CheckedDetector, images: Iterable[np.ndarray]) -> None:
+    """Raise a UserError if the detector resizes its tiles."""
+    compared: list[tuple[Detections, Detections, Detections]] = []
+    evidence = Agreement()
+    for image in images:
+        views = three_views(image, detector.input_side)
+        if views is None:
+            return
+        small, padded, enlarged = (_detect_alone(detector, view) for view in views)
+        if isinstance(small, TileError) or isinstance(padded, TileError) or isinstance(enlarged, TileError):
+            continue
+        compared.append((small, padded, enlarged))
+        evidence = evidence.plus(agreement(small, padded))
+        if evidence.total >= _ENOUGH_EVIDENCE:
+            break
+    if found := follows_size(compared):
+        to_padded, to_enlarged = found
+        msg = (
+            f"detector {detector.name!r} resizes its tiles, which undoes the zoom: it answers a picture and the same "
+            f"enlarged twofold alike (distance {to_enlarged.distance:.2f} of 1), but not the same pixels with more "
+            f"grey around them ({to_padded.distance:.2f}): pad tiles at the right and below, to what canvas_hw says, "
+            "and never resize them"
+        )
+        raise UserError(msg)
+
+
+def follows_size(views: Sequence[tuple[Detections, Detections, Detections]]) -> tuple[Agreement, Agreement] | None:
+    """Evidence that a detector resizes its tiles, or None.
+
+    The thresholds were chosen on COCO train2017 and tested on val2017: see docs/decisions.md.
+
+    Args:
+        views: detections in the `three_views` of each image.
+
+    Returns:
+        Agreement of the padded view with the small one, and of the enlarged view with the small one.
+    """
+    padded = grown = enlarged = Agreement()
+    for detections in views:
+        small, more_padding, larger = map(_without_full, detections)
+        padded = padded.plus(agreement(small, more_padding))
+        grown = grown.plus(agreement(small, more_padding, zoom=2.0))
+        enlarged = enlarged.plus(agreement(small, larger, zoom=2.0))
+    if min(padded.total, enlarged.total) < _MIN_EVIDENCE or padded.distance < _MIN_DISTANCE:
+        return None
+    if grown.distance < _MIN_GROWN_DISTANCE:
+        return None
+    return (padded, enlarged) if enlarged.distance * _TIMES_NEARER < padded.distance else None
+
+
+def _without_full(found: Detections) -> Detections:
+    """Detections without those that fill the tile, whose extent is estimated from the boxes."""
+    if not len(found):
+        return found
+    sides = found.boxes[:, 2:] - found.boxes[:, :2]
+    return found[np.flatnonzero((sides < _FULL_SHARE * found.boxes[:, 2:].max(axis=0)).any(axis=1))]
+
+
 def three_views(image: np.ndarray, input_side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """A picture small, the same with more grey, and enlarged twofold.
+    """A small image on grey, the same image with more grey, and the first enlarged twofold.
 
     Args:
         image: [h, w, 3] uint8 RGB.
-        input_side: of the detector, in tile pixels.
+        input_side: input side of the detector in tile pixels.
 
     Returns:
-        Squares of half the input side, the input side, and twice the first, uint8 RGB; None if that is too small to
-        show anything.
+        Squares of half the input side, the input side, and twice the first, uint8 RGB; None if the input side is too
+        small.
     """
     half = input_side // 2
-    if half < _LEAST_SIDE:
+    if half < _MIN_VIEW_SIDE:
         return None
-    image_hw = (image.shape[0], image.shape[1])
-    hw = fit_longer_side(*image_hw, int(input_side * _CONTENT))
-    content = cut_tile(image, Tile(0, (), image_hw, Window(0, 0, image_hw[1], image_hw[0]), *hw))
+    content = _whole(image, int(input_side * _CONTENT_SHARE))
     small, padded = _on_grey(content, half), _on_grey(content, input_side)
     return small, padded, cv2.resize(small, (2 * half, 2 * half), interpolation=cv2.INTER_LINEAR)
 
 
 def _on_grey(content: np.ndarray, side: int) -> np.ndarray:
-    square = np.full((side, side, 3), _SURROUND, np.uint8)
+    square = np.full((side, side, 3), _GREY, np.uint8)
     square[: content.shape[0], : content.shape[1]] = content
     return square
 
 
-def agreement(one: Detections, other: Detections, *, zoom: float = 1.0) -> Agreement:
-    """How far two lists of detections agree on what at least one of them is sure of.
+def _whole(image: np.ndarray, side: int) -> np.ndarray:
+    """The whole image as a tile with its longer side at `side`."""
+    hw = (image.shape[0], image.shape[1])
+    return cut_tile(image, Tile(0, (), hw, Window(0, 0, hw[1], hw[0]), *fit_longer_side(*hw, side)))
 
-    Boxes of one label are paired, those first that overlap most.
+
+def agreement(first: Detections, second: Detections, *, zoom: float = 1.0) -> Agreement:
+    """Agreement of two lists of detections on the boxes that at least one of them is sure of.
+
+    Boxes of equal labels are matched greedily by descending IoU.
 
     Args:
-        one: N detections, boxes in tile pixels.
-        other: M detections of the same picture, its tile `zoom` times larger.
-        zoom: carries the second back.
+        first: N detections, boxes in tile pixels.
+        second: M detections of the same image in a tile `zoom` times larger.
+        zoom: factor by which the second list's boxes are divided.
     """
-    one, other = one[one.scores >= _UNSURE], other[other.scores >= _UNSURE]
-    overlaps = iou_matrix(one.boxes, other.boxes / np.float32(zoom))
-    overlaps *= one.labels[:, None] == other.labels[None]
-    alone = [one.scores.astype(np.float64), other.scores.astype(np.float64)]
+    first, second = first[first.scores >= _UNSURE], second[second.scores >= _UNSURE]
+    overlaps = iou_matrix(first.boxes, second.boxes / np.float32(zoom))
+    overlaps *= first.labels[:, None] == second.labels[None]
+    # Scores of the boxes that are not matched yet; 0 afterwards.
+    left = [first.scores.astype(np.float64), second.scores.astype(np.float64)]
     shared = total = 0.0
     rows, columns = np.nonzero(overlaps >= _MATCH_IOU)
     for nth in np.argsort(-overlaps[rows, columns], kind="stable"):
         i, j = rows[nth], columns[nth]
-        pair = (alone[0][i], alone[1][j])
-        if min(pair) > 0:  # Neither has a partner yet.
-            alone[0][i] = alone[1][j] = 0.0
+        pair = (left[0][i], left[1][j])
+        if min(pair) > 0:
+            left[0][i] = left[1][j] = 0.0
             if max(pair) >= _SURE:
                 shared += min(pair) * overlaps[i, j]
                 total += max(pair)
-    return Agreement(float(shared), float(total + sum(scores[scores >= _SURE].sum() for scores in alone)))
+    return Agreement(float(shared), float(total + sum(scores[scores >= _SURE].sum() for scores in left)))
 
 
-def _within_the_tile(found: Detections) -> Detections:
-    """Those that do not fill the tile that they were found in, as far as its boxes show how large it is."""
-    if not len(found):
-        return found
-    sides = found.boxes[:, 2:] - found.boxes[:, :2]
-    return found[np.flatnonzero((sides < _FILLS * found.boxes[:, 2:].max(axis=0)).any(axis=1))]
+def _detect_alone(detector: CheckedDetector, tile: np.ndarray) -> Detections | TileError:
+    return _detect(detector, [tile])[0]
 
 
-def follows_size(views: Sequence[tuple[Detections, Detections, Detections]]) -> tuple[Agreement, Agreement] | None:
-    """The evidence that a detector resizes its tiles, or None if there is none.
-
-    Measured on photographs (COCO train2017 to choose the rule, val2017 to test it): see docs/decisions.md.
-
-    Args:
-        views: what was found in the `three_views` of each picture.
-
-    Returns:
-        How far the padded view agrees with the small one, and the enlarged one.
-    """
-    padded = grown = enlarged = Agreement()
-    for found in views:
-        small, more_grey, larger = map(_within_the_tile, found)
-        padded = padded.plus(agreement(small, more_grey))
-        grown = grown.plus(agreement(small, more_grey, zoom=2.0))
-        enlarged = enlarged.plus(agreement(small, larger, zoom=2.0))
-    if min(padded.total, enlarged.total) < _LEAST_EVIDENCE or padded.distance < _LEAST_DISTANCE:
-        return None
-    if grown.distance < _OF_THE_TILE:
-        return None
-    return (padded, enlarged) if enlarged.distance * _TIMES_NEARER < padded.distance else None
+def _detect(detector: CheckedDetector, tiles: list[np.ndarray]) -> list[Detections | TileError]:
+    """Run a batch; an exception becomes the output of every tile, without a log message."""
+    try:
+        return detector.ask(tiles)
+    except OutOfMemoryError:
+        raise
+    except UserError as error:
+        return [error if isinstance(error, TileError) else answered_wrongly(error)] * len(tiles)
+    except (Exception, SystemExit) as error:  # The detector may be the user's own code.
+        return [raised(error)] * len(tiles)

@@ -1,4 +1,4 @@
-"""Frozen detectors behind one protocol, named `kind:what`."""
+"""Protocol of detectors, validation of their attributes, and loading by name (`kind:what`)."""
 
 from __future__ import annotations
 
@@ -34,67 +34,59 @@ __all__ = [
 ]
 
 DETECTOR_GROUP = "scalenet_ray.detectors"
-"""The entry points by which an installed package adds kinds of detectors: kind = "package.module:function"."""
-
+"""Entry point group in which a package registers kinds of detectors: kind = "package.module:function"."""
 
 _LOADERS = {
     "tiny": "scalenet_ray.sample.detector:TinyDetector.load",
     "torchvision": "scalenet_ray.models.torchvision_detectors:load_torchvision",
     "yolox-onnx": "scalenet_ray.models.yolox:YoloxDetector.load",
 }
-"""Kind -> where its loader is; imported when asked for, so that an ONNX detector never loads torch."""
-
+"""Kind -> loader, imported on demand: an ONNX detector does not import torch."""
 
 _OF_TORCH = ("tiny", "torchvision")
-"""Kinds that can compute in bfloat16; the networks of the others are in the precision that their makers gave them."""
-
+"""Kinds that support bfloat16 autocast."""
 
 _OWN_CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-
-
 _LARGEST_CANVAS = 2 * LARGEST_SIDE
-
-
 _MEMBERS = ("input_side", "categories", "iou_threshold", "canvas_hw", "__call__")
 
 
 class Detector(Detect, Protocol):
-    """Tiles' pixels -> detections in tile pixels, a batch at a time.
+    """Protocol of a detector: a batch of tiles -> detections in tile pixels.
 
-    A tile comes at the size it shall be looked at: a detector pads it (`canvas_hw`) and never resizes it,
-    or it would undo the zoom. Tiles of one canvas are computed together, and each tile's detections are what
-    they would be if it came alone.
+    A detector pads a tile to its canvas (`canvas_hw`) and never resizes it, which would undo the zoom. The detections
+    of a tile must not depend on the other tiles of the batch.
 
-    A call returns a list, an answer for each tile. A `TileError` stands for a tile that the network broke on (NaN or
-    infinite values): it costs that tile alone. Plain (boxes, scores, labels) are taken too: see `core.answers`.
-    `CheckedDetector` checks all of this.
+    A call returns a list with one output per tile: `Detections`, plain (boxes, scores, labels) or another format of
+    `core.answers`, or a `TileError` for a tile on which the network returned NaN or infinite values, which fails that
+    tile only. `CheckedDetector` validates the outputs.
 
     Attributes:
-        input_side: the longer side of a whole image's tile, in tile pixels.
+        input_side: longer side of a whole image's tile in tile pixels.
     """
 
     @property
     def categories(self) -> Mapping[int, str]:
-        """The detector's own class ids, its labels, with their names; ids may be text, or the places in a list."""
+        """Class id -> name; ids may be strings of digits, or the positions in a list of names."""
         ...
 
     @property
     def iou_threshold(self) -> float:
-        """The overlap above which it suppresses a box; the merge of an image's tiles uses it again."""
+        """IoU threshold of its NMS; also used to merge the tiles of an image."""
         ...
 
 
 class ShowsFeatures(DetectWithFeatures, Protocol):
-    """A detector whose feature maps a scale head may read."""
+    """Protocol of a detector that provides feature maps for a scale head."""
 
     @property
     def feature_channels(self) -> tuple[int, ...]:
-        """C of each of its feature maps, the finest first."""
+        """Channels of the feature maps, finest first."""
         ...
 
     @property
     def feature_stride(self) -> int:
-        """Tile pixels along a side of a cell of the finest; each coarser one's cells are twice as long."""
+        """Cell side of the finest feature map in tile pixels; it doubles from map to map."""
         ...
 
 
@@ -109,24 +101,21 @@ def load_detector(
     """Load a detector by its name.
 
     Args:
-        spec: `kind:what`: `yolox-onnx:PATH`; `torchvision:NAME` (torchvision's own weights, from the network),
-            `torchvision:NAME@PATH`, `torchvision:PATH` (a file of `save_detector`); `tiny:PATH`; a kind that an
-            installed package adds (`DETECTOR_GROUP`), whose function is called with what stands after the colon and
-            the next three settings by name; or `module:Class`, a class of yours that is made without arguments and
-            sets its thresholds itself. A path may be local, file:// or s3://.
-        device: where it computes, as torch names it.
-        score_threshold: boxes that score less are dropped.
-        iou_threshold: overlap above which a box of the same class is suppressed; None for the detector's own.
-        mixed_precision: compute in bfloat16 what bears it; for torchvision: and tiny: alone.
-
-    Returns:
-        The detector, ready for tiles.
+        spec: `kind:what`: `yolox-onnx:PATH`; `torchvision:NAME` (torchvision's published weights),
+            `torchvision:NAME@PATH` or `torchvision:PATH` (a file of `save_detector`); `tiny:PATH`; a kind that an
+            installed package registers (`DETECTOR_GROUP`), whose function is called with the part after the colon and
+            the next three arguments by name; or `module:Class`, a class of your own that is called without arguments
+            and sets its own thresholds. A path may be local, file:// or s3://.
+        device: torch device.
+        score_threshold: minimum score of a detection.
+        iou_threshold: IoU threshold of NMS within each class; None for the detector's own.
+        mixed_precision: run under bfloat16 autocast; for torchvision: and tiny: only.
 
     Raises:
-        FileNotFoundError: if a file is not there.
-        ConnectionError: if torchvision's weights can't be fetched.
-        UserError: if the name, a threshold or a file is not what it must be, a class lacks part of `Detector`,
-            packages add a kind that is there already, or the detector has a precision of its own.
+        FileNotFoundError: if a file does not exist.
+        ConnectionError: if torchvision's weights can't be downloaded.
+        UserError: if the name, a threshold or a file is invalid, a class lacks a member of `Detector`, a package
+            registers an existing kind, or the kind does not support mixed precision.
     """
     for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
         if value is not None and not 0.0 <= value <= 1.0:
@@ -160,7 +149,7 @@ def load_detector(
 
 
 def _added_kind(kind: str) -> EntryPoint | None:
-    """The entry point of an installed package that adds this kind, or None."""
+    """Entry point that registers this kind, or None."""
     found = [point for point in entry_points(group=DETECTOR_GROUP) if point.name == kind]
     if len(found) + (kind in _LOADERS) > 1:
         owners = sorted({f"package {point.dist.name}" if point.dist else point.value for point in found})
@@ -176,7 +165,7 @@ def _wanted() -> str:
 
 
 class DetectorInfo(NamedTuple):
-    """What a detector declares: its side, its NMS threshold, its classes."""
+    """Validated attributes of a detector: input side, NMS threshold, class id -> name."""
 
     input_side: int
     iou_threshold: float
@@ -184,28 +173,20 @@ class DetectorInfo(NamedTuple):
 
 
 def check_detector(detector: Any, name: str) -> Detector:
-    """The detector, having looked that it has all parts of `Detector`, and that they are what they must be.
-
-    Args:
-        detector: what shall be one.
-        name: what messages call it.
-
-    Raises:
-        UserError: if it lacks a part, or what it declares is wrong; it names that.
-    """
+    """Validate the attributes of a detector and return it; arguments and errors as for `declaration`."""
     declaration(detector, name)
     return detector
 
 
 def declaration(detector: Any, name: str) -> DetectorInfo:
-    """What a detector declares, in plain numbers and text, whatever numbers (numpy's, torch's) it uses itself.
+    """Validate the attributes of a detector and convert them to plain Python values.
 
     Args:
         detector: the detector.
-        name: what messages call it.
+        name: name of the detector in messages.
 
     Raises:
-        UserError: if it lacks a part, is a class in place of an object of it, or a part is not what it must be.
+        UserError: if it lacks a member, is a class instead of an instance, or an attribute is invalid.
     """
     with _quoting(name):
         missing = [member for member in _MEMBERS if not hasattr(detector, member)]
@@ -232,17 +213,17 @@ def _check_object(detector: Any, name: str) -> None:
 
 
 def canvas_of(detector: Any, hw: tuple[int, int], name: str) -> tuple[int, int]:
-    """(height, width) that a detector computes for a tile of (height, width), in tile pixels.
+    """Validated canvas (height, width) of a detector for a tile of (height, width).
 
     Raises:
-        UserError: if what it says is not two whole numbers, or smaller than the tile, which it would have to shrink.
+        UserError: if it is not two whole numbers, smaller than the tile, or too large.
     """
     try:
         answer = detector.canvas_hw(hw)
         sides = [_number(side) for side in answer]
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # It is the user's own code.
+    except (Exception, SystemExit) as error:  # The detector may be the user's own code.
         msg = f"canvas_hw of detector {name!r} must answer {hw} with (height, width), it raised "
         raise UserError(f"{msg}{type(error).__name__}: {error}") from error
     height, width = sides if len(sides) == 2 else (None, None)
@@ -266,7 +247,7 @@ def canvas_of(detector: Any, hw: tuple[int, int], name: str) -> tuple[int, int]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number of Python's, numpy's or torch's; None if it is none, as truth values and text are."""
+    """Convert a finite Python, numpy or torch number; None for anything else, including bool and str."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     is_number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
@@ -274,7 +255,7 @@ def _number(value: Any) -> float | None:
 
 
 def _categories(declared: Any, name: str) -> dict[int, str]:
-    """Class id -> name, from a mapping, or from a list of names: an id is a place in it."""
+    """Class id -> name, from a mapping or from a list of names, whose ids are their positions."""
     if isinstance(declared, list | tuple) or (isinstance(declared, np.ndarray) and declared.ndim == 1):
         rows: list[tuple[Any, Any]] = list(enumerate(declared))
     elif isinstance(declared, Mapping):
@@ -283,8 +264,8 @@ def _categories(declared: Any, name: str) -> dict[int, str]:
         msg = f"categories of detector {name!r} must map class ids to names, or list the names, got "
         raise UserError(f"{msg}{type(declared).__name__}")
     ids = [_class_id(key, name) for key, _ in rows]
-    if twice := [class_id for class_id, count in Counter(ids).items() if count > 1]:
-        msg = f"categories of detector {name!r} must have each class id once, got twice {twice[0]}: number them"
+    if repeated := [class_id for class_id, count in Counter(ids).items() if count > 1]:
+        msg = f"categories of detector {name!r} must have each class id once, got twice {repeated[0]}: number them"
         raise UserError(msg)
     if not rows:
         msg = f"categories of detector {name!r} must name at least one class, got none"
@@ -307,7 +288,7 @@ def _class_id(key: Any, name: str) -> int:
 
 
 def _load_own(spec: str) -> Detector:
-    """A user's class, imported as `python -m` would from the current directory, and made."""
+    """Import a user's class, also from the current directory, and instantiate it."""
     module_name, _, class_name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -326,7 +307,7 @@ def _load_own(spec: str) -> Detector:
 
 
 def _made(kind: Any, spec: str) -> Any:
-    """An object of a user's class."""
+    """Instantiate a user's class."""
     wanted = f"detector {spec!r} must name a class that is made without arguments"
     if not isinstance(kind, type):
         msg = f"{wanted}, got a {type(kind).__name__}: write a class around it, see Detector"
@@ -337,18 +318,18 @@ def _made(kind: Any, spec: str) -> Any:
         msg = f"{wanted}, got one with {error}: give its arguments defaults, or derive a class that sets them"
         raise UserError(msg) from None
     except ValueError:
-        # A class that is written in C may not tell.
+        # Classes in C may have no signature.
         pass
     return kind()
 
 
 @contextmanager
 def _quoting(spec: str) -> Iterator[None]:
-    """What others' code raises while it is imported and makes a detector is for its owner to correct.
+    """Translate exceptions of a user's or a package's code in the block into a UserError.
 
     Raises:
-        UserError: that names the detector and quotes the error; one raised in the block is let through, and so is
-            the word that the detector's own module is not there.
+        UserError: with the detector's name and the original error. UserErrors of the block, and the
+            ModuleNotFoundError of the detector's own module, are propagated.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Devices that networks run on, and out-of-memory errors of the libraries."""
+"""torch devices, and translation of the libraries' out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = [
 
 
 def device_named(name: str) -> torch.device:
-    """A device that some machine may have.
+    """Parse the name of a device, without checking that this machine has it.
 
     Raises:
-        UserError: if torch knows none of that name.
+        UserError: if the name is not valid in torch.
     """
     try:
         return torch.device(name)
@@ -31,10 +31,10 @@ def device_named(name: str) -> torch.device:
 
 
 def device_on_this_machine(name: str) -> torch.device:
-    """A device that this machine has.
+    """Parse the name of a device and check that this machine has it.
 
     Raises:
-        UserError: if torch knows none of that name, or finds none here.
+        UserError: if the name is not valid in torch, or the device is not available.
     """
     device = device_named(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -53,18 +53,18 @@ def device_on_this_machine(name: str) -> torch.device:
 T = TypeVar("T")
 
 
-# torch's OutOfMemoryError and its CPU allocator's plain RuntimeError, cuBLAS and cuDNN through either, ONNX Runtime's
-# arena: neither library has one class for them all.
+# Messages of torch's OutOfMemoryError, of its CPU allocator's RuntimeError, of cuBLAS and cuDNN, and of ONNX Runtime's
+# arena: there is no common class.
 _MESSAGE = re.compile(
     r"out of memory|can't allocate memory|failed to allocate memory|(ALLOC|ALLOCATION)_FAILED", re.IGNORECASE
 )
 
 
 def translate_oom(call: Callable[[], T]) -> T:
-    """Call a network.
+    """Run a call and translate out-of-memory errors; other errors are propagated.
 
     Raises:
-        OutOfMemoryError: if its batch does not fit the device's memory; any other error is let through.
+        OutOfMemoryError: if the call ran out of memory.
     """
     try:
         return call()
@@ -72,7 +72,7 @@ def translate_oom(call: Callable[[], T]) -> T:
         if not _is_about_memory(error):
             raise
         reason = " ".join(str(error).split())[:200]
-    # Not `raise ... from error`: the error's frames hold the batch's tensors, and the next try needs their room.
+    # Not `raise ... from error`: the traceback's frames hold the batch's tensors, whose memory a retry needs.
     raise OutOfMemoryError(reason)
 
 

@@ -1,4 +1,4 @@
-"""Changes to ONNX graphs: free batch and size axes, feature maps as further outputs."""
+"""Edits of ONNX graphs: dynamic batch and size axes, feature maps as additional outputs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ _NAMES = ("batch", None, "height", "width")
 
 
 def free_axes(data: bytes) -> bytes:
-    """The same network with input [batch, channels, height, width] of free batch, height and width.
+    """Make batch, height and width of the input [batch, channels, height, width] dynamic.
 
-    YOLOX's exporter writes the batch of 1 into the inputs and into the targets of its last reshapes,
-    [1, 85, -1]; a 0 there means "as it comes". Whether the result is right is for the caller to try: a network may
-    hold a fixed size elsewhere too.
+    YOLOX's exporter writes the batch of 1 into the inputs and into the targets of its last reshapes, [1, 85, -1]; a 0
+    there copies the input's axis. The caller must test the result: a network may fix a size elsewhere too.
 
     Args:
-        data: an ONNX file.
+        data: content of an ONNX file.
 
     Returns:
-        An ONNX file with the same weights; `data` itself if it cannot be parsed.
+        Content of an ONNX file with the same weights; `data` if it cannot be parsed.
     """
     try:
         model = onnx.load_from_string(data)
@@ -45,7 +44,7 @@ def free_axes(data: bytes) -> bytes:
         for attribute in node.attribute
         if attribute.name == "value"
     ]
-    for tensor in [*constants, *(each for each in graph.initializer if each.name in targets)]:
+    for tensor in [*constants, *(constant for constant in graph.initializer if constant.name in targets)]:
         shape = numpy_helper.to_array(tensor)
         if shape.ndim == 1 and len(shape) > 1 and shape[0] == 1 and -1 in shape:
             freed = np.concatenate([[0], shape[1:]]).astype(shape.dtype)
@@ -62,20 +61,20 @@ def free_axes(data: bytes) -> bytes:
 
 
 def expose_features(data: bytes) -> bytes:
-    """The same network with the feature map of each level as a further output.
+    """Add the feature map of each level to the outputs of a YOLOX network.
 
-    YOLOX's head has two branches at each level, boxes and classes, which start from one map: the last tensor
-    that both of them come from. It is found by walking up from the level's answer, whatever the names are.
+    YOLOX's head has two branches per level, boxes and classes, with a common input. That tensor, the last common
+    ancestor of both branches, is found by a search upwards from the level's output, independent of names.
 
     Args:
-        data: an ONNX file of YOLOX, its answers of all levels joined by the last Concat.
+        data: content of a YOLOX ONNX file, whose last Concat joins the outputs of all levels.
 
     Returns:
-        An ONNX file whose outputs are the network's own and, the finest level first, [batch, channels,
-        height / stride, width / stride] of each.
+        Content of an ONNX file with the original outputs, and then one output per level, finest first: [batch,
+        channels, height / stride, width / stride].
 
     Raises:
-        UserError: if the network is not built so.
+        UserError: if the network has another structure.
     """
     model = onnx.load_from_string(data)
     graph = _Graph(model.graph.node)
@@ -84,7 +83,7 @@ def expose_features(data: bytes) -> bytes:
     answers = [above for end in ends for above in graph.producers(end)]
     for level in (join for answer in answers for join in graph.joins(answer)):
         branches = [graph.ancestors(above) for above in graph.producers(level)]
-        # Nodes are in an order in which they can be computed: the last one that all branches share is nearest to them.
+        # Nodes are in topological order: the last common one is the nearest.
         shared = set.intersection(*branches) if branches else set()
         if not shared:
             break
@@ -97,18 +96,18 @@ def expose_features(data: bytes) -> bytes:
 
 
 class _Graph:
-    """The nodes of a network by number, in an order in which they can be computed."""
+    """Nodes of a network by index, in topological order."""
 
     def __init__(self, nodes: Sequence[NodeProto]) -> None:
         self.nodes = nodes
         self.maker = {output: i for i, node in enumerate(nodes) for output in node.output}
 
     def producers(self, at: int) -> list[int]:
-        """The nodes that a node takes its input from, in the order of its inputs."""
+        """Nodes that produce a node's inputs, in the order of the inputs."""
         return [self.maker[name] for name in self.nodes[at].input if name in self.maker]
 
     def ancestors(self, start: int) -> set[int]:
-        """All that a node depends on, itself included."""
+        """All nodes that a node depends on, including itself."""
         seen: set[int] = set()
         ahead = [start]
         while ahead:
@@ -119,7 +118,7 @@ class _Graph:
         return seen
 
     def joins(self, start: int) -> list[int]:
-        """The nearest Concat on each way up from a node, itself included; each once, the first inputs' first."""
+        """The nearest Concat on each path upwards from a node, including itself, in the order of the inputs."""
         found: list[int] = []
         seen: set[int] = set()
         ahead = [start]

@@ -1,4 +1,4 @@
-"""Tiles on canvases: detectors pad a tile and never resize it, and compute tiles of one canvas together."""
+"""Padding of tiles to canvases, and batches of tiles with equal canvases."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ __all__ = [
 ]
 
 STRIDE = 32
-"""Sides of a canvas are multiples of this: the coarsest cell that the networks share, in tile pixels."""
-
+"""Sides of a canvas are multiples of this: the coarsest stride of the networks in tile pixels."""
 
 HW = tuple[int, int]
-
 
 Answer = TypeVar("Answer")
 
 
 def square_canvas(hw: HW, least_side: int = 1) -> HW:
-    """The smallest square that a tile fits in, with sides that are multiples of `STRIDE`.
+    """The smallest square canvas of a tile, with a side that is a multiple of `STRIDE`.
 
     Args:
         hw: (height, width) of the tile.
-        least_side: the square is never smaller than this.
+        least_side: minimum side.
 
     Returns:
         (height, width), equal, in tile pixels.
@@ -42,18 +40,18 @@ def detect_by_canvas(
     canvas_hw: Callable[[HW], HW],
     detect_group: Callable[[list[np.ndarray], HW], list[Answer]],
 ) -> list[Answer]:
-    """Detect tiles of mixed sizes with one call for each canvas.
+    """Detect on tiles of mixed sizes, with one batch per canvas size.
 
     Args:
         pixels: [height, width, 3] uint8 RGB each.
-        canvas_hw: (height, width) of a tile -> that of its canvas.
-        detect_group: tiles of one canvas -> an answer each (detections, or an error), in order.
+        canvas_hw: (height, width) of a tile -> (height, width) of its canvas.
+        detect_group: tiles with equal canvases, and the canvas -> output per tile.
 
     Returns:
-        The answer for each tile, in the order of `pixels`.
+        Outputs in the order of `pixels`.
 
     Raises:
-        ValueError: if a tile is no RGB picture of bytes.
+        ValueError: if a tile is not [height, width, 3] uint8.
     """
     groups: dict[HW, list[int]] = {}
     for position, tile in enumerate(pixels):

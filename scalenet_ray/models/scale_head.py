@@ -1,7 +1,7 @@
-"""A scale head on a frozen detector's own feature maps: one forward pass serves the detector and the look.
+"""Scale head: a small network on a frozen detector's feature maps that predicts scale classes and gains.
 
-It says two things of every cell: the scale class, as the paper's Scale Net does, and the gain, what a closer look
-there is expected to bring: the score that the small objects in it would gain if they were seen zoomed.
+Detection and scale prediction share one forward pass. The gain of a cell is the expected increase of the detection
+scores of its small objects when its window is zoomed.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ __all__ = ["HeadConfig", "ScaleHead", "ScaleHeadPredictor", "load_predictor", "s
 
 _FORMAT = "scale_head"
 _DILATIONS = (2, 4)
-# Of a fresh head: a gain of e^-5 a cell is near what a data set has on the average.
+# Initial bias: e^-5 is close to the mean gain per cell of a data set.
 _FIRST_LOG_GAIN = -5.0
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """All that is needed to build a scale head.
+    """Configuration of a scale head.
 
     Attributes:
-        feature_channels: of the detector's feature maps, the finest first; each coarser one has half the side.
-        stride: tile pixels along a side of a cell of the finest, and of the head's own map.
-        width: channels inside.
-        detector: which detector it was trained on; for the reader.
+        feature_channels: channels of the detector's feature maps, finest first; each has half the side of the last.
+        stride: cell side of the finest feature map and of the output in tile pixels.
+        width: number of hidden channels.
+        detector: the detector that it was trained on; informative.
     """
 
     feature_channels: tuple[int, ...]
@@ -50,7 +50,7 @@ class HeadConfig:
 
 
 class ScaleHead(nn.Module):
-    """A 1 x 1 convolution on each map at its own size, their sum on the finest grid, two dilated 3 x 3 ones."""
+    """1 x 1 convolution per feature map, summed on the finest grid, then two residual dilated 3 x 3 convolutions."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class ScaleHead(nn.Module):
         nn.init.constant_(self.answer.bias[NUM_CLASSES], _FIRST_LOG_GAIN)  # type: ignore[index]
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[B, C, h, w] each, finest first -> [B, 7, h, w]: logits of the six classes, the logarithm of the gain."""
+        """[B, C, h, w] each, finest first -> [B, 7, h, w]: logits of the six classes, logarithm of the gain."""
         hw = features[0].shape[-2:]
         entries = zip(features, self.norms, self.entries, strict=True)
         parts = [functional.interpolate(entry(norm(level.float())), size=hw) for level, norm, entry in entries]
@@ -79,19 +79,19 @@ class ScaleHead(nn.Module):
 
 
 def save_scale_head(model: nn.Module, config: HeadConfig, path: str) -> None:
-    """Write a checkpoint: weights and configuration in one safetensors file, local or s3://."""
+    """Write weights and configuration as a safetensors file, local or s3://."""
     save_weights(model.state_dict(), {_FORMAT: json.dumps(asdict(config))}, path)
 
 
 class ScaleHeadPredictor:
-    """A trained scale head as `FeatureScalePredictor`: a detector's feature maps -> scale maps with gains.
+    """`FeatureScalePredictor` with a trained scale head: a detector's feature maps -> scale maps with gains.
 
     Attributes:
-        config: the head's configuration.
-        input_pixels: 0: it looks at no pixels of its own.
+        config: configuration of the head.
+        input_pixels: 0, since it reads no pixels.
 
     Raises:
-        UserError: if the file is no scale head's, or its weights do not fit what it says of itself.
+        UserError: if the file is not a scale head's, or its weights do not match its configuration.
     """
 
     input_pixels = 0
@@ -112,10 +112,10 @@ class ScaleHeadPredictor:
         self._autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)
 
     def check(self, detector: ShowsFeatures) -> None:
-        """Compare a detector with the one that the head was trained on.
+        """Check that a detector's feature maps match those that the head was trained on.
 
         Raises:
-            UserError: if its feature maps are others.
+            UserError: if they do not.
         """
         wanted = (self.config.feature_channels, self.config.stride)
         got = (tuple(detector.feature_channels), detector.feature_stride)
@@ -129,21 +129,23 @@ class ScaleHeadPredictor:
     def from_features(
         self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]
     ) -> list[ScaleMap | TileError]:
-        """Look at tiles through the detector's eyes, those of one canvas together.
+        """Predict the scale maps of tiles, batched by canvas size.
 
         Args:
-            features: B times the maps of `DetectionsWithFeatures.features`, [C, h, w] float32 each.
-            tiles: their recipes; a map covers its tile, not the canvas's padding.
+            features: B times `DetectionsWithFeatures.features`, [C, h, w] float32 each.
+            tiles: the tiles; a map covers its tile without the padding.
 
         Returns:
-            B scale maps, or a TileError for the tile that the network broke on.
+            B scale maps, or a TileError where the network returned NaN or infinite values.
 
         Raises:
             OutOfMemoryError: if the batch does not fit the device's memory.
         """
-        return translate_oom(lambda: self._look(features, tiles))
+        return translate_oom(lambda: self._predict_batch(features, tiles))
 
-    def _look(self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
+    def _predict_batch(
+        self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]
+    ) -> list[ScaleMap | TileError]:
         maps: dict[int, ScaleMap | TileError] = {}
         shapes = [tuple(level.shape for level in levels) for levels in features]
         for shape in dict.fromkeys(shapes):
@@ -169,12 +171,12 @@ def _map(prob: np.ndarray, gain: np.ndarray) -> ScaleMap | TileError:
 def load_predictor(
     path: str | Path, device: str = "cpu", *, mixed_precision: bool = False
 ) -> ScaleNetPredictor | ScaleHeadPredictor:
-    """A Scale Net of either kind, by what its file says it is; raises as they do.
+    """Load a Scale Net or a scale head, by the header of its file; raises as their predictors do.
 
     Args:
-        path: weights, local or s3://.
-        device: where it computes, as torch names it.
-        mixed_precision: compute in bfloat16 what bears it.
+        path: checkpoint, local or s3://.
+        device: torch device.
+        mixed_precision: run under bfloat16 autocast.
     """
     _, header = load_weights(str(path))
     predictor = ScaleHeadPredictor if _FORMAT in header else ScaleNetPredictor

@@ -1,7 +1,6 @@
 """Scale Net: the paper's networks and lighter ones, their checkpoints, and the predictor for tiles.
 
-A checkpoint is a safetensors file with its configuration in the header, so that it runs no code and
-says by itself which network it belongs to.
+A checkpoint is a safetensors file with the network's configuration in the header.
 """
 
 from __future__ import annotations
@@ -51,24 +50,23 @@ _LIGHT_STRIDE = 4
 
 @dataclass(frozen=True)
 class ScaleNetConfig:
-    """All that is needed to build a Scale Net.
+    """Configuration of a Scale Net.
 
     Attributes:
-        preset: the name it goes by.
-        architecture: "fcn" (paper, Table 1), "unet" (the paper's U-Net, a map as large as its input) or
-            "light-unet" (a narrow decoder that ends at a quarter of the input's side: windows
-            need no finer map, and the last two stages would be most of the cost).
-        kind: "classes" gives logits [B, 6, h, w], "regression" scales [B, h, w].
-        input_side: tiles are squashed to this square, in pixels (the paper: 512); None takes each as it is,
-            which a regression must, as its scales are in the tile's own frame.
+        preset: name of the preset.
+        architecture: "fcn" (paper, Table 1), "unet" (the paper's U-Net, output as large as the input) or "light-unet"
+            (a narrow decoder with output at a quarter of the input's side, without the two most expensive stages).
+        kind: "classes" predicts logits [B, 6, h, w], "regression" scales [B, h, w].
+        input_side: side of the square that tiles are resized to in pixels (the paper: 512). None for the tile's size,
+            which a regression needs, since its scales are in tile pixels.
         in_channels: 3 for RGB, 1 for grey.
-        encoder: name of a segmentation-models-pytorch encoder; None for the small one of our own.
-        classes: scale classes of the output, for "classes".
-        padding: of the "fcn": each convolution is padded, or the "input" by as much as all of them need together: black
-            then goes on beyond the canvas's edge as inside it.
+        encoder: name of a segmentation-models-pytorch encoder; None for `LightEncoder`.
+        classes: number of scale classes, for "classes".
+        padding: zero padding of the "fcn": of "each" convolution, or once of the "input", so that a black background
+            continues beyond the edge.
 
     Raises:
-        UserError: if the fields contradict each other.
+        UserError: if the fields are inconsistent.
     """
 
     preset: str
@@ -103,15 +101,15 @@ class ScaleNetConfig:
 
     @property
     def output_stride(self) -> int:
-        """Input pixels along a side of one cell of the output."""
+        """Cell side of the output in input pixels."""
         return _LIGHT_STRIDE if self.architecture == "light-unet" else 1
 
     @property
     def output_hw(self) -> tuple[int, int]:
-        """(h, w) of the class map, in cells.
+        """(h, w) of the class map in cells.
 
         Raises:
-            UserError: if the net takes tiles as they are, and has no fixed size.
+            UserError: if the input has no fixed size.
         """
         if self.input_side is None:
             msg = "the output of a net that takes tiles as they are is as large as its input: it has no fixed size"
@@ -129,7 +127,7 @@ PRESETS: dict[str, ScaleNetConfig] = {
         ScaleNetConfig("unet-lite0", "light-unet", input_side=256, encoder="tu-tf_efficientnet_lite0"),
     )
 }
-"""The networks by name: the paper's two, one for a CPU, and one that can start from ImageNet's weights."""
+"""Configurations by name: the paper's two, one for CPUs, and one with ImageNet weights."""
 
 
 class DigitsFcn(nn.Module):
@@ -139,7 +137,7 @@ class DigitsFcn(nn.Module):
         super().__init__()
         each = padding == "each"
         last = nn.Conv2d(32, out_channels, 5, padding=2 * each)
-        # At 0 the last ReLU of a fresh net may be off everywhere, and nothing is ever learned.
+        # With a bias of 0 the last ReLU may start inactive everywhere, with zero gradients.
         nn.init.ones_(last.bias)  # type: ignore[arg-type]
         self.layers = nn.Sequential(
             nn.Identity() if each else nn.ZeroPad2d(8),
@@ -165,7 +163,7 @@ def _block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequentia
 
 
 class LightEncoder(nn.Module):
-    """Five strides of two, two 3x3 convolutions each from a quarter of the side on."""
+    """Encoder of five stages with stride 2; all but the first have two 3 x 3 convolutions."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -177,7 +175,7 @@ class LightEncoder(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """[B, C, H, W] -> features at 1/4, 1/8, 1/16 and 1/32 of the side."""
+        """[B, C, H, W] -> feature maps of strides 4, 8, 16 and 32."""
         features = [self.stem(images)]
         for stage in self.stages:
             features.append(stage(features[-1]))
@@ -185,7 +183,7 @@ class LightEncoder(nn.Module):
 
 
 class LightUNet(nn.Module):
-    """An encoder and a narrow decoder up to a quarter of the input's side."""
+    """U-Net with a narrow decoder and output at a quarter of the input's side."""
 
     def __init__(self, config: ScaleNetConfig, out_channels: int) -> None:
         super().__init__()
@@ -209,7 +207,7 @@ class LightUNet(nn.Module):
 
 
 class _Regression(nn.Module):
-    """Takes the one channel of a regression off: [B, 1, h, w] -> [B, h, w]."""
+    """Removes the channel axis of a regression: [B, 1, h, w] -> [B, h, w]."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -221,7 +219,7 @@ class _Regression(nn.Module):
 
 
 def build_scale_net(config: ScaleNetConfig) -> nn.Module:
-    """A fresh network: [B, C, H, W] as `normalised` makes it -> logits [B, 6, h, w] or scales [B, h, w]."""
+    """Build a network with random weights: [B, C, H, W] of `normalised` -> logits [B, 6, h, w] or scales [B, h, w]."""
     out_channels = config.classes if config.kind == "classes" else 1
     if config.architecture == "fcn":
         net: nn.Module = DigitsFcn(config.in_channels, out_channels, config.padding)
@@ -233,7 +231,7 @@ def build_scale_net(config: ScaleNetConfig) -> nn.Module:
 
 
 def squashed(tile: np.ndarray, config: ScaleNetConfig) -> np.ndarray:
-    """A tile, [h, w, 3] uint8 RGB -> [side, side, 3] uint8, or itself if the net takes tiles as they are."""
+    """Resize a tile, [h, w, 3] uint8 RGB, to [side, side, 3]; returned unchanged if the input has no fixed size."""
     if config.input_side is None:
         return tile
     image = Image.fromarray(tile).resize((config.input_side, config.input_side), Image.Resampling.BILINEAR)
@@ -241,12 +239,12 @@ def squashed(tile: np.ndarray, config: ScaleNetConfig) -> np.ndarray:
 
 
 def normalised(images: torch.Tensor, config: ScaleNetConfig) -> torch.Tensor:
-    """[B, H, W, 3] uint8 RGB -> [B, C, H, W] float32: 0..1 for the fcn, else with ImageNet's mean and deviation out."""
+    """[B, H, W, 3] uint8 RGB -> [B, C, H, W] float32: in 0..1 for "fcn", else normalized by ImageNet's statistics."""
     batch = images.permute(0, 3, 1, 2).float()
     if config.architecture == "fcn" and config.in_channels == 3:
         return batch / 255.0
     if config.in_channels == 1:
-        # ITU-R 601-2, as Pillow's own conversion to grey.
+        # ITU-R 601-2, as in Pillow's conversion to grey.
         return (batch * torch.tensor([0.299, 0.587, 0.114], device=batch.device).view(1, 3, 1, 1)).sum(1, True) / 255.0
     mean = torch.tensor(_MEAN, device=batch.device).view(3, 1, 1) * 255.0
     deviation = torch.tensor(_DEVIATION, device=batch.device).view(3, 1, 1) * 255.0
@@ -254,11 +252,11 @@ def normalised(images: torch.Tensor, config: ScaleNetConfig) -> torch.Tensor:
 
 
 def read_checkpoint(path: str | Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Read a safetensors file whose header has a configuration, as JSON, under `name`.
+    """Read the tensors and the configuration, JSON under `name` in the header, of a safetensors file.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        UserError: if it is no such file.
+        FileNotFoundError: if the file does not exist.
+        UserError: if the header has no such entry.
     """
     tensors, header = load_weights(str(path))
     if name not in header:
@@ -268,7 +266,7 @@ def read_checkpoint(path: str | Path, name: str) -> tuple[dict[str, torch.Tensor
 
 
 def load_state(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Fill a model with a checkpoint's weights, in float32 whatever they were stored in.
+    """Load a checkpoint's weights into a model, converted to the model's precision.
 
     Raises:
         UserError: if names or shapes differ.
@@ -281,15 +279,15 @@ def load_state(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | P
 
 
 def save_scale_net(model: nn.Module, config: ScaleNetConfig, path: str | Path) -> None:
-    """Write a checkpoint: weights and configuration in one safetensors file, local or s3://."""
+    """Write weights and configuration as a safetensors file, local or s3://."""
     save_weights(model.state_dict(), {_FORMAT: json.dumps(asdict(config))}, str(path))
 
 
 def load_scale_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, ScaleNetConfig]:
-    """Read a checkpoint of `save_scale_net`: the network in evaluation mode, and its configuration.
+    """Load a checkpoint of `save_scale_net`: the network in evaluation mode, and its configuration.
 
     Raises:
-        UserError: if it is no Scale Net's checkpoint, or the weights do not fit what it says of itself.
+        UserError: if it is not a Scale Net's checkpoint, or the weights do not match its configuration.
     """
     tensors, fields = read_checkpoint(path, _FORMAT)
     try:
@@ -303,11 +301,11 @@ def load_scale_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Sc
 
 
 class ScaleNetPredictor:
-    """A trained Scale Net as ScalePredictor: tiles' pixels -> scale maps, one forward pass a batch.
+    """`ScalePredictor` with a trained Scale Net, one forward pass per batch of equal sizes.
 
     Attributes:
-        config: the network's configuration.
-        input_pixels: pixels looked at for a tile; 0 for a net that takes each tile as it is.
+        config: configuration of the network.
+        input_pixels: input pixels per tile; 0 if the input has no fixed size.
     """
 
     def __init__(self, path: str | Path, device: str = "cpu", *, mixed_precision: bool = False) -> None:
@@ -318,30 +316,30 @@ class ScaleNetPredictor:
         self.input_pixels = (self.config.input_side or 0) ** 2
 
     def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile] = ()) -> list[ScaleMap | TileError]:
-        """Look at tiles.
+        """Predict the scale maps of tiles.
 
         Args:
-            pixels: B tiles, each [h, w, 3] uint8 RGB.
-            tiles: their recipes, which a network has no need of.
+            pixels: B tiles, [h, w, 3] uint8 RGB each.
+            tiles: not used.
 
         Returns:
-            B scale maps, or a TileError for the tile that the network broke on.
+            B scale maps, or a TileError where the network returned NaN or infinite values.
 
         Raises:
             OutOfMemoryError: if the batch does not fit the device's memory.
         """
-        return translate_oom(lambda: self._look_by_size(pixels))
+        return translate_oom(lambda: self._predict_by_size(pixels))
 
-    def _look_by_size(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
+    def _predict_by_size(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
         if self.config.input_side is not None:
-            return self._look(pixels) if len(pixels) else []
+            return self._predict_batch(pixels) if len(pixels) else []
         maps: dict[int, ScaleMap | TileError] = {}
         for hw in dict.fromkeys(tile.shape[:2] for tile in pixels):
             index = [i for i, tile in enumerate(pixels) if tile.shape[:2] == hw]
-            maps.update(zip(index, self._look([pixels[i] for i in index]), strict=True))
+            maps.update(zip(index, self._predict_batch([pixels[i] for i in index]), strict=True))
         return [maps[i] for i in range(len(pixels))]
 
-    def _look(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
+    def _predict_batch(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
         with torch.inference_mode(), self._autocast:
             tiles = torch.from_numpy(np.stack([squashed(tile, self.config) for tile in pixels]))
             output = self.model(normalised(tiles.to(self.device), self.config)).float()

@@ -1,4 +1,4 @@
-"""The networks of a job, by name: the driver names them, actors load them."""
+"""Specification of a job's networks, which the driver checks and the actors load."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _WEIGHTS = Path(__file__).parents[1] / "sample"
 
 
 SAMPLE_DETECTOR = f"tiny:{_WEIGHTS / 'sample_detector.safetensors'}"
-"""The detector of the embedded sample, trained without its small objects."""
+"""Detector of the embedded sample, trained without small objects."""
 
 
 SAMPLE_SCALE_NET = str(_WEIGHTS / "sample_scale_net.safetensors")
-"""The Scale Net of the embedded sample."""
+"""Scale Net of the embedded sample."""
 
 
 def _readable(records: Sequence[ImageRecord], open_image: Callable[[ImageRecord], np.ndarray]) -> Iterator[np.ndarray]:
-    """The images that can be read, one after the other."""
+    """Pixels of the images that can be read, lazily."""
     for record in records:
         try:
             yield open_image(record)
@@ -51,17 +51,17 @@ def _readable(records: Sequence[ImageRecord], open_image: Callable[[ImageRecord]
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """The networks: the frozen detector, and Scale Net.
+    """The frozen detector and Scale Net.
 
     Attributes:
         detector: kind:what, e.g. yolox-onnx:PATH, torchvision:NAME, torchvision:PATH, module:Class. Without
             --data: the embedded sample's.
         scale_net: weights of Scale Net, a local path or s3://. Without --data: the embedded sample's.
-        device: where the networks compute, as torch names it.
-        mixed_precision: Scale Net and detectors of torch compute in bfloat16 what bears it: faster on GPUs, and on
-            CPUs that know it (AMX, AVX-512 BF16); others imitate it, many times slower. Scores differ a little.
-        score_threshold: boxes that score less are dropped.
-        iou_threshold: of NMS; None: the detector's own.
+        device: torch device of the networks.
+        mixed_precision: run Scale Net and torch detectors under bfloat16 autocast: faster on GPUs and on CPUs with AMX
+            or AVX-512 BF16, many times slower on other CPUs. Scores change slightly.
+        score_threshold: minimum score of a detection.
+        iou_threshold: IoU threshold of NMS; None for the detector's own.
     """
 
     detector: str | None = None
@@ -72,23 +72,23 @@ class NetworkSpec:
     iou_threshold: Annotated[float, SHARE] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """What results depend on: not the device; the sample's networks by name, wherever the package lies."""
+        """Settings that the results depend on: without the device, and with the sample's networks as "sample"."""
         sample = {SAMPLE_DETECTOR: "sample", SAMPLE_SCALE_NET: "sample"}
         return {name: sample.get(value, value) for name, value in asdict(self).items() if name != "device"}
 
     def describe_detector(self) -> DetectorInfo:
-        """Load the detector, on the CPU, and say what it is.
+        """Load the detector on the CPU and return its attributes.
 
         Raises:
-            UserError: if no detector is named; else what `load_detector` raises.
+            UserError: if no detector is given; see also `load_detector`.
         """
         return declaration(self._on_cpu()._load(), str(self.detector))
 
     def describe_features(self) -> HeadConfig:
-        """What a scale head on the detector's feature maps must be.
+        """Configuration of a scale head for the detector's feature maps.
 
         Raises:
-            UserError: if no detector is named, or it shows no feature maps; else what `load_detector` raises.
+            UserError: if no detector is given, or it provides no feature maps; see also `load_detector`.
         """
         from scalenet_ray.models.scale_head import HeadConfig
 
@@ -96,17 +96,17 @@ class NetworkSpec:
         return HeadConfig(detector.feature_channels, detector.feature_stride, detector=str(self.detector))
 
     def check_device(self, here: bool) -> None:
-        """Refuse a device that nobody has.
+        """Check the name of the device.
 
         Args:
-            here: whether this machine must have it, and not one that takes part later.
+            here: also check that this machine has it, and not only the workers.
 
         Raises:
-            UserError: if torch knows no such device, or this machine must have it and does not.
+            UserError: if the name is not valid in torch, or this machine lacks the device.
         """
         if self.device == "cpu":
             return
-        # Here and not above: torch must not be loaded where networks are only named.
+        # Imported here, so that importing this module does not load torch.
         from scalenet_ray.models.devices import device_named, device_on_this_machine
 
         (device_on_this_machine if here else device_named)(self.device)
@@ -119,19 +119,19 @@ class NetworkSpec:
         images: Sequence[ImageRecord] = (),
         open_image: Callable[[ImageRecord], np.ndarray] | None = None,
     ) -> None:
-        """Load what the policies need, on the CPU, try it, and let it go: what is wrong is said before a run begins.
+        """Load and test the networks of the policies on the CPU, before a run starts.
 
         Args:
-            policies: those of the run.
+            policies: policies of the run.
             categories: category id -> name, to which the detector's labels are mapped.
-            unused: ids of those that no annotation is of, which the detector need not know.
-            images: some of the run's; on the first that can be read the detector is tried.
-            open_image: how one is read: its pixels, [h, w, 3] uint8 RGB, or `TileError`.
+            unused: ids of categories without an annotation, which the detector may lack.
+            images: images to test the detector on, see `try_detector`.
+            open_image: reads an image as [h, w, 3] uint8 RGB, or raises `TileError`.
 
         Raises:
-            UserError: if the detector lacks a category, cannot take a policy's tiles, or does not answer as
-                `try_detector` wants, or Scale Net is missing or was trained on another detector's features, or its
-                maps are not those that a policy goes by.
+            UserError: if the detector lacks a category, does not support a policy's tile size or fails `try_detector`;
+                or if Scale Net is missing, does not match the detector's features, or predicts other maps than a
+                policy needs.
         """
         here = self._on_cpu()
         detector = here.load_detector(categories, unused)
@@ -147,7 +147,7 @@ class NetworkSpec:
     def _check_maps(
         self, policies: Sequence[Policy], predictor: ScaleNetPredictor | ScaleHeadPredictor | None
     ) -> ScaleHeadPredictor | None:
-        """Refuse policies that cannot go by the maps that they will read; the predictor, if it is a scale head."""
+        """Check that the policies support the predictor's maps; returns the predictor if it is a scale head."""
         head, regression = None, False
         if predictor is not None:
             from scalenet_ray.models.scale_head import ScaleHeadPredictor
@@ -176,18 +176,18 @@ class NetworkSpec:
         return head
 
     def reads_features(self, policies: Sequence[Policy]) -> bool:
-        """Whether a policy needs Scale Net, and that reads the detector's feature maps; raises as `load_scale_net`."""
+        """Whether a policy needs Scale Net and it is a scale head; raises as `load_scale_net` does."""
         from scalenet_ray.models.scale_head import ScaleHeadPredictor
 
         needed = any(policy.needs_network for policy in policies)
         return needed and isinstance(self._on_cpu().load_scale_net(), ScaleHeadPredictor)
 
     def load_detector(self, categories: Mapping[int, str], unused: Collection[int] = ()) -> MappedDetector:
-        """The detector, its labels mapped by name to the ids of `categories`; those `unused` it need not know."""
+        """Load the detector, with labels mapped by name to the ids of `categories`; it may lack the `unused` ones."""
         return MappedDetector(self._load(), categories, unused, name=self.detector)
 
     def _on_cpu(self) -> NetworkSpec:
-        """The same where there may be no GPU: a cluster's head has none, and workers come only once there is work."""
+        """The specification with device "cpu": the driver may have no GPU."""
         return replace(self, device="cpu")
 
     def _load(self) -> Detector:
@@ -203,12 +203,12 @@ class NetworkSpec:
         )
 
     def load_scale_net(self) -> ScaleNetPredictor | ScaleHeadPredictor:
-        """Scale Net, ready for tiles.
+        """Load Scale Net or a scale head.
 
         Raises:
-            UserError: if no weights are named; else what `load_predictor` raises.
+            UserError: if no weights are given; see also `load_predictor`.
         """
-        # Here and not above: torch must not be loaded where networks are only named.
+        # Imported here, so that importing this module does not load torch.
         from scalenet_ray.models.scale_head import load_predictor
 
         if self.scale_net is None:

@@ -1,4 +1,4 @@
-"""torchvision's detectors by name, and the paper's ResNet-101 ones built from torchvision's parts."""
+"""Builders of torchvision's detectors, and of the paper's ResNet-101 detectors from torchvision's parts."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from scalenet_ray.core.errors import UserError
 __all__ = ["build_detector", "detector_names", "fetch_detector", "norm_eps", "published_name", "set_norm_eps"]
 
 _ZERO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
-"""Their published weights were trained with an epsilon of 0 in the frozen batch norms."""
+"""Detectors whose published weights were trained with an epsilon of 0 in the frozen batch norms."""
 
 
 def build_detector(name: str, num_classes: int) -> nn.Module:
-    """A detector with random weights.
+    """Build a detector with random weights.
 
     Args:
         name: one of `detector_names()`.
-        num_classes: its outputs, with the background as class 0.
+        num_classes: number of classes, including the background as class 0.
 
     Returns:
-        torchvision's model, in training mode, with torchvision's own resizing.
+        torchvision's model in training mode, with torchvision's resizing.
 
     Raises:
         UserError: if the name is unknown.
@@ -42,10 +42,10 @@ def build_detector(name: str, num_classes: int) -> nn.Module:
 
 
 def fetch_detector(name: str) -> nn.Module:
-    """A detector with torchvision's default weights, trained on COCO: from torch's cache or the network.
+    """Build a detector with torchvision's default weights, trained on COCO, from torch's cache or the network.
 
     Raises:
-        ConnectionError: if they are not in the cache and the network does not give them.
+        ConnectionError: if the weights are not in the cache and can't be downloaded.
         UserError: if the name is unknown, or torchvision has no weights for it.
     """
     _check_name(name)
@@ -60,13 +60,13 @@ def fetch_detector(name: str) -> nn.Module:
 
 
 def detector_names() -> list[str]:
-    """The names that can be built, sorted."""
+    """Names of the supported detectors, sorted."""
     detection = torchvision.models.detection
     return sorted([*torchvision.models.list_models(detection, exclude="keypointrcnn*"), *_OF_THE_PAPER])
 
 
 def published_name(path: str) -> str | None:
-    """The detector whose weights torchvision publishes under this file name, None if it is no such file."""
+    """The detector whose weights torchvision publishes under this file name, or None."""
     for name in detector_names():
         if name not in _OF_THE_PAPER:
             weights = torchvision.models.get_model_weights(name)
@@ -76,18 +76,18 @@ def published_name(path: str) -> str | None:
 
 
 def norm_eps(model: nn.Module) -> dict[str, float]:
-    """The epsilon of each batch norm by its name: part of what was trained, but not of a state dict."""
+    """Epsilon of each batch norm by name, which a state dict does not hold."""
     norms = (nn.BatchNorm2d, FrozenBatchNorm2d)
     return {name: module.eps for name, module in model.named_modules() if isinstance(module, norms)}
 
 
 def set_norm_eps(model: nn.Module, path: str, saved: dict[str, float]) -> None:
-    """Give batch norms the epsilon that the weights in `path` were trained with.
+    """Set the epsilon of the batch norms to the one that the weights were trained with.
 
     Args:
-        model: changed in place.
-        path: where its weights come from: torchvision's own files are known by their name.
-        saved: by name, as `norm_eps` gives them; {} if the file doesn't say.
+        model: the model; changed in place.
+        path: file of its weights; torchvision's files are recognized by their name.
+        saved: epsilon by name, see `norm_eps`; {} if the file does not have it.
     """
     if not saved and published_name(path) in _ZERO_EPS:
         saved = dict.fromkeys(norm_eps(model), 0.0)
@@ -114,7 +114,7 @@ def _maskrcnn_resnet101_fpn(num_classes: int) -> MaskRCNN:
 
 
 def _fasterrcnn_resnet101(num_classes: int) -> FasterRCNN:
-    """Stages 1 to 4 see the image once (stride 16), stage 5 sees each region (He et al., 2016, appendix A)."""
+    """Stages 1 to 4 run on the image (stride 16), stage 5 on each region (He et al., 2016, appendix A)."""
     resnet: ResNet = resnet101(weights=None, norm_layer=FrozenBatchNorm2d)
     shared = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
     backbone = nn.Sequential(OrderedDict((part, resnet.get_submodule(part)) for part in shared))
@@ -128,7 +128,7 @@ def _fasterrcnn_resnet101(num_classes: int) -> FasterRCNN:
         box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=2),
         box_head=nn.Sequential(per_region),
         box_predictor=FastRCNNPredictor(2048, num_classes),
-        # Stage 5 on a thousand regions costs more than all the rest: the original takes 300.
+        # As in the original: stage 5 on torchvision's 1,000 regions would dominate the cost.
         rpn_post_nms_top_n_test=300,
     )
 

@@ -1,4 +1,4 @@
-"""torchvision's detectors on tiles: their own resizing is taken out, since it would undo the zoom."""
+"""Adapter of torchvision's detectors, without their resizing, which would undo the zoom."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ __all__ = ["TorchvisionDetector", "load_torchvision", "save_detector"]
 
 
 class TorchvisionDetector:
-    """A torchvision detector behind the `Detector` protocol; Mask R-CNN gives masks too.
+    """`Detector` with a torchvision network; Mask R-CNN also returns masks.
 
     Attributes:
-        model: the network: Faster or Mask R-CNN, RetinaNet, FCOS or SSD.
-        input_side: the longer side of a whole image's tile: the size torchvision would have resized to.
-        categories: class ids with their names; boxes of other classes are dropped.
-        iou_threshold: overlap above which a box of the same class is suppressed.
+        model: Faster R-CNN, Mask R-CNN, RetinaNet, FCOS or SSD.
+        input_side: longer side of a whole image's tile, the size that torchvision would resize to.
+        categories: class id -> name; detections of other classes are dropped.
+        iou_threshold: IoU threshold of NMS within each class.
     """
 
     def __init__(
@@ -51,18 +51,18 @@ class TorchvisionDetector:
         iou_threshold: float | None = None,
         mixed_precision: bool = False,
     ) -> None:
-        """Take a model over.
+        """Prepare a model for inference on tiles.
 
         Args:
-            model: changed in place: evaluation mode, device, channels last in memory, thresholds, no resizing.
+            model: the model; changed in place (evaluation mode, device, channels last, thresholds, no resizing).
             categories: class id -> name.
-            device: a torch device.
-            score_threshold: boxes that score less are dropped.
-            iou_threshold: of the suppression within each class; None for the model's own.
-            mixed_precision: compute in bfloat16 what bears it.
+            device: torch device.
+            score_threshold: minimum score of a detection.
+            iou_threshold: IoU threshold of NMS within each class; None for the model's own.
+            mixed_precision: run under bfloat16 autocast.
 
         Raises:
-            UserError: if there is no such device.
+            UserError: if the device is not available.
         """
         self._device = device_on_this_machine(device)
         self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=mixed_precision)
@@ -70,7 +70,7 @@ class TorchvisionDetector:
         self.categories = dict(categories)
         resizing = self.model.transform
         self.input_side = int(resizing.min_size[-1])
-        # An SSD's coarsest maps and its default boxes belong to one input size.
+        # An SSD's coarsest feature maps and default boxes are designed for one input size.
         self._least_side = self.input_side if resizing.fixed_size else 1
         if resizing.fixed_size:
             self.model.anchor_generator = _FixedSizeBoxes(self.model.anchor_generator, self.input_side)
@@ -83,12 +83,12 @@ class TorchvisionDetector:
         self._finite = _FiniteWatch(self.model)
 
     def release(self) -> Any:
-        """The network alone, for training: what watches its answers here counts regions as inference makes them."""
+        """Remove the hooks for inference and return the network, for training."""
         self._finite.stop()
         return self.model
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """The padded size that is computed for a tile of `hw`, (height, width) in tile pixels."""
+        """Canvas (height, width) of a tile of (height, width)."""
         return square_canvas(hw, self._least_side)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
@@ -96,15 +96,15 @@ class TorchvisionDetector:
         return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
-        del canvas  # The transform makes the same one.
+        del canvas  # `_OnCanvas` pads to the same size.
         with torch.inference_mode():
-            # Copies, since torch warns of arrays that may not be written to.
+            # Copies: torch warns about read-only arrays.
             channels_first = [torch.from_numpy(np.array(tile.transpose(2, 0, 1), order="C")) for tile in tiles]
             images = [image.to(self._device).float() / 255 for image in channels_first]
             with self._autocast:
                 outputs = self.model(images)
             finite = self._finite.tiles.tolist()
-            return [self._read(*each) for each in zip(outputs, finite, tiles, strict=True)]
+            return [self._read(*tile_output) for tile_output in zip(outputs, finite, tiles, strict=True)]
 
     def _read(self, output: dict[str, torch.Tensor], finite: bool, tile: np.ndarray) -> Detections | TileError:
         arrays = {key: output[key].float().cpu().numpy() for key in ("boxes", "scores")}
@@ -120,18 +120,18 @@ class TorchvisionDetector:
 
 
 class _OnCanvas(GeneralizedRCNNTransform):
-    """torchvision's transform without its resizing: tiles are normalised and padded to their square canvas."""
+    """torchvision's transform without resizing: tiles are normalized and padded to their square canvas."""
 
     def __init__(self, resizing: GeneralizedRCNNTransform, least_side: int) -> None:
         super().__init__(0, 0, resizing.image_mean, resizing.image_std)
         self._least_side = least_side
 
     def resize(self, image: torch.Tensor, target: dict | None = None) -> tuple[torch.Tensor, dict | None]:
-        """[3, h, w] and its target, as they are."""
+        """Return the image and its target unchanged."""
         return image, target
 
     def batch_images(self, images: list[torch.Tensor], size_divisible: int = 32) -> torch.Tensor:
-        """Tiles, [3, h, w] each, of one canvas -> [B, 3, side, side], padded at the right and below."""
+        """Tiles with equal canvases, [3, h, w] each -> [B, 3, side, side], padded at the right and below."""
         del size_divisible
         height, width = square_canvas((images[0].shape[-2], images[0].shape[-1]), self._least_side)
         batch = images[0].new_zeros((len(images), 3, height, width)).contiguous(memory_format=torch.channels_last)
@@ -142,17 +142,17 @@ class _OnCanvas(GeneralizedRCNNTransform):
     def postprocess(
         self, result: list[dict], image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
     ) -> list[dict]:
-        """What was found, in tile pixels already."""
-        # Masks stay small here: pasted, those of a batch of tiles would fill gigabytes.
+        """Return the detections unchanged: they are in tile pixels."""
+        # Masks are not pasted here: full-size masks of a batch take gigabytes.
         return result
 
 
 class _FixedSizeBoxes(nn.Module):
-    """An SSD's default boxes in the pixels it was trained with: its generator scales them with the canvas.
+    """Default boxes of an SSD in the pixel sizes of its training, which torchvision's generator scales with the canvas.
 
     Args:
-        generator: torchvision's.
-        trained_side: the input size, in pixels, that the boxes belong to.
+        generator: torchvision's generator of default boxes.
+        trained_side: input side of the training in pixels.
     """
 
     def __init__(self, generator: nn.Module, trained_side: int) -> None:
@@ -161,24 +161,24 @@ class _FixedSizeBoxes(nn.Module):
         self._trained_side = trained_side
 
     def forward(self, images: ImageList, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Images on canvases, and their feature maps -> [N, 4] xyxy default boxes of each, in canvas pixels."""
+        """Images on canvases, and their feature maps -> [N, 4] xyxy default boxes per image in canvas pixels."""
         shrink = self._trained_side / images.tensors.shape[-1]
         return [self._scaled(boxes, shrink) for boxes in self._generator(images, features)]
 
     @staticmethod
     def _scaled(boxes: torch.Tensor, factor: float) -> torch.Tensor:
-        """[N, 4] xyxy boxes with sides times `factor` about the same centres."""
+        """Scale [N, 4] xyxy boxes by `factor` around their centres."""
         centres, halves = (boxes[:, 2:] + boxes[:, :2]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * factor
         return torch.cat([centres - halves, centres + halves], dim=1)
 
 
 class _FiniteWatch:
-    """Notes for which tiles of a batch all of a network's heads answer with finite numbers.
+    """Forward hooks that record for which tiles of a batch all heads return finite numbers.
 
-    torchvision's own filters drop a box whose score is NaN, so that a broken tile would look like an empty one.
+    torchvision drops boxes with a score of NaN, so that a failed tile would look empty.
 
     Attributes:
-        tiles: [B] bool, of the last batch.
+        tiles: [B] bool, for the last batch.
     """
 
     def __init__(self, model: Any) -> None:
@@ -194,7 +194,7 @@ class _FiniteWatch:
             self._hooks = [model.head.register_forward_hook(self._see_tiles)]
 
     def stop(self) -> None:
-        """Leave the network as it was."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
@@ -214,7 +214,7 @@ def _finite_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _tensors(nested: Any) -> Iterator[torch.Tensor]:
-    """All tensors in what a head answers: dicts, lists and tuples of them."""
+    """All tensors in nested dicts, lists and tuples."""
     if isinstance(nested, torch.Tensor):
         yield nested
     else:
@@ -223,7 +223,7 @@ def _tensors(nested: Any) -> Iterator[torch.Tensor]:
 
 
 def _encode_masks(masks: torch.Tensor, boxes: torch.Tensor, tile_hw: tuple[int, int]) -> tuple[bytes, ...]:
-    """[N, 1, m, m] probabilities inside boxes [N, 4] in tile pixels -> compressed run lengths on the tile."""
+    """[N, 1, m, m] probabilities inside boxes [N, 4] in tile pixels -> COCO run-length encodings of the tile."""
     counts = []
     for mask, box in zip(masks, boxes, strict=True):
         pasted = paste_masks_in_image(mask[None], box[None], tile_hw)[0, 0].numpy() > 0.5
@@ -242,17 +242,17 @@ def load_torchvision(
     """Load a torchvision detector.
 
     Args:
-        what: NAME (torchvision's default weights, fetched or from its cache), NAME@PATH, or PATH alone if the
-            file says what it is: one of `save_detector`, or one of torchvision's own under its own name.
-        device: a torch device.
-        score_threshold: boxes that score less are dropped.
-        iou_threshold: of the suppression within each class; None for the model's own.
-        mixed_precision: compute in bfloat16 what bears it.
+        what: NAME (torchvision's default weights, downloaded or cached), NAME@PATH, or PATH of a file of
+            `save_detector` or of torchvision's weights under their original file name.
+        device: torch device.
+        score_threshold: minimum score of a detection.
+        iou_threshold: IoU threshold of NMS within each class; None for the model's own.
+        mixed_precision: run under bfloat16 autocast.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ConnectionError: if torchvision's weights can't be fetched.
-        UserError: if the name is unknown, or the weights are not those of that detector.
+        FileNotFoundError: if the file does not exist.
+        ConnectionError: if torchvision's weights can't be downloaded.
+        UserError: if the name is unknown, or the weights do not match the detector.
     """
     name, at, path = what.partition("@")
     if at and name.isidentifier():
@@ -272,16 +272,16 @@ def load_torchvision(
 
 
 def save_detector(model: nn.Module, name: str, categories: Mapping[int, str], path: str) -> None:
-    """Write a detector as one safetensors file that `torchvision:PATH` loads.
+    """Write a detector as a safetensors file that `torchvision:PATH` loads.
 
     Args:
-        model: a network as `build_detector(name, ...)` or torchvision's builder `name` makes it.
+        model: network of `build_detector(name, ...)` or of torchvision's builder `name`.
         name: one of `detector_names()`.
-        categories: class id -> name; 0 is the background's and has none.
-        path: a local path, file:// or s3:// address that ends in .safetensors.
+        categories: class id -> name, without the background 0.
+        path: local path, file:// or s3:// address that ends in .safetensors.
 
     Raises:
-        UserError: if the model is not that detector, or has no output for a category.
+        UserError: if the model is another detector, or has no output for a category.
     """
     num_classes = _num_classes(model)
     outside = [category for category in categories if not 0 < category < num_classes]
@@ -304,13 +304,13 @@ def save_detector(model: nn.Module, name: str, categories: Mapping[int, str], pa
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, without the counters that a frozen batch norm lacks."""
+    """Shapes of the state dict, without num_batches_tracked, which frozen batch norms lack."""
     state = model.state_dict()
     return {name: tuple(state[name].shape) for name in state if not name.endswith("num_batches_tracked")}
 
 
 def _num_classes(model: Any) -> int:
-    """A model's number of outputs, background included."""
+    """Number of classes of a model, including the background."""
     if hasattr(model, "roi_heads"):
         return model.roi_heads.box_predictor.cls_score.out_features
     head = model.head.classification_head
@@ -318,7 +318,7 @@ def _num_classes(model: Any) -> int:
 
 
 def _from_file(path: str, name: str | None) -> tuple[nn.Module, Mapping[int, str]]:
-    """A model and its categories; a file that doesn't say is taken for one of COCO's 91 classes."""
+    """Load a model and its categories; without metadata they are COCO's."""
     tensors, metadata = load_weights(path)
     of_file = metadata.get("detector") or published_name(path)
     if name is None and of_file is None:

@@ -1,4 +1,4 @@
-"""Weights of networks, read and written without running code: safetensors, or tensors alone in a pickle."""
+"""Reading and writing of weights without running code: safetensors, or state dicts in PyTorch's pickle format."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from scalenet_ray.data.storage import read_bytes, write_bytes_atomic
 __all__ = ["SUFFIXES", "load_weights", "save_weights"]
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
-"""How a file of weights may end; the ending says how it is read."""
+"""Supported suffixes of weight files."""
 
 
 def load_weights(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a file of weights; no code in it is ever run.
+    """Read a file of weights. Pickles are read with `weights_only=True`, which runs no code.
 
     Args:
-        path: a local path, file:// or s3:// address that ends in one of `SUFFIXES`.
+        path: local path, file:// or s3:// address with one of `SUFFIXES`.
 
     Returns:
-        The tensors by name, on the CPU, and the file's metadata ({} for a pickle, which has none).
+        The tensors by name, on the CPU, and the file's metadata ({} for a pickle).
 
     Raises:
-        FileNotFoundError: if it is not there.
-        UserError: if it ends otherwise, is damaged, or holds anything but tensors.
+        FileNotFoundError: if the file does not exist.
+        UserError: if the suffix is unknown, or the file is damaged or holds anything but tensors.
     """
     if not path.endswith(SUFFIXES):
         msg = f"weights must be a file that ends in {', '.join(SUFFIXES)}, got {path!r}"
@@ -42,20 +42,20 @@ def load_weights(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def save_weights(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: str) -> None:
-    """Write tensors and metadata as safetensors: whole, or not at all.
+    """Write tensors and metadata as a safetensors file, atomically.
 
     Args:
-        tensors: by name, on any device.
-        metadata: what `load_weights` gives back.
-        path: a local path, file:// or s3:// address that ends in .safetensors.
+        tensors: tensors by name, on any device.
+        metadata: metadata, as `load_weights` returns it.
+        path: local path, file:// or s3:// address that ends in .safetensors.
 
     Raises:
-        UserError: if `path` ends otherwise.
+        UserError: if `path` has another suffix.
     """
     if not path.endswith(".safetensors"):
         msg = f"weights are written as safetensors, got {path!r}: end the path in .safetensors"
         raise UserError(msg)
-    # Copies, since safetensors refuses tensors that share memory.
+    # safetensors refuses tensors that share memory.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_bytes_atomic(path, save(copies, dict(metadata)))
 
@@ -66,7 +66,7 @@ def _parse_safetensors(data: bytes, path: str) -> tuple[dict[str, torch.Tensor],
     except SafetensorError as error:
         msg = f"{path} must be a whole safetensors file, got {len(data)} bytes that are none ({error}): copy it again"
         raise UserError(msg) from error
-    # The library gives metadata from a local file only; the header is JSON after its length in eight bytes.
+    # The library reads metadata from local files only. The header is JSON, after its length in eight bytes.
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, header.get("__metadata__", {})
 
@@ -74,7 +74,7 @@ def _parse_safetensors(data: bytes, path: str) -> tuple[dict[str, torch.Tensor],
 def _parse_pickle(data: bytes, path: str) -> dict[str, torch.Tensor]:
     try:
         found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # Damage shows as errors of many kinds.
+    except Exception as error:  # Damaged files raise many types of errors.
         reason = str(error).partition("\n")[0]
         msg = f"{path} must hold tensors alone, whole and without code, got: {reason} Save the model's state_dict()"
         raise UserError(msg) from error

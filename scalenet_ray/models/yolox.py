@@ -1,8 +1,8 @@
-"""YOLOX detectors (Ge et al., 2021) as ONNX files, run by onnxruntime: numpy alone around the network.
+"""Adapter of YOLOX detectors (Ge et al., 2021) as ONNX files, with onnxruntime and numpy.
 
-The file is what YOLOX's own exporter writes without decoding: input [batch, 3, height, width] float32, BGR,
-0 to 255; output [batch, rows, 5 + classes], a row for each cell of strides 8, 16 and 32 (x, y, w, h,
-objectness, class scores, scores through the sigmoid). Batch, height and width that the export fixed are freed.
+The file is written by YOLOX's exporter without decoding: input [batch, 3, height, width] float32 BGR in 0..255; output
+[batch, rows, 5 + classes], one row per cell of strides 8, 16 and 32 (x, y, w, h, objectness, class scores, with the
+sigmoid applied). Fixed batch, height and width are made dynamic.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ _DEFAULT_IOU_THRESHOLD = 0.65
 
 
 class YoloxDetector:
-    """A YOLOX network behind the `Detector` protocol.
+    """`Detector` with a YOLOX network.
 
     Attributes:
-        session: the network.
-        input_side: the longer side of a whole image's tile: that of the file's fixed input, else 416.
-        categories: COCO's 80, or what the file's metadata `categories` says.
-        score_threshold: rows that score less are dropped.
-        iou_threshold: overlap above which a box of the same class is suppressed.
+        session: session of the network.
+        input_side: longer side of a whole image's tile: that of the exported input, else 416.
+        categories: class id -> name: the file's metadata `categories`, else COCO's 80.
+        score_threshold: minimum score of a detection.
+        iou_threshold: IoU threshold of NMS within each class.
 
     Args:
-        session: the network.
-        score_threshold: rows that score less are dropped.
-        iou_threshold: of the suppression within each class; None for YOLOX's own 0.65.
-        exported_side: the side that the network was exported for, if its input was freed since.
-        open_features: opens the network with its feature maps as further outputs; None if it has none to show.
+        session: session of the network.
+        score_threshold: minimum score of a detection.
+        iou_threshold: IoU threshold of NMS within each class; None for YOLOX's 0.65.
+        exported_side: input side of the export, if the session's input was made dynamic.
+        open_features: creates a session with feature maps as additional outputs; None if not supported.
 
     Raises:
-        UserError: if the network's input or output is not YOLOX's.
+        UserError: if the input or output of the network is not YOLOX's.
     """
 
     def __init__(
@@ -89,17 +89,17 @@ class YoloxDetector:
     def load(
         cls, path: str, *, device: str = "cpu", score_threshold: float = 0.01, iou_threshold: float | None = None
     ) -> YoloxDetector:
-        """Read an ONNX file.
+        """Load an ONNX file.
 
         Args:
-            path: a local path, file:// or s3:// address.
-            device: "cpu", "cuda" or "cuda:1"; the CPU works with OMP_NUM_THREADS threads if that is set.
-            score_threshold: rows that score less are dropped.
-            iou_threshold: of the suppression within each class; None for YOLOX's own 0.65.
+            path: local path, file:// or s3:// address.
+            device: "cpu", "cuda" or "cuda:1". On the CPU, OMP_NUM_THREADS sets the number of threads.
+            score_threshold: minimum score of a detection.
+            iou_threshold: IoU threshold of NMS within each class; None for YOLOX's 0.65.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            UserError: if it is no ONNX file, not YOLOX's, or onnxruntime has no such device.
+            FileNotFoundError: if the file does not exist.
+            UserError: if it is not an ONNX file or not YOLOX's, or the device is not available in onnxruntime.
         """
         providers = _providers(device)
         options = onnxruntime.SessionOptions()
@@ -132,10 +132,10 @@ class YoloxDetector:
     feature_stride = _CELL_STRIDES[0]
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """The padded size that is computed for a tile of `hw`, (height, width) in tile pixels.
+        """Canvas (height, width) of a tile of (height, width).
 
         Raises:
-            UserError: if the tile does not fit the network's fixed input.
+            UserError: if the tile exceeds the network's fixed input.
         """
         if self._fixed_hw is None:
             return square_canvas(hw)
@@ -160,22 +160,25 @@ class YoloxDetector:
 
     @property
     def feature_channels(self) -> tuple[int, ...]:
-        """Channels of the feature maps of strides 8, 16 and 32: the network's own, and what it answers there.
+        """Channels of the feature maps of strides 8, 16 and 32, including five of the output.
 
         Raises:
-            UserError: if the network is not built as YOLOX is.
+            UserError: if the network does not have YOLOX's structure.
         """
         return tuple(output.shape[1] + _ANSWER_MAPS for output in self._featured.get_outputs()[1:])
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
-        """Detect on tiles, [h, w, 3] uint8 RGB each, and show the feature maps; see `DetectWithFeatures`.
+        """Detect on tiles, [h, w, 3] uint8 RGB each, with feature maps; see `DetectWithFeatures`.
 
-        Each level's map is the one that its boxes and classes are read from, and after it five of its answer: the
-        logits of objectness, of the best class and of their product, and the logarithms of width and height in cells.
+        A level's feature map is the common input of its box and class branches, with five channels of its output
+        appended: logits of the objectness, of the best class and of their product, and the logarithms of width and
+        height in cells.
         """
-        return detect_by_canvas(pixels, self.canvas_hw, self._glimpse_group)
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group_with_features)
 
-    def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[DetectionsWithFeatures]:
+    def _detect_group_with_features(
+        self, tiles: list[np.ndarray], canvas: tuple[int, int]
+    ) -> list[DetectionsWithFeatures]:
         return [
             DetectionsWithFeatures(
                 self._decode(rows, canvas, tile.shape[:2]),
@@ -193,15 +196,15 @@ class YoloxDetector:
     def _run_all(
         self, session: onnxruntime.InferenceSession, tiles: list[np.ndarray], canvas: tuple[int, int]
     ) -> Iterator[tuple[np.ndarray, ...]]:
-        """Of each tile the answer, [rows, 5 + classes], and each level's map if the session has them.
+        """Output of each tile, [rows, 5 + classes], followed by its feature maps if the session has them.
 
-        A GPU takes the tiles together. A CPU is a quarter faster one by one: what a tile leaves stays in its cache.
+        Tiles are batched on GPUs. On CPUs single tiles are a quarter faster, since activations stay in the cache.
         """
         together = not self._one_by_one and session.get_providers()[0] != _CPU
         at_once = len(tiles) if together else 1
         for start in range(0, len(tiles), at_once):
             batch = _batch(tiles[start : start + at_once], canvas)
-            output, *levels = (np.asarray(each) for each in session.run(None, {self._input_name: batch}))
+            output, *levels = (np.asarray(array) for array in session.run(None, {self._input_name: batch}))
             yield from zip(self._checked(output, batch), *levels, strict=True)
 
     def _checked(self, output: np.ndarray, batch: np.ndarray) -> np.ndarray:
@@ -216,14 +219,14 @@ class YoloxDetector:
         return output
 
     def _decode(self, rows: np.ndarray, canvas: tuple[int, int], tile_hw: tuple[int, int]) -> Detections | TileError:
-        """One tile's output, [rows, 5 + classes] -> its detections, in tile pixels."""
+        """Output of a tile, [rows, 5 + classes] -> its detections in tile pixels."""
         bad = rows.size - int(np.isfinite(rows).sum())
         if bad:
             return TileError(
                 f"the detector gave {bad} values that are NaN or infinite: check its weights and precision"
             )
         cells, strides = _grid(canvas)
-        # A class score is at most 1, so that few rows remain to be looked at closely.
+        # Class scores are at most 1: rows with a low objectness can't reach the threshold.
         likely = np.flatnonzero(rows[:, 4] >= self.score_threshold)
         likely_rows = rows[likely]
         best = likely_rows[:, 5:].argmax(axis=1)
@@ -241,19 +244,17 @@ class YoloxDetector:
         found = Detections(
             np.clip(boxes[order], 0, [width, height, width, height]), scores[order], self._category_ids[best[order]]
         )
-        # A box wholly in the padding has nothing left of it.
+        # Boxes in the padding are empty after clipping.
         return found[found.areas > 0]
 
 
 def _free_session(
     session: onnxruntime.InferenceSession, data: bytes, options: onnxruntime.SessionOptions
 ) -> tuple[onnxruntime.InferenceSession, bytes]:
-    """A session of the same network that takes any batch and canvas, if the fixed one can be freed; else itself.
+    """Make batch and input size of a session dynamic, if possible; returns the session and the content of its file.
 
-    With it comes the file that it is of.
-
-    Freed means shown to be: the same answer at the fixed size, bit for bit within rounding, and the right number of
-    rows at another size and batch.
+    The result is tested: equal outputs (within rounding) at the fixed size, and the expected number of rows at another
+    size and batch. If a test fails, the original session is returned.
     """
     source = session.get_inputs()[0]
     shape = source.shape
@@ -278,12 +279,12 @@ def _free_session(
 def _feature_session(
     data: bytes, options: onnxruntime.SessionOptions, providers: list[Any]
 ) -> onnxruntime.InferenceSession:
-    """The network with the feature map of each level as a further output."""
+    """Create a session with the feature map of each level as an additional output."""
     return onnxruntime.InferenceSession(expose_features(data), options, providers=providers)
 
 
 def _batch(tiles: list[np.ndarray], canvas: tuple[int, int]) -> np.ndarray:
-    """Tiles -> [B, 3, H, W] float32 BGR in 0..255, each at the top left of its canvas."""
+    """Tiles -> [B, 3, H, W] float32 BGR in 0..255, padded at the right and below."""
     batch = np.full((len(tiles), *canvas, 3), _PADDING_GREY, np.uint8)
     for i, tile in enumerate(tiles):
         batch[i, : tile.shape[0], : tile.shape[1]] = tile[..., ::-1]
@@ -291,7 +292,7 @@ def _batch(tiles: list[np.ndarray], canvas: tuple[int, int]) -> np.ndarray:
 
 
 def _answer_maps(rows: np.ndarray, canvas: tuple[int, int]) -> list[np.ndarray]:
-    """[rows, 5 + classes] -> [5, h, w] float32 for each level: logits of what is there, and log sides in cells."""
+    """[rows, 5 + classes] -> [5, h, w] float32 per level: logits of the scores, and log sides in cells."""
     found, best = rows[:, 4], rows[:, 5:].max(axis=1)
     chances = np.clip(np.stack([found, best, found * best]), 1e-4, 1 - 1e-4)
     maps = np.concatenate([np.log(chances / (1 - chances)), rows[:, 2:4].T])
@@ -302,7 +303,7 @@ def _answer_maps(rows: np.ndarray, canvas: tuple[int, int]) -> list[np.ndarray]:
 
 @functools.lru_cache(maxsize=16)
 def _grid(canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The cells of all rows of a canvas: (x, y) [rows, 2] and their strides [rows, 1], float32."""
+    """Cells (x, y) [rows, 2] and strides [rows, 1] of a canvas's rows, float32."""
     cells, strides = [], []
     for stride in _CELL_STRIDES:
         y, x = np.mgrid[: canvas[0] // stride, : canvas[1] // stride]
@@ -312,7 +313,7 @@ def _grid(canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_input_shape(shape: list[Any]) -> tuple[bool, tuple[int, int] | None]:
-    """The input's shape -> whether a batch must be one tile, and (height, width) if they are fixed."""
+    """Whether the batch size is fixed to 1, and the fixed (height, width), or None if dynamic."""
     wanted = "[batch, 3, height, width], batch 1 or free, height and width multiples of 32 or free"
     is_yolox = len(shape) == 4 and shape[1] == 3 and (shape[0] == 1 or not isinstance(shape[0], int))
     fixed = [side for side in shape[2:] if isinstance(side, int)]
@@ -323,7 +324,7 @@ def _read_input_shape(shape: list[Any]) -> tuple[bool, tuple[int, int] | None]:
 
 
 def _read_categories(metadata: Mapping[str, str], output_shape: list[Any]) -> dict[int, str]:
-    """The file's own categories, or COCO's; class index i is the i-th id in ascending order."""
+    """Categories of the metadata, else COCO's; class index i is the i-th id in ascending order."""
     if "categories" in metadata:
         categories = {int(key): str(name) for key, name in json.loads(metadata["categories"]).items()}
     else:
@@ -338,7 +339,7 @@ def _read_categories(metadata: Mapping[str, str], output_shape: list[Any]) -> di
 
 
 def _providers(device: str) -> list[Any]:
-    """A device's name -> what onnxruntime calls it."""
+    """Execution providers of onnxruntime for a device."""
     kind, _, index = device.partition(":")
     if device == "cpu":
         return ["CPUExecutionProvider"]

@@ -17,7 +17,7 @@ from scalenet_ray.data.schemas import detections_from_structs
 from scalenet_ray.evaluation.ap import match_results, precision_curves
 from scalenet_ray.evaluation.compare import are_new, found_and_lost, gained_and_lost, paired_intervals
 from scalenet_ray.evaluation.tide import Explained, error_breakdown, explain
-from scalenet_ray.runs.documents import ClassCounts, DetectionAnalysis, EvaluationAnalysis, ImageChanges
+from scalenet_ray.runs.documents import ClassCounts, DetectionAnalysis, EvaluationAnalysis, FoundCounts, ImageChanges
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.results import detections_by_image
 from scalenet_ray.runs.summary import coco_results

@@ -1,1 +1,1 @@
-"""The embedded sample: scenes, and the tiny detector that was trained on them."""
+"""The embedded sample: synthetic scenes, and the tiny detector trained on them."""

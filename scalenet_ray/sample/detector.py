@@ -1,7 +1,7 @@
-"""A tiny detector for the embedded sample: anchor-free, three levels, under a million parameters.
+"""Tiny detector of the embedded sample: anchor-free, three levels, under a million parameters.
 
-It stands for the frozen detectors that the package is made for: it knows large and middling objects and
-was never shown small ones, so that it misses them in the whole image and finds them in a zoomed window.
+It is trained without small objects, like a frozen detector that misses them in the whole image and finds them in a
+zoomed window.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ STRIDES = (8, 16, 32)
 
 
 LEVEL_BOUNDS = (48.0, 112.0)
-"""Longer sides, in tile pixels: an object under the first is found at stride 8, under the second at 16, else at 32."""
+"""Longer sides in tile pixels: objects below the first are assigned to stride 8, below the second to 16, else to 32."""
 
 
 MIN_TRAINED_SIDE = 16.0
-"""Objects with a longer side under this, in tile pixels, are neither right nor wrong in training."""
+"""Objects with a longer side below this, in tile pixels, are ignored in the loss."""
 
 
 CENTRE_RADIUS = 1.5
-"""Cells this many strides round an object's centre answer for it."""
+"""Cells within this many strides of an object's centre are positive."""
 
 
 _FORMAT = "tiny_detector"
@@ -75,13 +75,13 @@ _NECK = 64
 
 @dataclass(frozen=True)
 class TinyNetConfig:
-    """All that is needed to build the detector.
+    """Configuration of the detector.
 
     Attributes:
-        category_ids: the ids that its classes stand for, in their order.
-        names: their names.
-        input_side: the longer side of a whole image's tile, in tile pixels.
-        iou_threshold: of its non-maximum suppression.
+        category_ids: category id of each class index.
+        names: name of each class index.
+        input_side: longer side of a whole image's tile in tile pixels.
+        iou_threshold: IoU threshold of NMS.
     """
 
     category_ids: tuple[int, ...]
@@ -99,7 +99,7 @@ def _block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequentia
 
 
 class _Residual(nn.Module):
-    """Two 3x3 convolutions beside an identity."""
+    """Residual block of two 3 x 3 convolutions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -112,13 +112,13 @@ class _Residual(nn.Module):
 
 
 class Answers(NamedTuple):
-    """What each cell says. Cells are those of `cell_centres`: stride 8 first, each level row by row.
+    """Network output per cell, in the order of `cell_centres`: stride 8 first, each level row by row.
 
     Attributes:
-        quality: [B, cells] logits: how well its box would fit an object.
-        classes: [B, cells, classes] logits: which object.
-        boxes: [B, cells, 4] xyxy, in canvas pixels.
-        levels: the neck's feature maps of strides 8, 16 and 32 that all this is read from, [B, 64, h, w] each.
+        quality: [B, cells] logits of the box's IoU with an object.
+        classes: [B, cells, classes] logits.
+        boxes: [B, cells, 4] xyxy in canvas pixels.
+        levels: feature maps of the neck at strides 8, 16 and 32, [B, 64, h, w] each.
     """
 
     quality: torch.Tensor
@@ -128,7 +128,7 @@ class Answers(NamedTuple):
 
 
 class TinyNet(nn.Module):
-    """Backbone, a top-down neck, and one head that all levels share."""
+    """Backbone, top-down neck, and a head shared by all levels."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -144,11 +144,11 @@ class TinyNet(nn.Module):
         self.quality = nn.Conv2d(_NECK, 1, 3, padding=1)
         self.classes = nn.Conv2d(_NECK, classes, 3, padding=1)
         self.sides = nn.Conv2d(_NECK, 4, 3, padding=1)
-        # Nearly everything is background: starting at 1 % keeps the first steps from being about nothing else.
+        # Initial probability of 1 %, since nearly all cells are background (RetinaNet's initialization).
         nn.init.constant_(self.quality.bias, -4.6)  # type: ignore[arg-type]
 
     def forward(self, images: torch.Tensor) -> Answers:
-        """[B, 3, S, S] in 0..255 -> what each cell says."""
+        """[B, 3, S, S] in 0..255 -> output per cell."""
         x = self.stem((images - _FILL) / 64.0)
         features = []
         for stage in self.stages:
@@ -166,7 +166,7 @@ class TinyNet(nn.Module):
             shared = self.tower(level)
             quality.append(self.quality(shared).flatten(1))
             classes.append(self.classes(shared).flatten(2).transpose(1, 2))
-            # Clamped so that a wild start can't overflow; e^4 strides are far beyond any tile.
+            # Clamped against overflow; e^4 strides exceed any tile.
             sides.append(self.sides(shared).clamp(max=4.0).exp().flatten(2).transpose(1, 2) * stride)
         centres, _ = cell_centres(images.shape[-1], images.device)
         left_top, right_bottom = torch.cat(sides, dim=1).split(2, dim=2)
@@ -175,7 +175,7 @@ class TinyNet(nn.Module):
 
 
 def cell_centres(side: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Centres [cells, 2] xy in canvas pixels and strides [cells] of all cells of a square canvas."""
+    """Centres [cells, 2] xy in canvas pixels and strides [cells] of the cells of a square canvas."""
     centres, strides = [], []
     for stride in STRIDES:
         steps = (torch.arange(side // stride, device=device) + 0.5) * stride
@@ -187,11 +187,11 @@ def cell_centres(side: int, device: torch.device | str = "cpu") -> tuple[torch.T
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """What each cell should say.
+    """Training targets per cell.
 
     Attributes:
-        labels: [B, cells] int64 class indices, -1 for background, -2 where any answer is fine.
-        boxes: [B, cells, 4] xyxy in canvas pixels, where there is an object.
+        labels: [B, cells] int64 class indices, -1 for background, -2 for ignored cells.
+        boxes: [B, cells, 4] xyxy in canvas pixels, valid where there is an object.
     """
 
     labels: torch.Tensor
@@ -201,13 +201,13 @@ class Targets:
 def assign_targets(
     boxes: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], ignored: Sequence[torch.Tensor], side: int
 ) -> Targets:
-    """Give each object the cells round its centre on the level of its size.
+    """Assign each object to the cells around its centre, on the level of its size.
 
     Args:
-        boxes: B times [N, 4] float32 xyxy, in canvas pixels.
+        boxes: B times [N, 4] float32 xyxy in canvas pixels.
         labels: B times [N] int64 class indices.
-        ignored: B times [N] bool; these and what is under MIN_TRAINED_SIDE blank out the cells in their boxes.
-        side: of the canvas, in pixels.
+        ignored: B times [N] bool; cells inside these boxes, and those below MIN_TRAINED_SIDE, are ignored.
+        side: side of the canvas in pixels.
     """
     centres, strides = cell_centres(side)
     all_labels = torch.full((len(boxes), len(centres)), -1, dtype=torch.int64)
@@ -216,7 +216,7 @@ def assign_targets(
         sizes = boxes[i][:, 2:] - boxes[i][:, :2]
         longer = sizes.amax(dim=1)
         blank = ignored[i] | (longer < MIN_TRAINED_SIDE)
-        # Largest first, so that a small object keeps its cells where two want the same.
+        # Largest first: where objects overlap, the smaller one takes the cells.
         for j in torch.argsort(-longer).tolist():
             box = boxes[i][j]
             if blank[j]:
@@ -233,16 +233,16 @@ def assign_targets(
 
 
 def _iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """[N, 4] and [N, 4] xyxy -> [N], each with its own."""
+    """IoU of corresponding boxes: [N, 4] and [N, 4] xyxy -> [N]."""
     shared = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0)
     areas = [(b[:, 2:] - b[:, :2]).prod(dim=1) for b in (boxes, others)]
     return shared.prod(dim=1) / (areas[0] + areas[1] - shared.prod(dim=1)).clamp(min=1e-6)
 
 
 def detection_loss(answers: Answers, targets: Targets) -> torch.Tensor:
-    """Quality focal loss (Li et al., 2020) + cross-entropy of the class + 3 GIoU losses, an object cell each.
+    """Quality focal loss (Li et al., 2020) + cross-entropy + 3 x GIoU loss, normalized by the positive cells.
 
-    The quality that a cell is to tell is the IoU of the box that it gives, 0 where there is no object.
+    The quality target is the IoU of the predicted box with its object, 0 for background.
     """
     found = targets.labels >= 0
     count = found.sum().clamp(min=1)
@@ -257,7 +257,7 @@ def detection_loss(answers: Answers, targets: Targets) -> torch.Tensor:
 
 
 def pack_tiles(tiles: Sequence[np.ndarray], canvas: tuple[int, int]) -> torch.Tensor:
-    """Tiles of [h, w, 3] uint8 -> [B, 3, H, W] float32 in 0..255, each in the top left corner of its canvas."""
+    """Tiles of [h, w, 3] uint8 -> [B, 3, H, W] float32 in 0..255, padded at the right and below."""
     batch = np.full((len(tiles), *canvas, 3), _FILL, np.float32)
     for i, tile in enumerate(tiles):
         batch[i, : tile.shape[0], : tile.shape[1]] = tile
@@ -265,20 +265,20 @@ def pack_tiles(tiles: Sequence[np.ndarray], canvas: tuple[int, int]) -> torch.Te
 
 
 def save_tiny_detector(model: TinyNet, config: TinyNetConfig, path: str | Path) -> None:
-    """Write weights, in half precision, and configuration as one safetensors file."""
+    """Write the weights, in half precision, and the configuration as a safetensors file."""
     state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     save_weights(state, {_FORMAT: json.dumps(asdict(config))}, str(path))
 
 
 class TinyDetector:
-    """The frozen detector: tiles' pixels -> detections in tile pixels, one forward pass for each canvas size.
+    """`Detector` with a trained `TinyNet`, one forward pass per canvas size.
 
     Attributes:
-        input_side: the longer side of a whole image's tile, in tile pixels.
+        input_side: longer side of a whole image's tile in tile pixels.
         categories: category id -> name.
-        iou_threshold: of its non-maximum suppression, within each class.
-        feature_channels: of the neck's feature maps, stride 8 first.
-        feature_stride: tile pixels along a side of a cell of the finest.
+        iou_threshold: IoU threshold of NMS within each class.
+        feature_channels: channels of the neck's feature maps, stride 8 first.
+        feature_stride: cell side of the finest feature map in tile pixels.
     """
 
     feature_channels = (_NECK,) * len(STRIDES)
@@ -314,10 +314,10 @@ class TinyDetector:
         iou_threshold: float | None = None,
         mixed_precision: bool = False,
     ) -> TinyDetector:
-        """Read a checkpoint of `save_tiny_detector`, local or s3://.
+        """Load a checkpoint of `save_tiny_detector`, local or s3://.
 
         Raises:
-            UserError: if it is none, or the weights do not fit.
+            UserError: if it is no such checkpoint or the weights do not match.
         """
         tensors, fields = read_checkpoint(path, _FORMAT)
         fields |= {"category_ids": tuple(fields["category_ids"]), "names": tuple(fields["names"])}
@@ -334,21 +334,23 @@ class TinyDetector:
         )
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """The padded square that is computed for a tile of (height, width)."""
+        """Square canvas of a tile of (height, width)."""
         return square_canvas(hw)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """Detect on tiles; see `Detector`. At most 100 detections a tile, the best first."""
+        """Detect on tiles; see `Detector`. At most 100 detections per tile, by descending score."""
         return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
-        """Detect on tiles, [h, w, 3] uint8 RGB each, and show the neck's feature maps; see `DetectWithFeatures`."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._glimpse_group)
+        """Detect on tiles, [h, w, 3] uint8 RGB each, with the neck's feature maps; see `DetectWithFeatures`."""
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group_with_features)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
-        return [glimpse.detections for glimpse in self._glimpse_group(tiles, canvas)]
+        return [output.detections for output in self._detect_group_with_features(tiles, canvas)]
 
-    def _glimpse_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[DetectionsWithFeatures]:
+    def _detect_group_with_features(
+        self, tiles: list[np.ndarray], canvas: tuple[int, int]
+    ) -> list[DetectionsWithFeatures]:
         with torch.inference_mode():
             with self._autocast:
                 answers = self.model(pack_tiles(tiles, canvas).to(self.device))
@@ -364,7 +366,7 @@ class TinyDetector:
         ]
 
     def _select(self, scores: np.ndarray, boxes: np.ndarray, hw: tuple[int, ...]) -> Detections | TileError:
-        """Scores [cells, classes] and boxes [cells, 4] of one tile -> its detections."""
+        """Scores [cells, classes] and boxes [cells, 4] of a tile -> its detections."""
         bad = int((~np.isfinite(scores)).sum() + (~np.isfinite(boxes)).sum())
         if bad:
             msg = f"the detector gave {bad} values that are NaN or infinite: check its weights and precision"
@@ -373,7 +375,7 @@ class TinyDetector:
         best = np.argsort(-scores[cells, classes], kind="stable")[:_CANDIDATES]
         cells, classes = cells[best], classes[best]
         chosen = np.clip(boxes[cells], 0, [hw[1], hw[0], hw[1], hw[0]])
-        # What lies in the padding alone has nothing left of it, and must suppress nothing.
+        # Boxes in the padding are empty after clipping; they must not suppress others.
         solid = (chosen[:, 2:] > chosen[:, :2]).all(axis=1)
         cells, classes, chosen = cells[solid], classes[solid], chosen[solid]
         kept = nms(chosen, scores[cells, classes], classes, self.iou_threshold)[:_MOST_DETECTIONS]

@@ -1,8 +1,7 @@
-"""The embedded sample: scenes with known objects at every scale, made by code, in COCO's layout.
+"""The embedded sample: synthetic scenes with objects at many scales, written in COCO's layout.
 
-Ten kinds of shapes from 6 to 250 pixels on textured, cluttered backgrounds. Small ones are many and
-come in clusters, so that zooming into a part of a scene pays. The same seed gives the same bytes, and
-a scene depends on its own number alone, not on how many are made.
+Ten shapes of 6 to 250 pixels on textured, cluttered backgrounds. Most objects are small and clustered, so that zooming
+into a part of a scene helps. Scenes are deterministic: a scene depends on the seed, the split and its index only.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ __all__ = [
 ]
 
 SAMPLE_VERSION = 1
-"""Raised whenever the scenes change, so that an older sample on disk is not taken for this one."""
+"""Version of the scenes; a sample on disk with another version is replaced."""
 
 
 SAMPLE_CATEGORIES: dict[int, str] = {
@@ -44,32 +43,31 @@ SAMPLE_CATEGORIES: dict[int, str] = {
     27: "hourglass",
     34: "arrow",
 }
-"""Category id -> name. The ids have gaps, as COCO's have."""
+"""Category id -> name. The ids have gaps, as in COCO."""
 
 
 SIZES_HW = ((384, 384), (288, 384), (384, 288), (336, 448), (448, 336))
-"""(height, width) of the scenes, in pixels."""
-
+"""(height, width) of the scenes in pixels."""
 
 MIN_SIDE, SMALL_SIDE, MAX_SIDE = 7.0, 32.0, 250.0
-
+"""Longer sides of the objects in pixels: minimum, upper limit of small ones, maximum."""
 
 SMALL_SHARE = 0.55
-
+"""Share of the objects that are small."""
 
 SPLITS = {"train2017": 0, "val2017": 1_000_000}
-
+"""Split -> offset of its image ids."""
 
 _STAMP = "sample.json"
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One picture and its objects.
+    """An image and its objects.
 
     Attributes:
         pixels: [height, width, 3] uint8 RGB.
-        masks: [N, height, width] bool, what is seen of each object.
+        masks: [N, height, width] bool, visible part of each object.
         category_ids: [N] int64, keys of SAMPLE_CATEGORIES.
     """
 
@@ -79,7 +77,7 @@ class Scene:
 
 
 def _arc(start: float, stop: float, radius: float = 1.0, count: int = 48) -> np.ndarray:
-    """[count, 2] xy on a circle round the origin, angles in radians."""
+    """[count, 2] xy points of an arc around the origin, angles in radians."""
     angles = np.linspace(start, stop, count)
     return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
@@ -96,7 +94,7 @@ def _crescent() -> np.ndarray:
 
 
 def _outlines() -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """Name -> (outline, hole), polygons of [P, 2] xy round the origin."""
+    """Name -> (outline, hole), polygons of [P, 2] xy around the origin."""
     third, full = 0.34, 1.0
     cross = [(-third, -full), (third, -full), (third, -third), (full, -third), (full, third), (third, third)]
     cross += [(-x, -y) for x, y in cross]
@@ -120,31 +118,31 @@ _OUTLINES = _outlines()
 
 
 def _shape_alpha(rng: np.random.Generator, name: str, side: float) -> np.ndarray:
-    """[h, w] float32 in [0, 1]: how much of each pixel a randomly turned shape covers.
+    """Antialiased coverage of a randomly rotated shape, [h, w] float32 in [0, 1].
 
-    The longer side of the shape's bounding box is `side` pixels, whatever the angle.
+    The longer side of the rotated shape's bounding box is `side` pixels.
     """
     outline, hole = _OUTLINES[name]
     angle = rng.uniform(0, 2 * math.pi)
-    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    turned = outline @ turn
-    low, high = turned.min(axis=0), turned.max(axis=0)
+    rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    rotated = outline @ rotation
+    low, high = rotated.min(axis=0), rotated.max(axis=0)
     scale = side / (high - low).max()
     shift = rng.uniform(0, 1, 2)
     width, height = (math.ceil(extent) + 1 for extent in (high - low) * scale)
-    # Small shapes are their edges: they need finer sub-pixels than large ones do.
+    # Supersampling; small shapes need more of it.
     fine = 8 if side < SMALL_SIDE else 4 if side < 96 else 2
     canvas = Image.new("L", (width * fine, height * fine))
     draw = ImageDraw.Draw(canvas)
     for polygon, fill in ((outline, 255), (hole, 0)):
         if polygon is not None:
-            points = ((polygon @ turn - low) * scale + shift) * fine
+            points = ((polygon @ rotation - low) * scale + shift) * fine
             draw.polygon([tuple(point) for point in points.tolist()], fill=fill)
     return np.asarray(canvas.reduce(fine), np.float32) / 255.0
 
 
 def _background(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
-    """[h, w, 3] float32 in about 0..255: a gradient, low-frequency noise and perhaps stripes."""
+    """Background of a gradient, low-frequency noise and sometimes stripes: [h, w, 3] float32 in about 0..255."""
     height, width = hw
     cells = int(rng.integers(3, 9))
     rough = rng.normal(0, rng.uniform(6, 26), (cells, cells, 3)) + rng.uniform(50, 205, 3)
@@ -163,20 +161,20 @@ def _background(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
 
 
 def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """Lines, soft blobs and specks that are no object, drawn over [h, w, 3] float32."""
+    """Draw distractors (lines, blurred blobs, specks) over [h, w, 3] float32."""
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     width, height = image.size
     draw = ImageDraw.Draw(image)
 
     def near(x: int, y: int, spread: float) -> tuple[int, ...]:
-        """A colour near the one at a point."""
+        """A random colour close to that of a pixel."""
         return tuple(int(v) for v in np.clip(canvas[y, x] + rng.normal(0, spread, 3), 0, 255))
 
     for _ in range(int(rng.integers(0, 6))):
         x, y, radius = int(rng.integers(width)), int(rng.integers(height)), rng.uniform(8, 60)
         points = _arc(0, 2 * math.pi, count=13)[:12] * (radius * rng.uniform(0.5, 1.0, (12, 1))) + (x, y)
         draw.polygon([tuple(point) for point in points.tolist()], fill=near(x, y, 35))
-    # Blobs are blurred and lines are not: no shape of the sample has soft edges or is as thin as a line.
+    # Distinct from objects, which have sharp edges and are thicker than lines.
     image = image.filter(ImageFilter.BoxBlur(4))
     draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(0, 9))):
@@ -190,7 +188,7 @@ def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
 
 
 def _sides(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
-    """[N] longer sides of a scene's objects in pixels, largest first, log-uniform among small and among others."""
+    """[N] longer sides of a scene's objects in pixels, descending; log-uniform among small and among other objects."""
     count = int(rng.integers(3, 13))
     limit = min(MAX_SIDE, 0.88 * min(hw))
     small = np.exp(rng.uniform(math.log(MIN_SIDE), math.log(SMALL_SIDE), count))
@@ -201,7 +199,7 @@ def _sides(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
 def _place(
     rng: np.random.Generator, size_hw: tuple[int, int], taken: np.ndarray, centre: np.ndarray | None
 ) -> tuple[int, int] | None:
-    """(y, x) of a free place for a box of `size_hw`, near `centre` (x, y) if there is one, or None."""
+    """(y, x) of a free place for a box of `size_hw`, near `centre` (x, y) if given; None if none is found."""
     height, width = size_hw
     room_y, room_x = taken.shape[0] - height, taken.shape[1] - width
     for _ in range(25):
@@ -215,7 +213,7 @@ def _place(
 
 
 def _colour(rng: np.random.Generator, under: np.ndarray) -> np.ndarray:
-    """A random RGB colour that stands out from the mean of `under`, [h, w, 3]."""
+    """A random RGB colour in contrast to the mean of `under`, [h, w, 3]."""
     mean = under.mean(axis=(0, 1))
     colours = rng.uniform(0, 255, (8, 3))
     distances = np.abs(colours - mean).max(axis=1)
@@ -223,7 +221,7 @@ def _colour(rng: np.random.Generator, under: np.ndarray) -> np.ndarray:
 
 
 def _paint(rng: np.random.Generator, under: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Blend a shaded shape of coverage `alpha` [h, w] over `under` [h, w, 3] float32."""
+    """Blend a shaded shape with coverage `alpha` [h, w] over `under` [h, w, 3] float32."""
     height, width = alpha.shape
     shade_y, shade_x = rng.normal(0, 18, 2)
     shade = np.linspace(-1, 1, height)[:, None] * shade_y + np.linspace(-1, 1, width)[None, :] * shade_x
@@ -232,7 +230,7 @@ def _paint(rng: np.random.Generator, under: np.ndarray, alpha: np.ndarray) -> np
 
 
 def make_scene(rng: np.random.Generator) -> Scene:
-    """Draw one scene: 3 to 12 objects that hardly overlap, the larger ones placed first."""
+    """Draw a scene of 3 to 12 objects with little overlap, largest first."""
     hw = SIZES_HW[int(rng.integers(len(SIZES_HW)))]
     canvas = _clutter(rng, _background(rng, hw))
     owner = np.full(hw, -1, np.int16)
@@ -258,12 +256,12 @@ def make_scene(rng: np.random.Generator) -> Scene:
 
 
 def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
-    """One scene of the sample, without any file: its pixels before JPEG.
+    """Draw a scene of the sample, without JPEG compression.
 
     Args:
         split: train2017 or val2017.
-        index: its number in the split, from 0.
-        seed: the sample's.
+        index: index in the split, from 0.
+        seed: seed of the sample.
     """
     return make_scene(np.random.default_rng([seed, SPLITS[split], index]))
 
@@ -310,7 +308,7 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
 
 @dataclass(frozen=True)
 class _Stamp:
-    """What a sample on disk was made as."""
+    """Parameters of a sample on disk."""
 
     train: int
     val: int
@@ -322,16 +320,16 @@ def write_sample(folder: Path, *, train: int = 600, val: int = 100, seed: int = 
     """Write the sample: train2017/*.jpg, val2017/*.jpg, annotations/instances_{train,val}2017.json.
 
     Args:
-        folder: where to; made if it is not there.
+        folder: target folder; created if missing.
         train: number of scenes in train2017.
-        val: number of scenes in val2017; more train scenes leave them as they are.
-        seed: another seed gives other scenes.
+        val: number of scenes in val2017.
+        seed: seed of the scenes.
 
     Returns:
         `folder`.
 
     Raises:
-        FileExistsError: if `folder` holds something already.
+        FileExistsError: if `folder` is not empty.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -344,13 +342,12 @@ def write_sample(folder: Path, *, train: int = 600, val: int = 100, seed: int = 
 
 
 def ensure_sample(folder: Path) -> Path:
-    """The default sample in `folder`, written there once.
+    """Write the default sample to `folder` unless it is there.
 
-    It appears whole or not at all, also when two processes ask at the same time. A sample of another
-    version is replaced; a folder that holds anything else is left alone.
+    The write is atomic, also with concurrent processes. A sample of another version is replaced.
 
     Raises:
-        FileExistsError: if `folder` holds something that is no sample.
+        FileExistsError: if `folder` holds other files.
     """
     folder = Path(folder)
     wanted = asdict(_Stamp(600, 100, 0))
@@ -367,13 +364,13 @@ def ensure_sample(folder: Path) -> Path:
         try:
             os.replace(fresh, folder)
         except OSError:
-            # A folder with files in it is not replaced: another process was first, which is as good.
+            # A non-empty folder is not replaced: another process has written the sample.
             if _stamp(folder) != wanted:
                 raise
     return folder
 
 
 def _stamp(folder: Path) -> dict | None:
-    """What the sample in `folder` was made as, or None if there is none."""
+    """Parameters of the sample in `folder`, or None if there is none."""
     path = folder / _STAMP
     return json.loads(path.read_text()) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Training the sample's tiny detector: random windows as tiles, and the loop. Plain torch."""
+"""Training loop and augmentation of the sample's tiny detector. Plain torch."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ __all__ = [
 ]
 
 WINDOW_SHARES = (0.25, 1.0)
-
+"""Range of a window's sides as shares of the image's, sampled log-uniformly."""
 
 WHOLE_SHARE = 0.3
-
+"""Probability that a tile is the whole image."""
 
 MIN_VISIBLE = 0.5
+"""Minimum visible share of a box; boxes below are ignored in the loss."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingTile:
-    """A tile with its objects.
+    """Augmented pixels of a tile with its objects.
 
     Attributes:
         pixels: [h, w, 3] uint8 RGB.
-        boxes: [N, 4] float32 xyxy, in tile pixels, cut at its edges.
+        boxes: [N, 4] float32 xyxy in tile pixels, clipped to the tile.
         category_ids: [N] int64.
-        ignored: [N] bool: crowds, and objects of which too little is seen.
+        ignored: [N] bool, crowds and objects visible to less than `MIN_VISIBLE`.
     """
 
     pixels: np.ndarray
@@ -47,13 +48,13 @@ class TrainingTile:
 
 
 def random_tile(rng: np.random.Generator, pixels: np.ndarray, example: Example, input_side: int) -> TrainingTile:
-    """A random window of an image as a tile of `input_side`, turned, mirrored and with its colours exchanged.
+    """Cut a random window of an image, with random flips, transposition and channel permutation.
 
     Args:
-        rng: of all that is random.
+        rng: random generator.
         pixels: [h, w, 3] uint8, the whole image.
-        example: its objects.
-        input_side: the tile's longer side, in tile pixels.
+        example: its annotation.
+        input_side: longer side of the tile in tile pixels.
     """
     hw = (pixels.shape[0], pixels.shape[1])
     share = 1.0 if rng.random() < WHOLE_SHARE else math.exp(rng.uniform(*np.log(WINDOW_SHARES)))
@@ -61,17 +62,16 @@ def random_tile(rng: np.random.Generator, pixels: np.ndarray, example: Example, 
     tile, limits = cut_tile(pixels, recipe), [recipe.width, recipe.height] * 2
     boxes = boxes_to_tile(example.objects.boxes, recipe).astype(np.float64)
     cut = np.clip(boxes, 0, limits)
-    area, seen = (np.prod(np.maximum(b[:, 2:] - b[:, :2], 0), axis=1) for b in (boxes, cut))
-    inside = seen > 0
-    # The whole object says whether it is too small to be learned: a sliver of a large one is merely cut.
-    ignored = example.objects.crowd | (seen < MIN_VISIBLE * area)
-    tile, cut = _turned(rng, tile, cut)
+    area, visible = (np.prod(np.maximum(b[:, 2:] - b[:, :2], 0), axis=1) for b in (boxes, cut))
+    inside = visible > 0
+    ignored = example.objects.crowd | (visible < MIN_VISIBLE * area)
+    tile, cut = _flipped(rng, tile, cut)
     tile = np.ascontiguousarray(tile[:, :, rng.permutation(3)])
     return TrainingTile(tile, cut[inside].astype(np.float32), example.objects.labels[inside], ignored[inside])
 
 
-def _turned(rng: np.random.Generator, tile: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One of the eight ways to lay a tile, for its pixels and its boxes [N, 4] xyxy."""
+def _flipped(rng: np.random.Generator, tile: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Random flips and transposition of a tile and its boxes [N, 4] xyxy."""
     if rng.random() < 0.5:
         width = tile.shape[1]
         tile, boxes = tile[:, ::-1], np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
@@ -95,8 +95,8 @@ def _loss(
     )
     images = pack_tiles([tile.pixels for tile in tiles], (config.input_side, config.input_side))
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision):
-        answers = model(images.to(device, memory_format=torch.channels_last))
-    return detection_loss(Answers(*(part.float().cpu() for part in answers[:3])), targets)
+        output = model(images.to(device, memory_format=torch.channels_last))
+    return detection_loss(Answers(*(part.float().cpu() for part in output[:3])), targets)
 
 
 def train_tiny_detector(
@@ -111,18 +111,21 @@ def train_tiny_detector(
     mixed_precision: bool = False,
     report: Callable[[dict], None] | None = None,
 ) -> TinyNet:
-    """Train from scratch with AdamW, a short warm-up and a cosine; a NaN loss stops it.
+    """Train from scratch with AdamW and a one-cycle learning rate schedule.
 
     Args:
-        examples: the annotated images; their pixels are kept in memory.
-        config: of the detector.
-        epochs: passes over them.
-        batch_size: tiles a step.
-        learning_rate: at its highest.
-        seed: of the weights, the order and the windows.
-        device: where to.
-        mixed_precision: compute in bfloat16 what bears it; twice as fast where the hardware knows it.
+        examples: training images; all pixels are held in memory.
+        config: configuration of the detector.
+        epochs: passes over the images.
+        batch_size: tiles per step.
+        learning_rate: peak learning rate.
+        seed: seed of the weights, the order and the augmentation.
+        device: torch device.
+        mixed_precision: run under bfloat16 autocast.
         report: called after each epoch with "epoch" from 1, "loss", "seconds" and "seconds_left".
+
+    Returns:
+        The network in evaluation mode.
 
     Raises:
         FloatingPointError: if the loss is NaN or infinite.

@@ -1,1 +1,1 @@
-"""What can be trained: recipes, losses, examples."""
+"""Training recipes, losses, metrics and examples."""

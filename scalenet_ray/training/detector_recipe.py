@@ -1,4 +1,4 @@
-"""Fine-tuning of a torchvision detector on upsampled windows (the paper's "fine-tuned")."""
+"""Training recipe for fine-tuning a torchvision detector on upsampled windows (the paper's "fine-tuned")."""
 
 from __future__ import annotations
 
@@ -31,26 +31,34 @@ __all__ = [
 ]
 
 WHOLE_SHARE = 0.3
-"""How often an example is the whole image, so that the detector keeps what it knows."""
+"""Probability that an example is the whole image, so that the detector does not forget large objects."""
 
+WINDOW_SHARES = (0.25, 0.5)
+"""Range of W, the side of a window as a share of the image's longer side."""
 
-LEAST_SIDE = 32
+SMALL_SHARE = 0.75
+"""Probability that a window is placed on a small object, if there is one."""
+
+MIN_VISIBLE = 0.5
+"""Minimum visible share of a box in a tile; boxes below are not trained on."""
+
+MIN_SIDE = 32
 
 
 @dataclass(frozen=True)
 class DetectorRecipe:
-    """Fine-tunes a torchvision detector; `plan_fine_tuning` makes one.
+    """Recipe of a torchvision detector; create it with `plan_fine_tuning`.
 
     Attributes:
-        images: what is learned from.
-        start: the detector at the beginning: torchvision:NAME, torchvision:PATH, or untrained:NAME.
-        name: the network's, one of `detector_names()`.
+        images: training and validation images.
+        start: initial detector: torchvision:NAME, torchvision:PATH or untrained:NAME.
+        name: name of the network, one of `detector_names()`.
         categories: the detector's class ids with their names.
-        classes: the data set's category ids -> the detector's class ids.
-        input_side: the longer side of a tile, in tile pixels.
-        canvas_side: of the square that tiles are padded to, in tile pixels.
-        most_boxes: as many as any image has.
-        seed: an example's randomness depends on this, the epoch and its index alone.
+        classes: category id of the data set -> class id of the detector.
+        input_side: longer side of a tile in tile pixels.
+        canvas_side: side of the square that tiles are padded to.
+        most_boxes: maximum number of boxes of an image.
+        seed: seed of the augmentation, which depends on it, the epoch and the index only.
     """
 
     images: TrainingImages
@@ -68,27 +76,27 @@ class DetectorRecipe:
 
     @property
     def learning_rate(self) -> float:
-        """Low enough that a trained detector keeps what it knows."""
+        """1e-3 for random weights, 1e-4 for fine-tuning."""
         return 1e-3 if _is_untrained(self.start) else 1e-4
 
     def sizes(self) -> tuple[int, int]:
-        """How many images there are to train on, and twice as many as there are to validate on."""
-        learned, held_out = self.images.examples()
-        return len(learned), 2 * len(held_out)
+        """Number of training images, and twice the number of validation images."""
+        train, validation = self.images.examples()
+        return len(train), 2 * len(validation)
 
     def example(self, index: int, epoch: int) -> Row:
-        """A window of an image, or the whole of it.
+        """A random window of an image, or the whole image.
 
         Returns:
-            image: [canvas_side, canvas_side, 3] uint8 RGB, the tile at the upper left; hw: [2], its (height, width);
-            boxes: [most_boxes, 4] float32 xyxy in tile pixels; labels: [most_boxes], the detector's classes;
-            count: how many of these there are; zoomed: 1 for a window; image_id.
+            Row with image [canvas_side, canvas_side, 3] uint8 RGB, the tile in the top left corner; hw [2], its
+            (height, width); boxes [most_boxes, 4] float32 xyxy in tile pixels; labels [most_boxes], the detector's
+            class ids; count, the number of boxes; zoomed, 1 for a window; image_id.
         """
         rng = np.random.default_rng([self.seed, epoch, index])
         return self._row(self.images.examples()[0][index], rng if rng.random() >= WHOLE_SHARE else None)
 
     def validation_example(self, index: int) -> Row:
-        """Each image twice: the whole of it, and one window that is always the same."""
+        """The whole image at even indices, a fixed window of it at odd ones."""
         example = self.images.examples()[1][index // 2]
         return self._row(example, np.random.default_rng(index) if index % 2 else None)
 
@@ -97,16 +105,16 @@ class DetectorRecipe:
         hw = (pixels.shape[0], pixels.shape[1])
         window = Window(0, 0, hw[1], hw[0]) if zoom is None else zoom_window(zoom, hw, example.objects)
         tile = tile_of_window(example.image_id, hw, window, self.input_side)
-        found, category_ids = boxes_in_tile(example.objects, tile)
+        boxes, category_ids = boxes_in_tile(example.objects, tile)
         row = self.blank()
         row["image"][: tile.height, : tile.width] = cut_tile(pixels, tile)
-        row["boxes"][: len(found)] = found
-        row["labels"][: len(found)] = [self.classes[category_id] for category_id in category_ids.tolist()]
-        numbers = {"image_id": example.image_id, "count": len(found), "zoomed": zoom is not None}
+        row["boxes"][: len(boxes)] = boxes
+        row["labels"][: len(boxes)] = [self.classes[category_id] for category_id in category_ids.tolist()]
+        numbers = {"image_id": example.image_id, "count": len(boxes), "zoomed": zoom is not None}
         return row | {"hw": np.array([tile.height, tile.width])} | {k: np.array(int(v)) for k, v in numbers.items()}
 
     def blank(self) -> Row:
-        """Black, with a count of -1: its loss is not taken."""
+        """A black image with a count of -1, which excludes it from the loss."""
         return {
             "image_id": np.array(-1),
             "image": np.zeros((self.canvas_side, self.canvas_side, 3), np.uint8),
@@ -118,9 +126,9 @@ class DetectorRecipe:
         }
 
     def build(self) -> nn.Module:
-        """The detector at the beginning, in training mode; batch norms that were trained are frozen.
+        """The initial detector in training mode, with trained batch norms frozen.
 
-        Given images and targets it answers torchvision's losses; its transform normalises and pads, and never resizes.
+        It returns torchvision's losses; its transform normalizes and pads, and never resizes.
         """
         model = _open(self.start, self.categories).release()
         means, deviations = model.transform.image_mean, model.transform.image_std
@@ -132,14 +140,14 @@ class DetectorRecipe:
         return model.train()
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """The sum of torchvision's losses; 0 for a batch of blanks alone."""
+        """Sum of torchvision's losses; 0 for a batch of padding rows only."""
         counts = batch["count"].tolist()
         real = [i for i, count in enumerate(counts) if count >= 0]
-        # Workers wait for each other's gradients: blanks have them too, of 0.
+        # DistributedDataParallel waits for every worker's gradients: padding rows need them too, of 0.
         return _losses(model, batch, real or list(range(len(counts)))) * float(bool(real))
 
     def count(self, model: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
-        """The losses of whole images and of windows, [2] each, image by image so that batches do not matter."""
+        """Summed losses of whole images and of windows, [2], computed per image to be independent of the batches."""
         sums = {"loss": np.zeros(2), "images": np.zeros(2)}
         model.train()
         for module in model.modules():
@@ -150,7 +158,7 @@ class DetectorRecipe:
             if count < 0:
                 continue
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                # Of its anchors and regions torchvision takes a random part.
+                # torchvision samples anchors and regions at random.
                 torch.manual_seed(0)
                 loss = _losses(model, batch, [i]).item()
             zoomed = int(batch["zoomed"][i])
@@ -160,14 +168,14 @@ class DetectorRecipe:
         return sums
 
     def figures(self, counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Mean losses: "loss_whole", "loss_windows" and "loss", of both; "fit", 1 / (1 + loss), is best at 1."""
+        """Mean losses "loss_whole", "loss_windows" and "loss" (of both), and "fit", 1 / (1 + loss)."""
         loss, images = counts["loss"], counts["images"]
         mean = _mean(loss.sum(), images.sum())
         parts = {"loss_whole": _mean(loss[0], images[0]), "loss_windows": _mean(loss[1], images[1])}
         return {"fit": 1 / (1 + mean), "loss": mean, **parts}
 
     def save(self, model: nn.Module, path: str) -> None:
-        """A file that `torchvision:PATH` loads."""
+        """Write a file that `torchvision:PATH` loads."""
         save_detector(model, self.name, self.categories, path)
 
 
@@ -176,7 +184,7 @@ def _mean(total: float, count: float) -> float:
 
 
 def _losses(model: nn.Module, batch: Batch, chosen: list[int]) -> torch.Tensor:
-    """The sum of torchvision's losses of some rows of a batch, each a mean over them; a scalar."""
+    """Sum of torchvision's losses over the chosen rows of a batch, a scalar."""
     images, targets = [], []
     for i in chosen:
         (height, width), count = batch["hw"][i].tolist(), max(0, int(batch["count"][i]))
@@ -186,7 +194,7 @@ def _losses(model: nn.Module, batch: Batch, chosen: list[int]) -> torch.Tensor:
 
 
 def _freeze_norms(module: nn.Module) -> None:
-    """Turn all batch norms inside a module into torchvision's frozen ones: small batches would spoil them."""
+    """Replace all batch norms of a module by torchvision's frozen ones: statistics of small batches are poor."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features, child.eps)
@@ -196,26 +204,22 @@ def _freeze_norms(module: nn.Module) -> None:
             _freeze_norms(child)
 
 
-# --- the beginning ----------------------------------------------------------------------------------
-
-
 def plan_fine_tuning(
     images: TrainingImages, start: str, *, input_side: int | None = None, seed: int = 0
 ) -> DetectorRecipe:
-    """Look at a detector and at a data set, and say how the one is fine-tuned on the other.
+    """Make the recipe for fine-tuning a detector on a data set.
 
     Args:
-        images: what is learned from.
-        start: torchvision:NAME or torchvision:PATH, which `load_detector` would take; or untrained:NAME, a network
-            with random weights whose classes are the data set's.
-        input_side: the longer side of a tile, in tile pixels; the detector's own by default.
-        seed: of what is random in the examples.
+        images: training and validation images.
+        start: torchvision:NAME or torchvision:PATH, as for `load_detector`; or untrained:NAME, a network with random
+            weights whose classes are the data set's.
+        input_side: longer side of a tile in tile pixels; the detector's by default.
+        seed: seed of the augmentation.
 
     Raises:
-        FileNotFoundError: if a file is not there.
-        ConnectionError: if torchvision's weights can't be fetched.
-        UserError: if it is no detector that can be trained here, does not know a category of the data set, or
-            there is nothing to learn from.
+        FileNotFoundError: if a file does not exist.
+        ConnectionError: if torchvision's weights can't be downloaded.
+        UserError: if the detector can't be fine-tuned or lacks a category of the data set, or no image has objects.
     """
     kind, _, what = start.partition(":")
     if kind not in ("torchvision", "untrained") or not what:
@@ -231,8 +235,8 @@ def plan_fine_tuning(
         msg = f"{name} learns masks too, which are not cut into windows here: fine-tune a Faster R-CNN, got {start!r}"
         raise UserError(msg)
     side = detector.input_side if input_side is None else input_side
-    if side < LEAST_SIDE:
-        msg = f"input_side must be {LEAST_SIDE} tile pixels or more, got {side}"
+    if side < MIN_SIDE:
+        msg = f"input_side must be {MIN_SIDE} tile pixels or more, got {side}"
         raise UserError(msg)
     mapping = map_categories(detector.categories, dataset_categories, unused)
     examples = [example for part in images.examples() for example in part]
@@ -245,7 +249,7 @@ def plan_fine_tuning(
         start=start,
         name=name,
         categories=detector.categories,
-        # Should two classes have one name, the first is taught.
+        # If two classes have the same name, the first is trained.
         classes={category_id: class_id for class_id, category_id in sorted(mapping.items(), reverse=True)},
         input_side=side,
         canvas_side=detector.canvas_hw((side, side))[0],
@@ -259,7 +263,7 @@ def _is_untrained(start: str) -> bool:
 
 
 def _open(start: str, categories: Mapping[int, str]) -> TorchvisionDetector:
-    """The detector at the beginning; `categories`, class id -> name, are those of an untrained one."""
+    """Load the initial detector; `categories`, class id -> name, are for an untrained one."""
     what = start.partition(":")[2]
     if _is_untrained(start):
         return TorchvisionDetector(build_detector(what, len(categories) + 1), categories)
@@ -267,7 +271,7 @@ def _open(start: str, categories: Mapping[int, str]) -> TorchvisionDetector:
 
 
 def _network_name(what: str) -> str:
-    """The network's name, of NAME, NAME@PATH or the PATH of a file that says it."""
+    """Name of the network from NAME, NAME@PATH, or the metadata or name of the file PATH."""
     name, at, _ = what.partition("@")
     if (at and name.isidentifier()) or not what.endswith(SUFFIXES):
         return name
@@ -275,39 +279,27 @@ def _network_name(what: str) -> str:
 
 
 def _categories(images: TrainingImages) -> tuple[dict[int, str], frozenset[int]]:
-    """Category id -> name, the same in all splits; and the ids of those that no annotation of any is of."""
+    """Category id -> name, equal in all splits, and the ids without an annotation in any split."""
     splits = [images.split] if images.holdout else [images.split, images.val_split]
-    found = [read_annotations(annotations_uri(images.data, split)) for split in splits]
-    if found[0].categories != found[-1].categories:
+    datasets = [read_annotations(annotations_uri(images.data, split)) for split in splits]
+    if datasets[0].categories != datasets[-1].categories:
         msg = f"{' and '.join(splits)} must have the same categories, got others: correct the annotations"
         raise UserError(msg)
-    return found[0].categories, frozenset.intersection(*(dataset.unused_categories for dataset in found))
-
-
-WINDOW_SHARES = (0.25, 0.5)
-"""W, the side of a window over the image's longer one, is drawn between these."""
-
-
-SMALL_SHARE = 0.75
-"""How often a window is placed on a small object, where there is one; else it lies anywhere."""
-
-
-MIN_VISIBLE = 0.5
-"""The part of a box that a tile must show for it to be learned."""
+    return datasets[0].categories, frozenset.intersection(*(dataset.unused_categories for dataset in datasets))
 
 
 def small_objects(objects: Objects, image_hw: tuple[int, int]) -> np.ndarray:
-    """[K] int64, which of an image's objects are of scale class 1 and no crowd."""
+    """[K] int64, indices of the objects of scale class 1 that are not crowds."""
     return np.flatnonzero((class_of_area(objects.areas, image_hw[0] * image_hw[1]) == 1) & ~objects.crowd)
 
 
 def zoom_window(rng: np.random.Generator, image_hw: tuple[int, int], objects: Objects) -> Window:
-    """A random window, square where the image allows, that holds a small object more often than not.
+    """A random window, square if it fits the image, placed on a small object with probability `SMALL_SHARE`.
 
     Args:
-        rng: of all that is random.
-        image_hw: (height, width) of the image, in pixels.
-        objects: of the image.
+        rng: random generator.
+        image_hw: (height, width) of the image in pixels.
+        objects: objects of the image.
     """
     limit = np.array([image_hw[1], image_hw[0]])
     size = np.clip(round(rng.uniform(*WINDOW_SHARES) * limit.max()), 1, limit)
@@ -317,27 +309,27 @@ def zoom_window(rng: np.random.Generator, image_hw: tuple[int, int], objects: Ob
     if len(small) and rng.random() < SMALL_SHARE:
         box = objects.boxes[rng.choice(small)].astype(np.float64)
         ends = np.clip([np.ceil(box[2:]) - size, np.floor(box[:2])], 0, room).astype(np.int64)
-        # Of an object too long for the window, a part fills it.
+        # An object longer than the window fills it.
         low, high = ends.min(axis=0), ends.max(axis=0)
     x0, y0 = rng.integers(low, high + 1).tolist()
     return Window(x0, y0, x0 + int(size[0]), y0 + int(size[1]))
 
 
 def boxes_in_tile(objects: Objects, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes that are learned from a tile, with their category ids.
+    """Training boxes of a tile, with their category ids.
 
-    Crowds, boxes of which less than `MIN_VISIBLE` is inside, and what is thinner than a tile pixel are left out.
+    Crowds, boxes visible to less than `MIN_VISIBLE` and boxes thinner than a tile pixel are left out.
 
     Args:
-        objects: of the whole image.
-        tile: what is looked at.
+        objects: objects of the whole image.
+        tile: the tile.
 
     Returns:
-        [N, 4] float32 xyxy in tile pixels, cut at the tile's edges, and [N] int64.
+        [N, 4] float32 xyxy in tile pixels, clipped to the tile, and [N] int64.
     """
     boxes = boxes_to_tile(objects.boxes, tile).astype(np.float64)
     cut = np.clip(boxes, 0, [tile.width, tile.height] * 2)
     sides = cut[:, 2:] - cut[:, :2]
-    seen, area = np.prod(sides, axis=1), np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    learned = ~objects.crowd & (seen >= MIN_VISIBLE * area) & (sides >= 1).all(axis=1)
-    return cut[learned].astype(np.float32), objects.labels[learned]
+    visible, area = np.prod(sides, axis=1), np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    usable = ~objects.crowd & (visible >= MIN_VISIBLE * area) & (sides >= 1).all(axis=1)
+    return cut[usable].astype(np.float32), objects.labels[usable]

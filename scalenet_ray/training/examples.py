@@ -1,4 +1,4 @@
-"""Annotated images as training sees them: which, their pixels, their objects' masks, and windows of them."""
+"""Annotated training images: splits, pixels, object masks and random windows."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """An annotated image, not read yet.
+    """Reference to an annotated image.
 
     Attributes:
-        image_id: its id in the data set.
-        uri: where it lies.
-        hw: (height, width) in image pixels, as annotated.
-        objects: the ground truth, in image pixels.
+        image_id: id in the data set.
+        uri: path or s3:// address of the file.
+        hw: annotated (height, width) in image pixels, None if not annotated.
+        objects: ground truth in image pixels.
     """
 
     image_id: int
@@ -43,16 +43,16 @@ class Example:
 
 
 def read_examples(data: str, split: str, limit: int | None = None) -> list[Example]:
-    """The annotated images of DATA/SPLIT, by DATA/annotations/instances_SPLIT.json, in the order of their ids.
+    """Read the examples of DATA/SPLIT from DATA/annotations/instances_SPLIT.json, ordered by image id.
 
     Args:
-        data: a folder in COCO's layout, local or s3://.
+        data: folder in COCO's layout, local or s3://.
         split: e.g. "train2017".
-        limit: only the first so many.
+        limit: read the first N images only.
 
     Raises:
-        FileNotFoundError: if there are no annotations of that name.
-        UserError: if they name no image, or are not COCO's.
+        FileNotFoundError: if the annotation file does not exist.
+        UserError: if it lists no image or is not in COCO's format.
     """
     dataset = read_annotations(annotations_uri(data, split))
     if limit is not None and limit < 1:
@@ -71,17 +71,17 @@ def read_examples(data: str, split: str, limit: int | None = None) -> list[Examp
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Which annotated images a network learns from, and which it is judged by.
+    """Training and validation images of a data set.
 
     Attributes:
         data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
-        split: what is trained on.
-        val_split: what is validated on, unless a share of `split` is held out.
-        holdout: that share, at least 0 and under 1; the held-out images are not trained on.
-        limit: only the first so many images of each split.
+        split: training split.
+        val_split: validation split; not used if a share of `split` is held out.
+        holdout: share of `split` to validate on instead, at least 0 and below 1.
+        limit: use the first N images of each split only.
 
     Raises:
-        UserError: if `holdout` is no such share.
+        UserError: if `holdout` is out of range.
     """
 
     data: str
@@ -96,37 +96,33 @@ class TrainingImages:
             raise UserError(msg)
 
     def examples(self) -> tuple[list[Example], list[Example]]:
-        """Those to train on and those to validate on.
-
-        Raises:
-            FileNotFoundError: if there are no annotations of that name.
-            UserError: if they name no image, or are not COCO's.
-        """
+        """Training examples and validation examples; raises as `read_examples` does."""
         return _read(self)
 
     def count_boxes_alone(self) -> int:
-        """How many objects have no usable segmentation, so that their boxes' pixels stand in."""
-        return sum(o is None for part in self.examples() for each in part for o in each.objects.segmentations)
+        """Number of objects without a usable segmentation, whose mask is their box."""
+        examples = (example for part in self.examples() for example in part)
+        return sum(mask is None for example in examples for mask in example.objects.segmentations)
 
 
 @functools.lru_cache(maxsize=1)
 def _read(images: TrainingImages) -> tuple[list[Example], list[Example]]:
-    learned = read_examples(images.data, images.split, images.limit)
+    examples = read_examples(images.data, images.split, images.limit)
     if not images.holdout:
-        return learned, read_examples(images.data, images.val_split, images.limit)
-    order = np.random.default_rng(0).permutation(len(learned))
-    held_out = set(order[: round(images.holdout * len(learned))].tolist())
+        return examples, read_examples(images.data, images.val_split, images.limit)
+    order = np.random.default_rng(0).permutation(len(examples))
+    held_out = set(order[: round(images.holdout * len(examples))].tolist())
     return (
-        [example for i, example in enumerate(learned) if i not in held_out],
-        [learned[i] for i in sorted(held_out)],
+        [example for i, example in enumerate(examples) if i not in held_out],
+        [examples[i] for i in sorted(held_out)],
     )
 
 
 def read_pixels(example: Example) -> np.ndarray:
-    """The image as [h, w, 3] uint8 RGB.
+    """Read an image as [h, w, 3] uint8 RGB.
 
     Raises:
-        TileError: if it is not there, can't be decoded or is not as annotated; the reason names it.
+        TileError: if the file is missing, can't be decoded or differs from the annotated size; the message names it.
     """
     try:
         return read_image(example.uri, expect_hw=example.hw)
@@ -136,7 +132,7 @@ def read_pixels(example: Example) -> np.ndarray:
 
 
 def object_mask(objects: Objects, i: int, hw: tuple[int, int]) -> np.ndarray:
-    """[h, w] uint8 0 or 1, of object `i`; its box stands in where it has no mask of this image."""
+    """Mask of object `i` as [h, w] uint8, 0 or 1; its box if it has no mask of this size."""
     try:
         return mask_of_segmentation(objects.segmentations[i], hw)
     except TileError:
@@ -147,12 +143,12 @@ def object_mask(objects: Objects, i: int, hw: tuple[int, int]) -> np.ndarray:
 
 
 def random_window(rng: np.random.Generator, hw: tuple[int, int], share: float) -> Window:
-    """A window anywhere in an image of `hw`, with sides that are `share` of the image's."""
+    """A uniformly placed window whose sides are `share` of the image's (height, width)."""
     height, width = max(1, round(hw[0] * share)), max(1, round(hw[1] * share))
     y0, x0 = int(rng.integers(0, hw[0] - height + 1)), int(rng.integers(0, hw[1] - width + 1))
     return Window(x0, y0, x0 + width, y0 + height)
 
 
 def tile_of_window(image_id: int, hw: tuple[int, int], window: Window, tile_side: int) -> Tile:
-    """The tile of a window whose longer side becomes `tile_side` tile pixels."""
+    """The tile of a window, with its longer side at `tile_side` tile pixels."""
     return Tile(image_id, (), hw, window, *fit_longer_side(window.height, window.width, tile_side))

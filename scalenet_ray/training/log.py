@@ -1,4 +1,4 @@
-"""What a training run says as it goes: a line an epoch, metrics.json, and TensorBoard's events in the run folder."""
+"""Log of a training run: progress lines, metrics.json and TensorBoard events in the run folder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = [
 
 
 class TrainingLog:
-    """Takes in each epoch's row of `train`; a run that is taken up keeps the epochs it has.
+    """Callback that logs the result of each epoch; a resumed run keeps the epochs it has.
 
     Args:
-        run: the run folder; gets metrics.json and tensorboard/, both after each epoch.
-        facts: what metrics.json says besides the epochs.
-        epochs: how many there will be.
-        say: takes a line for the person who waits.
+        run: run folder; metrics.json and tensorboard/ are written after each epoch.
+        facts: further entries of metrics.json.
+        epochs: number of epochs of the run.
+        say: called with each line of progress.
     """
 
     def __init__(self, run: RunFolder, facts: Mapping[str, Any], epochs: int, say: Callable[[str], None]) -> None:
@@ -41,38 +41,38 @@ class TrainingLog:
             document = json.loads(storage.read_bytes(before))
             self._rows = {row["epoch"]: row for row in document["epochs"]}
             self._failed = set(document["failed"])
-        self._stands()
+        self._set_standing()
 
     @property
     def failed(self) -> list[str]:
-        """Why images could not be used, one reason each."""
+        """Errors of images that could not be used, sorted and unique."""
         return sorted(self._failed)
 
     @property
     def document(self) -> dict[str, Any]:
-        """What metrics.json holds."""
+        """Content of metrics.json."""
         rows = [self._rows[epoch] for epoch in sorted(self._rows)]
         return {**self._facts, "failed": self.failed, "epochs": rows}
 
     def __call__(self, row: dict[str, Any]) -> None:
-        """An epoch is over."""
+        """Log a finished epoch."""
         self._failed.update(row["failed"])
         self._rows[row["epoch"]] = {name: value for name, value in row.items() if name != "failed"}
         rows = [self._rows[epoch] for epoch in sorted(self._rows)]
-        self._stands()
+        self._set_standing()
         self._run.write_json("metrics.json", self.document)
         self._write_events(self._rows[row["epoch"]])
-        seconds = sorted(other["seconds"] for other in rows)[len(rows) // 2]
+        seconds = sorted(logged["seconds"] for logged in rows)[len(rows) // 2]
         self._say(
             f"epoch {row['epoch']}/{self._epochs}: loss {row['loss']:.4f}, {_in_words(row['val'])}"
             f"{row['images_per_second']:.1f} images/s, {_time(seconds * (self._epochs - row['epoch']))} left"
         )
 
-    def _stands(self) -> None:
+    def _set_standing(self) -> None:
         self._run.standing = f"{len(self._rows)} of {self._epochs} epochs done"
 
     def _write_events(self, row: dict[str, Any]) -> None:
-        """A file of its own for each epoch: S3 cannot append, and a writer has written all only once it is closed."""
+        """Write one event file per epoch: S3 cannot append, and a writer is flushed only when it is closed."""
         with tempfile.TemporaryDirectory() as folder:
             with SummaryWriter(folder, filename_suffix=f".{row['epoch']:05d}") as writer:
                 for name, value in _scalars(row):
@@ -82,12 +82,12 @@ class TrainingLog:
 
 
 def _scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a row, lists by position: ("val/iou/1", 40.2)."""
+    """Names and values of a row's finite numbers; list elements are named by position: ("val/iou/1", 40.2)."""
     for name, value in row.items():
         if isinstance(value, dict):
             yield from _scalars(value, f"{prefix}{name}/")
         elif isinstance(value, list):
-            yield from _scalars({str(i): each for i, each in enumerate(value)}, f"{prefix}{name}/")
+            yield from _scalars({str(i): element for i, element in enumerate(value)}, f"{prefix}{name}/")
         elif name != "epoch" and math.isfinite(value):
             yield prefix + name, value
 

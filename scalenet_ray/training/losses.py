@@ -1,4 +1,4 @@
-"""Losses of scale maps, and measures of how well they fit."""
+"""Losses and metrics of scale maps."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def focal_loss(
 
     Args:
         logits: [B, classes, h, w] float.
-        target: [B, h, w] int in 0..classes - 1, or IGNORE, which neither adds nor counts.
+        target: [B, h, w] int in 0..classes - 1; pixels with IGNORE are excluded.
         class_weights: [classes] float, w_c; ones by default.
-        gamma: how much pixels that are right already are passed over; 0 is the cross-entropy.
+        gamma: focusing parameter; 0 is the cross-entropy.
 
     Returns:
-        A scalar; 0 if every pixel is ignored.
+        Scalar; 0 if every pixel is ignored.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not match.
     """
     if logits.ndim != 4 or target.shape != (logits.shape[0], *logits.shape[2:]):
         wanted = [logits.shape[0], *logits.shape[2:]]
@@ -53,14 +53,14 @@ def focal_loss(
 
 
 def masked_mse(scale: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over the pixels of objects alone; background has no scale (section 'Scale Net').
+    """Mean squared error over the pixels of objects; background has no scale (section 'Scale Net').
 
     Args:
-        scale: [B, h, w] float, predicted.
-        target: [B, h, w] float, the object's scale at each of its pixels, 0 for background.
+        scale: [B, h, w] float, prediction.
+        target: [B, h, w] float, scale of the object at each of its pixels, 0 for background.
 
     Returns:
-        A scalar; 0 if there is no object.
+        Scalar; 0 if there is no object.
 
     Raises:
         ValueError: if the shapes differ.
@@ -74,15 +74,15 @@ def masked_mse(scale: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def poisson_loss(log_rate: torch.Tensor, target: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """The deviance of a density, without its constant: rate - target log rate, summed over cells, the mean of images.
+    """Poisson negative log-likelihood, rate - target log rate, summed over cells and averaged over images.
 
     Args:
-        log_rate: [B, h, w] float, the logarithm of what is expected at each cell.
-        target: [B, h, w] float, 0 or more, what was there.
-        counted: [B, h, w] bool; other cells neither add nor count.
+        log_rate: [B, h, w] float, logarithm of the predicted rate.
+        target: [B, h, w] float, 0 or more.
+        counted: [B, h, w] bool; other cells are excluded.
 
     Returns:
-        A scalar.
+        Scalar.
 
     Raises:
         ValueError: if the shapes differ.
@@ -98,15 +98,15 @@ _BINS = 1000
 
 
 def count_pixels(logits: torch.Tensor, target: torch.Tensor) -> dict[str, np.ndarray]:
-    """Sums over the pixels of a batch.
+    """Pixel counts of a batch, from which `pixel_figures` computes the metrics.
 
     Args:
         logits: [B, 6, h, w].
-        target: [B, h, w] class of each pixel, or IGNORE, which does not count.
+        target: [B, h, w] class of each pixel; pixels with IGNORE are excluded.
 
     Returns:
-        "hits" and "unions": [6], of the most probable class with the target's; "ranked": [6, 2, bins], the pixels
-        that are not, and that are, of each class, by its probability.
+        "hits" and "unions": [6], intersection and union of the predicted and the true class. "ranked": [6, 2, bins],
+        histograms of each class's probability over the pixels of other classes and over its own.
     """
     hits, unions = np.zeros(NUM_CLASSES), np.zeros(NUM_CLASSES)
     ranked = np.zeros((NUM_CLASSES, 2, _BINS))
@@ -125,11 +125,11 @@ def count_pixels(logits: torch.Tensor, target: torch.Tensor) -> dict[str, np.nda
 
 
 def pixel_figures(counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The sums of `count_pixels` -> figures in percent, NaN for a class that does not occur.
+    """Metrics in percent from the summed counts of `count_pixels`; NaN for a class that does not occur.
 
     Returns:
-        "iou": [6] intersection over union where the most probable class is taken; "pixel_ap": [6] average precision
-        of each class's probability over pixels; "pixel_ap_small": that of class 1, which decides where to zoom.
+        "iou": [6] intersection over union of the most probable class; "pixel_ap": [6] average precision of each
+        class's probability over pixels; "pixel_ap_small": that of class 1, which the zoom is decided by.
     """
     with np.errstate(invalid="ignore"):
         iou = 100.0 * counts["hits"] / counts["unions"]
@@ -138,7 +138,7 @@ def pixel_figures(counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _average_precision(wrong: np.ndarray, right: np.ndarray) -> float:
-    """Average precision in percent from counts of wrong and right pixels in rising bins of probability."""
+    """Average precision in percent from histograms of negative and positive pixels over probability."""
     if not right.sum():
         return math.nan
     found, taken = np.cumsum(right[::-1]), np.cumsum((right + wrong)[::-1])

@@ -1,4 +1,4 @@
-"""What can be trained: a network, its examples, its loss and its figures; and one step down. Plain torch."""
+"""Interface of a training recipe (network, examples, loss, metrics), and one optimizer step. Plain torch."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ __all__ = [
 ]
 
 Row = dict[str, np.ndarray]
-"""An example: arrays of fixed shapes by name, so that rows can be stacked."""
-
+"""An example: named arrays of fixed shapes."""
 
 Batch = dict[str, torch.Tensor]
 """Stacked rows, [B, ...] each, on the device."""
 
 
 class Recipe(Protocol):
-    """What is trained, on what, and how it is judged; made of plain values, since workers elsewhere open it.
+    """A network with its data set, loss and metrics. Implementations hold plain values and pickle to other machines.
 
     Attributes:
-        best_by: the figure, larger is better, by which checkpoints are kept.
-        file_name: what the trained network is saved as.
+        best_by: validation metric by which checkpoints are ranked; larger is better.
+        file_name: file name of the trained network.
     """
 
     best_by: str
@@ -38,47 +37,47 @@ class Recipe(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """What suits it, where none is asked for."""
+        """Default learning rate."""
         ...
 
     def sizes(self) -> tuple[int, int]:
-        """How many examples there are to train on, and to validate on."""
+        """Number of training and of validation examples."""
         ...
 
     def example(self, index: int, epoch: int) -> Row:
-        """A training example, augmented; the same for the same arguments.
+        """An augmented training example, deterministic in its arguments.
 
         Raises:
-            TileError: if its image cannot be used, named in the reason.
+            TileError: if its image cannot be used; the message names the image.
         """
         ...
 
     def validation_example(self, index: int) -> Row:
-        """An example to validate on, as it is; raises as `example` does."""
+        """A validation example, without augmentation; raises as `example` does."""
         ...
 
     def blank(self) -> Row:
-        """A row that counts for nothing, in the loss and in the figures."""
+        """A padding row, excluded from the loss and the metrics."""
         ...
 
     def build(self) -> nn.Module:
-        """The network before the first step."""
+        """The network with its initial weights."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """The mean loss of a batch, a scalar."""
+        """Mean loss of a batch, a scalar."""
         ...
 
     def count(self, model: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
-        """What the figures are made of: sums, which add up over batches and workers."""
+        """Counts of a batch from which the metrics are computed; they are summed over batches and workers."""
         ...
 
     def figures(self, counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """The sums over all that is validated on -> its figures, plain values."""
+        """Metrics from the summed counts of the validation set, as plain values."""
         ...
 
     def save(self, model: nn.Module, path: str) -> None:
-        """Write the network, ready to be used."""
+        """Write the network in the format that inference loads."""
         ...
 
 
@@ -90,14 +89,14 @@ def forward_backward(
     parts: int = 1,
     mixed_precision: bool = False,
 ) -> torch.Tensor:
-    """Add the gradients of a batch's mean loss to the model's, `parts` of the batch one after the other.
+    """Accumulate the gradients of a batch's mean loss, over `parts` micro-batches.
 
     Args:
-        model: plain, or wrapped for many workers: then only the last part's backward pass talks to the others.
+        model: the model, plain or wrapped by DistributedDataParallel; gradients are synchronized in the last part.
         batch: [B, ...] each, B a multiple of `parts`.
-        loss_of: a recipe's loss.
-        parts: in how many the batch is worked through, so that a large one fits into memory.
-        mixed_precision: compute in bfloat16 what bears it.
+        loss_of: loss of the recipe.
+        parts: number of micro-batches.
+        mixed_precision: run under bfloat16 autocast.
 
     Returns:
         The mean loss, detached.
@@ -106,27 +105,27 @@ def forward_backward(
     device = next(iter(batch.values())).device
     total = torch.zeros((), device=device)
     for part in range(parts):
-        some = {name: values[part * size // parts : (part + 1) * size // parts] for name, values in batch.items()}
+        micro = {name: values[part * size // parts : (part + 1) * size // parts] for name, values in batch.items()}
         if hasattr(model, "require_backward_grad_sync"):
             model.require_backward_grad_sync = part == parts - 1  # type: ignore[assignment]
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-            loss = loss_of(model, some) / parts
+            loss = loss_of(model, micro) / parts
         loss.backward()
         total += loss.detach()
     return total
 
 
 def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, clip_norm: float) -> None:
-    """One step down along the gradients, cut to a norm; the gradients are gone afterwards.
+    """Clip the gradients, take one optimizer step and clear the gradients.
 
     Args:
-        model: with gradients.
-        optimizer: of the model.
-        loss: that the gradients are of, a scalar.
-        clip_norm: the most that the gradients' norm may be.
+        model: model with gradients.
+        optimizer: its optimizer.
+        loss: loss of the gradients, a scalar.
+        clip_norm: maximum norm of the gradients.
 
     Raises:
-        FloatingPointError: if the loss or the norm is NaN or infinite; the weights are left as they were.
+        FloatingPointError: if the loss or the norm is NaN or infinite; the weights are unchanged.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     if not torch.isfinite(loss + norm):

@@ -1,4 +1,4 @@
-"""How a Scale Net is trained: annotated images -> views of them with maps of scale classes, and the loss."""
+"""Training recipe of Scale Net: augmented views of annotated images, their scale class maps, and the loss."""
 
 from __future__ import annotations
 
@@ -38,57 +38,57 @@ __all__ = [
 ]
 
 CLASS_WEIGHTS = (1.0, 2.0, 1.0, 1.0, 1.0, 1.0)
-"""Of the focal loss: class 1 decides where to zoom, and covers the fewest pixels."""
-
+"""Class weights of the focal loss: class 1 decides where to zoom, and covers the fewest pixels."""
 
 ZOOMED_SHARE = 0.6
-
+"""Probability that an example is a random window instead of the whole image."""
 
 WINDOW_SHARES = (0.5, 1.0)
-
+"""Range of the window's sides as shares of the image's."""
 
 COLOUR_JITTER = 0.2
-
+"""Maximum relative change of brightness, contrast and saturation."""
 
 CELL_COVER = 0.25
+"""Share of a cell that an object must cover to be its class."""
 
 
 def _cells(mask: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
-    """[H, W] mask -> [h, w] bool: cells that it covers a good part of, and always the one that it covers most."""
+    """[H, W] mask -> [h, w] bool: cells covered to at least `CELL_COVER`, and always the one covered most."""
     cover = np.asarray(Image.fromarray(mask * np.uint8(255)).resize((hw[1], hw[0]), Image.Resampling.BOX))
-    # A majority would lose what is smaller than a cell, which is what the map is there to find.
+    # A majority vote would drop objects smaller than a cell.
     return cover >= max(1, min(CELL_COVER * 255, int(cover.max())))
 
 
 def window_target(objects: Objects, image_hw: tuple[int, int], window: Window, hw: tuple[int, int]) -> np.ndarray:
-    """The map of scale classes of a window, measured in its own frame.
+    """Scale class map of a window, with areas relative to the window.
 
     Args:
-        objects: of the whole image.
-        image_hw: (height, width) of the image, in pixels.
-        window: what is looked at.
+        objects: objects of the whole image.
+        image_hw: (height, width) of the image in pixels.
+        window: the window in image pixels.
         hw: (h, w) of the map.
 
     Returns:
-        [h, w] uint8 in 0..5, or IGNORE where there is a crowd.
+        [h, w] uint8 in 0..5, IGNORE on crowds.
     """
-    masks, kept = [], []
+    masks, visible = [], []
     for i in range(len(objects.boxes)):
         mask = object_mask(objects, i, image_hw)[window.y0 : window.y1, window.x0 : window.x1]
         if mask.any():
             masks.append(_cells(mask, hw))
-            kept.append(i)
-    # An object that the window cuts keeps the area of the whole: a sliver of a large one is not small.
-    return class_target(masks, objects.areas[kept], window.area, hw, objects.crowd[kept].tolist())
+            visible.append(i)
+    # The area of the whole object: the visible part of a large object that the window cuts is not a small object.
+    return class_target(masks, objects.areas[visible], window.area, hw, objects.crowd[visible].tolist())
 
 
 class View(NamedTuple):
-    """A window of an image as the network sees it.
+    """Augmented pixels of a tile.
 
     Attributes:
-        tile: the recipe of its pixels.
-        pixels: [h, w, 3] uint8 RGB, tile pixels; mirrored if `mirrored`.
-        mirrored: left and right are exchanged.
+        tile: the tile.
+        pixels: [h, w, 3] uint8 RGB, flipped if `mirrored`.
+        mirrored: horizontally flipped.
     """
 
     tile: Tile
@@ -97,7 +97,7 @@ class View(NamedTuple):
 
 
 def whole_view(example: Example, tile_side: int) -> View:
-    """The whole image with its longer side at `tile_side`; raises as `read_pixels` does."""
+    """The whole image with its longer side at `tile_side`, without augmentation; raises as `read_pixels` does."""
     image = read_pixels(example)
     hw = (image.shape[0], image.shape[1])
     tile = tile_of_window(example.image_id, hw, Window(0, 0, hw[1], hw[0]), tile_side)
@@ -105,11 +105,7 @@ def whole_view(example: Example, tile_side: int) -> View:
 
 
 def random_view(example: Example, tile_side: int, rng: np.random.Generator) -> View:
-    """A window of random size and place (scale jitter and crop), mirrored or not, its colours changed a little.
-
-    Raises:
-        TileError: as `read_pixels` does.
-    """
+    """A random crop with scale jitter, horizontal flip and colour jitter; raises as `read_pixels` does."""
     image = read_pixels(example)
     hw = (image.shape[0], image.shape[1])
     share = rng.uniform(*WINDOW_SHARES) if rng.random() < ZOOMED_SHARE else 1.0
@@ -120,7 +116,7 @@ def random_view(example: Example, tile_side: int, rng: np.random.Generator) -> V
 
 
 def _jittered(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast and saturation, each by a random factor near 1."""
+    """Random brightness, contrast and saturation."""
     colours = torch.from_numpy(pixels).permute(2, 0, 1)
     for adjust in (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation):
         colours = adjust(colours, 1.0 + float(rng.uniform(-COLOUR_JITTER, COLOUR_JITTER)))
@@ -128,22 +124,22 @@ def _jittered(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def class_map(example: Example, view: View, hw: tuple[int, int]) -> np.ndarray:
-    """[h, w] uint8, the map of scale classes of a view."""
+    """Scale class map of a view, [h, w] uint8."""
     target = window_target(example.objects, view.tile.image_hw, view.tile.window, hw)
     return np.ascontiguousarray(target[:, ::-1]) if view.mirrored else target
 
 
 @dataclass(frozen=True)
 class ScaleRecipe:
-    """Trains a Scale Net that looks at pixels (the presets unet-vgg16, unet-light and unet-lite0).
+    """Recipe of a Scale Net with classes on pixels (presets unet-vgg16, unet-light and unet-lite0).
 
     Attributes:
-        images: what is learned from.
-        config: the network's; of classes.
-        tile_side: the longer side of the detector's tiles, in tile pixels: the net sees what is left of a picture
-            at that size, in training as later; None for the network's own input side.
-        encoder_weights: what the encoder starts from: "imagenet" or a classifier's file; None: random ones.
-        seed: an example's randomness depends on this, the epoch and its index alone.
+        images: training and validation images.
+        config: configuration of the network.
+        tile_side: longer side of the detector's tiles in tile pixels. Images are first resampled to it, as at
+            inference. None for the network's input side.
+        encoder_weights: initial weights of the encoder: "imagenet" or a classifier's file; None for random weights.
+        seed: seed of the augmentation, which depends on it, the epoch and the index only.
     """
 
     images: TrainingImages
@@ -157,13 +153,13 @@ class ScaleRecipe:
 
     @property
     def learning_rate(self) -> float:
-        """The paper's for its own network; the light ones learn faster."""
+        """The paper's learning rate for its U-Net, a higher one for the light networks."""
         return 1e-4 if self.config.architecture == "unet" else 2e-3
 
     def sizes(self) -> tuple[int, int]:
-        """How many images there are to train on, and to validate on."""
-        learned, held_out = self.images.examples()
-        return len(learned), len(held_out)
+        """Number of training and of validation images."""
+        train, validation = self.images.examples()
+        return len(train), len(validation)
 
     @property
     def _side(self) -> int:
@@ -177,18 +173,18 @@ class ScaleRecipe:
         }
 
     def example(self, index: int, epoch: int) -> Row:
-        """image: [side, side, 3] uint8; target: [h, w] uint8 in 0..5 or IGNORE; image_id: [1]."""
+        """Row with image [side, side, 3] uint8, target [h, w] uint8 in 0..5 or IGNORE, and image_id [1]."""
         example = self.images.examples()[0][index]
         rng = np.random.default_rng([self.seed, epoch, index])
         return self._row(example, random_view(example, self._side, rng))
 
     def validation_example(self, index: int) -> Row:
-        """The whole image, as it is."""
+        """The whole image, without augmentation."""
         example = self.images.examples()[1][index]
         return self._row(example, whole_view(example, self._side))
 
     def blank(self) -> Row:
-        """Grey, with every pixel ignored."""
+        """A grey image with every pixel ignored."""
         side = self.config.input_side or 0
         return {
             "image_id": np.array([-1], np.int64),
@@ -197,28 +193,28 @@ class ScaleRecipe:
         }
 
     def build(self) -> nn.Module:
-        """A fresh network, its encoder filled where weights are given."""
+        """The network with random weights, the encoder with `encoder_weights` if given."""
         model = build_scale_net(self.config)
         if self.encoder_weights is not None:
             load_encoder_weights(model, self.config.encoder, self.encoder_weights)
         return model
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Focal, class 1 counting double."""
+        """Focal loss with `CLASS_WEIGHTS`."""
         logits = model(normalised(batch["image"], self.config))
         return focal_loss(logits, batch["target"], class_weights=torch.tensor(CLASS_WEIGHTS))
 
     def count(self, model: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
-        """Sums over pixels, of the loss too."""
+        """Pixel counts, and the summed loss."""
         logits = model(normalised(batch["image"], self.config))
         return count_pixels(logits, batch["target"]) | _summed_loss(logits, batch["target"])
 
     def figures(self, counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """pixel_figures, and the mean loss."""
+        """Metrics of `pixel_figures`, and the mean loss."""
         return pixel_figures(counts) | {"loss": float(counts["loss"] / max(counts["pixels"], 1.0))}
 
     def save(self, model: nn.Module, path: str) -> None:
-        """A checkpoint that `load_scale_net` reads."""
+        """Write a checkpoint that `load_scale_net` reads."""
         save_scale_net(model, self.config, path)
 
 

@@ -1,4 +1,4 @@
-"""Settings of a training, and the order of its examples."""
+"""Training settings, the order of the examples, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ __all__ = [
     "Epochs",
     "Pick",
     "Training",
+    "warmup_cosine",
 ]
 
 _FREE = ("gpus_per_worker", "readers", "keep", "max_restarts")
@@ -21,26 +22,25 @@ _FREE = ("gpus_per_worker", "readers", "keep", "max_restarts")
 
 @dataclass(frozen=True)
 class Training:
-    """How a recipe is trained.
+    """Training settings.
 
     Attributes:
-        workers: processes that train, each on its share of every batch.
-        gpus_per_worker: 1 to train on GPUs; 0 on CPUs.
-        readers: processes that make batches, for each worker.
+        workers: number of training processes, each with an equal share of every batch.
+        gpus_per_worker: GPUs per training process; 0 to train on CPUs.
+        readers: data loading processes per worker.
         epochs: passes over the images.
-        batch_size: images a step, of all workers together.
-        accumulate: in how many parts a worker goes through its share of a batch, to save memory.
-        learning_rate: of Adam, at its highest; it rises over the first steps and falls to 0 along a cosine. By
-            default the recipe's own.
-        clip_norm: the most that the gradients' norm may be.
-        mixed_precision: compute in bfloat16 what bears it: faster on GPUs, and on CPUs that know it (AMX, AVX-512
-            BF16); others imitate it, many times slower.
-        seed: of the weights, of the order and of what is random in the examples.
-        keep: how many of the best checkpoints stay, besides the last.
-        max_restarts: how often lost workers are replaced before the run gives up.
+        batch_size: images per step, over all workers.
+        accumulate: gradient accumulation steps per batch, to save memory.
+        learning_rate: Adam's peak learning rate, with linear warm-up and cosine decay to 0. By default the recipe's.
+        clip_norm: maximum norm of the gradients.
+        mixed_precision: run under bfloat16 autocast: faster on GPUs and on CPUs with AMX or AVX-512 BF16, many times
+            slower on other CPUs.
+        seed: seed of the weights, the order and the augmentation.
+        keep: number of best checkpoints to keep besides the last.
+        max_restarts: number of times that lost workers are replaced before the run fails.
 
     Raises:
-        UserError: if a number leaves its range.
+        UserError: if a number is out of range.
     """
 
     workers: int = 1
@@ -75,16 +75,16 @@ class Training:
             raise UserError(msg)
 
     def settings(self) -> dict[str, Any]:
-        """What the weights depend on, by name: a run that is taken up must have the same."""
+        """Settings that the weights depend on; they must be the same when a run is resumed."""
         return {name: value for name, value in asdict(self).items() if name not in _FREE}
 
     def free_settings(self) -> dict[str, Any]:
-        """What they do not depend on: devices, readers, what is kept, patience."""
+        """Settings that the weights do not depend on; they may change when a run is resumed."""
         return {name: value for name, value in asdict(self).items() if name in _FREE}
 
 
 class Pick(NamedTuple):
-    """An example to make: of the training ones in `epoch`, or, where that is None, of those to validate on."""
+    """Index of an example and its epoch: a training example, or a validation example if `epoch` is None."""
 
     example: int
     epoch: int | None
@@ -92,21 +92,20 @@ class Pick(NamedTuple):
 
 @dataclass(frozen=True)
 class Epochs:
-    """The batches of a training run, for each worker: epoch after epoch, training batches, then validation's.
+    """Sampler of a distributed training run: each epoch has its training batches, then its validation batches.
 
-    Each epoch goes through the training examples in an order of its own; what does not fill a batch is left out
-    of that epoch. All workers have equally many batches of one size: where the examples to validate on run
-    out, places stay empty.
+    Training examples are reshuffled each epoch, and the last incomplete batch is dropped. Every worker gets the same
+    number of batches of the same size; the last validation batch is filled up with None.
 
     Attributes:
-        train: how many training examples.
-        validation: how many to validate on.
-        batch_size: examples a step, of all workers together.
-        workers: how many.
-        seed: of the orders.
+        train: number of training examples.
+        validation: number of validation examples.
+        batch_size: examples per step, over all workers.
+        workers: number of workers.
+        seed: seed of the order.
 
     Raises:
-        UserError: if there is nothing to train on, or the batch cannot be shared out.
+        UserError: if there is no training example, or the batch size is not a multiple of the workers.
     """
 
     train: int
@@ -125,38 +124,52 @@ class Epochs:
 
     @property
     def share(self) -> int:
-        """Examples of a batch that are one worker's."""
+        """Examples per batch and worker."""
         return self.batch_size // self.workers
 
     @property
     def train_steps(self) -> int:
-        """Training batches of an epoch."""
+        """Training batches per epoch."""
         return max(1, self.train // self.batch_size)
 
     @property
     def steps(self) -> int:
-        """All batches of an epoch."""
+        """Training and validation batches per epoch."""
         return self.train_steps + math.ceil(self.validation / self.batch_size)
 
     def order(self, epoch: int) -> np.ndarray:
-        """[train] int64, the training examples as that epoch takes them."""
+        """[train] int64, the order of the training examples in an epoch."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.train)
 
     def picks(self, step: int, rank: int) -> list[Pick | None]:
-        """The examples of a worker's batch.
+        """Examples of one worker's batch.
 
         Args:
-            step: counted from the first of the run; `step % steps` is its place in its epoch.
-            rank: the worker's.
+            step: batch number from the start of the run; `step % steps` is its position in the epoch.
+            rank: rank of the worker.
 
         Returns:
-            `share` picks; None for a place that stays empty.
+            `share` picks; None for padding.
         """
         epoch, place = divmod(step, self.steps)
         if place < self.train_steps:
             order = self.order(epoch)
             first = place * self.batch_size + rank * self.share
-            # A set smaller than a batch is gone through more than once.
+            # A data set smaller than a batch is repeated.
             return [Pick(int(order[(first + i) % self.train]), epoch) for i in range(self.share)]
         first = (place - self.train_steps) * self.batch_size + rank * self.share
         return [Pick(i, None) if i < self.validation else None for i in range(first, first + self.share)]
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """Learning rate factor: linear warm-up to 1, then cosine decay to 0.
+
+    Args:
+        step: current step, from 0.
+        steps: number of steps of the run.
+        warmup: number of warm-up steps, at least 1.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * (1.0 + float(np.cos(np.pi * progress)))
