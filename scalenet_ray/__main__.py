@@ -1,113 +1,85 @@
-"""`python -m scalenet_ray`: look at one image, or carry a run's detections to another tool. Neither starts Ray."""
+"""The command line: `scalenet-ray COMMAND`, or `python -m scalenet_ray COMMAND`."""
 
 from __future__ import annotations
 
+import importlib
 import sys
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import tyro
+from scalenet_ray import __version__
 
-from scalenet_ray.commands.arguments import parse_arguments
-from scalenet_ray.console import run_job, say, step_table
-from scalenet_ray.core.bounds import SHARE
-from scalenet_ray.data import storage
-from scalenet_ray.runs.export import ExportFormat, export_run
-from scalenet_ray.sample.scenes import sample_scene
+__all__ = ["COMMANDS", "Command", "main"]
 
-_SCENE = 7
-"""The scene of the sample that is shown without an image."""
+_PROGRAM = "scalenet-ray"
 
 
-@dataclass(frozen=True)
-class Show:
-    """Look at one image with one detector: print the steps of the recursion, and draw them.
-
-    Without an image it shows a scene of the embedded sample, without --detector it uses the sample's networks.
+class Command(NamedTuple):
+    """A command, imported when it is called.
 
     Attributes:
-        image: a local path, file:// or s3://.
-        policy: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain or fused; by default scalenet
-            where there is a Scale Net (gain where it is a scale head), else first-pass.
-        output: the picture, as .png, .svg or .pdf.
-        shown_score: objects that score less are neither drawn nor counted.
-        detector: kind:what, e.g. yolox-onnx:PATH, torchvision:NAME, torchvision:PATH, module:Class.
-        scale_net: weights of Scale Net, a local path or s3://.
-        device: where the networks compute, as torch names it.
+        module: its module in `scalenet_ray.commands`, with a function `main(job) -> int`.
+        job: name of the dataclass of its flags, in that module.
+        summary: a line for the help.
     """
 
-    image: Annotated[str | None, tyro.conf.Positional] = None
-    policy: str | None = None
-    output: str = "recursion.png"
-    shown_score: Annotated[float, SHARE] = 0.4
-    detector: str | None = None
-    scale_net: str | None = None
-    device: str = "cpu"
+    module: str
+    job: str
+    summary: str
 
 
-@dataclass(frozen=True)
-class Export:
-    """Carry what a run found to another tool's format.
+COMMANDS = {
+    "show": Command("show", "Show", "run the recursion on one image, print and draw its steps"),
+    "detect": Command("detect", "DetectImages", "detect objects in images without ground truth"),
+    "eval": Command("evaluate", "EvalCoco", "evaluate policies on a data set in COCO's layout"),
+    "check": Command("check", "CheckInputs", "try data, networks and policies without a run"),
+    "policy": Command("policy", "PrintPolicy", "print a policy as YAML, check a policy file, list the names"),
+    "tune": Command("tune", "TuneRecursion", "tune the recursion on one split, report on another"),
+    "train": Command("train", "TrainScaleNet", "train a Scale Net or a scale head"),
+    "finetune": Command("finetune", "FinetuneDetector", "fine-tune a detector on upsampled windows"),
+    "export": Command("export", "Export", "convert detections of a run to another tool's format"),
+}
+"""Command -> its module and flags. Importing this module imports none of them."""
 
-    Attributes:
-        run: the run folder of jobs/eval_coco.py or jobs/detect.py, local or s3://.
-        to: coco (results JSON), parquet (one file), yolo (label files), supervision (the table of its CSVSink) or
-            fiftyone (labels.json of a FiftyOneImageDetectionDataset).
-        policy: which of the run's; by default its first.
-        output: a file, or for yolo and fiftyone a folder; by default under exports/ in the run folder.
-        score_threshold: detections that score less are left out.
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit with its status.
+
+    Args:
+        arguments: the command and its flags; those of this process by default.
     """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        sys.stdout.write(_help())
+        sys.exit(0)
+    if name == "--version":
+        sys.stdout.write(f"{_PROGRAM} {__version__}\n")
+        sys.exit(0)
+    if name not in COMMANDS:
+        sys.stderr.write(f"error: the command must be one of {', '.join(COMMANDS)}, got {name!r}: see --help\n")
+        sys.exit(2)
+    from scalenet_ray.commands.arguments import parse_arguments
+    from scalenet_ray.console import run_job
 
-    run: Annotated[str, tyro.conf.Positional]
-    to: ExportFormat
-    policy: str | None = None
-    output: str | None = None
-    score_threshold: Annotated[float, SHARE] = 0.0
-
-
-def show(job: Show) -> int:
-    """Print the steps of one recursion and draw them."""
-    # Here and not above: what draws takes as long to load as all the rest of an export.
-    from scalenet_ray.api import get_scaled_prediction
-    from scalenet_ray.report.recursion_figure import picture_bytes, recursion_figure
-
-    suffix = PurePosixPath(job.output).suffix
-    image = job.image if job.image is not None else sample_scene("val2017", _SCENE).pixels
-    if job.detector is None:
-        say("no --detector: the embedded sample's networks, which know its ten shapes and nothing else")
-    prediction = get_scaled_prediction(
-        image,
-        job.detector,
-        policy=job.policy,
-        scale_net=job.scale_net,
-        confidence_threshold=job.shown_score,
-        device=job.device,
-        verbose=0,
-    )
-    before, after = prediction.found_in_whole_image(job.shown_score), prediction.detections
-    say(step_table(prediction.steps, prediction.policy))
-    found = recursion_figure(
-        prediction.pixels, prediction.steps, prediction.policy, before, after, prediction.categories
-    )
-    storage.write_bytes_atomic(job.output, picture_bytes(found, suffix))
-    say(f"merged: {len(after)} objects that score {job.shown_score} or more, {len(before)} in the whole image alone")
-    say(f"{prediction.detector_passes:.2f} detector passes, picture in {job.output}")
-    return 0
+    command = COMMANDS[name]
+    module = importlib.import_module(f"scalenet_ray.commands.{command.module}")
+    run_job(module.main, parse_arguments(getattr(module, command.job), rest, program=f"{_PROGRAM} {name}"))
 
 
-def export(job: Export) -> int:
-    """Export one policy's detections and say where they are."""
-    say(str(export_run(job.run, job.to, job.policy, job.output, job.score_threshold)))
-    return 0
-
-
-def main(arguments: list[str]) -> None:
-    """Run the command that is named; without one, say which there are."""
-    kinds: Any = Show | Export
-    job = parse_arguments(kinds, arguments or ["--help"], program="python -m scalenet_ray", about=__doc__)
-    run_job(show if isinstance(job, Show) else export, job)  # type: ignore[arg-type]
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [
+        f"usage: {_PROGRAM} COMMAND [FLAGS]",
+        "",
+        "Recursive detection of small objects with a Scale Net, on Ray.",
+        "",
+        "commands:",
+        *(f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items()),
+        "",
+        f"{_PROGRAM} COMMAND --help lists the flags of a command, {_PROGRAM} --version prints the version.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

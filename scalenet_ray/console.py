@@ -28,6 +28,7 @@ __all__ = [
     "check_retry",
     "complain",
     "difference_table",
+    "end_run",
     "failure_lines",
     "found_lines",
     "last_line",
@@ -199,8 +200,8 @@ def failure_lines(document: Mapping[str, Any]) -> str:
     )
 
 
-def say(text: str) -> None:
-    """Print what a person asked to be told."""
+def say(text: object) -> None:
+    """Print a line on the standard output."""
     print(text)  # noqa: T201
 
 
@@ -223,6 +224,17 @@ def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple
     if images["failed"] <= max_failures:
         return line, 0
     return f"{line} (--max-failures {max_failures})", 1
+
+
+def end_run(document: Mapping[str, Any], uri: str, max_failures: int) -> int:
+    """Print the failures and the last line of a batch job; takes the arguments of `last_line`.
+
+    Returns:
+        The exit status.
+    """
+    line, status = last_line(document, uri, max_failures)
+    say(failure_lines(document) + line)
+    return status
 
 
 def run_job(main: Callable[[Job], int], job: Job) -> None:

@@ -1,4 +1,4 @@
-"""Batch jobs over images: detect or evaluate policies, write results and the report."""
+"""Batch runs over images: prepare the inputs, evaluate policies or detect, write results and the report."""
 
 from __future__ import annotations
 
@@ -7,27 +7,32 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from scalenet_ray.core.answers import MOST_FAILED
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.inference import NetworkFactories
-from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.policy import Policy, check_names, parse_policy
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import (
+    FoundImages,
     ImageRecord,
     Listing,
+    OpenImage,
     annotations_uri,
+    find_images,
     images_and_categories,
     oracle_from,
     unknown_categories,
 )
-from scalenet_ray.engine.session import Session
-from scalenet_ray.models.spec import NetworkSpec
+from scalenet_ray.data.policy_files import read_policies
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec
 from scalenet_ray.report.charts import policy_plot
 from scalenet_ray.report.gallery import PictureTask, choose_pictures
 from scalenet_ray.report.page import render_report
 from scalenet_ray.report.tables import winner_of
-from scalenet_ray.runs.analysis import INTERVALS_UP_TO, analyse_run
+from scalenet_ray.runs.analysis import INTERVALS_UP_TO, analyse_detections, analyse_run
 from scalenet_ray.runs.batch import Progress, image_opener, run_policy
 from scalenet_ray.runs.documents import (
     DetectionAnalysis,
@@ -40,34 +45,260 @@ from scalenet_ray.runs.documents import (
     ReportDetails,
 )
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.inputs import annotation_digests, check_ground_truth
+from scalenet_ray.runs.inputs import annotation_digests, check_ground_truth, keep_image_ids
+from scalenet_ray.runs.resources import Resources
 from scalenet_ray.runs.summary import evaluate_policy, failure_counts, policy_cost, write_policy_results
+from scalenet_ray.sample.scenes import ensure_sample
+
+if TYPE_CHECKING:
+    from scalenet_ray.engine.session import Session
 
 __all__ = [
     "PICTURES",
     "CocoSplit",
+    "EngineName",
+    "ImageSet",
     "ProgressLog",
-    "check_networks",
     "check_split",
+    "choose_policies",
+    "detect_images",
     "evaluate_policies",
+    "named_policies",
+    "open_images",
     "open_split",
-    "tell_remarks",
+    "prepare_run",
+    "sample_inputs",
+    "start_session",
     "write_report",
     "write_summary",
 ]
 
+EngineName = Literal["ray", "local"]
+"""ray: actors on this machine or a cluster; local: this process, for small jobs and notebooks."""
+
 PICTURES = 24
-"""Photographs in a report, so that it stays a few megabytes."""
+"""Default number of photographs in a report, which keeps it at a few megabytes."""
 
-
+_SAMPLE_FOLDER = Path("runs/sample")
 _MOST_POINTS = 200
-
-
 _MOST_FAILURES = 200
+_MOST_NAMES = 5
+
+
+def start_session(engine: EngineName, resources: Resources, networks: NetworkSpec) -> Session:
+    """Start an engine, and check that the networks' device exists.
+
+    Args:
+        engine: ray or local.
+        resources: actors, batch sizes and timeouts, for ray.
+        networks: the networks of the run. A local engine must have their device, a cluster's head need not.
+
+    Raises:
+        UserError: if Ray can be neither joined nor started, or there is no such device.
+    """
+    from scalenet_ray.engine.session import Session
+
+    session = Session(engine, resources)
+    session.call(networks.check_device, engine == "local")
+    return session
+
+
+def sample_inputs(networks: NetworkSpec) -> tuple[str, NetworkSpec]:
+    """Write the embedded sample to runs/sample, if it is not there.
+
+    Args:
+        networks: the networks of the run; those that are not named become the sample's.
+
+    Returns:
+        The sample's folder, and the networks.
+    """
+    detector, scale_net = networks.detector or SAMPLE_DETECTOR, networks.scale_net or SAMPLE_SCALE_NET
+    return str(ensure_sample(_SAMPLE_FOLDER)), replace(networks, detector=detector, scale_net=scale_net)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of a run.
+
+    Attributes:
+        source: address of the annotations, or of the images where there are none.
+        folder: address of the images' folder; None if each `file_name` is a whole address.
+        images: the images that count.
+        remarks: deviations between the files and their use in the run, a line each.
+        max_pixels: larger images are refused before they are decoded.
+    """
+
+    source: str
+    folder: str | None
+    images: Sequence[ImageRecord]
+    remarks: tuple[str, ...]
+    max_pixels: int
+
+    @property
+    def open_image(self) -> OpenImage:
+        """A picklable function that reads one image."""
+        return image_opener(self.folder, self.max_pixels)
+
+
+@dataclass(frozen=True)
+class CocoSplit(ImageSet):
+    """Images of a run with ground truth in COCO's format.
+
+    Attributes:
+        folder: address of the images' folder.
+        categories: id -> name.
+        unused_categories: ids of the categories without annotations.
+    """
+
+    folder: str
+    categories: dict[int, str]
+    unused_categories: frozenset[int]
+
+    @property
+    def annotations(self) -> str:
+        """Address of the instances file."""
+        return self.source
+
+
+def open_split(session: Session, data: str, split: str, *, limit: int | None, max_megapixels: float) -> CocoSplit:
+    """Read the annotations of one split of a data set in COCO's layout.
+
+    Args:
+        session: the engine; the annotations are read outside the driver.
+        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        split: its name.
+        limit: only the first so many images.
+        max_megapixels: larger images are refused before they are decoded.
+    """
+    annotations = annotations_uri(data, split)
+    found: Listing = session.call(images_and_categories, annotations)
+    return CocoSplit(
+        source=annotations,
+        folder=storage.join(data, split),
+        images=found.images[:limit],
+        remarks=found.remarks,
+        max_pixels=round(max_megapixels * 1e6),
+        categories=found.categories,
+        unused_categories=found.unused_categories,
+    )
+
+
+def open_images(session: Session, images: str, *, limit: int | None, max_megapixels: float) -> ImageSet:
+    """List images without annotations.
+
+    Args:
+        session: the engine; the images are listed outside the driver.
+        images: a folder, a glob, an s3:// prefix, or a Parquet file with a column uri or path.
+        limit: only the first so many images.
+        max_megapixels: larger images are refused before they are decoded.
+    """
+    found: FoundImages = session.call(find_images, images)
+    return ImageSet(images, None, found.records[:limit], found.remarks, round(max_megapixels * 1e6))
+
+
+def named_policies(names: Sequence[str], networks: NetworkSpec, detector: DetectorInfo) -> list[Policy]:
+    """Policies by name, with the input side and the NMS threshold of a detector.
+
+    Raises:
+        UserError: if there is no policy of a name.
+    """
+    return [
+        parse_policy(
+            name,
+            input_side=detector.input_side,
+            iou_threshold=detector.iou_threshold,
+            score_threshold=networks.score_threshold,
+        )
+        for name in names
+    ]
+
+
+def choose_policies(
+    session: Session,
+    networks: NetworkSpec,
+    detector: DetectorInfo,
+    *,
+    names: Sequence[str] | None,
+    policy_file: str | None,
+    log: Callable[[str], None],
+) -> list[Policy]:
+    """Policies of an evaluation: those that are named and those of a file.
+
+    Args:
+        session: the engine.
+        networks: the detector and Scale Net.
+        detector: the detector's declaration.
+        names: names of policies. None: whole, grid-2, first-pass, scalenet and oracle; gain in place of scalenet if
+            Scale Net is a scale head, neither without Scale Net.
+        policy_file: YAML of further policies.
+        log: takes a line for the terminal.
+
+    Raises:
+        UserError: if there is no policy of a name, or the file is invalid.
+    """
+    if names is None:
+        names = ("whole", "grid-2", "first-pass", "scalenet", "oracle")
+        if networks.scale_net is None:
+            log("no --scale-net: the policy scalenet, which needs one, is left out")
+            names = ("whole", "grid-2", "first-pass", "oracle")
+        elif session.call(networks.reads_features, named_policies(names, networks, detector)):
+            names = ("whole", "grid-2", "first-pass", "gain", "oracle")
+    policies = named_policies(names, networks, detector)
+    return policies + (read_policies(policy_file) if policy_file is not None else [])
+
+
+def prepare_run(
+    session: Session,
+    networks: NetworkSpec,
+    image_sets: Sequence[ImageSet],
+    choose: Callable[[DetectorInfo], Sequence[Policy]],
+    log: Callable[[str], None],
+) -> tuple[list[Policy], DetectorInfo]:
+    """Choose the policies of a run, and try the networks on its first images.
+
+    Args:
+        session: the engine; networks are loaded outside the driver.
+        networks: the detector and Scale Net.
+        image_sets: the images of the run; several for a run over several splits.
+        choose: the detector's declaration -> the policies.
+        log: takes a line for each deviation between the files and their use.
+
+    Returns:
+        The policies, and the detector's declaration.
+
+    Raises:
+        UserError: if a policy does not fit the images, the networks or the other policies, or as `NetworkSpec.check`
+            does.
+    """
+    detector: DetectorInfo = session.call(networks.describe_detector)
+    policies = check_names(choose(detector))
+    for images in image_sets:
+        oracles = [policy.name for policy in policies if policy.reads_truth]
+        if oracles and not isinstance(images, CocoSplit):
+            msg = f"policy {oracles[0]} reads the ground truth, {images.source} has no ground truth: use another policy"
+            raise UserError(msg)
+        for remark in _remarks(images, detector):
+            log(f"{images.source}: {remark}")
+        categories, unused = detector.categories, frozenset[int]()
+        if isinstance(images, CocoSplit):
+            categories, unused = images.categories, images.unused_categories
+        first = images.images[:MOST_FAILED]
+        session.call(networks.check, policies, categories, unused, first, images.open_image)
+    return policies, detector
+
+
+def _remarks(images: ImageSet, detector: DetectorInfo) -> list[str]:
+    remarks = list(images.remarks)
+    if isinstance(images, CocoSplit) and (
+        unknown := unknown_categories(detector.categories, images.categories, images.unused_categories)
+    ):
+        names = f"{', '.join(unknown[:_MOST_NAMES])}{' ...' if len(unknown) > _MOST_NAMES else ''}"
+        remarks.append(f"categories that no annotation is of and the detector does not know: {names}; left out")
+    return remarks
 
 
 class ProgressLog:
-    """Passes progress on, and remembers it for the page.
+    """Progress of a run, passed on to the terminal and recorded for the report.
 
     Args:
         report: takes each progress.
@@ -78,91 +309,186 @@ class ProgressLog:
         self._points: defaultdict[str, list[list[float]]] = defaultdict(list)
 
     def __call__(self, progress: Progress) -> None:
-        """Take in one progress."""
+        """Record one progress, and pass it on."""
         self._points[progress.policy].append([round(progress.elapsed, 2), progress.images])
         self._report(progress)
 
     @property
     def points(self) -> dict[str, list[list[float]]]:
-        """Policy -> [seconds since it began, images done in this run], a few hundred of them at most."""
+        """Policy -> [seconds since its start, images done in this run], at most a few hundred points each."""
         return {policy: rows[:: max(1, len(rows) // _MOST_POINTS)] for policy, rows in self._points.items()}
 
 
-def write_report(
+def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:
+    """Compare images, categories and objects with those that the run was begun with.
+
+    Raises:
+        UserError: if they differ.
+    """
+    digests = session.call(annotation_digests, split.annotations, [record.image_id for record in split.images])
+    check_ground_truth(run, split.images, split.categories, digests)
+
+
+def evaluate_policies(
     session: Session,
     run: RunFolder,
-    document: Metrics,
-    analysis: EvaluationAnalysis | DetectionAnalysis,
-    records: Sequence[ImageRecord],
-    categories: Mapping[int, str],
-    make_pictures: PictureTask,
-    log: ProgressLog,
-    count: int,
-) -> None:
-    """Write analysis.json and report.html.
-
-    Args:
-        session: the engine; it makes the pictures.
-        run: the run folder.
-        document: what metrics.json holds.
-        analysis: from `analyse_run` or `analyse_detections`.
-        records: all images of the run.
-        categories: id -> name.
-        make_pictures: how the pictures are made.
-        log: the run's progress.
-        count: the most pictures.
-    """
-    analysis["throughput"] = log.points
-    run.write_json("analysis.json", analysis)
-    by_id = {record.image_id: record for record in records}
-    chosen = choose_pictures(analysis["images"], winner_of(document["policies"]) or "", count)
-    pictures = session.call(make_pictures, [(by_id[image_id], group) for image_id, group in chosen.items()])
-    files = {row["id"]: by_id[row["id"]].file_name for row in analysis["images"]}
-    details = {
-        **analysis,
-        "pictures": pictures,
-        "files": files,
-        "categories": dict(categories),
-        "failures": _failures(run, document),
-        "run": {**run.config(), "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"), "resumed": run.resumed},
-    }
-    run.write_text("report.html", render_report(document, cast(ReportDetails, details)))
-
-
-def _failures(run: RunFolder, document: Metrics) -> FailureList:
-    """What `failures_section` shows: an image that several policies gave up for one reason is one row."""
-    policies: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for row in run.failures().to_pylist():
-        policies[row["file"], row["stage"], row["reason"]].append(row["policy"])
-    counts = Counter((stage, reason) for _, stage, reason in policies)
-    reasons: list[FailureCount] = [
-        {"stage": stage, "reason": reason, "count": count} for (stage, reason), count in counts.most_common()
-    ]
-    rows: list[FailureRow] = [
-        {"file": file, "stage": stage, "reason": reason, "policies": names}
-        for (file, stage, reason), names in list(policies.items())[:_MOST_FAILURES]
-    ]
-    return {
-        "total": document["images"]["failed"],
-        "listed": len(policies),
-        "reasons": (document.get("failures") or reasons)[:_MOST_FAILURES],
-        "rows": rows,
-    }
-
-
-def write_summary(session: Session, run: RunFolder, figures: Mapping[str, Mapping[str, Any]], total: int) -> Metrics:
-    """Gather a run's end into its folder: failures.parquet, COCO results, metrics.json.
-
-    results.json is of the first policy; results/NAME.json of each.
+    *,
+    policies: Sequence[Policy],
+    networks: NetworkSpec,
+    split: CocoSplit,
+    report: Callable[[Progress | str], None],
+    compare_with: str | None = None,
+    pictures: int = PICTURES,
+    retry_failed: bool = False,
+) -> Metrics:
+    """Run all policies and evaluate them. Writes metrics.json, analysis.json, policies.svg and report.html.
 
     Args:
         session: the engine.
-        run: the run folder, all policies worked through.
-        figures: policy -> what was measured; its speed and its cost are added here.
+        run: the run folder, begun; images with results there are skipped.
+        policies: in the order of execution.
+        networks: the detector and Scale Net.
+        split: the images and their ground truth.
+        report: takes the progress, and a line for the work after the last image.
+        compare_with: name of the policy that the others are compared with, with bootstrap intervals. By default the
+            whole image, or the first policy that reads no ground truth, and without intervals for very many images.
+        pictures: photographs in the report.
+        retry_failed: also process the images that failed before.
+
+    Returns:
+        The content of metrics.json.
+    """
+    ids = [record.image_id for record in split.images]
+    check_split(session, run, split)
+    log = ProgressLog(report)
+    reads_features = session.call(networks.reads_features, policies)
+    metrics: dict[str, Any] = {}
+    for policy in policies:
+        factories = replace(_split_networks(policy, networks, split), reads_features=reads_features)
+        start = partial(session.start, policy=policy, networks=factories, open_image=split.open_image)
+        run_policy(split.images, policy.name, start, run, log, retry_failed=retry_failed)
+        figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
+        metrics[policy.name] = {"kind": policy.kind, **figures.pop("bbox"), **figures}
+    report("all images are done: comparing what was found, and writing the report")
+    document = write_summary(session, run, metrics, len(split.images))
+    base = compare_with or _baseline(policies)
+    intervals = compare_with is not None or len(ids) <= INTERVALS_UP_TO
+    analysis: EvaluationAnalysis = session.call(
+        analyse_run, run.uri, list(metrics), base, split.annotations, ids, intervals
+    )
+    if analysis["differences"]:
+        document["compared_with"] = base
+        document["differences"] = analysis["differences"]
+        run.write_json("metrics.json", document)
+    run.write_text("policies.svg", policy_plot(document))
+    on_cpu = _on_cpu(networks)
+    looks = [(policy, _split_networks(policy, on_cpu, split)) for policy in policies]
+    write_report(
+        session,
+        run,
+        document=document,
+        analysis=analysis,
+        images=split.images,
+        categories=split.categories,
+        make_pictures=PictureTask(run.uri, looks, split.open_image, split.annotations, base),
+        progress=log,
+        pictures=pictures,
+    )
+    return document
+
+
+def detect_images(
+    session: Session,
+    run: RunFolder,
+    *,
+    policy: Policy,
+    networks: NetworkSpec,
+    detector: DetectorInfo,
+    images: ImageSet,
+    report: Callable[[Progress], None],
+    pictures: int = PICTURES,
+    retry_failed: bool = False,
+) -> Metrics:
+    """Run one policy over images without ground truth. Writes metrics.json, analysis.json and report.html.
+
+    Args:
+        session: the engine.
+        run: the run folder, begun; images with results there are skipped.
+        policy: the policy.
+        networks: the detector and Scale Net.
+        detector: the detector's declaration; its categories are those of the results.
+        images: the images. In a resumed run they keep the ids that their files had.
+        report: takes the progress.
+        pictures: photographs in the report.
+        retry_failed: also process the images that failed before.
+
+    Returns:
+        The content of metrics.json.
+    """
+    records = keep_image_ids(run, images.images, images.source, policy.name)
+    log = ProgressLog(report)
+    reads_features = session.call(networks.reads_features, [policy])
+    factories = replace(_own_networks(networks, detector), reads_features=reads_features)
+    start = partial(session.start, policy=policy, networks=factories, open_image=images.open_image)
+    run_policy(records, policy.name, start, run, log, retry_failed=retry_failed)
+    document = write_summary(session, run, {policy.name: {"kind": policy.kind}}, len(records))
+    document["categories"] = detector.categories
+    ids = [record.image_id for record in records]
+    analysis: DetectionAnalysis = session.call(analyse_detections, run.uri, policy.name, ids)
+    document["found"] = analysis["found"]
+    run.write_json("metrics.json", document)
+    looks = [(policy, _own_networks(_on_cpu(networks), detector))]
+    write_report(
+        session,
+        run,
+        document=document,
+        analysis=analysis,
+        images=records,
+        categories=detector.categories,
+        make_pictures=PictureTask(run.uri, looks, images.open_image),
+        progress=log,
+        pictures=pictures,
+    )
+    return document
+
+
+def _on_cpu(networks: NetworkSpec) -> NetworkSpec:
+    """Networks for the report's pictures: tasks have no GPU, and most CPUs emulate bfloat16 slowly."""
+    return replace(networks, device="cpu", mixed_precision=False)
+
+
+def _split_networks(policy: Policy, networks: NetworkSpec, split: CocoSplit) -> NetworkFactories:
+    return NetworkFactories(
+        partial(networks.load_detector, split.categories, split.unused_categories),
+        partial(oracle_from, split.annotations) if policy.reads_truth else networks.load_scale_net,
+    )
+
+
+def _own_networks(networks: NetworkSpec, detector: DetectorInfo) -> NetworkFactories:
+    return NetworkFactories(partial(networks.load_detector, detector.categories), networks.load_scale_net)
+
+
+def _baseline(policies: Sequence[Policy]) -> str:
+    """Default of `compare_with`: whole, else a policy of its kind, else the first that reads no ground truth."""
+    whole = [policy for policy in policies if policy.is_whole]
+    honest = [policy for policy in policies if not policy.reads_truth]
+    named = [policy for policy in whole if policy.name == "whole"]
+    return next(policy.name for policy in (*named, *whole, *honest, *policies))
+
+
+def write_summary(session: Session, run: RunFolder, figures: Mapping[str, Mapping[str, Any]], total: int) -> Metrics:
+    """Write failures.parquet, the COCO results and metrics.json of a finished run.
+
+    results.json holds the first policy's results, results/NAME.json those of each.
+
+    Args:
+        session: the engine.
+        run: the run folder; all policies are done.
+        figures: policy -> its metrics; speed and cost are added here.
         total: images of the run.
 
     Returns:
-        What metrics.json holds.
+        The content of metrics.json.
     """
     policies = list(figures)
     failures = run.write_failures(policies)
@@ -182,148 +508,64 @@ def write_summary(session: Session, run: RunFolder, figures: Mapping[str, Mappin
     return document
 
 
-@dataclass(frozen=True)
-class CocoSplit:
-    """A split with its objects.
-
-    Attributes:
-        folder: address of the images.
-        annotations: address of the instances file.
-        images: the images that count.
-        categories: id -> name.
-        unused_categories: ids of those that no annotation is of.
-        remarks: what is taken otherwise than it is written, a line each.
-        max_pixels: larger images are refused before they are decoded.
-    """
-
-    folder: str
-    annotations: str
-    images: Sequence[ImageRecord]
-    categories: dict[int, str]
-    unused_categories: frozenset[int]
-    remarks: tuple[str, ...]
-    max_pixels: int
-
-
-def open_split(session: Session, data: str, split: str, *, limit: int | None, max_megapixels: float) -> CocoSplit:
-    """A split of a data set.
-
-    Args:
-        session: the engine; the annotations are read away from the driver.
-        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
-        split: its name.
-        limit: only the first so many images.
-        max_megapixels: larger images are refused before they are decoded.
-    """
-    annotations = annotations_uri(data, split)
-    found: Listing = session.call(images_and_categories, annotations)
-    return CocoSplit(
-        storage.join(data, split),
-        annotations,
-        found.images[:limit],
-        found.categories,
-        found.unused_categories,
-        found.remarks,
-        round(max_megapixels * 1e6),
-    )
-
-
-def tell_remarks(split: CocoSplit, detector_categories: Mapping[int, str], say: Callable[[str], None]) -> None:
-    """Say what of a split is taken otherwise than it is written, before a run begins."""
-    remarks = list(split.remarks)
-    if unknown := unknown_categories(detector_categories, split.categories, split.unused_categories):
-        names = f"{', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}"
-        remarks.append(f"categories that no annotation is of and the detector does not know: {names}; left out")
-    for remark in remarks:
-        say(f"{split.annotations}: {remark}")
-
-
-def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:
-    """Refuse to go on with a run whose images, categories or objects are other ones by now; raises `UserError`."""
-    digests = session.call(annotation_digests, split.annotations, [record.image_id for record in split.images])
-    check_ground_truth(run, split.images, split.categories, digests)
-
-
-def check_networks(session: Session, networks: NetworkSpec, policies: Sequence[Policy], split: CocoSplit) -> None:
-    """Try the networks on the first images of a split, away from the driver; raises as `NetworkSpec.check` does."""
-    open_image = image_opener(split.folder, split.max_pixels)
-    session.call(
-        networks.check, policies, split.categories, split.unused_categories, split.images[:MOST_FAILED], open_image
-    )
-
-
-def evaluate_policies(
+def write_report(
     session: Session,
     run: RunFolder,
-    policies: Sequence[Policy],
-    networks: NetworkSpec,
-    split: CocoSplit,
-    report: Callable[[Progress | str], None],
     *,
-    compare_with: str | None = None,
-    pictures: int = PICTURES,
-    retry_failed: bool = False,
-) -> Metrics:
-    """Work through all policies and evaluate them; writes metrics.json, analysis.json, policies.svg and report.html.
+    document: Metrics,
+    analysis: EvaluationAnalysis | DetectionAnalysis,
+    images: Sequence[ImageRecord],
+    categories: Mapping[int, str],
+    make_pictures: PictureTask,
+    progress: ProgressLog,
+    pictures: int,
+) -> None:
+    """Write analysis.json and report.html.
 
     Args:
-        session: the engine.
-        run: the run folder, begun; what it has already is not done again.
-        policies: in the order in which they are done.
-        networks: the detector and Scale Net.
-        split: the images.
-        report: takes the progress, and a line for what comes after the last image.
-        compare_with: one of the policies; how the others differ from it is measured, with bootstrap intervals. By
-            default the whole image, or the first policy that reads no ground truth, and for very many images without
-            intervals.
-        pictures: photographs in the report.
-        retry_failed: also try those images again that failed before.
-
-    Returns:
-        What metrics.json holds.
+        session: the engine; pictures are made outside the driver.
+        run: the run folder.
+        document: the content of metrics.json.
+        analysis: result of `analyse_run` or `analyse_detections`.
+        images: all images of the run.
+        categories: id -> name.
+        make_pictures: makes the pictures.
+        progress: the run's recorded progress.
+        pictures: the most pictures.
     """
-    ids = [record.image_id for record in split.images]
-    check_split(session, run, split)
-    open_image = image_opener(split.folder, split.max_pixels)
-    log = ProgressLog(report)
-    reads_features = session.call(networks.reads_features, policies)
-    metrics: dict[str, Any] = {}
-    for policy in policies:
-        made = replace(_networks(policy, networks, split), reads_features=reads_features)
-        start = partial(session.start, policy=policy, networks=made, open_image=open_image)
-        run_policy(split.images, policy.name, start, run, log, retry_failed=retry_failed)
-        figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
-        metrics[policy.name] = {"kind": policy.kind, **figures.pop("bbox"), **figures}
-    report("all images are done: comparing what was found, and writing the report")
-    document = write_summary(session, run, metrics, len(split.images))
-    base = compare_with or _baseline(policies)
-    intervals = compare_with is not None or len(ids) <= INTERVALS_UP_TO
-    analysis: EvaluationAnalysis = session.call(
-        analyse_run, run.uri, list(metrics), base, split.annotations, ids, intervals
-    )
-    if analysis["differences"]:
-        document["compared_with"] = base
-        document["differences"] = analysis["differences"]
-        run.write_json("metrics.json", document)
-    run.write_text("policies.svg", policy_plot(document))
-    # A task of the engine has no GPU of its own, and a few looks need none. Most CPUs only imitate bfloat16.
-    on_cpu = replace(networks, device="cpu", mixed_precision=False)
-    looks = [(policy, _networks(policy, on_cpu, split)) for policy in policies]
-    task = PictureTask(run.uri, looks, open_image, split.annotations, base)
-    write_report(session, run, document, analysis, split.images, split.categories, task, log, pictures)
-    return document
+    analysis["throughput"] = progress.points
+    run.write_json("analysis.json", analysis)
+    by_id = {record.image_id: record for record in images}
+    chosen = choose_pictures(analysis["images"], winner_of(document["policies"]) or "", pictures)
+    made = session.call(make_pictures, [(by_id[image_id], group) for image_id, group in chosen.items()])
+    files = {row["id"]: by_id[row["id"]].file_name for row in analysis["images"]}
+    details = {
+        **analysis,
+        "pictures": made,
+        "files": files,
+        "categories": dict(categories),
+        "failures": _failures(run, document),
+        "run": {**run.config(), "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"), "resumed": run.resumed},
+    }
+    run.write_text("report.html", render_report(document, cast(ReportDetails, details)))
 
 
-def _baseline(policies: Sequence[Policy]) -> str:
-    """What the others are compared with: the whole image, else the first policy that reads no ground truth, if any."""
-    whole = [policy for policy in policies if policy.is_whole]
-    honest = [policy for policy in policies if not policy.reads_truth]
-    named = [policy for policy in whole if policy.name == "whole"]
-    return next(policy.name for policy in (*named, *whole, *honest, *policies))
-
-
-def _networks(policy: Policy, names: NetworkSpec, split: CocoSplit) -> NetworkFactories:
-    return NetworkFactories(
-        partial(names.load_detector, split.categories, split.unused_categories),
-        partial(oracle_from, split.annotations) if policy.reads_truth else names.load_scale_net,
-    )
+def _failures(run: RunFolder, document: Metrics) -> FailureList:
+    """Input of `failures_section`: one row for an image that fails under several policies for the same reason."""
+    policies: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for row in run.failures().to_pylist():
+        policies[row["file"], row["stage"], row["reason"]].append(row["policy"])
+    counts = Counter((stage, reason) for _, stage, reason in policies)
+    reasons: list[FailureCount] = [
+        {"stage": stage, "reason": reason, "count": count} for (stage, reason), count in counts.most_common()
+    ]
+    rows: list[FailureRow] = [
+        {"file": file, "stage": stage, "reason": reason, "policies": names}
+        for (file, stage, reason), names in list(policies.items())[:_MOST_FAILURES]
+    ]
+    return {
+        "total": document["images"]["failed"],
+        "listed": len(policies),
+        "reasons": (document.get("failures") or reasons)[:_MOST_FAILURES],
+        "rows": rows,
+    }

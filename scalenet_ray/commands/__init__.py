@@ -1,1 +1,1 @@
-"""The command line: one module for each command."""
+"""The commands of `scalenet-ray`: one module each, with a dataclass of its flags and `main(job) -> int`."""

@@ -1,0 +1,161 @@
+"""`scalenet-ray check`: try data, networks and policies without a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from scalenet_ray.console import say
+from scalenet_ray.core.answers import MOST_FAILED
+from scalenet_ray.core.bounds import MEGAPIXELS
+from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.inference import FeatureScalePredictor
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.data.coco import map_categories
+from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
+from scalenet_ray.runs.resources import Resources
+from scalenet_ray.workflows import (
+    CocoSplit,
+    ImageSet,
+    choose_policies,
+    open_images,
+    open_split,
+    prepare_run,
+    sample_inputs,
+    start_session,
+)
+
+__all__ = ["CheckInputs", "main"]
+
+_MOST_NAMES = 5
+
+
+@dataclass(frozen=True)
+class CheckInputs:
+    """Read the data, and try the networks and the policies on its first images, as eval and detect do before a run.
+
+    Networks are tried on the CPU of this machine. Without --data and --images: the embedded sample's images, with the
+    sample's networks unless --detector is given.
+
+    Attributes:
+        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json, as for eval.
+        split: the split of --data.
+        images: a folder, a glob (quoted), an s3:// prefix, or a Parquet file with a column uri or path, as for detect.
+        policies: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain, fused, oracle. By default
+            those of eval, without oracle where there is no ground truth.
+        policy_file: YAML of further policies.
+        max_image_megapixels: larger images are refused before they are decoded.
+    """
+
+    data: str | None = None
+    split: str = "val2017"
+    images: str | None = None
+    policies: tuple[str, ...] | None = None
+    policy_file: str | None = None
+    max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
+    networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
+
+
+def main(job: CheckInputs) -> int:
+    """Check all inputs and print a line about each. Returns the exit status."""
+    if job.data is not None and job.images is not None:
+        msg = f"check takes --data or --images, got {job.data} and {job.images}: leave one out"
+        raise UserError(msg)
+    if job.data is None and job.images is None:
+        job = _on_sample(job)
+    session = start_session("local", Resources(), replace(job.networks, device="cpu"))
+    if job.data is not None:
+        images = open_split(session, job.data, job.split, limit=None, max_megapixels=job.max_image_megapixels)
+    else:
+        images = open_images(session, str(job.images), limit=None, max_megapixels=job.max_image_megapixels)
+    say(_data_line(images))
+    _check_readable(images)
+
+    def choose(detector: DetectorInfo) -> list[Policy]:
+        """The named policies; of the default ones those that the images allow."""
+        chosen = choose_policies(
+            session, job.networks, detector, names=job.policies, policy_file=job.policy_file, log=say
+        )
+        default = job.policies is None and not isinstance(images, CocoSplit)
+        return [policy for policy in chosen if not (default and policy.name == "oracle")]
+
+    policies, detector = prepare_run(session, job.networks, [images], choose, log=say)
+    for line in _detector_lines(job.networks, detector, images):
+        say(line)
+    if job.networks.scale_net is not None:
+        say(_scale_net_line(job.networks))
+    say(f"policies: {', '.join(f'{policy.name} (tiles of up to {policy.largest_side})' for policy in policies)}")
+    say(_device_line(job.networks))
+    say("all checks passed")
+    return 0
+
+
+def _on_sample(job: CheckInputs) -> CheckInputs:
+    data, networks = sample_inputs(job.networks)
+    if job.networks.detector is None:
+        return replace(job, data=data, networks=networks)
+    # Another detector need not know the sample's categories.
+    return replace(job, images=str(Path(data) / "val2017"))
+
+
+def _data_line(images: ImageSet) -> str:
+    line = f"data {images.source}: {len(images.images)} images"
+    if not isinstance(images, CocoSplit):
+        return f"{line}, no ground truth"
+    unused = f" ({len(images.unused_categories)} without annotations)" if images.unused_categories else ""
+    return f"{line}, {len(images.categories)} categories{unused}"
+
+
+def _check_readable(images: ImageSet) -> None:
+    """Refuse images the first of which cannot be read."""
+    reasons: list[str] = []
+    for record in images.images[:MOST_FAILED]:
+        try:
+            images.open_image(record)
+        except TileError as error:
+            reasons.append(error.reason)
+            continue
+        return
+    msg = f"{images.source} must have an image that can be read, got none among the first {len(reasons)}: "
+    raise UserError(msg + (reasons[0] if reasons else "it lists no images"))
+
+
+def _detector_lines(networks: NetworkSpec, info: DetectorInfo, images: ImageSet) -> Sequence[str]:
+    detector = replace(networks, device="cpu").load_detector(info.categories)
+    height, width = detector.canvas_hw((info.input_side, info.input_side))
+    side = f"input side {info.input_side}, canvas {height} x {width}"
+    lines = [
+        f"detector {networks.detector}: {side}, NMS at IoU {info.iou_threshold:g}, {len(info.categories)} categories"
+    ]
+    if not isinstance(images, CocoSplit) or images.categories == info.categories:
+        return [*lines, "categories: the detector's own"]
+    mapping = map_categories(info.categories, images.categories, images.unused_categories)
+    pairs = [
+        f"{class_id} {info.categories[class_id]} -> {category_id} {images.categories[category_id]}"
+        for class_id, category_id in list(mapping.items())[:_MOST_NAMES]
+    ]
+    more = ", ..." if len(mapping) > _MOST_NAMES else ""
+    lines.append(f"categories: {len(mapping)} of the detector's {len(info.categories)}: {', '.join(pairs)}{more}")
+    return lines
+
+
+def _scale_net_line(networks: NetworkSpec) -> str:
+    predictor = replace(networks, device="cpu").load_scale_net()
+    if isinstance(predictor, FeatureScalePredictor):
+        return f"Scale Net {networks.scale_net}: scale head on the detector's feature maps"
+    maps = "class maps" if predictor.config.kind == "classes" else "regression maps"
+    side = predictor.config.input_side
+    return f"Scale Net {networks.scale_net}: {maps}, " + (f"input side {side}" if side else "input of any size")
+
+
+def _device_line(networks: NetworkSpec) -> str:
+    networks.check_device(here=False)
+    try:
+        networks.check_device(here=True)
+    except UserError as error:
+        return f"device {networks.device}: not on this machine, needed where the networks run ({error})"
+    return f"device {networks.device}: on this machine"

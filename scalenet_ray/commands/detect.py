@@ -1,0 +1,112 @@
+"""`scalenet-ray detect`: detect objects in images without ground truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from scalenet_ray.console import check_retry, end_run, found_lines, policy_table, say
+from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.policy import Policy, policy_to_dict
+from scalenet_ray.data.policy_files import read_policies
+from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.resources import Resources
+from scalenet_ray.workflows import (
+    PICTURES,
+    EngineName,
+    detect_images,
+    named_policies,
+    open_images,
+    prepare_run,
+    sample_inputs,
+    start_session,
+)
+
+__all__ = ["DetectImages", "main"]
+
+
+@dataclass(frozen=True)
+class DetectImages:
+    """Detect objects in images without ground truth.
+
+    Without --images: the val split of the embedded sample, with the sample's networks.
+
+    Attributes:
+        images: a folder, a glob (quoted), an s3:// prefix, or a Parquet file with a column uri or path.
+        policy: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain or fused.
+        policy_file: YAML of one policy, in place of --policy.
+        limit: only the first so many images.
+        output: the run folder, local or s3://; by default a new one under runs/detect.
+        resume: continue the run in the output folder; images are identified by their files.
+        retry_failed: with --resume: also process the images that failed before.
+        max_failures: images that may fail before the exit status is 1.
+        max_image_megapixels: larger images are refused before they are decoded.
+        report_pictures: photographs in report.html.
+        engine: ray (actors, here or on a cluster) or local (one process).
+    """
+
+    images: str | None = None
+    policy: str = "first-pass"
+    policy_file: str | None = None
+    limit: Annotated[int, ONE_OR_MORE] | None = None
+    output: str | None = None
+    resume: bool = False
+    retry_failed: bool = False
+    max_failures: int = 0
+    max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
+    report_pictures: int = PICTURES
+    engine: EngineName = "ray"
+    networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
+    resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
+
+
+def _policies(job: DetectImages, detector: DetectorInfo) -> list[Policy]:
+    policies = named_policies([job.policy], job.networks, detector)
+    if job.policy_file is not None:
+        policies = read_policies(job.policy_file)
+    if len(policies) != 1:
+        msg = f"detection takes one policy, got {', '.join(policy.name for policy in policies)}: leave one in the file"
+        raise UserError(msg)
+    return policies
+
+
+def main(job: DetectImages) -> int:
+    """Detect objects, and write COCO results, Parquet shards and the report. Returns the exit status."""
+    check_retry(job.retry_failed, resume=job.resume)
+    if job.images is None:
+        data, networks = sample_inputs(job.networks)
+        job = replace(job, images=str(Path(data) / "val2017"), networks=networks)
+    session = start_session(job.engine, job.resources, job.networks)
+    images = open_images(session, str(job.images), limit=job.limit, max_megapixels=job.max_image_megapixels)
+    (policy,), detector = prepare_run(
+        session, job.networks, [images], lambda detector: _policies(job, detector), log=say
+    )
+    run = RunFolder.of_job(job.output, "detect", resume=job.resume)
+    settings = {
+        "images": job.images,
+        "limit": job.limit,
+        "max_image_megapixels": job.max_image_megapixels,
+        "networks": job.networks.settings(),
+        "policies": [policy_to_dict(policy)],
+    }
+    workers = {"engine": job.engine, "device": job.networks.device, **job.resources.as_settings()}
+    with run.begin(settings, resume=job.resume, workers=workers):
+        document = detect_images(
+            session,
+            run,
+            policy=policy,
+            networks=job.networks,
+            detector=detector,
+            images=images,
+            report=say,
+            pictures=job.report_pictures,
+            retry_failed=job.retry_failed,
+        )
+    say(policy_table(document))
+    say(found_lines(document))
+    return end_run(document, run.uri, job.max_failures)

@@ -1,0 +1,116 @@
+"""`scalenet-ray eval`: evaluate policies on a data set in COCO's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated, Any
+
+import tyro
+
+from scalenet_ray.console import check_retry, difference_table, end_run, policy_table, say
+from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.policy import Policy, policy_to_dict
+from scalenet_ray.models.spec import NetworkSpec
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.resources import Resources
+from scalenet_ray.workflows import (
+    PICTURES,
+    EngineName,
+    choose_policies,
+    evaluate_policies,
+    open_split,
+    prepare_run,
+    sample_inputs,
+    start_session,
+)
+
+__all__ = ["EvalCoco", "main"]
+
+
+@dataclass(frozen=True)
+class EvalCoco:
+    """Evaluate policies with a frozen detector on a data set in COCO's layout.
+
+    Without --data: the embedded sample, with the sample's networks.
+
+    Attributes:
+        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        split: the split to evaluate on.
+        policies: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain, fused, oracle. By default
+            whole, grid-2, first-pass, scalenet and oracle: gain in place of scalenet if --scale-net is a scale head,
+            neither without --scale-net.
+        policy_file: YAML of further policies.
+        compare_with: the policy that the others are compared with, with bootstrap intervals. By default whole, or the
+            first.
+        limit: only the first so many images.
+        output: the run folder, local or s3://; by default a new one under runs/eval_coco.
+        resume: continue the run in the output folder.
+        retry_failed: with --resume: also process the images that failed before.
+        max_failures: images that may fail before the exit status is 1.
+        max_image_megapixels: larger images are refused before they are decoded.
+        report_pictures: photographs in report.html.
+        engine: ray (actors, here or on a cluster) or local (one process).
+    """
+
+    data: str | None = None
+    split: str = "val2017"
+    policies: tuple[str, ...] | None = None
+    policy_file: str | None = None
+    compare_with: str | None = None
+    limit: Annotated[int, ONE_OR_MORE] | None = None
+    output: str | None = None
+    resume: bool = False
+    retry_failed: bool = False
+    max_failures: int = 0
+    max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
+    report_pictures: int = PICTURES
+    engine: EngineName = "ray"
+    networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
+    resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
+
+
+def main(job: EvalCoco) -> int:
+    """Run and evaluate all policies, and print their metrics as a table. Returns the exit status."""
+    check_retry(job.retry_failed, resume=job.resume)
+    if job.data is None:
+        data, networks = sample_inputs(job.networks)
+        job = replace(job, data=data, networks=networks)
+    session = start_session(job.engine, job.resources, job.networks)
+    split = open_split(session, str(job.data), job.split, limit=job.limit, max_megapixels=job.max_image_megapixels)
+    choose = partial(choose_policies, session, job.networks, names=job.policies, policy_file=job.policy_file, log=say)
+    policies, _ = prepare_run(session, job.networks, [split], choose, log=say)
+    if job.compare_with is not None and job.compare_with not in [policy.name for policy in policies]:
+        msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
+        raise UserError(msg)
+    run = RunFolder.of_job(job.output, "eval_coco", resume=job.resume)
+    workers = {"engine": job.engine, "device": job.networks.device, **job.resources.as_settings()}
+    with run.begin(_settings(job, policies), resume=job.resume, workers=workers):
+        document = evaluate_policies(
+            session,
+            run,
+            policies=policies,
+            networks=job.networks,
+            split=split,
+            report=say,
+            compare_with=job.compare_with,
+            pictures=job.report_pictures,
+            retry_failed=job.retry_failed,
+        )
+    say(policy_table(document))
+    if job.compare_with is not None:
+        say(difference_table(document))
+    return end_run(document, run.uri, job.max_failures)
+
+
+def _settings(job: EvalCoco, policies: Sequence[Policy]) -> dict[str, Any]:
+    return {
+        "data": job.data,
+        "split": job.split,
+        "limit": job.limit,
+        "max_image_megapixels": job.max_image_megapixels,
+        "networks": job.networks.settings(),
+        "policies": [policy_to_dict(policy) for policy in policies],
+    }

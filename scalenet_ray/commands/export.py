@@ -1,0 +1,40 @@
+"""`scalenet-ray export`: detections of a run in another tool's format, without Ray or torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from scalenet_ray.console import say
+from scalenet_ray.core.bounds import SHARE
+from scalenet_ray.runs.export import ExportFormat, export_run
+
+__all__ = ["Export", "main"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """Convert the detections of a run to another tool's format.
+
+    Attributes:
+        run: run folder of `scalenet-ray eval` or `scalenet-ray detect`, local or s3://.
+        to: coco (results JSON), parquet (one file), yolo (label files), supervision (the table of its CSVSink) or
+            fiftyone (labels.json of a FiftyOneImageDetectionDataset).
+        policy: one of the run's policies; by default its first.
+        output: a file, or for yolo and fiftyone a folder; by default under exports/ in the run folder.
+        score_threshold: detections with a lower score are left out.
+    """
+
+    run: Annotated[str, tyro.conf.Positional]
+    to: ExportFormat
+    policy: str | None = None
+    output: str | None = None
+    score_threshold: Annotated[float, SHARE] = 0.0
+
+
+def main(job: Export) -> int:
+    """Export one policy's detections and print their address. Returns the exit status."""
+    say(export_run(job.run, job.to, job.policy, job.output, job.score_threshold))
+    return 0

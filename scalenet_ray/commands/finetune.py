@@ -1,0 +1,80 @@
+"""`scalenet-ray finetune`: fine-tune a detector on upsampled windows, on any number of workers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from scalenet_ray.console import say
+from scalenet_ray.core.bounds import ONE_OR_MORE
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.data import storage
+from scalenet_ray.engine.train import train
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.sample.scenes import ensure_sample
+from scalenet_ray.training.detector_recipe import plan_fine_tuning
+from scalenet_ray.training.examples import TrainingImages
+from scalenet_ray.training.log import TrainingLog
+from scalenet_ray.training.schedule import Training
+
+__all__ = ["SAMPLE_START", "FinetuneDetector", "main"]
+
+SAMPLE_START = "untrained:ssdlite320_mobilenet_v3_large"
+"""Initial detector on the embedded sample, whose categories no published detector has."""
+
+
+@dataclass(frozen=True)
+class FinetuneDetector:
+    """Fine-tune a detector on a data set in COCO's layout.
+
+    Without --data: on the embedded sample.
+
+    Attributes:
+        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        split: training split.
+        val_split: validation split, evaluated after each epoch.
+        holdout: share of the training split that is held out for validation, in place of --val-split.
+        limit: only the first so many images of each split.
+        detector: torchvision:NAME or torchvision:PATH; or untrained:NAME, with random weights for the data's own
+            categories, the default on the embedded sample.
+        input_side: the longer side of a tile, in pixels; the detector's own by default.
+        output: the run folder, local or s3://; by default a new one under runs/finetune_detector.
+        resume: continue the run in the output folder.
+    """
+
+    data: str | None = None
+    split: str = "train2017"
+    val_split: str = "val2017"
+    holdout: float = 0.0
+    limit: Annotated[int, ONE_OR_MORE] | None = None
+    detector: str | None = None
+    input_side: Annotated[int, ONE_OR_MORE] | None = None
+    output: str | None = None
+    resume: bool = False
+    training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: Training(epochs=12))
+
+
+def main(job: FinetuneDetector) -> int:
+    """Fine-tune, validate after each epoch, and write metrics.json and the weights. Returns the exit status."""
+    if job.detector is None and job.data is not None:
+        msg = "--detector must name what is fine-tuned on --data, torchvision:NAME or torchvision:PATH, got none"
+        raise UserError(msg)
+    data = str(ensure_sample(Path("runs/sample"))) if job.data is None else job.data
+    job = replace(job, data=data, detector=job.detector or SAMPLE_START)
+    images = TrainingImages(data, job.split, job.val_split, job.holdout, job.limit)
+    recipe = plan_fine_tuning(images, str(job.detector), input_side=job.input_side, seed=job.training.seed)
+    run = RunFolder.of_job(job.output, "finetune_detector", resume=job.resume)
+    settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training")}
+    with run.begin(settings | job.training.settings(), resume=job.resume, workers=job.training.free_settings()):
+        train_images, val_tiles = recipe.sizes()
+        facts = {"train_images": train_images, "val_images": val_tiles // 2}
+        log = TrainingLog(run, facts, job.training.epochs, say)
+        train(recipe, job.training, run.uri, log)
+    for reason in log.failed:
+        say(f"left out: {reason}")
+    weights = storage.join(run.uri, recipe.file_name)
+    say(f"{job.training.epochs} epochs done: --detector torchvision:{weights}")
+    return 0

@@ -1,0 +1,75 @@
+"""`scalenet-ray policy`: print, check or list policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+import yaml
+
+from scalenet_ray.console import say
+from scalenet_ray.core.bounds import ONE_OR_MORE, SHARE
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.merge import Merging
+from scalenet_ray.core.policy import check_names, parse_policy, policy_to_dict
+from scalenet_ray.data.policy_files import read_policies
+
+__all__ = ["POLICIES", "PrintPolicy", "main"]
+
+POLICIES = {
+    "whole": "the whole image at the detector's input side; no zoom",
+    "whole@SIZE": "the whole image with its longer side resized to SIZE pixels",
+    "pyramid": "the whole image at 1, 1.5 and 2 times the input side; larger sizes keep small boxes only",
+    "grid-N": "the whole image and N x N overlapping windows",
+    "random": "the whole image and two random windows",
+    "first-pass": "the recursion on the boxes of the detector's first pass; needs no Scale Net",
+    "scalenet": "the recursion on Scale Net's class or regression maps; needs --scale-net",
+    "gain": "the recursion on the gain that a scale head predicts; needs --scale-net with a scale head",
+    "fused": "the recursion on Scale Net's class maps and the first pass together; needs --scale-net",
+    "module:function": "the whole image and the windows that your function plans",
+    "oracle": "the recursion on the ground truth, an upper bound; for eval only",
+}
+"""Named policies, with a line each."""
+
+
+@dataclass(frozen=True)
+class PrintPolicy:
+    """Print a named policy as the YAML that --policy-file reads, check such a file, or list the names.
+
+    Without arguments: list the names.
+
+    Attributes:
+        name: the policy to print, e.g. first-pass, whole@640 or grid-2.
+        input_side: the detector's input side, in pixels.
+        iou_threshold: of NMS when windows are merged; give the detector's own.
+        policy_file: YAML to check, in place of a name.
+    """
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    input_side: Annotated[int, ONE_OR_MORE] | None = None
+    iou_threshold: Annotated[float, SHARE] = Merging.iou_threshold
+    policy_file: str | None = None
+
+
+def main(job: PrintPolicy) -> int:
+    """Print a policy, a file's policies in words, or the names. Returns the exit status."""
+    if job.name is not None and job.policy_file is not None:
+        msg = f"policy takes a name or --policy-file, got {job.name} and {job.policy_file}: leave one out"
+        raise UserError(msg)
+    if job.policy_file is not None:
+        policies = check_names(read_policies(job.policy_file))
+        for policy in policies:
+            say(f"{policy.name}: {policy.kind}, tiles of up to {policy.largest_side} pixels")
+        say(f"{job.policy_file} is valid, policies: {len(policies)}")
+    elif job.name is None:
+        width = max(map(len, POLICIES))
+        for name, line in POLICIES.items():
+            say(f"{name.ljust(width)}  {line}")
+    elif job.input_side is None:
+        msg = "--input-side must be the detector's input side in pixels, got none: add it, e.g. --input-side 640"
+        raise UserError(msg)
+    else:
+        policy = parse_policy(job.name, input_side=job.input_side, iou_threshold=job.iou_threshold)
+        say(yaml.safe_dump(policy_to_dict(policy), sort_keys=False).rstrip())
+    return 0

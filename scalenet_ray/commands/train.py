@@ -1,0 +1,125 @@
+"""`scalenet-ray train`: train a Scale Net on a data set in COCO's layout, on any number of workers.
+
+The weights in scalenet_ray/sample/sample_scale_net.safetensors are those of
+
+    scalenet-ray train --input-side 192 --epochs 60 --workers 2 --output RUN_FOLDER
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from scalenet_ray.console import say
+from scalenet_ray.core.bounds import ONE_OR_MORE
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.data import storage
+from scalenet_ray.engine.gains import measure_dataset
+from scalenet_ray.engine.train import train
+from scalenet_ray.models.scale_net import PRESETS
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.sample.scenes import ensure_sample
+from scalenet_ray.training.examples import TrainingImages
+from scalenet_ray.training.head_recipe import HeadRecipe
+from scalenet_ray.training.log import TrainingLog
+from scalenet_ray.training.recipe import Recipe
+from scalenet_ray.training.scale_recipe import ScaleRecipe
+from scalenet_ray.training.schedule import Training
+
+__all__ = ["CLASS_PRESETS", "TrainScaleNet", "main"]
+
+CLASS_PRESETS = tuple(name for name, config in PRESETS.items() if config.kind == "classes")
+
+
+@dataclass(frozen=True)
+class TrainScaleNet:
+    """Train a Scale Net on a data set in COCO's layout.
+
+    Without --data: on the embedded sample.
+
+    Attributes:
+        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        split: training split.
+        val_split: validation split, evaluated after each epoch.
+        holdout: share of the training split that is held out for validation, in place of --val-split.
+        limit: only the first so many images of each split.
+        preset: unet-light, unet-lite0, the paper's unet-vgg16; or head: a scale head on the detector's own features.
+        detector: kind:what, the frozen detector whose features a head reads; without --data the sample's.
+        device: torch device on which that detector measures the gains that a head learns.
+        input_side: side of the square that tiles are resized to, a multiple of 32; the preset's by default.
+        tile_side: the longer side of the detector's tiles, its input side; the net's own by default.
+        encoder_weights: initial weights of the encoder (unet-lite0, unet-vgg16): "imagenet", or a classifier's file.
+        output: the run folder, local or s3://; by default a new one under runs/train_scalenet.
+        resume: continue the run in the output folder.
+    """
+
+    data: str | None = None
+    split: str = "train2017"
+    val_split: str = "val2017"
+    holdout: float = 0.0
+    limit: Annotated[int, ONE_OR_MORE] | None = None
+    preset: str = "unet-light"
+    detector: str | None = None
+    device: str = "cpu"
+    input_side: Annotated[int, ONE_OR_MORE] | None = None
+    tile_side: Annotated[int, ONE_OR_MORE] | None = None
+    encoder_weights: str | None = None
+    output: str | None = None
+    resume: bool = False
+    training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=Training)
+
+
+def _pixel_recipe(job: TrainScaleNet, images: TrainingImages) -> Recipe:
+    if job.preset not in CLASS_PRESETS:
+        msg = f"--preset must be one of head, {', '.join(CLASS_PRESETS)}, got {job.preset!r}"
+        raise UserError(msg)
+    config = PRESETS[job.preset]
+    config = replace(config, input_side=job.input_side or config.input_side)
+    return ScaleRecipe(images, config, job.tile_side, job.encoder_weights, job.training.seed)
+
+
+def _head_recipe(job: TrainScaleNet, images: TrainingImages, run: RunFolder) -> HeadRecipe:
+    networks = NetworkSpec(detector=job.detector, device=job.device)
+    networks.check_device(here=False)
+    # Data loading tasks have no GPU.
+    recipe = HeadRecipe(
+        images,
+        replace(networks, device="cpu"),
+        storage.join(run.uri, "scores"),
+        networks.describe_features(),
+        seed=job.training.seed,
+    )
+    measure_dataset(images, networks, recipe.scores, actors=job.training.workers, say=say)
+    return recipe
+
+
+def main(job: TrainScaleNet) -> int:
+    """Train, validate after each epoch, and write metrics.json and scale_net.safetensors. Returns the exit status."""
+    if job.data is None:
+        job = replace(job, data=str(ensure_sample(Path("runs/sample"))), detector=job.detector or SAMPLE_DETECTOR)
+    images = TrainingImages(str(job.data), job.split, job.val_split, job.holdout, job.limit)
+    recipe = None if job.preset == "head" else _pixel_recipe(job, images)
+    run = RunFolder.of_job(job.output, "train_scalenet", resume=job.resume)
+    settings = {
+        name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training", "device")
+    }
+    with run.begin(
+        settings | job.training.settings(),
+        resume=job.resume,
+        workers={"device": job.device, **job.training.free_settings()},
+    ):
+        if boxes_alone := images.count_boxes_alone():
+            say(f"{boxes_alone} objects have no segmentation: the pixels of their boxes stand in")
+        recipe = recipe or _head_recipe(job, images, run)
+        train_images, val_images = recipe.sizes()
+        facts = {"train_images": train_images, "val_images": val_images}
+        log = TrainingLog(run, facts, job.training.epochs, say)
+        train(recipe, job.training, run.uri, log)
+    for reason in log.failed:
+        say(f"left out: {reason}")
+    say(f"{job.training.epochs} epochs done, weights in {storage.join(run.uri, recipe.file_name)}")
+    return 0

@@ -1,0 +1,187 @@
+"""`scalenet-ray tune`: tune the recursion on one split of a data set, and report on another."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from scalenet_ray.console import difference_table, end_run, policy_table, say, trial_table
+from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.policy import Policy, check_names, policy_to_dict
+from scalenet_ray.data import storage
+from scalenet_ray.data.policy_files import SearchSpace, check_values, read_space
+from scalenet_ray.engine.trial import TrialSettings
+from scalenet_ray.engine.tune import Sweep, best_policies, best_trials, run_sweep, start_trials
+from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
+from scalenet_ray.report.charts import front_plot
+from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.resources import Resources
+from scalenet_ray.workflows import (
+    CocoSplit,
+    check_split,
+    evaluate_policies,
+    named_policies,
+    open_split,
+    prepare_run,
+    sample_inputs,
+    start_session,
+)
+
+__all__ = ["SPACE", "TuneRecursion", "main"]
+
+SPACE = Path(__file__).with_name("tune_recursion.yaml")
+"""The default search space."""
+
+_MOST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class TuneRecursion:
+    """Tune the recursion on one split of a data set in COCO's layout, and report on another.
+
+    Without --data: the embedded sample, with the sample's networks.
+
+    Attributes:
+        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json for both splits.
+        split: the split to tune on.
+        report_split: the split to report on.
+        space: YAML of the search space: policies, and the fields to vary.
+        ceiling: maximise AP_small at no more detector passes an image than this; none: the Pareto front of both.
+        limit: tune on the first so many images only.
+        subsets: growing shares of the images; after each, trials that do badly are stopped.
+        output: the run folder, local or s3://; by default a new one under runs/tune_recursion.
+        resume: continue the sweep in the output folder.
+        max_failures: images that may fail in the report before the exit status is 1.
+        max_image_megapixels: larger images are refused before they are decoded.
+    """
+
+    data: str | None = None
+    split: str = "train2017"
+    report_split: str = "val2017"
+    space: str = str(SPACE)
+    ceiling: float | None = 2.5
+    limit: Annotated[int, ONE_OR_MORE] | None = None
+    subsets: tuple[float, ...] = (0.25, 0.5, 1.0)
+    output: str | None = None
+    resume: bool = False
+    max_failures: int = 0
+    max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
+    sweep: Annotated[Sweep, tyro.conf.OmitArgPrefixes] = field(default_factory=Sweep)
+    networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
+    resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
+
+
+def _policies(job: TuneRecursion, space: SearchSpace, detector: DetectorInfo) -> list[Policy]:
+    policies = check_names(named_policies(space.policies, job.networks, detector))
+    if oracles := [policy.name for policy in policies if policy.reads_truth]:
+        msg = f"a sweep tunes policies that read no ground truth, got {', '.join(oracles)}: leave it out of {job.space}"
+        raise UserError(msg)
+    check_values(space, policies)
+    return policies
+
+
+def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> TrialSettings:
+    shares = job.subsets
+    if (
+        not shares
+        or list(shares) != sorted(set(shares))
+        or not shares[0] > 0
+        or shares[-1] != 1
+        or len(shares) > _MOST_STEPS
+    ):
+        wanted = f"at most {_MOST_STEPS} growing shares of the images that end at 1, e.g. 0.25 0.5 1"
+        msg = f"--subsets must be {wanted}, got {list(shares)}"
+        raise UserError(msg)
+    if job.ceiling is not None and job.ceiling < 1:
+        msg = f"--ceiling must be 1 pass an image, which the whole image takes, or more, got {job.ceiling}"
+        raise UserError(msg)
+    sizes = sorted({max(1, round(share * len(split.images))) for share in shares})
+    return TrialSettings(
+        {policy.name: policy for policy in policies},
+        job.networks,
+        split.annotations,
+        split.folder,
+        tuple(sizes),
+        job.ceiling,
+        split.max_pixels,
+    )
+
+
+def main(job: TuneRecursion) -> int:
+    """Tune, then evaluate the best policies on the other split. Returns the exit status.
+
+    Writes trials.json, front.svg, report.html, best.yaml, tune/ for TensorBoard, and report/.
+    """
+    if job.data is None:
+        data, networks = sample_inputs(job.networks)
+        job = replace(job, data=data, networks=networks)
+    space = read_space(job.space)
+    session = start_session("ray", job.resources, job.networks)
+    limits: dict[str, Any] = {"max_megapixels": job.max_image_megapixels}
+    tuned_on = open_split(session, str(job.data), job.split, limit=job.limit, **limits)
+    # Before the first trial, so that an error in this split does not come after the sweep.
+    reported_on = open_split(session, str(job.data), job.report_split, limit=None, **limits)
+    splits = [tuned_on, reported_on]
+    policies, _ = prepare_run(session, job.networks, splits, lambda detector: _policies(job, space, detector), log=say)
+    task = _task(job, policies, tuned_on)
+    run = RunFolder.of_job(job.output, "tune_recursion", resume=job.resume)
+    workers = {"device": job.networks.device, **job.resources.as_settings()}
+    with run.begin(_settings(job, space, policies), resume=job.resume, workers=workers):
+        check_split(session, run, tuned_on)
+        run.standing = "the trials that ended are kept"
+        rows = run_sweep(space, task, job.sweep, run.uri, say, resume=job.resume)
+        run.write_json("trials.json", rows)
+        run.write_text("front.svg", front_plot(rows, job.ceiling))
+        run.write_text("report.html", render_sweep(rows, job.ceiling))
+        say(trial_table(rows))
+        best, starts, found = best_policies(rows, task), start_trials(rows, task, space), best_trials(rows, task)
+        run.write_text("best.yaml", yaml.safe_dump([policy_to_dict(policy) for policy in best], sort_keys=False))
+
+    report = RunFolder(storage.join(run.uri, "report"), run.uri)
+    contenders = [*policies, *best]
+    settings = {
+        "data": job.data,
+        "split": job.report_split,
+        "networks": job.networks.settings(),
+        "policies": [policy_to_dict(policy) for policy in contenders],
+    }
+    with report.begin(settings, resume=job.resume, workers=workers):
+        document = evaluate_policies(
+            session,
+            report,
+            policies=contenders,
+            networks=job.networks,
+            split=reported_on,
+            report=say,
+            compare_with=policies[0].name,
+        )
+    say(f"tuned on {job.split}, {len(tuned_on.images)} images; on {job.report_split}:")
+    say(policy_table(document))
+    say(difference_table(document))
+    names, compared = (job.split, job.report_split), contenders_of(starts, found, document)
+    run.write_text("report.html", render_sweep(rows, job.ceiling, compared, names))
+    for line in sweep_verdict(compared, job.ceiling, names):
+        say(line)
+    say(f"the best policy: {storage.join(run.uri, 'best.yaml')}, for --policy-file")
+    return end_run(document, report.uri, job.max_failures)
+
+
+def _settings(job: TuneRecursion, space: SearchSpace, policies: list[Policy]) -> dict[str, Any]:
+    settings = {
+        name: value
+        for name, value in asdict(job).items()
+        if name not in ("output", "resume", "resources", "space", "max_failures", "sweep")
+    }
+    return {
+        **settings,
+        "networks": job.networks.settings(),
+        "sweep": {"searcher": job.sweep.searcher, "trials": job.sweep.trials, "seed": job.sweep.seed},
+        "space": {path: list(value) for path, value in space.fields.items()},
+        "policies": [policy_to_dict(policy) for policy in policies],
+    }
