@@ -22,7 +22,7 @@ from scalenet_ray.engine.trial import TrialSettings
 from scalenet_ray.engine.tune import Sweep, run_sweep
 from scalenet_ray.models.spec import NetworkSpec
 
-_SPACE = Path(__file__).parents[1] / "jobs" / "tune_recursion.yaml"
+_SPACE = Path(__file__).parents[1] / "scalenet_ray" / "commands" / "tune_recursion.yaml"
 _WAYS = {"kept": (True, 1), "not kept": (False, 1), "kept, two at once": (True, 2), "not kept, two at once": (False, 2)}
 
 

@@ -1,7 +1,8 @@
-"""The jobs as modules (they are scripts, run by path, so tests load them by path too), and their results compared."""
+"""The modules behind the scripts in jobs/, and the comparison of their results."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -12,9 +13,20 @@ import numpy as np
 
 REPOSITORY = Path(__file__).parents[1]
 
+COMMAND_MODULES = {
+    "detect": "detect",
+    "eval_coco": "evaluate",
+    "finetune_detector": "finetune",
+    "train_scalenet": "train",
+    "tune_recursion": "tune",
+}
+"""Script in jobs/ -> the module in scalenet_ray/commands/ that it calls."""
+
 
 def load_job(name: str) -> ModuleType:
-    """The script jobs/NAME.py as a module, loaded once."""
+    """The module with the dataclass and `main` of jobs/NAME.py: a command, or else the script, loaded once."""
+    if name in COMMAND_MODULES:
+        return importlib.import_module(f"scalenet_ray.commands.{COMMAND_MODULES[name]}")
     module_name = f"job_{name}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, REPOSITORY / "jobs" / f"{name}.py")

@@ -10,15 +10,20 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from scalenet_ray.__main__ import Export, Show
 from scalenet_ray.commands.arguments import check_arguments, parse_arguments
+from scalenet_ray.commands.check import CheckInputs
+from scalenet_ray.commands.export import Export
+from scalenet_ray.commands.policy import PrintPolicy
+from scalenet_ray.commands.show import Show
 from scalenet_ray.core.errors import UserError
 from tests.job_scripts import REPOSITORY, load_job
 
 JOBS: dict[str, Any] = {
     **{path.stem: None for path in (REPOSITORY / "jobs").glob("*.py")},
-    "show": Show,
+    "check": CheckInputs,
     "export": Export,
+    "policy": PrintPolicy,
+    "show": Show,
 }
 REQUIRED: dict[str, dict[str, Any]] = {"eval_cifar": {"data": "DIR"}, "export": {"run": "RUN", "to": "coco"}}
 COUNTS = ("limit", "input_side", "tile_side", "train_limit", "test_limit", "epochs", "batch_size")
@@ -29,7 +34,7 @@ def job_of(name: str, **changes: Any) -> Any:
     kind = JOBS[name] or next(
         value
         for value in vars(load_job(name)).values()
-        if dataclasses.is_dataclass(value) and value.__module__ == f"job_{name}"
+        if dataclasses.is_dataclass(value) and value.__module__ == load_job(name).__name__
     )
     return kind(**{**REQUIRED.get(name, {}), **changes})
 

@@ -394,7 +394,7 @@ def test_the_job_fine_tunes_and_goes_on_where_it_stopped(
     main = load_job("finetune_detector").main
     # Not under the current directory: Ray may have been started in another one.
     sample = write_sample(tmp_path / "sample", train=6, val=2)
-    monkeypatch.setattr("job_finetune_detector.ensure_sample", lambda _: sample)
+    monkeypatch.setattr("scalenet_ray.commands.finetune.ensure_sample", lambda _: sample)
     output = tmp_path / "run"
     one_epoch = replace(job_on(None, output).training, epochs=1)
     assert main(job_on(None, output, training=one_epoch)) == 0

@@ -19,7 +19,8 @@ import tyro
 import yaml
 from markdown.extensions.toc import slugify
 
-from scalenet_ray.__main__ import Export, Show
+from scalenet_ray.commands.export import Export
+from scalenet_ray.commands.show import Show
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.models.detectors import load_detector
 from tests.documented_world import World, build_world
@@ -165,7 +166,7 @@ def flags_of(command: str) -> frozenset[str]:
         kind: type = {"show": Show, "export": Export}[command]
     else:
         module = load_job(command)
-        named = re.search(r"parse_arguments\((\w+)", Path(str(module.__file__)).read_text())
+        named = re.search(r"parse_arguments\((\w+)", (REPOSITORY / "jobs" / f"{command}.py").read_text())
         assert named is not None
         kind = getattr(module, named[1])
     said = io.StringIO()

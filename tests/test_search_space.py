@@ -25,6 +25,7 @@ from scalenet_ray.data.policy_files import (
 from scalenet_ray.evaluation.compare import pareto_front
 
 POLICY = parse_policy("first-pass", input_side=416, iou_threshold=0.65)
+SHIPPED_SPACE = Path(__file__).parents[1] / "scalenet_ray" / "commands" / "tune_recursion.yaml"
 
 
 def written(folder: Path, content: Any) -> Path:
@@ -66,7 +67,7 @@ def test_ranges_and_choices_are_read(tmp_path: Path) -> None:
 
 
 def test_the_shipped_space_is_one() -> None:
-    shipped = read_space(Path(__file__).parents[1] / "jobs" / "tune_recursion.yaml")
+    shipped = read_space(SHIPPED_SPACE)
     for path, field in shipped.fields.items():
         ends = field.options if isinstance(field, Choice) else (field.low, field.high)
         for value in ends:
@@ -192,7 +193,7 @@ def test_values_that_no_policy_may_have_are_refused_before_the_trials(path: str,
 
 
 def test_the_shipped_space_and_values_that_go_together_pass() -> None:
-    check_values(read_space(Path(__file__).parents[1] / "jobs" / "tune_recursion.yaml"), [POLICY])
+    check_values(read_space(SHIPPED_SPACE), [POLICY])
     check_values(SearchSpace((POLICY.name,), {"recursion.scale_range.low": Range(0.5, 1.2)}), [POLICY])
 
 

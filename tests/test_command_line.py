@@ -1,0 +1,315 @@
+"""The command line: its help, each command in process and as `python -m scalenet_ray`, quick start-up."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import scalenet_ray
+from scalenet_ray.__main__ import COMMANDS, main
+from scalenet_ray.commands.policy import POLICIES
+from scalenet_ray.core.policy import parse_policy
+from scalenet_ray.data.policy_files import read_policies
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET
+from scalenet_ray.sample.scenes import write_sample
+from tests.job_scripts import COMMAND_MODULES, REPOSITORY
+from tests.test_export import write_run
+
+NETWORKS = ("--detector", SAMPLE_DETECTOR, "--scale-net", SAMPLE_SCALE_NET)
+MODEL = "models/yolox_nano.onnx"
+
+
+def run_command(*arguments: str) -> int:
+    """The exit status of a command, run in this process."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(arguments))
+    assert isinstance(exit_info.value.code, int)
+    return exit_info.value.code
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    """The top-level packages that a command has imported when it ends."""
+    script = (
+        "import sys\nfrom scalenet_ray.__main__ import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    sys.stderr.write('loaded: ' + ' '.join(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return {name.partition(".")[0] for name in done.stderr.partition("loaded: ")[2].split()}
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample(tmp_path_factory.mktemp("data") / "sample", train=1, val=4)
+
+
+# --- the program -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_the_help_lists_each_command_with_a_line(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(*arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, command in COMMANDS.items():
+        assert [line for line in lines if line.split() == [name, *command.summary.split()]]
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("--version") == 0
+    assert capsys.readouterr().out == f"scalenet-ray {scalenet_ray.__version__}\n"
+
+
+def test_an_unknown_command_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("evaluate") == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: the command must be one of show, detect, eval, ")
+    assert printed.err.endswith(", got 'evaluate': see --help\n")
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_lists_its_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(name, "--help") == 0
+    printed = capsys.readouterr().out
+    assert f"usage: scalenet-ray {name} " in printed
+
+
+def test_every_module_of_a_command_is_registered() -> None:
+    modules = {path.stem for path in (REPOSITORY / "scalenet_ray" / "commands").glob("*.py")}
+    assert {command.module for command in COMMANDS.values()} == modules - {"__init__", "arguments"}
+
+
+@pytest.mark.parametrize(("job", "module"), COMMAND_MODULES.items())
+def test_a_job_has_the_flags_of_its_command(job: str, module: str) -> None:
+    text = (REPOSITORY / "jobs" / f"{job}.py").read_text()
+    (command,) = (command for command in COMMANDS.values() if command.module == module)
+    assert f"from scalenet_ray.commands.{module} import {command.job}, main\n" in text
+    assert f"run_job(main, parse_arguments({command.job}))\n" in text
+    assert callable(importlib.import_module(f"scalenet_ray.commands.{module}").main)
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",)])
+def test_help_loads_no_library(arguments: tuple[str, ...]) -> None:
+    assert not loaded_by(*arguments) & {"ray", "torch", "numpy", "cv2", "tyro", "pyarrow"}
+
+
+def test_export_and_policy_load_neither_ray_nor_networks_nor_plots(tmp_path: Path) -> None:
+    heavy = {"ray", "torch", "torchvision", "onnxruntime", "matplotlib"}
+    assert not loaded_by("export", write_run(tmp_path / "run"), "--to", "coco") & heavy
+    assert not loaded_by("policy", "grid-2", "--input-side", "64") & heavy
+
+
+# --- each command --------------------------------------------------------------------------------------
+
+
+def test_detect_and_eval_write_their_run_folders(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local = ("--engine", "local", "--limit", "2", "--report-pictures", "1", *NETWORKS)
+    detect = ("detect", "--images", str(sample / "val2017"), "--output", str(tmp_path / "detect"))
+    assert run_command(*detect, *local) == 0
+    evaluate = ("eval", "--data", str(sample), "--policies", "whole", "grid-2", "--output", str(tmp_path / "eval"))
+    assert run_command(*evaluate, *local) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 of 2 images done, results in ")
+    assert json.loads((tmp_path / "detect" / "metrics.json").read_text())["images"]["done"] == 2
+    assert list(json.loads((tmp_path / "eval" / "metrics.json").read_text())["policies"]) == ["whole", "grid-2"]
+
+
+def test_the_program_runs_as_a_module_in_any_folder(sample: Path, tmp_path: Path) -> None:
+    flags = ("--engine", "local", "--limit", "1", "--report-pictures", "0", "--policy", "whole", *NETWORKS)
+    command = [sys.executable, "-m", "scalenet_ray", "detect", "--images", str(sample / "val2017"), "--output", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*command, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "1 of 1 images done, results in run (open its report.html)"
+    assert pq.read_table(tmp_path / "run" / "images" / "whole-00000.parquet").num_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (("show", "nowhere.jpg"), 2, "cannot read nowhere.jpg: there is no such file"),
+        (("eval", "--data", "nowhere", "--engine", "local"), 2, "nowhere/annotations/instances_val2017.json"),
+        (("detect", "--images", "nowhere", "--engine", "local"), 2, "nowhere"),
+        (("check", "--images", "nowhere"), 2, "nowhere"),
+        (("train", "--data", "nowhere", "--preset", "unet"), 2, "--preset must be one of head, "),
+        (("finetune", "--data", "nowhere"), 2, "--detector must name what is fine-tuned on --data"),
+        (("tune", "--space", "nowhere.yaml"), 2, "nowhere.yaml"),
+        (("export", "nowhere", "--to", "coco"), 2, "nowhere"),
+        (("policy", "first-pass"), 2, "--input-side must be the detector's input side in pixels, got none"),
+    ],
+)
+def test_what_a_command_cannot_do_is_one_line(
+    arguments: tuple[str, ...],
+    status: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_sample(tmp_path / "runs" / "sample", train=1, val=1)
+    assert run_command(*arguments) == status
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+# --- policy ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name.replace("SIZE", "640").replace("-N", "-3") for name in POLICIES])
+def test_a_printed_policy_is_what_its_file_says(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("policy", name, "--input-side", "416", "--iou-threshold", "0.5") == 0
+    file = tmp_path / "policy.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert read_policies(file) == [parse_policy(name, input_side=416, iou_threshold=0.5)]
+    assert run_command("policy", "--policy-file", str(file)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{file} is valid, policies: 1"
+
+
+def test_policies_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("policy") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(POLICIES)
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"version": 1, "name": "a", "kind": "whole", "input_side": "x"}, "input_side must be a whole number, got 'x'"),
+        ([{"version": 1, "name": "a", "kind": "whole", "input_side": 64}] * 2, "got twice a"),
+    ],
+)
+def test_an_invalid_policy_file_is_refused(
+    content: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump(content))
+    assert run_command("policy", "--policy-file", str(tmp_path / "policy.yaml")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_policy_takes_a_name_or_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("policy", "whole", "--policy-file", "policy.yaml") == 2
+    assert "a name or --policy-file, got whole and policy.yaml" in capsys.readouterr().err
+
+
+# --- check -------------------------------------------------------------------------------------------
+
+
+def test_check_reports_the_data_and_each_network(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("check", "--data", str(sample), *NETWORKS) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"data {sample}/annotations/instances_val2017.json: 4 images, 10 categories",
+        f"detector {SAMPLE_DETECTOR}: input side 192, canvas 192 x 192, NMS at IoU 0.6, 10 categories",
+        "categories: the detector's own",
+        f"Scale Net {SAMPLE_SCALE_NET}: class maps, input side 192",
+        "policies: "
+        + ", ".join(f"{name} (tiles of up to 192)" for name in ("whole", "grid-2", "first-pass", "scalenet", "oracle")),
+        "device cpu: on this machine",
+        "all checks passed",
+    ]
+
+
+def test_check_of_images_leaves_the_oracle_out(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("check", "--images", f"{sample}/val2017", "--detector", SAMPLE_DETECTOR) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"data {sample}/val2017: 4 images, no ground truth"
+    assert lines[-3].startswith("policies: whole ")
+    assert "oracle" not in lines[-3]
+
+
+def test_check_says_how_categories_are_mapped(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads((sample / "annotations" / "instances_val2017.json").read_text())
+    names = {category["id"]: category["name"] for category in document["categories"]}
+    for rows, key in ((document["categories"], "id"), (document["annotations"], "category_id")):
+        for row in rows:
+            row[key] += 100
+    document["categories"].append({"id": 7, "name": "dodecahedron"})
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(document))
+    (tmp_path / "val2017").symlink_to(sample / "val2017")
+    assert run_command("check", "--data", str(tmp_path), "--policies", "whole", "--detector", SAMPLE_DETECTOR) == 0
+    printed = capsys.readouterr().out
+    assert "11 categories (" in printed
+    assert "the detector does not know: dodecahedron; left out" in printed
+    first = min(names)
+    assert f"categories: 10 of the detector's 10: {first} {names[first]} -> {first + 100} {names[first]}, " in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--policies", "zoom"), "there is no policy 'zoom'"),
+        (("--policies", "scalenet"), "give --scale-net PATH"),
+        (("--policy-file", "nowhere.yaml"), "nowhere.yaml"),
+        (("--scale-net", "nowhere.safetensors"), "nowhere.safetensors"),
+        (("--detector", "tiny:nowhere.safetensors"), "nowhere.safetensors"),
+        (("--detector", "tests.stalling_detector:NoSuchClass"), "NoSuchClass"),
+        (("--device", "cudaa"), "cudaa"),
+        (("--images", "photos"), "check takes --data or --images"),
+        (("--split", "test2017"), "instances_test2017.json"),
+    ],
+)
+def test_check_ends_with_the_error_that_the_run_would_end_with(
+    flags: tuple[str, ...], message: str, sample: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--data", str(sample), "--detector", SAMPLE_DETECTOR)
+    assert run_command("check", *data, *flags) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert message in printed.err
+    assert "all checks passed" not in printed.out
+
+
+def test_check_refuses_an_oracle_without_ground_truth_and_unreadable_images(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = ("--images", str(sample / "val2017"), "--detector", SAMPLE_DETECTOR)
+    assert run_command("check", *images, "--policies", "oracle") == 2
+    assert "has no ground truth: use another policy" in capsys.readouterr().err
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    assert run_command("check", "--images", str(tmp_path), "--detector", SAMPLE_DETECTOR) == 2
+    assert "must have an image that can be read, got none among the first 1: " in capsys.readouterr().err
+
+
+def test_check_names_a_device_that_this_machine_lacks(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--policies", "whole", "--detector", SAMPLE_DETECTOR, "--device", "cuda:99")
+    assert run_command("check", "--data", str(sample), *flags) == 0
+    assert "device cuda:99: not on this machine, needed where the networks run" in capsys.readouterr().out
+
+
+def test_check_writes_nothing(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command("check", "--data", str(sample), "--policies", "whole", *NETWORKS) == 0
+    assert capsys.readouterr().out.endswith("all checks passed\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_without_data_tries_a_detector_on_the_samples_images(
+    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command("check", "--detector", f"yolox-onnx:{real_data / MODEL}", "--policies", "whole") == 0
+    printed = capsys.readouterr().out
+    assert "data runs/sample/val2017: 100 images, no ground truth" in printed
+    assert "input side 416, canvas 416 x 416" in printed
