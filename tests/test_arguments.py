@@ -29,7 +29,7 @@ REQUIRED: dict[str, dict[str, Any]] = {"eval_cifar": {"data": "DIR"}, "export": 
 COUNTS = ("limit", "input_side", "tile_side", "train_limit", "test_limit", "epochs", "batch_size")
 
 
-def job_of(name: str, **changes: Any) -> Any:
+def job_of(name: str, /, **changes: Any) -> Any:
     """A job with its defaults."""
     kind = JOBS[name] or next(
         value
