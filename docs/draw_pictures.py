@@ -1,6 +1,7 @@
-"""Draws the pictures of the documentation from the embedded sample, into docs/images.
+"""Draw the documentation's pictures into docs/images, with the embedded sample's networks.
 
-Made again by `.venv/bin/python docs/draw_pictures.py`.
+Run it with `.venv/bin/python docs/draw_pictures.py`. `beach.jpg` shows a photograph-like scene (`beach_scene.py`), the
+other pictures show a scene of the embedded sample.
 """
 
 from __future__ import annotations
@@ -10,15 +11,23 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from beach_scene import BeachScene, render_beach
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from scalenet_ray.api import ScaledPrediction, get_scaled_prediction
 from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.merge import iou_matrix
+from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.recursion import Step
 from scalenet_ray.evaluation.compare import are_new
-from scalenet_ray.models.detectors import load_detector
+from scalenet_ray.models.detectors import Detector, load_detector
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.report.charts import drawing
 from scalenet_ray.report.recursion_figure import NEW, SEEN, draw_boxes, draw_look, picture_bytes, recursion_figure
@@ -26,13 +35,71 @@ from scalenet_ray.sample.scenes import sample_scene
 
 _SHOWN_SCORE = 0.4
 _SCENES = 12
+_BEACH_SEED = 1
+_BEACH_SCORE = 0.5
+_BEACH_INPUT_SIDE = 384
+_BEACH_CROP = (480, 348, 810, 568)
 _IMAGES = Path(__file__).parent / "images"
 
 
 def _write(name: str, figure: Figure) -> None:
-    """256 colours are enough, and a third of the bytes."""
+    """Write a figure as a PNG of 256 colours, a third of the bytes."""
     picture = Image.open(io.BytesIO(picture_bytes(figure, "png"))).convert("RGB")
     picture.quantize(256).save(_IMAGES / name, optimize=True)
+
+
+def _correct(scene: BeachScene, found: Detections) -> np.ndarray:
+    """[N] bool: the boxes that match a kite of their class at an IoU of 0.5."""
+    matches = (iou_matrix(scene.boxes, found.boxes) >= 0.5) & (scene.labels[:, None] == found.labels[None])
+    return matches.any(axis=0)
+
+
+def _draw_kites(axes: Axes, scene: BeachScene, found: Detections, before: Detections, line_width: float) -> None:
+    """Boxes in white where the whole image gave them, in orange where they are new, in red where they are wrong."""
+    new, correct = are_new(found, before), _correct(scene, found)
+    colours = [
+        "#ff1f3d" if not right else "#ffb000" if fresh else "white" for fresh, right in zip(new, correct, strict=True)
+    ]
+    draw_boxes(axes, scene.pixels, found, colours, line_width=line_width)
+    for patch in axes.patches:
+        patch.set_path_effects([withStroke(linewidth=line_width + 1.4, foreground="#101418")])
+
+
+def _beach(detector: Detector) -> dict[str, Any]:
+    """Draw what the whole image gives and what is found after zooming, with an enlarged part of each below."""
+    scene = render_beach(_BEACH_SEED)
+    policy = parse_policy("first-pass", input_side=_BEACH_INPUT_SIDE, iou_threshold=detector.iou_threshold)
+    prediction = get_scaled_prediction(
+        scene.pixels, detector, policy=policy, confidence_threshold=_BEACH_SCORE, verbose=0
+    )
+    before, after = prediction.found_in_whole_image(_BEACH_SCORE), prediction.detections
+    windows = [child.window for step in prediction.steps for child in step.children]
+    x0, y0, x1, y1 = _BEACH_CROP
+    width = 6.4
+    heights = (width * scene.pixels.shape[0] / scene.pixels.shape[1], width * (y1 - y0) / (x1 - x0))
+    total = len(scene.labels)
+    correct = [int(_correct(scene, found).sum()) for found in (before, after)]
+    wrong = [len(found) - right for found, right in zip((before, after), correct, strict=True)]
+    titles = (
+        f"The whole image: {correct[0]} of {total} kites, {wrong[0]} wrong boxes",
+        f"After zooming into {len(windows)} windows: {correct[1]} of {total}, {wrong[1]} wrong",
+    )
+    with drawing(2 * width, sum(heights) + 0.35) as figure:
+        panels = figure.subplots(2, 2, height_ratios=heights)
+        for column, (found, title) in enumerate(zip((before, after), titles, strict=True)):
+            top, low = panels[:, column]
+            _draw_kites(top, scene, found, before, 1.6)
+            top.set_title(title, fontsize=15)
+            _draw_kites(low, scene, found, before, 2.4)
+            low.set_xlim(x0, x1)
+            low.set_ylim(y1, y0)
+            frame = {"fill": False, "edgecolor": "white", "linewidth": 1.2, "linestyle": (0, (4, 3))}
+            top.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **frame))
+        picture = Image.open(io.BytesIO(picture_bytes(figure, "png", 125.0))).convert("RGB")
+        picture.save(_IMAGES / "beach.jpg", quality=88, optimize=True)
+    pixels = [step.result.detector_pixels for step in prediction.steps]
+    passes = sum(pixels) / pixels[0]
+    return {"kites": total, "correct": correct, "wrong": wrong, "passes": passes}
 
 
 def _coloured(before: Detections, after: Detections) -> list[str]:
@@ -40,7 +107,7 @@ def _coloured(before: Detections, after: Detections) -> list[str]:
 
 
 def _look_first(prediction: ScaledPrediction) -> None:
-    """What is found in the whole image, where is looked, what is found then."""
+    """Draw the whole image's detections, the scale map with its windows, and the detections after the zoom."""
     image, after = prediction.pixels, prediction.detections
     before = prediction.found_in_whole_image(_SHOWN_SCORE)
     side = 4.2
@@ -53,7 +120,7 @@ def _look_first(prediction: ScaledPrediction) -> None:
 
 
 def _policies(shown: Sequence[ScaledPrediction]) -> None:
-    """The windows that policies ask for in one scene, and their price."""
+    """Draw the windows of several policies in one scene, with their detector passes."""
     image = shown[0].pixels
     side = 3.4
     with drawing(side * len(shown), side * image.shape[0] / image.shape[1] + 0.4) as figure:
@@ -65,8 +132,9 @@ def _policies(shown: Sequence[ScaledPrediction]) -> None:
 
 
 def main() -> None:
-    """Draw, of the first scenes of the val split, the one in which the recursion finds most that was missed."""
+    """Draw the beach, and the scene among the val split's first in which the recursion finds most new objects."""
     detector = load_detector(SAMPLE_DETECTOR)
+    print(json.dumps(_beach(detector)))
     net = NetworkSpec(scale_net=SAMPLE_SCALE_NET).load_scale_net()
     predict = partial(
         get_scaled_prediction,

@@ -24,6 +24,7 @@ __all__ = [
     "ensure_sample",
     "make_scene",
     "sample_scene",
+    "shape_alpha",
     "write_sample",
 ]
 
@@ -117,7 +118,7 @@ def _outlines() -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
 _OUTLINES = _outlines()
 
 
-def _shape_alpha(rng: np.random.Generator, name: str, side: float) -> np.ndarray:
+def shape_alpha(rng: np.random.Generator, name: str, side: float) -> np.ndarray:
     """Antialiased coverage of a randomly rotated shape, [h, w] float32 in [0, 1].
 
     The longer side of the rotated shape's bounding box is `side` pixels.
@@ -239,7 +240,7 @@ def make_scene(rng: np.random.Generator) -> Scene:
     category_ids: list[int] = []
     for side in _sides(rng, hw):
         category_id = ids[int(rng.integers(len(ids)))]
-        alpha = _shape_alpha(rng, SAMPLE_CATEGORIES[category_id], float(side))
+        alpha = shape_alpha(rng, SAMPLE_CATEGORIES[category_id], float(side))
         clustered = side < SMALL_SIDE and rng.random() < 0.8
         place = _place(rng, alpha.shape, owner, centres[int(rng.integers(len(centres)))] if clustered else None)
         if place is None or alpha.max() < 0.5:
