@@ -35,16 +35,30 @@ from tests.ray_fixture import RAY_ENVIRONMENT
 
 __all__ = ["World", "build_world"]
 
-SHORTER = {
-    "jobs/eval_coco.py": "--engine local",
-    "jobs/detect.py": "--engine local",
-    "jobs/train_scalenet.py": "--epochs 1 --limit 2 --batch-size 2 --workers 1 --gpus-per-worker 0 --input-side 32",
-    "jobs/finetune_detector.py": "--epochs 1 --limit 1 --batch-size 1 --input-side 64",
-    "jobs/tune_recursion.py": "--trials 2 --subsets 1",
-    "jobs/eval_digits.py": "--seeds 1 --train-limit 20 --test-limit 10",
-    "jobs/eval_cifar.py": "--seeds 1 --train-limit 20 --test-limit 10",
+_SHORTER_BY_COMMAND = {
+    "eval": "--engine local",
+    "detect": "--engine local",
+    "train": "--epochs 1 --limit 2 --batch-size 2 --workers 1 --gpus-per-worker 0 --input-side 32",
+    "finetune": "--epochs 1 --limit 1 --batch-size 1 --input-side 64",
+    "tune": "--trials 2 --subsets 1",
 }
-"""What is added to every call of a job, after its own flags: less work, no GPU, one process where that is enough."""
+"""Flags added to every call of a command, after its own flags: less work, no GPU, one process if that is enough."""
+
+_JOBS = {
+    "eval": "eval_coco",
+    "detect": "detect",
+    "train": "train_scalenet",
+    "finetune": "finetune_detector",
+    "tune": "tune_recursion",
+}
+_EXPERIMENT = "--seeds 1 --train-limit 20 --test-limit 10"
+SHORTER = {
+    **_SHORTER_BY_COMMAND,
+    **{f"jobs/{job}.py": _SHORTER_BY_COMMAND[command] for command, job in _JOBS.items()},
+    "jobs/eval_digits.py": _EXPERIMENT,
+    "jobs/eval_cifar.py": _EXPERIMENT,
+}
+"""The same by a command's name, or by the path of its script."""
 
 _CELL = 8
 _SIDE = 64
@@ -152,19 +166,22 @@ def _environment(folder: Path, s3_endpoint: str) -> dict[str, str]:
 
 
 def _write_programs(folder: Path) -> None:
-    """`.venv/bin/python`, which makes calls of the jobs shorter, and `make`, which only looks whether it could."""
-    python = f"""\
-        #!{sys.executable}
+    """Write `scalenet-ray` and `.venv/bin/python`, which shorten runs, and a `make` that only prints its commands."""
+    program = """\
+        #!{python}
         import os, sys
         arguments = sys.argv[1:]
-        shorter = {SHORTER!r}.get(arguments[0], "").split()
-        os.execv({sys.executable!r}, [{sys.executable!r}, *arguments, *shorter])
+        shorter = {shorter!r}.get(arguments[0], "").split()
+        os.execv({python!r}, [{python!r}, *{module!r}, *arguments, *shorter])
     """
+    python = program.format(python=sys.executable, shorter=SHORTER, module=[])
+    scalenet_ray = program.format(python=sys.executable, shorter=SHORTER, module=["-m", "scalenet_ray"])
     make = f"""\
         #!/bin/sh
         exec {shutil.which("make")} --dry-run --directory {REPOSITORY} "$@"
     """
-    for path, text in {".venv/bin/python": python, "bin/make": make}.items():
+    programs = {".venv/bin/python": python, "bin/scalenet-ray": scalenet_ray, "bin/make": make}
+    for path, text in programs.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(dedent(text))
         (folder / path).chmod(stat.S_IRWXU)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -15,16 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import tyro
 import yaml
 from markdown.extensions.toc import slugify
 
-from scalenet_ray.commands.export import Export
-from scalenet_ray.commands.show import Show
+from scalenet_ray.__main__ import COMMANDS, main
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.models.detectors import load_detector
 from tests.documented_world import World, build_world
-from tests.job_scripts import REPOSITORY, load_job
+from tests.job_scripts import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 SHELL = ("", "bash", "sh")
@@ -129,7 +128,7 @@ def test_what_a_page_tells_to_run_runs_as_written(page: str, world: World) -> No
 def test_a_command_that_fails_fails_its_block(world: World) -> None:
     assert world.run("make no-such-target\ntrue").returncode != 0
     assert world.run("no-such-program | cat").returncode != 0
-    assert world.run(".venv/bin/python -m scalenet_ray show nowhere.jpg\ntrue").returncode != 0
+    assert world.run("scalenet-ray show nowhere.jpg\ntrue").returncode != 0
 
 
 def test_the_readmes_detector_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +143,7 @@ def test_the_readmes_detector_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("path", [path for path in PAGES if path != MEASURED], ids=name_of)
 def test_commands_name_the_environment_whose_programs_they_call(path: Path) -> None:
     text = prose_of(path) + "".join(block.text for block in blocks_of(path, *SHELL))
-    pythons = re.findall(r"([^\s`]*(?:python|PYTHON)) +(?:jobs/\w+\.py|-m scalenet_ray|-m pytest)", text)
+    pythons = re.findall(r"([^\s`]*(?:python|PYTHON)) +(?:jobs/\w+\.py|-m pytest)", text)
     rays = re.findall(r"^([^\s`]*ray) (?:up|down|start|job|dashboard|get-auth-token)", text, re.MULTILINE)
     # The last two are those of a cluster that cluster.yaml makes, and of any other.
     assert set(pythons) <= {".venv/bin/python", "/home/ray/venv/bin/python", "PYTHON"}
@@ -161,26 +160,23 @@ def test_the_clusters_python_is_where_the_pages_say() -> None:
 
 @cache
 def flags_of(command: str) -> frozenset[str]:
-    """The flags that a job, or a command of the package, knows."""
-    if command in ("show", "export"):
-        kind: type = {"show": Show, "export": Export}[command]
-    else:
-        module = load_job(command)
-        named = re.search(r"parse_arguments\((\w+)", (REPOSITORY / "jobs" / f"{command}.py").read_text())
-        assert named is not None
-        kind = getattr(module, named[1])
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
-        tyro.cli(kind, args=["--help"])
-    return frozenset(re.findall(r"--[a-z][a-z-]*", said.getvalue()))
+    """The flags of a command of `scalenet-ray`, or of a script, jobs/NAME.py."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        if command.endswith(".py"):
+            patched.setattr(sys, "argv", [command, "--help"])
+            runpy.run_path(str(REPOSITORY / command), run_name="__main__")
+        else:
+            main([command, "--help"])
+    return frozenset(re.findall(r"--[a-z][a-z-]*", printed.getvalue()))
 
 
 def commands_in(path: Path) -> list[list[str]]:
-    """The jobs and commands of the package that a page's shell blocks call, each as its name and flags."""
+    """The commands and scripts that a page's shell blocks call, each as its name and flags."""
     found = []
     for block in blocks_of(path, *SHELL):
         for line in block.text.replace("\\\n", " ").splitlines():
-            called = re.search(r"(?:python|PYTHON) (?:jobs/(\w+)\.py|-m scalenet_ray (\w+))(.*)", line)
+            called = re.search(r"(?:(?:python|PYTHON) (jobs/\w+\.py)|scalenet-ray (\w[\w-]*))(.*)", line)
             if called is not None:
                 words = shlex.split(called[3], comments=True)
                 found.append([called[1] or called[2], *(word for word in words if word.startswith("--"))])
@@ -194,10 +190,9 @@ def test_every_flag_in_a_command_exists(path: Path) -> None:
         assert not unknown, f"{name} {unknown}"
 
 
-def test_the_pages_call_every_job_and_command() -> None:
+def test_the_pages_call_every_command_and_experiment() -> None:
     called = {name for path in PAGES for name, *_ in commands_in(path)}
-    jobs = {path.stem for path in (REPOSITORY / "jobs").glob("*.py")} - {"train_tiny_detector"}
-    assert jobs | {"show", "export"} <= called
+    assert {*COMMANDS, "jobs/eval_digits.py", "jobs/eval_cifar.py"} <= called
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
