@@ -162,7 +162,7 @@ def test_the_clusters_python_is_where_the_pages_say() -> None:
 def flags_of(command: str) -> frozenset[str]:
     """The flags of a command of `scalenet-ray`, or of a script, jobs/NAME.py."""
     printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patched, contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         if command.endswith(".py"):
             patched.setattr(sys, "argv", [command, "--help"])
             runpy.run_path(str(REPOSITORY / command), run_name="__main__")
@@ -176,7 +176,7 @@ def commands_in(path: Path) -> list[list[str]]:
     found = []
     for block in blocks_of(path, *SHELL):
         for line in block.text.replace("\\\n", " ").splitlines():
-            called = re.search(r"(?:(?:python|PYTHON) (jobs/\w+\.py)|scalenet-ray (\w[\w-]*))(.*)", line)
+            called = re.search(r"(?:(?:python|PYTHON) (jobs/\w+\.py)|(?:^|=\w+ )scalenet-ray (\w[\w-]*))(.*)", line)
             if called is not None:
                 words = shlex.split(called[3], comments=True)
                 found.append([called[1] or called[2], *(word for word in words if word.startswith("--"))])
