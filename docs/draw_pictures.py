@@ -36,6 +36,7 @@ from scalenet_ray.sample.scenes import sample_scene
 _SHOWN_SCORE = 0.4
 _SCENES = 12
 _BEACH_SEED = 1
+_BEACH_SCENES = 6
 _BEACH_SCORE = 0.5
 _BEACH_INPUT_SIDE = 384
 _BEACH_CROP = (480, 348, 810, 568)
@@ -55,7 +56,7 @@ def _correct(scene: BeachScene, found: Detections) -> np.ndarray:
 
 
 def _draw_kites(axes: Axes, scene: BeachScene, found: Detections, before: Detections, line_width: float) -> None:
-    """Boxes in white where the whole image gave them, in orange where they are new, in red where they are wrong."""
+    """Draw boxes: white if the whole image alone gives them, orange if new, red if wrong."""
     new, correct = are_new(found, before), _correct(scene, found)
     colours = [
         "#ff1f3d" if not right else "#ffb000" if fresh else "white" for fresh, right in zip(new, correct, strict=True)
@@ -65,13 +66,31 @@ def _draw_kites(axes: Axes, scene: BeachScene, found: Detections, before: Detect
         patch.set_path_effects([withStroke(linewidth=line_width + 1.4, foreground="#101418")])
 
 
-def _beach(detector: Detector) -> dict[str, Any]:
-    """Draw what the whole image gives and what is found after zooming, with an enlarged part of each below."""
+def _find_kites(detector: Detector, scene: BeachScene, policy_name: str) -> ScaledPrediction:
+    policy = parse_policy(policy_name, input_side=_BEACH_INPUT_SIDE, iou_threshold=detector.iou_threshold)
+    return get_scaled_prediction(scene.pixels, detector, policy=policy, confidence_threshold=_BEACH_SCORE, verbose=0)
+
+
+def _count_kites(detector: Detector, seed: int, policy_name: str) -> dict[str, Any]:
+    """Correct and wrong boxes of a policy in the scene of a seed, and its passes over the whole image's."""
+    scene = render_beach(seed)
+    prediction = _find_kites(detector, scene, policy_name)
+    correct = int(_correct(scene, prediction.detections).sum())
+    pixels = [step.result.detector_pixels for step in prediction.steps]
+    return {
+        "seed": seed,
+        "policy": policy_name,
+        "kites": len(scene.labels),
+        "correct": correct,
+        "wrong": len(prediction.detections) - correct,
+        "passes": sum(pixels) / pixels[0],
+    }
+
+
+def _beach(detector: Detector) -> None:
+    """Draw the whole image's detections beside those after zooming, with an enlarged part of each below."""
     scene = render_beach(_BEACH_SEED)
-    policy = parse_policy("first-pass", input_side=_BEACH_INPUT_SIDE, iou_threshold=detector.iou_threshold)
-    prediction = get_scaled_prediction(
-        scene.pixels, detector, policy=policy, confidence_threshold=_BEACH_SCORE, verbose=0
-    )
+    prediction = _find_kites(detector, scene, "first-pass")
     before, after = prediction.found_in_whole_image(_BEACH_SCORE), prediction.detections
     windows = [child.window for step in prediction.steps for child in step.children]
     x0, y0, x1, y1 = _BEACH_CROP
@@ -97,9 +116,6 @@ def _beach(detector: Detector) -> dict[str, Any]:
             top.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **frame))
         picture = Image.open(io.BytesIO(picture_bytes(figure, "png", 125.0))).convert("RGB")
         picture.save(_IMAGES / "beach.jpg", quality=88, optimize=True)
-    pixels = [step.result.detector_pixels for step in prediction.steps]
-    passes = sum(pixels) / pixels[0]
-    return {"kites": total, "correct": correct, "wrong": wrong, "passes": passes}
 
 
 def _coloured(before: Detections, after: Detections) -> list[str]:
@@ -134,7 +150,10 @@ def _policies(shown: Sequence[ScaledPrediction]) -> None:
 def main() -> None:
     """Draw the beach, and the scene among the val split's first in which the recursion finds most new objects."""
     detector = load_detector(SAMPLE_DETECTOR)
-    print(json.dumps(_beach(detector)))
+    _beach(detector)
+    for seed in range(_BEACH_SCENES):
+        for name in ("whole", "first-pass", "grid-2", "grid-3"):
+            print(json.dumps(_count_kites(detector, seed, name)))
     net = NetworkSpec(scale_net=SAMPLE_SCALE_NET).load_scale_net()
     predict = partial(
         get_scaled_prediction,

@@ -1,9 +1,9 @@
-"""Takes docs/images/report-*.png: a page of the embedded sample, light, dark, narrow, and one picture of it opened.
+"""Take docs/images/report-*.png: a report of the embedded sample, light, dark, narrow, and one image of it opened.
 
-    .venv/bin/python jobs/eval_coco.py --limit 40 --output RUN
+    .venv/bin/scalenet-ray eval --limit 40 --output RUN
     .venv/bin/python docs/screenshots.py RUN
 
-It wants a Chromium; Debian's `chromium` will do.
+Needs Chromium, such as Debian's package `chromium`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _keep(name: str, taken: bytes) -> None:
 
 
 def main(run: str) -> None:
-    """Take them all."""
+    """Take all screenshots of a run's report."""
     if CHROMIUM is None:
         sys.exit("no browser: install chromium")
     page_of_run = (Path(run) / "report.html").resolve().as_uri()
