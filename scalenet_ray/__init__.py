@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from scalenet_ray.models.scale_head import load_predictor
     from scalenet_ray.runs.export import export_run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Detections": "core.detections",
