@@ -97,7 +97,7 @@ class DetectWithFeatures(Detect, Protocol):
     """Detector that returns its feature maps, for a scale head that reads them."""
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
-        """Detections as of `__call__`, with the feature maps of the same forward pass."""
+        """Detections of tiles, [height, width, 3] uint8 RGB each, with the feature maps of the same forward pass."""
         ...
 
 

@@ -72,7 +72,7 @@ def match_results(
     iou_type: Literal["bbox", "segm"] = "bbox",
     image_ids: Collection[int] | None = None,
 ) -> COCOeval:
-    """Match results to objects image by image; arguments and errors as of `evaluate`."""
+    """Match results to objects image by image; arguments as of `evaluate`, and `UserError` as there."""
     if isinstance(annotations, CocoDataset):
         dataset = annotations
     else:

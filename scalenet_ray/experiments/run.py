@@ -365,7 +365,7 @@ def run_tasks(
             for other in running:
                 ray.cancel(other, force=True)
             cause = from_worker(error)
-            msg = f"{name} failed: {cause}; what is done stays in {run.uri}: mend it and add --resume"
+            msg = f"{name} failed: {cause}; what is done stays in {run.uri}: fix it and rerun with --resume"
             raise with_message(cause, msg) from None
         run.write_json(f"units/{name}.json", outcomes[name])
         run.standing = f"{len(outcomes)} of {len(tasks)} done"
