@@ -30,7 +30,7 @@ def test_a_failed_unit_is_named_and_what_is_done_is_not_done_again(idle_ray: Non
     log, run = tmp_path / "log", RunFolder(str(tmp_path / "run"))
     first = Task("one", partial(add, 0, 1, log, name="one"))
     with pytest.raises(
-        RuntimeError, match=r"two failed: .*no such scale in a worker; what is done stays in .*: mend it"
+        RuntimeError, match=r"two failed: .*no such scale in a worker; what is done stays in .*: fix it"
     ):
         run_tasks([first, Task("two", broken, after=("one",))], run, lambda line: None)
     outcomes = run_tasks([first, Task("two", partial(add, 1, 1, log), after=("one",))], run, lambda line: None)
