@@ -23,8 +23,11 @@ EXTRAS = {
 
 
 @contextmanager
-def needs_extra() -> Iterator[None]:
+def needs_extra(extra: str | None = None) -> Iterator[None]:
     """Name the extra to install if an import in this block does not find an optional package.
+
+    Args:
+        extra: the extra that installs all that the block needs; by default that of the missing package in `EXTRAS`.
 
     Raises:
         UserError: in place of the `ModuleNotFoundError` of a package in `EXTRAS`; any other error passes through.
@@ -35,5 +38,5 @@ def needs_extra() -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        msg = f"{package} is not installed: pip install 'scalenet-ray[{EXTRAS[package]}]'"
+        msg = f"{package} is not installed: pip install 'scalenet-ray[{extra or EXTRAS[package]}]'"
         raise UserError(msg) from error
