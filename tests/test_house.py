@@ -124,7 +124,8 @@ def test_every_locked_requirement_has_a_version_and_a_hash(name: str, least: int
 
 def test_the_demos_environment_is_part_of_the_whole_one():
     light = requirements("requirements-demo.txt")
-    assert set(light) <= set(requirements())
+    # A platform's marker may differ: the whole environment needs some packages on every one.
+    assert {line.split()[0] for line in light} <= {line.split()[0] for line in requirements()}
     assert not {line.partition("==")[0] for line in light} & {"torch", "torchvision", "scikit-learn", "optuna"}
 
 

@@ -81,6 +81,7 @@ def test_show_draws_a_scene_of_the_sample(installed: Path, tmp_path: Path) -> No
     assert (tmp_path / "recursion.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.timeout(600)
 def test_detect_runs_on_the_sample_in_one_process(installed: Path, tmp_path: Path) -> None:
     flags = ("--engine", "local", "--policy", "scalenet", "--limit", "3", "--output", "run")
     done = run(installed, tmp_path, "detect", *flags)
