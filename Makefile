@@ -1,8 +1,9 @@
-# make setup builds .venv once; everything else depends on it.
+# make demo builds a light .venv: the core and Ray, no torch. make setup adds the rest; other targets depend on it.
 
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
+LIGHT := .venv/.light
 STAMP := .venv/.installed
 PEERS := .venv/peers
 
@@ -11,20 +12,25 @@ PEERS := .venv/peers
 
 setup: $(STAMP)
 
-# Built anew when what is installed, or how, has changed.
-$(STAMP): requirements.txt pyproject.toml
+# Built anew when what is installed, or how, has changed. Its versions are those of requirements.txt.
+$(LIGHT): requirements-demo.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "scalenet_ray needs Python 3.11 or newer, got $$($(PYTHON) --version 2>&1):" \
 			"install one and name it, as in make setup PYTHON=python3.12" >&2; \
 		exit 1; }
-	@echo "Building .venv: some minutes, about 7 GB."
+	@echo "Building .venv: the core and Ray, a minute or two, about 1 GB."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-demo.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
-# The whole path on the embedded sample, from pictures to AP and a report.
-demo: setup
+$(STAMP): $(LIGHT) requirements.txt
+	@echo "Adding torch, training and development tools to .venv: some minutes, about 7 GB in all."
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt
+	@touch $@
+
+# The whole path on the embedded sample, from images to AP and a report.
+demo: $(LIGHT)
 	$(BIN)/python jobs/eval_coco.py --policies whole grid-2 first-pass scalenet oracle
 
 # One thread: on shared cores two are slower than one, and sums come out the same every time.
@@ -58,11 +64,12 @@ format: setup
 	$(BIN)/ruff format .
 
 # Pins everything that pyproject.toml asks for, with hashes, for every platform. Versions that still fit stay.
+lock: LOCK = pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
 lock:
 	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	$(PYTHON) -m venv "$$scratch"; \
 	"$$scratch/bin/python" -m pip install --quiet uv; \
-	"$$scratch/bin/uv" pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes \
-		--no-annotate --no-header pyproject.toml --output-file requirements.txt; \
-	"$$scratch/bin/uv" pip compile --quiet --universal --python-version 3.11 --no-deps --generate-hashes \
-		--no-annotate --no-header bench/requirements.in --output-file bench/requirements.txt
+	"$$scratch/bin/uv" $(LOCK) --extra dev pyproject.toml --output-file requirements.txt; \
+	echo "setuptools>=80" | "$$scratch/bin/uv" $(LOCK) --extra ray --constraint requirements.txt \
+		- pyproject.toml --output-file requirements-demo.txt; \
+	"$$scratch/bin/uv" $(LOCK) --no-deps bench/requirements.in --output-file bench/requirements.txt

@@ -28,7 +28,7 @@ import tyro
 from ray._private.internal_api import node_stats
 
 from bench.fakes import fake_networks, grey_image, records_of, two_windows
-from scalenet_ray.engine.session import Session
+from scalenet_ray.engine.session import RaySession
 from scalenet_ray.runs.batch import run_policy
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import Resources
@@ -162,7 +162,7 @@ def _resident_bytes(pid: int) -> int:
 
 def _measure(images: int) -> dict[str, float]:
     """One run."""
-    session = Session("ray", Resources())
+    session = RaySession(Resources())
     policy = two_windows()
     start = partial(session.start, policy=policy, networks=fake_networks(), open_image=grey_image)
     peaks = Peaks()

@@ -23,7 +23,8 @@ import torch
 import tyro
 
 from bench.workloads import ratio, spread
-from scalenet_ray.models.scale_net import PRESETS, ScaleNetPredictor, build_scale_net, save_scale_net
+from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net, save_scale_net
+from scalenet_ray.models.scale_networks import PRESETS
 from scalenet_ray.models.torchvision_builders import build_detector
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector
 

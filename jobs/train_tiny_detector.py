@@ -16,8 +16,9 @@ from scalenet_ray.console import run_job
 from scalenet_ray.core.bounds import ABOVE_ZERO, ONE_OR_MORE
 from scalenet_ray.data import storage
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.sample.detector import TinyNetConfig, save_tiny_detector
+from scalenet_ray.sample.detector import save_tiny_detector
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, ensure_sample
+from scalenet_ray.sample.tiny import TinyNetConfig
 from scalenet_ray.sample.train_detector import train_tiny_detector
 from scalenet_ray.training.examples import read_examples
 

@@ -21,11 +21,13 @@ class Command(NamedTuple):
         module: its module in `scalenet_ray.commands`, with a function `main(job) -> int`.
         job: name of the dataclass of its flags, in that module.
         summary: a line for the help.
+        extra: the extra of scalenet-ray that installs all it needs; None if the core is enough.
     """
 
     module: str
     job: str
     summary: str
+    extra: str | None = None
 
 
 COMMANDS = {
@@ -34,10 +36,11 @@ COMMANDS = {
     "eval": Command("evaluate", "EvalCoco", "evaluate policies on a data set in COCO's layout"),
     "check": Command("check", "CheckInputs", "try data, networks and policies without a run"),
     "policy": Command("policy", "PrintPolicy", "print a policy as YAML, check a policy file, list the names"),
-    "tune": Command("tune", "TuneRecursion", "tune the recursion on one split, report on another"),
-    "train": Command("train", "TrainScaleNet", "train a Scale Net or a scale head"),
-    "finetune": Command("finetune", "FinetuneDetector", "fine-tune a detector on upsampled windows"),
+    "tune": Command("tune", "TuneRecursion", "tune the recursion on one split, report on another", "train"),
+    "train": Command("train", "TrainScaleNet", "train a Scale Net or a scale head", "train"),
+    "finetune": Command("finetune", "FinetuneDetector", "fine-tune a detector on upsampled windows", "train"),
     "export": Command("export", "Export", "convert detections of a run to another tool's format"),
+    "export-onnx": Command("export_onnx", "ExportOnnx", "export a network to ONNX, to run it without torch", "torch"),
 }
 """Command -> its module and flags. Importing this module imports none of them."""
 
@@ -59,10 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"error: the command must be one of {', '.join(COMMANDS)}, got {name!r}: see --help\n")
         sys.exit(2)
     from scalenet_ray.commands.arguments import parse_arguments
-    from scalenet_ray.console import run_job
+    from scalenet_ray.console import complain, run_job
+    from scalenet_ray.core.errors import UserError
+    from scalenet_ray.core.extras import needs_extra
 
     command = COMMANDS[name]
-    module = importlib.import_module(f"scalenet_ray.commands.{command.module}")
+    try:
+        with needs_extra(command.extra):
+            module = importlib.import_module(f"scalenet_ray.commands.{command.module}")
+    except UserError as error:
+        sys.exit(complain(f"error: {error}", 2))
     run_job(module.main, parse_arguments(getattr(module, command.job), rest, program=f"{_PROGRAM} {name}"))
 
 

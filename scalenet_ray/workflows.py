@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.extras import needs_extra
 from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy, check_names, parse_policy
 from scalenet_ray.data import storage
@@ -46,12 +47,10 @@ from scalenet_ray.runs.documents import (
 )
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.inputs import annotation_digests, check_ground_truth, keep_image_ids
+from scalenet_ray.runs.local import LocalSession, Session
 from scalenet_ray.runs.resources import Resources
 from scalenet_ray.runs.summary import evaluate_policy, failure_counts, policy_cost, write_policy_results
 from scalenet_ray.sample.scenes import ensure_sample
-
-if TYPE_CHECKING:
-    from scalenet_ray.engine.session import Session
 
 __all__ = [
     "PICTURES",
@@ -94,11 +93,13 @@ def start_session(engine: EngineName, resources: Resources, networks: NetworkSpe
         networks: the networks of the run. A local engine must have their device, a cluster's head need not.
 
     Raises:
-        UserError: if Ray can be neither joined nor started, or there is no such device.
+        UserError: if Ray is not installed, or can be neither joined nor started, or there is no such device.
     """
-    from scalenet_ray.engine.session import Session
-
-    session = Session(engine, resources)
+    session: Session = LocalSession()
+    if engine == "ray":
+        with needs_extra():
+            from scalenet_ray.engine.session import RaySession
+        session = RaySession(resources)
     session.call(networks.check_device, engine == "local")
     return session
 

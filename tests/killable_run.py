@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from scalenet_ray.core.inference import NetworkFactories
-from scalenet_ray.engine.session import Session
+from scalenet_ray.engine.session import RaySession
 from scalenet_ray.runs.batch import Progress, run_policy
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import AdvancedResources, Resources
@@ -42,7 +42,7 @@ def main() -> None:
     resources = Resources(
         scale_batch_size=2, detector_batch_size=4, advanced=AdvancedResources(max_open_images=OPEN_IMAGES)
     )
-    session = Session("ray", resources)
+    session = RaySession(resources)
     start = partial(session.start, policy=POLICY, networks=networks, open_image=SCENES)
     run = RunFolder(output)
     with (

@@ -14,8 +14,15 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.geometry import iou_matrix
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.scale_head import ScaleHead, load_predictor, save_scale_head
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
+from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
+from scalenet_ray.models.scale_predictors import load_predictor
+from scalenet_ray.models.spec import (
+    SAMPLE_DETECTOR,
+    SAMPLE_DETECTOR_WEIGHTS,
+    SAMPLE_SCALE_NET,
+    SAMPLE_SCALE_NET_WEIGHTS,
+    NetworkSpec,
+)
 from scalenet_ray.models.torchvision_builders import build_detector
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene
@@ -59,7 +66,7 @@ def test_torchvisions_detectors_compute_in_it_where_asked_and_answer_in_float32(
 def test_the_samples_detector_finds_the_same_in_bfloat16() -> None:
     # Nothing is suppressed: which of two boxes that nearly tie is kept depends on rounding, and bfloat16's is coarse.
     detectors: list[Any] = [
-        load_detector(SAMPLE_DETECTOR, mixed_precision=mixed, iou_threshold=1.0) for mixed in (False, True)
+        load_detector(SAMPLE_DETECTOR_WEIGHTS, mixed_precision=mixed, iou_threshold=1.0) for mixed in (False, True)
     ]
     seen = dtypes_seen(detectors[1].model)
     pixels = scenes(6)
@@ -76,7 +83,7 @@ def test_the_samples_detector_finds_the_same_in_bfloat16() -> None:
 
 
 def test_scale_net_says_nearly_the_same_in_bfloat16() -> None:
-    predictors: list[Any] = [load_predictor(SAMPLE_SCALE_NET, mixed_precision=mixed) for mixed in (False, True)]
+    predictors: list[Any] = [load_predictor(SAMPLE_SCALE_NET_WEIGHTS, mixed_precision=mixed) for mixed in (False, True)]
     seen = dtypes_seen(predictors[1].model)
     for plain, mixed in zip(*(predictor(scenes(3)) for predictor in predictors), strict=True):
         assert isinstance(mixed, ScaleMap)

@@ -17,9 +17,10 @@ from bench.fakes import TILES_PER_IMAGE, fake_networks, records_of, two_windows
 from scalenet_ray.console import JsonLines, log_to_stderr
 from scalenet_ray.core.timing import STAGES
 from scalenet_ray.engine.metrics import METRICS, exported_name
-from scalenet_ray.engine.session import Session
+from scalenet_ray.engine.session import RaySession
 from scalenet_ray.runs.batch import run_policy
 from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.local import LocalSession, Session
 from scalenet_ray.runs.resources import Resources
 from tests.job_scripts import REPOSITORY
 from tests.one_bad_image import BAD_IMAGE, open_but_one
@@ -53,7 +54,7 @@ def scraped() -> dict[tuple[str, str], float]:
 
 @pytest.mark.ray
 def test_prometheus_is_told_what_was_done(idle_ray: None, tmp_path: Path) -> None:
-    work(Session("ray", Resources()), 20, tmp_path / "run")
+    work(RaySession(Resources()), 20, tmp_path / "run")
     wanted = {
         ("ray_scalenet_images_total", "outcome=done"): 19,
         ("ray_scalenet_images_total", "outcome=failed"): 1,
@@ -104,7 +105,7 @@ def test_the_page_explains_each_metric_stage_and_limit() -> None:
 
 def test_an_image_that_is_given_up_is_a_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "scalenet_ray.runs.batch"):
-        work(Session("local", Resources()), 4, tmp_path / "run")
+        work(LocalSession(), 4, tmp_path / "run")
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     line = json.loads(JsonLines().format(record))
     about = {"policy": "watched", "image_id": BAD_IMAGE, "file": "3.jpg", "stage": "read", "reason": "not a picture"}

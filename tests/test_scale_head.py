@@ -15,9 +15,11 @@ from scalenet_ray.core.recursion import expand, recursive_detect
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.engine import gains
 from scalenet_ray.models.checked_detector import MappedDetector
-from scalenet_ray.models.scale_head import HeadConfig, ScaleHead, ScaleHeadPredictor, load_predictor, save_scale_head
-from scalenet_ray.models.scale_net import PRESETS, ScaleNetPredictor, build_scale_net
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
+from scalenet_ray.models.scale_head import ScaleHead, ScaleHeadPredictor, save_scale_head
+from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net
+from scalenet_ray.models.scale_networks import PRESETS, HeadConfig
+from scalenet_ray.models.scale_predictors import load_predictor
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, SAMPLE_SCALE_NET_WEIGHTS, NetworkSpec
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene, write_sample
 from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.head_recipe import HeadRecipe, read_scores
@@ -167,7 +169,7 @@ def test_a_head_of_another_detector_is_refused(tmp_path: Path) -> None:
 
 def test_either_kind_of_net_is_loaded_by_what_its_file_says(head: str) -> None:
     assert isinstance(load_predictor(head), ScaleHeadPredictor)
-    assert isinstance(load_predictor(SAMPLE_SCALE_NET), ScaleNetPredictor)
+    assert isinstance(load_predictor(SAMPLE_SCALE_NET_WEIGHTS), ScaleNetPredictor)
 
 
 def test_a_head_that_a_policy_needs_reads_features(head: str) -> None:

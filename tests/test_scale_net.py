@@ -14,17 +14,9 @@ from PIL import Image
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.models.scale_net import (
-    PRESETS,
-    ScaleNetConfig,
-    ScaleNetPredictor,
-    build_scale_net,
-    load_scale_net,
-    normalised,
-    save_scale_net,
-    squashed,
-)
-from scalenet_ray.models.spec import SAMPLE_SCALE_NET
+from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net, load_scale_net, normalised, save_scale_net
+from scalenet_ray.models.scale_networks import PRESETS, ScaleNetConfig, squashed
+from scalenet_ray.models.spec import SAMPLE_SCALE_NET_WEIGHTS
 from scalenet_ray.models.weights import save_weights
 from scalenet_ray.sample.scenes import make_scene
 from scalenet_ray.training.imagenet import load_encoder_weights
@@ -242,7 +234,7 @@ def test_tiles_are_squashed_to_the_nets_square_or_taken_as_they_are() -> None:
 
 
 def test_the_shipped_net_tells_small_objects_from_background() -> None:
-    predictor = ScaleNetPredictor(SAMPLE_SCALE_NET)
+    predictor = ScaleNetPredictor(SAMPLE_SCALE_NET_WEIGHTS)
     on_small, on_background = [], []
     for seed in range(6):
         scene = make_scene(np.random.default_rng([99, seed]))

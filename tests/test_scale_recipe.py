@@ -18,7 +18,8 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Window
 from scalenet_ray.core.scale import IGNORE
 from scalenet_ray.data.coco import Objects
-from scalenet_ray.models.scale_net import PRESETS, load_scale_net
+from scalenet_ray.models.scale_net import load_scale_net
+from scalenet_ray.models.scale_networks import PRESETS
 from scalenet_ray.sample.scenes import write_sample
 from scalenet_ray.training.examples import object_mask, read_examples, read_pixels, tile_of_window
 from scalenet_ray.training.losses import count_pixels, focal_loss, pixel_figures

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from scalenet_ray.core.errors import UserError, WorkerError
-from scalenet_ray.engine.session import Session, join_ray
+from scalenet_ray.engine.session import RaySession, join_ray
 from scalenet_ray.runs.resources import Resources
 from tests.three_nodes import free_port
 from tests.unit_works import node_id, raise_it
@@ -110,7 +110,7 @@ def test_ray_is_joined_from_a_thread_too(no_ray: None, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("error", [UserError("give --scale-net"), FileNotFoundError("no a.json")])
 def test_a_call_raises_a_users_error_as_itself(ray_session: None, error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)) as raised:
-        Session("ray", Resources()).call(raise_it, error)
+        RaySession(Resources()).call(raise_it, error)
     assert type(raised.value) is type(error)
 
 
@@ -118,7 +118,7 @@ def test_a_call_raises_a_users_error_as_itself(ray_session: None, error: Excepti
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("two"), RuntimeError("three")])
 def test_a_call_raises_a_bug_with_the_workers_trace(ray_session: None, error: Exception) -> None:
     with pytest.raises(WorkerError) as raised:
-        Session("ray", Resources()).call(raise_it, error)
+        RaySession(Resources()).call(raise_it, error)
     assert str(raised.value) == f"{type(error).__name__}: {error} in a worker"
     assert "in raise_it" in raised.value.trace
 
@@ -130,5 +130,5 @@ def test_a_call_stays_on_the_drivers_node(ray_session: None) -> None:
     assert on_this_node().node_id == node_id()
     assert not on_this_node().soft
     with patch("scalenet_ray.engine.session.on_this_node", wraps=on_this_node) as asked:
-        assert Session("ray", Resources()).call(node_id) == node_id()
+        assert RaySession(Resources()).call(node_id) == node_id()
     asked.assert_called_once()

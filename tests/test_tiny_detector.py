@@ -14,7 +14,7 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile, Window, boxes_to_image, cut_tile, iou_matrix
 from scalenet_ray.data.coco import Objects
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.spec import SAMPLE_DETECTOR
+from scalenet_ray.models.spec import SAMPLE_DETECTOR_WEIGHTS
 from scalenet_ray.models.weights import save_weights
 from scalenet_ray.sample import train_detector
 from scalenet_ray.sample.detector import (
@@ -22,7 +22,6 @@ from scalenet_ray.sample.detector import (
     Targets,
     TinyDetector,
     TinyNet,
-    TinyNetConfig,
     assign_targets,
     cell_centres,
     detection_loss,
@@ -30,6 +29,7 @@ from scalenet_ray.sample.detector import (
     save_tiny_detector,
 )
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene, write_sample
+from scalenet_ray.sample.tiny import TinyNetConfig
 from scalenet_ray.sample.train_detector import random_tile, train_tiny_detector
 from scalenet_ray.training.examples import Example, read_examples
 from tests.float64 import in_float64
@@ -46,7 +46,7 @@ def fresh() -> TinyDetector:
 
 @pytest.fixture(scope="module")
 def shipped() -> TinyDetector:
-    return TinyDetector.load(SAMPLE_DETECTOR.partition(":")[2])
+    return TinyDetector.load(SAMPLE_DETECTOR_WEIGHTS.partition(":")[2])
 
 
 def _tiles(*sizes: tuple[int, int]) -> list[np.ndarray]:

@@ -24,7 +24,8 @@ from scalenet_ray.engine import train as driver
 from scalenet_ray.engine.train import train
 from scalenet_ray.engine.train_data import make_batch, read_batch
 from scalenet_ray.engine.train_worker import make_schedule
-from scalenet_ray.models.scale_net import PRESETS, load_scale_net
+from scalenet_ray.models.scale_net import load_scale_net
+from scalenet_ray.models.scale_networks import PRESETS
 from scalenet_ray.sample.scenes import write_sample
 from scalenet_ray.training.recipe import Recipe
 from scalenet_ray.training.schedule import Epochs, Training

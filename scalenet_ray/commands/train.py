@@ -19,7 +19,7 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
 from scalenet_ray.engine.gains import measure_dataset
 from scalenet_ray.engine.train import train
-from scalenet_ray.models.scale_net import PRESETS
+from scalenet_ray.models.scale_networks import PRESETS
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.sample.scenes import ensure_sample

@@ -1,4 +1,4 @@
-"""Engine of a job: a Ray cluster, or the process itself."""
+"""Connection to Ray, and the session of engine `ray`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray._private import worker
@@ -25,14 +25,9 @@ from scalenet_ray.engine.parallel import image_stream
 from scalenet_ray.engine.pipeline import on_this_node
 from scalenet_ray.engine.worker_errors import workers_errors
 from scalenet_ray.runs.batch import Stream
-from scalenet_ray.runs.local import LocalStream
 from scalenet_ray.runs.resources import Resources
 
-__all__ = ["EngineName", "Session", "join_ray"]
-
-EngineName = Literal["ray", "local"]
-"""ray: actors on this machine or a cluster; local: a single process, for small jobs and notebooks."""
-
+__all__ = ["RaySession", "join_ray"]
 
 _STDERR = 2
 _ANSWER_SECONDS = 10.0
@@ -144,30 +139,25 @@ def _same_sigterm_handler() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-class Session:
-    """An engine that is ready for work; engine `ray` is started by `join_ray`.
+class RaySession:
+    """`Session` of engine `ray`, which `join_ray` starts.
 
     Args:
-        engine: the engine.
-        resources: readers, actors and batch sizes of engine `ray`.
+        resources: readers, actors and batch sizes.
     """
 
-    def __init__(self, engine: EngineName, resources: Resources) -> None:
-        self._engine = engine
+    def __init__(self, resources: Resources) -> None:
         self._resources = resources
-        if engine == "ray":
-            join_ray()
+        join_ray()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a function in a Ray task, so that its data does not stay in the driver's memory; with `local`, call it.
+        """Run a function in a Ray task, so that its data does not stay in the driver's memory.
 
         The task runs on the driver's node, which has the local run folder.
 
         Raises:
             WorkerError: if the function raised an error other than a `UserError` or an `OSError`.
         """
-        if self._engine == "local":
-            return function(*args)
         with workers_errors():
             return ray.get(_call.options(scheduling_strategy=on_this_node()).remote(function, *args))
 
@@ -175,6 +165,4 @@ class Session:
         self, images: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage
     ) -> Stream:
         """Start to process images."""
-        if self._engine == "local":
-            return LocalStream(images, policy, networks, open_image)
         return image_stream(images, policy, networks, open_image, self._resources)

@@ -8,7 +8,7 @@ from typing import Literal
 from scalenet_ray.core.policy import Recursion
 from scalenet_ray.core.scale import ScaleRange
 from scalenet_ray.experiments.rescale import RescaleRules, canvas_recursion
-from scalenet_ray.models.scale_net import Padding, ScaleNetConfig
+from scalenet_ray.models.scale_networks import Padding, ScaleNetConfig
 
 __all__ = [
     "CIFAR10",

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.extras import needs_extra
 from scalenet_ray.core.inference import Detect, DetectWithFeatures
 from scalenet_ray.core.policy import LARGEST_SIDE
 
@@ -37,7 +38,7 @@ DETECTOR_GROUP = "scalenet_ray.detectors"
 """Entry point group in which a package registers kinds of detectors: kind = "package.module:function"."""
 
 _LOADERS = {
-    "tiny": "scalenet_ray.sample.detector:TinyDetector.load",
+    "tiny": "scalenet_ray.sample.tiny:load_tiny_detector",
     "torchvision": "scalenet_ray.models.torchvision_detectors:load_torchvision",
     "yolox-onnx": "scalenet_ray.models.yolox:YoloxDetector.load",
 }
@@ -141,7 +142,9 @@ def load_detector(
             made = added.load()(what, **settings)
         return check_detector(made, spec)
     if kind in _LOADERS and what:
-        return check_detector(pkgutil.resolve_name(_LOADERS[kind])(what, **settings), spec)
+        with needs_extra():
+            load = pkgutil.resolve_name(_LOADERS[kind])
+        return check_detector(load(what, **settings), spec)
     if added is not None or kind in _LOADERS or not _OWN_CLASS.fullmatch(spec):
         msg = f"{_wanted()}, got {spec!r}"
         raise UserError(msg)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TypeVar
-
-import torch
+from typing import TYPE_CHECKING, TypeVar
 
 from scalenet_ray.core.errors import OutOfMemoryError, UserError
+from scalenet_ray.core.extras import needs_extra
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "device_named",
@@ -21,8 +23,10 @@ def device_named(name: str) -> torch.device:
     """Parse the name of a device, without checking that this machine has it.
 
     Raises:
-        UserError: if the name is not valid in torch.
+        UserError: if the name is not valid in torch, or torch is not installed.
     """
+    with needs_extra():
+        import torch
     try:
         return torch.device(name)
     except RuntimeError as error:
@@ -37,6 +41,8 @@ def device_on_this_machine(name: str) -> torch.device:
         UserError: if the name is not valid in torch, or the device is not available.
     """
     device = device_named(name)
+    import torch
+
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         msg = f"device {name!r} was wanted, torch finds {torch.cuda.device_count()} CUDA devices: use device cpu"
         raise UserError(msg)

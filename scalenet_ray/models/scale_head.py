@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,37 +16,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.models.detectors import ShowsFeatures
 from scalenet_ray.models.devices import device_on_this_machine, translate_oom
 from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, read_checkpoint
+from scalenet_ray.models.scale_networks import SCALE_HEAD, HeadConfig, check_features, head_config, map_of
 from scalenet_ray.models.weights import load_weights, save_weights
 
-__all__ = ["HeadConfig", "ScaleHead", "ScaleHeadPredictor", "load_predictor", "save_scale_head"]
+__all__ = ["ScaleHead", "ScaleHeadPredictor", "load_torch_predictor", "save_scale_head"]
 
-_FORMAT = "scale_head"
 _DILATIONS = (2, 4)
 # Initial bias: e^-5 is close to the mean gain per cell of a data set.
 _FIRST_LOG_GAIN = -5.0
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """Configuration of a scale head.
-
-    Attributes:
-        feature_channels: channels of the detector's feature maps, finest first; each has half the side of the last.
-        stride: cell side of the finest feature map and of the output in tile pixels.
-        width: number of hidden channels.
-        detector: the detector that it was trained on; informative.
-    """
-
-    feature_channels: tuple[int, ...]
-    stride: int = 8
-    width: int = 32
-    detector: str = ""
 
 
 class ScaleHead(nn.Module):
@@ -80,7 +63,7 @@ class ScaleHead(nn.Module):
 
 def save_scale_head(model: nn.Module, config: HeadConfig, path: str) -> None:
     """Write weights and configuration as a safetensors file, local or s3://."""
-    save_weights(model.state_dict(), {_FORMAT: json.dumps(asdict(config))}, path)
+    save_weights(model.state_dict(), {SCALE_HEAD: json.dumps(asdict(config))}, path)
 
 
 class ScaleHeadPredictor:
@@ -97,13 +80,8 @@ class ScaleHeadPredictor:
     input_pixels = 0
 
     def __init__(self, path: str | Path, device: str = "cpu", *, mixed_precision: bool = False) -> None:
-        tensors, fields = read_checkpoint(path, _FORMAT)
-        try:
-            channels = tuple(fields.pop("feature_channels"))
-            self.config = HeadConfig(channels, **fields)
-        except (TypeError, KeyError) as error:
-            msg = f"{path} holds a scale head that this version can't build: {error}"
-            raise UserError(msg) from error
+        tensors, fields = read_checkpoint(path, SCALE_HEAD)
+        self.config = head_config(fields, str(path))
         self.model = ScaleHead(self.config)
         load_state(self.model, tensors, path)
         at = device_on_this_machine(device)
@@ -112,19 +90,8 @@ class ScaleHeadPredictor:
         self._autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)
 
     def check(self, detector: ShowsFeatures) -> None:
-        """Check that a detector's feature maps match those that the head was trained on.
-
-        Raises:
-            UserError: if they do not.
-        """
-        wanted = (self.config.feature_channels, self.config.stride)
-        got = (tuple(detector.feature_channels), detector.feature_stride)
-        if wanted != got:
-            msg = (
-                f"this scale head reads the features of {self.config.detector or 'another detector'}, channels "
-                f"{wanted[0]} from stride {wanted[1]} on, got {got[0]} from {got[1]}: train one for this detector"
-            )
-            raise UserError(msg)
+        """Check that a detector's feature maps match the head's; raises as `check_features` does."""
+        check_features(self.config, detector)
 
     def from_features(
         self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]
@@ -157,18 +124,11 @@ class ScaleHeadPredictor:
                 gain = answer[:, NUM_CLASSES].exp().cpu().numpy()
             for i, one_prob, one_gain in zip(at, prob, gain, strict=True):
                 rows, columns = (-(-side // self.config.stride) for side in (tiles[i].height, tiles[i].width))
-                maps[i] = _map(one_prob[:, :rows, :columns], one_gain[:rows, :columns])
+                maps[i] = map_of(prob=one_prob[:, :rows, :columns], gain=one_gain[:rows, :columns])
         return [maps[i] for i in range(len(features))]
 
 
-def _map(prob: np.ndarray, gain: np.ndarray) -> ScaleMap | TileError:
-    try:
-        return ScaleMap(prob=prob, gain=gain)
-    except TileError as error:
-        return error
-
-
-def load_predictor(
+def load_torch_predictor(
     path: str | Path, device: str = "cpu", *, mixed_precision: bool = False
 ) -> ScaleNetPredictor | ScaleHeadPredictor:
     """Load a Scale Net or a scale head, by the header of its file; raises as their predictors do.
@@ -179,5 +139,5 @@ def load_predictor(
         mixed_precision: run under bfloat16 autocast.
     """
     _, header = load_weights(str(path))
-    predictor = ScaleHeadPredictor if _FORMAT in header else ScaleNetPredictor
+    predictor = ScaleHeadPredictor if SCALE_HEAD in header else ScaleNetPredictor
     return predictor(path, device, mixed_precision=mixed_precision)

@@ -8,26 +8,23 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional
 
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
+from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.models.devices import device_on_this_machine, translate_oom
+from scalenet_ray.models.scale_networks import SCALE_NET, Padding, ScaleNetConfig, map_of, net_config, squashed
 from scalenet_ray.models.weights import load_weights, save_weights
 
 __all__ = [
-    "PRESETS",
-    "ScaleNetConfig",
     "ScaleNetPredictor",
     "build_scale_net",
     "load_scale_net",
@@ -35,99 +32,10 @@ __all__ = [
     "normalised",
     "read_checkpoint",
     "save_scale_net",
-    "squashed",
 ]
 
-Architecture = Literal["fcn", "unet", "light-unet"]
-Kind = Literal["classes", "regression"]
-Padding = Literal["each", "input"]
-
-_FORMAT = "scale_net"
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LIGHT_WIDTHS = (32, 64, 96, 128)
-_LIGHT_STRIDE = 4
-
-
-@dataclass(frozen=True)
-class ScaleNetConfig:
-    """Configuration of a Scale Net.
-
-    Attributes:
-        preset: name of the preset.
-        architecture: "fcn" (paper, Table 1), "unet" (the paper's U-Net, output as large as the input) or "light-unet"
-            (a narrow decoder with output at a quarter of the input's side, without the two most expensive stages).
-        kind: "classes" predicts logits [B, 6, h, w], "regression" scales [B, h, w].
-        input_side: side of the square that tiles are resized to in pixels (the paper: 512). None for the tile's size,
-            which a regression needs, since its scales are in tile pixels.
-        in_channels: 3 for RGB, 1 for grey.
-        encoder: name of a segmentation-models-pytorch encoder; None for `LightEncoder`.
-        classes: number of scale classes, for "classes".
-        padding: zero padding of the "fcn": of "each" convolution, or once of the "input", so that a black background
-            continues beyond the edge.
-
-    Raises:
-        UserError: if the fields are inconsistent.
-    """
-
-    preset: str
-    architecture: Architecture
-    kind: Kind = "classes"
-    input_side: int | None = 256
-    in_channels: int = 3
-    encoder: str | None = None
-    classes: int = NUM_CLASSES
-    padding: Padding = "each"
-
-    def __post_init__(self) -> None:
-        if self.architecture not in get_args(Architecture) or self.kind not in get_args(Kind):
-            known = f"{', '.join(get_args(Architecture))} and {', '.join(get_args(Kind))}"
-            msg = f"a scale net's architecture and kind must be of {known}, got {self.architecture} and {self.kind}"
-            raise UserError(msg)
-        if self.classes != NUM_CLASSES:
-            msg = f"a scale net must have {NUM_CLASSES} classes, got {self.classes}: train it on this version's classes"
-            raise UserError(msg)
-        if self.in_channels not in (1, 3):
-            msg = f"in_channels must be 3 (RGB) or 1 (grey), got {self.in_channels}"
-            raise UserError(msg)
-        if (self.kind == "regression") != (self.input_side is None):
-            msg = f"a regression takes tiles as they are and classes a fixed side, got {self.kind}, {self.input_side}"
-            raise UserError(msg)
-        if self.architecture != "fcn" and (self.input_side is None or self.input_side < 32 or self.input_side % 32):
-            msg = f"a U-Net's input_side must be a multiple of 32, got {self.input_side}"
-            raise UserError(msg)
-        if self.architecture == "unet" and self.encoder is None:
-            msg = "the architecture unet wants the name of an encoder, got none: e.g. vgg16"
-            raise UserError(msg)
-
-    @property
-    def output_stride(self) -> int:
-        """Cell side of the output in input pixels."""
-        return _LIGHT_STRIDE if self.architecture == "light-unet" else 1
-
-    @property
-    def output_hw(self) -> tuple[int, int]:
-        """(h, w) of the class map in cells.
-
-        Raises:
-            UserError: if the input has no fixed size.
-        """
-        if self.input_side is None:
-            msg = "the output of a net that takes tiles as they are is as large as its input: it has no fixed size"
-            raise UserError(msg)
-        side = self.input_side // self.output_stride
-        return (side, side)
-
-
-PRESETS: dict[str, ScaleNetConfig] = {
-    config.preset: config
-    for config in (
-        ScaleNetConfig("fcn-digits", "fcn", "regression", input_side=None, in_channels=1),
-        ScaleNetConfig("unet-vgg16", "unet", input_side=512, encoder="vgg16"),
-        ScaleNetConfig("unet-light", "light-unet", input_side=256),
-        ScaleNetConfig("unet-lite0", "light-unet", input_side=256, encoder="tu-tf_efficientnet_lite0"),
-    )
-}
-"""Configurations by name: the paper's two, one for CPUs, and one with ImageNet weights."""
 
 
 class DigitsFcn(nn.Module):
@@ -230,14 +138,6 @@ def build_scale_net(config: ScaleNetConfig) -> nn.Module:
     return net if config.kind == "classes" else _Regression(net)
 
 
-def squashed(tile: np.ndarray, config: ScaleNetConfig) -> np.ndarray:
-    """Resize a tile, [h, w, 3] uint8 RGB, to [side, side, 3]; returned unchanged if the input has no fixed size."""
-    if config.input_side is None:
-        return tile
-    image = Image.fromarray(tile).resize((config.input_side, config.input_side), Image.Resampling.BILINEAR)
-    return np.asarray(image)
-
-
 def normalised(images: torch.Tensor, config: ScaleNetConfig) -> torch.Tensor:
     """[B, H, W, 3] uint8 RGB -> [B, C, H, W] float32: in 0..1 for "fcn", else normalized by ImageNet's statistics."""
     batch = images.permute(0, 3, 1, 2).float()
@@ -280,7 +180,7 @@ def load_state(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | P
 
 def save_scale_net(model: nn.Module, config: ScaleNetConfig, path: str | Path) -> None:
     """Write weights and configuration as a safetensors file, local or s3://."""
-    save_weights(model.state_dict(), {_FORMAT: json.dumps(asdict(config))}, str(path))
+    save_weights(model.state_dict(), {SCALE_NET: json.dumps(asdict(config))}, str(path))
 
 
 def load_scale_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, ScaleNetConfig]:
@@ -289,12 +189,8 @@ def load_scale_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Sc
     Raises:
         UserError: if it is not a Scale Net's checkpoint, or the weights do not match its configuration.
     """
-    tensors, fields = read_checkpoint(path, _FORMAT)
-    try:
-        config = ScaleNetConfig(**fields)
-    except (TypeError, ValueError) as error:
-        msg = f"{path} holds a scale net that this version can't build: {error}"
-        raise UserError(msg) from error
+    tensors, fields = read_checkpoint(path, SCALE_NET)
+    config = net_config(fields, str(path))
     model = build_scale_net(config)
     load_state(model, tensors, path)
     return model.eval().to(device_on_this_machine(device)), config
@@ -344,10 +240,6 @@ class ScaleNetPredictor:
             tiles = torch.from_numpy(np.stack([squashed(tile, self.config) for tile in pixels]))
             output = self.model(normalised(tiles.to(self.device), self.config)).float()
             output = output.softmax(dim=1) if self.config.kind == "classes" else output
-        return [self._map(values) for values in output.cpu().numpy()]
-
-    def _map(self, values: np.ndarray) -> ScaleMap | TileError:
-        try:
-            return ScaleMap(prob=values) if self.config.kind == "classes" else ScaleMap(scale=values)
-        except TileError as error:
-            return error
+        if self.config.kind == "classes":
+            return [map_of(prob=values) for values in output.cpu().numpy()]
+        return [map_of(scale=values) for values in output.cpu().numpy()]

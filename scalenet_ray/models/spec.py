@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,33 +12,52 @@ import numpy as np
 
 from scalenet_ray.core.bounds import SHARE
 from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.inference import FeatureScalePredictor
 from scalenet_ray.core.policy import Evidence, Policy
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector
 from scalenet_ray.models.detector_check import try_detector
 from scalenet_ray.models.detectors import Detector, DetectorInfo, declaration, load_detector
+from scalenet_ray.models.scale_networks import HeadConfig
+from scalenet_ray.models.scale_predictors import OnnxScaleHead, OnnxScaleNet, load_predictor
 
 __all__ = [
     "SAMPLE_DETECTOR",
+    "SAMPLE_DETECTOR_WEIGHTS",
     "SAMPLE_SCALE_NET",
+    "SAMPLE_SCALE_NET_WEIGHTS",
     "DetectorInfo",
     "NetworkSpec",
 ]
 
 if TYPE_CHECKING:
-    from scalenet_ray.models.scale_head import HeadConfig, ScaleHeadPredictor
+    from scalenet_ray.models.scale_head import ScaleHeadPredictor
     from scalenet_ray.models.scale_net import ScaleNetPredictor
+
+    ScaleNet = OnnxScaleNet | ScaleNetPredictor
+    ScaleHead = OnnxScaleHead | ScaleHeadPredictor
 
 
 _WEIGHTS = Path(__file__).parents[1] / "sample"
 
 
-SAMPLE_DETECTOR = f"tiny:{_WEIGHTS / 'sample_detector.safetensors'}"
-"""Detector of the embedded sample, trained without small objects."""
+SAMPLE_DETECTOR = f"tiny:{_WEIGHTS / 'sample_detector.onnx'}"
+"""Detector of the embedded sample, trained without small objects; needs no torch."""
 
 
-SAMPLE_SCALE_NET = str(_WEIGHTS / "sample_scale_net.safetensors")
-"""Scale Net of the embedded sample."""
+SAMPLE_DETECTOR_WEIGHTS = f"tiny:{_WEIGHTS / 'sample_detector.safetensors'}"
+"""The same network in torch."""
+
+
+SAMPLE_SCALE_NET = str(_WEIGHTS / "sample_scale_net.onnx")
+"""Scale Net of the embedded sample; needs no torch."""
+
+
+SAMPLE_SCALE_NET_WEIGHTS = str(_WEIGHTS / "sample_scale_net.safetensors")
+"""The same network in torch."""
+
+
+_IN_TORCH = {SAMPLE_DETECTOR: SAMPLE_DETECTOR_WEIGHTS, SAMPLE_SCALE_NET: SAMPLE_SCALE_NET_WEIGHTS}
 
 
 def _readable(records: Sequence[ImageRecord], open_image: Callable[[ImageRecord], np.ndarray]) -> Iterator[np.ndarray]:
@@ -73,7 +93,7 @@ class NetworkSpec:
 
     def settings(self) -> dict[str, Any]:
         """Settings that the results depend on: without the device, and with the sample's networks as "sample"."""
-        sample = {SAMPLE_DETECTOR: "sample", SAMPLE_SCALE_NET: "sample"}
+        sample = dict.fromkeys((*_IN_TORCH, *_IN_TORCH.values()), "sample")
         return {name: sample.get(value, value) for name, value in asdict(self).items() if name != "device"}
 
     def describe_detector(self) -> DetectorInfo:
@@ -90,8 +110,6 @@ class NetworkSpec:
         Raises:
             UserError: if no detector is given, or it provides no feature maps; see also `load_detector`.
         """
-        from scalenet_ray.models.scale_head import HeadConfig
-
         detector = CheckedDetector(self._on_cpu()._load(), str(self.detector))
         return HeadConfig(detector.feature_channels, detector.feature_stride, detector=str(self.detector))
 
@@ -104,7 +122,8 @@ class NetworkSpec:
         Raises:
             UserError: if the name is not valid in torch, or this machine lacks the device.
         """
-        if self.device == "cpu":
+        if self.device == "cpu" or find_spec("torch") is None:
+            # Without torch all networks run on onnxruntime, which refuses a device itself.
             return
         # Imported here, so that importing this module does not load torch.
         from scalenet_ray.models.devices import device_named, device_on_this_machine
@@ -144,18 +163,13 @@ class NetworkSpec:
         if open_image is not None:
             try_detector(detector.checked, _readable(images, open_image))
 
-    def _check_maps(
-        self, policies: Sequence[Policy], predictor: ScaleNetPredictor | ScaleHeadPredictor | None
-    ) -> ScaleHeadPredictor | None:
+    def _check_maps(self, policies: Sequence[Policy], predictor: ScaleNet | ScaleHead | None) -> ScaleHead | None:
         """Check that the policies support the predictor's maps; returns the predictor if it is a scale head."""
         head, regression = None, False
-        if predictor is not None:
-            from scalenet_ray.models.scale_head import ScaleHeadPredictor
-
-            if isinstance(predictor, ScaleHeadPredictor):
-                head = predictor
-            else:
-                regression = predictor.config.kind != "classes"
+        if isinstance(predictor, FeatureScalePredictor):
+            head = predictor
+        elif predictor is not None:
+            regression = predictor.config.kind != "classes"
         for policy in policies:
             if policy.needs_network and policy.recursion.method == "gain" and head is None:
                 msg = f"a policy that goes by the gain needs a scale head, got {self.scale_net}: train --preset head"
@@ -177,10 +191,8 @@ class NetworkSpec:
 
     def reads_features(self, policies: Sequence[Policy]) -> bool:
         """Whether a policy needs Scale Net and it is a scale head; raises as `load_scale_net` does."""
-        from scalenet_ray.models.scale_head import ScaleHeadPredictor
-
         needed = any(policy.needs_network for policy in policies)
-        return needed and isinstance(self._on_cpu().load_scale_net(), ScaleHeadPredictor)
+        return needed and isinstance(self._on_cpu().load_scale_net(), FeatureScalePredictor)
 
     def load_detector(self, categories: Mapping[int, str], unused: Collection[int] = ()) -> MappedDetector:
         """Load the detector, with labels mapped by name to the ids of `categories`; it may lack the `unused` ones."""
@@ -195,23 +207,24 @@ class NetworkSpec:
             msg = "a detector must be named: give --detector kind:what, e.g. yolox-onnx:PATH or torchvision:NAME"
             raise UserError(msg)
         return load_detector(
-            self.detector,
+            self._runnable(self.detector),
             device=self.device,
             score_threshold=self.score_threshold,
             iou_threshold=self.iou_threshold,
             mixed_precision=self.mixed_precision,
         )
 
-    def load_scale_net(self) -> ScaleNetPredictor | ScaleHeadPredictor:
+    def _runnable(self, network: str) -> str:
+        """The sample's networks as safetensors where torch must run them: on a GPU, or under autocast."""
+        return _IN_TORCH.get(network, network) if self.device != "cpu" or self.mixed_precision else network
+
+    def load_scale_net(self) -> ScaleNet | ScaleHead:
         """Load Scale Net or a scale head.
 
         Raises:
             UserError: if no weights are given; see also `load_predictor`.
         """
-        # Imported here, so that importing this module does not load torch.
-        from scalenet_ray.models.scale_head import load_predictor
-
         if self.scale_net is None:
             msg = "the policies scalenet and fused need Scale Net's weights: give --scale-net PATH"
             raise UserError(msg)
-        return load_predictor(self.scale_net, self.device, mixed_precision=self.mixed_precision)
+        return load_predictor(self._runnable(self.scale_net), self.device, mixed_precision=self.mixed_precision)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,18 +23,11 @@ from scalenet_ray.core.merge import nms
 from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
 from scalenet_ray.models.onnx_graph import expose_features, free_axes
+from scalenet_ray.models.onnx_session import open_session, providers_of, session_options
 from scalenet_ray.models.padding import STRIDE, detect_by_canvas, square_canvas
 
 __all__ = ["YoloxDetector"]
 
-_LOAD_ERRORS = (
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-)
 _CPU = "CPUExecutionProvider"
 _CELL_STRIDES = (8, 16, 32)
 _PADDING_GREY = 114
@@ -101,20 +93,9 @@ class YoloxDetector:
             FileNotFoundError: if the file does not exist.
             UserError: if it is not an ONNX file or not YOLOX's, or the device is not available in onnxruntime.
         """
-        providers = _providers(device)
-        options = onnxruntime.SessionOptions()
-        threads = os.environ.get("OMP_NUM_THREADS", "")
-        if threads.isdecimal():
-            options.intra_op_num_threads = int(threads)
         data = read_bytes(path)
-        try:
-            session = onnxruntime.InferenceSession(data, options, providers=providers)
-        except _LOAD_ERRORS as error:
-            msg = f"{path} must be a whole ONNX file, got {len(data)} bytes that onnxruntime can't read: {error}"
-            raise UserError(msg) from error
-        if device != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":
-            msg = f"device {device!r} was wanted, but onnxruntime fell back to the CPU: check the GPU and its CUDA"
-            raise UserError(msg)
+        session = open_session(data, path, device)
+        options, providers = session_options(), providers_of(device)
         try:
             exported = cls(session, score_threshold=score_threshold, iou_threshold=iou_threshold)
             freed, data = _free_session(session, data, options)
@@ -336,18 +317,3 @@ def _read_categories(metadata: Mapping[str, str], output_shape: list[Any]) -> di
         )
         raise UserError(msg)
     return categories
-
-
-def _providers(device: str) -> list[Any]:
-    """Execution providers of onnxruntime for a device."""
-    kind, _, index = device.partition(":")
-    if device == "cpu":
-        return ["CPUExecutionProvider"]
-    if kind != "cuda" or (index and not index.isdecimal()):
-        msg = f"device must be cpu, cuda or cuda:INDEX, got {device!r}"
-        raise UserError(msg)
-    available = onnxruntime.get_available_providers()
-    if "CUDAExecutionProvider" not in available:
-        msg = f"device {device!r} needs onnxruntime-gpu, got one with {available}: install it, or use device cpu"
-        raise UserError(msg)
-    return [("CUDAExecutionProvider", {"device_id": int(index or 0)}), "CPUExecutionProvider"]

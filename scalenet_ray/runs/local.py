@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from typing import Any, Protocol
 
 from scalenet_ray.core.detections import Failure, ImageResult, TileResult
 from scalenet_ray.core.errors import TileError
@@ -14,10 +15,41 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.timing import timed
 from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.runs.batch import Stream
 
 __all__ = [
+    "LocalSession",
     "LocalStream",
+    "Session",
 ]
+
+
+class Session(Protocol):
+    """An engine that is ready for work: `LocalSession`, or `RaySession` of `scalenet_ray.engine.session`."""
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function on the engine and return its result."""
+        ...
+
+    def start(
+        self, images: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage
+    ) -> Stream:
+        """Start to process images."""
+        ...
+
+
+class LocalSession:
+    """`Session` of engine `local`: this process, without Ray."""
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function."""
+        return function(*args)
+
+    def start(
+        self, images: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage
+    ) -> Stream:
+        """Start to process images, one at a time."""
+        return LocalStream(images, policy, networks, open_image)
 
 
 class LocalStream:

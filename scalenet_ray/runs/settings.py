@@ -8,7 +8,8 @@ import re
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import yaml
@@ -30,10 +31,21 @@ CONFIG = "config.yaml"
 _VERSIONED = ("torch", "torchvision", "ray", "numpy", "pyarrow", "onnxruntime", "pycocotools")
 
 
-_SAMPLE_WEIGHTS = re.compile(r"(tiny:)?(.*/)?scalenet_ray/(?:weights|sample)/sample_(detector|scale_net)\.safetensors")
+_SAMPLE_WEIGHTS = re.compile(
+    r"(tiny:)?(.*/)?scalenet_ray/(?:weights|sample)/sample_(detector|scale_net)\.(onnx|safetensors)"
+)
 
 
 _MAX_SHOWN = 3
+
+
+def _installed_versions() -> dict[str, str]:
+    """Versions of the packages in `_VERSIONED` that are installed; extras install some of them."""
+    found = {}
+    for name in _VERSIONED:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def write_config(run_uri: str, settings: Mapping[str, Any], workers: Mapping[str, Any]) -> None:
@@ -44,7 +56,7 @@ def write_config(run_uri: str, settings: Mapping[str, Any], workers: Mapping[str
         settings: plain values that the results depend on.
         workers: plain values that they do not depend on.
     """
-    versions = {name: version(name) for name in _VERSIONED}
+    versions = _installed_versions()
     versions |= {"python": platform.python_version(), "scalenet-ray": __version__}
     content = {
         "command": " ".join(sys.argv),

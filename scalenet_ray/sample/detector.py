@@ -21,30 +21,36 @@ from torchvision.ops import generalized_box_iou_loss
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.inference import DetectionsWithFeatures
-from scalenet_ray.core.merge import nms
 from scalenet_ray.models.devices import device_on_this_machine
+from scalenet_ray.models.onnx_export import to_onnx
 from scalenet_ray.models.padding import detect_by_canvas, square_canvas
 from scalenet_ray.models.scale_net import load_state, read_checkpoint
 from scalenet_ray.models.weights import save_weights
+from scalenet_ray.sample.tiny import (
+    FILL,
+    NECK_CHANNELS,
+    STRIDES,
+    TINY_DETECTOR,
+    TinyNetConfig,
+    canvas_batch,
+    select_detections,
+    tiny_config,
+)
 
 __all__ = [
     "LEVEL_BOUNDS",
     "MIN_TRAINED_SIDE",
-    "STRIDES",
     "Answers",
     "Targets",
     "TinyDetector",
     "TinyNet",
-    "TinyNetConfig",
     "assign_targets",
     "cell_centres",
     "detection_loss",
+    "export_tiny_detector",
     "pack_tiles",
     "save_tiny_detector",
 ]
-
-STRIDES = (8, 16, 32)
-
 
 LEVEL_BOUNDS = (48.0, 112.0)
 """Longer sides in tile pixels: objects below the first are assigned to stride 8, below the second to 16, else to 32."""
@@ -58,36 +64,7 @@ CENTRE_RADIUS = 1.5
 """Cells within this many strides of an object's centre are positive."""
 
 
-_FORMAT = "tiny_detector"
-
-
-_CANDIDATES, _MOST_DETECTIONS = 300, 100
-
-
-_FILL = 114.0
-
-
 _WIDTHS = (24, 32, 64, 96, 128)
-
-
-_NECK = 64
-
-
-@dataclass(frozen=True)
-class TinyNetConfig:
-    """Configuration of the detector.
-
-    Attributes:
-        category_ids: category id of each class index.
-        names: name of each class index.
-        input_side: longer side of a whole image's tile in tile pixels.
-        iou_threshold: IoU threshold of NMS.
-    """
-
-    category_ids: tuple[int, ...]
-    names: tuple[str, ...]
-    input_side: int = 192
-    iou_threshold: float = 0.6
 
 
 def _block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
@@ -139,17 +116,17 @@ class TinyNet(nn.Module):
             nn.Sequential(_block(before, width, 2), _Residual(width))
             for before, width in zip(widths, deep, strict=False)
         )
-        self.laterals = nn.ModuleList(nn.Conv2d(width, _NECK, 1) for width in deep)
-        self.tower = nn.Sequential(_block(_NECK, _NECK), _block(_NECK, _NECK))
-        self.quality = nn.Conv2d(_NECK, 1, 3, padding=1)
-        self.classes = nn.Conv2d(_NECK, classes, 3, padding=1)
-        self.sides = nn.Conv2d(_NECK, 4, 3, padding=1)
+        self.laterals = nn.ModuleList(nn.Conv2d(width, NECK_CHANNELS, 1) for width in deep)
+        self.tower = nn.Sequential(_block(NECK_CHANNELS, NECK_CHANNELS), _block(NECK_CHANNELS, NECK_CHANNELS))
+        self.quality = nn.Conv2d(NECK_CHANNELS, 1, 3, padding=1)
+        self.classes = nn.Conv2d(NECK_CHANNELS, classes, 3, padding=1)
+        self.sides = nn.Conv2d(NECK_CHANNELS, 4, 3, padding=1)
         # Initial probability of 1 %, since nearly all cells are background (RetinaNet's initialization).
         nn.init.constant_(self.quality.bias, -4.6)  # type: ignore[arg-type]
 
     def forward(self, images: torch.Tensor) -> Answers:
         """[B, 3, S, S] in 0..255 -> output per cell."""
-        x = self.stem((images - _FILL) / 64.0)
+        x = self.stem((images - FILL) / 64.0)
         features = []
         for stage in self.stages:
             x = stage(x)
@@ -258,22 +235,20 @@ def detection_loss(answers: Answers, targets: Targets) -> torch.Tensor:
 
 def pack_tiles(tiles: Sequence[np.ndarray], canvas: tuple[int, int]) -> torch.Tensor:
     """Tiles of [h, w, 3] uint8 -> [B, 3, H, W] float32 in 0..255, padded at the right and below."""
-    batch = np.full((len(tiles), *canvas, 3), _FILL, np.float32)
-    for i, tile in enumerate(tiles):
-        batch[i, : tile.shape[0], : tile.shape[1]] = tile
-    return torch.from_numpy(batch).permute(0, 3, 1, 2)
+    return torch.from_numpy(canvas_batch(tiles, canvas)).permute(0, 3, 1, 2).float()
 
 
 def save_tiny_detector(model: TinyNet, config: TinyNetConfig, path: str | Path) -> None:
     """Write the weights, in half precision, and the configuration as a safetensors file."""
     state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    save_weights(state, {_FORMAT: json.dumps(asdict(config))}, str(path))
+    save_weights(state, {TINY_DETECTOR: json.dumps(asdict(config))}, str(path))
 
 
 class TinyDetector:
     """`Detector` with a trained `TinyNet`, one forward pass per canvas size.
 
     Attributes:
+        config: configuration of the network.
         input_side: longer side of a whole image's tile in tile pixels.
         categories: category id -> name.
         iou_threshold: IoU threshold of NMS within each class.
@@ -281,7 +256,7 @@ class TinyDetector:
         feature_stride: cell side of the finest feature map in tile pixels.
     """
 
-    feature_channels = (_NECK,) * len(STRIDES)
+    feature_channels = (NECK_CHANNELS,) * len(STRIDES)
     feature_stride = STRIDES[0]
 
     def __init__(
@@ -295,6 +270,7 @@ class TinyDetector:
         mixed_precision: bool = False,
     ) -> None:
         at = device_on_this_machine(device)
+        self.config = config
         self.model = model.eval().to(at, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
         self._autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)
@@ -319,9 +295,8 @@ class TinyDetector:
         Raises:
             UserError: if it is no such checkpoint or the weights do not match.
         """
-        tensors, fields = read_checkpoint(path, _FORMAT)
-        fields |= {"category_ids": tuple(fields["category_ids"]), "names": tuple(fields["names"])}
-        config = TinyNetConfig(**fields)
+        tensors, fields = read_checkpoint(path, TINY_DETECTOR)
+        config = tiny_config(fields)
         model = TinyNet(len(config.category_ids))
         load_state(model, tensors, path)
         return cls(
@@ -367,16 +342,34 @@ class TinyDetector:
 
     def _select(self, scores: np.ndarray, boxes: np.ndarray, hw: tuple[int, ...]) -> Detections | TileError:
         """Scores [cells, classes] and boxes [cells, 4] of a tile -> its detections."""
-        bad = int((~np.isfinite(scores)).sum() + (~np.isfinite(boxes)).sum())
-        if bad:
-            msg = f"the detector gave {bad} values that are NaN or infinite: check its weights and precision"
-            return TileError(msg)
-        cells, classes = np.nonzero(scores >= self.score_threshold)
-        best = np.argsort(-scores[cells, classes], kind="stable")[:_CANDIDATES]
-        cells, classes = cells[best], classes[best]
-        chosen = np.clip(boxes[cells], 0, [hw[1], hw[0], hw[1], hw[0]])
-        # Boxes in the padding are empty after clipping; they must not suppress others.
-        solid = (chosen[:, 2:] > chosen[:, :2]).all(axis=1)
-        cells, classes, chosen = cells[solid], classes[solid], chosen[solid]
-        kept = nms(chosen, scores[cells, classes], classes, self.iou_threshold)[:_MOST_DETECTIONS]
-        return Detections(chosen[kept], scores[cells, classes][kept], self._ids[classes[kept]])
+        thresholds = {"score_threshold": self.score_threshold, "iou_threshold": self.iou_threshold}
+        return select_detections(scores, boxes, hw, self._ids, **thresholds)
+
+
+class _TinyNetOnPixels(nn.Module):
+    """The network with its input conversion and its scores."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[B, S, S, 3] uint8 RGB -> scores [B, cells, classes], boxes [B, cells, 4], feature maps of three strides."""
+        answers: Answers = self.model(tiles.permute(0, 3, 1, 2).float())
+        scores = answers.quality.sigmoid()[:, :, None] * answers.classes.softmax(dim=2)
+        return scores, answers.boxes, *answers.levels
+
+
+def export_tiny_detector(path: str) -> bytes:
+    """A checkpoint of `save_tiny_detector` as an ONNX file, for `load_tiny_detector`; any batch, any square canvas.
+
+    Args:
+        path: a local path or s3:// address.
+    """
+    detector = TinyDetector.load(path)
+    model = _TinyNetOnPixels(detector.model.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
+    tiles = torch.zeros(1, detector.input_side, detector.input_side, 3, dtype=torch.uint8)
+    outputs = ["scores", "boxes", *(f"features_{stride}" for stride in STRIDES)]
+    sizes = {"tiles": {0: "batch", 1: "side", 2: "side"}}
+    metadata = {TINY_DETECTOR: json.dumps(asdict(detector.config))}
+    return to_onnx(model, [tiles], sizes, outputs, metadata)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from scalenet_ray.core.geometry import boxes_to_tile, cut_tile
-from scalenet_ray.sample.detector import Answers, TinyNet, TinyNetConfig, assign_targets, detection_loss, pack_tiles
+from scalenet_ray.sample.detector import Answers, TinyNet, assign_targets, detection_loss, pack_tiles
+from scalenet_ray.sample.tiny import TinyNetConfig
 from scalenet_ray.training.examples import Example, random_window, read_pixels, tile_of_window
 
 __all__ = [

@@ -20,7 +20,8 @@ from scalenet_ray.core.windows import plan_windows
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import annotations_uri, read_annotations
 from scalenet_ray.models.checked_detector import MappedDetector
-from scalenet_ray.models.scale_head import HeadConfig, ScaleHead, save_scale_head
+from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
+from scalenet_ray.models.scale_networks import HeadConfig
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.training.examples import Example, TrainingImages
 from scalenet_ray.training.gain import ZOOMS, gain_map, gain_of_zoom

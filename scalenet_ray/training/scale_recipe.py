@@ -15,7 +15,8 @@ from torchvision.transforms.v2 import functional as transforms
 from scalenet_ray.core.geometry import Tile, Window, cut_tile
 from scalenet_ray.core.scale import IGNORE, class_target
 from scalenet_ray.data.coco import Objects
-from scalenet_ray.models.scale_net import ScaleNetConfig, build_scale_net, normalised, save_scale_net, squashed
+from scalenet_ray.models.scale_net import build_scale_net, normalised, save_scale_net
+from scalenet_ray.models.scale_networks import ScaleNetConfig, squashed
 from scalenet_ray.training.examples import (
     Example,
     TrainingImages,

@@ -1,0 +1,121 @@
+"""Export of Scale Nets, scale heads and other networks from torch to ONNX, their configuration in the metadata."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from scalenet_ray.core.scale import NUM_CLASSES
+from scalenet_ray.models.scale_head import ScaleHead, ScaleHeadPredictor, load_torch_predictor
+from scalenet_ray.models.scale_net import normalised
+from scalenet_ray.models.scale_networks import SCALE_HEAD, SCALE_NET, ScaleNetConfig
+
+__all__ = ["export_predictor", "to_onnx"]
+
+_OPSET = 17
+_REGRESSION_SIDE = 64
+_HEAD_CELLS = 8
+
+
+class _ScaleNetOnPixels(nn.Module):
+    """A Scale Net with its normalisation and its softmax."""
+
+    def __init__(self, model: nn.Module, config: ScaleNetConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        """[B, h, w, 3] uint8 RGB -> probabilities [B, 6, h, w] or scales [B, h, w]."""
+        output = self.model(normalised(tiles, self.config))
+        return output.softmax(dim=1) if self.config.kind == "classes" else output
+
+
+class _ScaleHeadOnFeatures(nn.Module):
+    """A scale head with its softmax and the exponential of its gain."""
+
+    def __init__(self, model: ScaleHead) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, C, h, w] each, finest first -> probabilities [B, 6, h, w] and gains [B, h, w]."""
+        output = self.model(features)
+        return output[:, :NUM_CLASSES].softmax(dim=1), output[:, NUM_CLASSES].exp()
+
+
+def to_onnx(
+    model: nn.Module,
+    inputs: Sequence[torch.Tensor],
+    axes: Mapping[str, Mapping[int, str]],
+    outputs: Sequence[str],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """Trace a network in evaluation mode and write it as an ONNX file.
+
+    Args:
+        model: the network.
+        inputs: one example for each input, e.g. [1, h, w, 3], of any shape that the network takes.
+        axes: input name -> the axes of any size, by name; the inputs in order.
+        outputs: names of the outputs.
+        metadata: key -> text, stored in the file.
+
+    Returns:
+        The file's bytes.
+    """
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        # The exporter warns of its own deprecation, and of sizes that the tracer keeps as they are.
+        warnings.simplefilter("ignore")
+        free = {name: {0: "batch"} for name in outputs} | {name: dict(sizes) for name, sizes in axes.items()}
+        torch.onnx.export(
+            model.eval().cpu(),
+            tuple(inputs),
+            buffer,  # type: ignore[arg-type]
+            input_names=list(axes),
+            output_names=list(outputs),
+            dynamic_axes=free,
+            opset_version=_OPSET,
+            dynamo=False,
+        )
+    exported = onnx.load_from_string(buffer.getvalue())
+    onnx.helper.set_model_props(exported, dict(metadata))
+    return exported.SerializeToString()
+
+
+def export_predictor(path: str) -> bytes:
+    """A trained Scale Net or scale head as an ONNX file, for `load_predictor`.
+
+    Args:
+        path: its weights, .safetensors, local or s3://.
+
+    Returns:
+        The file's bytes. A Scale Net takes any batch, and any size if its `input_side` is None; a scale head takes any
+        batch and any size.
+    """
+    predictor = load_torch_predictor(path)
+    config: Any = predictor.config
+    if isinstance(predictor, ScaleHeadPredictor):
+        levels = [
+            torch.zeros(1, channels, _HEAD_CELLS >> level, _HEAD_CELLS >> level)
+            for level, channels in enumerate(config.feature_channels)
+        ]
+        sizes = {
+            f"features_{level}": {0: "batch", 2: f"height_{level}", 3: f"width_{level}"} for level in range(len(levels))
+        }
+        model = _ScaleHeadOnFeatures(predictor.model)
+        return to_onnx(model, levels, sizes, ["prob", "gain"], {SCALE_HEAD: json.dumps(asdict(config))})
+    side = config.input_side or _REGRESSION_SIDE
+    axes = {0: "batch"} if config.input_side else {0: "batch", 1: "height", 2: "width"}
+    tiles = torch.zeros(1, side, side, 3, dtype=torch.uint8)
+    output = "prob" if config.kind == "classes" else "scale"
+    model = _ScaleNetOnPixels(predictor.model, config)
+    return to_onnx(model, [tiles], {"tiles": axes}, [output], {SCALE_NET: json.dumps(asdict(config))})

@@ -1,0 +1,216 @@
+"""Scale Nets and scale heads by configuration: presets, input preparation, and loading by file. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
+from scalenet_ray.models.detectors import ShowsFeatures
+
+__all__ = [
+    "PRESETS",
+    "SCALE_HEAD",
+    "SCALE_NET",
+    "Architecture",
+    "HeadConfig",
+    "Kind",
+    "Padding",
+    "ScaleNetConfig",
+    "check_features",
+    "head_config",
+    "map_of",
+    "net_config",
+    "squashed",
+]
+
+Architecture = Literal["fcn", "unet", "light-unet"]
+Kind = Literal["classes", "regression"]
+Padding = Literal["each", "input"]
+
+SCALE_NET = "scale_net"
+"""Key of a Scale Net's configuration, as JSON, in the metadata of its file."""
+
+
+SCALE_HEAD = "scale_head"
+"""Key of a scale head's configuration, as JSON, in the metadata of its file."""
+
+
+_LIGHT_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class ScaleNetConfig:
+    """Configuration of a Scale Net.
+
+    Attributes:
+        preset: name of the preset.
+        architecture: "fcn" (paper, Table 1), "unet" (the paper's U-Net, output as large as the input) or "light-unet"
+            (a narrow decoder with output at a quarter of the input's side, without the two most expensive stages).
+        kind: "classes" predicts logits [B, 6, h, w], "regression" scales [B, h, w].
+        input_side: side of the square that tiles are resized to in pixels (the paper: 512). None for the tile's size,
+            which a regression needs, since its scales are in tile pixels.
+        in_channels: 3 for RGB, 1 for grey.
+        encoder: name of a segmentation-models-pytorch encoder; None for `LightEncoder`.
+        classes: number of scale classes, for "classes".
+        padding: zero padding of the "fcn": of "each" convolution, or once of the "input", so that a black background
+            continues beyond the edge.
+
+    Raises:
+        UserError: if the fields are inconsistent.
+    """
+
+    preset: str
+    architecture: Architecture
+    kind: Kind = "classes"
+    input_side: int | None = 256
+    in_channels: int = 3
+    encoder: str | None = None
+    classes: int = NUM_CLASSES
+    padding: Padding = "each"
+
+    def __post_init__(self) -> None:
+        if self.architecture not in get_args(Architecture) or self.kind not in get_args(Kind):
+            known = f"{', '.join(get_args(Architecture))} and {', '.join(get_args(Kind))}"
+            msg = f"a scale net's architecture and kind must be of {known}, got {self.architecture} and {self.kind}"
+            raise UserError(msg)
+        if self.classes != NUM_CLASSES:
+            msg = f"a scale net must have {NUM_CLASSES} classes, got {self.classes}: train it on this version's classes"
+            raise UserError(msg)
+        if self.in_channels not in (1, 3):
+            msg = f"in_channels must be 3 (RGB) or 1 (grey), got {self.in_channels}"
+            raise UserError(msg)
+        if (self.kind == "regression") != (self.input_side is None):
+            msg = f"a regression takes tiles as they are and classes a fixed side, got {self.kind}, {self.input_side}"
+            raise UserError(msg)
+        if self.architecture != "fcn" and (self.input_side is None or self.input_side < 32 or self.input_side % 32):
+            msg = f"a U-Net's input_side must be a multiple of 32, got {self.input_side}"
+            raise UserError(msg)
+        if self.architecture == "unet" and self.encoder is None:
+            msg = "the architecture unet wants the name of an encoder, got none: e.g. vgg16"
+            raise UserError(msg)
+
+    @property
+    def output_stride(self) -> int:
+        """Cell side of the output in input pixels."""
+        return _LIGHT_STRIDE if self.architecture == "light-unet" else 1
+
+    @property
+    def output_hw(self) -> tuple[int, int]:
+        """(h, w) of the class map in cells.
+
+        Raises:
+            UserError: if the input has no fixed size.
+        """
+        if self.input_side is None:
+            msg = "the output of a net that takes tiles as they are is as large as its input: it has no fixed size"
+            raise UserError(msg)
+        side = self.input_side // self.output_stride
+        return (side, side)
+
+
+PRESETS: dict[str, ScaleNetConfig] = {
+    config.preset: config
+    for config in (
+        ScaleNetConfig("fcn-digits", "fcn", "regression", input_side=None, in_channels=1),
+        ScaleNetConfig("unet-vgg16", "unet", input_side=512, encoder="vgg16"),
+        ScaleNetConfig("unet-light", "light-unet", input_side=256),
+        ScaleNetConfig("unet-lite0", "light-unet", input_side=256, encoder="tu-tf_efficientnet_lite0"),
+    )
+}
+"""Configurations by name: the paper's two, one for CPUs, and one with ImageNet weights."""
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Configuration of a scale head.
+
+    Attributes:
+        feature_channels: channels of the detector's feature maps, finest first; each has half the side of the last.
+        stride: cell side of the finest feature map and of the output in tile pixels.
+        width: number of hidden channels.
+        detector: the detector that it was trained on; informative.
+    """
+
+    feature_channels: tuple[int, ...]
+    stride: int = 8
+    width: int = 32
+    detector: str = ""
+
+
+def squashed(tile: np.ndarray, config: ScaleNetConfig) -> np.ndarray:
+    """Resize a tile, [h, w, 3] uint8 RGB, to [side, side, 3]; returned unchanged if the input has no fixed size."""
+    if config.input_side is None:
+        return tile
+    image = Image.fromarray(tile).resize((config.input_side, config.input_side), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def net_config(fields: dict[str, Any], path: str) -> ScaleNetConfig:
+    """The configuration of a Scale Net from its file's metadata.
+
+    Args:
+        fields: what the file holds under `SCALE_NET`.
+        path: the file's address, for messages.
+
+    Raises:
+        UserError: if a field is unknown, missing or wrong.
+    """
+    try:
+        return ScaleNetConfig(**fields)
+    except (TypeError, ValueError) as error:
+        msg = f"{path} holds a scale net that this version can't build: {error}"
+        raise UserError(msg) from error
+
+
+def head_config(fields: dict[str, Any], path: str) -> HeadConfig:
+    """The configuration of a scale head from its file's metadata.
+
+    Args:
+        fields: what the file holds under `SCALE_HEAD`.
+        path: the file's address, for messages.
+
+    Raises:
+        UserError: if a field is unknown or missing.
+    """
+    try:
+        return HeadConfig(**{**fields, "feature_channels": tuple(fields["feature_channels"])})
+    except (TypeError, KeyError) as error:
+        msg = f"{path} holds a scale head that this version can't build: {error}"
+        raise UserError(msg) from error
+
+
+def check_features(config: HeadConfig, detector: ShowsFeatures) -> None:
+    """Check that a detector's feature maps match those that a scale head was trained on.
+
+    Raises:
+        UserError: if they do not.
+    """
+    wanted = (config.feature_channels, config.stride)
+    got = (tuple(detector.feature_channels), detector.feature_stride)
+    if wanted != got:
+        msg = (
+            f"this scale head reads the features of {config.detector or 'another detector'}, channels "
+            f"{wanted[0]} from stride {wanted[1]} on, got {got[0]} from {got[1]}: train one for this detector"
+        )
+        raise UserError(msg)
+
+
+def map_of(
+    *, scale: np.ndarray | None = None, prob: np.ndarray | None = None, gain: np.ndarray | None = None
+) -> ScaleMap | TileError:
+    """A network's output for one tile as a scale map, or the error for NaN values.
+
+    Args:
+        scale: [h, w] float32, of a regression.
+        prob: [6, h, w] float32, of a classification.
+        gain: [h, w] float32, of a scale head.
+    """
+    try:
+        return ScaleMap(scale=scale, prob=prob, gain=gain)
+    except TileError as error:
+        return error

@@ -1,0 +1,224 @@
+"""The sample's detector without torch: its configuration, its decoding, and its ONNX file on onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.extras import needs_extra
+from scalenet_ray.core.inference import DetectionsWithFeatures
+from scalenet_ray.core.merge import nms
+from scalenet_ray.models.onnx_session import open_network
+from scalenet_ray.models.padding import detect_by_canvas, square_canvas
+from scalenet_ray.models.scale_predictors import ONNX_SUFFIX
+
+if TYPE_CHECKING:
+    from scalenet_ray.sample.detector import TinyDetector
+
+__all__ = [
+    "FILL",
+    "NECK_CHANNELS",
+    "STRIDES",
+    "TINY_DETECTOR",
+    "OnnxTinyDetector",
+    "TinyNetConfig",
+    "canvas_batch",
+    "load_tiny_detector",
+    "select_detections",
+    "tiny_config",
+]
+
+STRIDES = (8, 16, 32)
+
+
+FILL = 114
+"""Value of the canvas beside a tile."""
+
+
+NECK_CHANNELS = 64
+
+
+TINY_DETECTOR = "tiny_detector"
+"""Key of the configuration, as JSON, in the metadata of the detector's file."""
+
+
+_CANDIDATES, _MOST_DETECTIONS = 300, 100
+
+
+@dataclass(frozen=True)
+class TinyNetConfig:
+    """Configuration of the detector.
+
+    Attributes:
+        category_ids: category id of each class index.
+        names: name of each class index.
+        input_side: longer side of a whole image's tile in tile pixels.
+        iou_threshold: IoU threshold of NMS.
+    """
+
+    category_ids: tuple[int, ...]
+    names: tuple[str, ...]
+    input_side: int = 192
+    iou_threshold: float = 0.6
+
+
+def tiny_config(fields: Mapping[str, Any]) -> TinyNetConfig:
+    """The configuration from what a file holds under `TINY_DETECTOR`."""
+    return TinyNetConfig(**{**fields, "category_ids": tuple(fields["category_ids"]), "names": tuple(fields["names"])})
+
+
+def canvas_batch(tiles: Sequence[np.ndarray], canvas: tuple[int, int]) -> np.ndarray:
+    """Tiles of [h, w, 3] uint8 -> [B, H, W, 3] uint8, each in the top left corner of its canvas."""
+    batch = np.full((len(tiles), *canvas, 3), FILL, np.uint8)
+    for i, tile in enumerate(tiles):
+        batch[i, : tile.shape[0], : tile.shape[1]] = tile
+    return batch
+
+
+def select_detections(
+    scores: np.ndarray,
+    boxes: np.ndarray,
+    hw: tuple[int, ...],
+    category_ids: np.ndarray,
+    *,
+    score_threshold: float,
+    iou_threshold: float,
+) -> Detections | TileError:
+    """Decode the network's output for one tile: threshold, clip, suppress; at most 100 detections, the best first.
+
+    Args:
+        scores: [cells, classes].
+        boxes: [cells, 4] xyxy, in tile pixels.
+        hw: (height, width) of the tile.
+        category_ids: [classes] int64.
+        score_threshold: boxes that score less are dropped.
+        iou_threshold: overlap above which a box of the same class is suppressed.
+
+    Returns:
+        The detections, in tile pixels, or the error for NaN and infinite values.
+    """
+    bad = int((~np.isfinite(scores)).sum() + (~np.isfinite(boxes)).sum())
+    if bad:
+        msg = f"the detector gave {bad} values that are NaN or infinite: check its weights and precision"
+        return TileError(msg)
+    cells, classes = np.nonzero(scores >= score_threshold)
+    best = np.argsort(-scores[cells, classes], kind="stable")[:_CANDIDATES]
+    cells, classes = cells[best], classes[best]
+    chosen = np.clip(boxes[cells], 0, [hw[1], hw[0], hw[1], hw[0]])
+    # Boxes in the padding are empty after clipping; they must not suppress others.
+    solid = (chosen[:, 2:] > chosen[:, :2]).all(axis=1)
+    cells, classes, chosen = cells[solid], classes[solid], chosen[solid]
+    kept = nms(chosen, scores[cells, classes], classes, iou_threshold)[:_MOST_DETECTIONS]
+    return Detections(chosen[kept], scores[cells, classes][kept], category_ids[classes[kept]])
+
+
+class OnnxTinyDetector:
+    """The sample's detector exported to ONNX, behind the `Detector` protocol.
+
+    The graph takes uint8 RGB [batch, side, side, 3] and returns scores, boxes and the neck's three feature maps.
+
+    Args:
+        session: the network.
+        config: its configuration.
+        score_threshold: boxes that score less are dropped.
+        iou_threshold: of the suppression within each class; None for the configuration's.
+
+    Attributes:
+        input_side: the longer side of a whole image's tile, in tile pixels.
+        categories: category id -> name.
+        iou_threshold: of its non-maximum suppression, within each class.
+        feature_channels: of the neck's feature maps, stride 8 first.
+        feature_stride: tile pixels along a side of a cell of the finest.
+    """
+
+    feature_channels = (NECK_CHANNELS,) * len(STRIDES)
+    feature_stride = STRIDES[0]
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        config: TinyNetConfig,
+        *,
+        score_threshold: float = 0.01,
+        iou_threshold: float | None = None,
+    ) -> None:
+        self.score_threshold = score_threshold
+        self.iou_threshold = config.iou_threshold if iou_threshold is None else iou_threshold
+        self.input_side = config.input_side
+        self.categories: Mapping[int, str] = dict(zip(config.category_ids, config.names, strict=True))
+        self._ids = np.array(config.category_ids, np.int64)
+        self._session = session
+        self._input_name = session.get_inputs()[0].name
+        self._output_names = [output.name for output in session.get_outputs()]
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """The padded square that is computed for a tile of (height, width)."""
+        return square_canvas(hw)
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        """Detect on tiles; see `Detector`. At most 100 detections a tile, the best first."""
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
+
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
+        """Detect on tiles, [h, w, 3] uint8 RGB each, and return the neck's feature maps; see `DetectWithFeatures`."""
+        return detect_by_canvas(pixels, self.canvas_hw, self._features_group)
+
+    def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
+        scores, boxes = self._run(self._output_names[:2], tiles, canvas)
+        return [self._select(scores[i], boxes[i], tile) for i, tile in enumerate(tiles)]
+
+    def _features_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[DetectionsWithFeatures]:
+        scores, boxes, *levels = self._run(self._output_names, tiles, canvas)
+        return [
+            DetectionsWithFeatures(self._select(scores[i], boxes[i], tile), tuple(level[i] for level in levels))
+            for i, tile in enumerate(tiles)
+        ]
+
+    def _run(self, outputs: list[str], tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[np.ndarray]:
+        answer = self._session.run(outputs, {self._input_name: canvas_batch(tiles, canvas)})
+        return [np.asarray(output) for output in answer]
+
+    def _select(self, scores: np.ndarray, boxes: np.ndarray, tile: np.ndarray) -> Detections | TileError:
+        thresholds = {"score_threshold": self.score_threshold, "iou_threshold": self.iou_threshold}
+        return select_detections(scores, boxes, tile.shape[:2], self._ids, **thresholds)
+
+
+def load_tiny_detector(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    score_threshold: float = 0.01,
+    iou_threshold: float | None = None,
+    mixed_precision: bool = False,
+) -> OnnxTinyDetector | TinyDetector:
+    """Load the sample's detector, or one trained as it is, from .onnx, or from .safetensors, which needs torch.
+
+    Args:
+        path: a local path, file:// or s3:// address.
+        device: where it computes, as torch names it.
+        score_threshold: boxes that score less are dropped.
+        iou_threshold: of the suppression within each class; None for its own.
+        mixed_precision: run under bfloat16 autocast; for safetensors alone.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        UserError: if the file is another network's, if it is ONNX and mixed precision is asked for, or if it needs
+            torch, which is not installed.
+    """
+    thresholds: dict[str, Any] = {"score_threshold": score_threshold, "iou_threshold": iou_threshold}
+    if not str(path).endswith(ONNX_SUFFIX):
+        with needs_extra():
+            from scalenet_ray.sample.detector import TinyDetector
+        return TinyDetector.load(path, device=device, mixed_precision=mixed_precision, **thresholds)
+    if mixed_precision:
+        msg = f"mixed precision is for weights as safetensors, got {path}, which has a precision of its own: give those"
+        raise UserError(msg)
+    session, _, fields = open_network(str(path), TINY_DETECTOR, device=device)
+    return OnnxTinyDetector(session, tiny_config(fields), **thresholds)
