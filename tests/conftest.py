@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures that several test files share, and how tests are dealt out to processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from tests.ray_fixture import idle_ray, ray_session  # noqa: F401 - fixtures
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist, keep the tests of the shared Ray in one process, and the others of a file together."""
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+    # The largest group first: the other process works through the files meanwhile.
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(scope="session")

@@ -294,7 +294,7 @@ def raising(ids: Container[int] | None, *, on_ray: bool = False) -> Callable[[Se
     return lambda records: LocalStream(records, policy, nets, images)
 
 
-@pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.ray)])
+@pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=[pytest.mark.ray, pytest.mark.slow])])
 def test_a_detector_that_raises_on_every_image_ends_the_run(
     request: pytest.FixtureRequest, tmp_path: Path, on_ray: bool
 ) -> None:

@@ -330,6 +330,7 @@ def test_the_pictures_say_what_they_show() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_job_on_small_digits_zooms_rightly_and_resumes(
     idle_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

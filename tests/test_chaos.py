@@ -11,7 +11,7 @@ import pytest
 from tests.ray_fixture import RAY_ENVIRONMENT
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.chaos
 def test_whatever_is_killed_whenever_no_image_is_lost_doubled_or_wrong(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

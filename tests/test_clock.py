@@ -46,7 +46,8 @@ def test_a_tally_hears_what_is_done_within_it_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    "start", [pytest.param(on_local, id="local"), pytest.param(on_ray, id="ray", marks=pytest.mark.ray)]
+    "start",
+    [pytest.param(on_local, id="local"), pytest.param(on_ray, id="ray", marks=[pytest.mark.ray, pytest.mark.slow])],
 )
 def test_a_run_folder_tells_the_seconds_of_each_stage_and_when_each_image_was_finished(
     request: pytest.FixtureRequest, tmp_path: Path, start

@@ -387,6 +387,7 @@ def test_data_of_ones_own_needs_a_detector(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_job_fine_tunes_and_goes_on_where_it_stopped(
     ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -114,7 +114,7 @@ RUN = {
 }
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", [page for page, blocks in RUN.items() if blocks])
 def test_what_a_page_tells_to_run_runs_as_written(page: str, world: World) -> None:
@@ -124,7 +124,7 @@ def test_what_a_page_tells_to_run_runs_as_written(page: str, world: World) -> No
         assert done.returncode == 0, f"{block.text}\n{done.stdout}"
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 def test_a_command_that_fails_fails_its_block(world: World) -> None:
     assert world.run("make no-such-target\ntrue").returncode != 0
     assert world.run("no-such-program | cat").returncode != 0

@@ -98,6 +98,7 @@ def worked_on(results: list[ImageResult], policy: Policy) -> tuple[int, int]:
     return looked, sum(result.tiles for result in results)
 
 
+@pytest.mark.slow
 def test_the_only_reader_dies_after_leasing_and_after_yielding(idle_ray: None, watched: Watched) -> None:
     policy = policy_of("scalenet")
     # The first death takes the first lease with it; by the second some rows are out, and are not read again.
@@ -110,6 +111,7 @@ def test_the_only_reader_dies_after_leasing_and_after_yielding(idle_ray: None, w
     assert (len(watched.looked.lines()), len(watched.detected.lines())) == worked_on(results, policy)
 
 
+@pytest.mark.slow
 def test_look_actors_die_before_and_after_completing(idle_ray: None, watched: Watched) -> None:
     policy = policy_of("scalenet")
     networks = watched.networks(look_before=watched.fault("before", turn=2), look_after=watched.fault("after", turn=4))
@@ -122,6 +124,7 @@ def test_look_actors_die_before_and_after_completing(idle_ray: None, watched: Wa
     assert watched.status.conflicts == 0
 
 
+@pytest.mark.slow
 def test_detector_actors_die_at_the_start_and_at_the_end_of_a_call(idle_ray: None, watched: Watched) -> None:
     policy = policy_of("scalenet")
     networks = watched.networks(detect_start=watched.fault("start"), detect_end=watched.fault("end", turn=2))
@@ -133,7 +136,7 @@ def test_detector_actors_die_at_the_start_and_at_the_end_of_a_call(idle_ray: Non
     assert detected <= len(watched.detected.lines()) <= detected + 2 * call
 
 
-@pytest.mark.parametrize("name", ["grid-2", "fused"])
+@pytest.mark.parametrize("name", [pytest.param("grid-2", marks=pytest.mark.slow), "fused"])
 def test_everything_dies_once_in_one_run(idle_ray: None, watched: Watched, name: str) -> None:
     policy = policy_of(name)
     opened = FaultyOpen(SCENES, watched.fault("reader", turn=7), watched.opened)
@@ -150,6 +153,7 @@ def test_everything_dies_once_in_one_run(idle_ray: None, watched: Watched, name:
     assert_equals_reference(results, policy)
 
 
+@pytest.mark.slow
 def test_a_retry_that_decides_otherwise_loses_and_doubles_nothing(idle_ray: None, watched: Watched) -> None:
     policy = policy_of("scalenet")
     # At the first turn, on whole images: later tiles may be at the full depth, where there is nothing to decide.

@@ -66,7 +66,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_run_keeps_what_is_finished_and_resumed_equals_an_uninterrupted_one(
     folder: Path, number: signal.Signals
 ) -> None:
@@ -128,7 +128,7 @@ def test_a_run_that_is_stopped_while_it_is_concluded_has_all_its_images(
     assert not (folder / "run" / "driver.lock").exists()
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("arguments", [(), TWO_PIPELINES])
 def test_on_ray_a_stopped_run_keeps_what_is_finished_and_says_one_line(

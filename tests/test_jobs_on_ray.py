@@ -43,15 +43,24 @@ def job_on(data: Path, output: Path, engine: str, **changes: Any) -> Any:
     "resources",
     [
         Resources(),
-        Resources(scale_actors=3, detector_actors=2, scale_batch_size=3, detector_batch_size=7),
-        Resources(
-            readers=2,
-            detector_actors=(1, 2),
-            scale_batch_size=1,
-            detector_batch_size=1,
-            advanced=AdvancedResources(max_open_images=3),
+        pytest.param(
+            Resources(scale_actors=3, detector_actors=2, scale_batch_size=3, detector_batch_size=7),
+            marks=pytest.mark.slow,
         ),
-        Resources(readers=2, scale_actors=2, detector_actors=2, advanced=AdvancedResources(pipelines=2)),
+        pytest.param(
+            Resources(
+                readers=2,
+                detector_actors=(1, 2),
+                scale_batch_size=1,
+                detector_batch_size=1,
+                advanced=AdvancedResources(max_open_images=3),
+            ),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Resources(readers=2, scale_actors=2, detector_actors=2, advanced=AdvancedResources(pipelines=2)),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["defaults", "three scale actors", "single tiles and a growing pool", "two pipelines"],
 )

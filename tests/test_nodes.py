@@ -11,7 +11,7 @@ import pytest
 from tests.ray_fixture import RAY_ENVIRONMENT
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.chaos
 def test_a_run_that_loses_two_nodes_finds_the_same(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

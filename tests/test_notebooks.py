@@ -12,7 +12,6 @@ from nbclient import NotebookClient
 from tests.job_scripts import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
-STARTS_RAY = {"04_cluster"}
 
 
 def test_the_notebooks_are_those_that_the_documentation_names() -> None:
@@ -26,13 +25,8 @@ def test_no_output_is_kept(path: Path) -> None:
     assert kept == []
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=[pytest.mark.ray] if path.stem in STARTS_RAY else [], id=path.stem)
-        for path in NOTEBOOKS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # jupyter_client says of itself that a kernel on this machine is reached without encryption.
 @pytest.mark.filterwarnings("ignore")
 def test_it_runs_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ def scraped() -> dict[tuple[str, str], float]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_prometheus_is_told_what_was_done(idle_ray: None, tmp_path: Path) -> None:
     work(RaySession(Resources()), 20, tmp_path / "run")
     wanted = {

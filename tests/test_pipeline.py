@@ -65,13 +65,17 @@ def assert_equals_reference(
 @pytest.mark.parametrize(
     ("name", "resources"),
     [
-        ("whole", Resources()),
+        pytest.param("whole", Resources(), marks=pytest.mark.slow),
         ("grid-2", Resources(scale_actors=3, scale_batch_size=8, detector_batch_size=5)),
-        ("pyramid", Resources(scale_batch_size=3, detector_batch_size=1)),
-        ("random", Resources(scale_batch_size=1, detector_batch_size=16, detector_actors=2)),
-        ("first-pass", Resources(scale_actors=3, scale_batch_size=3, detector_batch_size=16)),
+        pytest.param("pyramid", Resources(scale_batch_size=3, detector_batch_size=1), marks=pytest.mark.slow),
+        pytest.param(
+            "random", Resources(scale_batch_size=1, detector_batch_size=16, detector_actors=2), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "first-pass", Resources(scale_actors=3, scale_batch_size=3, detector_batch_size=16), marks=pytest.mark.slow
+        ),
         ("scalenet", Resources(scale_actors=3, scale_batch_size=1, detector_batch_size=16)),
-        ("fused", Resources(readers=2, scale_batch_size=8, detector_batch_size=5)),
+        pytest.param("fused", Resources(readers=2, scale_batch_size=8, detector_batch_size=5), marks=pytest.mark.slow),
         ("oracle", Resources(scale_actors=3, detector_actors=(1, 2), scale_batch_size=3, detector_batch_size=1)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -87,6 +91,7 @@ def test_every_policy_equals_recursive_detect(idle_ray: None, name: str, resourc
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize("max_open_images", [1, 2])
 def test_few_open_images_make_it_slow_but_not_wrong(idle_ray: None, max_open_images: int) -> None:
     records, policy = records_of(9), policy_of("scalenet")
@@ -104,6 +109,7 @@ def test_no_images_are_no_results(idle_ray: None) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_tiny_object_store_and_a_slow_detector_do_not_hang(idle_ray: None) -> None:
     assert ray.cluster_resources()["object_store_memory"] < 100 * 2**20
     records = records_of(60)

@@ -164,7 +164,15 @@ def log(tmp_path: Path) -> WorkLog:
 @pytest.mark.ray
 @pytest.mark.chaos
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("stage", "strikes"), [("read", Exit), ("look", Exit), ("detect", Exit), ("detect", Hang)])
+@pytest.mark.parametrize(
+    ("stage", "strikes"),
+    [
+        pytest.param("read", Exit, marks=pytest.mark.slow),
+        ("look", Exit),
+        pytest.param("detect", Exit, marks=pytest.mark.slow),
+        ("detect", Hang),
+    ],
+)
 def test_an_image_that_kills_or_hangs_its_process_each_time_fails_alone(
     idle_ray: None, log: WorkLog, stage: str, strikes: type[Exit]
 ) -> None:
@@ -180,6 +188,7 @@ def test_an_image_that_kills_or_hangs_its_process_each_time_fails_alone(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.timeout(120)
 def test_an_actor_that_hangs_once_is_replaced_and_nothing_is_lost(idle_ray: None, log: WorkLog, tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ from scalenet_ray.report.page import render_report
 from tests.browser import CHROMIUM, browser
 from tests.report_fakes import big_page
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: install chromium (Debian: apt install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no browser: install chromium (Debian: apt install chromium)"),
+]
 
 HOSTILE = "<img src=x onerror=document.title='broken'><script>document.title='broken'</script>"
 

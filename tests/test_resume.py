@@ -19,7 +19,7 @@ from tests.faults import policy_of, random_networks
 from tests.killable_run import OPEN_IMAGES, POLICY, RECORDS, SCENES, SHARD
 from tests.ray_fixture import RAY_ENVIRONMENT
 
-pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(420)]
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

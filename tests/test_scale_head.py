@@ -230,6 +230,7 @@ def test_counting_leaves_the_batch_as_it_is() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_scores_of_all_files_are_measured_by_one_pool(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +252,7 @@ def test_scores_of_all_files_are_measured_by_one_pool(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_job_trains_a_head_on_the_samples_detector(ray_session: None, tmp_path: Path) -> None:
     module = load_job("train_scalenet")
     data = write_sample(tmp_path / "sample", train=4, val=2)

@@ -34,7 +34,7 @@ TWO = Resources(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", ["scalenet", "grid-2"])
+@pytest.mark.parametrize("name", ["scalenet", pytest.param("grid-2", marks=pytest.mark.slow)])
 def test_pipelines_side_by_side_equal_recursive_detect(idle_ray: None, name: str) -> None:
     records, policy, scenes = records_of(23), policy_of(name), Scenes(unreadable={2, 23})
     networks = random_networks(policy)
@@ -53,6 +53,7 @@ def test_pipelines_side_by_side_equal_recursive_detect(idle_ray: None, name: str
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_fewer_images_than_pipelines(idle_ray: None) -> None:
     policy = policy_of("whole")
     stream = image_stream(records_of(1), policy, random_networks(policy), Scenes(), TWO)
@@ -71,6 +72,7 @@ def test_a_pipeline_that_dies_ends_the_run_with_a_way_on(idle_ray: None) -> None
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_bug_in_a_pipeline_is_raised_here(idle_ray: None) -> None:
     networks = NetworkFactories(Given(RandomDetector()), Given(BuggyScale(3)))
     with pytest.raises(Exception, match="a bug"):

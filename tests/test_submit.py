@@ -80,7 +80,7 @@ def cluster(s3_bucket: str, session: Path, tmp_path: Path) -> Iterator[str]:
         process.communicate()
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_submitted_to_three_nodes_does_the_same_as_the_plain_command(
     tmp_path: Path, s3_bucket: str, session: Path, cluster: str

@@ -85,7 +85,7 @@ def trial_on(task: TrialSettings, config: dict[str, Any], cache_actor: Any = Non
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kept", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_trial_adds_images_step_by_step_and_begins_anew_on_another(ray_session: None, data: Path, kept: bool) -> None:
     cache_actor: Any = CacheActor.remote() if kept else None
     trial = trial_on(task_on(data), {"policy": "first-pass", "recursion.window": 0.4}, cache_actor)
@@ -235,6 +235,7 @@ def test_after_a_resume_trials_are_stopped_as_they_would_have_been() -> None:
 
 @pytest.mark.ray
 # Three sweeps, one of them in a process of its own: minutes where cores are shared.
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
     idle_ray: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -280,6 +281,7 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_trials_that_fail_are_named_and_the_sweep_goes_on(
     idle_ray: None, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,6 +112,7 @@ def test_workers_stay_in_the_folder_where_ray_was_started(undisturbed: tuple[Wei
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_run_taken_up_again_ends_with_the_same_weights(
     idle_ray: None, undisturbed: tuple[Weights, Rows, Path], tmp_path: Path
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_weights_are_the_same(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_it_can_be_taken_up(
     idle_ray: None, undisturbed: tuple[Weights, Rows, Path], tmp_path: Path
 ) -> None:
@@ -174,6 +176,7 @@ def test_a_nan_loss_stops_with_the_step_and_the_images_and_is_not_tried_again(id
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_parts_of_a_batch_and_more_readers_give_the_same_weights(
     idle_ray: None, alone: tuple[Weights, Rows], tmp_path: Path
 ) -> None:
@@ -183,6 +186,7 @@ def test_parts_of_a_batch_and_more_readers_give_the_same_weights(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_workers_train_as_one_and_see_each_validation_image_once(
     idle_ray: None, alone: tuple[Weights, Rows], tmp_path: Path
 ) -> None:
@@ -364,6 +368,7 @@ def test_a_truncated_jpeg_is_left_out_and_named(sample: Path, trained: tuple[Pat
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_job_takes_up_a_run_and_goes_on_where_it_stopped(
     idle_ray: None, sample: Path, trained: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -397,7 +402,7 @@ def test_the_job_refuses_an_unknown_preset(sample: Path, tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 def test_on_s3_a_run_leaves_the_same_and_says_little(sample: Path, s3_bucket: str) -> None:
     """In a process of its own: Ray's workers have the environment in which it was started."""
     output = f"{s3_bucket}/runs/a"

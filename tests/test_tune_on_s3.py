@@ -15,7 +15,7 @@ from tests.job_scripts import REPOSITORY
 from tests.ray_fixture import RAY_ENVIRONMENT
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_sweep_has_its_data_and_its_state_on_s3_and_resumes_there(tmp_path: Path, s3_bucket: str) -> None:
     sample = write_sample(tmp_path / "sample", train=4, val=1)

@@ -93,7 +93,7 @@ def test_an_error_that_is_no_workers_is_let_through() -> None:
         raise KeyError("x")
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_on_ray_a_device_that_no_worker_has_is_one_line_in_the_terminal(tmp_path: Path) -> None:
     """Known by name, and so met in the constructor of an actor, which Ray tries again and again."""
