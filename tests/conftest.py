@@ -9,10 +9,15 @@ from pathlib import Path
 
 import boto3
 import pytest
+from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from tests.ray_fixture import idle_ray, ray_session  # noqa: F401 - fixtures
+
+# On shared cores an example may take any time.
+settings.register_profile("tests", deadline=None, max_examples=60)
+settings.load_profile("tests")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -135,7 +135,7 @@ def test_settings_that_are_no_yaml_are_refused(text: str, tmp_path: Path):
 # --- mutated ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from([JPEG, PNG]), st.integers(0, 2**32 - 1))
 def test_mutated_jpegs_and_pngs_give_pixels_or_a_tile_error(data: bytes, seed: int):
     with warnings.catch_warnings():
@@ -147,7 +147,7 @@ def test_mutated_jpegs_and_pngs_give_pixels_or_a_tile_error(data: bytes, seed: i
     assert (pixels.ndim, pixels.dtype) == (3, np.uint8)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.integers(0, 2**32 - 1))
 def test_mutated_instances_files_are_read_or_refused(seed: int):
     chance = random.Random(seed)
@@ -165,14 +165,14 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.fixed_dictionaries({"images": JSON, "categories": JSON, "annotations": JSON}) | JSON)
 def test_any_json_is_read_or_refused(found: Any):
     with pytest.raises(ValueError, match="must"):
         read_all(found)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(JSON | st.fixed_dictionaries({"size": st.just([*HW]), "counts": JSON | st.text(max_size=30)}))
 def test_any_segmentation_is_a_mask_or_refused(found: Any):
     try:

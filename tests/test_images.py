@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
@@ -173,7 +173,6 @@ def test_what_is_no_image_of_ours_is_refused(data: bytes):
         decode_image(data)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.sampled_from(EVERY_FORMAT), st.data())
 def test_damaged_bytes_give_pixels_or_a_tile_error_and_no_warning(case: tuple[str, dict], data: st.DataObject):
     damaged = bytearray(encoded(PIXELS, case[0], **case[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -30,7 +30,6 @@ def _iou(one: np.ndarray, other: np.ndarray) -> float:
     return float((one & other).sum() / (one | other).sum())
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.floats(1.0, 3.0))
 def test_a_mask_seen_in_a_zoomed_tile_is_the_same_mask_in_the_image(seed: int, zoom: float) -> None:
     rng = np.random.default_rng(seed)
@@ -52,7 +51,6 @@ def test_a_mask_seen_in_a_zoomed_tile_is_the_same_mask_in_the_image(seed: int, z
     assert _iou(back, truth) > 0.85
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_at_a_whole_zoom_the_window_gets_exactly_its_mask(height: int, width: int, zoom: int, seed: int) -> None:
     mask = np.random.default_rng(seed).random((height, width)) < 0.5

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -55,7 +55,6 @@ def _equal(one: Detections, other: Detections) -> bool:
 # --- overlap ----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
 @given(heaps(), heaps())
 def test_iou_equals_the_formula_written_out(one: Detections, other: Detections) -> None:
     matrix = iou_matrix(one.boxes, other.boxes)
@@ -83,7 +82,6 @@ def _brute_nms(found: Detections, threshold: float) -> list[int]:
     return kept
 
 
-@settings(deadline=None, max_examples=200)
 @given(heaps(), st.sampled_from([0.0, 0.35, 0.65, 1.0]))
 def test_nms_equals_its_definition(found: Detections, threshold: float) -> None:
     kept = nms(found.boxes, found.scores, found.labels, threshold)
@@ -170,7 +168,6 @@ def test_soft_nms_decays_within_a_label_alone() -> None:
     np.testing.assert_allclose(scores, [0.9, 0.8], rtol=1e-6)
 
 
-@settings(deadline=None, max_examples=150)
 @given(heaps(15), st.sampled_from([LINEAR, GAUSSIAN]), st.sampled_from([0.0, 0.05, 0.3]))
 def test_soft_nms_equals_its_definition(found: Detections, merging: Merging, threshold: float) -> None:
     merging = dataclasses.replace(merging, score_threshold=threshold)
@@ -183,7 +180,6 @@ def test_soft_nms_equals_its_definition(found: Detections, merging: Merging, thr
     np.testing.assert_allclose(got[kept], wanted[kept], rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=100)
 @given(heaps(), st.sampled_from([LINEAR, GAUSSIAN]))
 def test_soft_nms_never_raises_a_score(found: Detections, merging: Merging) -> None:
     decayed = soft_nms(found.boxes, found.scores, found.labels, merging)
@@ -201,7 +197,6 @@ def test_a_score_of_just_the_threshold_is_decayed_like_any_other() -> None:
 # --- merging ----------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=150)
 @given(heaps(), st.sampled_from([Merging(score_threshold=0.0), LINEAR, GAUSSIAN]), st.randoms(use_true_random=False))
 def test_no_order_of_parts_or_of_rows_matters(found: Detections, merging: Merging, random: Any) -> None:
     wanted = merge_detections([found], merging)
@@ -214,7 +209,6 @@ def test_no_order_of_parts_or_of_rows_matters(found: Detections, merging: Mergin
     assert _equal(merge_detections(parts, merging), wanted)
 
 
-@settings(deadline=None, max_examples=60)
 @given(heaps(), st.sampled_from([Merging(score_threshold=0.0), LINEAR, GAUSSIAN]))
 def test_the_best_come_first(found: Detections, merging: Merging) -> None:
     scores = merge_detections([found], merging).scores

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import ray
+from hypothesis import given
+from hypothesis import strategies as st
 from ray.data import DataContext
 
-from scalenet_ray.core.detections import ImageResult
+from scalenet_ray.core.detections import Detections, Failure, ImageResult, TileResult
 from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.merge import Merging, merge_image
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
-from scalenet_ray.engine.pipeline import ImageStream
+from scalenet_ray.engine.pipeline import Assembler, ImageStream
 from scalenet_ray.runs.resources import AdvancedResources, Resources, limits
 from tests.faults import (
     FlatImages,
@@ -197,3 +203,84 @@ def test_there_are_more_images_open_than_the_stages_can_hold() -> None:
     # In one stage each actor has a row in work and one that waits.
     large_batches = Resources(detector_actors=4, detector_batch_size=64)
     assert large_batches.open_images > 2 * 64 * 5 + 64
+
+
+# --- assemble -------------------------------------------------------------------------------------
+
+
+def tree(draw: Callable[[st.SearchStrategy], Any], image_id: int) -> list[TileResult]:
+    """All tiles of one image that fans out at random, with exact credits."""
+    results = []
+    waiting: list[tuple[tuple[int, ...], Fraction]] = [((), Fraction(1))]
+    while waiting:
+        path, credit = waiting.pop()
+        children = draw(st.integers(0, 3)) if len(path) < 3 else 0
+        credit /= 1 + children
+        waiting += [((*path, i), credit) for i in range(children)]
+        box = np.array([[len(path), len(results), 9 + len(results), 9]])
+        found = Detections(box, np.array([draw(st.integers(1, 3)) / 4]), np.array([1]))
+        failure = Failure("detect", "NaN") if draw(st.integers(0, 9)) == 0 else None
+        results.append(TileResult(image_id, path, credit, found, failure, 5, 7, 0.5, ("max_depth",), (99, 99)))
+    return results
+
+
+@given(st.data())
+def test_images_finish_once_in_any_order_and_whatever_comes_twice(data: st.DataObject) -> None:
+    images = {i: tree(data.draw, i) for i in range(data.draw(st.integers(0, 4)))}
+    tiles = [tile for results in images.values() for tile in results]
+    doubled = [*tiles, *(data.draw(st.lists(st.sampled_from(tiles), max_size=6)) if tiles else [])]
+    arriving = data.draw(st.permutations(doubled))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(arriving)), max_size=4)))
+
+    assembler = Assembler(Merging())
+    done = []
+    for start, end in zip([0, *cuts], [*cuts, len(arriving)], strict=True):
+        done += assembler.add(arriving[start:end])
+    assert sorted(result.image_id for result in done) == sorted(images)
+    assert assembler.unfinished == []
+    for result in done:
+        assert as_values(result) == as_values(merge_image(images[result.image_id], Merging()))
+
+
+@given(st.data())
+def test_an_image_is_not_finished_while_a_tile_is_missing(data: st.DataObject) -> None:
+    tiles = tree(data.draw, 5)
+    missing = data.draw(st.integers(0, len(tiles) - 1))
+    assembler = Assembler(Merging())
+    rest = tiles[:missing] + tiles[missing + 1 :]
+    assert assembler.add(rest) == []
+    assert assembler.unfinished == ([5] if rest else [])
+    (result,) = assembler.add([tiles[missing]])
+    assert result.tiles == len(tiles)
+
+
+def test_the_first_of_two_results_of_a_tile_counts() -> None:
+    assembler = Assembler(Merging())
+    child = TileResult(1, (0,), Fraction(1, 2))
+    assembler.add([child, TileResult(1, (0,), Fraction(1, 2), failure=Failure("detect", "a retry broke"))])
+    (result,) = assembler.add([TileResult(1, (), Fraction(1, 2))])
+    assert result.failure is None
+
+
+def test_what_comes_after_an_image_is_finished_is_dropped() -> None:
+    assembler = Assembler(Merging())
+    assert len(assembler.add([TileResult(1, (), Fraction(1))])) == 1
+    assert assembler.add([TileResult(1, (), Fraction(1)), TileResult(1, (0,), Fraction(1, 2))]) == []
+    assert assembler.unfinished == []
+
+
+def test_tiles_worth_more_than_their_image_are_a_bug_that_is_named() -> None:
+    assembler = Assembler(Merging())
+    assembler.add([TileResult(7, (0,), Fraction(2, 3))])
+    with pytest.raises(RuntimeError, match=r"image 7 has tiles worth 7/6 of it, more than 1: \[\(0,\), \(1,\)\]"):
+        assembler.add([TileResult(7, (1,), Fraction(1, 2))])
+
+
+def test_a_failed_tile_fails_its_image_and_shows_none_of_its_boxes() -> None:
+    found = Detections(np.array([[1, 1, 9, 9]]), np.array([0.9]), np.array([1]))
+    assembler = Assembler(Merging())
+    assembler.add([TileResult(1, (0,), Fraction(1, 2), found, image_hw=(20, 20))])
+    (result,) = assembler.add([TileResult(1, (), Fraction(1, 2), failure=Failure("look", "NaN"))])
+    assert result.failure == Failure("look", "NaN")
+    assert len(result.detections) == 0
+    assert result.image_hw == (20, 20)

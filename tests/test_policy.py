@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.errors import UserError
@@ -90,7 +90,6 @@ def test_a_tile_is_looked_at_while_it_may_still_be_cut() -> None:
 # --- the whole image's tile -------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=300)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([1, 31, 416, 640]))
 def test_the_root_has_the_longer_side_exactly_and_the_other_rounded_down(h: int, w: int, side: int) -> None:
     height, width = fit_longer_side(h, w, side)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.errors import TileError
@@ -47,7 +47,6 @@ def test_classes_are_of_the_frame_resized_to_512() -> None:
     assert class_of_area(np.array([3037, 3038]), 480 * 640).tolist() == [1, 2]
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.floats(0, 1e6), st.integers(1, 10**7), st.integers(1, 8))
 def test_an_object_has_the_same_class_at_any_zoom_of_the_same_frame(area: float, frame: int, zoom: int) -> None:
     # A power of two scales both exactly.
@@ -208,7 +207,6 @@ def test_no_boxes_imply_background() -> None:
     assert nothing.classes.max() == 0
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1))
 def test_the_worth_of_boxes_inside_the_tile_is_neither_lost_nor_doubled(seed: int) -> None:
     rng = np.random.default_rng(seed)

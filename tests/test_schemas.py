@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.detections import Detections, Failure, ImageResult, TileResult
@@ -78,7 +78,6 @@ def same_result(one: TileResult, other: TileResult) -> bool:
     return values and same_detections(one.detections, other.detections)
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.lists(tile_results, max_size=4))
 def test_tile_results_survive_the_way_through_bytes(results: list[TileResult]) -> None:
     table = tile_results_table(results)
@@ -120,7 +119,6 @@ image_results = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.lists(image_results, max_size=4, unique_by=lambda result: result.image_id))
 def test_detections_of_images_survive_the_way_through_a_shard(results: list[ImageResult]) -> None:
     table = from_ipc(to_ipc(detections_table(results, "grid-2")))
@@ -137,7 +135,6 @@ def test_detections_of_images_survive_the_way_through_a_shard(results: list[Imag
         assert same_detections(back, expected)
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.lists(image_results, max_size=4))
 def test_what_an_image_cost_and_why_it_failed_is_written(results: list[ImageResult]) -> None:
     table = images_table(

@@ -14,8 +14,8 @@ import ray
 from scalenet_ray.core.errors import UserError, WorkerError
 from scalenet_ray.engine.session import RaySession, join_ray
 from scalenet_ray.runs.resources import Resources
+from tests.task_functions import node_id, raise_it
 from tests.three_nodes import free_port
-from tests.unit_works import node_id, raise_it
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.detections import Detections, Failure, TileResult
@@ -44,7 +44,6 @@ def found(image_id: int, *, with_masks: bool = False) -> TileResult:
     return TileResult(image_id, (0, 2), Fraction(1, 7), detections, guards=("max_windows",), image_hw=(5, 6))
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.lists(packed_tiles(), max_size=5))
 def test_packing_and_unpacking_is_the_identity(tiles: list[PackedTile]) -> None:
     pixels = pixels_of(tiles)

@@ -16,7 +16,7 @@ from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.lock import _S3Lock, lock_run
 from scalenet_ray.runs.shard_writer import ShardWriter
-from tests.test_runs import result_of
+from tests.test_folder import result_of
 
 SETTINGS = {"seed": 1}
 LIVES = """

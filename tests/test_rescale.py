@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.errors import TileError
@@ -87,7 +87,6 @@ def test_a_network_that_sees_too_little_of_the_difference_gets_there_in_steps() 
     answers=st.lists(st.floats(0.2, 5.0), min_size=1, max_size=30),
     even=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
 def test_with_bisection_it_ends_whatever_the_network_says(sides: list[int], answers: list[float], even: bool) -> None:
     said = iter(answers * 1000)
     net = KnowsScale(lambda scale: next(said))

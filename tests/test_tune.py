@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from s3fs import S3FileSystem
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import parse_policy
+from scalenet_ray.data import storage
 from scalenet_ray.data.coco import images_and_categories
 from scalenet_ray.data.policy_files import read_policies, read_space, start_values
 from scalenet_ray.engine.prediction_cache import CacheActor
@@ -29,6 +31,7 @@ from scalenet_ray.engine.tune import ResumableAsha, Sweep, best_policies, start_
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import REPOSITORY, load_job
+from tests.ray_fixture import RAY_ENVIRONMENT
 from tests.scripted_detector import SCRIPTED, answering
 
 NETWORKS = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
@@ -329,3 +332,23 @@ def test_bad_input_is_refused(
 def test_a_sweep_has_trials() -> None:
     with pytest.raises(ValueError, match="trials must be 1 or more, got 0"):
         Sweep(trials=0)
+
+
+# --- tune on s3 -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_has_its_data_and_its_state_on_s3_and_resumes_there(tmp_path: Path, s3_bucket: str) -> None:
+    sample = write_sample(tmp_path / "sample", train=4, val=1)
+    S3FileSystem().put(str(sample), f"{s3_bucket}/sample", recursive=True)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | RAY_ENVIRONMENT
+    command = [sys.executable, "-m", "tests.tune_on_s3", s3_bucket]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"tried"')]
+    # The second time both trials are done: none is tried again.
+    assert runs == [{"tried": 2, "complete": 2}, {"tried": 0, "complete": 2}]
+    assert storage.exists(f"{s3_bucket}/run/tune/tuner.pkl")
+    written = b"".join(storage.read_bytes(uri) for uri in storage.list_files(f"{s3_bucket}/run"))
+    assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in written

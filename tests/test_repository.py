@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
+import inspect
 import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 import scalenet_ray
+from tests.job_scripts import REPOSITORY
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "scalenet_ray").rglob("*.py"))
@@ -132,3 +138,102 @@ def test_the_licence_is_there_and_named():
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+# --- The public names of the package, and what importing them loads -------------------------------
+
+
+PROMISED = {
+    "Detections",
+    "Detector",
+    "ImageResult",
+    "Merging",
+    "Policy",
+    "Recursion",
+    "ScaleMap",
+    "ScaledPrediction",
+    "Step",
+    "Tile",
+    "TileError",
+    "UserError",
+    "Window",
+    "__version__",
+    "decode_image",
+    "export_run",
+    "get_scaled_prediction",
+    "load_detector",
+    "load_predictor",
+    "parse_policy",
+    "read_policies",
+    "recursive_detect",
+    "to_supervision",
+}
+MODULES = [
+    path
+    for path in sorted((REPOSITORY / "scalenet_ray").rglob("*.py"))
+    if path.name not in ("__main__.py", "__init__.py", "version.py")
+]
+
+
+def test_the_public_names_are_those_that_are_promised() -> None:
+    assert set(scalenet_ray.__all__) == PROMISED
+    assert set(dir(scalenet_ray)) >= PROMISED
+
+
+def test_every_promised_name_can_be_had_and_says_what_it_is() -> None:
+    for name in PROMISED - {"__version__"}:
+        assert inspect.getdoc(getattr(scalenet_ray, name)), name
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'scalenet_ray' has no attribute 'Detection'"):
+        scalenet_ray.Detection  # noqa: B018
+
+
+def test_asking_for_arrays_loads_neither_ray_nor_torch() -> None:
+    script = (
+        "import sys, scalenet_ray\n"
+        "scalenet_ray.Detections, scalenet_ray.recursive_detect, scalenet_ray.parse_policy\n"
+        "scalenet_ray.load_detector\n"
+        "assert not {'ray', 'torch'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_each_module_has_the_names_that_it_calls_public() -> None:
+    for path in MODULES:
+        module = importlib.import_module(".".join(path.relative_to(REPOSITORY).with_suffix("").parts))
+        assert [name for name in module.__all__ if not hasattr(module, name)] == [], module.__name__
+
+
+# --- audit ----------------------------------------------------------------------------------------
+
+
+CLEAN = {"name": "a", "version": "1.0", "vulns": []}
+UNKNOWN = {"name": "b", "skip_reason": "not found"}
+OPEN = {"name": "c", "version": "2.0", "vulns": [{"id": "PYSEC-1", "aliases": ["CVE-1"], "fix_versions": ["2.1"]}]}
+
+
+@pytest.fixture
+def audit() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("audit", REPOSITORY / ".ci" / "audit.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_known_vulnerability_fails_unless_it_is_accepted(audit: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    text, status = audit.judge({"dependencies": [CLEAN, UNKNOWN, OPEN]})
+    assert status == 1
+    assert "c 2.0: PYSEC-1, mended in 2.1\nvulnerabilities: 2 of 3 packages audited, 1 open, 0 accepted" in text
+    monkeypatch.setattr(audit, "ACCEPTED", {"CVE-1": "we never call it"})
+    accepted = "vulnerabilities: 2 of 3 packages audited, 0 open, 1 accepted"
+    assert audit.judge({"dependencies": [CLEAN, UNKNOWN, OPEN]}) == (accepted, 0)
+
+
+@pytest.mark.parametrize("report", [None, {"dependencies": [UNKNOWN]}])
+def test_where_no_registry_answers_it_says_so_and_does_not_fail(audit: ModuleType, report: dict[str, Any] | None):
+    assert audit.judge(report) == ("vulnerabilities: not audited, no registry answered", 0)

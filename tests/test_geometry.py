@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.geometry import (
@@ -33,7 +33,6 @@ def tiles(draw: st.DrawFn) -> Tile:
     return Tile(1, (0,), (height, width), window, *size)
 
 
-@settings(deadline=None, max_examples=150)
 @given(tiles(), st.integers(0, 2**32 - 1))
 def test_image_to_tile_to_image_is_the_identity(tile: Tile, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -43,7 +42,6 @@ def test_image_to_tile_to_image_is_the_identity(tile: Tile, seed: int) -> None:
     np.testing.assert_allclose(back, boxes, atol=(1 / 32) / min(tile.zoom_xy) + 1e-3)
 
 
-@settings(deadline=None, max_examples=150)
 @given(tiles(), st.integers(0, 2**32 - 1))
 def test_whole_tile_pixels_carried_to_the_image_and_back_stay_within_half_a_tile_pixel(tile: Tile, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -52,7 +50,6 @@ def test_whole_tile_pixels_carried_to_the_image_and_back_stay_within_half_a_tile
     assert np.abs(back - points).max() < 0.5
 
 
-@settings(deadline=None, max_examples=100)
 @given(tiles())
 def test_the_corners_of_a_tile_are_the_corners_of_its_window(tile: Tile) -> None:
     whole = np.array([[0, 0, tile.width, tile.height]])
@@ -80,7 +77,6 @@ def test_no_boxes_stay_no_boxes_of_four() -> None:
         assert carried.dtype == np.float32
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3))
 def test_what_is_drawn_in_the_image_is_found_in_the_tile_within_half_a_tile_pixel(seed: int, zoom: int) -> None:
     rng = np.random.default_rng(seed)

@@ -8,7 +8,7 @@ import pytest
 
 from scalenet_ray.experiments.run import Task, run_tasks
 from scalenet_ray.runs.folder import RunFolder
-from tests.unit_works import add, broken, die_once
+from tests.task_functions import add, broken, die_once
 
 
 @pytest.mark.ray

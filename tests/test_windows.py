@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.windows import CellWindow, plan_windows, top_k_mean, window_sums
@@ -39,7 +39,6 @@ def _brute_sums(weights: np.ndarray, window_hw: tuple[int, int]) -> np.ndarray:
     )
 
 
-@settings(deadline=None, max_examples=100)
 @given(grids())
 def test_window_sums_equal_brute_force(case: tuple[np.ndarray, tuple[int, int]]) -> None:
     weights, window_hw = case
@@ -53,7 +52,6 @@ def test_window_sums_take_flags_and_small_integers_without_overflow() -> None:
     assert window_sums(np.full((20, 20), 200, np.uint8), (20, 20)).tolist() == [[80000.0]]
 
 
-@settings(deadline=None, max_examples=150)
 @given(grids())
 def test_windows_cover_all_weight_if_the_limit_allows(case: tuple[np.ndarray, tuple[int, int]]) -> None:
     weights, window_hw = case
@@ -66,7 +64,6 @@ def test_windows_cover_all_weight_if_the_limit_allows(case: tuple[np.ndarray, tu
     assert sum(window.gain for window in windows) == pytest.approx(weights.sum(), rel=1e-6)
 
 
-@settings(deadline=None, max_examples=150)
 @given(grids())
 def test_each_window_brings_what_the_best_window_of_brute_force_would(
     case: tuple[np.ndarray, tuple[int, int]],
@@ -80,7 +77,6 @@ def test_each_window_brings_what_the_best_window_of_brute_force_would(
         left[window.cells] = 0
 
 
-@settings(deadline=None, max_examples=150)
 @given(grids())
 def test_gains_never_increase(case: tuple[np.ndarray, tuple[int, int]]) -> None:
     weights, window_hw = case
@@ -88,7 +84,6 @@ def test_gains_never_increase(case: tuple[np.ndarray, tuple[int, int]]) -> None:
     assert all(after <= before + 2e-9 * weights.sum() for before, after in itertools.pairwise(gains))
 
 
-@settings(deadline=None, max_examples=100)
 @given(grids(), st.integers(0, 5))
 def test_a_limit_or_a_price_only_shortens_the_list(case: tuple[np.ndarray, tuple[int, int]], limit: int) -> None:
     weights, window_hw = case
@@ -101,7 +96,6 @@ def test_a_limit_or_a_price_only_shortens_the_list(case: tuple[np.ndarray, tuple
         assert all(window.gain > price * (1 - 1e-9) for window in cheaper)
 
 
-@settings(deadline=None, max_examples=100)
 @given(grids())
 def test_windows_lie_on_the_grid_and_are_all_of_one_size(case: tuple[np.ndarray, tuple[int, int]]) -> None:
     weights, window_hw = case
@@ -120,7 +114,6 @@ def test_the_price_ends_it() -> None:
     assert [w.gain for w in plan_windows(weights, (1, 1), limit=9, price=5.0)] == []
 
 
-@settings(deadline=None, max_examples=150)
 @given(st.integers(0, 2**32 - 1), st.floats(1e-5, 1e5))
 def test_of_equal_windows_the_topmost_then_leftmost_is_taken_whatever_the_unit(seed: int, unit: float) -> None:
     rng = np.random.default_rng(seed)
@@ -200,7 +193,6 @@ def test_background_does_not_count_and_nothing_at_all_is_zero() -> None:
     assert top_k_mean(np.array([[-3.0, 2.0]]), 1.0) == 2.0
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=40), st.floats(0.01, 1.0))
 def test_top_k_equals_sorting(values: list[float], k: float) -> None:
     objects = sorted((v for v in values if v > 0), reverse=True)
