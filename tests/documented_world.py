@@ -150,8 +150,6 @@ def _environment(folder: Path, s3_endpoint: str) -> dict[str, str]:
     return {
         **kept,
         **RAY_ENVIRONMENT,
-        # By default workers give way to whatever else the machine does.
-        "RAY_worker_niceness": "0",
         "HOME": f"{folder}/home",
         "PATH": f"{folder}/bin:/usr/bin:/bin",
         "PYTHONPATH": str(REPOSITORY),

@@ -18,6 +18,8 @@ RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
+    # By default workers have the lowest priority, below a test process beside them.
+    "RAY_worker_niceness": "0",
 }
 """What Ray's processes are started with."""
 
