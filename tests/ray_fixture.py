@@ -24,6 +24,12 @@ RAY_ENVIRONMENT = {
 """What Ray's processes are started with."""
 
 
+def own_ray_environment(**more: str) -> dict[str, str]:
+    """The environment of a process that starts a Ray of its own."""
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return {**kept, **RAY_ENVIRONMENT, **more}
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A running Ray with 4 logical CPUs and a tiny object store."""

@@ -1,25 +1,23 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.ray_fixture import RAY_ENVIRONMENT
+from tests.ray_fixture import own_ray_environment
 
 
 @pytest.mark.slow
 @pytest.mark.chaos
 def test_whatever_is_killed_whenever_no_image_is_lost_doubled_or_wrong(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     images = 240
     done = subprocess.run(
         [sys.executable, "-m", "tests.chaos", str(tmp_path / "chaos"), "--images", str(images), "--deaths", "3"],
         cwd=Path(__file__).parents[1],
-        env={**environment, **RAY_ENVIRONMENT},
+        env=own_ray_environment(),
         capture_output=True,
         text=True,
         timeout=400,

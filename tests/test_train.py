@@ -30,7 +30,7 @@ from scalenet_ray.sample.scenes import write_sample
 from scalenet_ray.training.recipe import Recipe
 from scalenet_ray.training.schedule import Epochs, Training
 from tests.job_scripts import REPOSITORY, load_job
-from tests.ray_fixture import RAY_ENVIRONMENT
+from tests.ray_fixture import own_ray_environment
 from tests.training_fakes import Faulty, SmallRecipe
 
 Weights = dict[str, torch.Tensor]
@@ -407,11 +407,10 @@ def test_on_s3_a_run_leaves_the_same_and_says_little(sample: Path, s3_bucket: st
     """In a process of its own: Ray's workers have the environment in which it was started."""
     output = f"{s3_bucket}/runs/a"
     flags = ["--data", str(sample), "--input-side", "32", "--batch-size", "8", "--epochs", "2", "--output", output]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | RAY_ENVIRONMENT
     done = subprocess.run(
         [sys.executable, "jobs/train_scalenet.py", *flags],
         cwd=REPOSITORY,
-        env=environment,
+        env=own_ray_environment(),
         capture_output=True,
         text=True,
         timeout=240,

@@ -31,7 +31,7 @@ from scalenet_ray.engine.tune import ResumableAsha, Sweep, best_policies, start_
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import REPOSITORY, load_job
-from tests.ray_fixture import RAY_ENVIRONMENT
+from tests.ray_fixture import own_ray_environment
 from tests.scripted_detector import SCRIPTED, answering
 
 NETWORKS = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
@@ -342,9 +342,10 @@ def test_a_sweep_has_trials() -> None:
 def test_a_sweep_has_its_data_and_its_state_on_s3_and_resumes_there(tmp_path: Path, s3_bucket: str) -> None:
     sample = write_sample(tmp_path / "sample", train=4, val=1)
     S3FileSystem().put(str(sample), f"{s3_bucket}/sample", recursive=True)
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | RAY_ENVIRONMENT
     command = [sys.executable, "-m", "tests.tune_on_s3", s3_bucket]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=own_ray_environment(), capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     runs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"tried"')]
     # The second time both trials are done: none is tried again.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import subprocess
@@ -15,7 +14,7 @@ from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
 from scalenet_ray.core.errors import TileError, UserError, WorkerError
 from scalenet_ray.engine.worker_errors import from_worker, with_message, workers_errors
 from tests.job_scripts import REPOSITORY
-from tests.ray_fixture import RAY_ENVIRONMENT
+from tests.ray_fixture import own_ray_environment
 
 FRAMES = '  File "/a/b.py", line 3, in call\n    raise it\n'
 DATA = (
@@ -101,7 +100,7 @@ def test_on_ray_a_device_that_no_worker_has_is_one_line_in_the_terminal(tmp_path
     done = subprocess.run(
         [*job, "--output", str(tmp_path / "run")],
         cwd=tmp_path,
-        env={**os.environ, **RAY_ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)},
+        env=own_ray_environment(PYTHONPATH=str(REPOSITORY)),
         capture_output=True,
         text=True,
         check=False,
