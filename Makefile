@@ -33,8 +33,8 @@ $(STAMP): $(LIGHT) requirements.txt
 demo: $(LIGHT)
 	$(BIN)/python jobs/eval_coco.py --policies whole grid-2 first-pass scalenet oracle
 
-# Two processes of one thread each; tests that share one Ray run in the same process, and start first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+# Two processes of one thread each; the files whose tests share one Ray go to one of them, and start first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # In under 8 minutes on two cores.
 test: setup

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -13,22 +14,30 @@ from hypothesis import settings
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from tests.ray_fixture import idle_ray, ray_session  # noqa: F401 - fixtures
+from tests.ray_fixture import idle_ray, ray_session, uses_ray  # noqa: F401 - fixtures
 
 # On shared cores an example may take any time.
 settings.register_profile("tests", deadline=None, max_examples=60)
 settings.load_profile("tests")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, keep the tests of the shared Ray in one process, and the others of a file together."""
-    if not hasattr(config, "workerinput"):
-        return
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
-    # The largest group first: the other process works through the files meanwhile.
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    """In a process of pytest-xdist, put the files of the shared Ray first: they take longest."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not uses_ray(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal out whole files, and all files of the shared Ray to one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if uses_ray(config.rootpath / file) else file
+
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,8 @@ import gc
 import os
 import time
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -22,6 +24,12 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 """What Ray's processes are started with."""
+
+
+@cache
+def uses_ray(file: Path) -> bool:
+    """Whether a test file has tests that run on the shared Ray."""
+    return "mark.ray" in file.read_text()
 
 
 def own_ray_environment(**more: str) -> dict[str, str]:
