@@ -1,4 +1,4 @@
-"""Bad pictures and bad annotations, each kind by its name with what shall become of it; and good ones, mutated.
+"""Damaged and unusual images, annotations and masks with the expected result of each, and mutations.
 
 python -m tests.bad_files SECONDS    the table of docs/results.md
 """

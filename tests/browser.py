@@ -1,4 +1,4 @@
-"""A real browser for tests and for the screenshots in docs: Chromium as the machine has it, without a network."""
+"""Chromium through Playwright, without a network: for tests and for the documentation's screenshots."""
 
 from __future__ import annotations
 

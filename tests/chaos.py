@@ -1,4 +1,4 @@
-"""A run on a cluster of its own whose readers, actors, frontier, nodes and driver are killed at random, many times.
+"""Random kills of readers, actors, the frontier, nodes and the driver during a run on a cluster of its own.
 
     python -m tests.chaos FOLDER --images 200 --seed 1
 

@@ -1,4 +1,4 @@
-"""The small world that the pages' commands run in: what they read lies there under the names that the pages use.
+"""The folder in which the documentation's commands run: data, networks, S3 and Ray as the pages name them.
 
 python -m tests.documented_world    starts a Ray in the current folder, prints its address, ends it with its input
 """

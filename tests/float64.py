@@ -1,4 +1,4 @@
-"""Networks that compute in float64, where answers must not depend on how a CPU rounds."""
+"""Networks in float64, for comparisons that must not depend on a CPU's rounding."""
 
 from __future__ import annotations
 

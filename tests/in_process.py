@@ -1,4 +1,4 @@
-"""The engine without Ray, in one process, its faults and replays drawn at random.
+"""The engine in one process without Ray, with random faults and replays.
 
 What Ray Data does is done here by hand: a reader that dies begins again and what it had yielded is thrown away
 *by position*, a call that dies is made again with the same rows, and now and then rows that were done long ago are made

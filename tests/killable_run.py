@@ -1,4 +1,4 @@
-"""A driver that others kill: a run into a folder, in a process of its own, that says how far it is.
+"""A run in a process of its own that prints its progress, for tests that kill it.
 
 python -m tests.killable_run RUN_FOLDER LOG_FOLDER
 

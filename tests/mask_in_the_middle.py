@@ -1,4 +1,4 @@
-"""A detector for tests that need masks: one thing in the middle of each tile, found without looking."""
+"""A detector with masks: one object in the middle of each tile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images that need no files, one of which cannot be read."""
+"""Images in memory, one of which cannot be read."""
 
 from __future__ import annotations
 

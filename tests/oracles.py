@@ -1,4 +1,4 @@
-"""Networks that know the answer, guess at random, or break: what the algorithm is tested with.
+"""Detectors and scale predictors for tests: with known answers, random, or failing.
 
 Scenes are coloured squares on black; a square's colour is its category, so that a detector can find it at
 any zoom from the pixels alone. Everything here is a pure function of pixels or of a tile's identity, made

@@ -1,4 +1,4 @@
-"""Images that kill, or hang, whatever works on them, each time."""
+"""Images that kill or hang the process that works on them, every time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One Ray for all tests that need one: starting it takes ten seconds."""
+"""The Ray that tests share, which takes ten seconds to start."""
 
 from __future__ import annotations
 

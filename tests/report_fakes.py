@@ -1,4 +1,4 @@
-"""Pages made of invented runs, for the tests of what a page holds and does."""
+"""Report pages of invented runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server in front of S3's that lets requests fail as networks and S3 itself let them fail."""
+"""A proxy in front of an S3 server that makes requests fail as networks and S3 do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A detector that does what a test says, by name: `tests.scripted_detector:Scripted`."""
+"""A detector whose answers a test sets, by name: `tests.scripted_detector:Scripted`."""
 
 from __future__ import annotations
 

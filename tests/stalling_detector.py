@@ -1,4 +1,4 @@
-"""A detector that comes to a halt at one image, once, until its process is told to stop."""
+"""A detector that stops at one image, once, until its process gets a signal."""
 
 from __future__ import annotations
 

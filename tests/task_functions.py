@@ -1,4 +1,4 @@
-"""What units do in tests, where Ray's workers can import it."""
+"""Functions of tasks, importable by Ray's workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a detector may answer: the forms that are taken, and what is said of the others."""
+"""Answers of detectors: the accepted forms, and the errors of all others."""
 
 from __future__ import annotations
 

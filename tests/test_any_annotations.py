@@ -1,4 +1,4 @@
-"""Whatever stands in a field of an instances file: a run ends right, or with one line that names the culprit."""
+"""Random values in an annotation file: a run is correct, or ends with one line that names the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A detector may answer anything: the run ends right, or with one line that names the culprit."""
+"""Random answers of a detector: a run is correct or ends with one line that names the cause."""
 
 from __future__ import annotations
 

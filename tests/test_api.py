@@ -1,4 +1,4 @@
-"""One image in the shape of SAHI's get_sliced_prediction."""
+"""Prediction on one image, with the interface of SAHI's get_sliced_prediction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags: what is refused by its name before anything is done, and the word none."""
+"""Command-line flags: the bounds of their values, and `none`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad pictures and bad annotations: each costs itself alone, with a reason, and nothing crashes."""
+"""Damaged images and annotations cost their image alone, with a reason."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Runs over many images: resuming, progress, failures."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence

@@ -1,3 +1,5 @@
+"""Random kills of processes and nodes lose, double and change no image."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""The chart of policies."""
+
 from __future__ import annotations
 
 import re

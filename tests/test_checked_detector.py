@@ -1,4 +1,4 @@
-"""A detector that is held to its promises: exceptions and broken promises cost their tile alone."""
+"""Exceptions and invalid answers of a detector cost their tile alone."""
 
 from __future__ import annotations
 

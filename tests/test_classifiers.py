@@ -1,4 +1,4 @@
-"""The paper's classifiers: their shapes, their layers against plain loops, and their losses by hand."""
+"""The paper's classifiers: shapes, layers against plain loops, losses against hand-computed values."""
 
 from __future__ import annotations
 

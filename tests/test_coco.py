@@ -1,3 +1,5 @@
+"""COCO annotation files and image lists, and AP against pycocotools."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,3 +1,5 @@
+"""Paired bootstrap intervals of AP differences."""
+
 from __future__ import annotations
 
 import numpy as np

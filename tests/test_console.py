@@ -1,4 +1,4 @@
-"""How a job ends: its exit status, and what stands on the standard error."""
+"""Exit statuses and standard error of jobs."""
 
 from __future__ import annotations
 

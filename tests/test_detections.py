@@ -1,4 +1,4 @@
-"""Detections: shapes that always hold."""
+"""The invariants of Detections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A detector tried before a run begins: what fails on every image, and what resizes its tiles, is refused."""
+"""The check of a detector before a run: failures on every image and hidden resizing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Detectors by name: the registry, a user's own class, and what is said when a name is wrong."""
+"""The registry of detectors, a user's own class, and errors of wrong names."""
 
 from __future__ import annotations
 

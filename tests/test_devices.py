@@ -1,4 +1,4 @@
-"""Devices by name: those that torch does not know, and those that this machine does not have."""
+"""Names of devices that torch does not know or this machine does not have."""
 
 from __future__ import annotations
 

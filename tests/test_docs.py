@@ -1,4 +1,4 @@
-"""The documentation holds: links lead somewhere, what it tells to run runs, the site is built without a warning."""
+"""The documentation: links, commands and code blocks, and the build of the site."""
 
 from __future__ import annotations
 

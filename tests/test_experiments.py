@@ -1,4 +1,4 @@
-"""The experiments on canvases: data, training, scores, pictures, and the jobs on small data."""
+"""The paper's experiments on small data: data, training, scores, figures, jobs."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Deaths of readers, actors and the frontier during a run on Ray."""
+
 from __future__ import annotations
 
 from pathlib import Path

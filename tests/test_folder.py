@@ -1,3 +1,5 @@
+"""Run folders: shards, manifests, settings."""
+
 from __future__ import annotations
 
 import json

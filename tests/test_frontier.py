@@ -1,3 +1,5 @@
+"""The queue of tiles: leases, credits, commits, and replays after deaths."""
+
 from __future__ import annotations
 
 from fractions import Fraction

@@ -1,3 +1,5 @@
+"""Gain maps from scores at two scales."""
+
 from __future__ import annotations
 
 import numpy as np

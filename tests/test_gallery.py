@@ -1,4 +1,4 @@
-"""Pictures of looks, of the page and of `show`: what was weighed when windows were planned is bright, all else dark."""
+"""Images of the report and of `show`: the regions that planned the windows are bright."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows, tiles, and the way between the image's frame and a tile's."""
+"""Windows, tiles, and the conversion between the frames of image and tile."""
 
 from __future__ import annotations
 

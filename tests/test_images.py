@@ -1,3 +1,5 @@
+"""Decoding of images: formats, orientation, limits, truncation."""
+
 from __future__ import annotations
 
 import io

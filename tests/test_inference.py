@@ -1,4 +1,4 @@
-"""A look at a batch: who is asked, what for, and what the ground truth says."""
+"""Scale prediction and detection on batches of tiles, and the assembly of tiles into images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals to real processes: what is finished is written, and a resumed run ends as an uninterrupted one."""
+"""SIGINT and SIGTERM: finished images are written, and the resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""The jobs eval_coco and detect on the embedded sample."""
+
 from __future__ import annotations
 
 import json

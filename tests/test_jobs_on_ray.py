@@ -1,3 +1,5 @@
+"""eval_coco on Ray equals the reference."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""The lock of a run folder, on disk and on S3."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""What a training run says and writes as it goes."""
+"""Console lines and TensorBoard events of a training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses, worked out by hand."""
+"""The losses against hand-computed values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks: tile -> window -> image and nothing lost on the way."""
+"""Masks from tile to window to image, without loss."""
 
 from __future__ import annotations
 

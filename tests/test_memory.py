@@ -1,3 +1,5 @@
+"""Batches that run out of memory are halved."""
+
 from __future__ import annotations
 
 import dataclasses

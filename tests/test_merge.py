@@ -1,4 +1,4 @@
-"""From tiles to the image: what is dropped, what is suppressed, and that no order matters."""
+"""Merging of tiles: edge filter, NMS, and independence of the order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks in bfloat16: what computes in it, how near its answers are, and what cannot do it."""
+"""Networks under bfloat16: which support it, and how close their results are."""
 
 from __future__ import annotations
 

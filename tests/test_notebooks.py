@@ -1,4 +1,4 @@
-"""The notebooks: run whole, each in a kernel of its own, and kept without outputs."""
+"""The notebooks run from start to end and are stored without outputs."""
 
 from __future__ import annotations
 

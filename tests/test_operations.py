@@ -1,4 +1,4 @@
-"""How a run does: metrics as Prometheus gets them, the dashboard, the log, and the page that explains them."""
+"""Metrics for Prometheus, the dashboard, the log, and the page that explains them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several pipelines side by side find what one finds, each image once."""
+"""Parallel pipelines find the same as one, each image once."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""The Ray Data pipeline against recursive_detect."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""How processes share CPUs."""
+"""Shares of CPUs and GPUs of a run's processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies: their names, their limits, their files."""
+"""Policies: names, bounds of parameters, serialization."""
 
 from __future__ import annotations
 

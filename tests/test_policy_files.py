@@ -1,4 +1,4 @@
-"""Search spaces: what they may say, what they make of policies, and the front."""
+"""Policy files and search spaces, and the Pareto front."""
 
 from __future__ import annotations
 

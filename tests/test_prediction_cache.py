@@ -1,4 +1,4 @@
-"""What networks said of tiles is kept, and a hit is what a miss gives."""
+"""The cache of network outputs: a hit equals a miss."""
 
 from __future__ import annotations
 

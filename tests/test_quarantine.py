@@ -1,3 +1,5 @@
+"""Images that kill or hang their process are put aside."""
+
 from __future__ import annotations
 
 import subprocess

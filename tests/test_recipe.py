@@ -1,4 +1,4 @@
-"""A step down, in one part or more."""
+"""One optimizer step, in one part or several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Algorithm 1: what becomes of a tile, that it always ends, and that zooming finds what was too small."""
+"""Algorithm 1: the children of a tile, termination, and detection of small objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages say, and which pictures they hold."""
+"""The report's pages: text, figures, selected images."""
 
 from __future__ import annotations
 

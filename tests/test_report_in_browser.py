@@ -1,4 +1,4 @@
-"""The page in a real browser: it shows its pictures, is worked by hand and keys, and asks nothing of the network."""
+"""The report in a browser: images, mouse and keyboard, no network requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules that the code as a whole keeps."""
+"""Rules of the repository: imports, versions, the lock file, public names, the audit of dependencies."""
 
 from __future__ import annotations
 

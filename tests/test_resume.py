@@ -1,3 +1,5 @@
+"""A run resumes after its driver and its head were killed."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,4 @@
-"""Runs that are resumed after the world changed: files, annotations, settings, places, damage."""
+"""Resuming after files, annotations, settings or paths have changed, or files are damaged."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Rows of tiles between the stages."""
+
 from __future__ import annotations
 
 import math

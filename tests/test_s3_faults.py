@@ -1,4 +1,4 @@
-"""Whole jobs with everything on S3, whose requests fail; `pytest -s` prints how often."""
+"""A job with all its files on S3, under failing requests; `pytest -s` prints their number."""
 
 from __future__ import annotations
 

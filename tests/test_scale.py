@@ -1,4 +1,4 @@
-"""What scale means: classes by hand, targets, and the maps that boxes imply."""
+"""Scale classes, targets, and scale maps from boxes."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""The scale head on a detector's features."""
+
 from __future__ import annotations
 
 import json

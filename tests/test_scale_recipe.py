@@ -1,4 +1,4 @@
-"""What a Scale Net is trained on: examples, targets, losses and measures."""
+"""Training of the Scale Net: examples, targets, losses and metrics."""
 
 from __future__ import annotations
 

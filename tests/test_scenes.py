@@ -1,4 +1,4 @@
-"""The embedded sample: the same every time, in COCO's layout, with objects at every scale."""
+"""The embedded sample: reproducible, in COCO's layout, with objects of every scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which example each worker sees when."""
+"""The order of training examples, by worker and step."""
 
 from __future__ import annotations
 

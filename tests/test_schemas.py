@@ -1,3 +1,5 @@
+"""Arrow schemas: results survive the way through bytes."""
+
 from __future__ import annotations
 
 import json

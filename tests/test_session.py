@@ -1,4 +1,4 @@
-"""Joining a cluster, and calls away from the driver."""
+"""Joining a Ray cluster, and calls that run away from the driver."""
 
 from __future__ import annotations
 

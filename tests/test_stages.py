@@ -1,3 +1,5 @@
+"""The stages of the pipeline: reading, scale prediction, detection."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable

@@ -1,3 +1,5 @@
+"""Files on disk and on S3: errors, retries, timeouts."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""A job submitted to a cluster of three nodes equals the plain command."""
+
 from __future__ import annotations
 
 import json

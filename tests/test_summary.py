@@ -1,3 +1,5 @@
+"""The summary at the end of a run."""
+
 from __future__ import annotations
 
 import pyarrow as pa

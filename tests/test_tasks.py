@@ -1,3 +1,5 @@
+"""Tasks with dependencies on Ray."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,4 @@
-"""Errors told apart on hand-made cases, with TIDE's definitions (Bolya et al., 2020)."""
+"""Error types after TIDE (Bolya et al., 2020), on hand-made cases."""
 
 from __future__ import annotations
 

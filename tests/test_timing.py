@@ -1,4 +1,4 @@
-"""Where a run's time goes, on both engines, and after a resume."""
+"""Seconds by stage on both engines, and after a resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sample's tiny detector: its targets, its loss, its answers, and the weights that are shipped."""
+"""The sample's detector: targets, loss, answers, shipped weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweep: through the job's own entry point, on a small sample."""
+"""The search for policies, through the job's entry point on a small sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights are read and written without running code."""
+"""Weight files are read and written without running code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows that cover most of what is out of range: against brute force and by hand."""
+"""The cover of regions by windows, against brute force and hand-computed cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Ray hands on of a worker's error, told apart."""
+"""Errors of Ray's workers: the user's, or a bug with the worker's trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The YOLOX adapter, on a network made by hand that answers with the colours it sees."""
+"""The YOLOX adapter, on a hand-made network whose answers follow from the tile's colours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained in tests, where workers and readers can import it: a small network, and faults on purpose."""
+"""A small training recipe with faults, importable by Ray's workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small sweep with its images and its state on S3, and the same taken up again; a process to itself.
+"""A small search with its data and state on S3, run twice in a process of its own.
 
 python -m tests.tune_on_s3 s3://BUCKET    Ray's workers have the environment in which it was started
 """

@@ -1,3 +1,5 @@
+"""Results of a run folder, read image by image."""
+
 from __future__ import annotations
 
 from pathlib import Path
