@@ -64,7 +64,7 @@ def idle_ray(ray_session: None) -> None:
     import ray
 
     gc.collect()
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 120
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
         if time.monotonic() > give_up:
             pytest.fail(f"an earlier run holds CPUs: {ray.available_resources().get('CPU', 0)} are free")
