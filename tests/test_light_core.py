@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.test_house import project
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.extras import EXTRAS, needs_extra
 from tests.job_scripts import REPOSITORY
+from tests.test_repository import project
 
 # In `sys.modules` None stands for a module that cannot be imported.
 HIDE = "import sys; sys.modules.update(dict.fromkeys(('ray', 'torch', 'torchvision', 'segmentation_models_pytorch')))\n"

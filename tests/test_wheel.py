@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from tests.test_house import project
 
 from tests.job_scripts import REPOSITORY
+from tests.test_repository import project
+
+pytestmark = pytest.mark.slow
 
 
 def closure(requirements: list[str]) -> Iterator[Distribution]:
