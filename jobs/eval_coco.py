@@ -1,8 +1,8 @@
 """Evaluate policies on a data set in COCO's layout: `scalenet-ray eval` as a script."""
 
-from scalenet_ray.commands.arguments import parse_arguments
-from scalenet_ray.commands.evaluate import EvalCoco, main
-from scalenet_ray.console import run_job
+import sys
+
+from scalenet_ray.__main__ import main
 
 if __name__ == "__main__":
-    run_job(main, parse_arguments(EvalCoco))
+    main(["eval", *sys.argv[1:]])

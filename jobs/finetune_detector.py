@@ -1,8 +1,8 @@
 """Fine-tune a detector on a data set in COCO's layout: `scalenet-ray finetune` as a script."""
 
-from scalenet_ray.commands.arguments import parse_arguments
-from scalenet_ray.commands.finetune import FinetuneDetector, main
-from scalenet_ray.console import run_job
+import sys
+
+from scalenet_ray.__main__ import main
 
 if __name__ == "__main__":
-    run_job(main, parse_arguments(FinetuneDetector))
+    main(["finetune", *sys.argv[1:]])

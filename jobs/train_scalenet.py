@@ -1,8 +1,8 @@
 """Train a Scale Net on a data set in COCO's layout: `scalenet-ray train` as a script."""
 
-from scalenet_ray.commands.arguments import parse_arguments
-from scalenet_ray.commands.train import TrainScaleNet, main
-from scalenet_ray.console import run_job
+import sys
+
+from scalenet_ray.__main__ import main
 
 if __name__ == "__main__":
-    run_job(main, parse_arguments(TrainScaleNet))
+    main(["train", *sys.argv[1:]])

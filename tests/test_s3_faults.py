@@ -27,6 +27,7 @@ def policy_yaml(name: str) -> str:
     return yaml.safe_dump({**policy_to_dict(policy), "name": "from-a-file"})
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_on_s3_survives_failing_requests(
     tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -18,7 +18,6 @@ from scalenet_ray.core.scale import (
     class_target,
     fuse_maps,
     scale_map_of_boxes,
-    scale_target,
 )
 
 
@@ -140,15 +139,6 @@ def test_crowds_are_ignored_but_objects_on_them_are_not() -> None:
 
 def test_a_tile_without_objects_is_all_background() -> None:
     assert class_target([], np.zeros(0), 512 * 512, (2, 3)).tolist() == [[0, 0, 0], [0, 0, 0]]
-    assert scale_target([], np.zeros(0), (2, 3)).tolist() == [[0, 0, 0], [0, 0, 0]]
-
-
-def test_regression_targets_are_the_objects_own_scales_the_smaller_on_top() -> None:
-    masks = [_mask((2, 3), 0, 0, 1, 1), _mask((2, 3), 0, 0, 2, 2)]
-    for order in ([0, 1], [1, 0]):
-        target = scale_target([masks[i] for i in order], np.array([0.5, 1.75])[order], (2, 3))
-        assert target.dtype == np.float32
-        assert target.tolist() == [[0.5, 1.75, 0.0], [1.75, 1.75, 0.0]]
 
 
 # --- the maps that boxes imply ----------------------------------------------------------------------

@@ -29,7 +29,6 @@ __all__ = [
     "class_target",
     "fuse_maps",
     "scale_map_of_boxes",
-    "scale_target",
 ]
 
 REFERENCE_AREA = 512 * 512
@@ -168,14 +167,6 @@ def class_target(
     for i in _paint_order(areas):
         if not is_crowd[i]:
             target[masks[i]] = classes[i]
-    return target
-
-
-def scale_target(masks: Sequence[np.ndarray], scales: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
-    """Return Scale Net's regression target for masks: [h, w] float32, each object's scale, 0 for background."""
-    target = np.zeros(hw, np.float32)
-    for i in _paint_order(scales):
-        target[masks[i]] = scales[i]
     return target
 
 
