@@ -1,1 +1,1 @@
-"""What the engine costs and gains, measured: `make bench` runs everything, and bench/results.json holds it."""
+"""Measurements of speed, memory and cost; `make bench` runs all and writes bench/results.json."""

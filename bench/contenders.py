@@ -1,4 +1,4 @@
-"""What detects in images, one after the other, in one process: ours without Ray, SAHI, and supervision.
+"""Detection in one process by scalenet_ray without Ray, by SAHI and by supervision.
 
 All use the same detector, resize for it in the same way, and read the files themselves.
 """

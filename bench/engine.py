@@ -54,7 +54,7 @@ class EngineOverLoop:
 
 
 class EngineRace(NamedTuple):
-    """What the engine came to.
+    """Result of one run of the engine.
 
     Attributes:
         images_per_second: while the pipeline is full.

@@ -31,7 +31,7 @@ _CELLS = 8
 
 @ray.remote(num_cpus=0)
 class Tally:
-    """What the detectors did when, by this machine's clock."""
+    """Times of the calls of all detectors, by this machine's clock."""
 
     def __init__(self) -> None:
         self._detectors = 0

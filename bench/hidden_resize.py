@@ -1,4 +1,4 @@
-"""How often the check of hidden resizing refuses a detector that pads its tiles, and one that resizes them."""
+"""Refusal rates of the check of hidden resizing, for a detector that pads its tiles and for one that resizes them."""
 
 from __future__ import annotations
 

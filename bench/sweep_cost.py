@@ -1,4 +1,4 @@
-"""What a sweep's trials cost: with and without kept answers, one and two at once; the same random trials each time.
+"""Cost of a sweep's trials with and without the prediction cache, one and two at once, for the same random trials.
 
 SCALENET_RAY_DATA=DATA .venv/bin/python -m bench.sweep_cost
 """
@@ -28,7 +28,7 @@ _WAYS = {"kept": (True, 1), "not kept": (False, 1), "kept, two at once": (True, 
 
 @dataclass(frozen=True)
 class SweepCost:
-    """What a sweep's trials cost.
+    """Cost of a sweep's trials.
 
     Attributes:
         rounds: how often each way is gone.

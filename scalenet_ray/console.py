@@ -55,18 +55,14 @@ _COLUMNS = (
     ("images/s", "images_per_second"),
 )
 
-
 _MOST_CLASSES = 5
-
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 Job = TypeVar("Job")
 
 
 def policy_table(document: Mapping[str, Any]) -> str:
-    """The policies of a metrics.json as text: a row each; figures that were not measured are left out."""
+    """Format the metrics of all policies as a table, without the columns that were not measured."""
     policies: Mapping[str, Mapping[str, Any]] = document["policies"]
     columns = [(title, key) for title, key in _COLUMNS if any(key in row for row in policies.values())]
     rows = [["policy", *(title for title, _ in columns)]]
@@ -76,10 +72,10 @@ def policy_table(document: Mapping[str, Any]) -> str:
 
 
 def found_lines(document: Mapping[str, Any]) -> str:
-    """What a run without ground truth found, as lines: boxes, images, the most frequent classes, and what is new.
+    """Summarise a run without ground truth: boxes, images, the most frequent classes, and the boxes new by zooming.
 
     Args:
-        document: what metrics.json holds, with "found" (`analyse_detections`) and "categories", id -> name.
+        document: contents of metrics.json, with "found" (`analyse_detections`) and "categories", id -> name.
     """
     found, done = document["found"], document["images"]["done"]
     names = {str(label): name for label, name in document["categories"].items()}
@@ -100,12 +96,12 @@ def found_lines(document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _counted(count: int, one: str, many: str = "") -> str:
-    return f"{count} {one if count == 1 else many or one + 's'}"
+def _counted(count: int, singular: str, plural: str = "") -> str:
+    return f"{count} {singular if count == 1 else plural or singular + 's'}"
 
 
 def accuracy_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Accuracies by method and set as text, in percent: the mean over seeds, and their standard deviation."""
+    """Format accuracies by method and set, in percent: mean and standard deviation over seeds."""
     sets = list(dict.fromkeys(name for row in scores.values() for name in row))
     rows = [["method", *sets]]
     for method, row in scores.items():
@@ -115,7 +111,7 @@ def accuracy_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
 
 
 def trial_table(trials: Sequence[Mapping[str, Any]]) -> str:
-    """A sweep's trials as text: those on the front, the cheapest first, then those that failed and why."""
+    """Format the trials of a sweep: those on the Pareto front by cost, then the failed ones with their errors."""
     complete = [row for row in trials if row["complete"]]
     best = [complete[i] for i in pareto_front([(row["passes"], row["AP_small"]) for row in complete])]
     paths = list(dict.fromkeys(path for row in best for path in row["values"]))
@@ -133,7 +129,7 @@ def _value(value: Any) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text: the first column to the left, the others to the right."""
+    """Align rows of cells: the first column left, the others right."""
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return "\n".join(
         "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
@@ -148,7 +144,7 @@ def _figure(value: float | None, key: str) -> str:
 
 
 def difference_table(document: Mapping[str, Any]) -> str:
-    """How each policy differs from the one compared with, with the middle 95 % of the paired bootstrap: a line each."""
+    """Format the differences of each policy to the baseline, with 95 % intervals of the paired bootstrap."""
     lines = [f"difference to {document['compared_with']}, and where 95 % of the paired bootstrap's lie:"]
     for name, figures in document["differences"].items():
         parts = (
@@ -159,11 +155,11 @@ def difference_table(document: Mapping[str, Any]) -> str:
 
 
 def step_table(steps: Sequence[Step], policy: Policy) -> str:
-    """The steps of a recursion as text: a row a tile, with what was seen in it and what came of it.
+    """Format the steps of a recursion: a row for each tile, with its windows and detections.
 
     Args:
-        steps: in the order in which they were done.
-        policy: what they followed.
+        steps: in order.
+        policy: the policy.
     """
     rows = [["tile", "depth", "window", "pixels", "out of range", "asked", "found"]]
     for step in steps:
@@ -193,7 +189,7 @@ def check_retry(retry_failed: bool, *, resume: bool) -> None:
 
 
 def failure_lines(document: Mapping[str, Any]) -> str:
-    """The failed images of a metrics.json by stage and reason, a line each; "" if none failed."""
+    """Format the failed images by stage and reason, a line each; "" if none failed."""
     return "".join(
         f"{row['count']} failed in {row['stage']}: {row['reason']} (e.g. {row['example']})\n"
         for row in document["failures"]
@@ -206,15 +202,15 @@ def say(text: object) -> None:
 
 
 def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple[str, int]:
-    """The last line of a batch job and its exit status.
+    """Return the last line of a batch job and its exit status.
 
     Args:
-        document: what metrics.json holds.
+        document: contents of metrics.json.
         uri: the run folder.
-        max_failures: images that may fail.
+        max_failures: number of images that may fail.
 
     Returns:
-        The line, and 1 if more images failed than may, else 0.
+        The line, and status 1 if more images failed, else 0.
     """
     images = document["images"]
     line = f"{images['done']} of {images['total']} images done, results in {uri} (open its report.html)"
@@ -238,15 +234,15 @@ def end_run(document: Mapping[str, Any], uri: str, max_failures: int) -> int:
 
 
 def run_job(main: Callable[[Job], int], job: Job) -> None:
-    """Run a job and exit with its status; what ends it early is said in one line on the standard error.
+    """Run a job and exit with its status; errors are printed in one line on the standard error.
 
-    The status is 2 for what the user can correct, 1 for a bug in a worker, whose trace goes to a file that the line
-    names, and 130 and 143 for SIGINT and SIGTERM, which let the job write what is finished; the second one ends the
-    process at once. A bug in this process keeps its trace. Output that the terminal's encoding does not know is
-    escaped, and output that nobody reads any more is dropped.
+    The status is 2 for a `UserError`, 1 for a bug in a worker, whose traceback goes to a file that the line names, and
+    130 or 143 for SIGINT or SIGTERM, after which the job writes what is finished; a second signal ends the process at
+    once. A bug in this process keeps its traceback. Characters unknown to the terminal's encoding are escaped; output
+    to a closed pipe is dropped.
     """
     sys.stdout, sys.stderr = _lenient(sys.stdout), _lenient(sys.stderr)
-    # While the interpreter ends (Ray takes seconds to) a signal finds no work to save.
+    # While the interpreter exits, which takes Ray seconds, there is no work to save.
     atexit.register(_end_at_next_signal)
     try:
         with _stopped_by_signals():
@@ -268,10 +264,10 @@ def run_job(main: Callable[[Job], int], job: Job) -> None:
 
 
 class _StopSignal(KeyboardInterrupt):
-    """A signal that asks the job to stop.
+    """Raised in the main thread by a signal that asks the job to stop.
 
     Attributes:
-        status: the exit status that shells give a process which ended of it.
+        status: exit status by the convention of shells, 128 plus the signal's number.
     """
 
     def __init__(self, number: int) -> None:
@@ -281,7 +277,7 @@ class _StopSignal(KeyboardInterrupt):
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `_StopSignal` in the block, once; one that is ignored stays so (nohup)."""
+    """Raise `_StopSignal` in the block at the first SIGINT or SIGTERM; an ignored signal stays ignored (nohup)."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         """Raise `_StopSignal`; the next signal ends the process at once."""
@@ -289,29 +285,29 @@ def _stopped_by_signals() -> Iterator[None]:
         _end_at_next_signal()
         raise _StopSignal(number)
 
-    before = {each: signal.getsignal(each) for each in _SIGNALS if signal.getsignal(each) != signal.SIG_IGN}
-    for each in before:
-        signal.signal(each, stop)
+    before = {number: signal.getsignal(number) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        for each, handler in before.items():
-            # After a stop the process is about to end, and the next signal may end it at once.
-            if signal.getsignal(each) is stop:
-                signal.signal(each, handler)
+        for number, handler in before.items():
+            # After a stop the process is about to exit, and the next signal may end it at once.
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)
 
 
 def _end_at_next_signal() -> None:
-    for each in _SIGNALS:
-        if signal.getsignal(each) != signal.SIG_IGN:
-            signal.signal(each, signal.SIG_DFL)
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Output(io.FileIO):
-    """A file whose reader may leave (`| head`) or whose disk may be full: what can't be written is dropped."""
+    """Output file that drops what cannot be written: the reader has exited (`| head`), or the disk is full."""
 
     def write(self, data: Any) -> int:
-        """Write bytes; says that all were written where none can be."""
+        """Write bytes; returns their number also if they were dropped."""
         try:
             return super().write(data) or 0
         except OSError:
@@ -319,7 +315,7 @@ class _Output(io.FileIO):
 
 
 def _lenient(stream: TextIO) -> TextIO:
-    """A standard stream that neither a character nor a reader that leaves makes fail; others than files stay."""
+    """A standard stream that fails neither for unknown characters nor for a closed pipe; non-files are returned as is."""
     try:
         file = _Output(stream.fileno(), "w", closefd=False)
     except (AttributeError, OSError):
@@ -331,7 +327,7 @@ def _lenient(stream: TextIO) -> TextIO:
 
 
 def _in_words(error: UserError | OSError) -> str:
-    """The message of an error; of one that the system raised with a number, what it is about and what to check."""
+    """The message of an error; of an `OSError` of the system, its file, its reason and what to check."""
     if isinstance(error, OSError) and error.errno and error.strerror:
         about = f"{error.filename}: " if error.filename else ""
         return f"{about}{error.strerror}: check the path, its permissions, and the room on its disk"
@@ -344,16 +340,16 @@ def _with_notes(error: BaseException, otherwise: str = "") -> str:
 
 
 def complain(line: str, status: int) -> int:
-    """Print an error on the standard error, in one line; gives the status back, for the job to end with."""
+    """Print an error in one line on the standard error, and return the exit status."""
     print(" ".join(line.split("\n")), file=sys.stderr)  # noqa: T201
     return status
 
 
 class JsonLines(logging.Formatter):
-    """A record as a JSON object: time (UTC), level, logger, message, and what `extra={"fields": ...}` held."""
+    """Log formatter: a JSON object with time (UTC), level, logger, message, and the fields of `extra={"fields": ...}`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Return the record as one line of JSON."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
@@ -367,10 +363,10 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Have the package log to the standard error: warnings, or from the level that SCALENET_RAY_LOG names.
+    """Log warnings of the package to the standard error, or from the level in SCALENET_RAY_LOG.
 
     Raises:
-        UserError: if it names none.
+        UserError: if SCALENET_RAY_LOG is no level.
     """
     level = os.environ.get("SCALENET_RAY_LOG", "WARNING").upper()
     if level not in logging.getLevelNamesMapping():

@@ -75,18 +75,18 @@ def check_arguments(job: Any) -> None:
             check_arguments(value)
             continue
         flag = field.name.upper() if tyro.conf.Positional in _metadata(hint) else f"--{field.name.replace('_', '-')}"
-        bounds = next((each for each in _metadata(hint) if isinstance(each, Bounds)), ANY_NUMBER)
-        for one in value if isinstance(value, tuple) else (value,):
-            if isinstance(one, str) and not one.strip():
-                msg = f"{flag} must not be empty, got {one!r}: name something, or leave {flag} out for its default"
+        bounds = next((item for item in _metadata(hint) if isinstance(item, Bounds)), ANY_NUMBER)
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, str) and not item.strip():
+                msg = f"{flag} must not be empty, got {item!r}: name something, or leave {flag} out for its default"
                 raise UserError(msg)
-            if isinstance(one, int | float) and not isinstance(one, bool) and one not in bounds:
-                msg = f"{flag} must be {bounds.text}, got {one}: correct it"
+            if isinstance(item, int | float) and not isinstance(item, bool) and item not in bounds:
+                msg = f"{flag} must be {bounds.text}, got {item}: correct it"
                 raise UserError(msg)
 
 
 def _metadata(hint: Any) -> Iterator[Any]:
-    """What stands in the Annotated of a type, at any depth."""
+    """Yield the metadata of `Annotated` in a type, at any depth."""
     if get_origin(hint) is Annotated:
         yield from hint.__metadata__
     for part in get_args(hint):
@@ -94,7 +94,7 @@ def _metadata(hint: Any) -> Iterator[Any]:
 
 
 def _registry() -> ConstructorRegistry:
-    """How words become values, where tyro's own way would not be understood."""
+    """Registry of tyro with our parsing of numbers and of optional values."""
     registry = ConstructorRegistry()
     registry.primitive_rule(_number)
     registry.primitive_rule(_or_none)
@@ -116,7 +116,7 @@ def _number(info: PrimitiveTypeInfo) -> Spec:
         return None
 
     def parse(words: list[str]) -> Any:
-        """A number from one word; says what was wanted if it is none."""
+        """Parse one word as a number."""
         try:
             return info.type(words[0])
         except ValueError:
@@ -134,7 +134,7 @@ def _number(info: PrimitiveTypeInfo) -> Spec:
 
 
 def _or_none(info: PrimitiveTypeInfo) -> Spec:
-    """`X | None`: what X takes, or the word none."""
+    """Parse `X | None`: the words of X, or the word none."""
     options = get_args(info.type)
     if type(None) not in options:
         return None
@@ -148,7 +148,7 @@ def _or_none(info: PrimitiveTypeInfo) -> Spec:
         return inner
 
     def parse(words: list[str]) -> Any:
-        """None from the word none, else what the other type makes of the words."""
+        """Return None for the word none, else the value of the other type."""
         if [word.lower() for word in words] == [_NONE]:
             return None
         if inner.choices is not None and not set(words) <= set(inner.choices):
@@ -170,6 +170,6 @@ def _or_none(info: PrimitiveTypeInfo) -> Spec:
 
 
 def _with_one(counts: int | tuple[int, ...]) -> int | tuple[int, ...]:
-    """Numbers of words, and one: the word none."""
+    """Numbers of words, and 1 for the word none."""
     found = tuple(sorted({1, *((counts,) if isinstance(counts, int) else counts)}))
     return 1 if found == (1,) else found

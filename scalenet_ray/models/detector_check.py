@@ -150,7 +150,7 @@ def _is_deterministic(detector: CheckedDetector, image: np.ndarray) -> bool:
 
 
 def _is_same(first: Detections | TileError, second: Detections | TileError, warning: str, name: str) -> bool:
-    """Whether two outputs agree, or one failed; else logs the warning with the detector's name and the distance."""
+    """True if two outputs agree, or one failed; else logs the warning with the detector's name and the distance."""
     if isinstance(first, TileError) or isinstance(second, TileError):
         return True
     distance = agreement(first, second).distance

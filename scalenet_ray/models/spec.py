@@ -190,7 +190,7 @@ class NetworkSpec:
         return head
 
     def reads_features(self, policies: Sequence[Policy]) -> bool:
-        """Whether a policy needs Scale Net and it is a scale head; raises as `load_scale_net` does."""
+        """True if a policy needs Scale Net and it is a scale head; raises as `load_scale_net` does."""
         needed = any(policy.needs_network for policy in policies)
         return needed and isinstance(self._on_cpu().load_scale_net(), FeatureScalePredictor)
 

@@ -294,7 +294,7 @@ def _grid(canvas: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_input_shape(shape: list[Any]) -> tuple[bool, tuple[int, int] | None]:
-    """Whether the batch size is fixed to 1, and the fixed (height, width), or None if dynamic."""
+    """True if the batch size is fixed to 1, and the fixed (height, width), or None if dynamic."""
     wanted = "[batch, 3, height, width], batch 1 or free, height and width multiples of 32 or free"
     is_yolox = len(shape) == 4 and shape[1] == 3 and (shape[0] == 1 or not isinstance(shape[0], int))
     fixed = [side for side in shape[2:] if isinstance(side, int)]

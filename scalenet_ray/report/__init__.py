@@ -1,1 +1,1 @@
-"""What a person looks at: self-contained pages of runs, no network needed."""
+"""Self-contained HTML pages of runs, readable without a network."""
