@@ -315,7 +315,7 @@ class _Output(io.FileIO):
 
 
 def _lenient(stream: TextIO) -> TextIO:
-    """A standard stream that fails neither for unknown characters nor for a closed pipe; non-files are returned as is."""
+    """A standard stream that fails neither for unknown characters nor for a closed pipe; others are returned as is."""
     try:
         file = _Output(stream.fileno(), "w", closefd=False)
     except (AttributeError, OSError):
@@ -346,7 +346,7 @@ def complain(line: str, status: int) -> int:
 
 
 class JsonLines(logging.Formatter):
-    """Log formatter: a JSON object with time (UTC), level, logger, message, and the fields of `extra={"fields": ...}`."""
+    """Log formatter: JSON with time (UTC), level, logger, message, and the fields of `extra={"fields": ...}`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line of JSON."""
