@@ -30,7 +30,7 @@ JOB: dict[str, Any] = yaml.safe_load((REPOSITORY / "kuberay.yaml").read_text())
 SCHEMA = json.loads(Path(ray.autoscaler.__file__).with_name("ray-schema.json").read_text())
 RAY_VERSION = next(
     requirement.partition("==")[2]
-    for requirement in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    for requirement in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]["ray"]
     if requirement.startswith("ray[")
 )
 UNITS = {"m": 2**20, "Mi": 2**20, "Gi": 2**30}
