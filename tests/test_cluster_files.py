@@ -28,11 +28,8 @@ from tests.job_scripts import REPOSITORY, load_job
 CLUSTER: dict[str, Any] = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
 JOB: dict[str, Any] = yaml.safe_load((REPOSITORY / "kuberay.yaml").read_text())
 SCHEMA = json.loads(Path(ray.autoscaler.__file__).with_name("ray-schema.json").read_text())
-RAY_VERSION = next(
-    requirement.partition("==")[2]
-    for requirement in tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]["ray"]
-    if requirement.startswith("ray[")
-)
+EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+RAY_VERSION = next(asked.partition("==")[2] for asked in EXTRAS["ray"] if asked.startswith("ray["))
 UNITS = {"m": 2**20, "Mi": 2**20, "Gi": 2**30}
 
 

@@ -14,6 +14,7 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.data import DataContext
+from ray.exceptions import RayActorError
 
 from scalenet_ray.core.detections import Detections, Failure, ImageResult, TileResult
 from scalenet_ray.core.inference import NetworkFactories
@@ -147,6 +148,18 @@ def test_a_run_without_progress_ends_and_has_not_filled_the_store(idle_ray: None
     let_go.touch()
     # Far from all images: what is not detected holds back what is looked at, and that what is read.
     assert stream.status().admitted < 500
+
+
+@pytest.mark.ray
+def test_a_stream_that_is_abandoned_stops_its_queue_and_keeps_its_seconds(idle_ray: None) -> None:
+    policy = policy_of("grid-2")
+    stream = ImageStream(records_of(40), policy, random_networks(policy), Scenes(), Resources(readers=1))
+    results = iter(stream)
+    next(results)
+    results.close()
+    with pytest.raises(RayActorError):
+        stream.status()
+    assert stream.seconds_at_work() > 0
 
 
 @pytest.mark.ray

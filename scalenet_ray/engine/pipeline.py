@@ -81,6 +81,7 @@ class ImageStream:
         self._frontier = actor.remote(list(images), resources.open_images)
         self._metrics = RunMetrics(policy.name)
         self._reported: Counter[str] = Counter()
+        self._seconds_at_end = 0.0
 
     def __iter__(self) -> Iterator[ImageResult]:
         """Yield the result of each image once.
@@ -125,6 +126,9 @@ class ImageStream:
                 "safe; run the same command with --resume to go on with the others"
             )
             raise WorkerError(msg, str(error)) from error
+        finally:
+            if count < len(self._images):
+                self._stop()
         self._report_seconds()
         if count != len(self._images):
             started = assembler.unfinished
@@ -139,15 +143,21 @@ class ImageStream:
         self._frontier.commit.remote(list(image_ids))
 
     def seconds_at_work(self) -> float:
-        """Seconds since the first lease; 0 before, or if the frontier died, which iteration reports."""
+        """Seconds from the first lease, until the stream was stopped or now; 0 before, or if the frontier died."""
         try:
             return ray.get(self._frontier.seconds_at_work.remote())
         except RayActorError:
-            return 0.0
+            return self._seconds_at_end
 
     def status(self) -> FrontierStatus:
         """The state of the queue."""
         return ray.get(self._frontier.status.remote())
+
+    def _stop(self) -> None:
+        """Kill the frontier of a stream that ends early: a reader that misses its cancellation then ends, too."""
+        if ray.is_initialized():
+            self._seconds_at_end = self.seconds_at_work()
+            ray.kill(self._frontier)
 
     def _report_seconds(self) -> None:
         tally = current_tally()
