@@ -149,7 +149,7 @@ def test_a_full_disk_ends_the_run_and_it_can_be_taken_up(
     idle_ray: None, undisturbed: tuple[Weights, Rows, Path], tmp_path: Path
 ) -> None:
     full = Faulty(NOISY, full_after=2)
-    message = r"training stopped: \[Errno 28\] No space left on device: .*; the last checkpoint is in .*: mend"
+    message = r"training stopped: \[Errno 28\] No space left on device: .*; the last checkpoint is in .*: fix it"
     with pytest.raises(UserError, match=message):
         train(full, replace(THREE_EPOCHS, max_restarts=0), str(tmp_path), lambda row: None)  # type: ignore[arg-type]
     assert checkpoints(tmp_path)[-1]["epoch"] == 2
