@@ -88,7 +88,7 @@ def test_detect_runs_on_the_sample_in_one_process(installed: Path, tmp_path: Pat
     flags = ("--engine", "local", "--policy", "scalenet", "--limit", "3", "--output", "run")
     done = run(installed, tmp_path, "detect", *flags)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "3 of 3 images done, results in run"
+    assert done.stdout.splitlines()[-1] == "3 of 3 images done, results in run (open its report.html)"
     assert json.loads((tmp_path / "run" / "results.json").read_text())
     assert (tmp_path / "run" / "report.html").exists()
 
