@@ -154,7 +154,7 @@ def test_a_run_without_progress_ends_and_has_not_filled_the_store(idle_ray: None
 def lives(stream: ImageStream) -> bool:
     """Whether the stream's queue answers; a killed actor takes a moment to die."""
     try:
-        stream.status()
+        ray.get(stream._frontier.status.remote())
     except RayActorError:
         return False
     return True
@@ -171,6 +171,7 @@ def test_a_stream_that_is_abandoned_stops_its_queue_and_keeps_its_seconds(idle_r
     while lives(stream):
         assert time.monotonic() < give_up
     assert stream.seconds_at_work() > 0
+    assert stream.status().admitted > 0
 
 
 @pytest.mark.ray

@@ -82,6 +82,7 @@ class ImageStream:
         self._metrics = RunMetrics(policy.name)
         self._reported: Counter[str] = Counter()
         self._seconds_at_end = 0.0
+        self._status_at_end: FrontierStatus | None = None
 
     def __iter__(self) -> Iterator[ImageResult]:
         """Yield the result of each image once.
@@ -150,13 +151,18 @@ class ImageStream:
             return self._seconds_at_end
 
     def status(self) -> FrontierStatus:
-        """The state of the queue."""
-        return ray.get(self._frontier.status.remote())
+        """The state of the queue, or its last one if the stream ended early."""
+        try:
+            return ray.get(self._frontier.status.remote())
+        except RayActorError:
+            if self._status_at_end is None:
+                raise
+            return self._status_at_end
 
     def _stop(self) -> None:
         """Kill the frontier of a stream that ends early: a reader that misses its cancellation then ends, too."""
-        if ray.is_initialized():
-            self._seconds_at_end = self.seconds_at_work()
+        if ray.is_initialized() and self._frontier_lives():
+            self._seconds_at_end, self._status_at_end = self.seconds_at_work(), self.status()
             ray.kill(self._frontier)
 
     def _report_seconds(self) -> None:
