@@ -158,3 +158,12 @@ def test_an_onnx_file_keeps_its_own_precision() -> None:
 def test_the_output_must_be_an_onnx_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--output must end in \.onnx, got a\.pt"):
         main(ExportOnnx(SAMPLE_SCALE_NET_WEIGHTS, "a.pt"))
+
+
+def test_weights_that_float16_holds_are_stored_so_and_the_samples_stay_under_ten_megabytes() -> None:
+    detector = Path(SAMPLE_DETECTOR.removeprefix("tiny:"))
+    stored = [onnx.numpy_helper.to_array(weights) for weights in onnx.load(detector).graph.initializer]
+    assert {weights.dtype for weights in stored if weights.size >= 1024} == {np.dtype(np.float16)}
+    files = [path for path in detector.parent.iterdir() if path.suffix in (".onnx", ".safetensors")]
+    assert len(files) == 4
+    assert sum(path.stat().st_size for path in files) < 10_000_000

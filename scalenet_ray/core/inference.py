@@ -219,6 +219,7 @@ def predict_scales(
     chosen_pixels, chosen_tiles = [pixels[i] for i in places], [tiles[i] for i in places]
 
     def run(part: slice) -> list[_Outputs]:
+        """Run the networks on a part of the chosen tiles."""
         maps, found = _run_networks(chosen_pixels[part], chosen_tiles[part], policy, detect, predict_scale)
         return list(zip(maps, found, strict=True))
 

@@ -297,6 +297,7 @@ def plan_tasks(experiment: Experiment, recipes: Mapping[str, CanvasRecipe], seed
         for test_set in set_names(domain):
 
             def add(method: str, work: Callable[..., Any], *after: str, seed: int = seed, on: str = test_set) -> None:
+                """Add the task that scores a method on this seed and test set."""
                 tasks.append(Task(f"{method}--{on}--s{seed}", work, after, method, on))
 
             for name, recipe in recipes.items():
