@@ -47,10 +47,6 @@ _SUPPRESSION: dict[str, SuppressionMethod] = {
 
 
 _OF_SLICING = {
-    "slice_height": "windows are chosen by what is seen; for a fixed grid give policy='grid-2' or 'grid-3'",
-    "slice_width": "windows are chosen by what is seen; for a fixed grid give policy='grid-2' or 'grid-3'",
-    "overlap_height_ratio": "only grids overlap, by `overlap` of their Policy",
-    "overlap_width_ratio": "only grids overlap, by `overlap` of their Policy",
     "auto_slice_resolution": "windows are chosen by what is seen",
     "merge_buffer_length": "boxes are merged once, when all windows are in",
     "slice_dir": "pixels are cut in memory and never written; the windows are in the result's `steps`",
@@ -68,6 +64,11 @@ def get_scaled_prediction(
     detection_model: str | Detector | None = None,
     *,
     policy: str | Policy | None = None,
+    smallest_object: float | None = None,
+    slice_height: int | None = None,
+    slice_width: int | None = None,
+    overlap_height_ratio: float = 0.2,
+    overlap_width_ratio: float = 0.2,
     scale_net: str | AnyScalePredictor | None = None,
     confidence_threshold: float = 0.3,
     device: str = "cpu",
@@ -90,10 +91,15 @@ def get_scaled_prediction(
         detection_model: a detector's name (`kind:what`, see `load_detector`) or a detector; None for the embedded
             sample's. A name is loaded on every call: for many images load it once.
         policy: a policy or its name; None for `scalenet` if there is a Scale Net (`gain` if it is a scale head), else
-            for `first-pass`.
+            for `regions`.
+        smallest_object: side of the smallest object worth finding, in image pixels, for `regions`; None for 16.
+        slice_height: side of the slices of policy `slices@PIXELS`, in image pixels, in place of `policy`.
+        slice_width: the same: slices are squares.
+        overlap_height_ratio: overlap of neighbouring slices, as a share of their side.
+        overlap_width_ratio: the same.
         scale_net: weights of Scale Net, or a predictor; None for none, or for the embedded sample's with its detector.
         confidence_threshold: objects that score less are left out of the result. The detector itself runs with a
-            threshold of 0.01: policy `first-pass` zooms in where it is unsure.
+            threshold of 0.01: policy `regions` zooms in where it is unsure.
         device: torch device of networks given by name.
         perform_standard_pred: must be True: the whole image is always detected.
         postprocess_type: NMS, SOFT-NMS-LINEAR or SOFT-NMS-GAUSSIAN.
@@ -116,7 +122,11 @@ def get_scaled_prediction(
     _refuse(of_slicing, perform_standard_pred, postprocess_type, postprocess_match_metric)
     pixels = _pixels(image)
     detector, predict_scale = _networks(detection_model, scale_net, device)
-    asked = _policy(policy, detector, predict_scale, postprocess_type, postprocess_match_threshold)
+    if slice_height is not None or slice_width is not None:
+        policy = _slices(policy, slice_height, slice_width)
+    asked = _policy(policy, detector, predict_scale, postprocess_type, postprocess_match_threshold, smallest_object)
+    if asked.kind == "slices" and not isinstance(policy, Policy):
+        asked = replace(asked, overlap=_equal("overlap ratios", overlap_height_ratio, overlap_width_ratio))
     steps: list[Step] = []
     begun = time.monotonic()
     result = recursive_detect(pixels, 0, asked, detect=detector, predict_scale=predict_scale, observe=steps.append)
@@ -192,10 +202,11 @@ def _policy(
     predict_scale: AnyScalePredictor | None,
     postprocess_type: str,
     iou_threshold: float | None,
+    smallest_object: float | None,
 ) -> Policy:
     if policy is None:
         policy = (
-            "first-pass"
+            "regions"
             if predict_scale is None
             else "gain"
             if isinstance(predict_scale, FeatureScalePredictor)
@@ -207,11 +218,27 @@ def _policy(
         policy,
         input_side=detector.input_side,
         iou_threshold=detector.iou_threshold if iou_threshold is None else iou_threshold,
+        smallest_object=smallest_object,
     )
     if named.reads_truth:
-        msg = "policy oracle reads the ground truth, which one image has not: give another one"
+        msg = f"policy {named.name} reads the ground truth, which one image has not: give another one"
         raise UserError(msg)
     return replace(named, merging=replace(named.merging, method=_SUPPRESSION[postprocess_type.upper()]))
+
+
+def _slices(policy: str | Policy | None, height: int | None, width: int | None) -> str:
+    """Name of the policy that cuts slices of a size."""
+    if policy is not None:
+        msg = f"slice_height and slice_width stand for policy slices@PIXELS, got policy {policy!r} too: leave one out"
+        raise UserError(msg)
+    return f"slices@{_equal('slices', height or width, width or height)}"
+
+
+def _equal(name: str, height: Any, width: Any) -> Any:
+    if height != width:
+        msg = f"{name} must have equal height and width: slices are squares, got {height} and {width}"
+        raise UserError(msg)
+    return height
 
 
 def _wanted(

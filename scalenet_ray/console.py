@@ -222,14 +222,35 @@ def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple
     return f"{line} (--max-failures {max_failures})", 1
 
 
+def resolution_lines(document: Mapping[str, Any]) -> str:
+    """Return a line for each policy that never looked closely at images, or whose first look at images saw nothing.
+
+    Args:
+        document: contents of metrics.json.
+    """
+    blind = "".join(
+        f"{name}: the first look saw nothing in {row['guards']['nothing_seen']} images; all that is textured in them "
+        "was looked at again\n"
+        for name, row in document["policies"].items()
+        if row.get("guards", {}).get("nothing_seen")
+    )
+    return blind + "".join(
+        f"{name}: {row['images_reduced']} images were seen reduced only, down to 1 / {row['most_reduced']:.1f} of "
+        "their own resolution: small objects in them are missed; policy regions looks closer, as far as "
+        "--smallest-object says\n"
+        for name, row in document["policies"].items()
+        if row.get("images_reduced")
+    )
+
+
 def end_run(document: Mapping[str, Any], uri: str, max_failures: int) -> int:
-    """Print the failures and the last line of a batch job; takes the arguments of `last_line`.
+    """Print the failures, what was never seen closely, and the last line of a batch job, as `last_line`.
 
     Returns:
         The exit status.
     """
     line, status = last_line(document, uri, max_failures)
-    say(failure_lines(document) + line)
+    say(resolution_lines(document) + failure_lines(document) + line)
     return status
 
 

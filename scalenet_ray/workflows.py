@@ -197,8 +197,10 @@ def open_images(session: Session, images: str, *, limit: int | None, max_megapix
     return ImageSet(images, None, found.records[:limit], found.remarks, round(max_megapixels * 1e6))
 
 
-def named_policies(names: Sequence[str], networks: NetworkSpec, detector: DetectorInfo) -> list[Policy]:
-    """Policies by name, with the input side and the NMS threshold of a detector.
+def named_policies(
+    names: Sequence[str], networks: NetworkSpec, detector: DetectorInfo, smallest_object: float | None = None
+) -> list[Policy]:
+    """Policies by name, with the input side and the NMS threshold of a detector, and a smallest object for regions.
 
     Raises:
         UserError: if there is no policy of a name.
@@ -209,6 +211,7 @@ def named_policies(names: Sequence[str], networks: NetworkSpec, detector: Detect
             input_side=detector.input_side,
             iou_threshold=detector.iou_threshold,
             score_threshold=networks.score_threshold,
+            smallest_object=smallest_object,
         )
         for name in names
     ]
@@ -221,6 +224,7 @@ def choose_policies(
     *,
     names: Sequence[str] | None,
     policy_file: str | None,
+    smallest_object: float | None = None,
     log: Callable[[str], None],
 ) -> list[Policy]:
     """Policies of an evaluation: those that are named and those of a file.
@@ -229,22 +233,23 @@ def choose_policies(
         session: the engine.
         networks: the detector and Scale Net.
         detector: the detector's declaration.
-        names: names of policies. None: whole, grid-2, first-pass, scalenet and oracle; gain in place of scalenet if
-            Scale Net is a scale head, neither without Scale Net.
+        names: names of policies. None: whole, grid-2, regions, scalenet and regions-oracle; gain in place of scalenet
+            if Scale Net is a scale head, neither without Scale Net.
         policy_file: YAML of further policies.
+        smallest_object: side of the smallest object worth finding, in image pixels (regions).
         log: takes a line for the terminal.
 
     Raises:
         UserError: if there is no policy of a name, or the file is invalid.
     """
     if names is None:
-        names = ("whole", "grid-2", "first-pass", "scalenet", "oracle")
+        names = ("whole", "grid-2", "regions", "scalenet", "regions-oracle")
         if networks.scale_net is None:
             log("no --scale-net: the policy scalenet, which needs one, is left out")
-            names = ("whole", "grid-2", "first-pass", "oracle")
+            names = ("whole", "grid-2", "regions", "regions-oracle")
         elif session.call(networks.reads_features, named_policies(names, networks, detector)):
-            names = ("whole", "grid-2", "first-pass", "gain", "oracle")
-    policies = named_policies(names, networks, detector)
+            names = ("whole", "grid-2", "regions", "gain", "regions-oracle")
+    policies = named_policies(names, networks, detector, smallest_object)
     return policies + (read_policies(policy_file) if policy_file is not None else [])
 
 

@@ -104,8 +104,8 @@ def test_an_array_of_another_kind_is_told_what_is_wanted(image: np.ndarray) -> N
 
 def test_without_a_scale_net_the_first_pass_says_where_to_look() -> None:
     unsure = PerfectDetector(3, sure_side=12, input_side=SIDE)
-    prediction = predict(detector=unsure, scale_net=None)
-    assert prediction.policy.name == "first-pass"
+    assert predict(detector=unsure, scale_net=None).policy.name == "regions"
+    prediction = predict(detector=unsure, scale_net=None, policy="first-pass")
     assert len(prediction.detections) == len(BOXES)
     assert predict(detector=unsure, scale_net=None, policy="whole").object_prediction_list == []
 
@@ -137,7 +137,9 @@ def test_suppression_may_ask_no_class() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"slice_height": 512}, TypeError, "no argument 'slice_height': windows are chosen by what is seen"),
+        ({"slice_height": 512, "slice_width": 256}, ValueError, "slices are squares, got 512 and 256"),
+        ({"slice_height": 512, "policy": "whole"}, ValueError, "got policy 'whole' too: leave one out"),
+        ({"slice_height": 32, "overlap_width_ratio": 0.5}, ValueError, "overlap ratios must have equal height and"),
         ({"batch_size": 8}, TypeError, "many images in batches: jobs/detect.py"),
         ({"slices": 8}, TypeError, "no argument 'slices'$"),
         ({"perform_standard_pred": False}, ValueError, "perform_standard_pred must be True"),

@@ -26,9 +26,27 @@ from scalenet_ray.core.policy import (
     policy_to_dict,
 )
 from scalenet_ray.core.recursion import expand
+from scalenet_ray.core.regions import Regions
 from scalenet_ray.core.scale import ScaleRange
 
-NAMES = ("whole", "whole@640", "pyramid", "grid-2", "grid-3", "random", "first-pass", "scalenet", "fused", "oracle")
+KINDS = {
+    "whole": "whole",
+    "whole@640": "whole",
+    "pyramid": "pyramid",
+    "grid-2": "grid",
+    "grid-3": "grid",
+    "slices@512": "slices",
+    "random": "random",
+    "first-pass": "first-pass",
+    "scalenet": "scalenet",
+    "paper": "scalenet",
+    "fused": "fused",
+    "oracle": "oracle",
+    "regions": "first-pass",
+    "regions-scalenet": "scalenet",
+    "regions-oracle": "oracle",
+}
+NAMES = tuple(KINDS)
 
 
 def _named(name: str) -> Policy:
@@ -42,19 +60,24 @@ def test_every_name_gives_its_kind_and_takes_the_detectors_own_side_and_threshol
     for name in NAMES:
         policy = _named(name)
         assert policy.name == name
-        assert policy.kind == name.split("@")[0].rstrip("-23")
+        assert policy.kind == KINDS[name]
+        assert (policy.regions is not None) == name.startswith("regions")
         assert policy.input_side == (640 if name == "whole@640" else 416)
         assert (policy.merging.iou_threshold, policy.merging.score_threshold) == (0.6, 0.02)
         assert policy.merging.method == ("soft-nms-linear" if name == "pyramid" else "nms")
     assert (_named("grid-2").grid, _named("grid-3").grid) == (2, 3)
     assert _named("pyramid").pyramid == DEFAULT_PYRAMID
+    assert _named("slices@512").slice_side == 512
+    assert _named("paper").recursion == Recursion()
+    few = parse_policy("regions", input_side=416, iou_threshold=0.6, smallest_object=30.0)
+    assert few.regions == Regions(smallest_object=30.0)
 
 
 @pytest.mark.parametrize(
     "name", ["", "Whole", "whole@", "whole@x", "whole@-1", "whole@640 ", "grid", "grid-", "grid-2.5", "scalenet2", "\n"]
 )
 def test_an_unknown_name_is_refused_with_the_names_there_are(name: str) -> None:
-    with pytest.raises(ValueError, match=r"there is no policy .*: use whole, whole@SIZE \(e") as e:
+    with pytest.raises(ValueError, match=r"there is no policy .*: use regions, whole, whole@SIZE \(e") as e:
         _named(name)
     assert repr(name) in str(e.value)
 
@@ -73,9 +96,15 @@ def test_a_name_with_an_impossible_number_says_what_is_wrong(name: str, message:
 
 def test_which_policies_look_and_at_what() -> None:
     looks = {name for name in NAMES if _named(name).uses_evidence}
-    assert looks == {"first-pass", "scalenet", "fused", "oracle"}
-    assert {name for name in NAMES if _named(name).needs_network} == {"scalenet", "fused"}
-    assert {name for name in NAMES if _named(name).needs_first_pass} == {"first-pass", "fused"}
+    regions = {"regions", "regions-scalenet", "regions-oracle"}
+    assert looks == {"first-pass", "scalenet", "paper", "fused", "oracle"} | regions
+    assert {name for name in NAMES if _named(name).needs_network} == {
+        "scalenet",
+        "paper",
+        "fused",
+        "regions-scalenet",
+    }
+    assert {name for name in NAMES if _named(name).needs_first_pass} == {"first-pass", "fused", "regions"}
 
 
 def test_a_tile_is_looked_at_while_it_may_still_be_cut() -> None:
@@ -249,10 +278,19 @@ UNUSUAL = Policy(
     ((1.0, 0.0, math.inf), (2.0, 10.0, 20.0)),
     4,
     "module:function",
+    512,
 )
 
 
-@pytest.mark.parametrize("policy", [*map(_named, NAMES), UNUSUAL], ids=lambda policy: policy.name)
+ODD_REGIONS = Policy(
+    "mine",
+    "oracle",
+    512,
+    regions=Regions(9.0, 7.0, 1.5, 2.0, 0.2, 50.0, 70.0, 2.0, 1.5, 0.7, 20.0, 100, 50, 0.9, 1.25, 2, 3.5),
+)
+
+
+@pytest.mark.parametrize("policy", [*map(_named, NAMES), UNUSUAL, ODD_REGIONS], ids=lambda policy: policy.name)
 def test_a_policy_survives_yaml_and_json(policy: Policy) -> None:
     plain = policy_to_dict(policy)
     assert plain["version"] == POLICY_VERSION
@@ -261,10 +299,14 @@ def test_a_policy_survives_yaml_and_json(policy: Policy) -> None:
     assert isinstance(policy_from_dict(plain).recursion.scale_range, ScaleRange)
 
 
-def test_the_unusual_policy_has_no_field_left_at_its_default() -> None:
+def test_the_unusual_policies_have_no_field_left_at_its_default() -> None:
     usual = Policy("whole", "whole", 416)
+    assert {UNUSUAL.regions, usual.regions} == {None}
+    assert ODD_REGIONS.regions is not None
+    for name in (field.name for field in dataclasses.fields(Regions)):
+        assert getattr(ODD_REGIONS.regions, name) != getattr(Regions(), name), name
     for one, other in ((UNUSUAL, usual), (UNUSUAL.recursion, usual.recursion), (UNUSUAL.merging, usual.merging)):
-        for field in dataclasses.fields(one):
+        for field in (field for field in dataclasses.fields(one) if field.name != "regions"):
             assert getattr(one, field.name) != getattr(other, field.name), field.name
 
 

@@ -63,7 +63,7 @@ def _assign(box: tuple[float, ...], *, ignored: bool = False, side: int = 192) -
     """Labels of the cells [cells], and the stride of those that are given to the object."""
     targets = assign_targets([torch.tensor([box])], [torch.tensor([4])], [torch.tensor([ignored])], side)
     labels = targets.labels[0].numpy()
-    return labels, np.unique(cell_centres(side)[1].numpy()[labels == 4])
+    return labels, np.unique(cell_centres((side, side))[1].numpy()[labels == 4])
 
 
 @pytest.mark.parametrize(("size", "stride"), [(16.0, 8), (47.0, 8), (48.0, 16), (111.0, 16), (112.0, 32), (190.0, 32)])
@@ -76,7 +76,7 @@ def test_an_object_is_found_on_the_level_of_its_size(size: float, stride: int) -
 def test_small_objects_are_neither_right_nor_wrong() -> None:
     labels, strides = _assign((40.0, 40.0, 55.0, 50.0))
     assert strides.size == 0
-    centres, _ = cell_centres(192)
+    centres, _ = cell_centres((192, 192))
     inside = ((centres >= torch.tensor([40.0, 40.0])) & (centres <= torch.tensor([55.0, 50.0]))).all(dim=1).numpy()
     assert (labels[inside] == -2).all()
     assert (labels == -1).mean() > 0.9
@@ -90,7 +90,7 @@ def test_crowds_and_cut_objects_are_neither_right_nor_wrong() -> None:
 def test_a_small_object_keeps_its_cells_inside_a_large_one() -> None:
     large, small = [0.0, 0.0, 50.0, 50.0], [12.0, 12.0, 38.0, 38.0]
     targets = assign_targets([torch.tensor([large, small])], [torch.tensor([0, 1])], [torch.tensor([False, False])], 64)
-    centre = int(((cell_centres(64)[0] - 28.0).abs().sum(dim=1)).argmin())
+    centre = int(((cell_centres((64, 64))[0] - 28.0).abs().sum(dim=1)).argmin())
     assert targets.labels[0, centre] == 1
     assert targets.boxes[0, centre].tolist() == small
 

@@ -45,8 +45,7 @@ class CheckInputs:
         data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json, as for eval.
         split: the split of --data.
         images: a folder, a glob (quoted), an s3:// prefix, or a Parquet file with a column uri or path, as for detect.
-        policies: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain, fused, oracle. By default
-            those of eval, without oracle where there is no ground truth.
+        policies: those that eval takes. By default those of eval, without an oracle where there is no ground truth.
         policy_file: YAML of further policies.
         max_image_megapixels: larger images are refused before they are decoded.
     """

@@ -38,26 +38,29 @@ class DetectImages:
 
     Attributes:
         images: a folder, a glob (quoted), an s3:// prefix, or a Parquet file with a column uri or path.
-        policy: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain or fused.
+        policy: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused or
+            regions-scalenet.
         policy_file: YAML of one policy, in place of --policy.
         limit: only the first so many images.
         output: the run folder, local or s3://; by default a new one under runs/detect.
         resume: continue the run in the output folder; images are identified by their files.
         retry_failed: with --resume: also process the images that failed before.
         max_failures: images that may fail before the exit status is 1.
+        smallest_object: side of the smallest object worth finding, in image pixels, for regions; 16 by default.
         max_image_megapixels: larger images are refused before they are decoded.
         report_pictures: photographs in report.html.
         engine: ray (actors, here or on a cluster) or local (one process).
     """
 
     images: str | None = None
-    policy: str = "first-pass"
+    policy: str = "regions"
     policy_file: str | None = None
     limit: Annotated[int, ONE_OR_MORE] | None = None
     output: str | None = None
     resume: bool = False
     retry_failed: bool = False
     max_failures: int = 0
+    smallest_object: float | None = None
     max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
     report_pictures: int = PICTURES
     engine: EngineName = "ray"
@@ -66,7 +69,7 @@ class DetectImages:
 
 
 def _policies(job: DetectImages, detector: DetectorInfo) -> list[Policy]:
-    policies = named_policies([job.policy], job.networks, detector)
+    policies = named_policies([job.policy], job.networks, detector, job.smallest_object)
     if job.policy_file is not None:
         policies = read_policies(job.policy_file)
     if len(policies) != 1:

@@ -39,9 +39,9 @@ class EvalCoco:
     Attributes:
         data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
         split: the split to evaluate on.
-        policies: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain, fused, oracle. By default
-            whole, grid-2, first-pass, scalenet and oracle: gain in place of scalenet if --scale-net is a scale head,
-            neither without --scale-net.
+        policies: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused,
+            oracle, regions-scalenet, regions-oracle, paper. By default whole, grid-2, regions, scalenet and
+            regions-oracle: gain in place of scalenet if --scale-net is a scale head, neither without --scale-net.
         policy_file: YAML of further policies.
         compare_with: the policy that the others are compared with, with bootstrap intervals. By default whole, or the
             first.
@@ -50,6 +50,7 @@ class EvalCoco:
         resume: continue the run in the output folder.
         retry_failed: with --resume: also process the images that failed before.
         max_failures: images that may fail before the exit status is 1.
+        smallest_object: side of the smallest object worth finding, in image pixels, for regions; 16 by default.
         max_image_megapixels: larger images are refused before they are decoded.
         report_pictures: photographs in report.html.
         engine: ray (actors, here or on a cluster) or local (one process).
@@ -65,6 +66,7 @@ class EvalCoco:
     resume: bool = False
     retry_failed: bool = False
     max_failures: int = 0
+    smallest_object: float | None = None
     max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
     report_pictures: int = PICTURES
     engine: EngineName = "ray"
@@ -80,7 +82,15 @@ def main(job: EvalCoco) -> int:
         job = replace(job, data=data, networks=networks)
     session = start_session(job.engine, job.resources, job.networks)
     split = open_split(session, str(job.data), job.split, limit=job.limit, max_megapixels=job.max_image_megapixels)
-    choose = partial(choose_policies, session, job.networks, names=job.policies, policy_file=job.policy_file, log=say)
+    choose = partial(
+        choose_policies,
+        session,
+        job.networks,
+        names=job.policies,
+        policy_file=job.policy_file,
+        smallest_object=job.smallest_object,
+        log=say,
+    )
     policies, _ = prepare_run(session, job.networks, [split], choose, log=say)
     if job.compare_with is not None and job.compare_with not in [policy.name for policy in policies]:
         msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"

@@ -28,8 +28,9 @@ class Show:
 
     Attributes:
         image: a local path, file:// or s3://.
-        policy: whole, whole@SIZE, pyramid, grid-N, random, first-pass, scalenet, gain or fused; by default scalenet
-            where there is a Scale Net (gain where it is a scale head), else first-pass.
+        policy: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused or
+            regions-scalenet; by default scalenet where there is a Scale Net (gain where it is a scale head), else
+            regions.
         output: the picture, as .png, .svg or .pdf.
         shown_score: objects with a lower score are neither drawn nor counted.
         detector: kind:what, e.g. yolox-onnx:PATH, torchvision:NAME, torchvision:PATH, module:Class.

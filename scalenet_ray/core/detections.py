@@ -219,6 +219,7 @@ class TileResult:
         look_pixels: number of pixels computed by Scale Net.
         detector_pixels: number of pixels computed by the detector.
         detector_passes: `detector_pixels` over the pixels of a whole image at the detector's input side.
+        zoom: the tile's zoom if the detector ran on it, in tile pixels for an image pixel; else 0.
         guards: names of the limits hit.
         image_hw: (height, width) of the image, in image pixels; None if it could not be opened.
     """
@@ -231,6 +232,7 @@ class TileResult:
     look_pixels: int = 0
     detector_pixels: int = 0
     detector_passes: float = 0.0
+    zoom: float = 0.0
     guards: tuple[str, ...] = ()
     image_hw: tuple[int, int] | None = None
 
@@ -248,6 +250,7 @@ class ImageResult:
         look_pixels: number of pixels computed by Scale Net.
         detector_pixels: number of pixels computed by the detector.
         detector_passes: `detector_pixels` over the pixels of a whole image at the detector's input side.
+        zoom: largest zoom of its detected tiles, in tile pixels for an image pixel; 0 without any.
         guards: number of times each limit was hit.
         image_hw: (height, width) of the image, in image pixels; None if it could not be opened.
         tiles_by_depth: depth -> number of tiles.
@@ -264,5 +267,6 @@ class ImageResult:
     detector_passes: float
     guards: dict[str, int]
     image_hw: tuple[int, int] | None
+    zoom: float = 0.0
     tiles_by_depth: dict[int, int] = field(default_factory=dict)
     whole_pass: Detections | None = None

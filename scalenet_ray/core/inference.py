@@ -19,7 +19,8 @@ from scalenet_ray.core.detections import Detections, Failure, TileResult
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.geometry import Tile, boxes_to_tile, fit_longer_side
 from scalenet_ray.core.merge import Merging, carry_to_image
-from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.policy import Policy, Recursion
+from scalenet_ray.core.regions import Candidates, RegionEvidence, candidates_of_detections, candidates_of_map
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap, fuse_maps, scale_map_of_boxes
 from scalenet_ray.core.timing import timed
 
@@ -29,6 +30,7 @@ __all__ = [
     "Detect",
     "DetectWithFeatures",
     "DetectionsWithFeatures",
+    "Evidence",
     "FeatureScalePredictor",
     "NetworkFactories",
     "ObjectsInImage",
@@ -48,6 +50,9 @@ _LOG = logging.getLogger(__name__)
 
 BATCH_HALVED = "batch_halved"
 """Guard noted on the first tile of each batch that did not fit the device's memory and was halved."""
+
+Evidence = ScaleMap | RegionEvidence | None
+"""What windows are cut by: a scale map (Algorithm 1), or candidates and texture (the region planner)."""
 
 T = TypeVar("T")
 
@@ -175,6 +180,7 @@ class ScaleResult:
         detections: in tile pixels, if the detector ran on the tile; else None.
         failure: the error of a network on this tile, or None.
         looked: True if Scale Net ran on the tile, so that its pixels count.
+        evidence: what windows are cut by; None if the policy cuts none from this tile.
         guards: limits that were hit: the memory of a device.
     """
 
@@ -182,6 +188,7 @@ class ScaleResult:
     detections: Detections | None = None
     failure: TileError | None = None
     looked: bool = False
+    evidence: Evidence = None
     guards: tuple[str, ...] = ()
 
 
@@ -227,7 +234,8 @@ def predict_scales(
     for nth, (place, tile, output) in enumerate(zip(places, chosen_tiles, outputs, strict=True)):
         scale_map, detections = (output, None) if isinstance(output, TileError) else output
         guards = (BATCH_HALVED,) * halved.count(nth)
-        results[place] = dataclasses.replace(_scale_result(tile, scale_map, detections, policy), guards=guards)
+        result = _scale_result(tile, pixels[place], scale_map, detections, policy)
+        results[place] = dataclasses.replace(result, guards=guards)
     return results
 
 
@@ -289,7 +297,11 @@ def maps_from_features(
 
 
 def _scale_result(
-    tile: Tile, scale_map: ScaleMap | TileError | None, found: Detections | TileError | None, policy: Policy
+    tile: Tile,
+    pixels: np.ndarray,
+    scale_map: ScaleMap | TileError | None,
+    found: Detections | TileError | None,
+    policy: Policy,
 ) -> ScaleResult:
     """Combine the outputs of the networks on one tile."""
     looked = policy.needs_network
@@ -297,10 +309,22 @@ def _scale_result(
         return ScaleResult(failure=scale_map, looked=looked)
     if isinstance(found, TileError):
         return ScaleResult(failure=found, looked=looked)
+    if policy.regions is not None:
+        candidates = _candidates(tile, scale_map, found, policy.recursion)
+        evidence = policy.regions.evidence(candidates, pixels, tile, policy.input_side)
+        return ScaleResult(scale_map, found, None, looked, evidence)
     if found is not None and policy.needs_first_pass:
         implied = scale_map_of_detections(found, (tile.height, tile.width), policy.recursion.first_pass_threshold)
         scale_map = implied if scale_map is None else fuse_maps(scale_map, implied)
-    return ScaleResult(scale_map, found, None, looked)
+    return ScaleResult(scale_map, found, None, looked, scale_map)
+
+
+def _candidates(tile: Tile, scale_map: ScaleMap | None, found: Detections | None, rules: Recursion) -> Candidates:
+    """Candidates of a tile: objects of its scale map if a network or the ground truth gave one, else detections."""
+    if scale_map is not None:
+        return candidates_of_map(scale_map, tile, rules.small_classes, rules.threshold)
+    assert found is not None
+    return candidates_of_detections(found, tile)
 
 
 def scale_map_of_detections(found: Detections, tile_hw: tuple[int, int], threshold: float) -> ScaleMap:
@@ -402,7 +426,8 @@ def _with_detections(
     except UserError as error:
         return dataclasses.replace(result, failure=Failure("detect", str(error)))
     pixels = canvas[0] * canvas[1]
-    result = dataclasses.replace(result, detector_pixels=pixels, detector_passes=pixels / (whole[0] * whole[1]))
+    passes = pixels / (whole[0] * whole[1])
+    result = dataclasses.replace(result, detector_pixels=pixels, detector_passes=passes, zoom=max(tile.zoom_xy))
     if isinstance(found, TileError):
         return dataclasses.replace(result, failure=Failure("detect", found.reason))
     assert found is not None

@@ -253,6 +253,7 @@ def merge_image(results: Sequence[TileResult], merging: Merging) -> ImageResult:
         look_pixels=sum(result.look_pixels for result in ordered),
         detector_pixels=sum(result.detector_pixels for result in ordered),
         detector_passes=sum(result.detector_passes for result in ordered),
+        zoom=max((result.zoom for result in ordered), default=0.0),
         guards=dict(guards),
         image_hw=next((result.image_hw for result in ordered if result.image_hw), None),
         tiles_by_depth=dict(sorted(Counter(depths).items())),

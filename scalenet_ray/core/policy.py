@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile, Window, fit_longer_side
 from scalenet_ray.core.merge import Merging
+from scalenet_ray.core.regions import Regions
 from scalenet_ray.core.scale import UNIT_AREA, ScaleRange
 
 __all__ = [
@@ -50,7 +51,7 @@ LARGEST_SIDE = 16_384
 DIGITS_RANGE = ScaleRange(low=0.99, high=1.05)
 """R_L and R_H of the paper's digits."""
 
-PolicyKind = Literal["whole", "pyramid", "grid", "random", "own", "first-pass", "scalenet", "fused", "oracle"]
+PolicyKind = Literal["whole", "pyramid", "grid", "slices", "random", "own", "first-pass", "scalenet", "fused", "oracle"]
 
 
 class Evidence(Flag):
@@ -159,9 +160,11 @@ class Policy:
         kind: its family, which decides where its windows come from.
         input_side: the longer side of the whole image's tile, in tile pixels.
         recursion: Algorithm 1's parameters, for the kinds with evidence.
+        regions: rules of the region planner, which takes the place of Algorithm 1's windows; none for these.
         merging: filters and suppression of detections.
         grid: windows along each side (grid).
-        overlap: overlap of neighbouring grid windows, as a share of a window's side (grid).
+        slice_side: side of a slice, in image pixels (slices).
+        overlap: overlap of neighbouring windows, as a share of a window's side (grid, slices).
         random_windows: number of windows (random).
         pyramid: sizes as factors of `input_side`, each with its valid range of areas in pixels of a
             512 x 512 frame (pyramid).
@@ -180,6 +183,8 @@ class Policy:
     pyramid: tuple[tuple[float, float, float], ...] = ()
     seed: int = 0
     planner: str | None = None
+    slice_side: int = 640
+    regions: Regions | None = None
 
     def __post_init__(self) -> None:
         kinds = get_args(PolicyKind)
@@ -189,6 +194,11 @@ class Policy:
         )
         _require(self.input_side >= 1, f"input_side must be 1 pixel or more, got {self.input_side}")
         _require(self.grid >= 1, f"grid must be 1 or more windows a side, got {self.grid}")
+        _require(self.slice_side >= 1, f"slice_side must be 1 pixel or more, got {self.slice_side}")
+        _require(
+            self.regions is None or self.uses_evidence,
+            f"regions are planned from evidence, which kind {self.kind} has none of: use {', '.join(_EVIDENCE)}",
+        )
         _require(0.0 <= self.overlap < 1.0, f"overlap must be at least 0 and under 1, got {self.overlap}")
         _require(self.random_windows >= 0, f"random_windows must be 0 or more, got {self.random_windows}")
         _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
@@ -253,14 +263,18 @@ class Policy:
     @property
     def largest_side(self) -> int:
         """Longest side of a tile, in tile pixels; TopK's tiles, whose size depends on the image, are not counted."""
-        growth = 1.0
-        if self.uses_evidence and self.recursion.zoom is not None:
+        growth = self.regions.first_look if self.regions is not None else 1.0
+        if self.uses_evidence and self.regions is None and self.recursion.zoom is not None:
             growth = max(1.0, self.recursion.window * self.recursion.zoom) ** self.recursion.max_depth
         return round(self.input_side * max([growth, *(size for size, _, _ in self.pyramid)]))
 
     def needs_scales(self, tile: Tile) -> bool:
-        """True if windows may be cut from this tile by its scale map."""
-        return self.uses_evidence and tile.depth < self.recursion.max_depth and tile.window_budget > 0
+        """True if windows may be cut from this tile by its evidence."""
+        if not self.uses_evidence or tile.window_budget <= 0:
+            return False
+        if self.regions is None:
+            return tile.depth < self.recursion.max_depth
+        return self.regions.may_expand(tile, self.input_side)
 
     def root(self, image_id: int, image_hw: tuple[int, int]) -> Tile:
         """Tile of the whole image, its longer side resampled to `input_side` pixels.
@@ -275,9 +289,18 @@ class Policy:
             (),
             (height, width),
             Window(0, 0, width, height),
-            *fit_longer_side(height, width, self.input_side),
-            window_budget=self.recursion.max_windows if self.uses_evidence else 0,
+            *fit_longer_side(height, width, self._first_side(max(image_hw))),
+            window_budget=self._window_budget,
         )
+
+    def _first_side(self, longer_side: int) -> int:
+        return self.input_side if self.regions is None else self.regions.first_side(longer_side, self.input_side)
+
+    @property
+    def _window_budget(self) -> int:
+        if not self.uses_evidence:
+            return 0
+        return self.recursion.max_windows if self.regions is None else self.regions.budget_cells
 
 
 _TUNED = {
@@ -289,17 +312,33 @@ _TUNED = {
 score of boxes (first pass), the smallness of objects (oracle), the expected gain in score (scale head)."""
 
 
-def parse_policy(name: str, *, input_side: int, iou_threshold: float, score_threshold: float = 0.01) -> Policy:
+_REGION_KINDS: dict[str, PolicyKind] = {
+    "regions": "first-pass",
+    "regions-scalenet": "scalenet",
+    "regions-oracle": "oracle",
+}
+"""Policies of the region planner, and the kind that their evidence comes from."""
+
+
+def parse_policy(
+    name: str,
+    *,
+    input_side: int,
+    iou_threshold: float,
+    score_threshold: float = 0.01,
+    smallest_object: float | None = None,
+) -> Policy:
     """A policy by its name.
 
-    The names are whole, whole@SIZE, pyramid, grid-N, random, module:function, first-pass, scalenet, gain, fused and
-    oracle.
+    The names are whole, whole@SIZE, pyramid, grid-N, slices@PIXELS, random, module:function, regions,
+    regions-scalenet, regions-oracle, first-pass, paper, scalenet, gain, fused and oracle.
 
     Args:
         name: the name, as on the command line.
         input_side: the detector's own side for a whole image, in pixels.
         iou_threshold: the detector's own NMS threshold.
         score_threshold: boxes that score less are dropped.
+        smallest_object: side of the smallest object worth finding, in image pixels (regions); none for the default.
 
     Raises:
         UserError: if there is no such policy.
@@ -316,12 +355,19 @@ def parse_policy(name: str, *, input_side: int, iou_threshold: float, score_thre
         return Policy(name, name, input_side, _TUNED.get(name, Recursion()), merging)
     if name == "gain":
         return Policy(name, "scalenet", input_side, _TUNED[name], merging)
+    if name in _REGION_KINDS:
+        regions = Regions() if smallest_object is None else Regions(smallest_object=smallest_object)
+        return Policy(name, _REGION_KINDS[name], input_side, merging=merging, regions=regions)
+    if name == "paper":
+        return Policy(name, "scalenet", input_side, Recursion(), merging)
+    if match := re.fullmatch(r"slices@(\d+)", name):
+        return Policy(name, "slices", input_side, merging=merging, slice_side=int(match[1]))
     if match := re.fullmatch(r"[A-Za-z_][\w.]*:([A-Za-z_]\w*)", name):
         return Policy(match[1], "own", input_side, merging=merging, planner=name)
     msg = (
-        f"there is no policy {name!r}: use whole, whole@SIZE (e.g. whole@640), pyramid, grid-N (e.g. grid-2), random, "
-        "first-pass, scalenet, gain, fused or oracle, module:function for windows of your own, or describe one in a "
-        "file for --policy-file"
+        f"there is no policy {name!r}: use regions, whole, whole@SIZE (e.g. whole@640), slices@PIXELS, grid-N (e.g. "
+        "grid-2), pyramid, random, first-pass, scalenet, gain, fused, oracle, regions-scalenet, regions-oracle or "
+        "paper, module:function for windows of your own, or describe one in a file for --policy-file"
     )
     raise UserError(msg)
 
@@ -345,8 +391,9 @@ def check_names(policies: Sequence[Policy]) -> list[Policy]:
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """Policy as plain values with a version, for YAML or JSON; the inverse of `policy_from_dict`."""
     plain = _plain(dataclasses.asdict(policy))
-    if policy.planner is None:
-        del plain["planner"]
+    for name in ("planner", "regions"):
+        if plain[name] is None:
+            del plain[name]
     return {"version": POLICY_VERSION, **plain}
 
 
@@ -363,7 +410,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     """A value of a file, checked and converted to the type of its field."""
     if get_origin(kind) is UnionType:
         return None if value is None else _typed(value, get_args(kind)[0], where)
-    if kind in (Recursion, Merging):
+    if kind in (Recursion, Merging, Regions):
         return _build(kind, value, where)
     if kind is ScaleRange:
         return ScaleRange(*_typed(value, tuple[float, float], where))

@@ -19,9 +19,10 @@ import numpy as np
 from scalenet_ray.core.detections import Failure, ImageResult, TileResult
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import ANY_AREA, AreaRange, Tile, Window, cut_tile
-from scalenet_ray.core.inference import AnyScalePredictor, Detect, detect_tiles, predict_scales
+from scalenet_ray.core.inference import AnyScalePredictor, Detect, Evidence, detect_tiles, predict_scales
 from scalenet_ray.core.merge import merge_image
 from scalenet_ray.core.policy import Policy, Recursion
+from scalenet_ray.core.regions import RegionEvidence, plan_looks, plan_regions
 from scalenet_ray.core.scale import CLASS_BOUNDS, REFERENCE_AREA, ScaleMap
 from scalenet_ray.core.windows import CellWindow, fixed_tiles, plan_windows, top_k_mean, window_hw
 
@@ -101,7 +102,7 @@ def _process_tile(
     result = TileResult(tile.image_id, tile.path, Fraction(0), look_pixels=look_pixels, image_hw=tile.image_hw)
     if seen.failure is not None:
         return Step(tile, None, (), dataclasses.replace(result, failure=Failure("look", seen.failure.reason)))
-    expansion = expand(tile, seen.scale_map, policy)
+    expansion = expand(tile, seen.evidence, policy)
     result = dataclasses.replace(result, guards=expansion.guards)
     if expansion.detect:
         result = detect_tiles([result], [tile], pixels, [seen.detections], detect, policy.merging)[0]
@@ -122,21 +123,61 @@ class Expansion(NamedTuple):
     guards: tuple[str, ...] = ()
 
 
-def expand(tile: Tile, scale_map: ScaleMap | None, policy: Policy) -> Expansion:
+def expand(tile: Tile, evidence: Evidence, policy: Policy) -> Expansion:
     """Decide whether a tile is detected, and which tiles are cut from it. A pure function.
 
     Args:
         tile: the tile.
-        scale_map: its scale map; None for a tile that `policy.needs_scales` is false for.
+        evidence: what its networks show; None for a tile that `policy.needs_scales` is false for.
         policy: the policy.
     """
     if policy.uses_evidence:
-        if scale_map is None:
+        if evidence is None:
             return Expansion(detect=True, guards=_why_not_expanded(tile, policy))
-        return _expand_by_scale(tile, scale_map, policy)
+        if isinstance(evidence, ScaleMap):
+            return _expand_by_scale(tile, evidence, policy)
+        return _expand_to_regions(tile, evidence, policy)
     if tile.depth:
         return Expansion(detect=True)
     return Expansion(policy.detects_whole, tuple(fixed_tiles(tile, policy)))
+
+
+# --- regions ----------------------------------------------------------------------------------------
+
+
+def _expand_to_regions(tile: Tile, evidence: RegionEvidence, policy: Policy) -> Expansion:
+    """Cut regions around the candidates of a tile, or looks at what is textured in it."""
+    rules = policy.regions
+    assert rules is not None
+    guards: list[str] = []
+    if evidence.textured is None:
+        planned = plan_regions(evidence.candidates, tile, rules, policy.input_side)
+    else:
+        planned = plan_looks(evidence.textured, tile, rules, policy.input_side)
+        if not rules.looks_again(tile, policy.input_side):
+            guards.append("nothing_seen")
+    costs = np.array([region.cells for region in planned], np.int64)
+    affordable = int((np.cumsum(costs) <= tile.window_budget).sum())
+    if affordable < len(planned):
+        guards.append("budget")
+    # What is left is for the children's children, as their own pixels go.
+    spent = max(1, int(costs[:affordable].sum()))
+    left = tile.window_budget - spent
+    valid_area = AreaRange(0.0, (rules.keep_factor * rules.small / max(tile.zoom_xy)) ** 2)
+    children = tuple(
+        Tile(
+            tile.image_id,
+            (*tile.path, index),
+            tile.image_hw,
+            Window(*region.xyxy),
+            region.height,
+            region.width,
+            valid_area,
+            left * region.cells // spent,
+        )
+        for index, region in enumerate(planned[:affordable])
+    )
+    return Expansion(True, children, tuple(guards))
 
 
 # --- Algorithm 1 ------------------------------------------------------------------------------------
@@ -310,6 +351,8 @@ def _share_budget(children: list[Tile], window_budget: int) -> list[Tile]:
 
 def _why_not_expanded(tile: Tile, policy: Policy) -> tuple[str, ...]:
     """The limit that kept windows from being cut from a tile."""
+    if policy.regions is not None:
+        return () if tile.window_budget else ("budget",)
     if tile.depth < policy.recursion.max_depth:
         return ("max_windows",)
     # A fixed zoom ends at max_depth by its own rule; TopK was stopped before its scale was in range.
@@ -390,5 +433,5 @@ def trace_tiles(
         seen = predict_scales([cut_tile(image, tile)], [tile], policy, detect=detect, predict_scale=predict_scale)[0]
         traced.append(TracedTile(tile, seen.scale_map))
         if seen.failure is None:
-            queue.extend(expand(tile, seen.scale_map, policy).children)
+            queue.extend(expand(tile, seen.evidence, policy).children)
     return traced

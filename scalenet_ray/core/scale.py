@@ -72,6 +72,8 @@ class ScaleMap:
         prob: [6, h, w] float32, probability of each scale class (classification).
         gain: [h, w] float32, expected gain of a closer look at each cell (an object's gain is spread over its cells);
             None if unknown: every out-of-range cell then counts 1.
+        objects: boxes [N, 4] xyxy and areas [N] in tile pixels of the objects that the map was made from; None if it
+            was predicted.
 
     Raises:
         TileError: if a value is NaN or infinite.
@@ -81,6 +83,7 @@ class ScaleMap:
     scale: np.ndarray | None = None
     prob: np.ndarray | None = None
     gain: np.ndarray | None = None
+    objects: tuple[np.ndarray, np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if (self.scale is None) == (self.prob is None):
@@ -203,7 +206,8 @@ def scale_map_of_boxes(
         grid[y0:y1, x0:x1] = classes[i]
         gain[classes[i], y0:y1, x0:x1] += gains[i] / np.prod(last[i] - first[i])
     prob = np.arange(NUM_CLASSES)[:, None, None] == grid
-    return ScaleMap(prob=prob, gain=np.take_along_axis(gain, grid[None], axis=0)[0])
+    known = np.take_along_axis(gain, grid[None], axis=0)[0]
+    return ScaleMap(prob=prob, gain=known, objects=(boxes, np.asarray(areas, np.float64)))
 
 
 def fuse_maps(first: ScaleMap, second: ScaleMap) -> ScaleMap:

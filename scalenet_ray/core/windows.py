@@ -153,6 +153,21 @@ def grid_tiles(root: Tile, policy: Policy) -> list[Tile]:
     return [_fitted_tile(root, i, window, policy) for i, window in enumerate(dict.fromkeys(windows))]
 
 
+def slice_tiles(root: Tile, policy: Policy) -> list[Tile]:
+    """Overlapping windows of `policy.slice_side` image pixels, as sliced inference cuts them; none if one holds all."""
+    height, width = root.image_hw
+    side = policy.slice_side
+    step = max(1, side - int(side * policy.overlap))
+    if side >= max(height, width):
+        return []
+    starts = [
+        [min(i * step, length - side) for i in range(-(-(length - side) // step) + 1)] if length > side else [0]
+        for length in (height, width)
+    ]
+    windows = [Window(x, y, min(x + side, width), min(y + side, height)) for y in starts[0] for x in starts[1]]
+    return [_fitted_tile(root, i, window, policy) for i, window in enumerate(windows)]
+
+
 def random_tiles(root: Tile, policy: Policy) -> list[Tile]:
     """Windows of the recursion's size at random places, the same for the same image and seed."""
     rng = np.random.default_rng((policy.seed, root.image_id))
@@ -219,6 +234,7 @@ _PLANNERS: Mapping[str, Callable[[Tile, Policy], list[Tile]]] = {
     "own": own_tiles,
     "pyramid": pyramid_tiles,
     "random": random_tiles,
+    "slices": slice_tiles,
 }
 
 

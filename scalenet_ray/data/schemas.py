@@ -35,6 +35,7 @@ TILE_RESULTS = pa.schema(
         ("look_pixels", pa.int64()),
         ("detector_pixels", pa.int64()),
         ("detector_passes", pa.float64()),
+        ("zoom", pa.float64()),
         ("guards", pa.list_(pa.string())),
         ("image_hw", pa.list_(pa.int32())),
         ("boxes", pa.list_(pa.float32())),
@@ -80,6 +81,7 @@ IMAGES = pa.schema(
         ("detector_passes", pa.float64()),
         ("detector_pixels", pa.int64()),
         ("scalenet_pixels", pa.int64()),
+        ("zoom", pa.float64()),
         ("guards", pa.string()),
         ("failure_stage", pa.string()),
         ("failure_reason", pa.string()),
@@ -97,7 +99,8 @@ IMAGES = pa.schema(
 )
 """One row per image, written after its detections as the record that it is finished.
 
-guards is JSON, name -> count. finished_at is in seconds since the run began. whole_pass is `ImageResult.whole_pass`;
+zoom is `ImageResult.zoom`; null in runs of older versions. guards is JSON, name -> count.
+ finished_at is in seconds since the run began. whole_pass is `ImageResult.whole_pass`;
 null without such a pass, and in runs of older versions.
 """
 
@@ -116,6 +119,7 @@ def tile_results_table(results: Sequence[TileResult]) -> pa.Table:
         "look_pixels": [result.look_pixels for result in results],
         "detector_pixels": [result.detector_pixels for result in results],
         "detector_passes": [result.detector_passes for result in results],
+        "zoom": [result.zoom for result in results],
         "guards": [list(result.guards) for result in results],
         "image_hw": [result.image_hw for result in results],
         "boxes": [detections.boxes.ravel() for detections in found],
@@ -156,6 +160,7 @@ def tile_results_from_table(table: pa.Table) -> list[TileResult]:
                 row["look_pixels"],
                 row["detector_pixels"],
                 row["detector_passes"],
+                row["zoom"],
                 tuple(row["guards"]),
                 tuple(row["image_hw"]) if row["image_hw"] else None,
             )
@@ -216,6 +221,7 @@ def images_table(
             "detector_passes": result.detector_passes,
             "detector_pixels": result.detector_pixels,
             "scalenet_pixels": result.look_pixels,
+            "zoom": result.zoom,
             "guards": json.dumps(result.guards, sort_keys=True),
             "failure_stage": result.failure.stage if result.failure else None,
             "failure_reason": result.failure.reason if result.failure else None,

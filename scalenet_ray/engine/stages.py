@@ -259,7 +259,7 @@ class ScaleStage:
         # Without scale predictions the reader has expanded the tile: its children are in this row already.
         if not self._policy.uses_evidence:
             return Decision(expand(packed.tile, None, self._policy)._replace(children=()))
-        return Decision(expand(packed.tile, scale.scale_map, self._policy))
+        return Decision(expand(packed.tile, scale.evidence, self._policy))
 
     def _apply(
         self, batch: MicroBatch, decisions: dict[int, tuple[ScaleResult, Decision]], read_failures: list[TileResult]

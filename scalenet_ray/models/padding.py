@@ -10,7 +10,7 @@ import numpy as np
 __all__ = [
     "STRIDE",
     "detect_by_canvas",
-    "square_canvas",
+    "stride_canvas",
 ]
 
 STRIDE = 32
@@ -21,18 +21,20 @@ HW = tuple[int, int]
 Answer = TypeVar("Answer")
 
 
-def square_canvas(hw: HW, least_side: int = 1) -> HW:
-    """The smallest square canvas of a tile, with a side that is a multiple of `STRIDE`.
+def stride_canvas(hw: HW, least_side: int = 1) -> HW:
+    """The smallest canvas of a tile with sides that are multiples of `STRIDE`.
 
     Args:
         hw: (height, width) of the tile.
-        least_side: minimum side.
+        least_side: minimum of the longer side.
 
     Returns:
-        (height, width), equal, in tile pixels.
+        (height, width) in tile pixels.
     """
-    side = -(-max(*hw, least_side) // STRIDE) * STRIDE
-    return side, side
+    height, width = hw
+    if least_side > max(hw):
+        height, width = (least_side, width) if height >= width else (height, least_side)
+    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
 
 
 def detect_by_canvas(

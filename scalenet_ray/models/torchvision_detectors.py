@@ -18,7 +18,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES, COCO_NUM_CLASSES
 from scalenet_ray.models.devices import device_on_this_machine
-from scalenet_ray.models.padding import detect_by_canvas, square_canvas
+from scalenet_ray.models.padding import detect_by_canvas, stride_canvas
 from scalenet_ray.models.torchvision_builders import (
     build_detector,
     fetch_detector,
@@ -89,7 +89,7 @@ class TorchvisionDetector:
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """Canvas (height, width) of a tile of (height, width)."""
-        return square_canvas(hw, self._least_side)
+        return stride_canvas(hw, self._least_side)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detect on tiles; see `Detector`."""
@@ -133,7 +133,7 @@ class _OnCanvas(GeneralizedRCNNTransform):
     def batch_images(self, images: list[torch.Tensor], size_divisible: int = 32) -> torch.Tensor:
         """Tiles with equal canvases, [3, h, w] each -> [B, 3, side, side], padded at the right and below."""
         del size_divisible
-        height, width = square_canvas((images[0].shape[-2], images[0].shape[-1]), self._least_side)
+        height, width = stride_canvas((images[0].shape[-2], images[0].shape[-1]), self._least_side)
         batch = images[0].new_zeros((len(images), 3, height, width)).contiguous(memory_format=torch.channels_last)
         for canvas, image in zip(batch, images, strict=True):
             canvas[:, : image.shape[-2], : image.shape[-1]] = image

@@ -24,7 +24,7 @@ from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
 from scalenet_ray.models.onnx_graph import expose_features, free_axes
 from scalenet_ray.models.onnx_session import open_session, providers_of, session_options
-from scalenet_ray.models.padding import STRIDE, detect_by_canvas, square_canvas
+from scalenet_ray.models.padding import STRIDE, detect_by_canvas, stride_canvas
 
 __all__ = ["YoloxDetector"]
 
@@ -119,7 +119,7 @@ class YoloxDetector:
             UserError: if the tile exceeds the network's fixed input.
         """
         if self._fixed_hw is None:
-            return square_canvas(hw)
+            return stride_canvas(hw)
         if hw[0] > self._fixed_hw[0] or hw[1] > self._fixed_hw[1]:
             msg = (
                 f"a tile of {hw[0]} x {hw[1]} does not fit this network's fixed input of {self._fixed_hw[0]} x "

@@ -46,7 +46,11 @@ class FailureCount(TypedDict):
 
 
 class PolicyCost(TypedDict):
-    """Cost of a policy: means over the images that did not fail, busy seconds by stage, and counts."""
+    """Cost of a policy: means over the images that did not fail, busy seconds by stage, and counts.
+
+    `images_reduced` is the number of images of which even the largest zoom shows fewer than half of the pixels along a
+    side; `most_reduced` is the image pixels for a tile pixel of the worst of all.
+    """
 
     tiles_per_image: float
     detector_passes_per_image: float
@@ -54,6 +58,8 @@ class PolicyCost(TypedDict):
     scalenet_megapixels_per_image: float
     seconds_by_stage: dict[str, float]
     guards: dict[str, int]
+    images_reduced: int
+    most_reduced: float
     images_done: int
     images_failed: int
 

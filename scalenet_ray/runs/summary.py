@@ -29,6 +29,9 @@ __all__ = [
 
 _MAX_REASONS = 20
 
+_REDUCED = 0.5
+"""Zoom under which an image counts as never seen at its own resolution."""
+
 
 _PATH_OR_QUOTED = re.compile(r"""(?P<quote>['"]).*?(?P=quote)|\S*/\S*[^\s:;,)]""")
 
@@ -59,7 +62,7 @@ def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
     for part in run.parts("images", policy, ["image_id", "guards", "failure_stage"], current):
         for text in part.filter(pc.field("failure_stage").is_null()).column("guards").to_pylist():
             guards.update(json.loads(text))
-    measured = ["tiles", "detector_passes", "detector_pixels", "scalenet_pixels"]
+    measured = ["tiles", "detector_passes", "detector_pixels", "scalenet_pixels", "zoom"]
     table = run.table("images", policy, ["image_id", "failure_stage", *measured])
     done = table.filter(pc.field("failure_stage").is_null())
 
@@ -68,6 +71,7 @@ def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
         values = done.column(column).to_numpy()
         return float(values.mean() / unit) if len(values) else 0.0
 
+    zooms = done.column("zoom").drop_null().to_numpy()
     return {
         "tiles_per_image": mean("tiles"),
         "detector_passes_per_image": mean("detector_passes"),
@@ -75,6 +79,8 @@ def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
         "scalenet_megapixels_per_image": mean("scalenet_pixels", 1e6),
         "seconds_by_stage": run.seconds_by_stage(policy),
         "guards": dict(sorted(guards.items())),
+        "images_reduced": int((zooms < _REDUCED).sum()),
+        "most_reduced": float(1.0 / zooms.min()) if len(zooms) and zooms.min() > 0 else 1.0,
         "images_done": done.num_rows,
         "images_failed": table.num_rows - done.num_rows,
     }

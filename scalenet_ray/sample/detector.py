@@ -23,7 +23,7 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.inference import DetectionsWithFeatures
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.onnx_export import to_onnx
-from scalenet_ray.models.padding import detect_by_canvas, square_canvas
+from scalenet_ray.models.padding import detect_by_canvas, stride_canvas
 from scalenet_ray.models.scale_net import load_state, read_checkpoint
 from scalenet_ray.models.weights import save_weights
 from scalenet_ray.sample.tiny import (
@@ -145,18 +145,18 @@ class TinyNet(nn.Module):
             classes.append(self.classes(shared).flatten(2).transpose(1, 2))
             # Clamped against overflow; e^4 strides exceed any tile.
             sides.append(self.sides(shared).clamp(max=4.0).exp().flatten(2).transpose(1, 2) * stride)
-        centres, _ = cell_centres(images.shape[-1], images.device)
+        centres, _ = cell_centres((images.shape[-2], images.shape[-1]), images.device)
         left_top, right_bottom = torch.cat(sides, dim=1).split(2, dim=2)
         boxes = torch.cat([centres - left_top, centres + right_bottom], dim=2)
         return Answers(torch.cat(quality, dim=1), torch.cat(classes, dim=1), boxes, tuple(levels))
 
 
-def cell_centres(side: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Centres [cells, 2] xy in canvas pixels and strides [cells] of the cells of a square canvas."""
+def cell_centres(hw: tuple[int, int], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Centres [cells, 2] xy in canvas pixels and strides [cells] of the cells of a canvas of (height, width)."""
     centres, strides = [], []
     for stride in STRIDES:
-        steps = (torch.arange(side // stride, device=device) + 0.5) * stride
-        y, x = torch.meshgrid(steps, steps, indexing="ij")
+        rows, columns = ((torch.arange(side // stride, device=device) + 0.5) * stride for side in hw)
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
         centres.append(torch.stack([x, y], dim=-1).reshape(-1, 2))
         strides.append(torch.full((len(centres[-1]),), float(stride), device=device))
     return torch.cat(centres), torch.cat(strides)
@@ -186,7 +186,7 @@ def assign_targets(
         ignored: B times [N] bool; cells inside these boxes, and those below MIN_TRAINED_SIDE, are ignored.
         side: side of the canvas in pixels.
     """
-    centres, strides = cell_centres(side)
+    centres, strides = cell_centres((side, side))
     all_labels = torch.full((len(boxes), len(centres)), -1, dtype=torch.int64)
     all_boxes = torch.zeros((len(boxes), len(centres), 4))
     for i in range(len(boxes)):
@@ -310,7 +310,7 @@ class TinyDetector:
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """Square canvas of a tile of (height, width)."""
-        return square_canvas(hw)
+        return stride_canvas(hw)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detect on tiles; see `Detector`. At most 100 detections per tile, by descending score."""
@@ -354,14 +354,14 @@ class _TinyNetOnPixels(nn.Module):
         self.model = model
 
     def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[B, S, S, 3] uint8 RGB -> scores [B, cells, classes], boxes [B, cells, 4], feature maps of three strides."""
+        """[B, H, W, 3] uint8 RGB -> scores [B, cells, classes], boxes [B, cells, 4], feature maps of three strides."""
         answers: Answers = self.model(tiles.permute(0, 3, 1, 2).float())
         scores = answers.quality.sigmoid()[:, :, None] * answers.classes.softmax(dim=2)
         return scores, answers.boxes, *answers.levels
 
 
 def export_tiny_detector(path: str) -> bytes:
-    """A checkpoint of `save_tiny_detector` as an ONNX file, for `load_tiny_detector`; any batch, any square canvas.
+    """A checkpoint of `save_tiny_detector` as an ONNX file, for `load_tiny_detector`; any batch, any canvas.
 
     Args:
         path: a local path or s3:// address.
@@ -370,6 +370,6 @@ def export_tiny_detector(path: str) -> bytes:
     model = _TinyNetOnPixels(detector.model.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
     tiles = torch.zeros(1, detector.input_side, detector.input_side, 3, dtype=torch.uint8)
     outputs = ["scores", "boxes", *(f"features_{stride}" for stride in STRIDES)]
-    sizes = {"tiles": {0: "batch", 1: "side", 2: "side"}}
+    sizes = {"tiles": {0: "batch", 1: "height", 2: "width"}}
     metadata = {TINY_DETECTOR: json.dumps(asdict(detector.config))}
     return to_onnx(model, [tiles], sizes, outputs, metadata)

@@ -16,7 +16,7 @@ from scalenet_ray.core.extras import needs_extra
 from scalenet_ray.core.inference import DetectionsWithFeatures
 from scalenet_ray.core.merge import nms
 from scalenet_ray.models.onnx_session import open_network
-from scalenet_ray.models.padding import detect_by_canvas, square_canvas
+from scalenet_ray.models.padding import detect_by_canvas, stride_canvas
 from scalenet_ray.models.scale_predictors import ONNX_SUFFIX
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def select_detections(
 class OnnxTinyDetector:
     """The sample's detector exported to ONNX, behind the `Detector` protocol.
 
-    The graph takes uint8 RGB [batch, side, side, 3] and returns scores, boxes and the neck's three feature maps.
+    The graph takes uint8 RGB [batch, height, width, 3] and returns scores, boxes and the neck's three feature maps.
 
     Args:
         session: the network.
@@ -159,8 +159,8 @@ class OnnxTinyDetector:
         self._output_names = [output.name for output in session.get_outputs()]
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """The padded square that is computed for a tile of (height, width)."""
-        return square_canvas(hw)
+        """The padded canvas that is computed for a tile of (height, width)."""
+        return stride_canvas(hw)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detect on tiles; see `Detector`. At most 100 detections a tile, the best first."""

@@ -1,0 +1,481 @@
+"""Region planner: rectangles around small objects, each zoomed by the size of what is in it.
+
+Candidates are objects that a detector's first pass, Scale Net or the ground truth shows in a tile. Each asks for itself
+and some context, at the zoom that brings its side to `Regions.target` pixels (the paper's rescaling by 1 / TopK,
+bounded). Rectangles are joined where one costs no more than two, ranked by expected gain over cost, and split where
+they exceed the largest canvas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.geometry import Tile, boxes_to_image
+from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap
+
+__all__ = [
+    "CELL_PIXELS",
+    "Candidates",
+    "Region",
+    "RegionEvidence",
+    "Regions",
+    "candidates_of_detections",
+    "candidates_of_map",
+    "plan_looks",
+    "plan_regions",
+    "textured_cells",
+]
+
+_STRIDE = 32
+CELL_PIXELS = _STRIDE**2
+"""Detector pixels of one cell, the unit of a tile's budget."""
+
+_UNLIMITED = 2**31 - 1
+
+_ZOOM_BINS = 2
+"""Bins of zoom to a factor of two: rectangles are joined within a bin first."""
+
+_LEAST_ZOOM = 1.2
+"""A tile whose zoom could grow by less is not looked at again."""
+
+_LEAST_COST = 0.02
+"""Least cost of a region in the price, in squares of the input side."""
+
+_TEXTURE_CELL, _TEXTURE_BLOCK = 16, 3
+"""Sides of a cell and of the neighbourhood of a corner, in tile pixels."""
+
+_EXACT = 160
+"""Up to so many rectangles the best pair of all is joined, one after the other."""
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Rules of the region planner.
+
+    Attributes:
+        smallest_object: side of the smallest object worth finding, in image pixels: the first look shows it at
+            `look_side`.
+        look_side: side of the smallest object in the first look, in tile pixels.
+        first_look: largest first look, in multiples of the detector's input side. Where that is too small for the
+            smallest object, all that is textured is looked at again, in tiles of at most this size.
+        min_contrast: what is textured: see `textured_cells`; 0 looks everywhere.
+        min_score: least score of a candidate.
+        small: side under which an object asks for a closer look, in tile pixels.
+        target: side that its zoom aims at, in tile pixels.
+        max_zoom: largest zoom relative to the tile, for one step.
+        max_native: largest zoom, in tile pixels for an image pixel: there pixels hold no more.
+        context: margin of a box on every side, relative to the box's side.
+        min_context: least margin, in pixels of the new tile.
+        min_side: least side of a region, in pixels of the new tile.
+        overlap: overlap of neighbouring looks, and of the parts of a region that is split, in tile pixels.
+        price: least expected gain (sum of score times smallness) for as many pixels as a square of the input side has.
+        keep_factor: boxes of a region may have sides so many times `small` in the tile that it was cut from.
+        max_depth: how often regions may be cut from regions: 1 for those of the first look alone.
+        budget: most pixels of an image's regions, in megapixels; none for no limit.
+
+    Raises:
+        UserError: if a number leaves its range.
+    """
+
+    smallest_object: float = 16.0
+    look_side: float = 8.0
+    first_look: float = 2.0
+    min_contrast: float = 6.0
+    min_score: float = 0.03
+    small: float = 64.0
+    target: float = 48.0
+    max_zoom: float = 3.0
+    max_native: float = 2.0
+    context: float = 1.0
+    min_context: float = 32.0
+    min_side: int = 128
+    overlap: int = 64
+    price: float = 0.4
+    keep_factor: float = 1.5
+    max_depth: int = 1
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        above = {
+            "smallest_object": 0, "look_side": 0, "small": 0, "target": 0, "max_native": 0, "min_side": 0,
+            "keep_factor": 0, "max_zoom": 1,
+        }  # fmt: skip
+        for name, bound in above.items():
+            if not bound < getattr(self, name) < math.inf:
+                msg = f"{name} must be above {bound} and finite, got {getattr(self, name)}"
+                raise UserError(msg)
+        for name in ("context", "min_context", "overlap", "price", "max_depth", "min_contrast", "budget"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                msg = f"{name} must be 0 or more and finite, got {value}"
+                raise UserError(msg)
+        if not 0.0 <= self.min_score <= 1.0:
+            msg = f"min_score must be between 0 and 1, got {self.min_score}"
+            raise UserError(msg)
+        if not self.first_look >= 1.0:
+            msg = f"first_look must be 1 or more, got {self.first_look}"
+            raise UserError(msg)
+
+    @property
+    def look_zoom(self) -> float:
+        """Zoom of the first look, in tile pixels for an image pixel."""
+        return min(self.look_side / self.smallest_object, self.max_native)
+
+    @property
+    def second_look_zoom(self) -> float:
+        """Zoom of the look at an image in which the first one saw nothing: twice that, at most native."""
+        return min(2.0 * self.look_zoom, 1.0)
+
+    def first_side(self, longer_side: int, input_side: int) -> int:
+        """Longer side of the whole image's tile, in tile pixels.
+
+        Args:
+            longer_side: the image's, in image pixels.
+            input_side: the detector's, in tile pixels.
+        """
+        return max(input_side, round(min(longer_side * self.look_zoom, input_side * self.first_look)))
+
+    def evidence(self, candidates: Candidates, pixels: np.ndarray, tile: Tile, input_side: int) -> RegionEvidence:
+        """What regions of a tile are planned by: its candidates, and its texture where these do not tell enough.
+
+        Args:
+            candidates: objects that the tile shows.
+            pixels: [height, width, 3] uint8 RGB of the tile.
+            tile: the tile.
+            input_side: the detector's, in tile pixels.
+        """
+        empty = not tile.depth and not (candidates.scores >= self.min_score).any()
+        if self.looks_again(tile, input_side) or (empty and max(tile.zoom_xy) * _LEAST_ZOOM < self.second_look_zoom):
+            return RegionEvidence(candidates, textured_cells(pixels, self.min_contrast))
+        return RegionEvidence(candidates)
+
+    def looks_again(self, tile: Tile, input_side: int) -> bool:
+        """True for a whole image's tile that is too small for the smallest object, so that looks are cut from it."""
+        return not tile.depth and self._needs_looks(max(tile.image_hw), input_side)
+
+    def _needs_looks(self, longer_side: int, input_side: int) -> bool:
+        return self.first_side(longer_side, input_side) * _LEAST_ZOOM < longer_side * self.look_zoom
+
+    def may_expand(self, tile: Tile, input_side: int) -> bool:
+        """True if looks or regions may be cut from this tile."""
+        if self.looks_again(tile, input_side):
+            return True
+        # Looks are part of seeing the whole image: regions are counted from there.
+        depth = tile.depth - self._needs_looks(max(tile.image_hw), input_side)
+        zoom = max(tile.zoom_xy)
+        return depth < self.max_depth and zoom * _LEAST_ZOOM < min(zoom * self.max_zoom, self.max_native)
+
+    @property
+    def budget_cells(self) -> int:
+        """`budget` in cells of `CELL_PIXELS`."""
+        return _UNLIMITED if self.budget is None else min(_UNLIMITED, int(self.budget * 1e6) // CELL_PIXELS)
+
+
+class Candidates(NamedTuple):
+    """Objects of a tile that may be worth a closer look.
+
+    Attributes:
+        boxes: [N, 4] xyxy in image pixels.
+        sides: [N] sides of the objects in image pixels: roots of their areas.
+        scores: [N] expected gain of a closer look at an object much smaller than `Regions.small`.
+    """
+
+    boxes: np.ndarray
+    sides: np.ndarray
+    scores: np.ndarray
+
+
+class RegionEvidence(NamedTuple):
+    """What regions of a tile are planned by.
+
+    Attributes:
+        candidates: its objects.
+        textured: [h, w] bool, cells of a whole image's tile (`textured_cells`) that shows the smallest objects too
+            small, or in which nothing was seen; else None.
+    """
+
+    candidates: Candidates
+    textured: np.ndarray | None = None
+
+
+def candidates_of_detections(found: Detections, tile: Tile) -> Candidates:
+    """Candidates of a detector's first pass on a tile; boxes of `found` in tile pixels."""
+    boxes = boxes_to_image(found.boxes, tile).astype(np.float64)
+    sizes = np.maximum(boxes[:, 2:] - boxes[:, :2], 0.0)
+    return Candidates(boxes, np.sqrt(sizes[:, 0] * sizes[:, 1]), found.scores.astype(np.float64))
+
+
+def candidates_of_map(scale_map: ScaleMap, tile: Tile, classes: tuple[int, ...], threshold: float) -> Candidates:
+    """Candidates of a class map: the objects that it was made from, else connected cells of small classes.
+
+    Args:
+        scale_map: of the tile.
+        tile: the tile.
+        classes: scale classes that ask for a closer look.
+        threshold: least sum of their probabilities in a cell (method 2 of the paper).
+    """
+    if scale_map.objects is not None:
+        boxes, areas = scale_map.objects
+        zoom_x, zoom_y = tile.zoom_xy
+        return Candidates(
+            boxes_to_image(boxes, tile).astype(np.float64), np.sqrt(areas / (zoom_x * zoom_y)), np.ones(len(boxes))
+        )
+    assert scale_map.prob is not None
+    chance = scale_map.prob[list(classes)].sum(axis=0)
+    count, labels, boxes, _ = cv2.connectedComponentsWithStats((chance > threshold).astype(np.uint8))
+    cells = tile.window.width / chance.shape[1], tile.window.height / chance.shape[0]
+    corners = boxes[1:, :2] * cells + (tile.window.x0, tile.window.y0)
+    # A component may be a crowd of objects: the most of them that its class allows.
+    side = math.sqrt(UNIT_AREA / 4 * tile.window.area / REFERENCE_AREA)
+    sums = np.bincount(labels.ravel(), chance.ravel(), count)[1:] * (cells[0] * cells[1]) / side**2
+    return Candidates(
+        np.concatenate([corners, corners + boxes[1:, 2:4] * cells], axis=1), np.full(count - 1, side), sums
+    )
+
+
+def textured_cells(pixels: np.ndarray, min_contrast: float) -> np.ndarray:
+    """Cells of a tile that hold a corner: a place where the brightness changes along two directions.
+
+    Sky, water, blurred or empty background and straight edges have none; objects do, down to two or three pixels.
+
+    Args:
+        pixels: [height, width, 3] uint8 RGB.
+        min_contrast: least slope along the weaker direction, in grey levels per pixel (Shi and Tomasi, 1994).
+
+    Returns:
+        [ceil(height / 16), ceil(width / 16)] bool.
+    """
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    height, width = (
+        -(-grey.shape[0] // _TEXTURE_CELL) * _TEXTURE_CELL,
+        -(-grey.shape[1] // _TEXTURE_CELL) * _TEXTURE_CELL,
+    )
+    strength = np.zeros((height, width), np.float32)
+    strength[: grey.shape[0], : grey.shape[1]] = cv2.cornerMinEigenVal(grey, _TEXTURE_BLOCK, ksize=3)
+    cells = strength.reshape(height // _TEXTURE_CELL, _TEXTURE_CELL, width // _TEXTURE_CELL, _TEXTURE_CELL).max(
+        axis=(1, 3)
+    )
+    # OpenCV sums squared slopes over the block, in units of 1 / (4 * block * 255); a slope of one level gives 8.
+    slopes = np.sqrt(np.maximum(cells, 0.0)) * (4 * _TEXTURE_BLOCK * 255) / (8 * _TEXTURE_BLOCK)
+    return slopes >= min_contrast
+
+
+def plan_looks(textured: np.ndarray, tile: Tile, rules: Regions, input_side: int) -> list[Region]:
+    """Plan looks at all that is textured in a whole image's tile.
+
+    Their zoom is that of the first look; where the tile has it already, and nothing was seen, that of the second.
+
+    Args:
+        textured: [h, w] bool, cells of the tile (`textured_cells`).
+        tile: the tile.
+        rules: the rules.
+        input_side: the detector's, in tile pixels; a look has at most `Regions.first_look` times that.
+    """
+    zoom, canvas = rules.look_zoom, round(input_side * rules.first_look)
+    if not rules.looks_again(tile, input_side):
+        zoom = rules.second_look_zoom
+    y, x = np.nonzero(textured)
+    if not len(x):
+        return []
+    frame, zoom_xy = tile.window, np.array(tile.zoom_xy)
+    corners = np.column_stack([x, y]) * _TEXTURE_CELL / zoom_xy + (frame.x0, frame.y0)
+    context = rules.overlap / 2 / zoom
+    boxes = np.concatenate([corners - context, corners + _TEXTURE_CELL / zoom_xy + context], axis=1)
+    zooms = np.full(len(boxes), zoom)
+    rows = np.column_stack([_grown(boxes, zooms, frame.xyxy, rules), zooms, np.ones(len(boxes))])
+    rows = _joined(rows, frame.xyxy, rules)
+    order = np.lexsort((rows[:, 0], rows[:, 1]))
+    return _distinct(part for row in rows[order] for part in _parts(row, frame.xyxy, rules.overlap, canvas))
+
+
+class Region(NamedTuple):
+    """A rectangle of the image to run the detector on.
+
+    Attributes:
+        xyxy: its corners in whole image pixels.
+        height: of its tile, in tile pixels.
+        width: of its tile, in tile pixels.
+        gain: expected gain: the sum of score times smallness of the evidence inside.
+    """
+
+    xyxy: tuple[int, int, int, int]
+    height: int
+    width: int
+    gain: float
+
+    @property
+    def cells(self) -> int:
+        """Its cost, in cells of `CELL_PIXELS` of the detector's canvas."""
+        return -(-self.height // _STRIDE) * -(-self.width // _STRIDE)
+
+
+def plan_regions(candidates: Candidates, tile: Tile, rules: Regions, input_side: int) -> list[Region]:
+    """Plan regions around candidates.
+
+    Args:
+        candidates: objects that a tile shows.
+        tile: the tile; regions stay inside its window.
+        rules: the rules.
+        input_side: the detector's, in tile pixels; larger regions are split.
+
+    Returns:
+        Regions in the order of expected gain for their cost, none with less than the price.
+    """
+    zoom, frame, canvas = max(tile.zoom_xy), tile.window.xyxy, input_side
+    boxes, sides, scores = candidates
+    asks = (scores >= rules.min_score) & (sides * zoom < rules.small) & (sides > 0)
+    highest = min(zoom * rules.max_zoom, rules.max_native)
+    if zoom * _LEAST_ZOOM >= highest or not asks.any():
+        return []
+    boxes, scores, sides = boxes[asks], scores[asks], sides[asks]
+    gains = scores * (1.0 - sides * zoom / rules.small)
+    zooms = np.clip(rules.target / sides, min(zoom * 1.3, highest), highest)
+    context = np.maximum(rules.context * sides, rules.min_context / zooms)[:, None]
+    corners = np.concatenate([boxes[:, :2] - context, boxes[:, 2:] + context], axis=1)
+    rows = np.column_stack([_grown(corners, zooms, frame, rules), zooms, gains])
+    rows = _joined(rows, frame, rules)
+    values = rows[:, 5] / np.maximum(_costs(rows) / canvas**2, _LEAST_COST)
+    order = np.lexsort((rows[:, 0], rows[:, 1], -values))
+    return _distinct(
+        part for row in rows[order[values[order] >= rules.price]] for part in _parts(row, frame, rules.overlap, canvas)
+    )
+
+
+def _distinct(regions: Iterable[Region]) -> list[Region]:
+    """Regions without those that others are equal to but for the gain: small ones grow to the same least side."""
+    return list({(region.xyxy, region.height, region.width): region for region in regions}.values())
+
+
+def _grown(corners: np.ndarray, zooms: np.ndarray, frame: tuple[int, int, int, int], rules: Regions) -> np.ndarray:
+    """Rectangles [N, 4] grown to the least side around their centres, and moved and clipped into the frame."""
+    low, high = np.array(frame[:2], float), np.array(frame[2:], float)
+    centres = (corners[:, :2] + corners[:, 2:]) / 2
+    least = (rules.min_side / zooms)[:, None]
+    sizes = np.minimum(np.maximum(corners[:, 2:] - corners[:, :2], least), high - low)
+    starts = np.clip(centres - sizes / 2, low, high - sizes)
+    return np.concatenate([starts, starts + sizes], axis=1)
+
+
+def _costs(rows: np.ndarray) -> np.ndarray:
+    """[N] detector pixels of rectangles (columns x0, y0, x1, y1, zoom, ...), canvases in multiples of the stride."""
+    # 1e-6: a side of four strides must not become five by a rounding error.
+    width = np.ceil((rows[:, 2] - rows[:, 0]) * rows[:, 4] / _STRIDE - 1e-6)
+    height = np.ceil((rows[:, 3] - rows[:, 1]) * rows[:, 4] / _STRIDE - 1e-6)
+    return width * height * _STRIDE**2
+
+
+def _union(rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Unions of the groups of sorted rows that begin at `starts`: bounding box, largest zoom, sum of gains."""
+    return np.column_stack(
+        [
+            np.minimum.reduceat(rows[:, :2], starts),
+            np.maximum.reduceat(rows[:, 2:5], starts),
+            np.add.reduceat(rows[:, 5], starts),
+        ]
+    )
+
+
+def _joined(rows: np.ndarray, frame: tuple[int, int, int, int], rules: Regions) -> np.ndarray:
+    """Rectangles joined wherever the joint one costs no more: on grids of growing cells, then pair by pair."""
+    extent = max(frame[2] - frame[0], frame[3] - frame[1])
+    cell = rules.min_side / 2 / rows[:, 4].max()
+    while len(rows) > 1 and cell < 2 * extent:
+        for shift in (0.0, 0.5):
+            rows = _joined_in_cells(rows, cell, shift, frame)
+        cell *= 2.0
+    return _joined_in_pairs(rows) if len(rows) <= _EXACT else rows
+
+
+def _joined_in_cells(rows: np.ndarray, cell: float, shift: float, frame: tuple[int, int, int, int]) -> np.ndarray:
+    """Rectangles of one zoom bin whose centres lie in one cell become one, where that costs no more."""
+    centres = (rows[:, :2] + rows[:, 2:4]) / 2 - np.array(frame[:2], float)
+    places = np.floor(centres / cell + shift).astype(np.int64)
+    bins = np.floor(np.log2(rows[:, 4]) * _ZOOM_BINS).astype(np.int64)
+    order = np.lexsort((rows[:, 1], rows[:, 0], places[:, 0], places[:, 1], bins))
+    rows, keys = rows[order], np.column_stack([bins, places])[order]
+    starts = np.flatnonzero(np.r_[True, (keys[1:] != keys[:-1]).any(axis=1)])
+    if len(starts) == len(rows):
+        return rows
+    unions = _union(rows, starts)
+    cheaper = _costs(unions) <= np.add.reduceat(_costs(rows), starts)
+    groups = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(rows)]))
+    return np.concatenate([unions[cheaper], rows[~cheaper[groups]]])
+
+
+def _joined_in_pairs(rows: np.ndarray) -> np.ndarray:
+    """Rectangles of any zoom, the pair that saves most joined first."""
+    rows = rows.copy()
+    alive = np.ones(len(rows), bool)
+    costs = _costs(rows)
+    ratios = np.full((len(rows), len(rows)), np.inf)
+
+    def compare(i: int) -> None:
+        others = np.flatnonzero(alive)
+        others = others[others != i]
+        if not len(others):
+            return
+        unions = np.column_stack(
+            [np.minimum(rows[i, :2], rows[others, :2]), np.maximum(rows[i, 2:5], rows[others, 2:5])]
+        )
+        ratios[i, others] = ratios[others, i] = _costs(unions) / (costs[others] + costs[i])
+
+    for i in range(len(rows)):
+        compare(i)
+    while True:
+        i, j = np.unravel_index(int(ratios.argmin()), ratios.shape)
+        if not ratios[i, j] <= 1.0:
+            return rows[alive]
+        rows[i] = [
+            *np.minimum(rows[i, :2], rows[j, :2]),
+            *np.maximum(rows[i, 2:5], rows[j, 2:5]),
+            rows[i, 5] + rows[j, 5],
+        ]
+        costs[i] = _costs(rows[i][None])[0]
+        alive[j] = False
+        ratios[j, :] = ratios[:, j] = np.inf
+        ratios[i, :] = ratios[:, i] = np.inf
+        compare(int(i))
+
+
+def _parts(row: np.ndarray, frame: tuple[int, int, int, int], overlap: int, canvas: int) -> list[Region]:
+    """A rectangle in whole pixels, split with overlap where its tile exceeds the canvas."""
+    zoom, gain = float(row[4]), float(row[5])
+    x0, y0 = math.floor(row[0]), math.floor(row[1])
+    x1, y1 = min(math.ceil(row[2]), frame[2]), min(math.ceil(row[3]), frame[3])
+    columns, rows = (_splits(*ends, math.ceil(overlap / zoom), canvas / zoom) for ends in ((x0, x1), (y0, y1)))
+    columns = [_filled(*part, zoom, frame[0], frame[2], canvas) for part in columns]
+    rows = [_filled(*part, zoom, frame[1], frame[3], canvas) for part in rows]
+    share = gain / (len(columns) * len(rows))
+    return [
+        Region((left, top, right, bottom), height, width, share)
+        for top, bottom, height in rows
+        for left, right, width in columns
+    ]
+
+
+def _filled(start: int, end: int, zoom: float, low: int, high: int, canvas: int) -> tuple[int, int, int]:
+    """[start, end) grown within [low, high) to what its canvas holds, and its side in tile pixels."""
+    side = min(-(-max(1, round((end - start) * zoom)) // _STRIDE) * _STRIDE, canvas)
+    length = min(max(end - start, math.floor(side / zoom)), high - low)
+    start = min(max(start - (length - end + start) // 2, low), high - length)
+    return start, start + length, min(side, max(1, round(length * zoom)))
+
+
+def _splits(start: int, end: int, overlap: int, longest: float) -> list[tuple[int, int]]:
+    """Parts of [start, end) of equal length, each at most `longest` long, that overlap by `overlap`."""
+    if end - start <= longest + 1:
+        return [(start, end)]
+    overlap = min(overlap, int(longest / 2))
+    count = math.ceil((end - start - overlap) / (longest - overlap))
+    length = math.ceil((end - start + (count - 1) * overlap) / count)
+    return [
+        (begin, begin + length) for begin in (start + (end - start - length) * i // (count - 1) for i in range(count))
+    ]
