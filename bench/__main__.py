@@ -21,13 +21,13 @@ import tyro
 
 from bench.engine import compare_engine
 from bench.growth import growth
+from bench.large import LargeImages, compare_large
 from bench.networks import NetworkSpeed, network_speed
 from bench.scale_out import scale_out
 from bench.slicing import compare
-from bench.workloads import large_images, photographs
+from bench.workloads import photographs
 
 _RESULTS = Path(__file__).parent / "results.json"
-_LARGE = Path("runs/bench/large")
 _ROUNDS = 3
 
 # How many times slower than an accelerator networks are for so many, that a few cores can do the rest; and the rounds,
@@ -55,10 +55,7 @@ _OF_PHOTOGRAPHS: dict[str, Callable[[], dict[str, Any]]] = {
     "engine": _engine,
     "slicing": lambda: compare(photographs(), _ROUNDS, processes=2),
     "slicing-one-process": lambda: {"one_process": compare(photographs(), _ROUNDS, processes=1)},
-    "slicing-large": lambda: {"large_images": compare(large_images(_LARGE), _ROUNDS, processes=2)},
-    "slicing-large-one-process": lambda: {
-        "large_images_one_process": compare(large_images(_LARGE), _ROUNDS, processes=1)
-    },
+    "large": lambda: {"large": compare_large(LargeImages(rounds=_ROUNDS))},
 }
 _ON_CUDA: dict[str, Callable[[], dict[str, Any]]] = {"networks": lambda: {"networks": network_speed(NetworkSpeed())}}
 _PARTS: dict[str, Callable[[], dict[str, Any]]] = {

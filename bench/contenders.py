@@ -11,8 +11,9 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -20,11 +21,12 @@ import numpy as np
 from bench.workloads import Workload
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.geometry import cut_tile
+from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.data.images import decode_image
 
-__all__ = ["CONTENDERS", "DETECTOR_ALONE", "race"]
+__all__ = ["CONTENDERS", "DETECTOR_ALONE", "Raced", "race"]
 
 DETECTOR_ALONE = "detector"
 """In a race: a pass on a tile in memory for every image, and nothing else."""
@@ -59,7 +61,15 @@ def _slice_side(side: int, per_side: int) -> int:
 
 def _ours(workload: Workload, policy_name: str) -> Callable[[Path], Detections]:
     detector, policy = workload.load_detector(), workload.policy(policy_name)
-    return lambda path: recursive_detect(decode_image(path.read_bytes()), 0, policy, detect=detector).detections
+    predict_scale = OracleScalePredictor(workload.objects_in_image) if policy.reads_truth else None
+    ids = {record.file_name: record.image_id for record in workload.records}
+
+    def run(path: Path) -> Detections:
+        """The file's detections."""
+        image = decode_image(path.read_bytes())
+        return recursive_detect(image, ids[path.name], policy, detect=detector, predict_scale=predict_scale).detections
+
+    return run
 
 
 def _detector_alone(workload: Workload) -> Callable[[Path], Detections]:
@@ -69,7 +79,7 @@ def _detector_alone(workload: Workload) -> Callable[[Path], Detections]:
     return lambda _: detector([tile])[0]
 
 
-def _sahi(workload: Workload, per_side: int, merge: str) -> Callable[[Path], Detections]:
+def _sahi(workload: Workload, per_side: int | None, merge: str) -> Callable[[Path], Detections]:
     # Beside the project's environment, and not in it.
     from sahi.models.base import DetectionModel  # pyright: ignore[reportMissingImports]
     from sahi.predict import get_sliced_prediction  # pyright: ignore[reportMissingImports]
@@ -117,11 +127,15 @@ def _sahi(workload: Workload, per_side: int, merge: str) -> Callable[[Path], Det
     def run(path: Path) -> Detections:
         """The file's detections."""
         width, height = _size(path)
+        if per_side is None:
+            slice_height = slice_width = workload.policy("whole").input_side
+        else:
+            slice_height, slice_width = _slice_side(height, per_side), _slice_side(width, per_side)
         result = get_sliced_prediction(
             str(path),
             model,
-            slice_height=_slice_side(height, per_side),
-            slice_width=_slice_side(width, per_side),
+            slice_height=slice_height,
+            slice_width=slice_width,
             verbose=0,
             **settings,
         )
@@ -135,7 +149,7 @@ def _sahi(workload: Workload, per_side: int, merge: str) -> Callable[[Path], Det
     return run
 
 
-def _supervision(workload: Workload, per_side: int) -> Callable[[Path], Detections]:
+def _supervision(workload: Workload, per_side: int | None) -> Callable[[Path], Detections]:
     import supervision  # pyright: ignore[reportMissingImports]
 
     detect = _on_slice(workload)
@@ -147,7 +161,10 @@ def _supervision(workload: Workload, per_side: int) -> Callable[[Path], Detectio
     def run(path: Path) -> Detections:
         """The file's detections."""
         image = decode_image(path.read_bytes())
-        sides = tuple(_slice_side(side, per_side) for side in (image.shape[1], image.shape[0]))
+        if per_side is None:
+            sides = (workload.policy("whole").input_side,) * 2
+        else:
+            sides = tuple(_slice_side(side, per_side) for side in (image.shape[1], image.shape[0]))
         overlap = tuple(math.floor(_OVERLAP * side) for side in sides)
         slicer = supervision.InferenceSlicer(one_slice, slice_wh=sides, overlap_wh=overlap, thread_workers=1)
         found = slicer(image)
@@ -159,28 +176,42 @@ def _supervision(workload: Workload, per_side: int) -> Callable[[Path], Detectio
 
 
 CONTENDERS: dict[str, Callable[[Workload], Callable[[Path], Detections]]] = {
-    "first-pass": lambda workload: _ours(workload, "first-pass"),
     "sahi_grid2": lambda workload: _sahi(workload, 2, "GREEDYNMM"),
     "sahi_grid3": lambda workload: _sahi(workload, 3, "GREEDYNMM"),
     "sahi_grid2_nms": lambda workload: _sahi(workload, 2, "NMS"),
     "sahi_grid3_nms": lambda workload: _sahi(workload, 3, "NMS"),
     "supervision_grid2": lambda workload: _supervision(workload, 2),
     "supervision_grid3": lambda workload: _supervision(workload, 3),
+    "sahi_native": lambda workload: _sahi(workload, None, "GREEDYNMM"),
+    "sahi_native_nms": lambda workload: _sahi(workload, None, "NMS"),
+    "supervision_native": lambda workload: _supervision(workload, None),
 }
-"""What detects: made for a workload, an image's file -> its detections in image pixels."""
+"""What detects: made for a workload, an image's file -> its detections in image pixels. `native`: slices of the
+detector's input side in image pixels."""
 
 
-def race(name: str, workload: Workload, records: Sequence[ImageRecord], processes: int) -> tuple[float, dict]:
+class Raced(NamedTuple):
+    """Result of a race.
+
+    Attributes:
+        images_per_second: from the moment when all processes are ready.
+        found: image id -> detections.
+        megapixels: computed by the detector for an image.
+    """
+
+    images_per_second: float
+    found: dict[int, Detections]
+    megapixels: float
+
+
+def race(name: str, workload: Workload, records: Sequence[ImageRecord], processes: int) -> Raced:
     """A contender in one process or several, each on its share of the images and on one thread.
 
     Args:
-        name: of `CONTENDERS`, or `DETECTOR_ALONE`.
+        name: of `CONTENDERS`, a policy, or `DETECTOR_ALONE`.
         workload: where the images are, and the detector.
         records: the images.
         processes: how many.
-
-    Returns:
-        (images a second from the moment when all are ready, image id -> detections).
     """
     context = multiprocessing.get_context("spawn")
     ready, answers = context.Barrier(processes + 1), context.Queue()
@@ -200,23 +231,26 @@ def race(name: str, workload: Workload, records: Sequence[ImageRecord], processe
     start = time.perf_counter()
     parts = [answers.get(timeout=_PATIENCE_SECONDS) for _ in workers]
     # The clock is the machine's: the last one to finish counts.
-    seconds = max(end for end, _ in parts) - start
+    seconds = max(end for end, _, _ in parts) - start
     for worker in workers:
         worker.join()
-    return len(records) / seconds, {image_id: found for _, part in parts for image_id, found in part}
+    found = {image_id: each for _, part, _ in parts for image_id, each in part}
+    return Raced(len(records) / seconds, found, sum(pixels for _, _, pixels in parts) / 1e6 / len(records))
 
 
 def _work(name: str, workload: Workload, records: Sequence[ImageRecord], ready: Any, answers: Any) -> None:
     cv2.setNumThreads(1)
     try:
-        detect = {DETECTOR_ALONE: _detector_alone, **CONTENDERS}[name](workload)
+        make = {DETECTOR_ALONE: _detector_alone, **CONTENDERS}.get(name, partial(_ours, policy_name=name))
+        detect = make(workload)
         detect(workload.folder / records[0].file_name)
     except BaseException:
         ready.abort()
         raise
+    before = workload.pixels_computed()
     ready.wait(_PATIENCE_SECONDS)
     found = list(_detect_all(detect, workload, records))
-    answers.put((time.perf_counter(), found))
+    answers.put((time.perf_counter(), found, workload.pixels_computed() - before))
 
 
 def _detect_all(

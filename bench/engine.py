@@ -15,7 +15,6 @@ import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -23,7 +22,7 @@ import tyro
 
 from bench.contenders import DETECTOR_ALONE, race
 from bench.growth import cpu_clocks, spent_by_role
-from bench.workloads import Workload, large_images, photographs, ratio, spread
+from bench.workloads import Workload, photographs, ratio, spread
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.engine.session import join_ray
@@ -42,15 +41,11 @@ class EngineOverLoop:
         rounds: how often each runs.
         repeats: the images so many times over.
         policy: how to zoom.
-        large: on images of 4,000 x 3,000 pixels, made of photographs, in place of the photographs.
-        folder: where large images are written.
     """
 
     rounds: int = 5
     repeats: int = 6
     policy: str = "first-pass"
-    large: bool = False
-    folder: Path = Path("runs/bench/large")
 
 
 class EngineRace(NamedTuple):
@@ -113,9 +108,9 @@ def compare_engine(workload: Workload, policy_name: str, rounds: int, repeats: i
         for role, cost in ours.cpu_ms_per_image.items():
             costs[role].append(cost)
         engine.append(ours.images_per_second)
-        rate, _ = race(policy_name, workload, workload.repeated(repeats), 2)
+        rate, *_ = race(policy_name, workload, workload.repeated(repeats), 2)
         loop.append(rate)
-        passes, _ = race(DETECTOR_ALONE, workload, workload.repeated(repeats), 2)
+        passes, *_ = race(DETECTOR_ALONE, workload, workload.repeated(repeats), 2)
         share.append(engine[-1] * ours.passes_per_image / passes)
         print(
             f"engine {engine[-1]:.2f}, two processes by hand {loop[-1]:.2f} images/s, "
@@ -133,8 +128,7 @@ def compare_engine(workload: Workload, policy_name: str, rounds: int, repeats: i
 def main(job: EngineOverLoop) -> None:
     """Print the figures."""
     os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
-    workload = large_images(job.folder) if job.large else photographs()
-    print(json.dumps(compare_engine(workload, job.policy, job.rounds, job.repeats), indent=1))
+    print(json.dumps(compare_engine(photographs(), job.policy, job.rounds, job.repeats), indent=1))
 
 
 if __name__ == "__main__":

@@ -13,18 +13,18 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
 
-from bench.contenders import CONTENDERS, race
+from bench.contenders import race
 from bench.engine import engine_race
-from bench.workloads import Workload, large_images, photographs, ratio, spread
+from bench.workloads import Workload, photographs, ratio, spread
 
 __all__ = ["compare"]
 
-_OURS = "first-pass"
+_OURS = "regions"
+_PEERS = ("sahi_grid2", "sahi_grid3", "sahi_grid2_nms", "sahi_grid3_nms", "supervision_grid2", "supervision_grid3")
 _TIMES_OPEN = 6
 """Images over those in work at once: what the engine is timed on is four times the latter."""
 
@@ -35,14 +35,10 @@ class Slicing:
 
     Attributes:
         rounds: how often each contender runs.
-        large: on images of 4,000 x 3,000 pixels, made of photographs, in place of the photographs.
-        folder: where large images are written.
         processes: 1 or 2.
     """
 
     rounds: int = 3
-    large: bool = False
-    folder: Path = Path("runs/bench/large")
     processes: int = 2
 
 
@@ -57,13 +53,13 @@ def compare(workload: Workload, rounds: int, processes: int) -> dict[str, Any]:
     rates: dict[str, list[float]] = defaultdict(list)
     found: dict[str, dict[int, Any]] = {}
     for _ in range(rounds):
-        for name in CONTENDERS:
+        for name in (_OURS, *_PEERS):
             if name == _OURS and processes > 1:
                 images = _TIMES_OPEN * workload.resources.open_images
                 ours = engine_race(workload, _OURS, repeats=math.ceil(images / len(workload.records)))
                 rate, found[name] = ours.images_per_second, ours.found
             else:
-                rate, found[name] = race(name, workload, workload.records, processes)
+                rate, found[name], _ = race(name, workload, workload.records, processes)
             rates[name].append(rate)
             print(f"{name}, {processes} processes: {rate:.2f} images/s", flush=True)
     ap_small = {name: workload.ap_small(each) for name, each in found.items()}
@@ -73,15 +69,13 @@ def compare(workload: Workload, rounds: int, processes: int) -> dict[str, Any]:
             "ap_small": {"ours": ap_small[_OURS], "theirs": ap_small[name]},
             "images_per_second": spread(rates[name]),
         }
-        for name in CONTENDERS
-        if name != _OURS
+        for name in _PEERS
     }
 
 
 def main(job: Slicing) -> None:
     """Print the comparison."""
-    workload = large_images(job.folder) if job.large else photographs()
-    print(json.dumps(compare(workload, job.rounds, job.processes), indent=1))
+    print(json.dumps(compare(photographs(), job.rounds, job.processes), indent=1))
 
 
 if __name__ == "__main__":

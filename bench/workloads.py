@@ -6,13 +6,16 @@ These machines are noisy, so that two rates are compared only within one round.
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -25,7 +28,7 @@ from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.resources import AdvancedResources, Resources
 
-__all__ = ["Workload", "detector_name", "large_images", "photographs", "ratio", "spread"]
+__all__ = ["Workload", "data_folder", "detector_name", "mosaics", "photographs", "ratio", "spread"]
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
@@ -38,15 +41,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": float(np.median(values)), "min": float(np.min(values)), "max": float(np.max(values))}
 
 
-_LARGE_HW = (3000, 4000)
+_MOSAIC_HW = (4480, 6400)
 _CELL = 640
 
 _FOR_PHOTOGRAPHS = Resources(detector_batch_size=16, advanced=AdvancedResources(max_open_images=128))
-# A reader keeps the last 14 of these decoded: no more in work than that, or each is decoded again for its windows.
-_FOR_LARGE_IMAGES = Resources(readers=2, detector_batch_size=4, advanced=AdvancedResources(max_open_images=28))
 
 
-def _data() -> Path:
+def data_folder() -> Path:
+    """The folder of real photographs and detectors, `SCALENET_RAY_DATA`; ends the process where it is not set."""
     if "SCALENET_RAY_DATA" not in os.environ:
         msg = "this measures real photographs: set SCALENET_RAY_DATA to a folder with coco/ and models/yolox_nano.onnx"
         raise SystemExit(msg)
@@ -55,7 +57,23 @@ def _data() -> Path:
 
 def detector_name() -> str:
     """The real detector, as kind:what."""
-    return f"yolox-onnx:{_data() / 'models' / 'yolox_nano.onnx'}"
+    return f"yolox-onnx:{data_folder() / 'models' / 'yolox_nano.onnx'}"
+
+
+class _Counted:
+    """A detector that counts the pixels of its canvases."""
+
+    pixels = 0
+
+    def __init__(self, detector: Any) -> None:
+        self._detector = detector
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._detector, name)
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> Any:
+        _Counted.pixels += sum(math.prod(self._detector.canvas_hw(tile.shape[:2])) for tile in pixels)
+        return self._detector(pixels)
 
 
 @dataclass(frozen=True)
@@ -66,18 +84,25 @@ class Workload:
         folder: of the images.
         annotations: of their objects, an instances file.
         detector: kind:what.
-        resources: who works, in the engine, on how much at a time.
+        resources: actors and batch sizes in the engine.
+        least_objects: categories with fewer objects are left out.
     """
 
     folder: Path
     annotations: Path
     detector: str
-    resources: Resources
+    resources: Resources = _FOR_PHOTOGRAPHS
+    least_objects: int = 0
 
     @cached_property
     def dataset(self) -> CocoDataset:
         """The objects."""
-        return parse_annotations(json.loads(self.annotations.read_text()))
+        document = json.loads(self.annotations.read_text())
+        counts = Counter(each["category_id"] for each in document["annotations"] if not each.get("iscrowd"))
+        enough = {each["id"] for each in document["categories"] if counts[each["id"]] >= self.least_objects}
+        for key, name in (("categories", "id"), ("annotations", "category_id")):
+            document[key] = [each for each in document[key] if each[name] in enough]
+        return parse_annotations(document)
 
     @property
     def records(self) -> list[ImageRecord]:
@@ -103,7 +128,19 @@ class Workload:
 
     def load_detector(self) -> Any:
         """The detector, its labels mapped to the objects' categories."""
-        return NetworkSpec(detector=self.detector).load_detector(self.dataset.categories)
+        detector = NetworkSpec(detector=self.detector).load_detector(self.dataset.categories)
+        return _Counted(detector)
+
+    def objects_in_image(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes [N, 4] xyxy and areas [N] of an image's objects, without crowds."""
+        of_image = (self.dataset.image_ids == image_id) & ~self.dataset.crowd
+        boxes = self.dataset.boxes_xywh[of_image]
+        return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), self.dataset.areas[of_image]
+
+    @staticmethod
+    def pixels_computed() -> int:
+        """Pixels of all canvases that detectors of this process have computed."""
+        return _Counted.pixels
 
     def ap_small(self, found: dict[int, Detections]) -> float:
         """AP of small objects, in percent."""
@@ -114,15 +151,24 @@ class Workload:
 
 def photographs() -> Workload:
     """The real photographs of val2017."""
-    coco = _data() / "coco"
+    coco = data_folder() / "coco"
     annotations = coco / "annotations" / "instances_val2017.json"
-    return Workload(coco / "val2017", annotations, detector_name(), _FOR_PHOTOGRAPHS)
+    return Workload(coco / "val2017", annotations, detector_name())
 
 
-def large_images(folder: Path, count: int = 12) -> Workload:
-    """Images of 4,000 x 3,000 pixels, 24 photographs each, and their objects; written if they are not there."""
-    annotations = folder / "instances_large.json"
-    made = Workload(folder, annotations, detector_name(), _FOR_LARGE_IMAGES)
+def mosaics(folder: Path, detector: str, fill: float, count: int = 3) -> Workload:
+    """Mosaics of 6,400 x 4,480 pixels, and their objects; written if they are not there.
+
+    A share of their cells holds a photograph of val2017, the others one blurred beyond recognition.
+
+    Args:
+        folder: where they are written.
+        detector: kind:what.
+        fill: share of the cells.
+        count: number of mosaics.
+    """
+    annotations = folder / "instances_val.json"
+    made = Workload(folder, annotations, detector)
     if annotations.exists():
         return made
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,22 +177,28 @@ def large_images(folder: Path, count: int = 12) -> Workload:
     objects: dict[int, list[dict[str, Any]]] = {}
     for each in document["annotations"]:
         objects.setdefault(each["image_id"], []).append(each)
-    rng = np.random.default_rng(0)
+    rows, columns = _MOSAIC_HW[0] // _CELL, _MOSAIC_HW[1] // _CELL
     images, moved = [], []
     for image_id in range(1, count + 1):
-        canvas = np.zeros((*_LARGE_HW, 3), np.uint8)
-        cells = [(y, x) for y in range(0, _LARGE_HW[0] - _CELL, _CELL) for x in range(0, _LARGE_HW[1] - _CELL, _CELL)]
-        for (y, x), row in zip(cells, rng.permutation(len(document["images"])), strict=False):
-            photo = document["images"][row]
-            pixels = decode_image((source.folder / photo["file_name"]).read_bytes())
+        rng = np.random.default_rng(image_id)
+        photos = rng.permutation(len(document["images"]))[: rows * columns]
+        sharp = set(rng.permutation(rows * columns)[: round(rows * columns * fill)].tolist())
+        canvas = np.full((*_MOSAIC_HW, 3), 114, np.uint8)
+        for i, photo in enumerate(document["images"][row] for row in photos):
+            y, x = i // columns * _CELL, i % columns * _CELL
+            pixels = decode_image((source.folder / photo["file_name"]).read_bytes())[:_CELL, :_CELL]
+            if i not in sharp:
+                canvas[y : y + _CELL, x : x + _CELL] = cv2.GaussianBlur(cv2.resize(pixels, (_CELL, _CELL)), (0, 0), 20)
+                continue
+            y, x = y + (_CELL - pixels.shape[0]) // 2, x + (_CELL - pixels.shape[1]) // 2
             canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
             for each in objects.get(photo["id"], []):
                 left, top, width, height = each["bbox"]
                 box = [left + x, top + y, width, height]
                 # Their areas are the photographs' own; the outlines are not needed.
                 moved.append({**each, "id": len(moved) + 1, "image_id": image_id, "bbox": box, "segmentation": []})
-        name = f"{image_id:03d}.jpg"
-        Image.fromarray(canvas).save(folder / name, quality=90)
-        images.append({"id": image_id, "file_name": name, "height": _LARGE_HW[0], "width": _LARGE_HW[1]})
+        name = f"{image_id:03d}.png"
+        Image.fromarray(canvas).save(folder / name, compress_level=1)
+        images.append({"id": image_id, "file_name": name, "height": _MOSAIC_HW[0], "width": _MOSAIC_HW[1]})
     annotations.write_text(json.dumps({"images": images, "annotations": moved, "categories": document["categories"]}))
     return made
