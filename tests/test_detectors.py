@@ -179,13 +179,20 @@ def test_a_module_whose_own_import_fails_says_so_itself(own_module: str) -> None
     "spec", ["yolo-onnx:net.onnx", "net.onnx", "yolox-onnx:", "yolox-onnx", "absent_module:Class", "absent.part:Class"]
 )
 def test_an_unknown_kind_is_told_the_known_ones(spec: str) -> None:
-    wanted = "kind:what with a kind of tiny, torchvision, yolox-onnx, or module:Class of your own, got"
+    wanted = "kind:what with a kind of onnx, tiny, torchvision, yolox-onnx, or module:Class of your own, got"
     with pytest.raises(ValueError, match=f"{wanted} '{spec}'"):
         load_detector(spec)
 
 
 @pytest.mark.parametrize(
-    "spec", ["tiny:{}.safetensors", "torchvision:{}.pth", "torchvision:fcos_resnet50_fpn@{}.pth", "yolox-onnx:{}.onnx"]
+    "spec",
+    [
+        "tiny:{}.safetensors",
+        "torchvision:{}.pth",
+        "torchvision:fcos_resnet50_fpn@{}.pth",
+        "yolox-onnx:{}.onnx",
+        "onnx:{}.onnx",
+    ],
 )
 def test_a_missing_file_is_named_by_every_kind(tmp_path: Path, spec: str) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -218,7 +225,7 @@ def test_an_installed_package_adds_kinds(tmp_path: Path, monkeypatch: pytest.Mon
     assert detector.made_with == ("weights.bin", "cuda:1", 0.2, None)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"detector 'half:x' must have .* lacks categories"):
         load_detector("half:x")
-    with pytest.raises(ValueError, match="kind of half, their-net, tiny, torchvision, yolox-onnx"):
+    with pytest.raises(ValueError, match="kind of half, onnx, their-net, tiny, torchvision, yolox-onnx"):
         load_detector("their-net")
 
 

@@ -130,6 +130,8 @@ def _detector_lines(networks: NetworkSpec, info: DetectorInfo, images: ImageSet)
     lines = [
         f"detector {networks.detector}: {side}, NMS at IoU {info.iou_threshold:g}, {len(info.categories)} categories"
     ]
+    if detector.checked.description:
+        lines.append(f"taken for {detector.checked.description}")
     if not isinstance(images, CocoSplit) or images.categories == info.categories:
         return [*lines, "categories: the detector's own"]
     mapping = map_categories(info.categories, images.categories, images.unused_categories)

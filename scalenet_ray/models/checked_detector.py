@@ -44,6 +44,7 @@ class CheckedDetector:
         input_side: longer side of a whole image's tile in tile pixels.
         iou_threshold: IoU threshold of the detector's NMS.
         categories: class id -> name.
+        description: what the detector says about itself, e.g. what its file was taken for; "" for nothing.
 
     Raises:
         UserError: if an attribute of the detector is invalid; see `declaration`.
@@ -53,6 +54,7 @@ class CheckedDetector:
         self._detector = detector
         self.name = name
         self.input_side, self.iou_threshold, self.categories = declaration(detector, name)
+        self.description = str(getattr(detector, "description", ""))
         self._class_ids = np.array(sorted(self.categories), np.int64)
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:

@@ -38,6 +38,7 @@ DETECTOR_GROUP = "scalenet_ray.detectors"
 """Entry point group in which a package registers kinds of detectors: kind = "package.module:function"."""
 
 _LOADERS = {
+    "onnx": "scalenet_ray.models.onnx_detector:load_onnx_detector",
     "tiny": "scalenet_ray.sample.tiny:load_tiny_detector",
     "torchvision": "scalenet_ray.models.torchvision_detectors:load_torchvision",
     "yolox-onnx": "scalenet_ray.models.yolox:YoloxDetector.load",
@@ -102,7 +103,8 @@ def load_detector(
     """Load a detector by its name.
 
     Args:
-        spec: `kind:what`: `yolox-onnx:PATH`; `torchvision:NAME` (torchvision's published weights),
+        spec: `kind:what`: `onnx:PATH` or `onnx:PATH@NAMES` (one of the usual exports; NAMES is a text file of the
+            classes' names); `yolox-onnx:PATH`; `torchvision:NAME` (torchvision's published weights),
             `torchvision:NAME@PATH` or `torchvision:PATH` (a file of `save_detector`); `tiny:PATH`; a kind that an
             installed package registers (`DETECTOR_GROUP`), whose function is called with the part after the colon and
             the next three arguments by name; or `module:Class`, a class of your own that is called without arguments

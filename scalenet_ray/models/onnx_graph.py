@@ -1,8 +1,8 @@
-"""Edits of ONNX graphs: dynamic batch and size axes, feature maps as additional outputs."""
+"""ONNX graphs: dynamic batch and size axes, feature maps as additional outputs, a search for resizing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
@@ -14,19 +14,24 @@ from scalenet_ray.core.errors import UserError
 __all__ = [
     "expose_features",
     "free_axes",
+    "resizes_input",
 ]
 
 _NAMES = ("batch", None, "height", "width")
 
+_END_OF_PIXELS = frozenset({"Conv", "ConvInteger", "Gemm", "MatMul", "QLinearConv", "Shape", "Size"})
+"""Operators whose outputs are no pixels any more."""
 
-def free_axes(data: bytes) -> bytes:
+
+def free_axes(data: bytes, *, sizes: bool = True) -> bytes:
     """Make batch, height and width of the input [batch, channels, height, width] dynamic.
 
-    YOLOX's exporter writes the batch of 1 into the inputs and into the targets of its last reshapes, [1, 85, -1]; a 0
-    there copies the input's axis. The caller must test the result: a network may fix a size elsewhere too.
+    Exporters write the batch of 1 into the inputs and into the targets of reshapes, e.g. [1, 85, -1]; a 0 there copies
+    the input's axis. The caller must test the result: a network may fix a size elsewhere too.
 
     Args:
         data: content of an ONNX file.
+        sizes: False to leave height and width as they are.
 
     Returns:
         Content of an ONNX file with the same weights; `data` if it cannot be parsed.
@@ -36,28 +41,63 @@ def free_axes(data: bytes) -> bytes:
     except DecodeError:
         return data
     graph = model.graph
-    targets = {node.input[1] for node in graph.node if node.op_type == "Reshape"}
+    live = _follow(graph, lambda node: True)
+    reshapes = [node for node in graph.node if node.op_type == "Reshape"]
+    targets = {node.input[1]: node.input[0] in live for node in reshapes}
     constants = [
-        attribute.t
+        (node.output[0], attribute.t)
         for node in graph.node
         if node.output[:1] and node.output[0] in targets
         for attribute in node.attribute
         if attribute.name == "value"
     ]
-    for tensor in [*constants, *(constant for constant in graph.initializer if constant.name in targets)]:
+    freed = set()
+    for name, tensor in [*constants, *((value.name, value) for value in graph.initializer if value.name in targets)]:
         shape = numpy_helper.to_array(tensor)
-        if shape.ndim == 1 and len(shape) > 1 and shape[0] == 1 and -1 in shape:
-            freed = np.concatenate([[0], shape[1:]]).astype(shape.dtype)
-            tensor.CopyFrom(numpy_helper.from_array(freed, tensor.name))
+        if shape.ndim == 1 and len(shape) > 1 and shape[0] == 1 and (-1 in shape or targets[name]):
+            target = np.concatenate([[0], shape[1:]]).astype(shape.dtype)
+            tensor.CopyFrom(numpy_helper.from_array(target, tensor.name))
+            freed.add(name)
+    for node in reshapes:
+        # With `allowzero` a 0 would mean an empty axis.
+        kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
+        if node.input[1] in freed and len(kept) < len(node.attribute):
+            del node.attribute[:]
+            node.attribute.extend(kept)
     for value in graph.input:
         for name, dimension in zip(_NAMES, value.type.tensor_type.shape.dim, strict=False):
-            if name is not None:
+            if name == "batch" or (name is not None and sizes):
                 dimension.dim_param = name
     for value in graph.output:
         for i, dimension in enumerate(value.type.tensor_type.shape.dim):
             dimension.dim_param = f"output_{i}"
     del graph.value_info[:]
     return model.SerializeToString()
+
+
+def resizes_input(data: bytes) -> bool:
+    """True if a network resizes its input before its first convolution.
+
+    Args:
+        data: content of an ONNX file.
+    """
+    try:
+        graph = onnx.load_from_string(data).graph
+    except DecodeError:
+        return False
+    # The pixels alone: their shape may well decide the size of feature maps.
+    pixels = _follow(graph, lambda node: node.op_type not in _END_OF_PIXELS)
+    return any(node.op_type in ("Resize", "Upsample") and node.input[0] in pixels for node in graph.node)
+
+
+def _follow(graph: onnx.GraphProto, passes: Callable[[NodeProto], bool]) -> set[str]:
+    """Names of the tensors that depend on the inputs by way of nodes that pass."""
+    weights = {constant.name for constant in graph.initializer}
+    live = {value.name for value in graph.input} - weights
+    for node in graph.node:
+        if live.intersection(node.input) and passes(node):
+            live.update(node.output)
+    return live
 
 
 def expose_features(data: bytes) -> bytes:

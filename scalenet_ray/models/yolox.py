@@ -22,15 +22,14 @@ from scalenet_ray.core.inference import DetectionsWithFeatures
 from scalenet_ray.core.merge import nms
 from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+from scalenet_ray.models.onnx_batches import fixed_canvas, padded, tiles_at_once
 from scalenet_ray.models.onnx_graph import expose_features, free_axes
 from scalenet_ray.models.onnx_session import open_session, providers_of, session_options
 from scalenet_ray.models.padding import STRIDE, detect_by_canvas, stride_canvas
 
 __all__ = ["YoloxDetector"]
 
-_CPU = "CPUExecutionProvider"
 _CELL_STRIDES = (8, 16, 32)
-_PADDING_GREY = 114
 _ANSWER_MAPS = 5
 _DEFAULT_INPUT_SIDE = 416
 _DEFAULT_IOU_THRESHOLD = 0.65
@@ -45,11 +44,13 @@ class YoloxDetector:
         categories: class id -> name: the file's metadata `categories`, else COCO's 80.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS within each class.
+        description: what the file was taken for, in words, if `onnx:PATH` found it to be YOLOX's.
 
     Args:
         session: session of the network.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS within each class; None for YOLOX's 0.65.
+        categories: class id -> name; None for those of the metadata, else COCO's.
         exported_side: input side of the export, if the session's input was made dynamic.
         open_features: creates a session with feature maps as additional outputs; None if not supported.
 
@@ -63,6 +64,7 @@ class YoloxDetector:
         *,
         score_threshold: float = 0.01,
         iou_threshold: float | None = None,
+        categories: Mapping[int, str] | None = None,
         exported_side: int | None = None,
         open_features: Callable[[], onnxruntime.InferenceSession] | None = None,
     ) -> None:
@@ -74,12 +76,18 @@ class YoloxDetector:
         self._input_name = source.name
         self._one_by_one, self._fixed_hw = _read_input_shape(source.shape)
         self.input_side = min(self._fixed_hw) if self._fixed_hw else exported_side or _DEFAULT_INPUT_SIDE
-        self.categories = _read_categories(session.get_modelmeta().custom_metadata_map, target.shape)
+        self.categories = _read_categories(session.get_modelmeta().custom_metadata_map, target.shape, categories)
         self._category_ids = np.array(sorted(self.categories), np.int64)
 
     @classmethod
     def load(
-        cls, path: str, *, device: str = "cpu", score_threshold: float = 0.01, iou_threshold: float | None = None
+        cls,
+        path: str,
+        *,
+        device: str = "cpu",
+        score_threshold: float = 0.01,
+        iou_threshold: float | None = None,
+        categories: Mapping[int, str] | None = None,
     ) -> YoloxDetector:
         """Load an ONNX file.
 
@@ -88,6 +96,7 @@ class YoloxDetector:
             device: "cpu", "cuda" or "cuda:1". On the CPU, OMP_NUM_THREADS sets the number of threads.
             score_threshold: minimum score of a detection.
             iou_threshold: IoU threshold of NMS within each class; None for YOLOX's 0.65.
+            categories: class id -> name; None for those of the metadata, else COCO's.
 
         Raises:
             FileNotFoundError: if the file does not exist.
@@ -97,12 +106,13 @@ class YoloxDetector:
         session = open_session(data, path, device)
         options, providers = session_options(), providers_of(device)
         try:
-            exported = cls(session, score_threshold=score_threshold, iou_threshold=iou_threshold)
-            freed, data = _free_session(session, data, options)
+            exported = cls(session, score_threshold=score_threshold, iou_threshold=iou_threshold, categories=categories)
+            freed, data = _free_session(session, data, options, providers)
             return cls(
                 freed,
                 score_threshold=score_threshold,
                 iou_threshold=iou_threshold,
+                categories=categories,
                 exported_side=exported.input_side,
                 open_features=functools.partial(_feature_session, data, options, providers),
             )
@@ -111,6 +121,7 @@ class YoloxDetector:
             raise UserError(msg) from error
 
     feature_stride = _CELL_STRIDES[0]
+    description = ""
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """Canvas (height, width) of a tile of (height, width).
@@ -118,15 +129,7 @@ class YoloxDetector:
         Raises:
             UserError: if the tile exceeds the network's fixed input.
         """
-        if self._fixed_hw is None:
-            return stride_canvas(hw)
-        if hw[0] > self._fixed_hw[0] or hw[1] > self._fixed_hw[1]:
-            msg = (
-                f"a tile of {hw[0]} x {hw[1]} does not fit this network's fixed input of {self._fixed_hw[0]} x "
-                f"{self._fixed_hw[1]}: cut tiles of at most {self.input_side} or export it with free height and width"
-            )
-            raise UserError(msg)
-        return self._fixed_hw
+        return stride_canvas(hw) if self._fixed_hw is None else fixed_canvas(hw, self._fixed_hw)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detect on tiles; see `Detector`."""
@@ -177,12 +180,8 @@ class YoloxDetector:
     def _run_all(
         self, session: onnxruntime.InferenceSession, tiles: list[np.ndarray], canvas: tuple[int, int]
     ) -> Iterator[tuple[np.ndarray, ...]]:
-        """Output of each tile, [rows, 5 + classes], followed by its feature maps if the session has them.
-
-        Tiles are batched on GPUs. On CPUs single tiles are a quarter faster, since activations stay in the cache.
-        """
-        together = not self._one_by_one and session.get_providers()[0] != _CPU
-        at_once = len(tiles) if together else 1
+        """Output of each tile, [rows, 5 + classes], followed by its feature maps if the session has them."""
+        at_once = 1 if self._one_by_one else tiles_at_once(session, len(tiles))
         for start in range(0, len(tiles), at_once):
             batch = _batch(tiles[start : start + at_once], canvas)
             output, *levels = (np.asarray(array) for array in session.run(None, {self._input_name: batch}))
@@ -230,7 +229,7 @@ class YoloxDetector:
 
 
 def _free_session(
-    session: onnxruntime.InferenceSession, data: bytes, options: onnxruntime.SessionOptions
+    session: onnxruntime.InferenceSession, data: bytes, options: onnxruntime.SessionOptions, providers: list[Any]
 ) -> tuple[onnxruntime.InferenceSession, bytes]:
     """Make batch and input size of a session dynamic, if possible; returns the session and the content of its file.
 
@@ -244,12 +243,14 @@ def _free_session(
     fixed = [size if isinstance(size, int) else STRIDE for size in (1, *shape[1:])]
     probe = np.random.default_rng(0).uniform(0, 255, fixed).astype(np.float32)
     other = np.zeros((2, fixed[1], 2 * STRIDE, 3 * STRIDE), np.float32)
+    quiet = onnxruntime.RunOptions()
+    quiet.log_severity_level = 4
     try:
         freed_data = free_axes(data)
-        freed = onnxruntime.InferenceSession(freed_data, options, providers=session.get_providers())
+        freed = onnxruntime.InferenceSession(freed_data, options, providers=providers)
         before = np.asarray(session.run(None, {source.name: probe})[0])
-        after = np.asarray(freed.run(None, {source.name: probe})[0])
-        rows = np.asarray(freed.run(None, {source.name: other})[0]).shape[:2]
+        after = np.asarray(freed.run(None, {source.name: probe}, quiet)[0])
+        rows = np.asarray(freed.run(None, {source.name: other}, quiet)[0]).shape[:2]
     except (ort_errors.Fail, ort_errors.InvalidGraph, ort_errors.InvalidArgument, ort_errors.RuntimeException):
         return session, data
     same = before.shape == after.shape and np.allclose(before, after, rtol=1e-4, atol=1e-4)
@@ -266,10 +267,7 @@ def _feature_session(
 
 def _batch(tiles: list[np.ndarray], canvas: tuple[int, int]) -> np.ndarray:
     """Tiles -> [B, 3, H, W] float32 BGR in 0..255, padded at the right and below."""
-    batch = np.full((len(tiles), *canvas, 3), _PADDING_GREY, np.uint8)
-    for i, tile in enumerate(tiles):
-        batch[i, : tile.shape[0], : tile.shape[1]] = tile[..., ::-1]
-    return np.ascontiguousarray(batch.transpose(0, 3, 1, 2), dtype=np.float32)
+    return np.ascontiguousarray(padded(tiles, canvas)[..., ::-1].transpose(0, 3, 1, 2), dtype=np.float32)
 
 
 def _answer_maps(rows: np.ndarray, canvas: tuple[int, int]) -> list[np.ndarray]:
@@ -304,13 +302,17 @@ def _read_input_shape(shape: list[Any]) -> tuple[bool, tuple[int, int] | None]:
     return shape[0] == 1, (fixed[0], fixed[1]) if fixed else None
 
 
-def _read_categories(metadata: Mapping[str, str], output_shape: list[Any]) -> dict[int, str]:
-    """Categories of the metadata, else COCO's; class index i is the i-th id in ascending order."""
-    if "categories" in metadata:
+def _read_categories(
+    metadata: Mapping[str, str], output_shape: list[Any], given: Mapping[int, str] | None
+) -> dict[int, str]:
+    """Categories that are given, else of the metadata, else COCO's; class index i is the i-th id in ascending order."""
+    if given is not None:
+        categories = dict(given)
+    elif "categories" in metadata:
         categories = {int(key): str(name) for key, name in json.loads(metadata["categories"]).items()}
     else:
         categories = dict(COCO_CATEGORIES)
-    if len(output_shape) != 3 or output_shape[2] != 5 + len(categories):
+    if len(output_shape) != 3 or (isinstance(output_shape[2], int) and output_shape[2] != 5 + len(categories)):
         msg = (
             f"the output must be [batch, rows, {5 + len(categories)}] for {len(categories)} categories, got "
             f"{output_shape}: name the network's own in the ONNX metadata 'categories', as JSON of id -> name"

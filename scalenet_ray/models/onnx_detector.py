@@ -1,0 +1,224 @@
+"""Adapter of the usual exports of detectors to ONNX: `onnx:PATH`, with onnxruntime and numpy."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.merge import nms
+from scalenet_ray.data.storage import read_bytes
+from scalenet_ray.models.class_names import classes_of
+from scalenet_ray.models.onnx_batches import fixed_canvas, padded, tiles_at_once
+from scalenet_ray.models.onnx_graph import resizes_input
+from scalenet_ray.models.onnx_layouts import DECODED_YOLOX, YOLOX, Layout
+from scalenet_ray.models.onnx_network import OnnxNetwork, free_network
+from scalenet_ray.models.onnx_session import open_session
+from scalenet_ray.models.padding import STRIDE, detect_by_canvas, stride_canvas
+from scalenet_ray.models.yolox import YoloxDetector
+
+__all__ = ["OnnxDetector", "load_onnx_detector"]
+
+_WITH_NAMES = re.compile(r"(.+\.onnx)@(.+)", re.DOTALL)
+_LOG = logging.getLogger(__name__)
+
+
+class OnnxDetector:
+    """`Detector` with a network in ONNX of one of the kinds of `onnx_layouts`.
+
+    Tiles are padded with grey to their canvas and given as RGB in 0..1, with the mean and standard deviation of the
+    file's metadata if it has them.
+
+    Attributes:
+        input_side: longer side of a whole image's tile: that of a fixed input, else the metadata's `imgsz`, else that
+            of the kind.
+        categories: class id -> name.
+        score_threshold: minimum score of a detection.
+        iou_threshold: IoU threshold of NMS.
+        description: what the file was taken for, in words; "" if it was not loaded from a file.
+
+    Args:
+        network: the network.
+        layout: its kind.
+        categories: class id -> name. A network that gives positions gives them in the order of the ids; detections
+            of other ids are dropped.
+        input_side: longer side of a whole image's tile, where the network's input is not fixed.
+        score_threshold: minimum score of a detection.
+        iou_threshold: IoU threshold of NMS; None for that of the kind.
+    """
+
+    def __init__(
+        self,
+        network: OnnxNetwork,
+        layout: Layout,
+        categories: Mapping[int, str],
+        *,
+        input_side: int,
+        score_threshold: float = 0.01,
+        iou_threshold: float | None = None,
+    ) -> None:
+        self._network = network
+        self._layout = layout
+        self.categories = dict(categories)
+        self._class_ids = np.array(sorted(self.categories), np.int64)
+        self.score_threshold = score_threshold
+        self.iou_threshold = layout.iou_threshold if iou_threshold is None else iou_threshold
+        self.description = ""
+        self._fixed_hw = network.fixed_hw
+        canvases, stride = network.trial_canvases
+        self._least_side, self._stride_factor = min(canvases[0]), max(1, stride // STRIDE)
+        self.input_side = min(self._fixed_hw) if self._fixed_hw else input_side
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """Canvas (height, width) of a tile of (height, width).
+
+        Raises:
+            UserError: if the tile exceeds the network's fixed input.
+        """
+        if self._fixed_hw is not None:
+            return fixed_canvas(hw, self._fixed_hw)
+        factor, least = self._stride_factor, self._least_side
+        height, width = stride_canvas((-(-max(hw[0], least) // factor), -(-max(hw[1], least) // factor)))
+        return factor * height, factor * width
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        """Detect on tiles; see `Detector`."""
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
+
+    def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
+        found = []
+        at_once = self._network.batch or tiles_at_once(self._network.session, len(tiles))
+        at_once = at_once if self._layout.batched else 1
+        for start in range(0, len(tiles), at_once):
+            batch = tiles[start : start + at_once]
+            outputs = self._network(padded(batch, canvas))
+            chosen = [_in_float32(outputs[i]) for i in self._layout.outputs]
+            rows = zip(*chosen, strict=True) if self._layout.batched else [chosen]
+            found += [self._decode(row, canvas, tile.shape[:2]) for tile, row in zip(batch, rows, strict=True)]
+        return found
+
+    def _decode(
+        self, outputs: Sequence[np.ndarray], canvas: tuple[int, int], tile_hw: tuple[int, int]
+    ) -> Detections | TileError:
+        """Outputs of a tile -> its detections in tile pixels."""
+        bad = sum(output.size - int(np.isfinite(output).sum()) for output in outputs)
+        if bad:
+            return TileError(
+                f"the detector gave {bad} values that are NaN or infinite: check its weights and precision"
+            )
+        boxes, scores, classes = self._layout.decode(outputs, canvas, self.score_threshold)
+        if self._layout.gives_ids:
+            known = np.isin(classes, self._class_ids)
+            boxes, scores, classes = boxes[known], scores[known], classes[known]
+        else:
+            strange = classes[(classes < 0) | (classes >= len(self._class_ids))]
+            if len(strange):
+                return TileError(
+                    f"the detector gave class {strange[0]}, its classes are {len(self._class_ids)}: name all of them, "
+                    "one a line, as onnx:PATH@FILE"
+                )
+            classes = self._class_ids[classes]
+        if not self._layout.suppressed:
+            kept = nms(boxes, scores, classes, self.iou_threshold)
+            boxes, scores, classes = boxes[kept], scores[kept], classes[kept]
+        height, width = tile_hw
+        found = Detections(np.clip(boxes, 0, [width, height, width, height]), scores, classes)
+        # Boxes in the padding are empty after clipping.
+        return found[found.areas > 0]
+
+
+def load_onnx_detector(
+    what: str, *, device: str = "cpu", score_threshold: float = 0.01, iou_threshold: float | None = None
+) -> OnnxDetector | YoloxDetector:
+    """Load a detector in ONNX, of whatever kind its outputs show.
+
+    What it was taken for is logged, and in the detector's `description`. A fixed batch and size are made dynamic where
+    that changes no output.
+
+    Args:
+        what: PATH or PATH@FILE: the ONNX file, and a text file with its classes' names, one a line. Without it they
+            come from the metadata, or are COCO's 80. Local paths, file:// or s3:// addresses.
+        device: "cpu", "cuda" or "cuda:1". On the CPU, OMP_NUM_THREADS sets the number of threads.
+        score_threshold: minimum score of a detection.
+        iou_threshold: IoU threshold of NMS; None for that of the kind.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        UserError: if it is not an ONNX file or no detector's of a known kind, the names do not fit it, or the device is
+            not available in onnxruntime.
+    """
+    named = _WITH_NAMES.fullmatch(what)
+    path, names_file = named.groups() if named else (what, None)
+    data = read_bytes(path)
+    session = open_session(data, path, device)
+    metadata = session.get_modelmeta().custom_metadata_map
+    thresholds: Any = {"score_threshold": score_threshold, "iou_threshold": iou_threshold}
+    try:
+        network, layout = _recognised(session, data, metadata)
+        categories, source = classes_of(layout.classes, metadata, names_file, first_id=layout.first_id)
+        input_side = _input_side(metadata, layout)
+    except UserError as error:
+        msg = f"{path}: {error}"
+        raise UserError(msg) from error
+    detector: OnnxDetector | YoloxDetector
+    if layout.family == YOLOX:
+        detector = YoloxDetector.load(path, device=device, categories=categories, **thresholds)
+        axes = ""
+    else:
+        network = free_network(network, data, layout, metadata, device)
+        detector = OnnxDetector(network, layout, categories, input_side=input_side, **thresholds)
+        axes = f"; {_axes(network)}"
+    detector.description = f"{layout.family}, {layout.shapes}{axes}; classes: {source}"
+    _LOG.info("%s was taken for %s", path, detector.description)
+    return detector
+
+
+def _recognised(
+    session: onnxruntime.InferenceSession, data: bytes, metadata: Mapping[str, str]
+) -> tuple[OnnxNetwork, Layout]:
+    """The network and its kind; refuses networks that are no detectors or can't be used as they are."""
+    task = metadata.get("task", "detect")
+    if task != "detect":
+        msg = f"the network must detect boxes, got metadata task {task!r}: export a detector"
+        raise UserError(msg)
+    network = OnnxNetwork(session, metadata)
+    if resizes_input(data):
+        msg = (
+            "a network must take tiles as they are, got one that resizes its input, which undoes the zoom: export it "
+            "without, torchvision's with _skip_resize=True"
+        )
+        raise UserError(msg)
+    layout = network.layout()
+    if layout.family == DECODED_YOLOX:
+        msg = (
+            f"outputs {layout.shapes} must be YOLOX's without decoding, got decoded boxes: export YOLOX without "
+            "--decode_in_inference, or use a class of your own"
+        )
+        raise UserError(msg)
+    return network, layout
+
+
+def _in_float32(output: np.ndarray) -> np.ndarray:
+    return output.astype(np.float32) if output.dtype == np.float16 else output
+
+
+def _input_side(metadata: Mapping[str, str], layout: Layout) -> int:
+    """The longer side of the metadata's `imgsz`, [height, width] or one number; else that of the kind."""
+    text = metadata.get("imgsz", str(layout.input_side))
+    sides = [int(number) for number in re.findall(r"\d{1,9}", text)]
+    if not sides or min(sides) < 1:
+        msg = f"metadata 'imgsz' must be [height, width] in pixels, got {text[:80]!r}"
+        raise UserError(msg)
+    return max(sides)
+
+
+def _axes(network: OnnxNetwork) -> str:
+    """Batch and size of a network's input, in words."""
+    batch = "no batch" if not network.batched else f"batch {network.batch or 'free'}"
+    return f"{batch}, {f'size {network.fixed_hw[0]} x {network.fixed_hw[1]}' if network.fixed_hw else 'size free'}"

@@ -1,0 +1,264 @@
+"""Layouts of the outputs of detectors in ONNX: how to recognise one, and how to read boxes out of it.
+
+A layout is recognised on the outputs for a canvas of noise: by their number, shapes and types, and by whether the
+boxes lie where the cells of their rows are. All boxes are xyxy in canvas pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from scalenet_ray.core.errors import UserError
+
+__all__ = ["DECODED_YOLOX", "YOLOX", "Found", "Layout", "recognise"]
+
+HW = tuple[int, int]
+
+
+class Found(NamedTuple):
+    """Boxes of one tile: [N, 4] float32 xyxy in canvas pixels, [N] scores, [N] class indices."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The outputs of a kind of network.
+
+    Attributes:
+        family: the networks that are exported so.
+        shapes: the outputs, in words.
+        outputs: positions of the outputs that `decode` takes, in its order.
+        decode: (outputs of one tile without the batch axis, (height, width) of the canvas, minimum score) -> boxes.
+        classes: number of classes; None if the outputs do not show it.
+        suppressed: True if the network's boxes need no NMS.
+        iou_threshold: IoU threshold of NMS, of the tile's boxes unless `suppressed`, and between tiles.
+        batched: False if the outputs have no batch axis.
+        first_id: id of the first class, where a file lists the names.
+        gives_ids: True if the network gives class ids, False if it gives their positions in ascending order.
+        input_side: longer side of a whole image's tile, if the file does not say.
+    """
+
+    family: str
+    shapes: str
+    outputs: tuple[int, ...]
+    decode: Callable[[Sequence[np.ndarray], HW, float], Found]
+    classes: int | None = None
+    suppressed: bool = False
+    iou_threshold: float = 0.7
+    batched: bool = True
+    first_id: int = 0
+    gives_ids: bool = False
+    input_side: int = 640
+
+
+YOLOX = "YOLOX"
+DECODED_YOLOX = "YOLOX with decoded boxes"
+
+_KNOWN = (
+    "[batch, 4 + classes, cells] (YOLOv8, 11, 12), [batch, 3 x cells, 5 + classes] (YOLOv5, 7), "
+    "[batch, cells, 5 + classes] (YOLOX, YOLOv6), [batch, boxes, 6] (end-to-end), [batch, queries, 4 + classes] with "
+    "boxes in 0..1 (RT-DETR), logits and pred_boxes (RT-DETR, D-FINE), or boxes, labels and scores (torchvision, "
+    "RT-DETR, D-FINE)"
+)
+
+_LEVELS = {1: ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32)), 3: ((8, 16, 32), (8, 16, 32, 64), (16, 32))}
+"""Boxes of a cell -> strides of the levels of YOLO networks."""
+
+_FOLLOWS = 0.5
+"""Least slope of the boxes' centres over the cells' for boxes that are decoded; about 1 if they are, else about 0."""
+
+
+def recognise(names: Sequence[str], outputs: Sequence[np.ndarray], canvas: HW) -> Layout:
+    """Recognise a layout by what it answers for a canvas of noise.
+
+    Args:
+        names: names of the outputs.
+        outputs: the outputs for a batch of one or more.
+        canvas: (height, width) of the input.
+
+    Raises:
+        UserError: if the outputs are not of a known layout.
+    """
+    layout = None
+    if len(outputs) == 1 and outputs[0].ndim == 3:
+        layout = _of_rows(outputs[0], canvas)
+    elif {"pred_boxes", "logits"} <= set(names):
+        layout = _of_queries([names.index("logits"), names.index("pred_boxes")], outputs)
+    elif len(outputs) == 3:
+        layout = _of_boxes(names, outputs)
+    if layout is None:
+        got = ", ".join(f"{name} {list(output.shape)}" for name, output in zip(names, outputs, strict=True))
+        msg = f"a detector's outputs must be {_KNOWN}, got {got} for a canvas of {canvas[0]} x {canvas[1]}"
+        raise UserError(msg)
+    return layout
+
+
+def _of_rows(output: np.ndarray, canvas: HW) -> Layout | None:
+    """Layouts with one output of three axes."""
+    first = output[0].astype(np.float64)
+    rows, columns = first.shape
+    if rows > 4 and (cells := _cells(columns, canvas, 1)) is not None and _slope(first[:2].T, cells) > _FOLLOWS:
+        shapes = f"[batch, {rows}, cells]"
+        return Layout("YOLOv8, 11 or 12", shapes, (0,), _decode_columns, classes=rows - 4)
+    if columns > 5 and (cells := _cells(rows, canvas, 3)) is not None and _slope(first[:, :2], cells) > _FOLLOWS:
+        return Layout("YOLOv5 or 7", f"[batch, 3 x cells, {columns}]", (0,), _decode_rows, classes=columns - 5)
+    if columns > 5 and (cells := _cells(rows, canvas, 1)) is not None:
+        return _of_cells(first, cells)
+    if columns == 6 and (first[:, 5] == np.round(first[:, 5])).all():
+        shapes = "[batch, boxes, 6]: xyxy, score, class"
+        return Layout("end-to-end YOLO (10, 26, or with NMS)", shapes, (0,), _decode_end_to_end, suppressed=True)
+    if columns > 4 and (first >= 0).all() and (first <= 1).all():
+        shapes = f"[batch, queries, {columns}]: cxcywh in 0..1, scores"
+        return Layout("RT-DETR", shapes, (0,), _decode_query_rows, classes=columns - 4, suppressed=True)
+    return None
+
+
+def _of_cells(rows: np.ndarray, cells: np.ndarray) -> Layout:
+    """Layouts with one row for each cell: boxes, objectness, class scores."""
+    shapes = f"[batch, cells, {rows.shape[1]}]"
+    classes = rows.shape[1] - 5
+    if _slope(rows[:, :2], cells) <= _FOLLOWS:
+        # Its own adapter decodes it.
+        return Layout(YOLOX, shapes, (0,), _decode_rows, classes=classes)
+    if (rows[:, 4] == 1).all():
+        return Layout("YOLOv6", shapes, (0,), _decode_rows, classes=classes)
+    return Layout(DECODED_YOLOX, shapes, (0,), _decode_rows, classes=classes)
+
+
+def _of_queries(positions: Sequence[int], outputs: Sequence[np.ndarray]) -> Layout | None:
+    """Layouts with logits [B, Q, C] and pred_boxes [B, Q, 4]."""
+    logits, boxes = (outputs[i] for i in positions)
+    if logits.ndim != 3 or boxes.shape != (*logits.shape[:2], 4) or boxes.min() < 0 or boxes.max() > 1:
+        return None
+    shapes = f"logits [batch, queries, {logits.shape[2]}] and pred_boxes, cxcywh in 0..1"
+    return Layout(
+        "RT-DETR or D-FINE", shapes, tuple(positions), _decode_queries, classes=logits.shape[2], suppressed=True
+    )
+
+
+def _of_boxes(names: Sequence[str], outputs: Sequence[np.ndarray]) -> Layout | None:
+    """Layouts with boxes, labels and scores, by name or else by type."""
+    if set(names) == {"boxes", "labels", "scores"}:
+        positions = [names.index(name) for name in ("boxes", "scores", "labels")]
+    else:
+        kinds = [
+            "labels" if output.dtype.kind in "iu" else "boxes" if output.shape[-1:] == (4,) else "scores"
+            for output in outputs
+        ]
+        if len(set(kinds)) != 3:
+            return None
+        positions = [kinds.index(kind) for kind in ("boxes", "scores", "labels")]
+    boxes, scores, labels = (outputs[i] for i in positions)
+    if boxes.shape != (*scores.shape, 4) or labels.shape != scores.shape:
+        return None
+    if boxes.ndim == 2:
+        shapes = "boxes [boxes, 4], labels, scores"
+        return Layout(
+            "torchvision",
+            shapes,
+            tuple(positions),
+            _decode_boxes,
+            suppressed=True,
+            iou_threshold=0.5,
+            batched=False,
+            first_id=1,
+            gives_ids=True,
+            input_side=800,
+        )
+    if boxes.ndim == 3:
+        shapes = "labels, boxes [batch, queries, 4], scores"
+        return Layout("RT-DETR or D-FINE", shapes, tuple(positions), _decode_boxes, suppressed=True)
+    return None
+
+
+def _cells(count: int, canvas: HW, anchors: int) -> np.ndarray | None:
+    """Centres of the cells of a canvas, [count, 2] xy in canvas pixels; None if no levels have so many rows."""
+    for strides in _LEVELS[anchors]:
+        sides = [(-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in strides]
+        if anchors * sum(h * w for h, w in sides) == count:
+            levels = []
+            for stride, (h, w) in zip(strides, sides, strict=True):
+                y, x = np.mgrid[:h, :w]
+                levels += [(np.stack([x.ravel(), y.ravel()], axis=1) + 0.5) * stride] * anchors
+            return np.concatenate(levels)
+    return None
+
+
+def _slope(centres: np.ndarray, cells: np.ndarray) -> float:
+    """Slope of the boxes' centres over the cells' centres, [N, 2] each; least squares over both axes."""
+    cells = cells - cells.mean(axis=0)
+    return float((centres * cells).sum() / (cells**2).sum())
+
+
+# --- outputs of one tile, without the batch axis ------------------------------------------------------
+
+
+def _corners(boxes: np.ndarray) -> np.ndarray:
+    """[N, 4] cxcywh -> xyxy."""
+    halves = boxes[:, 2:] / 2
+    return np.concatenate([boxes[:, :2] - halves, boxes[:, :2] + halves], axis=1)
+
+
+def _decode_columns(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
+    """[4 + C, N]: cxcywh, class scores; the best class of each column."""
+    (columns,) = outputs
+    scores = columns[4:].max(axis=0)
+    kept = np.flatnonzero(scores >= threshold)
+    chosen = columns[:, kept]
+    return Found(_corners(chosen[:4].T), scores[kept], chosen[4:].argmax(axis=0))
+
+
+def _decode_rows(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
+    """[N, 5 + C]: cxcywh, objectness, class scores; the best class of each row."""
+    (rows,) = outputs
+    # Class scores are at most 1: rows with a low objectness can't reach the threshold.
+    rows = rows[rows[:, 4] >= threshold]
+    classes = rows[:, 5:].argmax(axis=1)
+    scores = rows[:, 4] * rows[np.arange(len(rows)), 5 + classes]
+    kept = scores >= threshold
+    return Found(_corners(rows[kept, :4]), scores[kept], classes[kept])
+
+
+def _decode_end_to_end(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
+    """[N, 6]: xyxy, score, class."""
+    (rows,) = outputs
+    rows = rows[rows[:, 4] >= threshold]
+    return Found(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64))
+
+
+def _decode_query_rows(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
+    """[Q, 4 + C]: cxcywh as shares of the canvas, class scores."""
+    (rows,) = outputs
+    return _best_pairs(rows[:, :4], rows[:, 4:], canvas, threshold)
+
+
+def _decode_queries(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
+    """Logits [Q, C] and boxes [Q, 4], cxcywh as shares of the canvas."""
+    logits, boxes = outputs
+    with np.errstate(over="ignore"):
+        scores = 1 / (1 + np.exp(-logits))
+    return _best_pairs(boxes, scores, canvas, threshold)
+
+
+def _best_pairs(shares: np.ndarray, scores: np.ndarray, canvas: HW, threshold: float) -> Found:
+    """The best pairs of a query and a class, at most as many as queries; a query may have several classes."""
+    queries, classes = np.nonzero(scores >= threshold)
+    values = scores[queries, classes]
+    best = np.argsort(-values, kind="stable")[: len(scores)]
+    height, width = canvas
+    boxes = _corners(shares[queries[best]]) * np.array([width, height, width, height], np.float32)
+    return Found(boxes, values[best], classes[best])
+
+
+def _decode_boxes(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
+    """Boxes [N, 4] xyxy, scores [N] and labels [N]."""
+    boxes, scores, labels = outputs
+    kept = scores >= threshold
+    return Found(boxes[kept], scores[kept], labels[kept].astype(np.int64))

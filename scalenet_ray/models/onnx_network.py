@@ -1,0 +1,244 @@
+"""Sessions of detectors in ONNX: what they take, calls on batches of pixels, and trial calls."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: ignore[attr-defined]
+
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.models.onnx_batches import PADDING_GREY
+from scalenet_ray.models.onnx_graph import free_axes
+from scalenet_ray.models.onnx_layouts import Layout, recognise
+from scalenet_ray.models.onnx_session import providers_of, session_options
+
+__all__ = ["OnnxNetwork", "free_network", "noise"]
+
+HW = tuple[int, int]
+
+_RUN_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_SIZES = "orig_target_sizes"
+_SIZE_TYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32}
+
+_TRIAL_SIDES = (64, 128, 320)
+"""Sides of canvases on which a network of free size is tried. Some select 300 cells, more than the smallest has."""
+
+
+class OnnxNetwork:
+    """A session, with the preprocessing and the axes of its input.
+
+    Args:
+        session: the session.
+        metadata: metadata of the ONNX file: `mean` and `std`, JSON lists of a number for red, green and blue each, for
+            pixels in 0..1. Without them the input is not normalised.
+
+    Attributes:
+        session: the session.
+        batch: fixed batch size; None if it is free. 1 if the input has no batch axis.
+        fixed_hw: fixed (height, width); None if they are free.
+        batched: False if the input has no batch axis.
+
+    Raises:
+        UserError: if the input is not an image's, or the metadata is invalid.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, metadata: Mapping[str, str]) -> None:
+        self.session = session
+        image, *others = session.get_inputs()
+        shape = image.shape
+        batch, channels, *sides = shape if len(shape) == 4 else [1, *shape]
+        fixed = [side for side in sides if isinstance(side, int)]
+        if (
+            len(sides) != 2
+            or channels != 3
+            or len(fixed) == 1
+            or image.type not in _FLOATS
+            or [each.name for each in others] not in ([], [_SIZES])
+        ):
+            got = ", ".join(f"{each.name} {each.shape} of {each.type}" for each in (image, *others))
+            msg = (
+                "the input must be [batch, 3, height, width] or [3, height, width] of float or float16, height and "
+                f"width both fixed or both free, and at most {_SIZES} besides, got {got}"
+            )
+            raise UserError(msg)
+        self._image, self._dtype, self._sizes = image.name, _FLOATS[image.type], others
+        self.batched = len(shape) == 4
+        self.batch = batch if isinstance(batch, int) else None
+        self.fixed_hw = (fixed[0], fixed[1]) if fixed else None
+        self._names = [output.name for output in session.get_outputs()]
+        self._normalisation = None
+        if "mean" in metadata or "std" in metadata:
+            self._normalisation = _three_numbers(metadata, "mean", 0), _three_numbers(metadata, "std", 1)
+
+    def __call__(self, pixels: np.ndarray, *, quiet: bool = False) -> list[np.ndarray]:
+        """All outputs for [B, H, W, 3] uint8 RGB. A batch smaller than the fixed one is filled up with grey.
+
+        Args:
+            pixels: the batch, on canvases.
+            quiet: do not log errors.
+        """
+        count, height, width = pixels.shape[:3]
+        if self.batch is not None and count < self.batch:
+            blank = np.full((self.batch - count, height, width, 3), PADDING_GREY, np.uint8)
+            pixels = np.concatenate([pixels, blank])
+        images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+        images /= 255
+        if self._normalisation is not None:
+            mean, deviation = self._normalisation
+            images = (images - mean) / deviation
+        images = images.astype(self._dtype, copy=False)
+        feed: dict[str, Any] = {self._image: images if self.batched else images[0]}
+        for sizes in self._sizes:
+            feed[sizes.name] = np.full((len(images), 2), (width, height), _SIZE_TYPES.get(sizes.type, np.int64))
+        options = onnxruntime.RunOptions()
+        if quiet:
+            options.log_severity_level = 4
+        outputs = [np.asarray(output) for output in self.session.run(None, feed, options)]
+        return [output[:count] for output in outputs] if count < len(pixels) else outputs
+
+    def recognised(self, canvas: HW) -> Layout:
+        """The layout of the outputs, by what they are for a canvas of noise.
+
+        Raises:
+            UserError: if it is none of the known ones, or gives values that are NaN or infinite.
+        """
+        outputs = self(noise(canvas), quiet=True)
+        if not all(np.isfinite(output).all() for output in outputs):
+            msg = "a detector's outputs must be finite, got NaN or infinity for noise: check its weights and precision"
+            raise UserError(msg)
+        return recognise(self._names, outputs, canvas)
+
+    def takes(self, canvas: HW) -> bool:
+        """True if the network runs on a canvas of (height, width)."""
+        try:
+            self(noise(canvas), quiet=True)
+        except _RUN_ERRORS:
+            return False
+        return True
+
+    @functools.cached_property
+    def trial_canvases(self) -> tuple[list[HW], int]:
+        """The canvases on which the layout is recognised, and the stride that their sides are multiples of.
+
+        That is the fixed size, with stride 1, or else two sizes, of which the first is the smallest that the network
+        takes.
+
+        Raises:
+            UserError: if it takes none of the sizes tried.
+        """
+        if self.fixed_hw is not None:
+            return [self.fixed_hw], 1
+        for side in _TRIAL_SIDES:
+            if self.takes((side, 2 * side)):
+                stride = 32 if self.takes((side + 32, 2 * side + 32)) else 64
+                return [(side, 2 * side), (side + stride, 2 * side + stride)], stride
+        tried = ", ".join(f"{side} x {2 * side}" for side in _TRIAL_SIDES)
+        msg = (
+            f"a network of free height and width must take canvases of {tried} or the like, it fails on each: export "
+            "it with a fixed size, or make all of it dynamic"
+        )
+        raise UserError(msg)
+
+    def layout(self) -> Layout:
+        """The layout of the outputs; see `recognised` and `trial_canvases`.
+
+        Raises:
+            UserError: if it is none of the known ones, or not the same on all canvases.
+        """
+        canvases, _ = self.trial_canvases
+        try:
+            first, *others = (self.recognised(canvas) for canvas in canvases)
+        except _RUN_ERRORS as error:
+            msg = f"the network must run on canvases of {canvases}, it fails: {error}"
+            raise UserError(msg) from error
+        if any(other != first for other in others):
+            msg = (
+                f"a network of free height and width must have the outputs of one kind on all canvases, got those of "
+                f"{first.family} and {others[0].family} for {canvases}: export it with a fixed size"
+            )
+            raise UserError(msg)
+        return first
+
+
+def _three_numbers(metadata: Mapping[str, str], key: str, default: int) -> np.ndarray:
+    """[3, 1, 1] float32 from the metadata."""
+    text = metadata.get(key, str([default] * 3))
+    try:
+        numbers = np.array(json.loads(text), np.float32).reshape(3, 1, 1)
+    except (ValueError, TypeError):
+        numbers = np.full((3, 1, 1), np.nan, np.float32)
+    if not np.isfinite(numbers).all() or (key == "std" and numbers.min() <= 0):
+        msg = f"metadata {key!r} must be a JSON list of a number for red, green and blue each, got {text[:80]!r}"
+        raise UserError(msg)
+    return numbers
+
+
+def noise(canvas: HW, seed: int = 0) -> np.ndarray:
+    """[1, H, W, 3] uint8 of random pixels."""
+    return np.random.default_rng(seed).integers(0, 256, (1, *canvas, 3), dtype=np.uint8)
+
+
+def free_network(
+    network: OnnxNetwork, data: bytes, layout: Layout, metadata: Mapping[str, str], device: str
+) -> OnnxNetwork:
+    """Make batch and size of a network dynamic, or the batch alone, as far as it gives the same outputs.
+
+    Args:
+        network: the network.
+        data: content of its ONNX file.
+        layout: that of its outputs.
+        metadata: the file's metadata.
+        device: "cpu", "cuda" or "cuda:1".
+
+    Returns:
+        The network with free axes if two canvases of noise have the outputs together that each had alone, and the
+        layout is recognised at other sizes too, where the size was freed. Else the network itself.
+    """
+    if not (network.batched and layout.batched) or (network.batch is None and network.fixed_hw is None):
+        return network
+    choices = [size for size in (True, False) if network.fixed_hw is not None or not size]
+    if network.batch is None:
+        choices.remove(False)
+    for sizes in choices:
+        try:
+            session = onnxruntime.InferenceSession(
+                free_axes(data, sizes=sizes), _quiet(session_options()), providers=providers_of(device)
+            )
+            freed = OnnxNetwork(session, metadata)
+            if (not sizes or freed.layout() == layout) and _is_same(network, freed):
+                return freed
+        except (*_RUN_ERRORS, UserError):
+            continue
+    return network
+
+
+def _is_same(network: OnnxNetwork, freed: OnnxNetwork) -> bool:
+    """True if two canvases of noise have the outputs together in one network that each has alone in the other."""
+    (canvas, *_), _ = network.trial_canvases
+    views = [noise(canvas, seed) for seed in (1, 2)]
+    alone = [network(view, quiet=True) for view in views]
+    together = freed(np.concatenate(views), quiet=True)
+    pairs = zip(together, (np.concatenate(parts) for parts in zip(*alone, strict=True)), strict=True)
+    return all(
+        one.shape == other.shape and np.allclose(one, other, rtol=close, atol=close)
+        for one, other in pairs
+        for close in (1e-2 if one.dtype == np.float16 else 1e-4,)
+    )
+
+
+def _quiet(options: onnxruntime.SessionOptions) -> onnxruntime.SessionOptions:
+    """The same options, without messages about graphs that do not fit together."""
+    options.log_severity_level = 4
+    return options
