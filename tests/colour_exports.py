@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "yolox-decoded": ("output",),
     "end-to-end": ("output0",),
     "rtdetr-rows": ("output0",),
+    "rtdetr-best": ("output0",),
     "queries": ("logits", "pred_boxes"),
     "target-sizes": ("labels", "boxes", "scores"),
     "torchvision": ("boxes", "labels", "scores"),
@@ -127,6 +128,11 @@ class ColourNet(nn.Module):
     def _rtdetr_rows(self, boxes, score, images, sizes):
         boxes, score = self._best(boxes, score)
         return (torch.cat([self._shares(boxes, images), score], 2),)
+
+    def _rtdetr_best(self, boxes, score, images, sizes):
+        boxes, score = self._best(boxes, score)
+        values, labels = score.max(2, keepdim=True)
+        return (torch.cat([self._shares(boxes, images), values, labels.to(values.dtype)], 2),)
 
     def _queries(self, boxes, score, images, sizes):
         boxes, score = self._best(boxes, score)

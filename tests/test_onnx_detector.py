@@ -209,6 +209,7 @@ def test_a_network_of_fixed_size_that_computes_its_grid_is_freed(tmp_path: Path)
     detector = load(path)
     assert "batch free, size free" in detector.description
     assert detector.canvas_hw((40, 40)) == (64, 64)
+    assert detector.input_side == 160
     tile = noisy_tile((64, 224))
     assert_sees(detector([tile])[0], tile, "yolov8")
 

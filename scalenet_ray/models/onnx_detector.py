@@ -37,7 +37,7 @@ class OnnxDetector:
 
     Attributes:
         input_side: longer side of a whole image's tile: that of a fixed input, else the metadata's `imgsz`, else that
-            of the kind.
+            of the export, else 640, or 800 of torchvision's.
         categories: class id -> name.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS.
@@ -162,7 +162,7 @@ def load_onnx_detector(
     try:
         network, layout = _recognised(session, data, metadata)
         categories, source = classes_of(layout.classes, metadata, names_file, first_id=layout.first_id)
-        input_side = _input_side(metadata, layout)
+        input_side = _input_side(metadata, max(network.fixed_hw or [layout.input_side]))
     except UserError as error:
         msg = f"{path}: {error}"
         raise UserError(msg) from error
@@ -191,7 +191,7 @@ def _recognised(
     if resizes_input(data):
         msg = (
             "a network must take tiles as they are, got one that resizes its input, which undoes the zoom: export it "
-            "without, torchvision's with _skip_resize=True"
+            "without, torchvision's after model.transform.resize = lambda image, target: (image, target)"
         )
         raise UserError(msg)
     layout = network.layout()
@@ -208,9 +208,9 @@ def _in_float32(output: np.ndarray) -> np.ndarray:
     return output.astype(np.float32) if output.dtype == np.float16 else output
 
 
-def _input_side(metadata: Mapping[str, str], layout: Layout) -> int:
-    """The longer side of the metadata's `imgsz`, [height, width] or one number; else that of the kind."""
-    text = metadata.get("imgsz", str(layout.input_side))
+def _input_side(metadata: Mapping[str, str], default: int) -> int:
+    """The longer side of the metadata's `imgsz`, [height, width] or one number."""
+    text = metadata.get("imgsz", str(default))
     sides = [int(number) for number in re.findall(r"\d{1,9}", text)]
     if not sides or min(sides) < 1:
         msg = f"metadata 'imgsz' must be [height, width] in pixels, got {text[:80]!r}"

@@ -26,8 +26,9 @@ _END_OF_PIXELS = frozenset({"Conv", "ConvInteger", "Gemm", "MatMul", "QLinearCon
 def free_axes(data: bytes, *, sizes: bool = True) -> bytes:
     """Make batch, height and width of the input [batch, channels, height, width] dynamic.
 
-    Exporters write the batch of 1 into the inputs and into the targets of reshapes, e.g. [1, 85, -1]; a 0 there copies
-    the input's axis. The caller must test the result: a network may fix a size elsewhere too.
+    Exporters write the batch into the inputs and into the targets of reshapes. In [1, 85, -1] a 0 copies the input's
+    axis, in [1, 2, 64, 400] a -1 takes what is left. The caller must test the result: a network may fix a size
+    elsewhere too.
 
     Args:
         data: content of an ONNX file.
@@ -41,6 +42,7 @@ def free_axes(data: bytes, *, sizes: bool = True) -> bytes:
     except DecodeError:
         return data
     graph = model.graph
+    batch = graph.input[0].type.tensor_type.shape.dim[0].dim_value
     live = _follow(graph, lambda node: True)
     reshapes = [node for node in graph.node if node.op_type == "Reshape"]
     targets = {node.input[1]: node.input[0] in live for node in reshapes}
@@ -54,8 +56,11 @@ def free_axes(data: bytes, *, sizes: bool = True) -> bytes:
     freed = set()
     for name, tensor in [*constants, *((value.name, value) for value in graph.initializer if value.name in targets)]:
         shape = numpy_helper.to_array(tensor)
-        if shape.ndim == 1 and len(shape) > 1 and shape[0] == 1 and (-1 in shape or targets[name]):
-            target = np.concatenate([[0], shape[1:]]).astype(shape.dtype)
+        if shape.ndim != 1 or len(shape) < 2:
+            continue
+        has_rest = -1 in shape
+        if shape[0] in (1, batch) if has_rest else shape[0] > 0 and targets[name]:
+            target = np.concatenate([[0 if has_rest else -1], shape[1:]]).astype(shape.dtype)
             tensor.CopyFrom(numpy_helper.from_array(target, tensor.name))
             freed.add(name)
     for node in reshapes:

@@ -37,6 +37,7 @@ class Layout:
         outputs: positions of the outputs that `decode` takes, in its order.
         decode: (outputs of one tile without the batch axis, (height, width) of the canvas, minimum score) -> boxes.
         classes: number of classes; None if the outputs do not show it.
+        on_cells: True if there is a row for each cell, so that boxes off their cells show a grid of another size.
         suppressed: True if the network's boxes need no NMS.
         iou_threshold: IoU threshold of NMS, of the tile's boxes unless `suppressed`, and between tiles.
         batched: False if the outputs have no batch axis.
@@ -50,6 +51,7 @@ class Layout:
     outputs: tuple[int, ...]
     decode: Callable[[Sequence[np.ndarray], HW, float], Found]
     classes: int | None = None
+    on_cells: bool = False
     suppressed: bool = False
     iou_threshold: float = 0.7
     batched: bool = True
@@ -68,8 +70,8 @@ _KNOWN = (
     "RT-DETR, D-FINE)"
 )
 
-_LEVELS = {1: ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32)), 3: ((8, 16, 32), (8, 16, 32, 64), (16, 32))}
-"""Boxes of a cell -> strides of the levels of YOLO networks."""
+_LEVELS = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32))
+"""Strides of the levels of YOLO networks."""
 
 _FOLLOWS = 0.5
 """Least slope of the boxes' centres over the cells' for boxes that are decoded; about 1 if they are, else about 0."""
@@ -106,30 +108,33 @@ def _of_rows(output: np.ndarray, canvas: HW) -> Layout | None:
     rows, columns = first.shape
     if rows > 4 and (cells := _cells(columns, canvas, 1)) is not None and _slope(first[:2].T, cells) > _FOLLOWS:
         shapes = f"[batch, {rows}, cells]"
-        return Layout("YOLOv8, 11 or 12", shapes, (0,), _decode_columns, classes=rows - 4)
-    if columns > 5 and (cells := _cells(rows, canvas, 3)) is not None and _slope(first[:, :2], cells) > _FOLLOWS:
-        return Layout("YOLOv5 or 7", f"[batch, 3 x cells, {columns}]", (0,), _decode_rows, classes=columns - 5)
-    if columns > 5 and (cells := _cells(rows, canvas, 1)) is not None:
-        return _of_cells(first, cells)
+        return Layout("YOLOv8, 11 or 12", shapes, (0,), _decode_columns, classes=rows - 4, on_cells=True)
     if columns == 6 and (first[:, 5] == np.round(first[:, 5])).all():
-        shapes = "[batch, boxes, 6]: xyxy, score, class"
-        return Layout("end-to-end YOLO (10, 26, or with NMS)", shapes, (0,), _decode_end_to_end, suppressed=True)
+        return _of_best(first)
+    if columns > 5 and (cells := _cells(rows, canvas, 3)) is not None and _slope(first[:, :2], cells) > _FOLLOWS:
+        return Layout(
+            "YOLOv5 or 7", f"[batch, 3 x cells, {columns}]", (0,), _decode_rows, classes=columns - 5, on_cells=True
+        )
+    if columns > 5 and (cells := _cells(rows, canvas, 1)) is not None and _slope(first[:, :2], cells) > _FOLLOWS:
+        family = "YOLOv6" if (first[:, 4] == 1).all() else DECODED_YOLOX
+        return Layout(family, f"[batch, cells, {columns}]", (0,), _decode_rows, classes=columns - 5, on_cells=True)
+    if columns > 5 and _cells(rows, canvas, 1, _LEVELS[:1]) is not None:
+        # Its own adapter decodes it.
+        return Layout(YOLOX, f"[batch, cells, {columns}]", (0,), _decode_rows, classes=columns - 5, on_cells=True)
     if columns > 4 and (first >= 0).all() and (first <= 1).all():
         shapes = f"[batch, queries, {columns}]: cxcywh in 0..1, scores"
         return Layout("RT-DETR", shapes, (0,), _decode_query_rows, classes=columns - 4, suppressed=True)
     return None
 
 
-def _of_cells(rows: np.ndarray, cells: np.ndarray) -> Layout:
-    """Layouts with one row for each cell: boxes, objectness, class scores."""
-    shapes = f"[batch, cells, {rows.shape[1]}]"
-    classes = rows.shape[1] - 5
-    if _slope(rows[:, :2], cells) <= _FOLLOWS:
-        # Its own adapter decodes it.
-        return Layout(YOLOX, shapes, (0,), _decode_rows, classes=classes)
-    if (rows[:, 4] == 1).all():
-        return Layout("YOLOv6", shapes, (0,), _decode_rows, classes=classes)
-    return Layout(DECODED_YOLOX, shapes, (0,), _decode_rows, classes=classes)
+def _of_best(rows: np.ndarray) -> Layout:
+    """Layouts with the best boxes alone, of which those of RT-DETR are shares of the canvas."""
+    # Without any box all rows are 0, which no query is.
+    if rows[:, :4].any() and rows[:, :4].max() <= 1:
+        shapes = "[batch, queries, 6]: cxcywh in 0..1, score, class"
+        return Layout("RT-DETR", shapes, (0,), _decode_best_shares, suppressed=True)
+    shapes = "[batch, boxes, 6]: xyxy, score, class"
+    return Layout("end-to-end YOLO (10, 26, or with NMS)", shapes, (0,), _decode_best, suppressed=True)
 
 
 def _of_queries(positions: Sequence[int], outputs: Sequence[np.ndarray]) -> Layout | None:
@@ -178,9 +183,9 @@ def _of_boxes(names: Sequence[str], outputs: Sequence[np.ndarray]) -> Layout | N
     return None
 
 
-def _cells(count: int, canvas: HW, anchors: int) -> np.ndarray | None:
+def _cells(count: int, canvas: HW, anchors: int, levels_of: Sequence[tuple[int, ...]] = _LEVELS) -> np.ndarray | None:
     """Centres of the cells of a canvas, [count, 2] xy in canvas pixels; None if no levels have so many rows."""
-    for strides in _LEVELS[anchors]:
+    for strides in levels_of:
         sides = [(-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in strides]
         if anchors * sum(h * w for h, w in sides) == count:
             levels = []
@@ -206,6 +211,12 @@ def _corners(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2] - halves, boxes[:, :2] + halves], axis=1)
 
 
+def _from_shares(boxes: np.ndarray, canvas: HW) -> np.ndarray:
+    """[N, 4] cxcywh as shares of the canvas -> xyxy."""
+    height, width = canvas
+    return _corners(boxes) * np.array([width, height, width, height], np.float32)
+
+
 def _decode_columns(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
     """[4 + C, N]: cxcywh, class scores; the best class of each column."""
     (columns,) = outputs
@@ -226,11 +237,17 @@ def _decode_rows(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) ->
     return Found(_corners(rows[kept, :4]), scores[kept], classes[kept])
 
 
-def _decode_end_to_end(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
+def _decode_best(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
     """[N, 6]: xyxy, score, class."""
     (rows,) = outputs
     rows = rows[rows[:, 4] >= threshold]
     return Found(rows[:, :4], rows[:, 4], rows[:, 5].astype(np.int64))
+
+
+def _decode_best_shares(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
+    """[Q, 6]: cxcywh as shares of the canvas, score, class."""
+    shares, scores, classes = _decode_best(outputs, canvas, threshold)
+    return Found(_from_shares(shares, canvas), scores, classes)
 
 
 def _decode_query_rows(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
@@ -252,9 +269,7 @@ def _best_pairs(shares: np.ndarray, scores: np.ndarray, canvas: HW, threshold: f
     queries, classes = np.nonzero(scores >= threshold)
     values = scores[queries, classes]
     best = np.argsort(-values, kind="stable")[: len(scores)]
-    height, width = canvas
-    boxes = _corners(shares[queries[best]]) * np.array([width, height, width, height], np.float32)
-    return Found(boxes, values[best], classes[best])
+    return Found(_from_shares(shares[queries[best]], canvas), values[best], classes[best])
 
 
 def _decode_boxes(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:

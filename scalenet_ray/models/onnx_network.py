@@ -203,14 +203,13 @@ def free_network(
         device: "cpu", "cuda" or "cuda:1".
 
     Returns:
-        The network with free axes if two canvases of noise have the outputs together that each had alone, and the
-        layout is recognised at other sizes too, where the size was freed. Else the network itself.
+        The network with free axes if two canvases of noise have the outputs together that each had alone. The size is
+        freed only where rows belong to cells, and boxes follow them at other sizes too. Else the network itself.
     """
-    if not (network.batched and layout.batched) or (network.batch is None and network.fixed_hw is None):
+    if not (network.batched and layout.batched):
         return network
-    choices = [size for size in (True, False) if network.fixed_hw is not None or not size]
-    if network.batch is None:
-        choices.remove(False)
+    choices = [True] if network.fixed_hw is not None and layout.on_cells else []
+    choices += [False] if network.batch is not None else []
     for sizes in choices:
         try:
             session = onnxruntime.InferenceSession(
