@@ -30,6 +30,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES, COCO_NUM_CLASSES
 from scalenet_ray.models.torchvision_builders import build_detector
+from tests.colour_exports import export
 from tests.job_scripts import REPOSITORY
 from tests.ray_fixture import RAY_ENVIRONMENT
 
@@ -121,6 +122,8 @@ def build_world(folder: Path, s3_endpoint: str) -> Iterator[World]:
     _write_mnist(folder / "DIR" / "MNIST" / "raw")
     _write_cifar(folder / "DIR" / "cifar-10-batches-py")
     _write_yolox(folder / "yolox_nano.onnx")
+    export(folder / "yolo11n.onnx", "yolov8")
+    (folder / "names.txt").write_text("\n".join(COCO_CATEGORIES.values()))
     _write_torchvision(folder / "torch")
     (folder / "DATA" / "models").mkdir(parents=True)
     (folder / "DATA" / "coco").symlink_to(folder / "DIR")

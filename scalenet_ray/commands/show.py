@@ -33,7 +33,7 @@ class Show:
             regions.
         output: the picture, as .png, .svg or .pdf.
         shown_score: objects with a lower score are neither drawn nor counted.
-        detector: kind:what, e.g. yolox-onnx:PATH, torchvision:NAME, torchvision:PATH, module:Class.
+        detector: kind:what, e.g. onnx:PATH, torchvision:NAME, torchvision:PATH, module:Class.
         scale_net: weights of Scale Net, a local path or s3://.
         device: torch device that the networks run on.
     """

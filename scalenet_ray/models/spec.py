@@ -74,7 +74,7 @@ class NetworkSpec:
     """The frozen detector and Scale Net.
 
     Attributes:
-        detector: kind:what, e.g. yolox-onnx:PATH, torchvision:NAME, torchvision:PATH, module:Class. Without
+        detector: kind:what, e.g. onnx:PATH, torchvision:NAME, torchvision:PATH, module:Class. Without
             --data: the embedded sample's.
         scale_net: weights of Scale Net, a local path or s3://. Without --data: the embedded sample's.
         device: torch device of the networks.
@@ -204,7 +204,7 @@ class NetworkSpec:
 
     def _load(self) -> Detector:
         if self.detector is None:
-            msg = "a detector must be named: give --detector kind:what, e.g. yolox-onnx:PATH or torchvision:NAME"
+            msg = "a detector must be named: give --detector kind:what, e.g. onnx:PATH or torchvision:NAME"
             raise UserError(msg)
         return load_detector(
             self._runnable(self.detector),
