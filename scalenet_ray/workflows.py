@@ -16,6 +16,7 @@ from scalenet_ray.core.extras import needs_extra
 from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy, check_names, parse_policy
 from scalenet_ray.data import storage
+from scalenet_ray.data.categories import CategoryChoice, ChosenCategories, choose_categories, write_chosen
 from scalenet_ray.data.coco import (
     FoundImages,
     ImageRecord,
@@ -68,6 +69,7 @@ __all__ = [
     "prepare_run",
     "sample_inputs",
     "start_session",
+    "with_categories",
     "write_report",
     "write_summary",
 ]
@@ -149,11 +151,13 @@ class CocoSplit(ImageSet):
         folder: address of the images' folder.
         categories: id -> name.
         unused_categories: ids of the categories without annotations.
+        chosen: the choice that led to these categories; None if they are all of the annotations', as they are.
     """
 
     folder: str
     categories: dict[int, str]
     unused_categories: frozenset[int]
+    chosen: ChosenCategories | None = None
 
     @property
     def annotations(self) -> str:
@@ -181,6 +185,35 @@ def open_split(session: Session, data: str, split: str, *, limit: int | None, ma
         max_pixels=round(max_megapixels * 1e6),
         categories=found.categories,
         unused_categories=found.unused_categories,
+    )
+
+
+def with_categories(
+    session: Session, split: CocoSplit, networks: NetworkSpec, choice: CategoryChoice, log: Callable[[str], None]
+) -> CocoSplit:
+    """Apply a choice of categories to a split.
+
+    Args:
+        session: the engine; the detector is loaded outside the driver.
+        split: the split.
+        networks: the detector, whose classes are the known ones.
+        choice: the choice.
+        log: takes a line that says what was chosen.
+
+    Raises:
+        UserError: if a name is not the annotations', or no category is left.
+    """
+    if not choice.is_made:
+        return split
+    detector: DetectorInfo = session.call(networks.describe_detector)
+    chosen = choose_categories(split.categories, detector.categories, choice)
+    log(chosen.in_words())
+    used = {chosen.ids[key] for key in chosen.ids if key not in split.unused_categories}
+    return replace(
+        split,
+        categories=chosen.categories,
+        unused_categories=frozenset(chosen.categories.keys() - used),
+        chosen=chosen,
     )
 
 
@@ -365,6 +398,10 @@ def evaluate_policies(
         The content of metrics.json.
     """
     ids = [record.image_id for record in split.images]
+    if split.chosen is not None:
+        # Whoever reads the ground truth of this run reads this file.
+        target = storage.join(run.uri, "ground_truth.json")
+        split = replace(split, source=session.call(write_chosen, split.annotations, target, split.chosen))
     check_split(session, run, split)
     log = ProgressLog(report)
     reads_features = session.call(networks.reads_features, policies)
@@ -377,6 +414,10 @@ def evaluate_policies(
         metrics[policy.name] = {"kind": policy.kind, **figures.pop("bbox"), **figures}
     report("all images are done: comparing what was found, and writing the report")
     document = write_summary(session, run, metrics, len(split.images))
+    if split.chosen is not None:
+        document["renamed_categories"] = split.chosen.renamed
+        document["left_out_categories"] = list(split.chosen.left_out)
+        run.write_json("metrics.json", document)
     base = compare_with or _baseline(policies)
     intervals = compare_with is not None or len(ids) <= INTERVALS_UP_TO
     analysis: EvaluationAnalysis = session.call(

@@ -15,6 +15,7 @@ from scalenet_ray.core.bounds import MEGAPIXELS
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.inference import FeatureScalePredictor
 from scalenet_ray.core.policy import Policy
+from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.data.coco import map_categories
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.runs.resources import Resources
@@ -27,6 +28,7 @@ from scalenet_ray.workflows import (
     prepare_run,
     sample_inputs,
     start_session,
+    with_categories,
 )
 
 __all__ = ["CheckInputs", "main"]
@@ -56,6 +58,7 @@ class CheckInputs:
     policies: tuple[str, ...] | None = None
     policy_file: str | None = None
     max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
+    categories: Annotated[CategoryChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=CategoryChoice)
     networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
 
 
@@ -69,6 +72,7 @@ def main(job: CheckInputs) -> int:
     session = start_session("local", Resources(), replace(job.networks, device="cpu"))
     if job.data is not None:
         images = open_split(session, job.data, job.split, limit=None, max_megapixels=job.max_image_megapixels)
+        images = with_categories(session, images, job.networks, job.categories, log=say)
     else:
         images = open_images(session, str(job.images), limit=None, max_megapixels=job.max_image_megapixels)
     say(_data_line(images))

@@ -12,6 +12,7 @@ from scalenet_ray.console import check_retry, end_run, found_lines, policy_table
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, policy_to_dict
+from scalenet_ray.data.categories import classes_named
 from scalenet_ray.data.policy_files import read_policies
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
@@ -41,6 +42,7 @@ class DetectImages:
         policy: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused or
             regions-scalenet.
         policy_file: YAML of one policy, in place of --policy.
+        classes: only these of the detector's classes, by name.
         limit: only the first so many images.
         output: the run folder, local or s3://; by default a new one under runs/detect.
         resume: continue the run in the output folder; images are identified by their files.
@@ -55,6 +57,7 @@ class DetectImages:
     images: str | None = None
     policy: str = "regions"
     policy_file: str | None = None
+    classes: tuple[str, ...] | None = None
     limit: Annotated[int, ONE_OR_MORE] | None = None
     output: str | None = None
     resume: bool = False
@@ -89,6 +92,7 @@ def main(job: DetectImages) -> int:
     (policy,), detector = prepare_run(
         session, job.networks, [images], lambda detector: _policies(job, detector), log=say
     )
+    detector = detector._replace(categories=classes_named(detector.categories, job.classes))
     run = RunFolder.of_job(job.output, "detect", resume=job.resume)
     settings = {
         "images": job.images,
@@ -96,6 +100,7 @@ def main(job: DetectImages) -> int:
         "max_image_megapixels": job.max_image_megapixels,
         "networks": job.networks.settings(),
         "policies": [policy_to_dict(policy)],
+        **({"classes": list(job.classes)} if job.classes is not None else {}),
     }
     workers = {"engine": job.engine, "device": job.networks.device, **job.resources.as_settings()}
     with run.begin(settings, resume=job.resume, workers=workers):

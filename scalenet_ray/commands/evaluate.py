@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from scalenet_ray.console import check_retry, difference_table, end_run, policy_
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, policy_to_dict
+from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import Resources
@@ -25,6 +26,7 @@ from scalenet_ray.workflows import (
     prepare_run,
     sample_inputs,
     start_session,
+    with_categories,
 )
 
 __all__ = ["EvalCoco", "main"]
@@ -70,6 +72,7 @@ class EvalCoco:
     max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
     report_pictures: int = PICTURES
     engine: EngineName = "ray"
+    categories: Annotated[CategoryChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=CategoryChoice)
     networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
     resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
 
@@ -82,6 +85,7 @@ def main(job: EvalCoco) -> int:
         job = replace(job, data=data, networks=networks)
     session = start_session(job.engine, job.resources, job.networks)
     split = open_split(session, str(job.data), job.split, limit=job.limit, max_megapixels=job.max_image_megapixels)
+    split = with_categories(session, split, job.networks, job.categories, log=say)
     choose = partial(
         choose_policies,
         session,
@@ -123,4 +127,5 @@ def _settings(job: EvalCoco, policies: Sequence[Policy]) -> dict[str, Any]:
         "max_image_megapixels": job.max_image_megapixels,
         "networks": job.networks.settings(),
         "policies": [policy_to_dict(policy) for policy in policies],
+        **({"categories": asdict(job.categories)} if job.categories.is_made else {}),
     }

@@ -38,6 +38,7 @@ __all__ = [
     "images_and_categories",
     "list_images",
     "map_categories",
+    "normalised_name",
     "objects_of",
     "oracle_from",
     "parse_annotations",
@@ -439,7 +440,8 @@ def _addresses_in_parquet(uri: str) -> list[str]:
 # --- categories -------------------------------------------------------------------------------------
 
 
-def _normalised(name: str) -> str:
+def normalised_name(name: str) -> str:
+    """The name by which categories are compared: without regard to case, with underscores as spaces."""
     return " ".join(name.replace("_", " ").casefold().split())
 
 
@@ -463,12 +465,12 @@ def map_categories(
         UserError: if the detector lacks a used category, or two used categories have the same name.
     """
     used = {category_id: name for category_id, name in dataset.items() if category_id not in unused}
-    if repeated := _repeated(map(_normalised, used.values())):
+    if repeated := _repeated(map(normalised_name, used.values())):
         _fail(f"categories must differ by name, got twice {_abbreviated(repeated)}: rename them in the annotations")
-    known = {_normalised(name) for name in detector.values()}
+    known = {normalised_name(name) for name in detector.values()}
     # Used categories come last, so that they overwrite unused ones of the same name.
-    ids = {_normalised(name): category_id for category_id, name in [*dataset.items(), *used.items()]}
-    missing = [name for name in used.values() if _normalised(name) not in known]
+    ids = {normalised_name(name): category_id for category_id, name in [*dataset.items(), *used.items()]}
+    missing = [name for name in used.values() if normalised_name(name) not in known]
     if missing:
         got = f"no {_abbreviated(missing)}" if known & ids.keys() else "none"
         _fail(
@@ -476,13 +478,15 @@ def map_categories(
             f"{_abbreviated(detector.values())}: use a detector trained on them, or leave these categories out of the "
             "annotations"
         )
-    return {class_id: ids[_normalised(name)] for class_id, name in detector.items() if _normalised(name) in ids}
+    return {class_id: ids[normalised_name(name)] for class_id, name in detector.items() if normalised_name(name) in ids}
 
 
 def unknown_categories(detector: Mapping[int, str], dataset: Mapping[int, str], unused: Collection[int]) -> list[str]:
     """Return the names of the unused categories that the detector lacks."""
-    known = {_normalised(name) for name in detector.values()}
-    return [name for category_id, name in dataset.items() if category_id in unused and _normalised(name) not in known]
+    known = {normalised_name(name) for name in detector.values()}
+    return [
+        name for category_id, name in dataset.items() if category_id in unused and normalised_name(name) not in known
+    ]
 
 
 # --- results ----------------------------------------------------------------------------------------

@@ -138,7 +138,8 @@ class Metrics(TypedDict):
     """metrics.json.
 
     `compared_with` and `differences` are written by evaluations that measured intervals, `categories` and `found` by
-    detection runs.
+    detection runs. Evaluations with a choice of categories write `renamed_categories`, name in the annotations ->
+    name in the run, and `left_out_categories`.
     """
 
     images: ImageCounts
@@ -148,6 +149,8 @@ class Metrics(TypedDict):
     differences: NotRequired[Differences]
     categories: NotRequired[dict[int, str]]
     found: NotRequired[FoundCounts]
+    renamed_categories: NotRequired[dict[str, str]]
+    left_out_categories: NotRequired[list[str]]
 
 
 class Curves(TypedDict):

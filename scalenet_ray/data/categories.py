@@ -1,0 +1,169 @@
+"""Choice of the categories of a run: other names for a data set's, some of them, those that a detector knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.data.coco import normalised_name
+from scalenet_ray.data.storage import Address, read_bytes, write_bytes_atomic
+
+__all__ = ["CategoryChoice", "ChosenCategories", "choose_categories", "classes_named", "write_chosen"]
+
+_MOST_NAMES = 20
+
+
+@dataclass(frozen=True)
+class CategoryChoice:
+    """Which of the annotations' categories are used, and under which names.
+
+    Attributes:
+        category_map: NAME=CLASS, e.g. pedestrian=person: the annotations' category NAME is the detector's CLASS.
+            Several categories may be of one class.
+        classes: only these, by the detector's names.
+        ignore_unknown: leave out the categories that the detector does not know, instead of refusing them.
+    """
+
+    category_map: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    ignore_unknown: bool = False
+
+    @property
+    def is_made(self) -> bool:
+        """False if all categories are used as they are."""
+        return self != CategoryChoice()
+
+
+@dataclass(frozen=True)
+class ChosenCategories:
+    """The categories of a run.
+
+    Attributes:
+        ids: id in the annotations -> id in the run, of the categories that are used.
+        categories: id in the run -> name.
+        renamed: name in the annotations -> name in the run, of those that differ.
+        left_out: names in the annotations of the categories that are not used.
+    """
+
+    ids: dict[int, int]
+    categories: dict[int, str]
+    renamed: dict[str, str]
+    left_out: tuple[str, ...]
+
+    def in_words(self) -> str:
+        """The choice in one line."""
+        parts = [f"used {_listed(self.categories.values())}"]
+        if self.renamed:
+            parts.append("renamed " + _listed([f"{name} -> {other}" for name, other in self.renamed.items()]))
+        if self.left_out:
+            parts.append(f"left out {_listed(self.left_out)}")
+        return f"categories: {'; '.join(parts)}"
+
+
+def choose_categories(
+    dataset: Mapping[int, str], detector: Mapping[int, str], choice: CategoryChoice
+) -> ChosenCategories:
+    """Apply a choice. Categories of one name become one, with the id of the first.
+
+    Names are compared without regard to case, with underscores as spaces.
+
+    Args:
+        dataset: id in the annotations -> name.
+        detector: class id of the detector -> name.
+        choice: the choice.
+
+    Raises:
+        UserError: if a name is not the data set's, or no category is left.
+    """
+    others = _parsed_map(choice.category_map or (), dataset.values())
+    names = {category_id: others.get(normalised_name(name), name) for category_id, name in dataset.items()}
+    wanted = {normalised_name(name) for name in names.values()}
+    if choice.classes is not None:
+        wanted = _among(choice.classes, names.values(), "--classes")
+    if choice.ignore_unknown:
+        wanted &= {normalised_name(name) for name in detector.values()}
+    first: dict[str, int] = {}
+    ids = {
+        category_id: first.setdefault(normalised_name(name), category_id)
+        for category_id, name in names.items()
+        if normalised_name(name) in wanted
+    }
+    if not ids:
+        msg = (
+            f"a category of the annotations must be left, got none that the detector knows among "
+            f"{_listed(names.values())}: name what they are with --category-map NAME=CLASS"
+        )
+        raise UserError(msg)
+    return ChosenCategories(
+        ids,
+        {category_id: names[category_id] for category_id in first.values()},
+        {dataset[category_id]: names[category_id] for category_id in ids if dataset[category_id] != names[category_id]},
+        tuple(name for category_id, name in dataset.items() if category_id not in ids),
+    )
+
+
+def classes_named(categories: Mapping[int, str], classes: Collection[str] | None) -> dict[int, str]:
+    """The categories of some names, or all for None; names are compared as in `choose_categories`.
+
+    Raises:
+        UserError: if there is no category of a name.
+    """
+    if classes is None:
+        return dict(categories)
+    wanted = _among(classes, categories.values(), "--classes")
+    return {category_id: name for category_id, name in categories.items() if normalised_name(name) in wanted}
+
+
+def write_chosen(source: Address, target: Address, chosen: ChosenCategories) -> str:
+    """Write a COCO instances file with the chosen categories and their objects alone.
+
+    Args:
+        source: address of a valid instances file.
+        target: address of the new one.
+        chosen: the categories.
+
+    Returns:
+        The new file's address.
+    """
+    document = json.loads(read_bytes(source))
+    document["categories"] = [{"id": key, "name": name} for key, name in chosen.categories.items()]
+    document["annotations"] = [
+        {**row, "category_id": chosen.ids[row["category_id"]]}
+        for row in document["annotations"]
+        if row["category_id"] in chosen.ids
+    ]
+    write_bytes_atomic(target, json.dumps(document).encode())
+    return str(target)
+
+
+def _parsed_map(pairs: Collection[str], known: Collection[str]) -> dict[str, str]:
+    """Normalised name in the annotations -> the detector's name."""
+    others: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, other = pair.partition("=")
+        if not (name.strip() and equals and other.strip()):
+            msg = f"--category-map must be NAME=CLASS, the annotations' name and the detector's, got {pair!r}"
+            raise UserError(msg)
+        if others.setdefault(normalised_name(name), other.strip()) != other.strip():
+            msg = f"--category-map must name a category once, got {name.strip()!r} twice"
+            raise UserError(msg)
+    _among(others, known, "--category-map")
+    return others
+
+
+def _among(names: Collection[str], known: Collection[str], flag: str) -> set[str]:
+    """Normalised names, each of which is known."""
+    wanted = {normalised_name(name): name for name in names}
+    missing = wanted.keys() - {normalised_name(name) for name in known}
+    if missing:
+        strange = [name for key, name in wanted.items() if key in missing]
+        msg = f"{flag} must name some of {_listed(known)}, got {_listed(strange)}"
+        raise UserError(msg)
+    return set(wanted)
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = list(names)[:_MOST_NAMES]
+    return ", ".join(shown) + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
