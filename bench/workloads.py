@@ -120,7 +120,12 @@ class Workload:
     def policy(self, name: str) -> Policy:
         """A policy with its defaults for the detector."""
         info = NetworkSpec(detector=self.detector).describe_detector()
-        return parse_policy(name, input_side=info.input_side, iou_threshold=info.iou_threshold)
+        return parse_policy(
+            name,
+            input_side=info.input_side,
+            iou_threshold=info.iou_threshold,
+            takes_larger=info.takes_larger,
+        )
 
     def networks(self) -> NetworkFactories:
         """The detector, for actors."""

@@ -24,7 +24,7 @@ from scalenet_ray.data.coco import to_results
 from scalenet_ray.data.formats import to_supervision
 from scalenet_ray.data.images import decode_image, to_rgb
 from scalenet_ray.models.checked_detector import CheckedDetector
-from scalenet_ray.models.detectors import Detector, load_detector
+from scalenet_ray.models.detectors import Detector, load_detector, takes_tiles
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 
 if TYPE_CHECKING:
@@ -219,6 +219,7 @@ def _policy(
         input_side=detector.input_side,
         iou_threshold=detector.iou_threshold if iou_threshold is None else iou_threshold,
         smallest_object=smallest_object,
+        takes_larger=takes_tiles(detector, 2 * detector.input_side),
     )
     if named.reads_truth:
         msg = f"policy {named.name} reads the ground truth, which one image has not: give another one"

@@ -245,6 +245,7 @@ def named_policies(
             iou_threshold=detector.iou_threshold,
             score_threshold=networks.score_threshold,
             smallest_object=smallest_object,
+            takes_larger=detector.takes_larger,
         )
         for name in names
     ]

@@ -62,7 +62,7 @@ def test_the_features_come_with_the_same_detections(detector: MappedDetector) ->
         assert not isinstance(glimpse.detections, TileError)
         assert not isinstance(alone, TileError)
         np.testing.assert_array_equal(glimpse.detections.boxes, alone.boxes)
-    assert [level.shape for level in glimpses[0].features] == [(64, 16, 16), (64, 8, 8), (64, 4, 4)]
+    assert [level.shape for level in glimpses[0].features] == [(64, 12, 16), (64, 6, 8), (64, 3, 4)]
 
 
 def test_a_map_covers_its_tile_and_not_the_canvas(head: str, detector: MappedDetector) -> None:
@@ -280,7 +280,7 @@ def test_yolox_shows_its_levels_maps(real_data: Path) -> None:
     detector = names[0].load_detector({1: "person"})
     pixels, _ = tiles_of((312, 416), (416, 300))
     glimpses = detector.with_features(pixels)
-    assert [level.shape for level in glimpses[0].features] == [(69, 52, 52), (69, 26, 26), (69, 13, 13)]
+    assert [level.shape for level in glimpses[0].features] == [(69, 40, 52), (69, 20, 26), (69, 10, 13)]
     for glimpse, alone in zip(glimpses, detector(pixels), strict=True):
         assert not isinstance(glimpse.detections, TileError)
         assert not isinstance(alone, TileError)

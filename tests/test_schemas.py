@@ -62,6 +62,7 @@ tile_results = st.builds(
     st.integers(0, 2**62),
     st.integers(0, 2**62),
     st.floats(0, 1e6),
+    st.floats(0, 100),
     st.lists(st.sampled_from(["max_depth", "no_change"]), max_size=3).map(tuple),
     sizes,
 )

@@ -87,10 +87,11 @@ def test_every_network_sees_tiles_at_their_own_size_in_one_batch(name: str) -> N
     detector = TorchvisionDetector(build_detector(name, 3), CATEGORIES, score_threshold=0.99)
     side = 320 if name.startswith("ssd") else 64
     seen = inputs_seen(detector.model)
-    tiles = make_tiles((side, 40), (1, side))
+    tiles = make_tiles((side, 40), (33, side))
     found = detections(detector(tiles))
-    assert [tuple(batch.shape) for batch in seen] == [(2, 3, side, side)]
-    assert detector.canvas_hw((side, 40)) == (side, side)
+    canvas = (side, side) if name.startswith("ssd") else (64, 64)
+    assert [tuple(batch.shape) for batch in seen] == [(2, 3, *canvas)]
+    assert detector.canvas_hw((side, 40)) == canvas
     assert len(found) == 2
     mean, deviation = (
         np.array(values, np.float32)
@@ -98,8 +99,8 @@ def test_every_network_sees_tiles_at_their_own_size_in_one_batch(name: str) -> N
     )
     batch = seen[0].permute(0, 2, 3, 1).numpy() * deviation + mean
     np.testing.assert_allclose(batch[0, :, :40], tiles[0] / 255, atol=1e-5)
-    np.testing.assert_allclose(batch[1, 0], tiles[1][0] / 255, atol=1e-5)
-    np.testing.assert_allclose(batch[1, 1:], np.broadcast_to(mean, batch[1, 1:].shape), atol=1e-5)
+    np.testing.assert_allclose(batch[1, :33], tiles[1] / 255, atol=1e-5)
+    np.testing.assert_allclose(batch[1, 33:], np.broadcast_to(mean, batch[1, 33:].shape), atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "side"), [(SMALL_RCNN, 64), (SMALL_SSD, 320)])

@@ -327,6 +327,7 @@ def parse_policy(
     iou_threshold: float,
     score_threshold: float = 0.01,
     smallest_object: float | None = None,
+    takes_larger: bool = True,
 ) -> Policy:
     """A policy by its name.
 
@@ -339,6 +340,7 @@ def parse_policy(
         iou_threshold: the detector's own NMS threshold.
         score_threshold: boxes that score less are dropped.
         smallest_object: side of the smallest object worth finding, in image pixels (regions); none for the default.
+        takes_larger: False for a detector that takes no tile larger than `input_side`.
 
     Raises:
         UserError: if there is no such policy.
@@ -356,7 +358,10 @@ def parse_policy(
     if name == "gain":
         return Policy(name, "scalenet", input_side, _TUNED[name], merging)
     if name in _REGION_KINDS:
-        regions = Regions() if smallest_object is None else Regions(smallest_object=smallest_object)
+        regions = Regions(
+            smallest_object=Regions.smallest_object if smallest_object is None else smallest_object,
+            first_look=Regions.first_look if takes_larger else 1.0,
+        )
         return Policy(name, _REGION_KINDS[name], input_side, merging=merging, regions=regions)
     if name == "paper":
         return Policy(name, "scalenet", input_side, Recursion(), merging)

@@ -53,7 +53,8 @@ class CheckedDetector:
     def __init__(self, detector: Detector, name: str) -> None:
         self._detector = detector
         self.name = name
-        self.input_side, self.iou_threshold, self.categories = declaration(detector, name)
+        info = declaration(detector, name)
+        self.input_side, self.iou_threshold, self.categories = info.input_side, info.iou_threshold, info.categories
         self.description = str(getattr(detector, "description", ""))
         self._class_ids = np.array(sorted(self.categories), np.int64)
 

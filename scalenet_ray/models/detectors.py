@@ -32,6 +32,7 @@ __all__ = [
     "check_detector",
     "declaration",
     "load_detector",
+    "takes_tiles",
 ]
 
 DETECTOR_GROUP = "scalenet_ray.detectors"
@@ -170,11 +171,19 @@ def _wanted() -> str:
 
 
 class DetectorInfo(NamedTuple):
-    """Validated attributes of a detector: input side, NMS threshold, class id -> name."""
+    """Validated attributes of a detector.
+
+    Attributes:
+        input_side: longer side of a whole image's tile, in tile pixels.
+        iou_threshold: IoU threshold of its NMS.
+        categories: class id -> name.
+        takes_larger: False if tiles larger than `input_side` do not fit a fixed input.
+    """
 
     input_side: int
     iou_threshold: float
     categories: dict[int, str]
+    takes_larger: bool = True
 
 
 def check_detector(detector: Any, name: str) -> Detector:
@@ -206,9 +215,18 @@ def declaration(detector: Any, name: str) -> DetectorInfo:
     if threshold is None or not 0.0 <= threshold <= 1.0:
         msg = f"iou_threshold of detector {name!r} must be between 0 and 1, got {detector.iou_threshold!r}"
         raise UserError(msg)
-    info = DetectorInfo(int(side), float(threshold), _categories(detector.categories, name))
-    canvas_of(detector, (info.input_side, info.input_side), name)
-    return info
+    canvas_of(detector, (int(side), int(side)), name)
+    larger = takes_tiles(detector, 2 * int(side))
+    return DetectorInfo(int(side), float(threshold), _categories(detector.categories, name), larger)
+
+
+def takes_tiles(detector: Any, side: int) -> bool:
+    """True if a detector has a canvas for square tiles of `side` pixels; False if it raises an exception."""
+    try:
+        detector.canvas_hw((side, side))
+    except Exception:  # The detector may be the user's own code, and say no in any way.
+        return False
+    return True
 
 
 def _check_object(detector: Any, name: str) -> None:

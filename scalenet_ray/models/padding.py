@@ -26,15 +26,13 @@ def stride_canvas(hw: HW, least_side: int = 1) -> HW:
 
     Args:
         hw: (height, width) of the tile.
-        least_side: minimum of the longer side.
+        least_side: minimum of both sides.
 
     Returns:
         (height, width) in tile pixels.
     """
-    height, width = hw
-    if least_side > max(hw):
-        height, width = (least_side, width) if height >= width else (height, least_side)
-    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
+    height, width = (-(-max(side, least_side) // STRIDE) * STRIDE for side in hw)
+    return height, width
 
 
 def detect_by_canvas(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ class TorchvisionDetector:
         self._least_side = self.input_side if resizing.fixed_size else 1
         if resizing.fixed_size:
             self.model.anchor_generator = _FixedSizeBoxes(self.model.anchor_generator, self.input_side)
-        self.model.transform = _OnCanvas(resizing, self._least_side)
+        self.model.transform = _OnCanvas(resizing, self.canvas_hw)
         last_stage = self.model.roi_heads if hasattr(model, "roi_heads") else self.model
         last_stage.score_thresh = score_threshold
         if iou_threshold is not None:
@@ -89,7 +89,8 @@ class TorchvisionDetector:
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """Canvas (height, width) of a tile of (height, width)."""
-        return stride_canvas(hw, self._least_side)
+        # An SSD's default boxes are shares of the canvas's sides: on a square their shapes are kept.
+        return stride_canvas((max(hw), max(hw)) if self._least_side > 1 else hw, self._least_side)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detect on tiles; see `Detector`."""
@@ -120,20 +121,20 @@ class TorchvisionDetector:
 
 
 class _OnCanvas(GeneralizedRCNNTransform):
-    """torchvision's transform without resizing: tiles are normalized and padded to their square canvas."""
+    """torchvision's transform without resizing: tiles are normalized and padded to their canvas."""
 
-    def __init__(self, resizing: GeneralizedRCNNTransform, least_side: int) -> None:
+    def __init__(self, resizing: GeneralizedRCNNTransform, canvas_hw: Callable[[tuple[int, int]], tuple[int, int]]):
         super().__init__(0, 0, resizing.image_mean, resizing.image_std)
-        self._least_side = least_side
+        self._canvas_hw = canvas_hw
 
     def resize(self, image: torch.Tensor, target: dict | None = None) -> tuple[torch.Tensor, dict | None]:
         """Return the image and its target unchanged."""
         return image, target
 
     def batch_images(self, images: list[torch.Tensor], size_divisible: int = 32) -> torch.Tensor:
-        """Tiles with equal canvases, [3, h, w] each -> [B, 3, side, side], padded at the right and below."""
+        """Tiles with equal canvases, [3, h, w] each -> [B, 3, H, W], padded at the right and below."""
         del size_divisible
-        height, width = stride_canvas((images[0].shape[-2], images[0].shape[-1]), self._least_side)
+        height, width = self._canvas_hw((images[0].shape[-2], images[0].shape[-1]))
         batch = images[0].new_zeros((len(images), 3, height, width)).contiguous(memory_format=torch.channels_last)
         for canvas, image in zip(batch, images, strict=True):
             canvas[:, : image.shape[-2], : image.shape[-1]] = image

@@ -103,7 +103,7 @@ class HeadRecipe:
         if example.image_id not in sources.scores:
             msg = f"image {example.image_id}, {example.uri}: its objects' scores were not measured"
             raise TileError(msg)
-        hw = found.features[0].shape[1:]
+        hw = (self._side(), self._side())
         rows, columns = (-(-side // self.config.stride) for side in view.pixels.shape[:2])
         target, gain = np.full(hw, IGNORE, np.uint8), np.zeros(hw, np.float32)
         target[:rows, :columns] = class_map(example, view, (rows, columns))
@@ -114,15 +114,23 @@ class HeadRecipe:
         gain[:rows, :columns] = values[:, ::-1] if view.mirrored else values
         return {
             "image_id": np.array([example.image_id]),
-            **{f"level{i}": level.astype(np.float16) for i, level in enumerate(found.features)},
+            # Zeros beside the canvas are what the head's own padding puts there.
+            **{
+                f"level{i}": _filled_up(level.astype(np.float16), (hw[0] >> i, hw[1] >> i))
+                for i, level in enumerate(found.features)
+            },
             "target": target,
             "gain": gain,
         }
 
+    def _side(self) -> int:
+        """Side of the square that holds the finest feature map of any image, in cells."""
+        detector = _load_sources(self).detector
+        return detector.canvas_hw((detector.input_side, detector.input_side))[0] // self.config.stride
+
     def blank(self) -> Row:
         """Zero features with every cell ignored."""
-        detector = _load_sources(self).detector
-        side = detector.canvas_hw((detector.input_side, detector.input_side))[0] // self.config.stride
+        side = self._side()
         channels = self.config.feature_channels
         return {
             "image_id": np.array([-1]),
@@ -170,6 +178,11 @@ class HeadRecipe:
     def save(self, model: nn.Module, path: str) -> None:
         """Write a checkpoint that `load_predictor` reads."""
         save_scale_head(model, self.config, path)
+
+
+def _filled_up(level: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
+    """[C, h, w] -> [C, *hw] with zeros at the right and below."""
+    return np.pad(level, ((0, 0), (0, hw[0] - level.shape[1]), (0, hw[1] - level.shape[2])))
 
 
 @dataclass(frozen=True)
