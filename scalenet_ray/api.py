@@ -15,6 +15,7 @@ from PIL import Image
 from scalenet_ray.console import say, step_table
 from scalenet_ray.core.detections import Detections, ImageResult
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.geometry import AnyImage, whole_pixels
 from scalenet_ray.core.inference import AnyScalePredictor, FeatureScalePredictor
 from scalenet_ray.core.merge import SuppressionMethod, merge_detections, nms
 from scalenet_ray.core.policy import Policy, parse_policy
@@ -23,6 +24,7 @@ from scalenet_ray.data import storage
 from scalenet_ray.data.coco import to_results
 from scalenet_ray.data.formats import to_supervision
 from scalenet_ray.data.images import decode_image, to_rgb
+from scalenet_ray.data.rasters import open_raster
 from scalenet_ray.models.checked_detector import CheckedDetector
 from scalenet_ray.models.detectors import Detector, load_detector, takes_tiles
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
@@ -58,6 +60,8 @@ _OF_SLICING = {
 }
 """Arguments of SAHI's `get_sliced_prediction` that have no meaning here, and what to do instead."""
 
+_PICTURE_SIDE = 4096
+
 
 def get_scaled_prediction(
     image: str | os.PathLike[str] | np.ndarray | Image.Image,
@@ -87,7 +91,8 @@ def get_scaled_prediction(
     Arguments have the names that SAHI's `get_sliced_prediction` gives them where they mean the same.
 
     Args:
-        image: an address (local, file:// or s3://), [h, w, 3] uint8 RGB, or a Pillow image.
+        image: an address (local, file:// or s3://), [h, w, 3] uint8 RGB, or a Pillow image. A large TIFF is read by
+            window, see `data.rasters`.
         detection_model: a detector's name (`kind:what`, see `load_detector`) or a detector; None for the embedded
             sample's. A name is loaded on every call: for many images load it once.
         policy: a policy or its name; None for `scalenet` if there is a Scale Net (`gain` if it is a scale head), else
@@ -170,11 +175,12 @@ def _refuse(of_slicing: dict[str, Any], standard: bool, postprocess_type: str, m
         raise UserError(msg)
 
 
-def _pixels(image: str | os.PathLike[str] | np.ndarray | Image.Image) -> np.ndarray:
+def _pixels(image: str | os.PathLike[str] | np.ndarray | Image.Image) -> AnyImage:
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if not isinstance(image, np.ndarray):
-        return decode_image(storage.read_bytes(image))
+        raster = open_raster(image)
+        return decode_image(storage.read_bytes(image)) if raster is None else raster
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         msg = f"an image must be [h, w, 3] uint8 RGB, got shape {list(image.shape)} of {image.dtype}: convert it"
         raise UserError(msg)
@@ -302,7 +308,7 @@ class ScaledPrediction:
     """Result of `get_scaled_prediction`: objects, and the steps that led to them.
 
     Attributes:
-        pixels: [h, w, 3] uint8 RGB, the decoded image (upright, 8 bits).
+        pixels: [h, w, 3] uint8 RGB, the decoded image (upright, 8 bits); of a large TIFF its windows, read on demand.
         detections: merged, in image pixels, the best first.
         categories: category id -> name.
         policy: the policy.
@@ -311,7 +317,7 @@ class ScaledPrediction:
         durations_in_seconds: "prediction": seconds without the loading of networks.
     """
 
-    pixels: np.ndarray
+    pixels: AnyImage
     detections: Detections
     categories: Mapping[int, str]
     policy: Policy
@@ -321,8 +327,8 @@ class ScaledPrediction:
 
     @property
     def image(self) -> Image.Image:
-        """The image as a Pillow image."""
-        return Image.fromarray(self.pixels)
+        """The image as a Pillow image; one that is read by window is reduced, to a longer side of 4096 or more."""
+        return Image.fromarray(whole_pixels(self.pixels, _PICTURE_SIDE))
 
     @property
     def image_height(self) -> int:
@@ -410,7 +416,8 @@ class ScaledPrediction:
         objects = [] if hide_labels else self.object_prediction_list
         texts = [found.category.name + ("" if hide_conf else f" {found.score.value:.2f}") for found in objects]
         colours = [NEW if depth else SEEN for depth in self.detections.depth.tolist()]
-        with drawing(self.image_width / 100, self.image_height / 100) as figure:
+        picture = self.image
+        with drawing(picture.width / 100, picture.height / 100) as figure:
             figure.set_layout_engine("none")
             axes = figure.add_axes((0, 0, 1, 1))
             style = {"line_width": rect_th or 1.5, "text_size": text_size or 7.0}

@@ -21,7 +21,7 @@ from scalenet_ray.engine.stages import (
     ScaleAndDetectStage,
     ScaleStage,
     TileSource,
-    _DecodedImages,
+    _OpenedImages,
     cut_work,
 )
 from tests.faults import BuggyScale, Given, Scenes, policy_of, random_networks, records_of
@@ -144,7 +144,7 @@ def test_decoded_images_are_kept_up_to_a_limit_the_last_used_longest(monkeypatch
         return np.zeros((10, 10, 3), np.uint8)
 
     monkeypatch.setattr("scalenet_ray.engine.stages._CACHE_BYTES", 2 * 300)
-    images = _DecodedImages(counted)
+    images = _OpenedImages(counted)
     for image_id in (1, 2, 1, 3, 1, 2):
         images(ImageRecord(image_id, "x.png"))
     assert decoded == [1, 2, 3, 2]
@@ -158,7 +158,7 @@ def test_an_image_larger_than_the_cache_is_kept_until_the_next(monkeypatch: pyte
         decoded.append(record.image_id)
         return Scenes()(record)
 
-    images = _DecodedImages(counted)
+    images = _OpenedImages(counted)
     for image_id in (1, 1, 2, 2, 1):
         images(ImageRecord(image_id, "x.png"))
     assert decoded == [1, 2, 1]

@@ -8,8 +8,8 @@ sizes, never from the nominal ratio, so that image -> tile -> image is the ident
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -19,7 +19,9 @@ from scalenet_ray.core.timing import timed
 
 __all__ = [
     "ANY_AREA",
+    "AnyImage",
     "AreaRange",
+    "ImageSource",
     "Tile",
     "Window",
     "boxes_to_image",
@@ -31,6 +33,8 @@ __all__ = [
     "iou",
     "iou_matrix",
     "resample_nearest",
+    "tile_pixels",
+    "whole_pixels",
 ]
 
 
@@ -226,6 +230,15 @@ def edges_inside_image(tile: Tile) -> tuple[bool, bool, bool, bool]:
 _MAX_SHRUNK = 2.0
 
 
+def _check_size(image_hw: tuple[int, int], tile: Tile) -> None:
+    if image_hw != tile.image_hw:
+        msg = (
+            f"tile {tile.path} was planned on an image of {tile.image_hw} (height, width), got {image_hw}: "
+            "the file changed, or its annotation has another size"
+        )
+        raise TileError(msg)
+
+
 @timed("cut")
 def cut_tile(image: np.ndarray, tile: Tile) -> np.ndarray:
     """Cut a tile's window from its image and resample it to the tile's size.
@@ -243,12 +256,7 @@ def cut_tile(image: np.ndarray, tile: Tile) -> np.ndarray:
     Raises:
         TileError: if the image's size is not `tile.image_hw`.
     """
-    if image.shape[:2] != tile.image_hw:
-        msg = (
-            f"tile {tile.path} was planned on an image of {tile.image_hw} (height, width), got {image.shape[:2]}: "
-            "the file changed, or its annotation has another size"
-        )
-        raise TileError(msg)
+    _check_size((image.shape[0], image.shape[1]), tile)
     window = tile.window
     # Both sides: where one grows, INTER_AREA does not average by area.
     shrinks = window.width > _MAX_SHRUNK * tile.width and window.height > _MAX_SHRUNK * tile.height
@@ -258,3 +266,94 @@ def cut_tile(image: np.ndarray, tile: Tile) -> np.ndarray:
         (tile.width, tile.height),
         interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR,
     )
+
+
+# --- images that are read by window -----------------------------------------------------------------
+
+
+class ImageSource(Protocol):
+    """An image whose windows are read one by one, in place of an array of all its pixels."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, 3), in image pixels, as an array has it."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds between two reads, in bytes; an estimate."""
+        ...
+
+    def read(self, window: Window, reduction: int) -> np.ndarray:
+        """Read the pixels of a window, at full size or reduced.
+
+        Args:
+            window: the window, in image pixels.
+            reduction: a power of two: image pixels per pixel of the result, along each axis.
+
+        Returns:
+            [ceil(window.height / reduction), ceil(window.width / reduction), 3] uint8 RGB, which covers the window
+            exactly; each pixel is a mean over its area.
+
+        Raises:
+            TileError: if the pixels cannot be read.
+        """
+        ...
+
+
+AnyImage = np.ndarray | ImageSource
+"""An image as [h, w, 3] uint8 RGB, or one that is read by window."""
+
+
+def tile_pixels(image: AnyImage, tile: Tile) -> np.ndarray:
+    """Pixels of a tile: `cut_tile` of the whole image, or of the tile's window, read from the image's source.
+
+    A window that shrinks by more than 4 is read reduced, to at least twice the tile's size, and averaged from there.
+
+    Args:
+        image: the image.
+        tile: the tile.
+
+    Returns:
+        [tile.height, tile.width, 3] uint8 RGB, a new array.
+
+    Raises:
+        TileError: if the window cannot be read, or the image's size is not `tile.image_hw`.
+    """
+    if isinstance(image, np.ndarray):
+        return cut_tile(image, tile)
+    _check_size((image.shape[0], image.shape[1]), tile)
+    window = tile.window
+    spare = min((window.width - 1) // (2 * tile.width), (window.height - 1) // (2 * tile.height))
+    pixels = _read(image, window, _power_of_two(spare))
+    read_hw = pixels.shape[0], pixels.shape[1]
+    return cut_tile(pixels, replace(tile, image_hw=read_hw, window=Window(0, 0, read_hw[1], read_hw[0])))
+
+
+def whole_pixels(image: AnyImage, side: int) -> np.ndarray:
+    """Pixels of a whole image, for pictures of it.
+
+    Args:
+        image: the image.
+        side: for an image that is read by window: the longer side may be reduced, but not below this.
+
+    Returns:
+        [h, w, 3] uint8 RGB: the array itself, or the reduced image.
+
+    Raises:
+        TileError: if it cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        return image
+    height, width, _ = image.shape
+    return _read(image, Window(0, 0, width, height), _power_of_two(max(height, width) // side))
+
+
+def _power_of_two(at_most: int) -> int:
+    """The largest power of two up to a number; 1 below that."""
+    return 1 << max(0, at_most.bit_length() - 1)
+
+
+def _read(image: ImageSource, window: Window, reduction: int) -> np.ndarray:
+    with timed("decode"):
+        return image.read(window, reduction)

@@ -11,6 +11,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
 
@@ -231,6 +232,9 @@ def merge_detections(parts: Sequence[Detections], merging: Merging) -> Detection
 def merge_image(results: Sequence[TileResult], merging: Merging) -> ImageResult:
     """Merge the results of all tiles of one image.
 
+    An image with a tile that cannot be read counts as one that cannot be opened: no cost of its other tiles is kept, as
+    an engine that cuts several tiles at once has not processed them.
+
     Args:
         results: all tiles of the image, in any order.
         merging: settings of the merging.
@@ -239,6 +243,10 @@ def merge_image(results: Sequence[TileResult], merging: Merging) -> ImageResult:
         The image's result; the same for any order of `results`.
     """
     ordered = sorted(results, key=lambda result: result.path)
+    for result in ordered:
+        if result.failure is not None and result.failure.stage == "read":
+            ordered = [TileResult(result.image_id, (), Fraction(1), failure=result.failure)]
+            break
     failure = next((result.failure for result in ordered if result.failure is not None), None)
     guards: Counter[str] = Counter()
     for result in ordered:

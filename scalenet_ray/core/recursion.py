@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from scalenet_ray.core.detections import Failure, ImageResult, TileResult
-from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.geometry import ANY_AREA, AreaRange, Tile, Window, cut_tile
+from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.geometry import ANY_AREA, AnyImage, AreaRange, Tile, Window, tile_pixels
 from scalenet_ray.core.inference import AnyScalePredictor, Detect, Evidence, detect_tiles, predict_scales
 from scalenet_ray.core.merge import merge_image
 from scalenet_ray.core.policy import Policy, Recursion
@@ -60,7 +60,7 @@ class Step(NamedTuple):
 
 
 def recursive_detect(
-    image: np.ndarray,
+    image: AnyImage,
     image_id: int,
     policy: Policy,
     *,
@@ -71,7 +71,7 @@ def recursive_detect(
     """Detect objects in one image, tile after tile, from the whole image to the windows cut from it.
 
     Args:
-        image: [h, w, 3] uint8 RGB.
+        image: [h, w, 3] uint8 RGB, or an image that is read by window.
         image_id: the image's id.
         policy: which tiles are cut and detected.
         detect: the frozen detector.
@@ -79,7 +79,7 @@ def recursive_detect(
         observe: called with each step when it is done; a tile comes before those cut from it.
 
     Returns:
-        The merged detections in image pixels, and their cost. A network's error on a tile fails the image.
+        The merged detections in image pixels, and their cost. An unread window or a network's error fails the image.
     """
     queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
     steps: list[Step] = []
@@ -93,10 +93,14 @@ def recursive_detect(
 
 
 def _process_tile(
-    image: np.ndarray, tile: Tile, policy: Policy, detect: Detect, predict_scale: AnyScalePredictor | None
+    image: AnyImage, tile: Tile, policy: Policy, detect: Detect, predict_scale: AnyScalePredictor | None
 ) -> Step:
     """Predict a tile's scales, cut windows by them, and detect the tile if the expansion says so."""
-    pixels = [cut_tile(image, tile)]
+    try:
+        pixels = [tile_pixels(image, tile)]
+    except TileError as error:
+        unread = TileResult(tile.image_id, tile.path, Fraction(0), failure=Failure("read", error.reason))
+        return Step(tile, None, (), unread)
     seen = predict_scales(pixels, [tile], policy, detect=detect, predict_scale=predict_scale)[0]
     look_pixels = predict_scale.input_pixels if seen.looked and predict_scale is not None else 0
     result = TileResult(tile.image_id, tile.path, Fraction(0), look_pixels=look_pixels, image_hw=tile.image_hw)
@@ -406,7 +410,7 @@ class TracedTile(NamedTuple):
 
 
 def trace_tiles(
-    image: np.ndarray,
+    image: AnyImage,
     image_id: int,
     policy: Policy,
     *,
@@ -416,21 +420,23 @@ def trace_tiles(
     """Tiles and scale maps of an image as `recursive_detect` makes them, without detection.
 
     Args:
-        image: [h, w, 3] uint8 RGB.
+        image: [h, w, 3] uint8 RGB, or an image that is read by window.
         image_id: the image's id.
         policy: the policy.
         detect: the frozen detector, for policies that need its first pass or its features.
         predict_scale: Scale Net or the oracle, for policies that need one.
 
     Returns:
-        The whole image's tile first, then those cut from it. A tile on which a network fails has neither map nor
-        children.
+        The whole image's tile first, then those cut from it. One on which a network fails has no map and no children.
+
+    Raises:
+        TileError: if a window cannot be read.
     """
     queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
     traced: list[TracedTile] = []
     while queue:
         tile = queue.popleft()
-        seen = predict_scales([cut_tile(image, tile)], [tile], policy, detect=detect, predict_scale=predict_scale)[0]
+        seen = predict_scales([tile_pixels(image, tile)], [tile], policy, detect=detect, predict_scale=predict_scale)[0]
         traced.append(TracedTile(tile, seen.scale_map))
         if seen.failure is None:
             queue.extend(expand(tile, seen.evidence, policy).children)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.geometry import Window
+from scalenet_ray.core.geometry import AnyImage, Window
 from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.masks import checked_segmentation, mask_of_image
 from scalenet_ray.data.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
@@ -562,5 +562,5 @@ def oracle_from(annotations: str) -> OracleScalePredictor:
     return OracleScalePredictor(GroundTruth(annotations))
 
 
-OpenImage = Callable[[ImageRecord], np.ndarray]
-"""Reads an image: its record -> [h, w, 3] uint8 RGB; raises `TileError` if it cannot be read."""
+OpenImage = Callable[[ImageRecord], AnyImage]
+"""Opens an image: its record -> its pixels, or an image that is read by window; raises `TileError` if it cannot."""

@@ -10,6 +10,7 @@ of times with increasing waits (`AWS_MAX_ATTEMPTS` and `AWS_RETRY_MODE` are boto
 
 from __future__ import annotations
 
+import io
 import os
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from scalenet_ray.core.errors import UserError
 
 __all__ = [
     "Address",
+    "RangeFile",
     "as_arrow",
     "atomic_writer",
     "delete",
@@ -198,6 +200,51 @@ def read_bytes(uri: Address, *, max_bytes: int | None = None) -> bytes:
         if max_bytes is not None:
             _check_size(uri, len(data), max_bytes)
         return data
+
+
+_READ_AHEAD_BYTES = 2**18
+"""Bytes that a ranged request to S3 fetches beyond those asked for: the tiles of a TIFF lie one after the other."""
+
+
+class RangeFile(io.RawIOBase):
+    """A file of which parts are read, on S3 by ranged requests.
+
+    Args:
+        uri: the file.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        PermissionError: if it may not be read.
+        OSError: if the store fails otherwise, also from `read`.
+    """
+
+    def __init__(self, uri: Address) -> None:
+        self._uri = uri
+        self._store, path = _locate(uri)
+        with _explained("read", uri, self._store):
+            if _is_s3(self._store):
+                opened = self._store.open(path, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead")
+            else:
+                opened = open(path, "rb")  # noqa: SIM115 - closed by `close`
+        self._handle = cast(IO[bytes], opened)
+
+    def read(self, size: int = -1) -> bytes:
+        """Read up to `size` bytes; all that are left if it is negative."""
+        with _explained("read", self._uri, self._store):
+            return self._handle.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to an offset; returns the new position."""
+        return self._handle.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._handle.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+        super().close()
 
 
 def _check_size(uri: Address, size: int, max_bytes: int) -> None:

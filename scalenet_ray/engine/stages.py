@@ -19,7 +19,7 @@ import ray
 
 from scalenet_ray.core.detections import Failure, TileResult
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.geometry import Tile, cut_tile
+from scalenet_ray.core.geometry import AnyImage, Tile, tile_pixels
 from scalenet_ray.core.inference import (
     NetworkFactories,
     ScaleResult,
@@ -59,16 +59,19 @@ _WAIT_SECONDS, _MAX_WAIT_SECONDS = 0.05, 0.2
 
 _CACHE_BYTES = 512 * 2**20
 
+_ROW_BYTES = 128 * 2**20
+"""Limit of the tiles that a reader cuts of one image at once; above, they are leased one by one."""
 
-class _DecodedImages:
-    """LRU cache of decoded images, bounded in bytes: an image's windows are cut soon after the image itself."""
+
+class _OpenedImages:
+    """LRU cache of opened images, bounded in bytes: an image's windows are cut soon after the image itself."""
 
     def __init__(self, open_image: OpenImage) -> None:
         self._open_image = open_image
-        self._images: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._images: OrderedDict[int, AnyImage] = OrderedDict()
         self._bytes = 0
 
-    def __call__(self, record: ImageRecord) -> np.ndarray:
+    def __call__(self, record: ImageRecord) -> AnyImage:
         if record.image_id in self._images:
             self._images.move_to_end(record.image_id)
             return self._images[record.image_id]
@@ -112,7 +115,7 @@ class TileSource(GeneratorSource):
 
     def read(self, reader: int) -> Iterator[pa.Table]:
         """Yield a table per lease; a replay yields the same tables, except for the seconds column."""
-        images = _DecodedImages(self._open_image)
+        images = _OpenedImages(self._open_image)
         sequence = 0
         wait = _WAIT_SECONDS
         while True:
@@ -149,7 +152,8 @@ class TileSource(GeneratorSource):
 def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> MicroBatch:
     """Open the images of a lease and cut its tiles.
 
-    A policy that needs no scale predictions is expanded here, so that an image is decoded once for all of its tiles.
+    A policy that needs no scale predictions is expanded here, so that an image is decoded once for all of its tiles,
+    unless these are too many for a row.
 
     Args:
         work: the work of the lease.
@@ -164,8 +168,8 @@ def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> M
         try:
             image = open_image(item.image)
             tile = item.tile or policy.root(item.image.image_id, (image.shape[0], image.shape[1]))
-            expansion = Expansion(detect=True) if policy.uses_evidence else expand(tile, None, policy)
-            pixels = [cut_tile(image, part) for part in (tile, *expansion.children)]
+            expansion = Expansion(detect=True, children=_cut_together(tile, policy))
+            pixels = [tile_pixels(image, part) for part in (tile, *expansion.children)]
         except TileError as error:
             batch.results.append(_read_failure(item, error))
             continue
@@ -174,6 +178,14 @@ def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> M
         batch.tiles.extend(PackedTile(child, credit, settled=True) for child in expansion.children)
         batch.pixels.extend(pixels)
     return batch
+
+
+def _cut_together(tile: Tile, policy: Policy) -> tuple[Tile, ...]:
+    """Child tiles that the reader cuts with a tile, and which the queue does not see."""
+    if policy.uses_evidence:
+        return ()
+    children = expand(tile, None, policy).children
+    return children if 3 * sum(child.height * child.width for child in children) <= _ROW_BYTES else ()
 
 
 class ScaleStage:
@@ -256,8 +268,7 @@ class ScaleStage:
         """The decision to propose to the frontier."""
         if scale.failure is not None:
             return Decision(Expansion(detect=False), Failure("look", scale.failure.reason))
-        # Without scale predictions the reader has expanded the tile: its children are in this row already.
-        if not self._policy.uses_evidence:
+        if not self._policy.uses_evidence and _cut_together(packed.tile, self._policy):
             return Decision(expand(packed.tile, None, self._policy)._replace(children=()))
         return Decision(expand(packed.tile, scale.evidence, self._policy))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +12,10 @@ import numpy as np
 
 from scalenet_ray.core.bounds import SHARE
 from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.geometry import whole_pixels
 from scalenet_ray.core.inference import FeatureScalePredictor
 from scalenet_ray.core.policy import Evidence, Policy
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector
 from scalenet_ray.models.detector_check import try_detector
 from scalenet_ray.models.detectors import Detector, DetectorInfo, declaration, load_detector
@@ -60,13 +61,18 @@ SAMPLE_SCALE_NET_WEIGHTS = str(_WEIGHTS / "sample_scale_net.safetensors")
 _IN_TORCH = {SAMPLE_DETECTOR: SAMPLE_DETECTOR_WEIGHTS, SAMPLE_SCALE_NET: SAMPLE_SCALE_NET_WEIGHTS}
 
 
-def _readable(records: Sequence[ImageRecord], open_image: Callable[[ImageRecord], np.ndarray]) -> Iterator[np.ndarray]:
+_TRIED_SIDE = 2048
+"""Longer side at least of the images that a detector is tried on, if they are read by window."""
+
+
+def _readable(records: Sequence[ImageRecord], open_image: OpenImage) -> Iterator[np.ndarray]:
     """Pixels of the images that can be read, lazily."""
     for record in records:
         try:
-            yield open_image(record)
+            pixels = whole_pixels(open_image(record), _TRIED_SIDE)
         except TileError:
             continue
+        yield pixels
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ class NetworkSpec:
         categories: Mapping[int, str],
         unused: Collection[int] = (),
         images: Sequence[ImageRecord] = (),
-        open_image: Callable[[ImageRecord], np.ndarray] | None = None,
+        open_image: OpenImage | None = None,
     ) -> None:
         """Load and test the networks of the policies on the CPU, before a run starts.
 
@@ -145,7 +151,7 @@ class NetworkSpec:
             categories: category id -> name, to which the detector's labels are mapped.
             unused: ids of categories without an annotation, which the detector may lack.
             images: images to test the detector on, see `try_detector`.
-            open_image: reads an image as [h, w, 3] uint8 RGB, or raises `TileError`.
+            open_image: opens an image, or raises `TileError`.
 
         Raises:
             UserError: if the detector lacks a category, does not support a policy's tile size or fails `try_detector`;

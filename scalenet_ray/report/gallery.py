@@ -18,6 +18,7 @@ from PIL import Image
 
 from scalenet_ray.core.detections import SHOWN_SCORE, Detections
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.geometry import AnyImage, whole_pixels
 from scalenet_ray.core.inference import NetworkFactories, needs_detector_first
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import TracedTile, planning_weights, trace_tiles
@@ -107,14 +108,14 @@ class PictureTask:
         ids = {record.image_id for record, _ in chosen}
         boxes, before = self._boxes(ids), self._before(ids)
         pictures: list[dict[str, Any]] = []
-        opened: list[np.ndarray] = []
+        opened: list[AnyImage] = []
         left = _MAX_BYTES
         for record, group in chosen:
             try:
                 image = self.open_image(record)
+                photo = _photo(image)
             except TileError:
                 continue
-            photo = _photo(image)
             left -= len(photo)
             if left < 0:
                 break
@@ -160,14 +161,17 @@ class PictureTask:
         self,
         policy: Policy,
         networks: NetworkFactories,
-        images: Sequence[np.ndarray],
+        images: Sequence[AnyImage],
         pictures: Sequence[dict[str, Any]],
     ) -> None:
         needs_map = policy.needs_predictor
         predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
         detect = networks.detect() if needs_detector_first(policy, predict_scale) else None
         for image, picture in zip(images, pictures, strict=True):
-            looked = trace_tiles(image, picture["id"], policy, detect=detect, predict_scale=predict_scale)
+            try:
+                looked = trace_tiles(image, picture["id"], policy, detect=detect, predict_scale=predict_scale)
+            except TileError:
+                continue
             picture["looks"][policy.name] = _look_rows(looked, policy)
 
 
@@ -241,8 +245,8 @@ def _overlay(weights: np.ndarray) -> str:
     return _data_uri("image/png", sink.getvalue())
 
 
-def _photo(image: np.ndarray) -> str:
-    photo = Image.fromarray(image)
+def _photo(image: AnyImage) -> str:
+    photo = Image.fromarray(whole_pixels(image, _LONGER_SIDE))
     photo.thumbnail((_LONGER_SIDE, _LONGER_SIDE), Image.Resampling.LANCZOS)
     sink = io.BytesIO()
     photo.save(sink, "JPEG", quality=_JPEG_QUALITY)

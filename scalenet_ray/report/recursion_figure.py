@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 import cv2
@@ -13,7 +14,7 @@ from matplotlib.patches import Rectangle
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.geometry import fit_longer_side
+from scalenet_ray.core.geometry import AnyImage, fit_longer_side, whole_pixels
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Step, planning_weights
 from scalenet_ray.evaluation.compare import are_new
@@ -37,25 +38,27 @@ _LONGEST_SIDE = 1200
 _PANEL_INCHES = 4.2
 
 
-def draw_look(axes: Axes, image: np.ndarray, steps: Sequence[Step], policy: Policy) -> None:
+def draw_look(axes: Axes, image: AnyImage, steps: Sequence[Step], policy: Policy) -> None:
     """Draw the darkened image with the out-of-range cells of the steps' scale maps highlighted, and the windows.
 
     Args:
         axes: the axes to draw on.
-        image: [h, w, 3] uint8 RGB.
+        image: the image.
         steps: steps of one depth.
         policy: their policy.
     """
-    shown = image.astype(np.float32) * _DIMMED
+    shown = whole_pixels(image, _LONGEST_SIDE).astype(np.float32) * _DIMMED
+    scale_y, scale_x = shown.shape[0] / image.shape[0], shown.shape[1] / image.shape[1]
     for step in steps:
         if step.scale_map is None:
             continue
         window = step.tile.window
         weights = planning_weights(step.tile, step.scale_map, policy)
-        heat = cv2.resize(weights, (window.width, window.height))[..., None]
-        rows, columns = slice(window.y0, window.y1), slice(window.x0, window.x1)
+        rows = slice(int(window.y0 * scale_y), math.ceil(window.y1 * scale_y))
+        columns = slice(int(window.x0 * scale_x), math.ceil(window.x1 * scale_x))
+        heat = cv2.resize(weights, shown[rows, columns].shape[1::-1])[..., None]
         shown[rows, columns] = shown[rows, columns] * (1 - heat) + _HEAT * heat
-    _draw_image(axes, np.clip(shown, 0, 255).astype(np.uint8))
+    _draw_image(axes, np.clip(shown, 0, 255).astype(np.uint8), (image.shape[0], image.shape[1]))
     for step in steps:
         for child in step.children:
             _rectangle(axes, child.window.xyxy, "white", 2.0)
@@ -63,7 +66,7 @@ def draw_look(axes: Axes, image: np.ndarray, steps: Sequence[Step], policy: Poli
 
 def draw_boxes(
     axes: Axes,
-    image: np.ndarray,
+    image: AnyImage,
     found: Detections,
     colours: Sequence[str],
     *,
@@ -75,14 +78,14 @@ def draw_boxes(
 
     Args:
         axes: the axes to draw on.
-        image: [h, w, 3] uint8 RGB.
+        image: the image.
         found: N detections in image pixels.
         colours: colour of each box.
         texts: label of each box; () for no labels.
         line_width: line width of the boxes, in points.
         text_size: text size, in points.
     """
-    _draw_image(axes, image)
+    _draw_image(axes, whole_pixels(image, _LONGEST_SIDE), (image.shape[0], image.shape[1]))
     for box, colour in zip(found.boxes.tolist(), colours, strict=True):
         _rectangle(axes, box, colour, line_width)
     for box, text, colour in zip(found.boxes.tolist(), texts, colours, strict=False):
@@ -91,12 +94,12 @@ def draw_boxes(
         axes.text(box[0], box[1], text, fontsize=text_size, va="bottom", bbox=label, clip_on=True, parse_math=False)
 
 
-def _draw_image(axes: Axes, image: np.ndarray) -> None:
-    height, width = image.shape[:2]
-    shown = image
-    if max(height, width) > _LONGEST_SIDE:
-        shown_hw = fit_longer_side(height, width, _LONGEST_SIDE)
-        shown = cv2.resize(image, shown_hw[::-1], interpolation=cv2.INTER_AREA)
+def _draw_image(axes: Axes, shown: np.ndarray, image_hw: tuple[int, int]) -> None:
+    """Draw an image of `image_hw` (height, width), or a reduced copy of it, in image pixels."""
+    height, width = image_hw
+    if max(shown.shape) > _LONGEST_SIDE:
+        shown_hw = fit_longer_side(shown.shape[0], shown.shape[1], _LONGEST_SIDE)
+        shown = cv2.resize(shown, shown_hw[::-1], interpolation=cv2.INTER_AREA)
     axes.imshow(shown, extent=(0, width, height, 0), interpolation="bicubic")
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
@@ -109,7 +112,7 @@ def _rectangle(axes: Axes, xyxy: Sequence[float], colour: str, line_width: float
 
 
 def recursion_figure(
-    image: np.ndarray,
+    image: AnyImage,
     steps: Sequence[Step],
     policy: Policy,
     before: Detections,
@@ -119,7 +122,7 @@ def recursion_figure(
     """Draw the recursion side by side: the image, the scale maps and windows of each depth, the boxes before and after.
 
     Args:
-        image: [h, w, 3] uint8 RGB.
+        image: the image.
         steps: all steps of the recursion (`recursive_detect`'s observer).
         policy: their policy.
         before: detections in the whole image alone, in image pixels.
@@ -135,7 +138,7 @@ def recursion_figure(
         panels = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes in panels:
             axes.set_axis_off()
-        _draw_image(panels[0], image)
+        _draw_image(panels[0], whole_pixels(image, _LONGEST_SIDE), (image.shape[0], image.shape[1]))
         panels[0].set_title(f"{image.shape[1]} x {image.shape[0]} pixels")
         for axes, depth in zip(panels[1:], depths, strict=False):
             at_depth = [step for step in steps if step.tile.depth == depth]

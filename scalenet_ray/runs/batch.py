@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-import numpy as np
-
 from scalenet_ray.core.answers import RaisedOn, fails_on_all
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.core.timing import measured
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import ImageRecord, safe_file_name
-from scalenet_ray.data.images import read_image
+from scalenet_ray.data.coco import ImageRecord, OpenImage, safe_file_name
+from scalenet_ray.data.rasters import open_image
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.shard_writer import ShardWriter
 from scalenet_ray.runs.shards import MIN_RATE_SECONDS
@@ -100,21 +99,21 @@ class Progress:
         )
 
 
-def _open(record: ImageRecord, folder: str | None, max_pixels: int) -> np.ndarray:
+def _open(record: ImageRecord, folder: str | None, max_pixels: int) -> AnyImage:
     name = record.file_name
     uri = name if folder is None else storage.join(folder, safe_file_name(name))
-    return read_image(uri, expect_hw=record.hw, max_pixels=max_pixels)
+    return open_image(uri, expect_hw=record.hw, max_pixels=max_pixels)
 
 
-def image_opener(folder: str | None, max_pixels: int) -> Callable[[ImageRecord], np.ndarray]:
+def image_opener(folder: str | None, max_pixels: int) -> OpenImage:
     """A picklable function that opens an image.
 
     Args:
         folder: the folder of the `file_name`s; None if they are full addresses.
-        max_pixels: larger images are refused before they are decoded.
+        max_pixels: larger images are refused before they are decoded, unless they are read by window.
 
     Returns:
-        record -> [h, w, 3] uint8 RGB; raises `TileError`.
+        record -> the image, see `data.rasters.open_image`.
     """
     return partial(_open, folder=folder, max_pixels=max_pixels)
 
