@@ -20,8 +20,9 @@ class Export:
 
     Attributes:
         run: run folder of `scalenet-ray eval` or `scalenet-ray detect`, local or s3://.
-        to: coco (results JSON), parquet (one file), yolo (label files), supervision (the table of its CSVSink) or
-            fiftyone (labels.json of a FiftyOneImageDetectionDataset).
+        to: coco (results JSON), parquet (one file), yolo (label files), supervision (the table of its CSVSink),
+            fiftyone (labels.json of a FiftyOneImageDetectionDataset) or geojson (in longitude and latitude, if the
+            images are georeferenced).
         policy: one of the run's policies; by default its first.
         output: a file, or for yolo and fiftyone a folder; by default under exports/ in the run folder.
         score_threshold: detections with a lower score are left out.

@@ -1,8 +1,8 @@
-"""Conversion of detections to other tools' formats: YOLO label files, FiftyOne labels, supervision."""
+"""Conversion of detections to other tools' formats: YOLO label files, FiftyOne labels, supervision, GeoJSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from scalenet_ray.core.masks import mask_of_image
 __all__ = [
     "SUPERVISION_COLUMNS",
     "fiftyone_objects",
+    "geojson_features",
     "supervision_rows",
     "to_supervision",
     "yolo_lines",
@@ -79,6 +80,52 @@ def fiftyone_objects(
             _relative_xywh(detections, image_hw).tolist(),
             detections.scores.astype(np.float64).tolist(),
             detections.depth.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def geojson_features(
+    detections: Detections, names: Mapping[int, str], place: Callable[[np.ndarray], np.ndarray] | None = None
+) -> list[dict[str, Any]]:
+    """Convert an image's detections to features of a GeoJSON FeatureCollection, RFC 7946.
+
+    Args:
+        detections: N detections in image pixels.
+        names: category id -> name.
+        place: [M, 2] x, y in image pixels -> [M, 2] longitude, latitude in degrees; None to keep image pixels.
+
+    Returns:
+        N features. The geometry is the box's outline, counterclockwise; the box in image pixels, category, score and
+        depth are properties.
+    """
+    boxes = detections.boxes.astype(np.float64)
+    corners = boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]]
+    if place is not None:
+        corners = place(corners.reshape(-1, 2)).reshape(corners.shape)
+    # Twice the area, negative if the corners run clockwise.
+    x, y = corners[..., 0], corners[..., 1]
+    clockwise = (x * np.roll(y, -1, axis=1) - np.roll(x, -1, axis=1) * y).sum(axis=1) < 0
+    corners[clockwise] = corners[clockwise, ::-1]
+    rings = np.concatenate([corners, corners[:, :1]], axis=1).round(3 if place is None else 9).tolist()
+    return [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [ring]},
+            "properties": {
+                "category": names[label],
+                "category_id": label,
+                "score": round(score, 6),
+                "depth": depth,
+                "box": box,
+            },
+        }
+        for ring, label, score, depth, box in zip(
+            rings,
+            detections.labels.tolist(),
+            detections.scores.astype(np.float64).tolist(),
+            detections.depth.tolist(),
+            boxes.round(3).tolist(),
             strict=True,
         )
     ]

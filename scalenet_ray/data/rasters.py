@@ -171,9 +171,13 @@ def _name_of(colours: int) -> str:
     return names.get(colours, f"unknown ({colours})")
 
 
+def _is_tiff(uri: Address) -> bool:
+    return os.fspath(uri).lower().endswith(_SUFFIXES)
+
+
 def _tags(uri: Address) -> _Tags | None:
     """Read the tags of a TIFF; None for anything else: reading it as a whole says what is wrong."""
-    if not os.fspath(uri).lower().endswith(_SUFFIXES):
+    if not _is_tiff(uri):
         return None
     try:
         with warnings.catch_warnings(), RangeFile(uri) as file:
@@ -278,9 +282,7 @@ def _open(uri: Address, errors: list[Exception]) -> Any:
     import rasterio  # pyright: ignore[reportMissingImports]
 
     # No other driver sees untrusted bytes, and no part of the address means anything to GDAL.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return rasterio.open("image.tif", driver="GTiff", opener=lambda path, mode="rb": _WatchedFile(uri, errors))
+    return rasterio.open("image.tif", driver="GTiff", opener=lambda path, mode="rb": _WatchedFile(uri, errors))
 
 
 @contextmanager
@@ -290,7 +292,8 @@ def _explained(what: str, errors: list[Exception]) -> Iterator[None]:
 
     errors.clear()
     try:
-        with Env(**_SETTINGS):
+        with warnings.catch_warnings(), Env(**_SETTINGS):
+            warnings.simplefilter("ignore")
             yield
         failed: BaseException | None = errors[0] if errors else None
     except Exception as error:
@@ -332,13 +335,13 @@ class Georeference(NamedTuple):
 
 
 def georeference_of(uri: Address) -> Georeference | None:
-    """Read the georeference of a GeoTIFF; None if the image is no TIFF or has none.
+    """Read the georeference of a GeoTIFF; None if the image is no TIFF by its name, or has none.
 
     Raises:
-        TileError: if it cannot be read.
+        TileError: if it is missing or cannot be read.
         UserError: if rasterio is not installed.
     """
-    if _tags(uri) is None:
+    if not _is_tiff(uri):
         return None
     if find_spec("rasterio") is None:
         msg = f"the georeference of {os.fspath(uri)} must be read with rasterio, got none installed: {_INSTALL}"

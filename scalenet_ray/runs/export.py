@@ -17,10 +17,17 @@ import pyarrow.parquet as pq
 import yaml
 
 from scalenet_ray.core.detections import ImageResult
-from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import annotations_uri, images_and_categories, safe_file_name, to_results, write_results
-from scalenet_ray.data.formats import SUPERVISION_COLUMNS, fiftyone_objects, supervision_rows, yolo_lines
+from scalenet_ray.data.formats import (
+    SUPERVISION_COLUMNS,
+    fiftyone_objects,
+    geojson_features,
+    supervision_rows,
+    yolo_lines,
+)
+from scalenet_ray.data.rasters import Georeference, georeference_of
 from scalenet_ray.data.schemas import DETECTIONS, detections_table
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.results import StoredImage, image_results
@@ -32,7 +39,7 @@ __all__ = [
     "export_run",
 ]
 
-ExportFormat = Literal["coco", "parquet", "yolo", "supervision", "fiftyone"]
+ExportFormat = Literal["coco", "parquet", "yolo", "supervision", "fiftyone", "geojson"]
 
 
 EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
@@ -45,6 +52,7 @@ _PLACES = {
     "yolo": "{}.yolo",
     "supervision": "{}.supervision.csv",
     "fiftyone": "{}.fiftyone",
+    "geojson": "{}.geojson",
 }
 
 
@@ -73,10 +81,11 @@ class Exported:
 
 
 class _Source(NamedTuple):
-    """Input of a writer: the images, and category id -> name."""
+    """Input of a writer: the images, category id -> name, and the images' folder if their files are below it."""
 
     images: Iterator[StoredImage]
     names: dict[int, str]
+    folder: str | None
 
     @property
     def positions(self) -> dict[int, int]:
@@ -108,7 +117,8 @@ def export_run(
     Raises:
         FileNotFoundError: if there is no such run.
         FileExistsError: if the output folder already has label files.
-        UserError: if the run has no such policy or no category names yet, or two images would share a label file.
+        UserError: if the run has no such policy or no category names yet, or two images would share a label file; for
+            geojson also if only some of the images are georeferenced, or one cannot be read.
     """
     if to not in EXPORT_FORMATS:
         msg = f"the format must be one of {', '.join(EXPORT_FORMATS)}, got {to!r}"
@@ -131,7 +141,8 @@ def export_run(
             counts["detections"] += len(detections)
             yield image._replace(detections=detections)
 
-    _WRITERS[to](_Source(images(), _category_names(run, settings)), uri, name)
+    folder = storage.join(settings["data"], settings["split"]) if "data" in settings else None
+    _WRITERS[to](_Source(images(), _category_names(run, settings), folder), uri, name)
     done = run.table("images", name, ["image_id"]).num_rows
     return Exported(
         policy=name,
@@ -257,6 +268,39 @@ def _write_fiftyone(source: _Source, uri: str, policy: str) -> None:
     storage.write_bytes_atomic(storage.join(uri, "labels.json"), text.encode())
 
 
+def _write_geojson(source: _Source, uri: str, policy: str) -> None:
+    """Write a FeatureCollection: in longitude and latitude if the images are georeferenced, else in image pixels."""
+    del policy
+    georeferenced: dict[bool, str] = {}
+    separator = "\n"
+    with storage.atomic_writer(uri) as handle:
+        handle.write(b'{"type": "FeatureCollection", "features": [')
+        for image in source.images:
+            georeference = _georeference(image.file, source.folder)
+            georeferenced.setdefault(georeference is not None, image.file)
+            if len(georeferenced) == 2:
+                msg = (
+                    f"all images or none must be georeferenced to export geojson, got {georeferenced[True]}, which is, "
+                    f"and {georeferenced[False]}, which is not: make a run of each kind"
+                )
+                raise UserError(msg)
+            place = None if georeference is None else georeference.to_wgs84
+            for feature in geojson_features(image.detections, source.names, place):
+                feature["properties"] |= {"image_id": image.image_id, "file": image.file}
+                handle.write((separator + json.dumps(feature, allow_nan=False)).encode())
+                separator = ",\n"
+        frame = "WGS 84" if True in georeferenced else "image pixels"
+        handle.write(f'\n], "coordinate_frame": "{frame}"}}\n'.encode())
+
+
+def _georeference(file: str, folder: str | None) -> Georeference | None:
+    try:
+        return georeference_of(file if folder is None else storage.join(folder, safe_file_name(file)))
+    except TileError as error:
+        msg = f"the images of a run must be where they were to export geojson, got {file}: {error.reason}"
+        raise UserError(msg) from error
+
+
 def _by_stem(images: Sequence[StoredImage]) -> Iterator[tuple[str, StoredImage]]:
     """Iterate over (stem of the label file, image): the stem is the path below the images' folder without its suffix.
 
@@ -282,4 +326,5 @@ _WRITERS: dict[str, Callable[[_Source, str, str], None]] = {
     "yolo": _write_yolo,
     "supervision": _write_supervision,
     "fiftyone": _write_fiftyone,
+    "geojson": _write_geojson,
 }
