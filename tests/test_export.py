@@ -6,8 +6,10 @@ import csv
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -147,6 +149,90 @@ def test_supervisions_table_has_its_own_columns_first(run: str) -> None:
     assert list(rows[0])[:7] == ["x_min", "y_min", "x_max", "y_max", "class_id", "confidence", "tracker_id"]
     assert (rows[0]["class_id"], rows[0]["class_name"], rows[0]["file"]) == ("90", "tooth brush", FILES[0])
     assert [float(rows[0][name]) for name in ("x_min", "y_min", "x_max", "y_max")] == BOXES[0].tolist()
+
+
+def features_of(run: str) -> list[dict[str, Any]]:
+    document = json.loads(Path(export_run(run, "geojson").uri).read_text())
+    assert document["type"] == "FeatureCollection"
+    return document["features"]
+
+
+def test_geojson_of_photographs_is_in_image_pixels(run: str) -> None:
+    first, *others = features_of(run)
+    assert first["geometry"] == {"type": "Polygon", "coordinates": [[[10, 20], [40, 20], [40, 80], [10, 80], [10, 20]]]}
+    assert first["properties"] == {
+        "category": "tooth brush",
+        "category_id": 90,
+        "score": 0.9,
+        "depth": 0,
+        "box": [10, 20, 40, 80],
+        "image_id": 1,
+        "file": FILES[0],
+    }
+    assert [feature["properties"]["image_id"] for feature in others] == [1, 1, 2]
+    assert json.loads(Path(f"{run}/exports/whole.geojson").read_text())["coordinate_frame"] == "image pixels"
+
+
+def geotiff(path: Path, transform: Sequence[float] | None, crs: str | None = "EPSG:32633") -> str:
+    rasterio = pytest.importorskip("rasterio")
+    place = {} if transform is None else {"transform": rasterio.Affine(*transform), "crs": crs}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with rasterio.open(
+            path, "w", driver="GTiff", height=100, width=200, count=1, dtype="uint8", **place
+        ) as dataset:
+            dataset.write(np.zeros((1, 100, 200), np.uint8))
+    return str(path)
+
+
+NORTH_UP = (0.5, 0, 500_000, 0, -0.5, 5_000_000)
+
+
+@pytest.mark.parametrize("transform", [NORTH_UP, (0, 0.5, 500_000, 0.5, 0, 5_000_000)], ids=["north up", "mirrored"])
+def test_geojson_of_geotiffs_is_in_longitude_and_latitude(transform: Sequence[float], tmp_path: Path) -> None:
+    files = [geotiff(tmp_path / f"{name}.tif", transform) for name in "abcd"]
+    feature = features_of(write_run(tmp_path / "run", files))[0]
+    ((ring,),) = [feature["geometry"]["coordinates"]]
+    placed = np.array(ring)
+    # On the central meridian of zone 33, 15 degrees east; 5,000 km from the equator are 45.15 degrees north.
+    assert np.abs(placed - [15, 45.15]).max() < 0.01
+    assert ring[0] == ring[-1]
+    x, y = (placed - placed[0]).T
+    assert (x[:-1] * y[1:] - x[1:] * y[:-1]).sum() > 0
+    metres = np.array([np.cos(np.radians(45.15)) * 111_320, 111_132])
+    sides = np.abs(np.diff(placed * metres, axis=0)).max(axis=1)
+    # The box of 30 x 60 pixels of half a metre.
+    assert sorted(sides.round(1).tolist()) == pytest.approx([15, 15, 30, 30], rel=0.01)
+    assert feature["properties"]["box"] == [10, 20, 40, 80]
+    document = json.loads(Path(tmp_path / "run" / "exports" / "whole.geojson").read_text())
+    assert document["coordinate_frame"] == "WGS 84"
+
+
+@pytest.mark.parametrize("place", [(None, None), (NORTH_UP, None)], ids=["neither", "no reference system"])
+def test_geojson_of_tiffs_without_a_place_on_earth_is_in_image_pixels(place: tuple[Any, Any], tmp_path: Path) -> None:
+    files = [geotiff(tmp_path / f"{name}.tif", *place) for name in "abcd"]
+    feature = features_of(write_run(tmp_path / "run", files))[0]
+    assert feature["geometry"]["coordinates"][0][0] == [10, 20]
+
+
+def test_geojson_refuses_to_mix_frames_and_images_that_are_gone(tmp_path: Path) -> None:
+    placed, unplaced = geotiff(tmp_path / "a.tif", NORTH_UP), geotiff(tmp_path / "b.tif", None)
+    run = write_run(tmp_path / "run", (placed, unplaced, placed + "x", unplaced + "x"))
+    with pytest.raises(
+        ValueError, match=r"all images or none must be georeferenced .* got .*a\.tif, which is, and .*b\.tif"
+    ):
+        export_run(run, "geojson")
+    gone = write_run(tmp_path / "other", (placed, str(tmp_path / "gone.tif"), "c.tif", "d.tif"))
+    with pytest.raises(ValueError, match=r"must be where they were .* got .*gone\.tif: .* no such"):
+        export_run(gone, "geojson")
+    assert not list(tmp_path.rglob("*.geojson"))
+
+
+def test_geojson_refuses_boxes_where_the_reference_system_does_not_hold(tmp_path: Path) -> None:
+    far = geotiff(tmp_path / "a.tif", (1e9, 0, 1e12, 0, -1e9, 1e12))
+    run = write_run(tmp_path / "run", (far, far + "2", far + "3", far + "4"))
+    with pytest.raises(ValueError, match="boxes must lie where the image's reference system holds, got transform"):
+        export_run(run, "geojson")
 
 
 def test_what_scores_less_is_left_out(run: str) -> None:

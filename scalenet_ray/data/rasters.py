@@ -266,7 +266,11 @@ class _WatchedFile(RangeFile):
 
     def __init__(self, uri: Address, errors: list[Exception]) -> None:
         self._errors = errors
-        super().__init__(uri)
+        try:
+            super().__init__(uri)
+        except Exception as error:
+            errors.append(error)
+            raise
 
     def read(self, size: int = -1) -> bytes:
         """Read up to `size` bytes; none if the store fails."""
@@ -327,10 +331,14 @@ class Georeference(NamedTuple):
 
         a, b, c, d, e, f = self.transform
         x, y = points.astype(np.float64).T
-        placed = np.array(transform(self.crs, "EPSG:4326", a * x + b * y + c, d * x + e * y + f)).T.reshape(-1, 2)
+        failed: Exception | None = None
+        try:
+            placed = np.array(transform(self.crs, "EPSG:4326", a * x + b * y + c, d * x + e * y + f)).T.reshape(-1, 2)
+        except Exception as error:  # GDAL's errors have no public base class.
+            placed, failed = np.full((1, 2), np.nan), error
         if not np.isfinite(placed).all():
             msg = f"boxes must lie where the image's reference system holds, got transform {self.transform}: correct it"
-            raise UserError(msg)
+            raise UserError(msg) from failed
         return placed
 
 
