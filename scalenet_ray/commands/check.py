@@ -49,7 +49,7 @@ class CheckInputs:
         images: a folder, a glob (quoted), an s3:// prefix, or a Parquet file with a column uri or path, as for detect.
         policies: those that eval takes. By default those of eval, without an oracle where there is no ground truth.
         policy_file: YAML of further policies.
-        max_image_megapixels: larger images are refused before they are decoded.
+        max_image_megapixels: larger images are refused before they are decoded, except TIFFs that are read by window.
     """
 
     data: str | None = None

@@ -53,7 +53,7 @@ class EvalCoco:
         retry_failed: with --resume: also process the images that failed before.
         max_failures: images that may fail before the exit status is 1.
         smallest_object: side of the smallest object worth finding, in image pixels, for regions; 16 by default.
-        max_image_megapixels: larger images are refused before they are decoded.
+        max_image_megapixels: larger images are refused before they are decoded, except TIFFs that are read by window.
         report_pictures: photographs in report.html.
         engine: ray (actors, here or on a cluster) or local (one process).
     """

@@ -58,7 +58,7 @@ class TuneRecursion:
         output: the run folder, local or s3://; by default a new one under runs/tune_recursion.
         resume: continue the sweep in the output folder.
         max_failures: images that may fail in the report before the exit status is 1.
-        max_image_megapixels: larger images are refused before they are decoded.
+        max_image_megapixels: larger images are refused before they are decoded, except TIFFs that are read by window.
     """
 
     data: str | None = None

@@ -428,15 +428,15 @@ def trace_tiles(
 
     Returns:
         The whole image's tile first, then those cut from it. One on which a network fails has no map and no children.
-
-    Raises:
-        TileError: if a window cannot be read.
+        Raises `TileError` if a window cannot be read.
     """
     queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
     traced: list[TracedTile] = []
     while queue:
         tile = queue.popleft()
-        seen = predict_scales([tile_pixels(image, tile)], [tile], policy, detect=detect, predict_scale=predict_scale)[0]
+        # No network sees the others.
+        pixels = tile_pixels(image, tile) if policy.needs_scales(tile) else np.empty((0, 0, 3), np.uint8)
+        seen = predict_scales([pixels], [tile], policy, detect=detect, predict_scale=predict_scale)[0]
         traced.append(TracedTile(tile, seen.scale_map))
         if seen.failure is None:
             queue.extend(expand(tile, seen.evidence, policy).children)
