@@ -23,8 +23,9 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease
 from scalenet_ray.engine.pipeline import Assembler
+from scalenet_ray.engine.readers import TileSource
 from scalenet_ray.engine.rows import unpack_results
-from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage, TileSource
+from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage
 from scalenet_ray.runs.resources import RetryPolicy
 
 __all__ = ["Died", "Handle", "InProcessEngine", "OwnDecisions", "Unjournaled"]

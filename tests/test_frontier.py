@@ -404,7 +404,7 @@ WHIMSICAL = NetworkFactories(Given(RandomDetector()), Given(WhimsicalScale()))
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Handles answer at once, and a reader that would wait is a mistake of the test."""
     monkeypatch.setattr("scalenet_ray.engine.stages.ray.get", lambda answer: answer)
-    monkeypatch.setattr("scalenet_ray.engine.stages.time.sleep", lambda seconds: pytest.fail("a reader waits"))
+    monkeypatch.setattr("scalenet_ray.engine.readers.time.sleep", lambda seconds: pytest.fail("a reader waits"))
 
 
 class FlakyScenes(Scenes):

@@ -15,15 +15,9 @@ from scalenet_ray.core.inference import NetworkFactories, ScalePredictor
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Frontier, Work
+from scalenet_ray.engine.readers import TileSource, _OpenedImages, cut_work
 from scalenet_ray.engine.rows import MicroBatch, PackedTile, pack, unpack, unpack_results
-from scalenet_ray.engine.stages import (
-    DetectStage,
-    ScaleAndDetectStage,
-    ScaleStage,
-    TileSource,
-    _OpenedImages,
-    cut_work,
-)
+from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage
 from tests.faults import BuggyScale, Given, Scenes, policy_of, random_networks, records_of
 from tests.in_process import Handle, InProcessEngine
 from tests.oracles import (
@@ -56,7 +50,7 @@ TRUSTING = Handle(Trusting())
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Handles answer at once, and a reader that would wait is a mistake of the test."""
     monkeypatch.setattr("scalenet_ray.engine.stages.ray.get", lambda answer: answer)
-    monkeypatch.setattr("scalenet_ray.engine.stages.time.sleep", lambda seconds: pytest.fail("a reader waits"))
+    monkeypatch.setattr("scalenet_ray.engine.readers.time.sleep", lambda seconds: pytest.fail("a reader waits"))
 
 
 def leased(frontier: Frontier, count: int, reader: int = 0, sequence: int = 0) -> tuple[Work, ...]:
@@ -143,7 +137,7 @@ def test_decoded_images_are_kept_up_to_a_limit_the_last_used_longest(monkeypatch
         decoded.append(record.image_id)
         return np.zeros((10, 10, 3), np.uint8)
 
-    monkeypatch.setattr("scalenet_ray.engine.stages._CACHE_BYTES", 2 * 300)
+    monkeypatch.setattr("scalenet_ray.engine.readers._CACHE_BYTES", 2 * 300)
     images = _OpenedImages(counted)
     for image_id in (1, 2, 1, 3, 1, 2):
         images(ImageRecord(image_id, "x.png"))
@@ -151,7 +145,7 @@ def test_decoded_images_are_kept_up_to_a_limit_the_last_used_longest(monkeypatch
 
 
 def test_an_image_larger_than_the_cache_is_kept_until_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.engine.stages._CACHE_BYTES", 1)
+    monkeypatch.setattr("scalenet_ray.engine.readers._CACHE_BYTES", 1)
     decoded: list[int] = []
 
     def counted(record: ImageRecord) -> np.ndarray:
@@ -206,7 +200,7 @@ def test_a_reader_waits_for_work_that_is_still_out_and_each_time_a_little_longer
         if len(waits) in (4, 6):
             stage(rows[-1])
 
-    monkeypatch.setattr("scalenet_ray.engine.stages.time.sleep", sleep)
+    monkeypatch.setattr("scalenet_ray.engine.readers.time.sleep", sleep)
     (read,) = TileSource(Handle(frontier), policy, Scenes(), readers=1, lease_size=1).get_read_tasks(1)
     for table in read():
         rows.append(table)

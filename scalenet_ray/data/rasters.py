@@ -12,6 +12,7 @@ GeoTIFF and COG are such files. On S3 only the bytes of these tiles are fetched.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,9 @@ _SETTINGS: dict[str, Any] = {
     # A truncated JPEG tile is an error, not grey.
     "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",
 }
+
+_NAME = "file"
+"""Name of every file in GDAL's messages, to which no part of an address must mean anything."""
 
 _INSTALL = "pip install 'scalenet-ray[geo]'"
 
@@ -285,8 +289,8 @@ def _open(uri: Address, errors: list[Exception]) -> Any:
     """Open a TIFF with rasterio; errors of the store are added to `errors`."""
     import rasterio  # pyright: ignore[reportMissingImports]
 
-    # No other driver sees untrusted bytes, and no part of the address means anything to GDAL.
-    return rasterio.open("image.tif", driver="GTiff", opener=lambda path, mode="rb": _WatchedFile(uri, errors))
+    # No other driver sees untrusted bytes.
+    return rasterio.open(_NAME, driver="GTiff", opener=lambda path, mode="rb": _WatchedFile(uri, errors))
 
 
 @contextmanager
@@ -303,7 +307,9 @@ def _explained(what: str, errors: list[Exception]) -> Iterator[None]:
     except Exception as error:
         failed = errors[0] if errors else error.__cause__ or error
     if failed is not None:
-        msg = f"{what} cannot be read ({failed}): the file is damaged or out of reach; fetch or export it again"
+        # GDAL's name of the file is another one each time.
+        reason = re.sub(r"/vsiriopener_\w+/", "", str(failed))
+        msg = f"{what} cannot be read ({reason}): the file is damaged or out of reach; fetch or export it again"
         raise TileError(msg) from failed
 
 

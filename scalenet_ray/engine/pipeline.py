@@ -33,8 +33,9 @@ from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus
 from scalenet_ray.engine.metrics import RunMetrics
 from scalenet_ray.engine.placement import cpu_share
+from scalenet_ray.engine.readers import TileSource
 from scalenet_ray.engine.rows import read_seconds, unpack_results
-from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage, TileSource
+from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage
 from scalenet_ray.engine.worker_errors import workers_errors
 from scalenet_ray.runs.resources import PoolSize, Resources, limits
 
