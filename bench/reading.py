@@ -97,7 +97,7 @@ def jpeg() -> None:
     _jpeg_times(data / "large" / "street" / "val")
     network = f"yolox-onnx:{data / 'models' / 'yolox_nano.onnx'}"
     declared = load_detector(network)
-    for name, split in (("large/street", "val"), ("coco", "val2017")):
+    for name, split in (("large/street", "val"), ("large/drone", "val"), ("coco", "val2017")):
         dataset = read_annotations(data / name / "annotations" / f"instances_{split}.json")
         detect = NetworkSpec(detector=network).load_detector(dataset.categories, dataset.unused_categories)
         files = {record: (data / name / split / record.file_name).read_bytes() for record in dataset.images}

@@ -540,6 +540,24 @@ def test_one_image_in_python_is_read_by_window_and_drawn_reduced(
     assert picture.size == (120, 80)
 
 
+@pytest.mark.usefixtures("every_tiff_is_large")
+@pytest.mark.parametrize("policy", ["first-pass", "grid-2"])
+def test_show_draws_a_large_tiff_as_it_draws_the_decoded_image(
+    policy: str, rasterio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiff(tmp_path / "image.tif", BANDS, **TILED, **RGB)
+    drawn = []
+    for longest in (1200, 100):
+        monkeypatch.setattr("scalenet_ray.report.recursion_figure._LONGEST_SIDE", longest)
+        output = tmp_path / f"{longest}.png"
+        arguments = ("show", str(path), "--policy", policy, "--detector", "tests.test_rasters:DeclaredDetector")
+        assert run_command(*arguments, "--output", str(output)) == 0
+        drawn.append(np.asarray(Image.open(output).convert("RGB")).astype(int))
+    # At less than its size it is read reduced; windows and boxes stay where they are.
+    assert drawn[0].shape == drawn[1].shape
+    assert np.abs(drawn[0] - drawn[1]).mean() < 25
+
+
 MEMORY = """
 import resource, sys
 import numpy as np
