@@ -11,6 +11,7 @@ GeoTIFF and COG are such files. On S3 only the bytes of these tiles are fetched.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import warnings
@@ -56,8 +57,6 @@ _SETTINGS: dict[str, Any] = {
     "GDAL_CACHEMAX": 128 * 2**20,
     # Files beside the image would change its pixels, and cost requests.
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    # A truncated JPEG tile is an error, not grey.
-    "GDAL_ERROR_ON_LIBJPEG_WARNING": "TRUE",
 }
 
 _NAME = "file"
@@ -298,7 +297,17 @@ def _explained(what: str, errors: list[Exception]) -> Iterator[None]:
     """Set GDAL up for a block, and convert its errors, or those noted of the store, to `TileError`."""
     from rasterio import Env  # pyright: ignore[reportMissingImports]
 
+    def note(record: logging.LogRecord) -> bool:
+        # GDAL fills the missing part of a JPEG tile with grey, and says so in a warning only.
+        text = record.getMessage()
+        if "premature end" in text.lower():
+            errors.append(OSError(text))
+        return True
+
     errors.clear()
+    log = logging.getLogger("rasterio._err")
+    log.setLevel(logging.WARNING)
+    log.addFilter(note)
     try:
         with warnings.catch_warnings(), Env(**_SETTINGS):
             warnings.simplefilter("ignore")
@@ -306,6 +315,8 @@ def _explained(what: str, errors: list[Exception]) -> Iterator[None]:
         failed: BaseException | None = errors[0] if errors else None
     except Exception as error:
         failed = errors[0] if errors else error.__cause__ or error
+    finally:
+        log.removeFilter(note)
     if failed is not None:
         # GDAL's name of the file is another one each time.
         reason = re.sub(r"/vsiriopener_\w+/", "", str(failed))
