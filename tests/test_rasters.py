@@ -135,7 +135,7 @@ def broken_scenes(name: str) -> WindowedScenes:
     raise AssertionError("no image has windows")
 
 
-@pytest.mark.parametrize("name", ["grid-2", "random", "first-pass", "scalenet"])
+@pytest.mark.parametrize("name", ["grid-2", "random", "first-pass", "scalenet", "regions"])
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_every_engine_reads_windows_as_the_reference_does(name: str, is_broken: bool, no_ray: None) -> None:
     policy, records = policy_of(name), records_of(6)
