@@ -20,9 +20,9 @@ import torch
 import tyro
 
 from bench.engine import compare_engine
+from bench.gpu import GpuBench, measure
 from bench.growth import growth
 from bench.large import LargeImages, compare_large
-from bench.networks import NetworkSpeed, network_speed
 from bench.scale_out import scale_out
 from bench.slicing import compare
 from bench.workloads import photographs
@@ -57,7 +57,7 @@ _OF_PHOTOGRAPHS: dict[str, Callable[[], dict[str, Any]]] = {
     "slicing-one-process": lambda: {"one_process": compare(photographs(), _ROUNDS, processes=1)},
     "large": lambda: {"large": compare_large(LargeImages(rounds=_ROUNDS))},
 }
-_ON_CUDA: dict[str, Callable[[], dict[str, Any]]] = {"networks": lambda: {"networks": network_speed(NetworkSpeed())}}
+_ON_CUDA: dict[str, Callable[[], dict[str, Any]]] = {"gpu": lambda: {"gpu": list(measure(GpuBench()))}}
 _PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     **_OF_PHOTOGRAPHS,
     **_ON_CUDA,

@@ -8,11 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from hypothesis import settings
-from moto.server import ThreadedMotoServer
-from s3fs import S3FileSystem
 
 from tests.ray_fixture import idle_ray, ray_session, uses_ray  # noqa: F401 - fixtures
 
@@ -52,6 +49,8 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """A server that speaks S3 on this machine."""
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
@@ -62,6 +61,9 @@ def s3_endpoint() -> Iterator[str]:
 @pytest.fixture
 def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
     """`s3://` and a bucket of the test's own, with what reaches it in the environment."""
+    import boto3
+    from s3fs import S3FileSystem
+
     settings = {
         "AWS_ENDPOINT_URL": s3_endpoint,
         "AWS_ACCESS_KEY_ID": "key-of-a-test",

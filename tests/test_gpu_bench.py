@@ -1,0 +1,118 @@
+"""The measurements of bench.gpu, rehearsed on the CPU with small networks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu
+from bench.gpu import GpuBench, main, measure, tables
+from bench.gpu_networks import TOY, VARIANTS, Setup, compare, cuda_products
+
+SINGLE_PROCESS = ("recursion", "networks", "steps")
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_without_time_each_part_measures_its_first_figure_alone(tmp_path: Path) -> None:
+    job = GpuBench(device="cpu", minutes=0.0, parts=SINGLE_PROCESS, output=tmp_path / "figures.jsonl")
+    assert main(job) == 0
+    machine, *figures = lines_of(job.output)
+    assert machine["device"] == "cpu"
+    assert machine["torch"] == torch.__version__
+    assert [row["part"] for row in figures] == list(SINGLE_PROCESS)
+    assert [row["variant"] for row in figures] == ["whole", "tf32", "tf32"]
+    assert figures[0]["images/s in the paper"] == 6.9
+    for row in figures:
+        assert row["over whole" if row["part"] == "recursion" else "over tf32"]["median"] > 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_whole_bench_runs_on_a_cpu_and_becomes_tables(idle_ray: None, tmp_path: Path) -> None:
+    job = GpuBench(device="cpu", output=tmp_path / "figures.jsonl")
+    assert main(job) == 0
+    figures = lines_of(job.output)
+    by_part = {part: [row for row in figures if row["part"] == part] for part in ("machine", *gpu._PARTS)}
+    assert {part: len(rows) for part, rows in by_part.items()} == {
+        "machine": 1,
+        "recursion": 6,
+        "networks": 2 * len(VARIANTS) + 4 * (len(TOY.batches) - 1) + 2 * len(TOY.others),
+        "engine": 3,
+        "steps": 3,
+        "training": 1,
+    }
+    whole, slices, scale_net = by_part["engine"]
+    assert slices["passes"] == pytest.approx(5 * whole["passes"])
+    assert scale_net["passes"] > whole["passes"]
+    assert all(0 < row["batch fill"] <= 1 for row in by_part["engine"])
+    text = tables(figures)
+    assert text.count("**") == 2 * 6
+    assert all(line.startswith(("|", "**")) or not line for line in text.splitlines())
+
+
+def test_a_part_that_fails_costs_its_own_figures_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(setup: Setup) -> Iterator[dict[str, Any]]:
+        yield {"figure": 1}
+        raise RuntimeError("the driver is too old")
+
+    def works(setup: Setup) -> Iterator[dict[str, Any]]:
+        yield {"figure": 2}
+
+    monkeypatch.setitem(gpu._PARTS, "networks", gpu._Part(breaks, 1.0))
+    monkeypatch.setitem(gpu._PARTS, "steps", gpu._Part(works, 1.0))
+    job = GpuBench(device="cpu", parts=("networks", "steps"), output=tmp_path / "figures.jsonl")
+    assert main(job) == 1
+    _, before, error, after = lines_of(job.output)
+    assert (before["figure"], after["figure"]) == (1, 2)
+    assert error["error"] == "RuntimeError: the driver is too old"
+    assert "breaks" in error["trace"]
+
+
+def test_what_does_not_fit_is_said_and_the_others_are_measured(tmp_path: Path) -> None:
+    def too_large() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    makers = {"small": lambda: lambda: 1, "large": too_large, "middle": lambda: lambda: 2}
+    small, large, middle = compare(Setup("cpu", TOY, tmp_path), makers, "tiles/s", batch=1)
+    assert large == {"batch": 1, "variant": "large", "remark": "out of memory"}
+    assert small["variant"] == "small"
+    assert middle["over small"]["min"] > 0
+
+
+def test_rows_of_one_part_and_columns_are_one_table() -> None:
+    spread = {"median": 2.0, "min": 1.0, "max": 3.0}
+    rows = [
+        {"part": "a", "x": spread, "after seconds": 1.0},
+        {"part": "a", "x": None, "after seconds": 2.0},
+        {"part": "a", "y": 0.12345},
+    ]
+    assert tables(rows).splitlines() == [
+        *("**a**", "", "| x |", "|---|", "| 2 [1, 3] |", "|  |", ""),
+        *("**a**", "", "| y |", "|---|", "| 0.123 |"),
+    ]
+
+
+def test_the_precision_of_products_is_restored() -> None:
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    with cuda_products("ieee"):
+        assert (cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == ("ieee", "ieee")
+    assert (cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+
+
+def test_an_unknown_part_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="--parts must be of recursion, networks, engine, steps, training, got speed"):
+        GpuBench(parts=("speed",))
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written() -> None:
+    with pytest.raises(ValueError, match="device 'cuda:99' was wanted"):
+        next(measure(GpuBench(device="cuda:99")))
