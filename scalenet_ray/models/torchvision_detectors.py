@@ -99,25 +99,38 @@ class TorchvisionDetector:
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
         del canvas  # `_OnCanvas` pads to the same size.
         with torch.inference_mode():
-            # Copies: torch warns about read-only arrays.
-            channels_first = [torch.from_numpy(np.array(tile.transpose(2, 0, 1), order="C")) for tile in tiles]
-            images = [image.to(self._device).float() / 255 for image in channels_first]
             with self._autocast:
-                outputs = self.model(images)
+                outputs = _on_cpu(self.model([self._on_device(tile) for tile in tiles]))
             finite = self._finite.tiles.tolist()
             return [self._read(*tile_output) for tile_output in zip(outputs, finite, tiles, strict=True)]
 
+    def _on_device(self, tile: np.ndarray) -> torch.Tensor:
+        """[h, w, 3] uint8 -> [3, h, w] float32 in 0..1 on the device; a copy to a GPU is not waited for."""
+        # A copy also on a CPU: torch warns about read-only arrays.
+        copied = torch.empty(tile.shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        copied.numpy()[:] = tile
+        return copied.to(self._device, non_blocking=True).permute(2, 0, 1).float() / 255
+
     def _read(self, output: dict[str, torch.Tensor], finite: bool, tile: np.ndarray) -> Detections | TileError:
-        arrays = {key: output[key].float().cpu().numpy() for key in ("boxes", "scores")}
-        arrays["labels"] = output["labels"].cpu().numpy()
-        masks = output["masks"].float().cpu() if "masks" in output else None
+        arrays = {key: output[key].numpy() for key in ("boxes", "scores", "labels")}
+        masks = output.get("masks")
         if not finite or not all(np.isfinite(array).all() for array in arrays.values()):
             return TileError("the detector gave values that are NaN or infinite: check its weights and precision")
         if masks is not None and not masks.isfinite().all():
             return TileError("the detector gave masks that are NaN or infinite: check its weights and precision")
-        encoded = None if masks is None else _encode_masks(masks, output["boxes"].float().cpu(), tile.shape[:2])
+        encoded = None if masks is None else _encode_masks(masks, output["boxes"], tile.shape[:2])
         found = Detections(**arrays, masks=encoded)
         return found[np.isin(found.labels, list(self.categories)) & (found.areas > 0)]
+
+
+def _on_cpu(outputs: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """A batch's outputs on the CPU, floats as float32: one copy for each key, not for each tile."""
+    counts = [len(output["scores"]) for output in outputs]
+    parts = {}
+    for key in outputs[0]:
+        values = torch.cat([output[key] for output in outputs]).cpu()
+        parts[key] = (values.float() if values.is_floating_point() else values).split(counts)
+    return [{key: parts[key][i] for key in parts} for i in range(len(outputs))]
 
 
 class _OnCanvas(GeneralizedRCNNTransform):

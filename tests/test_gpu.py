@@ -1,0 +1,399 @@
+"""Networks on a GPU answer as on the CPU: each test's cases on the CPU rehearse it at a small size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d, batched_nms
+
+from bench.gpu_networks import cuda_products
+from scalenet_ray.core.detections import Detections, TileResult
+from scalenet_ray.core.geometry import iou_matrix
+from scalenet_ray.core.inference import BATCH_HALVED, detect_tiles
+from scalenet_ray.core.merge import Merging
+from scalenet_ray.core.scale import ScaleMap
+from scalenet_ray.models.checked_detector import MappedDetector
+from scalenet_ray.models.detectors import load_detector
+from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
+from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net, save_scale_net
+from scalenet_ray.models.scale_networks import PRESETS
+from scalenet_ray.models.scale_predictors import load_predictor
+from scalenet_ray.models.spec import (
+    SAMPLE_DETECTOR,
+    SAMPLE_DETECTOR_WEIGHTS,
+    SAMPLE_SCALE_NET,
+    SAMPLE_SCALE_NET_WEIGHTS,
+    NetworkSpec,
+)
+from scalenet_ray.models.torchvision_builders import build_detector, detector_names
+from scalenet_ray.models.torchvision_detectors import TorchvisionDetector
+from scalenet_ray.sample.scenes import make_scene, write_sample
+from tests.devices import DEVICES, ON_GPU
+from tests.float64 import in_float64
+from tests.job_scripts import load_job
+from tests.oracles import tile_of
+from tests.test_torchvision_detectors import CATEGORIES, SMALL_RCNN, SMALL_SSD, detections, make_tiles
+
+DTYPES = {"bfloat16": torch.bfloat16, "half": torch.float16}
+SMALL = (SMALL_RCNN, SMALL_SSD)
+EVERY_NETWORK = [
+    *(pytest.param(name, "cpu") for name in SMALL),
+    *(pytest.param(name, "cuda", marks=ON_GPU) for name in detector_names()),
+]
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """float32 is float32: by default torch computes convolutions on a GPU in TF32, of ten significant bits."""
+    with cuda_products("ieee"):
+        yield
+
+
+def settled_model(name: str) -> Any:
+    """A detector with random weights, the same each time, in which all batch norms fit the activations of noise."""
+    torch.manual_seed(0)
+    model: Any = build_detector(name, 3)
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # type: ignore[assignment]
+        elif isinstance(module, FrozenBatchNorm2d):
+            hooks.append(module.register_forward_pre_hook(_fit_norm))
+    side = model.transform.min_size[-1] if name.startswith("ssd") else 64
+    with torch.no_grad():
+        features = model.backbone(torch.randn(4, 3, side, side))
+        if hasattr(model, "head"):
+            model.head(list(features.values()))
+        else:
+            # Sane boxes, and scores that differ by more than float32's noise.
+            model.roi_heads.box_predictor.bbox_pred.weight *= 0.1
+            model.roi_heads.box_predictor.cls_score.weight *= 0.2
+            model.roi_heads.detections_per_img = 8
+    for hook in hooks:
+        hook.remove()
+    return model.eval()
+
+
+def _fit_norm(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    module.running_mean.copy_(inputs[0].mean((0, 2, 3)))
+    module.running_var.copy_(inputs[0].var((0, 2, 3)))
+
+
+def on_device(name: str, device: str, **settings: Any) -> TorchvisionDetector:
+    """A settled detector that computes in float64: which of two boxes that nearly tie is kept does not depend on it."""
+    return TorchvisionDetector(
+        in_float64(settled_model(name), "backbone"), CATEGORIES, device=device, score_threshold=0.001, **settings
+    )
+
+
+def assert_close(found: Detections, expected: Detections, *, pixels: float = 0.1, score: float = 1e-3) -> None:
+    """Detections that match one to one: of one class, and each coordinate and the score within the bounds."""
+    assert len(found) == len(expected)
+    free = np.ones(len(found), bool)
+    for box, expected_score, label in zip(expected.boxes, expected.scores, expected.labels, strict=True):
+        near = free & (found.labels == label) & (np.abs(found.scores - expected_score) <= score)
+        near &= (np.abs(found.boxes - box) <= pixels).all(axis=1)
+        assert near.any(), f"nothing like the box {box} of class {label} that scores {expected_score}"
+        free[near.argmax()] = False
+    assert (found.masks is None) == (expected.masks is None)
+
+
+def sides_of(name: str) -> tuple[tuple[int, int], ...]:
+    return ((320, 200), (300, 320)) if name.startswith("ssd") else ((64, 96), (96, 50), (96, 96))
+
+
+# --- detectors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "device"), EVERY_NETWORK)
+def test_a_torchvision_detector_finds_on_a_gpu_what_it_finds_on_the_cpu(name: str, device: str) -> None:
+    tiles = make_tiles(*sides_of(name))
+    expected, found = (detections(on_device(name, where)(tiles)) for where in ("cpu", device))
+    assert all(len(each) for each in expected)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+
+
+FEATURE_ERRORS = {"float32": 1e-3, "bfloat16": 0.06, "half": 0.01}
+"""Bounds of the features' relative error in the Euclidean norm. On a CPU bfloat16 has at most 0.036 and half 0.005, but
+for the networks in `SENSITIVE`, which have 0.26 and 0.045."""
+
+SENSITIVE = ("fasterrcnn_mobilenet_v3_large_fpn", "fasterrcnn_mobilenet_v3_large_320_fpn")
+
+
+@pytest.mark.parametrize("precision", FEATURE_ERRORS)
+@pytest.mark.parametrize(("name", "device"), EVERY_NETWORK)
+def test_its_features_differ_by_no_more_than_the_precisions_error(name: str, device: str, precision: str) -> None:
+    if name == "ssd300_vgg16" and precision == "half":
+        pytest.skip("its activations exceed half's range on a CPU too")
+    error = FEATURE_ERRORS[precision] * (8 if name in SENSITIVE and precision != "float32" else 1)
+    seen: list[torch.Tensor] = []
+
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        first = output if isinstance(output, torch.Tensor) else next(iter(output.values()))
+        seen.append(first.float().cpu())
+
+    for where, dtype in (("cpu", None), (device, DTYPES.get(precision))):
+        detector = TorchvisionDetector(settled_model(name), CATEGORIES, device=where)
+        detector.model.backbone.register_forward_hook(note)
+        if dtype is not None:
+            detector._autocast = torch.autocast(where, dtype)
+        detector(make_tiles(sides_of(name)[0]))
+    expected, found = seen
+    assert (found - expected).norm() <= error * expected.norm()
+    assert precision == "float32" or not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", [*SMALL, "maskrcnn_resnet50_fpn"])
+def test_a_batch_equals_its_tiles_one_by_one(name: str, device: str) -> None:
+    detector, tiles = on_device(name, device), make_tiles(*sides_of(name), *sides_of(name))
+    for tile, together in zip(tiles, detections(detector(tiles)), strict=True):
+        (alone,) = detections(detector([tile]))
+        assert_close(together, alone, pixels=0.01, score=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_suppression_keeps_the_same_boxes(device: str) -> None:
+    rng = np.random.default_rng(0)
+    corners, sizes = rng.uniform(0, 900, (2000, 2)), rng.uniform(4, 200, (2000, 2))
+    boxes = torch.tensor(np.concatenate([corners, corners + sizes], axis=1), dtype=torch.float32)
+    scores = torch.tensor(rng.permutation(2000) / 2000, dtype=torch.float32)
+    labels = torch.tensor(rng.integers(0, 3, 2000))
+    kept = batched_nms(boxes, scores, labels, 0.5)
+    assert 100 < len(kept) < 1900
+    assert batched_nms(boxes.to(device), scores.to(device), labels.to(device), 0.5).tolist() == kept.tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_masks_agree_pixel_by_pixel(device: str) -> None:
+    (tile,) = make_tiles((96, 64))
+    expected, found = (detections(on_device("maskrcnn_resnet50_fpn", where)([tile]))[0] for where in ("cpu", device))
+    assert expected.masks
+    assert found.masks
+    pairs = [
+        [coco_mask.decode({"size": [96, 64], "counts": counts}) for counts in pair]
+        for pair in zip(found.masks, expected.masks, strict=True)
+    ]
+    assert sum(one.sum() for one, _ in pairs) > 0
+    assert all((one != other).mean() < 0.01 for one, other in pairs)
+
+
+# --- the sample's trained networks ------------------------------------------------------------------
+
+
+def scenes(count: int) -> list[np.ndarray]:
+    """Scenes of the sample at half their size, [h, w, 3] uint8 RGB."""
+    rng = np.random.default_rng(5)
+    return [make_scene(rng).pixels[::2, ::2] for _ in range(count)]
+
+
+def at_precision(network: Any, device: str, precision: str) -> Any:
+    """A loaded network under autocast of a precision, or as it is for float32."""
+    if precision in DTYPES:
+        network._autocast = torch.autocast(device, DTYPES[precision])
+    return network
+
+
+def partners(found: Detections, expected: Detections, least_score: float) -> Iterator[tuple[float, float]]:
+    """(largest difference in pixels, difference in score) of each expected box to the nearest found of its class."""
+    for box, score, label in zip(expected.boxes, expected.scores, expected.labels, strict=True):
+        if score >= least_score:
+            same = (found.labels == label) & (iou_matrix(box[None], found.boxes)[0] > 0.5)
+            assert same.any()
+            pixels = np.abs(found.boxes[same] - box).max(axis=1)
+            nearest = (np.abs(found.scores[same] - score) + pixels / 100).argmin()
+            yield float(pixels[nearest]), float(np.abs(found.scores[same] - score)[nearest])
+
+
+PRECISIONS = [
+    pytest.param("float32", 0.1, 1e-3, id="float32"),
+    pytest.param("half", 0.5, 0.01, id="half"),
+    pytest.param("bfloat16", 2.0, 0.05, id="bfloat16"),
+]
+"""A precision with the bounds of its boxes in pixels and of its scores."""
+
+
+@pytest.mark.parametrize(("precision", "pixels", "score"), PRECISIONS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_samples_detector_keeps_its_boxes_and_scores(
+    device: str, precision: str, pixels: float, score: float
+) -> None:
+    # Nothing is suppressed: which of two boxes that nearly tie is kept depends on rounding.
+    plain = load_detector(SAMPLE_DETECTOR_WEIGHTS, iou_threshold=1.0)
+    other = at_precision(load_detector(SAMPLE_DETECTOR_WEIGHTS, device=device, iou_threshold=1.0), device, precision)
+    images, differences = scenes(6), []
+    for expected, found in zip(plain(images), other(images), strict=True):
+        differences += partners(found, expected, least_score=0.3)
+    assert len(differences) > 10
+    assert np.max(differences, axis=0).tolist() <= [pixels, 1.0]
+    assert max(each for _, each in differences) <= score
+
+
+@pytest.mark.parametrize(("precision", "error"), [("float32", 1e-3), ("half", 0.02), ("bfloat16", 0.1)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_scale_net_keeps_its_probabilities(device: str, precision: str, error: float) -> None:
+    plain, other = (load_predictor(SAMPLE_SCALE_NET_WEIGHTS, where) for where in ("cpu", device))
+    at_precision(other, device, precision)
+    images = scenes(3)
+    tiles = [tile_of(image.shape[:2]) for image in images]
+    for expected, found in zip(plain(images, tiles), other(images, tiles), strict=True):  # type: ignore[operator]
+        assert isinstance(found, ScaleMap)
+        difference = np.abs(found.prob - expected.prob)
+        # A cell on the border of two classes may move further than the others.
+        assert np.quantile(difference, 0.99) <= error
+        assert precision == "float32" or difference.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "device"),
+    [("unet-light", "cpu"), *(pytest.param(name, "cuda", marks=ON_GPU) for name in ("unet-light", "unet-vgg16"))],
+)
+def test_every_scale_net_answers_alike(device: str, preset: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = replace(PRESETS[preset], input_side=64)
+    save_scale_net(build_scale_net(config), config, tmp_path / "net.safetensors")
+    plain, other = (ScaleNetPredictor(tmp_path / "net.safetensors", where) for where in ("cpu", device))
+    for expected, found in zip(plain(scenes(2)), other(scenes(2)), strict=True):
+        np.testing.assert_allclose(found.prob, expected.prob, atol=1e-3)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_scale_head_reads_a_detectors_features(device: str, tmp_path: Path) -> None:
+    config = NetworkSpec(detector=SAMPLE_DETECTOR_WEIGHTS).describe_features()
+    torch.manual_seed(0)
+    save_scale_head(ScaleHead(config), config, path := str(tmp_path / "head.safetensors"))
+    images = scenes(2)
+    tiles = [tile_of(image.shape[:2]) for image in images]
+    answers = []
+    for where in ("cpu", device):
+        detector: Any = load_detector(SAMPLE_DETECTOR_WEIGHTS, device=where)
+        head: Any = load_predictor(path, where)
+        answers.append(head.from_features([each.features for each in detector.with_features(images)], tiles))
+    for expected, found in zip(*answers, strict=True):
+        np.testing.assert_allclose(found.prob, expected.prob, atol=1e-3)
+        np.testing.assert_allclose(found.gain, expected.gain, rtol=1e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_onnx_networks_answer_alike(device: str) -> None:
+    if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is not installed")
+    images = scenes(3)
+    plain, other = (load_detector(SAMPLE_DETECTOR, device=where, iou_threshold=1.0) for where in ("cpu", device))
+    differences = []
+    for expected, found in zip(plain(images), other(images), strict=True):
+        differences += partners(found, expected, least_score=0.3)  # type: ignore[arg-type]
+    # onnxruntime computes convolutions on a GPU in TF32.
+    assert np.max(differences, axis=0).tolist() <= [0.5, 0.01]
+    maps = [load_predictor(SAMPLE_SCALE_NET, where)(images) for where in ("cpu", device)]  # type: ignore[operator]
+    for expected, found in zip(*maps, strict=True):
+        assert np.quantile(np.abs(found.prob - expected.prob), 0.99) <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("device", "mixed_precision", "images"),
+    [
+        pytest.param("cpu", False, 4),
+        pytest.param("cuda", False, 100, marks=ON_GPU),
+        pytest.param("cuda", True, 100, marks=ON_GPU),
+    ],
+)
+def test_ap_on_the_sample_changes_by_half_a_point_at_most(
+    device: str, mixed_precision: bool, images: int, tmp_path: Path
+) -> None:
+    module = load_job("eval_coco")
+    write_sample(tmp_path / "sample", train=1, val=images)
+
+    def figures(name: str, networks: NetworkSpec) -> dict[str, Any]:
+        """Metrics of the policies by name."""
+        job = module.EvalCoco(
+            data=str(tmp_path / "sample"),
+            output=str(tmp_path / name),
+            policies=("whole", "scalenet"),
+            engine="local",
+            networks=networks,
+            report_pictures=0,
+        )
+        assert module.main(job) == 0
+        return json.loads((tmp_path / name / "metrics.json").read_text())["policies"]
+
+    # The torch networks on both devices: the exported ones hold weights in half precision.
+    networks = NetworkSpec(detector=SAMPLE_DETECTOR_WEIGHTS, scale_net=SAMPLE_SCALE_NET_WEIGHTS)
+    expected = figures("cpu", networks)
+    found = figures("other", replace(networks, device=device, mixed_precision=mixed_precision))
+    for policy, row in expected.items():
+        assert row["AP"] > 5
+        assert found[policy]["AP"] == pytest.approx(row["AP"], abs=0.5)
+        assert found[policy]["AP_small"] == pytest.approx(row["AP_small"], abs=1.0)
+
+
+# --- memory -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def room_for(device: str, detector: TorchvisionDetector, tiles: list[np.ndarray]) -> Iterator[None]:
+    """Let the device hold the detector's work on half of the tiles, and not on all."""
+    half = len(tiles) // 2
+    if device == "cpu":
+
+        def refuse(_module: nn.Module, inputs: Any) -> None:
+            if len(inputs[0]) > half:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        hook = detector.model.backbone.register_forward_pre_hook(refuse)
+        yield
+        hook.remove()
+        return
+
+    def peak(batch: Sequence[np.ndarray]) -> int:
+        """Bytes reserved at the peak of a call."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        detector(batch)
+        return torch.cuda.max_memory_reserved()
+
+    limit = (peak(tiles[:half]) + peak(tiles)) / 2
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize(
+    ("device", "side", "count"), [pytest.param("cpu", 64, 4), pytest.param("cuda", 512, 16, marks=ON_GPU)]
+)
+def test_a_batch_that_does_not_fit_is_halved_and_finds_the_same(device: str, side: int, count: int) -> None:
+    detector = on_device(SMALL_RCNN, device)
+    mapped = MappedDetector(detector, CATEGORIES)
+    pixels = make_tiles(*[(side, side)] * count)
+    tiles = [tile_of((side, side), image_id=i) for i in range(count)]
+
+    def detect() -> list[TileResult]:
+        """All tiles in one batch."""
+        empty = [TileResult(tile.image_id, (), Fraction(1)) for tile in tiles]
+        return detect_tiles(empty, tiles, pixels, [None] * count, mapped, Merging())
+
+    expected = detect()
+    assert not any(result.guards for result in expected)
+    with room_for(device, detector, pixels):
+        found = detect()
+    assert sum(result.guards.count(BATCH_HALVED) for result in found) >= 1
+    assert sum(len(result.detections) for result in expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert one.failure is None
+        assert_close(one.detections, other.detections)
