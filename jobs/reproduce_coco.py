@@ -23,9 +23,7 @@ from scalenet_ray.data.coco import annotations_uri, images_and_categories
 from scalenet_ray.experiments.coco import coco_policies, coco_table, expected_hours, tile_side
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.resources import Resources
 from scalenet_ray.training.schedule import Training
-from scalenet_ray.workflows import EngineName
 
 _HELD_OUT = 0.05
 
@@ -46,9 +44,7 @@ class ReproduceCoco:
         limit: only the first so many images.
         output: the run folder, local or s3://; by default a new one under runs/reproduce_coco.
         resume: continue the run in the output folder.
-        device: torch device of the networks.
-        mixed_precision: run the networks under bfloat16 autocast.
-        engine: local (one image at a time, as the paper's FPS), or ray.
+        device: torch device of the evaluation, in float32.
     """
 
     data: str
@@ -63,15 +59,12 @@ class ReproduceCoco:
     train_split: str = "train2017"
     preset: str = "unet-vgg16"
     encoder_weights: str | None = None
-    sides: tuple[int, ...] = (600, 800)
+    sides: tuple[Annotated[int, ONE_OR_MORE], ...] = (600, 800)
     limit: Annotated[int, ONE_OR_MORE] | None = None
     output: str | None = None
     resume: bool = False
     device: str = "cpu"
-    mixed_precision: bool = False
-    engine: EngineName = "local"
     training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=Training)
-    resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
 
 
 def main(job: ReproduceCoco) -> int:
@@ -87,12 +80,7 @@ def main(job: ReproduceCoco) -> int:
     scale_net = job.scale_net or _train_scale_net(job, storage.join(folder, "scale_net"))
     metrics, status = {}, 0
     for label, detector in zip(labels, job.detectors, strict=True):
-        networks = NetworkSpec(
-            detector=f"torchvision:{detector}",
-            scale_net=scale_net,
-            device=job.device,
-            mixed_precision=job.mixed_precision,
-        )
+        networks = NetworkSpec(detector=f"torchvision:{detector}", scale_net=scale_net, device=job.device)
         say(f"{label}:")
         status = max(status, _evaluate(job, networks, storage.join(folder, label)))
         metrics[label] = json.loads(storage.read_bytes(storage.join(folder, label, "metrics.json")))["policies"]
@@ -147,9 +135,9 @@ def _evaluate(job: ReproduceCoco, networks: NetworkSpec, folder: str) -> int:
         output=folder,
         resume=_goes_on(job, folder),
         report_pictures=0,
-        engine=job.engine,
+        # One image at a time, as for the paper's FPS.
+        engine="local",
         networks=networks,
-        resources=job.resources,
     )
     return evaluate.main(evaluation)
 

@@ -25,7 +25,11 @@ JOBS: dict[str, Any] = {
     "policy": PrintPolicy,
     "show": Show,
 }
-REQUIRED: dict[str, dict[str, Any]] = {"eval_cifar": {"data": "DIR"}, "export": {"run": "RUN", "to": "coco"}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "eval_cifar": {"data": "DIR"},
+    "export": {"run": "RUN", "to": "coco"},
+    "reproduce_coco": {"data": "DIR"},
+}
 COUNTS = ("limit", "input_side", "tile_side", "train_limit", "test_limit", "epochs", "batch_size")
 
 
