@@ -57,6 +57,7 @@ REPEAT = 10**9
 """Added to an image's id, any number of times, for another copy of the image."""
 
 _CLASSES = 91
+_LONGEST_ERROR = 500
 _ROUNDS = 3
 _PAPER = {"whole": 6.9, "scalenet": 2.5}
 """Images/s in the paper, of Faster R-CNN alone and with Recursive-Scale Net."""
@@ -180,6 +181,10 @@ def compare(setup: Setup, makers: Mapping[str, Callable[[], Work]], unit: str, *
             gigabytes = _gigabytes(setup.device, work)
         except (torch.OutOfMemoryError, OutOfMemoryError):
             yield {**fields, "variant": name, "remark": "out of memory"}
+            continue
+        except Exception as error:
+            # The other variants' figures are wanted all the same.
+            yield {**fields, "variant": name, "error": f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]}
             continue
         first = first or work
         pairs = [[_rate(each, setup.sizes.seconds) for each in (first, work)] for _ in range(_ROUNDS)]

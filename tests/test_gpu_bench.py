@@ -76,13 +76,17 @@ def test_a_part_that_fails_costs_its_own_figures_only(tmp_path: Path, monkeypatc
     assert "breaks" in error["trace"]
 
 
-def test_what_does_not_fit_is_said_and_the_others_are_measured(tmp_path: Path) -> None:
+def test_a_variant_that_does_not_fit_or_fails_says_so_and_the_others_are_measured(tmp_path: Path) -> None:
     def too_large() -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    makers = {"small": lambda: lambda: 1, "large": too_large, "middle": lambda: lambda: 2}
-    small, large, middle = compare(Setup("cpu", TOY, tmp_path), makers, "tiles/s", batch=1)
+    def too_new() -> Any:
+        raise RuntimeError("no such kernel")
+
+    makers = {"small": lambda: lambda: 1, "large": too_large, "new": too_new, "middle": lambda: lambda: 2}
+    small, large, new, middle = compare(Setup("cpu", TOY, tmp_path), makers, "tiles/s", batch=1)
     assert large == {"batch": 1, "variant": "large", "remark": "out of memory"}
+    assert new == {"batch": 1, "variant": "new", "error": "RuntimeError: no such kernel"}
     assert small["variant"] == "small"
     assert middle["over small"]["min"] > 0
 

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.gpu_networks import cuda_products
-from scalenet_ray.models.scale_networks import PRESETS
+from scalenet_ray.core.scale import NUM_CLASSES
+from scalenet_ray.experiments.classifiers import build_classifier, classifier_loss
+from scalenet_ray.models.scale_head import ScaleHead
+from scalenet_ray.models.scale_net import build_scale_net, normalised
+from scalenet_ray.models.scale_networks import PRESETS, HeadConfig
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 from scalenet_ray.training.detector_recipe import plan_fine_tuning
 from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.head_recipe import HeadRecipe
+from scalenet_ray.training.losses import focal_loss, masked_mse, poisson_loss
 from scalenet_ray.training.recipe import Batch, Recipe, clip_and_step, forward_backward
-from scalenet_ray.training.scale_recipe import ScaleRecipe
+from scalenet_ray.training.scale_recipe import CLASS_WEIGHTS, ScaleRecipe
 from tests.devices import DEVICES
 
 
@@ -102,3 +110,57 @@ def test_a_heads_steps_have_the_same_losses(device: str, sample: str) -> None:
     spec = NetworkSpec(detector=SAMPLE_DETECTOR)
     recipe = _FeaturesOfNoise(TrainingImages(sample), spec, "", spec.describe_features())
     assert losses(recipe, device) == pytest.approx(losses(recipe, "cpu"), rel=0.01)
+
+
+# --- devices without a GPU --------------------------------------------------------------------------
+
+
+def _on_fake_gpu(make: Callable[[], Any]) -> Any:
+    with torch.device("cuda:0"):
+        return make()
+
+
+def _loss_of_scale_net(preset: str) -> torch.Tensor:
+    config = PRESETS[preset]
+    side = config.input_side or 32
+    images = torch.zeros(2, side, side, 3, dtype=torch.uint8, device="cuda:0")
+    output = _on_fake_gpu(lambda: build_scale_net(config))(normalised(images, config))
+    if config.kind == "regression":
+        return masked_mse(output, torch.ones(output.shape, device="cuda:0"))
+    target = torch.zeros(2, *output.shape[2:], dtype=torch.uint8, device="cuda:0")
+    return focal_loss(output, target, class_weights=torch.tensor(CLASS_WEIGHTS))
+
+
+def _loss_of_scale_head() -> torch.Tensor:
+    head = _on_fake_gpu(lambda: ScaleHead(HeadConfig((8, 8))))
+    output = head([torch.zeros(2, 8, side, side, device="cuda:0") for side in (16, 8)])
+    gain, counted = (torch.ones(2, 16, 16, device="cuda:0", dtype=dtype) for dtype in (torch.float32, torch.bool))
+    return poisson_loss(output[:, NUM_CLASSES], gain, counted)
+
+
+def _loss_of_classifier(kind: Any, width: float, side: int) -> torch.Tensor:
+    model = _on_fake_gpu(lambda: build_classifier(kind, side=side, in_channels=1, width=width))
+    labels = torch.zeros(2, dtype=torch.long, device="cuda:0")
+    return classifier_loss(kind, model(torch.zeros(2, 1, side, side, device="cuda:0")), labels)
+
+
+LOSSES = {
+    **{preset: partial(_loss_of_scale_net, preset) for preset in PRESETS},
+    "head": _loss_of_scale_head,
+    "plain": partial(_loss_of_classifier, "plain", 1.0, 28),
+    "deformable": partial(_loss_of_classifier, "deformable", 1.0, 28),
+    "capsnet": partial(_loss_of_classifier, "capsnet", 0.25, 28),
+    "vgg11": partial(_loss_of_classifier, "vgg11", 0.25, 64),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_networks_and_losses_keep_all_tensors_on_the_batchs_device(name: str) -> None:
+    # Tensors without data, of which torch checks the devices as it would on a machine with a GPU.
+    with FakeTensorMode():
+        assert LOSSES[name]().device == torch.device("cuda:0")
+
+
+def test_a_tensor_that_stays_on_the_cpu_is_noticed() -> None:
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="same device"):
+        torch.zeros(2, device="cuda:0") + torch.zeros(2)
