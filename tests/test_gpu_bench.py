@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 
 from bench import gpu
 from bench.gpu import GpuBench, main, measure, tables
+from bench.gpu_engine import gpu_figures
 from bench.gpu_networks import TOY, VARIANTS, Setup, compare, cuda_products
 
 SINGLE_PROCESS = ("recursion", "networks", "steps")
@@ -110,6 +113,18 @@ def test_the_precision_of_products_is_restored() -> None:
     with cuda_products("ieee"):
         assert (cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == ("ieee", "ieee")
     assert (cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
+
+
+def test_the_gpus_use_is_what_nvidia_smi_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, printed = tmp_path / "nvidia-smi", tmp_path / "printed"
+    program.write_text(f"#!/bin/sh\nprintf '40, 1000\\n60, 3000\\n'\ntouch {printed}\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with gpu_figures() as figures:
+        while not printed.exists():
+            time.sleep(0.01)
+        assert figures == {}
+    assert figures == {"GPU busy, %": 50.0, "GPU gigabytes": pytest.approx(3000 * 2**20 / 1e9)}
 
 
 def test_an_unknown_part_is_refused_with_the_known_ones() -> None:
