@@ -223,11 +223,7 @@ def partners(found: Detections, expected: Detections, least_score: float) -> Ite
             yield float(pixels[nearest]), float(np.abs(found.scores[same] - score)[nearest])
 
 
-PRECISIONS = [
-    pytest.param("float32", 0.1, 1e-3, id="float32"),
-    pytest.param("half", 0.5, 0.01, id="half"),
-    pytest.param("bfloat16", 2.0, 0.05, id="bfloat16"),
-]
+PRECISIONS = [("float32", 0.1, 1e-3), ("half", 0.5, 0.01), ("bfloat16", 2.0, 0.05)]
 """A precision with the bounds of its boxes in pixels and of its scores."""
 
 
