@@ -167,12 +167,11 @@ class Setup:
 
 
 def compare(setup: Setup, makers: Mapping[str, Callable[[], Work]], unit: str, **fields: Any) -> Iterator[Record]:
-    """Speed of each work, its ratio to the first's of the same round, and the GPU memory at its peak.
+    """Speed of each work, its ratio to that of the first that fits, in the same round, and the GPU memory at its peak.
 
     Each work is made when it is its turn, so that a bench that is cut short has measured those before.
     """
-    name_of_first = next(iter(makers))
-    first: Work | None = None
+    first: tuple[str, Work] | None = None
     for name, make in makers.items():
         try:
             work = make()
@@ -186,10 +185,10 @@ def compare(setup: Setup, makers: Mapping[str, Callable[[], Work]], unit: str, *
             # The other variants' figures are wanted all the same.
             yield {**fields, "variant": name, "error": f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]}
             continue
-        first = first or work
-        pairs = [[_rate(each, setup.sizes.seconds) for each in (first, work)] for _ in range(_ROUNDS)]
+        first = first or (name, work)
+        pairs = [[_rate(each, setup.sizes.seconds) for each in (first[1], work)] for _ in range(_ROUNDS)]
         base, rates = zip(*pairs, strict=True)
-        figures = {unit: spread(rates), f"over {name_of_first}": ratio(rates, base), "gigabytes": gigabytes}
+        figures = {unit: spread(rates), f"over {first[0]}": ratio(rates, base), "gigabytes": gigabytes}
         yield {**fields, "variant": name, **figures}
 
 
@@ -299,16 +298,23 @@ def _look(network: Callable[[list[np.ndarray]], Any], tiles: list[np.ndarray], p
 
 
 def measure_networks(setup: Setup) -> Iterator[Record]:
-    """Tiles/s: all variants of the detector and of Scale Net at the first batch size; other sizes, other detectors."""
+    """Tiles/s of the detector and Scale Net, then at other batch sizes, of other detectors, and compiled.
+
+    Compiling takes a minute each, so what it gains comes last.
+    """
     sizes = setup.sizes
     first, *rest = sizes.batches
-    yield from _network_speed(setup, sizes.detector, first, tuple(VARIANTS))
-    yield from _network_speed(setup, sizes.scale_net.preset, first, tuple(VARIANTS))
+    both = (sizes.detector, sizes.scale_net.preset)
+    compiled = tuple(title for title, variant in VARIANTS.items() if variant.compiled is not None)
+    for name in both:
+        yield from _network_speed(setup, name, first, tuple(title for title in VARIANTS if title not in compiled))
     for batch in rest:
-        yield from _network_speed(setup, sizes.detector, batch, _MAIN_VARIANTS)
-        yield from _network_speed(setup, sizes.scale_net.preset, batch, _MAIN_VARIANTS)
+        for name in both:
+            yield from _network_speed(setup, name, batch, _MAIN_VARIANTS)
     for name in sizes.others:
         yield from _network_speed(setup, name, first, _MAIN_VARIANTS)
+    for name in both:
+        yield from _network_speed(setup, name, first, ("bfloat16", *compiled))
 
 
 def _network_speed(setup: Setup, name: str, batch: int, variants: Sequence[str]) -> Iterator[Record]:

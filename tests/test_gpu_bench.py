@@ -47,7 +47,7 @@ def test_the_whole_bench_runs_on_a_cpu_and_becomes_tables(idle_ray: None, tmp_pa
     assert {part: len(rows) for part, rows in by_part.items()} == {
         "machine": 1,
         "recursion": 6,
-        "networks": 2 * len(VARIANTS) + 4 * (len(TOY.batches) - 1) + 2 * len(TOY.others),
+        "networks": 2 * (len(VARIANTS) + 1) + 4 * (len(TOY.batches) - 1) + 2 * len(TOY.others),
         "engine": 3,
         "steps": 3,
         "training": 1,
@@ -57,7 +57,7 @@ def test_the_whole_bench_runs_on_a_cpu_and_becomes_tables(idle_ray: None, tmp_pa
     assert scale_net["passes"] > whole["passes"]
     assert all(0 < row["batch fill"] <= 1 for row in by_part["engine"])
     text = tables(figures)
-    assert text.count("**") == 2 * 6
+    assert text.count("**") == 2 * 7
     assert all(line.startswith(("|", "**")) or not line for line in text.splitlines())
 
 
@@ -86,8 +86,8 @@ def test_a_variant_that_does_not_fit_or_fails_says_so_and_the_others_are_measure
     def too_new() -> Any:
         raise RuntimeError("no such kernel")
 
-    makers = {"small": lambda: lambda: 1, "large": too_large, "new": too_new, "middle": lambda: lambda: 2}
-    small, large, new, middle = compare(Setup("cpu", TOY, tmp_path), makers, "tiles/s", batch=1)
+    makers = {"large": too_large, "small": lambda: lambda: 1, "new": too_new, "middle": lambda: lambda: 2}
+    large, small, new, middle = compare(Setup("cpu", TOY, tmp_path), makers, "tiles/s", batch=1)
     assert large == {"batch": 1, "variant": "large", "remark": "out of memory"}
     assert new == {"batch": 1, "variant": "new", "error": "RuntimeError: no such kernel"}
     assert small["variant"] == "small"
