@@ -87,11 +87,10 @@ def test_every_network_sees_tiles_at_their_own_size_in_one_batch(name: str) -> N
     detector = TorchvisionDetector(build_detector(name, 3), CATEGORIES, score_threshold=0.99)
     side = 320 if name.startswith("ssd") else 64
     seen = inputs_seen(detector.model)
-    tiles = make_tiles((side, 40), (33, side))
+    tiles = make_tiles((side, 40), (side - 31, side))
     found = detections(detector(tiles))
-    canvas = (side, side) if name.startswith("ssd") else (64, 64)
-    assert [tuple(batch.shape) for batch in seen] == [(2, 3, *canvas)]
-    assert detector.canvas_hw((side, 40)) == canvas
+    assert [tuple(batch.shape) for batch in seen] == [(2, 3, side, side)]
+    assert detector.canvas_hw((side, 40)) == (side, side)
     assert len(found) == 2
     mean, deviation = (
         np.array(values, np.float32)
@@ -99,8 +98,15 @@ def test_every_network_sees_tiles_at_their_own_size_in_one_batch(name: str) -> N
     )
     batch = seen[0].permute(0, 2, 3, 1).numpy() * deviation + mean
     np.testing.assert_allclose(batch[0, :, :40], tiles[0] / 255, atol=1e-5)
-    np.testing.assert_allclose(batch[1, :33], tiles[1] / 255, atol=1e-5)
-    np.testing.assert_allclose(batch[1, 33:], np.broadcast_to(mean, batch[1, 33:].shape), atol=1e-5)
+    np.testing.assert_allclose(batch[1, :-31], tiles[1] / 255, atol=1e-5)
+    np.testing.assert_allclose(batch[1, -31:], np.broadcast_to(mean, batch[1, -31:].shape), atol=1e-5)
+
+
+def test_canvases_are_rectangles_but_for_an_ssd_which_has_squares() -> None:
+    rcnn, ssd = (TorchvisionDetector(build_detector(name, 3), CATEGORIES) for name in (SMALL_RCNN, SMALL_SSD))
+    sizes = ((64, 20), (1, 64), (400, 300))
+    assert [rcnn.canvas_hw(hw) for hw in sizes] == [(64, 32), (32, 64), (416, 320)]
+    assert [ssd.canvas_hw(hw) for hw in sizes] == [(320, 320), (320, 320), (416, 416)]
 
 
 @pytest.mark.parametrize(("name", "side"), [(SMALL_RCNN, 64), (SMALL_SSD, 320)])

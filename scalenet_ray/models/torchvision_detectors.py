@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,11 +70,11 @@ class TorchvisionDetector:
         self.categories = dict(categories)
         resizing = self.model.transform
         self.input_side = int(resizing.min_size[-1])
-        # An SSD's coarsest feature maps and default boxes are designed for one input size.
-        self._least_side = self.input_side if resizing.fixed_size else 1
+        # An SSD's coarsest feature maps and default boxes are designed for one square input.
+        self._least_square = self.input_side if resizing.fixed_size else None
         if resizing.fixed_size:
             self.model.anchor_generator = _FixedSizeBoxes(self.model.anchor_generator, self.input_side)
-        self.model.transform = _OnCanvas(resizing, self.canvas_hw)
+        self.model.transform = _OnCanvas(resizing, self._least_square)
         last_stage = self.model.roi_heads if hasattr(model, "roi_heads") else self.model
         last_stage.score_thresh = score_threshold
         if iou_threshold is not None:
@@ -89,8 +89,7 @@ class TorchvisionDetector:
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """Canvas (height, width) of a tile of (height, width)."""
-        # An SSD's default boxes are shares of the canvas's sides: on a square their shapes are kept.
-        return stride_canvas((max(hw), max(hw)) if self._least_side > 1 else hw, self._least_side)
+        return _canvas_hw(hw, self._least_square)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detect on tiles; see `Detector`."""
@@ -133,12 +132,17 @@ def _on_cpu(outputs: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tens
     return [{key: parts[key][i] for key in parts} for i in range(len(outputs))]
 
 
+def _canvas_hw(hw: tuple[int, int], least_square: int | None) -> tuple[int, int]:
+    """Canvas of a tile of (height, width): a rectangle, or a square of at least `least_square` pixels a side."""
+    return stride_canvas(hw if least_square is None else (max(*hw, least_square),) * 2)
+
+
 class _OnCanvas(GeneralizedRCNNTransform):
     """torchvision's transform without resizing: tiles are normalized and padded to their canvas."""
 
-    def __init__(self, resizing: GeneralizedRCNNTransform, canvas_hw: Callable[[tuple[int, int]], tuple[int, int]]):
+    def __init__(self, resizing: GeneralizedRCNNTransform, least_square: int | None) -> None:
         super().__init__(0, 0, resizing.image_mean, resizing.image_std)
-        self._canvas_hw = canvas_hw
+        self._least_square = least_square
 
     def resize(self, image: torch.Tensor, target: dict | None = None) -> tuple[torch.Tensor, dict | None]:
         """Return the image and its target unchanged."""
@@ -147,7 +151,7 @@ class _OnCanvas(GeneralizedRCNNTransform):
     def batch_images(self, images: list[torch.Tensor], size_divisible: int = 32) -> torch.Tensor:
         """Tiles with equal canvases, [3, h, w] each -> [B, 3, H, W], padded at the right and below."""
         del size_divisible
-        height, width = self._canvas_hw((images[0].shape[-2], images[0].shape[-1]))
+        height, width = _canvas_hw((images[0].shape[-2], images[0].shape[-1]), self._least_square)
         batch = images[0].new_zeros((len(images), 3, height, width)).contiguous(memory_format=torch.channels_last)
         for canvas, image in zip(batch, images, strict=True):
             canvas[:, : image.shape[-2], : image.shape[-1]] = image
