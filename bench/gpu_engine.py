@@ -117,7 +117,7 @@ def measure_engine(setup: Setup) -> Iterator[Record]:
         replace(images[i % len(images)], image_id=i // len(images) * REPEAT + images[i % len(images)].image_id)
         for i in range(count)
     ]
-    for name in ("whole", "grid-2", "scalenet"):
+    for name in ("whole", "grid-2", "paper"):
         tally: Any = Tally.remote()
         networks = NetworkFactories(
             partial(_load_detector, setup, tally), partial(build_told_scale_net, setup, _BFLOAT16)

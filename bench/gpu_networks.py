@@ -59,7 +59,7 @@ REPEAT = 10**9
 _CLASSES = 91
 _LONGEST_ERROR = 500
 _ROUNDS = 3
-_PAPER = {"whole": 6.9, "scalenet": 2.5}
+_PAPER = {"whole": 6.9, "paper": 2.5}
 """Images/s in the paper, of Faster R-CNN alone and with Recursive-Scale Net."""
 
 
@@ -354,18 +354,18 @@ def build_told_scale_net(setup: Setup, variant: Variant) -> _ToldScaleNet:
 def measure_recursion(setup: Setup) -> Iterator[Record]:
     """Images/s of the plain detector and with recursion, one image at a time, decoded beforehand.
 
-    The windows of first-pass come from the ground truth as well: its own would need a trained detector. They cost no
-    network either.
+    The windows of first-pass and of the region planner come from the ground truth as well: their own would need a
+    trained detector. They cost no network either.
     """
-    policies = {name: setup.policy(name) for name in ("whole", "scalenet", "first-pass")}
+    policies = {name: setup.policy(name) for name in ("whole", "paper", "first-pass", "regions-oracle")}
     policies["first-pass"] = replace(policies["first-pass"], kind="oracle")
     images = [(setup.open_image(record), record.image_id) for record in setup.dataset.images[: setup.sizes.images]]
     for title in _MAIN_VARIANTS:
         variant, passes = VARIANTS[title], dict[str, float]()
         detector = build_torchvision(setup, setup.sizes.detector, variant)
-        predictors = {"scalenet": build_told_scale_net(setup, variant), "first-pass": setup.truth()}
+        predictors = {"paper": build_told_scale_net(setup, variant)}
         makers = {
-            name: partial(partial, _recurse, images, policy, detector, predictors.get(name), passes)
+            name: partial(partial, _recurse, images, policy, detector, predictors.get(name, setup.truth()), passes)
             for name, policy in policies.items()
         }
         for figures in compare(setup, makers, "images/s", precision=title):

@@ -46,15 +46,15 @@ def test_the_whole_bench_runs_on_a_cpu_and_becomes_tables(idle_ray: None, tmp_pa
     by_part = {part: [row for row in figures if row["part"] == part] for part in ("machine", *gpu._PARTS)}
     assert {part: len(rows) for part, rows in by_part.items()} == {
         "machine": 1,
-        "recursion": 6,
+        "recursion": 8,
         "networks": 2 * (len(VARIANTS) + 1) + 4 * (len(TOY.batches) - 1) + 2 * len(TOY.others),
         "engine": 3,
         "steps": 3,
         "training": 1,
     }
-    whole, slices, scale_net = by_part["engine"]
+    whole, slices, paper = by_part["engine"]
     assert slices["passes"] == pytest.approx(5 * whole["passes"])
-    assert scale_net["passes"] > whole["passes"]
+    assert paper["passes"] > whole["passes"]
     assert all(0 < row["batch fill"] <= 1 for row in by_part["engine"])
     text = tables(figures)
     assert text.count("**") == 2 * 7

@@ -119,11 +119,11 @@ def test_detectors_of_one_name_are_refused_before_anything_is_read(tmp_path: Pat
 
 def test_the_papers_settings_are_those_of_its_section_on_coco() -> None:
     by_name = {policy.name: policy for policy in coco_policies((800,), iou_threshold=0.5, score_threshold=0.05)}
-    rules = by_name["scalenet@800"].recursion
+    rules = by_name["paper@800"].recursion
     assert (rules.method, rules.threshold, rules.small_classes) == ("confidence", 0.3, (1,))
     assert (rules.window, rules.zoom, rules.max_depth, rules.keep_factor) == (0.5, 2.0, 2, 8.0)
     assert by_name["grid-2@800"].grid == 2
-    assert by_name["scalenet-soft@800"].merging.method == "soft-nms-linear"
+    assert by_name["paper-soft@800"].merging.method == "soft-nms-linear"
     assert {policy.merging.score_threshold for policy in by_name.values()} == {0.05}
     assert {policy.input_side for policy in by_name.values()} == {1067}
 
@@ -142,7 +142,7 @@ def test_the_cost_grows_with_images_detectors_and_pixels() -> None:
 def test_the_table_has_the_papers_ratio_where_it_is_known_and_gaps_where_nothing_is() -> None:
     policies = {
         "whole@800": {"AP": 30.0, "AP_small": float("nan"), "images_per_second": 10.0},
-        "scalenet@800": {"AP": 31.0, "images_per_second": 4.0},
+        "paper@800": {"AP": 31.0, "images_per_second": 4.0},
         "first-pass@800": {"AP": 31.5, "images_per_second": None},
     }
     _, _, whole, scale_net, first_pass = coco_table({"net": policies}).splitlines()

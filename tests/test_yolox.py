@@ -359,8 +359,9 @@ def test_yolox_nano_reaches_its_measured_ap_on_real_images(real_data: Path) -> N
         squares = padded([tiles[i] for i in batch], (416, 416))
         for image_id, found in zip(batch, detections(detector(list(squares))), strict=True):
             info, (height, width) = coco.imgs[image_id], tiles[image_id].shape[:2]
-            inside = np.clip(found.boxes, 0, [width, height, width, height])
-            boxes = inside * np.array([info["width"] / width, info["height"] / height] * 2)
+            boxes = np.clip(found.boxes, 0, [width, height, width, height]) * np.array(
+                [info["width"] / width, info["height"] / height] * 2
+            )
             boxes[:, 2:] -= boxes[:, :2]
             results += [
                 {"image_id": image_id, "category_id": label, "bbox": box, "score": score}

@@ -13,19 +13,19 @@ from scalenet_ray.core.policy import Policy, parse_policy
 
 __all__ = ["PAPER_FPS", "coco_policies", "coco_table", "expected_hours", "tile_side"]
 
-PAPER_FPS = {"whole": 6.9, "scalenet": 2.5}
+PAPER_FPS = {"whole": 6.9, "paper": 2.5}
 """Images/s of the paper's detector alone, and with Recursive-Scale Net."""
 
 _METHODS = {
     "whole": "detector alone",
     "grid-2": "Grid-Rescale",
-    "scalenet": "Recursive-Scale Net",
-    "scalenet-soft": "Recursive-Scale Net, soft-NMS",
+    "paper": "Recursive-Scale Net",
+    "paper-soft": "Recursive-Scale Net, soft-NMS",
     "first-pass": "first pass, no network",
 }
 """Policy -> row of the table."""
 
-_PASSES = {"whole": 1.0, "grid-2": 5.0, "scalenet": 2.8, "scalenet-soft": 2.8, "first-pass": 2.3}
+_PASSES = {"whole": 1.0, "grid-2": 5.0, "paper": 2.8, "paper-soft": 2.8, "first-pass": 2.3}
 """Detector passes per image, as measured with another detector on photographs (docs/results.md)."""
 
 _COLUMNS = {
