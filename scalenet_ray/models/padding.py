@@ -21,18 +21,17 @@ HW = tuple[int, int]
 Answer = TypeVar("Answer")
 
 
-def stride_canvas(hw: HW, least_side: int = 1) -> HW:
+def stride_canvas(hw: HW) -> HW:
     """The smallest canvas of a tile with sides that are multiples of `STRIDE`.
 
     Args:
         hw: (height, width) of the tile.
-        least_side: minimum of both sides.
 
     Returns:
         (height, width) in tile pixels.
     """
-    height, width = (-(-max(side, least_side) // STRIDE) * STRIDE for side in hw)
-    return height, width
+    height, width = hw
+    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
 
 
 def detect_by_canvas(

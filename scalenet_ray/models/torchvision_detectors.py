@@ -134,7 +134,10 @@ def _on_cpu(outputs: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tens
 
 def _canvas_hw(hw: tuple[int, int], least_square: int | None) -> tuple[int, int]:
     """Canvas of a tile of (height, width): a rectangle, or a square of at least `least_square` pixels a side."""
-    return stride_canvas(hw if least_square is None else (max(*hw, least_square),) * 2)
+    if least_square is None:
+        return stride_canvas(hw)
+    side = max(*hw, least_square)
+    return stride_canvas((side, side))
 
 
 class _OnCanvas(GeneralizedRCNNTransform):
