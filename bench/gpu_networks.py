@@ -21,7 +21,7 @@ from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.data.coco import CocoDataset, GroundTruth, annotations_uri, read_annotations
+from scalenet_ray.data.coco import CocoDataset, GroundTruth, OpenImage, annotations_uri, read_annotations
 from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net, save_scale_net
 from scalenet_ray.models.scale_networks import PRESETS, ScaleNetConfig
 from scalenet_ray.models.torchvision_builders import build_detector
@@ -152,7 +152,7 @@ class Setup:
         return read_annotations(self.annotations)
 
     @property
-    def open_image(self) -> Callable[[Any], np.ndarray]:
+    def open_image(self) -> OpenImage:
         """Reads an image."""
         return image_opener(str(self.data / SPLIT), 10**8)
 

@@ -213,13 +213,15 @@ def test_candidates_of_a_first_pass_are_in_image_pixels() -> None:
 
 
 def test_candidates_of_the_ground_truth_are_its_objects() -> None:
-    oracle = OracleScalePredictor(lambda _: (np.array([[50.0, 60.0, 80.0, 100.0]]), np.array([900.0])))
-    tile = _tile(1000, 1000, 0.5)
+    objects = np.array([[50.0, 60.0, 80.0, 100.0], [400.0, 400.0, 420.0, 420.0]])
+    oracle = OracleScalePredictor(lambda _: (objects, np.array([900.0, 400.0])))
+    # The second object is outside the tile.
+    tile = Tile(1, (0,), (1000, 1000), Window(0, 0, 300, 300), 500, 500)
     (seen,) = oracle([np.zeros((500, 500, 3), np.uint8)], [tile])
     assert isinstance(seen, ScaleMap)
     boxes, sides, _ = candidates_of_map(seen, tile, (1,), 0.3)
-    assert boxes.tolist() == [[50.0, 60.0, 80.0, 100.0]]
-    assert sides.tolist() == [30.0]
+    np.testing.assert_allclose(boxes, objects[:1])
+    np.testing.assert_allclose(sides, [30.0])
 
 
 def test_candidates_of_a_class_map_are_its_connected_cells() -> None:

@@ -224,6 +224,9 @@ def candidates_of_map(scale_map: ScaleMap, tile: Tile, classes: tuple[int, ...],
     """
     if scale_map.objects is not None:
         boxes, areas = scale_map.objects
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        inside = ((centres >= 0) & (centres < (tile.width, tile.height))).all(axis=1)
+        boxes, areas = boxes[inside], areas[inside]
         zoom_x, zoom_y = tile.zoom_xy
         return Candidates(
             boxes_to_image(boxes, tile).astype(np.float64), np.sqrt(areas / (zoom_x * zoom_y)), np.ones(len(boxes))
