@@ -16,7 +16,7 @@ import torch
 
 from bench.workloads import ratio, spread
 from scalenet_ray.core.errors import OutOfMemoryError, TileError
-from scalenet_ray.core.geometry import Tile
+from scalenet_ray.core.geometry import AnyImage, Tile
 from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.recursion import recursive_detect
@@ -374,7 +374,7 @@ def measure_recursion(setup: Setup) -> Iterator[Record]:
 
 
 def _recurse(
-    images: Sequence[tuple[np.ndarray, int]], policy: Policy, detector: Any, predictor: Any, passes: dict[str, float]
+    images: Sequence[tuple[AnyImage, int]], policy: Policy, detector: Any, predictor: Any, passes: dict[str, float]
 ) -> int:
     found = [
         recursive_detect(image, image_id, policy, detect=detector, predict_scale=predictor)
