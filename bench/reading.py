@@ -122,6 +122,7 @@ def jpeg() -> None:
 
 def _write_tiff(path: Path, overviews: bool) -> None:
     import rasterio  # pyright: ignore[reportMissingImports]
+    from rasterio.enums import Resampling  # pyright: ignore[reportMissingImports]
 
     if path.exists():
         return
@@ -139,7 +140,7 @@ def _write_tiff(path: Path, overviews: bool) -> None:
                 pixels = block[:, :height, :width] + np.uint8((x + y) // _BLOCK % 32)
                 dataset.write(pixels, window=((y, y + height), (x, x + width)))
         if overviews:
-            dataset.build_overviews([2, 4, 8, 16, 32, 64], rasterio.enums.Resampling.average)
+            dataset.build_overviews([2, 4, 8, 16, 32, 64], Resampling.average)
 
 
 def tiff(folder: Path) -> None:

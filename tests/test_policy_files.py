@@ -137,6 +137,19 @@ def test_a_policy_changes_where_it_is_told_and_nowhere_else() -> None:
     assert changed_policy(POLICY, POLICY.name, {}) == POLICY
 
 
+def test_the_rules_of_regions_can_be_searched_in_a_policy_that_has_them() -> None:
+    regions = parse_policy("regions", input_side=416, iou_threshold=0.65)
+    changed = changed_policy(regions, "trial", {"regions.price": 0.7, "regions.max_depth": 2})
+    assert changed.regions is not None
+    assert (changed.regions.price, changed.regions.max_depth) == (0.7, 2)
+    space = SearchSpace(("regions",), {"regions.price": Range(0.1, 1.0)})
+    assert start_values(regions, space) == {"regions.price": regions.regions.price}  # type: ignore[union-attr]
+    squares = parse_policy("first-pass", input_side=416, iou_threshold=0.65)
+    assert start_values(squares, space) is None
+    with pytest.raises(UserError, match=r"regions.price can't be changed in policy first-pass, which has no regions"):
+        changed_policy(squares, "trial", {"regions.price": 0.7})
+
+
 def test_values_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(ValueError, match="scale_range must be 0 < R_L <= R_H"):
         changed_policy(POLICY, "p", {"recursion.scale_range.high": 0.5})

@@ -13,23 +13,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scalenet_ray.core.candidates import (
+    Candidates,
+    RegionEvidence,
+    candidates_of_detections,
+    candidates_of_map,
+    textured_cells,
+)
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.recursion import Step, expand, recursive_detect
-from scalenet_ray.core.regions import (
-    Candidates,
-    Region,
-    RegionEvidence,
-    Regions,
-    candidates_of_detections,
-    candidates_of_map,
-    plan_looks,
-    plan_regions,
-    textured_cells,
-)
+from scalenet_ray.core.regions import Region, Regions, plan_looks, plan_regions
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.models.padding import stride_canvas
 

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from scalenet_ray.core.candidates import Candidates, RegionEvidence, candidates_of_detections, candidates_of_map
 from scalenet_ray.core.detections import Detections, Failure, TileResult
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.geometry import Tile, boxes_to_tile, fit_longer_side
 from scalenet_ray.core.merge import Merging, carry_to_image
 from scalenet_ray.core.policy import Policy, Recursion
-from scalenet_ray.core.regions import Candidates, RegionEvidence, candidates_of_detections, candidates_of_map
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap, fuse_maps, scale_map_of_boxes
 from scalenet_ray.core.timing import timed
 

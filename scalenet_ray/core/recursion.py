@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scalenet_ray.core.candidates import RegionEvidence
 from scalenet_ray.core.detections import Failure, ImageResult, TileResult
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import ANY_AREA, AnyImage, AreaRange, Tile, Window, tile_pixels
 from scalenet_ray.core.inference import AnyScalePredictor, Detect, Evidence, detect_tiles, predict_scales
 from scalenet_ray.core.merge import merge_image
 from scalenet_ray.core.policy import Policy, Recursion
-from scalenet_ray.core.regions import RegionEvidence, plan_looks, plan_regions
+from scalenet_ray.core.regions import plan_looks, plan_regions
 from scalenet_ray.core.scale import CLASS_BOUNDS, REFERENCE_AREA, ScaleMap
 from scalenet_ray.core.windows import CellWindow, fixed_tiles, plan_windows, top_k_mean, window_hw
 

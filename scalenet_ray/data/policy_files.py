@@ -16,6 +16,7 @@ import yaml
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.policy import Policy, Recursion, policy_from_dict, policy_to_dict
+from scalenet_ray.core.regions import Regions
 from scalenet_ray.data.storage import read_bytes
 
 __all__ = [
@@ -37,7 +38,7 @@ SPACE_VERSION = 1
 
 _ENDS = {"low": 0, "high": 1}
 _COMBINED_FIELDS = ("recursion.scale_range", "recursion.small_classes", "recursion.large_classes")
-_PARTS: tuple[tuple[str, Any], ...] = (("recursion", Recursion), ("merging", Merging))
+_PARTS: dict[str, Any] = {"recursion": Recursion, "merging": Merging, "regions": Regions}
 _MAX_BYTES = 2**20
 
 
@@ -159,15 +160,15 @@ def _field(path: str, value: Any, uri: str | Path) -> Range | Choice:
 def _field_type(path: str, uri: str | Path) -> Any:
     """Return the type of a policy's field."""
     parts = path.split(".")
-    cls: Any = {"recursion": Recursion, "merging": Merging}.get(parts[0], Policy) if len(parts) > 1 else Policy
+    cls: Any = _PARTS.get(parts[0], Policy) if len(parts) > 1 else Policy
     hints = get_type_hints(cls)
     name = parts[-1] if cls is Policy or len(parts) == 2 else parts[1]
     ends = cls is Recursion and len(parts) == 3 and parts[1] == "scale_range" and parts[2] in _ENDS
-    fixed = ("name", "kind", "input_side", "recursion", "merging", "seed")
+    fixed = ("name", "kind", "input_side", "recursion", "merging", "regions", "seed")
     if ends:
         return float
     if name not in hints or (cls is Policy and (len(parts) > 1 or name in fixed)) or len(parts) > 2:
-        known = [f"{part}.{field.name}" for part, of in _PARTS for field in dataclasses.fields(of)]
+        known = [f"{part}.{field.name}" for part, of in _PARTS.items() for field in dataclasses.fields(of)]
         known += [field.name for field in dataclasses.fields(Policy) if field.name not in fixed]
         msg = f"{uri} would change {path}, which no policy has: it may be {', '.join(known)}"
         raise UserError(msg)
@@ -206,6 +207,8 @@ def start_values(policy: Policy, space: SearchSpace) -> dict[str, Any] | None:
     for path, field in space.fields.items():
         holder: Any = policy_to_dict(policy)
         for part in path.split("."):
+            if isinstance(holder, dict) and part not in holder:
+                return None
             holder = holder[_ENDS[part]] if isinstance(holder, list) else holder[part]
         value: Any = json.dumps(holder) if isinstance(holder, list) else holder
         within = value in field.options if isinstance(field, Choice) else field.low <= value <= field.high
@@ -232,6 +235,9 @@ def changed_policy(policy: Policy, name: str, values: Mapping[str, Any]) -> Poli
         *parents, last = path.split(".")
         holder: Any = plain
         for parent in parents:
+            if parent not in holder:
+                msg = f"{path} can't be changed in policy {policy.name}, which has no {parent}: start from regions"
+                raise UserError(msg)
             holder = holder[parent]
         if isinstance(holder, list):
             holder[_ENDS[last]] = value
