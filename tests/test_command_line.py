@@ -176,7 +176,9 @@ def test_what_a_command_cannot_do_is_one_line(
 # --- policy ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name.replace("SIZE", "640").replace("-N", "-3") for name in POLICIES])
+@pytest.mark.parametrize(
+    "name", [name.replace("SIZE", "640").replace("PIXELS", "640").replace("-N", "-3") for name in POLICIES]
+)
 def test_a_printed_policy_is_what_its_file_says(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("policy", name, "--input-side", "416", "--iou-threshold", "0.5") == 0
     file = tmp_path / "policy.yaml"
@@ -224,7 +226,8 @@ def test_check_reports_the_data_and_each_network(sample: Path, capsys: pytest.Ca
         "categories: the detector's own",
         f"Scale Net {SAMPLE_SCALE_NET}: class maps, input side 192",
         "policies: "
-        + ", ".join(f"{name} (tiles of up to 192)" for name in ("whole", "grid-2", "first-pass", "scalenet", "oracle")),
+        "whole (tiles of up to 192), grid-2 (tiles of up to 192), regions (tiles of up to 384), "
+        "scalenet (tiles of up to 192), regions-oracle (tiles of up to 384)",
         "device cpu: on this machine",
         "all checks passed",
     ]

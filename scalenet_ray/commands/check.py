@@ -84,7 +84,7 @@ def main(job: CheckInputs) -> int:
             session, job.networks, detector, names=job.policies, policy_file=job.policy_file, log=say
         )
         default = job.policies is None and not isinstance(images, CocoSplit)
-        return [policy for policy in chosen if not (default and policy.name == "oracle")]
+        return [policy for policy in chosen if not (default and policy.reads_truth)]
 
     policies, detector = prepare_run(session, job.networks, [images], choose, log=say)
     for line in _detector_lines(job.networks, detector, images):
