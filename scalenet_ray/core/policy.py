@@ -208,7 +208,8 @@ class Policy:
             f"planner is for kind own, and must be given there, got {self.planner!r} for kind {self.kind}",
         )
         _require(all(size > 0 for size, _, _ in self.pyramid), f"pyramid sizes must be above 0, got {self.pyramid}")
-        side = self.input_side * max([1.0, *(size for size, _, _ in self.pyramid)])
+        first_look = 1.0 if self.regions is None else self.regions.first_look
+        side = self.input_side * max([first_look, *(size for size, _, _ in self.pyramid)])
         _require(
             side <= LARGEST_SIDE,
             f"policy {self.name} wants tiles of {side:.0f} pixels a side, at most {LARGEST_SIDE} are computed: choose "

@@ -9,7 +9,6 @@ they exceed the largest canvas.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,8 +109,8 @@ class Regions:
         if not 0.0 <= self.min_score <= 1.0:
             msg = f"min_score must be between 0 and 1, got {self.min_score}"
             raise UserError(msg)
-        if not self.first_look >= 1.0:
-            msg = f"first_look must be 1 or more, got {self.first_look}"
+        if not 1.0 <= self.first_look < math.inf:
+            msg = f"first_look must be 1 or more and finite, got {self.first_look}"
             raise UserError(msg)
 
     @property
@@ -194,7 +193,7 @@ def plan_looks(textured: np.ndarray, tile: Tile, rules: Regions, input_side: int
     rows = np.column_stack([_grown(boxes, zooms, frame.xyxy, rules), zooms, np.ones(len(boxes))])
     rows = _joined(rows, frame.xyxy, rules)
     order = np.lexsort((rows[:, 0], rows[:, 1]))
-    return _distinct(part for row in rows[order] for part in _parts(row, frame.xyxy, rules.overlap, canvas))
+    return _regions(rows[order], frame.xyxy, rules.overlap, canvas)
 
 
 class Region(NamedTuple):
@@ -245,14 +244,7 @@ def plan_regions(candidates: Candidates, tile: Tile, rules: Regions, input_side:
     rows = _joined(rows, frame, rules)
     values = rows[:, 5] / np.maximum(_costs(rows) / canvas**2, _LEAST_COST)
     order = np.lexsort((rows[:, 0], rows[:, 1], -values))
-    return _distinct(
-        part for row in rows[order[values[order] >= rules.price]] for part in _parts(row, frame, rules.overlap, canvas)
-    )
-
-
-def _distinct(regions: Iterable[Region]) -> list[Region]:
-    """Regions without those that others are equal to but for the gain: small ones grow to the same least side."""
-    return list({(region.xyxy, region.height, region.width): region for region in regions}.values())
+    return _regions(rows[order[values[order] >= rules.price]], frame, rules.overlap, canvas)
 
 
 def _grown(corners: np.ndarray, zooms: np.ndarray, frame: tuple[int, int, int, int], rules: Regions) -> np.ndarray:
@@ -346,28 +338,44 @@ def _joined_in_pairs(rows: np.ndarray) -> np.ndarray:
         compare(int(i))
 
 
-def _parts(row: np.ndarray, frame: tuple[int, int, int, int], overlap: int, canvas: int) -> list[Region]:
-    """A rectangle in whole pixels, split with overlap where its tile exceeds the canvas."""
-    zoom, gain = float(row[4]), float(row[5])
-    x0, y0 = math.floor(row[0]), math.floor(row[1])
-    x1, y1 = min(math.ceil(row[2]), frame[2]), min(math.ceil(row[3]), frame[3])
-    columns, rows = (_splits(*ends, math.ceil(overlap / zoom), canvas / zoom) for ends in ((x0, x1), (y0, y1)))
-    columns = [_filled(*part, zoom, frame[0], frame[2], canvas) for part in columns]
-    rows = [_filled(*part, zoom, frame[1], frame[3], canvas) for part in rows]
-    share = gain / (len(columns) * len(rows))
+def _regions(rows: np.ndarray, frame: tuple[int, int, int, int], overlap: int, canvas: int) -> list[Region]:
+    """Rectangles as regions in whole pixels, split with overlap where a tile would exceed the canvas."""
+    corners = np.concatenate([np.floor(rows[:, :2]), np.minimum(np.ceil(rows[:, 2:4]), frame[2:])], axis=1)
+    sizes = corners[:, 2:] - corners[:, :2]
+    too_large = (sizes > canvas / rows[:, 4:5] + 1).any(axis=1)
+    parts = np.column_stack([corners, rows[:, 4:]])[~too_large]
+    order = np.flatnonzero(~too_large)
+    if too_large.any():
+        split = [_split(corners[i], rows[i, 4], rows[i, 5], overlap, canvas) for i in np.flatnonzero(too_large)]
+        parts = np.concatenate([parts, *split])
+        order = np.concatenate([order, np.repeat(np.flatnonzero(too_large), [len(part) for part in split])])
+    parts = parts[np.argsort(order, kind="stable")]
+    left, right, width = _filled(parts[:, 0], parts[:, 2], parts[:, 4], frame[0], frame[2], canvas)
+    top, bottom, height = _filled(parts[:, 1], parts[:, 3], parts[:, 4], frame[1], frame[3], canvas)
+    columns = np.column_stack([left, top, right, bottom, height, width]).astype(np.int64).tolist()
+    # Small ones grow to the same least side: equal ones are one.
+    regions = {tuple(row): gain for row, gain in zip(columns, parts[:, 5].tolist(), strict=True)}
     return [
-        Region((left, top, right, bottom), height, width, share)
-        for top, bottom, height in rows
-        for left, right, width in columns
+        Region((x0, y0, x1, y1), rows_, columns_, gain) for (x0, y0, x1, y1, rows_, columns_), gain in regions.items()
     ]
 
 
-def _filled(start: int, end: int, zoom: float, low: int, high: int, canvas: int) -> tuple[int, int, int]:
-    """[start, end) grown within [low, high) to what its canvas holds, and its side in tile pixels."""
-    side = min(-(-max(1, round((end - start) * zoom)) // _STRIDE) * _STRIDE, canvas)
-    length = min(max(end - start, math.floor(side / zoom)), high - low)
-    start = min(max(start - (length - end + start) // 2, low), high - length)
-    return start, start + length, min(side, max(1, round(length * zoom)))
+def _split(corners: np.ndarray, zoom: float, gain: float, overlap: int, canvas: int) -> np.ndarray:
+    """Parts [N, 6] of a rectangle (x0, y0, x1, y1, zoom, gain) whose tiles fit the canvas."""
+    x0, y0, x1, y1 = (int(corner) for corner in corners)
+    columns, rows = (_splits(*ends, math.ceil(overlap / zoom), canvas / zoom) for ends in ((x0, x1), (y0, y1)))
+    share = gain / (len(columns) * len(rows))
+    return np.array([[left, top, right, bottom, zoom, share] for top, bottom in rows for left, right in columns])
+
+
+def _filled(
+    starts: np.ndarray, ends: np.ndarray, zooms: np.ndarray, low: int, high: int, canvas: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[start, end) grown within [low, high) to what each canvas holds, and the sides in tile pixels; [N] each."""
+    sides = np.minimum(np.ceil(np.maximum(1, np.round((ends - starts) * zooms)) / _STRIDE) * _STRIDE, canvas)
+    lengths = np.minimum(np.maximum(ends - starts, np.floor(sides / zooms)), high - low)
+    starts = np.minimum(np.maximum(starts - (lengths - ends + starts) // 2, low), high - lengths)
+    return starts, starts + lengths, np.minimum(sides, np.maximum(1, np.round(lengths * zooms)))
 
 
 def _splits(start: int, end: int, overlap: int, longest: float) -> list[tuple[int, int]]:
