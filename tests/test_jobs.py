@@ -81,7 +81,8 @@ def test_all_policies_run_into_one_run_folder(sample: Path, tmp_path: Path, caps
         assert not [name for name in (*FIGURES, *RECALLS, *COSTS) if name not in figures]
     assert metrics["policies"]["whole"]["detector_passes_per_image"] == 1
     assert metrics["policies"]["grid-2"]["detector_passes_per_image"] == 5
-    assert metrics["policies"]["whole@384"]["detector_passes_per_image"] == pytest.approx(4)
+    # Four times the pixels, less what is rounded up to whole strides.
+    assert 3 < metrics["policies"]["whole@384"]["detector_passes_per_image"] <= 4
     # A look at the whole image by Scale Net costs its pixels; the first pass and the oracle look for nothing.
     assert metrics["policies"]["scalenet"]["scalenet_megapixels_per_image"] > 0
     assert metrics["policies"]["first-pass"]["scalenet_megapixels_per_image"] == 0
@@ -103,9 +104,9 @@ def test_all_policies_run_into_one_run_folder(sample: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("scale_net", "policies", "is_said"),
     [
-        (SAMPLE_SCALE_NET, ["whole", "grid-2", "first-pass", "scalenet", "oracle"], False),
-        ("head", ["whole", "grid-2", "first-pass", "gain", "oracle"], False),
-        (None, ["whole", "grid-2", "first-pass", "oracle"], True),
+        (SAMPLE_SCALE_NET, ["whole", "grid-2", "regions", "scalenet", "regions-oracle"], False),
+        ("head", ["whole", "grid-2", "regions", "gain", "regions-oracle"], False),
+        (None, ["whole", "grid-2", "regions", "regions-oracle"], True),
     ],
 )
 def test_the_default_policies_are_those_that_there_are_networks_for(
@@ -182,7 +183,7 @@ def test_resuming_with_other_settings_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"policies": ("zoom",)}, "there is no policy 'zoom': use whole"),
+        ({"policies": ("zoom",)}, "there is no policy 'zoom': use regions"),
         ({"policies": ()}, "name at least one policy"),
         ({"policies": ("whole", "whole")}, "got twice whole"),
         ({"networks": NetworkSpec(detector="tiny:nowhere.safetensors")}, "nowhere.safetensors"),
@@ -309,7 +310,7 @@ def test_detect_takes_a_folder_a_glob_and_a_parquet_file_alike(sample: Path, tmp
     assert found[0]
     assert found[0] == found[1] == found[2]
     metrics = read_json(tmp_path / "run0" / "metrics.json")
-    assert "AP" not in metrics["policies"]["first-pass"]
+    assert "AP" not in metrics["policies"]["regions"]
     assert len(metrics["categories"]) >= 8
 
 
