@@ -98,7 +98,11 @@ def test_all_policies_run_into_one_run_folder(sample: Path, tmp_path: Path, caps
     last = capsys.readouterr().out.splitlines()
     assert last[-1] == f"8 of 8 images done, results in {tmp_path / 'run'} (open its report.html)"
     assert "all images are done: comparing what was found, and writing the report" in last
-    assert [line.split()[0] for line in last[-10:-1]] == list(policies)
+    table = next(i for i, line in enumerate(last) if line.startswith("policy ")) + 1
+    assert [line.split()[0] for line in last[table : table + len(policies)]] == list(policies)
+    reduced = metrics["policies"]["whole"]["images_reduced"]
+    assert reduced > 0
+    assert any(line.startswith(f"whole: {reduced} images were seen reduced only, down to 1 / ") for line in last)
 
 
 @pytest.mark.parametrize(
