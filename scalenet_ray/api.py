@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,7 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import AnyImage, whole_pixels
 from scalenet_ray.core.inference import AnyScalePredictor, FeatureScalePredictor
 from scalenet_ray.core.merge import SuppressionMethod, merge_detections, nms
-from scalenet_ray.core.policy import Policy, parse_policy
+from scalenet_ray.core.policy import Policy, check_smallest_object, parse_policy
 from scalenet_ray.core.recursion import Step, recursive_detect
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import to_results
@@ -40,6 +40,8 @@ __all__ = [
     "Score",
     "get_scaled_prediction",
 ]
+
+T = TypeVar("T")
 
 _SUPPRESSION: dict[str, SuppressionMethod] = {
     "NMS": "nms",
@@ -71,8 +73,8 @@ def get_scaled_prediction(
     smallest_object: float | None = None,
     slice_height: int | None = None,
     slice_width: int | None = None,
-    overlap_height_ratio: float = 0.2,
-    overlap_width_ratio: float = 0.2,
+    overlap_height_ratio: float | None = None,
+    overlap_width_ratio: float | None = None,
     scale_net: str | AnyScalePredictor | None = None,
     confidence_threshold: float = 0.3,
     device: str = "cpu",
@@ -100,7 +102,7 @@ def get_scaled_prediction(
         smallest_object: side of the smallest object worth finding, in image pixels, for `regions`; None for 16.
         slice_height: side of the slices of policy `slices@PIXELS`, in image pixels, in place of `policy`.
         slice_width: the same: slices are squares.
-        overlap_height_ratio: overlap of neighbouring slices, as a share of their side.
+        overlap_height_ratio: overlap of neighbouring slices, as a share of their side; None for 0.2.
         overlap_width_ratio: the same.
         scale_net: weights of Scale Net, or a predictor; None for none, or for the embedded sample's with its detector.
         confidence_threshold: objects that score less are left out of the result. The detector itself runs with a
@@ -130,8 +132,7 @@ def get_scaled_prediction(
     if slice_height is not None or slice_width is not None:
         policy = _slices(policy, slice_height, slice_width)
     asked = _policy(policy, detector, predict_scale, postprocess_type, postprocess_match_threshold, smallest_object)
-    if asked.kind == "slices" and not isinstance(policy, Policy):
-        asked = replace(asked, overlap=_equal("overlap ratios", overlap_height_ratio, overlap_width_ratio))
+    asked = _with_overlap(asked, overlap_height_ratio, overlap_width_ratio)
     steps: list[Step] = []
     begun = time.monotonic()
     result = recursive_detect(pixels, 0, asked, detect=detector, predict_scale=predict_scale, observe=steps.append)
@@ -204,7 +205,7 @@ def _networks(
 
 def _policy(
     policy: str | Policy | None,
-    detector: Detector,
+    detector: CheckedDetector,
     predict_scale: AnyScalePredictor | None,
     postprocess_type: str,
     iou_threshold: float | None,
@@ -219,14 +220,18 @@ def _policy(
             else "scalenet"
         )
     if isinstance(policy, Policy):
+        if smallest_object is not None:
+            msg = f"smallest_object is for policies by name, got policy {policy.name}: set its regions.smallest_object"
+            raise UserError(msg)
         return policy
     named = parse_policy(
         policy,
         input_side=detector.input_side,
         iou_threshold=detector.iou_threshold if iou_threshold is None else iou_threshold,
         smallest_object=smallest_object,
-        takes_larger=takes_tiles(detector, 2 * detector.input_side),
+        takes_larger=takes_tiles(detector, 2 * detector.input_side, detector.name),
     )
+    check_smallest_object(smallest_object, [named])
     if named.reads_truth:
         msg = f"policy {named.name} reads the ground truth, which one image has not: give another one"
         raise UserError(msg)
@@ -238,14 +243,26 @@ def _slices(policy: str | Policy | None, height: int | None, width: int | None) 
     if policy is not None:
         msg = f"slice_height and slice_width stand for policy slices@PIXELS, got policy {policy!r} too: leave one out"
         raise UserError(msg)
-    return f"slices@{_equal('slices', height or width, width or height)}"
+    return f"slices@{_equal('slices', height, width)}"
 
 
-def _equal(name: str, height: Any, width: Any) -> Any:
-    if height != width:
+def _with_overlap(policy: Policy, height: float | None, width: float | None) -> Policy:
+    """A policy of slices with their overlap."""
+    if height is None and width is None:
+        return policy
+    if policy.kind != "slices":
+        msg = f"overlap ratios are of slices, got them with policy {policy.name}: give slice_height, or leave them out"
+        raise UserError(msg)
+    return replace(policy, overlap=_equal("overlap ratios", height, width))
+
+
+def _equal(name: str, height: T | None, width: T | None) -> T:
+    """The value of both sides, of which one may be left out."""
+    given = [side for side in (height, width) if side is not None]
+    if given[0] != given[-1]:
         msg = f"{name} must have equal height and width: slices are squares, got {height} and {width}"
         raise UserError(msg)
-    return height
+    return given[0]
 
 
 def _wanted(

@@ -14,7 +14,7 @@ from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.extras import needs_extra
 from scalenet_ray.core.inference import NetworkFactories
-from scalenet_ray.core.policy import Policy, check_names, parse_policy
+from scalenet_ray.core.policy import Policy, check_names, check_smallest_object, parse_policy
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice, ChosenCategories, choose_categories, write_chosen
 from scalenet_ray.data.coco import (
@@ -236,9 +236,9 @@ def named_policies(
     """Policies by name, with the input side and the NMS threshold of a detector, and a smallest object for regions.
 
     Raises:
-        UserError: if there is no policy of a name.
+        UserError: if there is no policy of a name, or none of them has a use for the smallest object.
     """
-    return [
+    policies = [
         parse_policy(
             name,
             input_side=detector.input_side,
@@ -249,6 +249,8 @@ def named_policies(
         )
         for name in names
     ]
+    check_smallest_object(smallest_object, policies)
+    return policies
 
 
 def choose_policies(
@@ -369,6 +371,14 @@ def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:
     check_ground_truth(run, split.images, split.categories, digests)
 
 
+def _with_chosen_truth(session: Session, run: RunFolder, split: CocoSplit) -> CocoSplit:
+    """The split; with categories chosen, its ground truth is that of them, written into the run folder."""
+    if split.chosen is None:
+        return split
+    target = storage.join(run.uri, "ground_truth.json")
+    return replace(split, source=session.call(write_chosen, split.annotations, target, split.chosen))
+
+
 def evaluate_policies(
     session: Session,
     run: RunFolder,
@@ -399,10 +409,7 @@ def evaluate_policies(
         The content of metrics.json.
     """
     ids = [record.image_id for record in split.images]
-    if split.chosen is not None:
-        # Whoever reads the ground truth of this run reads this file.
-        target = storage.join(run.uri, "ground_truth.json")
-        split = replace(split, source=session.call(write_chosen, split.annotations, target, split.chosen))
+    split = _with_chosen_truth(session, run, split)
     check_split(session, run, split)
     log = ProgressLog(report)
     reads_features = session.call(networks.reads_features, policies)

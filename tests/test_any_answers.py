@@ -23,6 +23,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
+from scalenet_ray.workflows import named_policies
 from tests.job_scripts import load_job
 from tests.scripted_detector import SCRIPTED, Scripted, answering, one_box
 
@@ -317,6 +318,18 @@ def test_a_zoom_by_topk_of_class_maps_is_refused_by_the_check(kind: str) -> None
     by_top_k = replace(policy, recursion=replace(policy.recursion, zoom=None))
     with pytest.raises(UserError, match=f"policy {kind} has zoom none, which rescales by 1 / TopK"):
         names.check([by_top_k], categories)
+
+
+def test_a_detector_of_one_canvas_takes_the_default_policy_with_a_first_look_of_its_input_side() -> None:
+    fixed = staticmethod(lambda hw: (64, 64))
+    with answering(lambda tiles: [one_box(tile) for tile in tiles], canvas=fixed):
+        info = NetworkSpec(SCRIPTED).describe_detector()
+        assert not info.takes_larger
+        (policy,) = named_policies(["regions"], NetworkSpec(), info)
+        assert policy.largest_side == info.input_side == 64
+    with answering(lambda tiles: [one_box(tile) for tile in tiles]):
+        info = NetworkSpec(SCRIPTED).describe_detector()
+        assert named_policies(["regions"], NetworkSpec(), info)[0].largest_side == 128
 
 
 def test_one_image_tells_what_the_detector_raised() -> None:

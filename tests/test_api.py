@@ -139,7 +139,18 @@ def test_suppression_may_ask_no_class() -> None:
     [
         ({"slice_height": 512, "slice_width": 256}, ValueError, "slices are squares, got 512 and 256"),
         ({"slice_height": 512, "policy": "whole"}, ValueError, "got policy 'whole' too: leave one out"),
-        ({"slice_height": 32, "overlap_width_ratio": 0.5}, ValueError, "overlap ratios must have equal height and"),
+        ({"slice_height": 0}, ValueError, "slice_side must be 1 pixel or more, got 0"),
+        (
+            {"slice_height": 32, "overlap_height_ratio": 0.2, "overlap_width_ratio": 0.5},
+            ValueError,
+            "overlap ratios must have equal height and",
+        ),
+        ({"overlap_height_ratio": 0.5, "policy": "whole"}, ValueError, "overlap ratios are of slices, got them with"),
+        (
+            {"smallest_object": 8.0, "policy": "whole"},
+            ValueError,
+            "a smallest object is for regions, got",
+        ),
         ({"batch_size": 8}, TypeError, "many images in batches: jobs/detect.py"),
         ({"slices": 8}, TypeError, "no argument 'slices'$"),
         ({"perform_standard_pred": False}, ValueError, "perform_standard_pred must be True"),

@@ -187,6 +187,10 @@ def test_resuming_with_other_settings_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"policies": ("whole", "grid-2"), "smallest_object": 12.0},
+            "a smallest object is for regions, got it with whole, grid-2: leave it out, or use policy regions",
+        ),
         ({"policies": ("zoom",)}, "there is no policy 'zoom': use regions"),
         ({"policies": ()}, "name at least one policy"),
         ({"policies": ("whole", "whole")}, "got twice whole"),

@@ -22,8 +22,8 @@ from scalenet_ray.core.candidates import (
 )
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.geometry import Tile, Window
-from scalenet_ray.core.inference import OracleScalePredictor
+from scalenet_ray.core.geometry import Tile, Window, cut_tile
+from scalenet_ray.core.inference import OracleScalePredictor, predict_scales
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.recursion import Step, expand, recursive_detect
 from scalenet_ray.core.regions import Region, Regions, plan_looks, plan_regions
@@ -230,6 +230,29 @@ def test_candidates_of_a_class_map_are_its_connected_cells() -> None:
     assert boxes.tolist() == [[300.0, 200.0, 500.0, 300.0], [800.0, 700.0, 900.0, 800.0]]
     assert len(set(sides.tolist())) == 1
     assert scores[0] == pytest.approx(3 * scores[1])
+
+
+def test_candidates_of_a_regression_map_are_refused() -> None:
+    with pytest.raises(UserError, match="regions are planned from class maps, got a regression map"):
+        candidates_of_map(ScaleMap(scale=np.ones((4, 4))), _tile(100, 100), (1,), 0.3)
+
+
+def test_regions_of_two_sources_are_planned_from_both() -> None:
+    policy = Policy("mine", "fused", 320, regions=Regions())
+    tile = policy.root(1, (600, 600))
+    prob = np.zeros((NUM_CLASSES, 10, 10), np.float32)
+    prob[0] = 1.0
+    prob[:, 8, 8] = 0.0
+    prob[1, 8, 8] = 1.0
+
+    def predict(pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
+        return [ScaleMap(prob=prob)] * len(tiles)
+
+    predict.input_pixels = 0  # type: ignore[attr-defined]
+    pixels = cut_tile(_image((600, 600), [(60, 60, 30)]), tile)
+    (seen,) = predict_scales([pixels], [tile], policy, detect=SquareDetector(), predict_scale=predict)  # type: ignore[arg-type]
+    assert isinstance(seen.evidence, RegionEvidence)
+    assert len(seen.evidence.candidates.boxes) == 2
 
 
 def test_corners_are_textured_and_edges_slopes_and_noise_are_not() -> None:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile, boxes_to_image
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap
 
@@ -43,7 +44,7 @@ class Candidates(NamedTuple):
 
 
 class RegionEvidence(NamedTuple):
-    """What regions of a tile are planned by.
+    """Evidence from which regions of a tile are planned.
 
     Attributes:
         candidates: its objects.
@@ -70,6 +71,9 @@ def candidates_of_map(scale_map: ScaleMap, tile: Tile, classes: tuple[int, ...],
         tile: the tile.
         classes: scale classes that ask for a closer look.
         threshold: least sum of their probabilities in a cell (method 2 of the paper).
+
+    Raises:
+        UserError: if it is a regression map.
     """
     if scale_map.objects is not None:
         boxes, areas = scale_map.objects
@@ -80,7 +84,9 @@ def candidates_of_map(scale_map: ScaleMap, tile: Tile, classes: tuple[int, ...],
         return Candidates(
             boxes_to_image(boxes, tile).astype(np.float64), np.sqrt(areas / (zoom_x * zoom_y)), np.ones(len(boxes))
         )
-    assert scale_map.prob is not None
+    if scale_map.prob is None:
+        msg = "regions are planned from class maps, got a regression map: train Scale Net with a class preset"
+        raise UserError(msg)
     chance = scale_map.prob[list(classes)].sum(axis=0)
     count, labels, boxes, _ = cv2.connectedComponentsWithStats((chance > threshold).astype(np.uint8))
     cells = tile.window.width / chance.shape[1], tile.window.height / chance.shape[0]
@@ -96,7 +102,7 @@ def candidates_of_map(scale_map: ScaleMap, tile: Tile, classes: tuple[int, ...],
 def textured_cells(pixels: np.ndarray, min_contrast: float) -> np.ndarray:
     """Cells of a tile that hold a corner: a place where the brightness changes along two directions.
 
-    Sky, water, blurred or empty background and straight edges have none; objects do, down to two or three pixels.
+    Sky, water, blurred or empty background and straight edges have none; objects have, if they are three pixels large.
 
     Args:
         pixels: [height, width, 3] uint8 RGB.

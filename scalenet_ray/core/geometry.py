@@ -100,7 +100,8 @@ class Tile:
         height: height in tile pixels.
         width: width in tile pixels.
         valid_area: areas of the boxes kept from this tile, in square image pixels.
-        window_budget: number of windows that may still be cut from this tile and its descendants.
+        window_budget: what may still be cut from this tile and its descendants: a number of windows, or of cells of
+            32 x 32 detector pixels where regions are cut.
     """
 
     image_id: int

@@ -310,7 +310,7 @@ def _scale_result(
     if isinstance(found, TileError):
         return ScaleResult(failure=found, looked=looked)
     if policy.regions is not None:
-        candidates = _candidates(tile, scale_map, found, policy.recursion)
+        candidates = _candidates(tile, scale_map, found if policy.needs_first_pass else None, policy.recursion)
         evidence = policy.regions.evidence(candidates, pixels, tile, policy.input_side)
         return ScaleResult(scale_map, found, None, looked, evidence)
     if found is not None and policy.needs_first_pass:
@@ -320,11 +320,13 @@ def _scale_result(
 
 
 def _candidates(tile: Tile, scale_map: ScaleMap | None, found: Detections | None, rules: Recursion) -> Candidates:
-    """Candidates of a tile: objects of its scale map if a network or the ground truth gave one, else detections."""
+    """Candidates of a tile: objects of its scale map and of its first pass, whichever the policy has."""
+    parts: list[Candidates] = []
     if scale_map is not None:
-        return candidates_of_map(scale_map, tile, rules.small_classes, rules.threshold)
-    assert found is not None
-    return candidates_of_detections(found, tile)
+        parts.append(candidates_of_map(scale_map, tile, rules.small_classes, rules.threshold))
+    if found is not None:
+        parts.append(candidates_of_detections(found, tile))
+    return Candidates(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def scale_map_of_detections(found: Detections, tile_hw: tuple[int, int], threshold: float) -> ScaleMap:

@@ -30,6 +30,7 @@ __all__ = [
     "Policy",
     "Recursion",
     "check_names",
+    "check_smallest_object",
     "parse_policy",
     "policy_from_dict",
     "policy_to_dict",
@@ -392,6 +393,17 @@ def check_names(policies: Sequence[Policy]) -> list[Policy]:
         plain = re.fullmatch(r"[A-Za-z0-9@._+-]+", name)
         _require(bool(plain), f"a policy's name may have letters, digits and @ . _ + -, got {name!r}: it names files")
     return list(policies)
+
+
+def check_smallest_object(smallest_object: float | None, policies: Sequence[Policy]) -> None:
+    """Refuse a smallest object where no policy has regions, which it is for.
+
+    Raises:
+        UserError: if it is given, and no policy has regions.
+    """
+    names = ", ".join(policy.name for policy in policies)
+    has_use = smallest_object is None or any(policy.regions is not None for policy in policies)
+    _require(has_use, f"a smallest object is for regions, got it with {names}: leave it out, or use policy regions")
 
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile
 
 __all__ = [
-    "CELL_PIXELS",
     "Region",
     "Regions",
     "plan_looks",
@@ -27,8 +26,8 @@ __all__ = [
 ]
 
 _STRIDE = 32
-CELL_PIXELS = _STRIDE**2
-"""Detector pixels of one cell, the unit of a tile's budget."""
+_CELL_PIXELS = _STRIDE**2
+"""Detector pixels of one cell, the unit of a tile's budget: 32 x 32."""
 
 _UNLIMITED = 2**31 - 1
 
@@ -133,7 +132,7 @@ class Regions:
         return max(input_side, round(min(longer_side * self.look_zoom, input_side * self.first_look)))
 
     def evidence(self, candidates: Candidates, pixels: np.ndarray, tile: Tile, input_side: int) -> RegionEvidence:
-        """What regions of a tile are planned by: its candidates, and its texture where these do not tell enough.
+        """Evidence from which regions are planned: candidates, and texture where these do not tell enough.
 
         Args:
             candidates: objects that the tile shows.
@@ -164,8 +163,8 @@ class Regions:
 
     @property
     def budget_cells(self) -> int:
-        """`budget` in cells of `CELL_PIXELS`."""
-        return _UNLIMITED if self.budget is None else min(_UNLIMITED, int(self.budget * 1e6) // CELL_PIXELS)
+        """`budget` in cells of 32 x 32 detector pixels."""
+        return _UNLIMITED if self.budget is None else min(_UNLIMITED, int(self.budget * 1e6) // _CELL_PIXELS)
 
 
 def plan_looks(textured: np.ndarray, tile: Tile, rules: Regions, input_side: int) -> list[Region]:
@@ -213,7 +212,7 @@ class Region(NamedTuple):
 
     @property
     def cells(self) -> int:
-        """Its cost, in cells of `CELL_PIXELS` of the detector's canvas."""
+        """Its cost, in cells of 32 x 32 pixels of the detector's canvas."""
         return -(-self.height // _STRIDE) * -(-self.width // _STRIDE)
 
 
@@ -311,6 +310,7 @@ def _joined_in_pairs(rows: np.ndarray) -> np.ndarray:
     ratios = np.full((len(rows), len(rows)), np.inf)
 
     def compare(i: int) -> None:
+        """Update the ratios of a rectangle with all others: cost of the joint one over that of the two."""
         others = np.flatnonzero(alive)
         others = others[others != i]
         if not len(others):

@@ -298,6 +298,7 @@ def _explained(what: str, errors: list[Exception]) -> Iterator[None]:
     from rasterio import Env  # pyright: ignore[reportMissingImports]
 
     def note(record: logging.LogRecord) -> bool:
+        """Add a warning that hides missing pixels to the errors; True, so that it is logged too."""
         # GDAL fills the missing part of a JPEG tile with grey, and says so in a warning only.
         text = record.getMessage()
         if "premature end" in text.lower():

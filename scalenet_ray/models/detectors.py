@@ -216,15 +216,15 @@ def declaration(detector: Any, name: str) -> DetectorInfo:
         msg = f"iou_threshold of detector {name!r} must be between 0 and 1, got {detector.iou_threshold!r}"
         raise UserError(msg)
     canvas_of(detector, (int(side), int(side)), name)
-    larger = takes_tiles(detector, 2 * int(side))
+    larger = takes_tiles(detector, 2 * int(side), name)
     return DetectorInfo(int(side), float(threshold), _categories(detector.categories, name), larger)
 
 
-def takes_tiles(detector: Any, side: int) -> bool:
-    """True if a detector has a canvas for square tiles of `side` pixels; False if it raises an exception."""
+def takes_tiles(detector: Any, side: int, name: str) -> bool:
+    """True if a detector has a canvas for square tiles of `side` pixels; see `canvas_of`."""
     try:
-        detector.canvas_hw((side, side))
-    except Exception:  # The detector may be the user's own code, and say no in any way.
+        canvas_of(detector, (side, side), name)
+    except UserError:
         return False
     return True
 

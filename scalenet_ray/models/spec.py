@@ -183,6 +183,12 @@ class NetworkSpec:
             if policy.needs_first_pass and policy.needs_network and regression:
                 msg = f"policy {policy.name} fuses class maps, got {self.scale_net} with regression maps: give another"
                 raise UserError(msg)
+            if policy.regions is not None and policy.needs_network and regression:
+                msg = (
+                    f"policy {policy.name} plans regions from class maps, got {self.scale_net} with regression maps: "
+                    "give another"
+                )
+                raise UserError(msg)
             if (
                 policy.uses_evidence
                 and policy.recursion.zoom is None
