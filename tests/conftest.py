@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -35,6 +36,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "ray" if uses_ray(config.rootpath / file) else file
 
     return OneRay(config, log)
+
+
+@pytest.fixture(autouse=True)
+def unchanged_package_logger() -> Iterator[None]:
+    """Undo what a command run in a test's process sets on the package's logger."""
+    logger = logging.getLogger("scalenet_ray")
+    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

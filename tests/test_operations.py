@@ -116,16 +116,10 @@ def test_an_image_that_is_given_up_is_a_line_of_the_log(tmp_path: Path, caplog: 
 def test_the_log_says_more_where_it_is_asked_to(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logger = logging.getLogger("scalenet_ray")
-    before = (logger.handlers, logger.propagate, logger.level)
-    try:
-        monkeypatch.setenv("SCALENET_RAY_LOG", "debug")
+    monkeypatch.setenv("SCALENET_RAY_LOG", "debug")
+    log_to_stderr()
+    logging.getLogger("scalenet_ray.runs.batch").debug("limits acted", extra={"fields": {"image_id": 7}})
+    assert json.loads(capsys.readouterr().err)["image_id"] == 7
+    monkeypatch.setenv("SCALENET_RAY_LOG", "loud")
+    with pytest.raises(ValueError, match="SCALENET_RAY_LOG must be DEBUG, INFO, WARNING or ERROR, got LOUD"):
         log_to_stderr()
-        logging.getLogger("scalenet_ray.runs.batch").debug("limits acted", extra={"fields": {"image_id": 7}})
-        assert json.loads(capsys.readouterr().err)["image_id"] == 7
-        monkeypatch.setenv("SCALENET_RAY_LOG", "loud")
-        with pytest.raises(ValueError, match="SCALENET_RAY_LOG must be DEBUG, INFO, WARNING or ERROR, got LOUD"):
-            log_to_stderr()
-    finally:
-        logger.handlers, logger.propagate = before[0], before[1]
-        logger.setLevel(before[2])
