@@ -29,9 +29,11 @@ $(STAMP): $(LIGHT) requirements.txt
 	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt
 	@touch $@
 
-# The whole path on the embedded sample, from images to AP and a report.
+# The whole path on the embedded sample, from images to AP and a report: small scenes, then large ones.
 demo: $(LIGHT)
-	$(BIN)/python jobs/eval_coco.py --policies whole grid-2 first-pass scalenet oracle
+	$(BIN)/python jobs/eval_coco.py --policies whole grid-2 regions scalenet oracle
+	$(BIN)/python jobs/eval_coco.py --split large2017 --policies whole slices@192 regions regions-oracle \
+		--smallest-object 12
 
 # Two processes of one thread each; the files whose tests share one Ray go to one of them, and start first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

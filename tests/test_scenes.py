@@ -105,15 +105,18 @@ def test_small_objects_come_in_clusters() -> None:
     assert np.mean(found) < 0.75 * np.mean(chance)
 
 
+_STAMP = {"train": 600, "val": 100, "large": 8, "seed": 0, "version": 1}
+
+
 @pytest.fixture
 def few_scenes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Make `ensure_sample` write one scene a split, and list the folders it wrote."""
     written: list[Path] = []
 
-    def write_few(folder: Path) -> Path:
+    def write_few(folder: Path, *, large: int) -> Path:
         written.append(folder)
         write_sample(folder, train=1, val=1)
-        (folder / "sample.json").write_text(json.dumps({"train": 600, "val": 100, "seed": 0, "version": 1}))
+        (folder / "sample.json").write_text(json.dumps(_STAMP | {"large": large}))
         return folder
 
     monkeypatch.setattr(scenes, "write_sample", write_few)
@@ -131,7 +134,7 @@ def test_ensure_sample_writes_once(tmp_path: Path, few_scenes: list[Path]) -> No
 
 def test_ensure_sample_replaces_another_version(tmp_path: Path, few_scenes: list[Path]) -> None:
     folder = ensure_sample(tmp_path / "sample")
-    (folder / "sample.json").write_text(json.dumps({"train": 600, "val": 100, "seed": 0, "version": 0}))
+    (folder / "sample.json").write_text(json.dumps(_STAMP | {"version": 0}))
     (folder / "old.txt").write_text("old")
     ensure_sample(folder)
     assert len(few_scenes) == 2

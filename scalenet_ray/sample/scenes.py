@@ -1,7 +1,8 @@
 """The embedded sample: synthetic scenes with objects at many scales, written in COCO's layout.
 
 Ten shapes of 6 to 250 pixels on textured, cluttered backgrounds. Most objects are small and clustered, so that zooming
-into a part of a scene helps. Scenes are deterministic: a scene depends on the seed, the split and its index only.
+into a part of a scene helps. A third split, large2017, has large scenes (`sample.large_scenes`). Scenes are
+deterministic: a scene depends on the seed, the split and its index only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as coco_mask
 
+from scalenet_ray.sample.large_scenes import FIRST_LARGE_ID, LargeScene, large_scene
+from scalenet_ray.sample.shapes import SAMPLE_CATEGORIES, SMALL_SIDE, arc, paint, shape_alpha
+
 __all__ = [
     "SAMPLE_CATEGORIES",
     "SAMPLE_VERSION",
@@ -24,7 +28,6 @@ __all__ = [
     "ensure_sample",
     "make_scene",
     "sample_scene",
-    "shape_alpha",
     "write_sample",
 ]
 
@@ -32,31 +35,16 @@ SAMPLE_VERSION = 1
 """Version of the scenes; a sample on disk with another version is replaced."""
 
 
-SAMPLE_CATEGORIES: dict[int, str] = {
-    1: "circle",
-    2: "square",
-    3: "triangle",
-    5: "star",
-    8: "cross",
-    13: "ring",
-    16: "diamond",
-    21: "crescent",
-    27: "hourglass",
-    34: "arrow",
-}
-"""Category id -> name. The ids have gaps, as in COCO."""
-
-
 SIZES_HW = ((384, 384), (288, 384), (384, 288), (336, 448), (448, 336))
 """(height, width) of the scenes in pixels."""
 
-MIN_SIDE, SMALL_SIDE, MAX_SIDE = 7.0, 32.0, 250.0
-"""Longer sides of the objects in pixels: minimum, upper limit of small ones, maximum."""
+MIN_SIDE, MAX_SIDE = 7.0, 250.0
+"""Longer sides of the objects in pixels: minimum and maximum."""
 
 SMALL_SHARE = 0.55
 """Share of the objects that are small."""
 
-SPLITS = {"train2017": 0, "val2017": 1_000_000}
+SPLITS = {"train2017": 0, "val2017": 1_000_000, "large2017": FIRST_LARGE_ID}
 """Split -> offset of its image ids."""
 
 _STAMP = "sample.json"
@@ -75,71 +63,6 @@ class Scene:
     pixels: np.ndarray
     masks: np.ndarray
     category_ids: np.ndarray
-
-
-def _arc(start: float, stop: float, radius: float = 1.0, count: int = 48) -> np.ndarray:
-    """[count, 2] xy points of an arc around the origin, angles in radians."""
-    angles = np.linspace(start, stop, count)
-    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-
-def _star() -> np.ndarray:
-    radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
-    return _arc(0, 2 * math.pi, count=11)[:10] * radii[:, None]
-
-
-def _crescent() -> np.ndarray:
-    outer = _arc(-2.2, 2.2)
-    inner = _arc(1.92, -1.92, radius=0.86) - np.array([0.295, 0.0])
-    return np.concatenate([outer, inner])
-
-
-def _outlines() -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """Name -> (outline, hole), polygons of [P, 2] xy around the origin."""
-    third, full = 0.34, 1.0
-    cross = [(-third, -full), (third, -full), (third, -third), (full, -third), (full, third), (third, third)]
-    cross += [(-x, -y) for x, y in cross]
-    arrow = [(-1, -0.24), (0.1, -0.24), (0.1, -0.75), (1, 0), (0.1, 0.75), (0.1, 0.24), (-1, 0.24)]
-    circle = _arc(0, 2 * math.pi)
-    return {
-        "circle": (circle, None),
-        "square": (np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float), None),
-        "triangle": (_arc(0, 2 * math.pi, count=4)[:3], None),
-        "star": (_star(), None),
-        "cross": (np.array(cross), None),
-        "ring": (circle, 0.55 * circle),
-        "diamond": (np.array([(-1, 0), (0, -0.52), (1, 0), (0, 0.52)], float), None),
-        "crescent": (_crescent(), None),
-        "hourglass": (np.array([(-0.8, -1), (0.8, -1), (0.14, 0), (0.8, 1), (-0.8, 1), (-0.14, 0)]), None),
-        "arrow": (np.array(arrow), None),
-    }
-
-
-_OUTLINES = _outlines()
-
-
-def shape_alpha(rng: np.random.Generator, name: str, side: float) -> np.ndarray:
-    """Antialiased coverage of a randomly rotated shape, [h, w] float32 in [0, 1].
-
-    The longer side of the rotated shape's bounding box is `side` pixels.
-    """
-    outline, hole = _OUTLINES[name]
-    angle = rng.uniform(0, 2 * math.pi)
-    rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    rotated = outline @ rotation
-    low, high = rotated.min(axis=0), rotated.max(axis=0)
-    scale = side / (high - low).max()
-    shift = rng.uniform(0, 1, 2)
-    width, height = (math.ceil(extent) + 1 for extent in (high - low) * scale)
-    # Supersampling; small shapes need more of it.
-    fine = 8 if side < SMALL_SIDE else 4 if side < 96 else 2
-    canvas = Image.new("L", (width * fine, height * fine))
-    draw = ImageDraw.Draw(canvas)
-    for polygon, fill in ((outline, 255), (hole, 0)):
-        if polygon is not None:
-            points = ((polygon @ rotation - low) * scale + shift) * fine
-            draw.polygon([tuple(point) for point in points.tolist()], fill=fill)
-    return np.asarray(canvas.reduce(fine), np.float32) / 255.0
 
 
 def _background(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
@@ -173,7 +96,7 @@ def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
 
     for _ in range(int(rng.integers(0, 6))):
         x, y, radius = int(rng.integers(width)), int(rng.integers(height)), rng.uniform(8, 60)
-        points = _arc(0, 2 * math.pi, count=13)[:12] * (radius * rng.uniform(0.5, 1.0, (12, 1))) + (x, y)
+        points = arc(0, 2 * math.pi, count=13)[:12] * (radius * rng.uniform(0.5, 1.0, (12, 1))) + (x, y)
         draw.polygon([tuple(point) for point in points.tolist()], fill=near(x, y, 35))
     # Distinct from objects, which have sharp edges and are thicker than lines.
     image = image.filter(ImageFilter.BoxBlur(4))
@@ -213,23 +136,6 @@ def _place(
     return None
 
 
-def _colour(rng: np.random.Generator, under: np.ndarray) -> np.ndarray:
-    """A random RGB colour in contrast to the mean of `under`, [h, w, 3]."""
-    mean = under.mean(axis=(0, 1))
-    colours = rng.uniform(0, 255, (8, 3))
-    distances = np.abs(colours - mean).max(axis=1)
-    return colours[np.argmax(distances > 90) if (distances > 90).any() else np.argmax(distances)]
-
-
-def _paint(rng: np.random.Generator, under: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Blend a shaded shape with coverage `alpha` [h, w] over `under` [h, w, 3] float32."""
-    height, width = alpha.shape
-    shade_y, shade_x = rng.normal(0, 18, 2)
-    shade = np.linspace(-1, 1, height)[:, None] * shade_y + np.linspace(-1, 1, width)[None, :] * shade_x
-    colour = _colour(rng, under) + shade[:, :, None]
-    return (under + alpha[:, :, None] * (colour - under)).astype(np.float32)
-
-
 def make_scene(rng: np.random.Generator) -> Scene:
     """Draw a scene of 3 to 12 objects with little overlap, largest first."""
     hw = SIZES_HW[int(rng.integers(len(SIZES_HW)))]
@@ -246,7 +152,7 @@ def make_scene(rng: np.random.Generator) -> Scene:
         if place is None or alpha.max() < 0.5:
             continue
         spot = np.s_[place[0] : place[0] + alpha.shape[0], place[1] : place[1] + alpha.shape[1]]
-        canvas[spot] = _paint(rng, canvas[spot], alpha)
+        canvas[spot] = paint(rng, canvas[spot], alpha)
         owner[spot][alpha >= 0.5] = len(category_ids)
         category_ids.append(category_id)
     noise = rng.standard_normal((*hw, 1), dtype=np.float32) * np.float32(rng.uniform(1, 7))
@@ -267,36 +173,46 @@ def sample_scene(split: str, index: int, seed: int = 0) -> Scene:
     return make_scene(np.random.default_rng([seed, SPLITS[split], index]))
 
 
-def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
-    """COCO annotations with run-length masks; `area` counts mask pixels."""
+def _objects(scene: Scene) -> list[dict]:
+    """A scene's objects as fields of COCO annotations, with run-length masks; `area` counts mask pixels."""
     rows = []
-    for mask, category_id in zip(scene.masks, scene.category_ids.tolist(), strict=True):
+    for mask in scene.masks:
         rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
         rows.append(
             {
-                "id": first_id + len(rows),
-                "image_id": image_id,
-                "category_id": category_id,
                 "bbox": [float(value) for value in coco_mask.toBbox(rle)],
                 "area": float(coco_mask.area(rle)),
-                "iscrowd": 0,
                 "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},  # type: ignore[attr-defined]
             }
         )
     return rows
 
 
+def _large_objects(scene: LargeScene) -> list[dict]:
+    """A large scene's objects as fields of COCO annotations: boxes and areas, no masks."""
+    corners = scene.boxes.astype(float)
+    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
+    return [{"bbox": box, "area": float(mask.sum())} for box, mask in zip(boxes, scene.masks, strict=True)]
+
+
 def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
     (folder / split).mkdir(parents=True)
     images, annotations = [], []
     for i in range(count):
-        scene = sample_scene(split, i, seed)
+        if split == "large2017":
+            scene = large_scene(i, seed)
+            objects = _large_objects(scene)
+        else:
+            scene = sample_scene(split, i, seed)
+            objects = _objects(scene)
         image_id = SPLITS[split] + i + 1
         name = f"{image_id:012d}.jpg"
         Image.fromarray(scene.pixels).save(folder / split / name, quality=92)
         height, width = scene.pixels.shape[:2]
         images.append({"id": image_id, "file_name": name, "height": height, "width": width})
-        annotations += _annotations(scene, image_id, SPLITS[split] + len(annotations) + 1)
+        for category_id, fields in zip(scene.category_ids.tolist(), objects, strict=True):
+            shared = {"image_id": image_id, "category_id": category_id, "iscrowd": 0}
+            annotations.append({"id": SPLITS[split] + len(annotations) + 1, **shared, **fields})
     document = {
         "info": {"description": "scalenet_ray's embedded sample", "version": str(SAMPLE_VERSION)},
         "images": images,
@@ -313,17 +229,19 @@ class _Stamp:
 
     train: int
     val: int
+    large: int
     seed: int
     version: int = SAMPLE_VERSION
 
 
-def write_sample(folder: Path, *, train: int = 600, val: int = 100, seed: int = 0) -> Path:
-    """Write the sample: train2017/*.jpg, val2017/*.jpg, annotations/instances_{train,val}2017.json.
+def write_sample(folder: Path, *, train: int = 600, val: int = 100, large: int = 0, seed: int = 0) -> Path:
+    """Write the sample: {train,val,large}2017/*.jpg, annotations/instances_{train,val,large}2017.json.
 
     Args:
         folder: target folder; created if missing.
         train: number of scenes in train2017.
         val: number of scenes in val2017.
+        large: number of scenes in large2017, of 12 megapixels each.
         seed: seed of the scenes.
 
     Returns:
@@ -336,9 +254,9 @@ def write_sample(folder: Path, *, train: int = 600, val: int = 100, seed: int = 
     if folder.exists() and any(folder.iterdir()):
         msg = f"the sample wants a new or empty folder, got {folder} with files in it: name another one"
         raise FileExistsError(msg)
-    for split, count in (("train2017", train), ("val2017", val)):
+    for split, count in (("train2017", train), ("val2017", val), ("large2017", large)):
         _write_split(folder, split, count, seed)
-    (folder / _STAMP).write_text(json.dumps(asdict(_Stamp(train, val, seed))))
+    (folder / _STAMP).write_text(json.dumps(asdict(_Stamp(train, val, large, seed))))
     return folder
 
 
@@ -351,7 +269,7 @@ def ensure_sample(folder: Path) -> Path:
         FileExistsError: if `folder` holds other files.
     """
     folder = Path(folder)
-    wanted = asdict(_Stamp(600, 100, 0))
+    wanted = asdict(_Stamp(600, 100, 8, 0))
     if _stamp(folder) == wanted:
         return folder
     if folder.exists() and any(folder.iterdir()) and _stamp(folder) is None:
@@ -359,7 +277,7 @@ def ensure_sample(folder: Path) -> Path:
         raise FileExistsError(msg)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        fresh = write_sample(Path(scratch) / "new")
+        fresh = write_sample(Path(scratch) / "new", large=8)
         if folder.exists() and _stamp(folder) != wanted:
             os.replace(folder, Path(scratch) / "old")
         try:
