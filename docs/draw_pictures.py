@@ -1,7 +1,7 @@
 """Draw the documentation's pictures into docs/images, with the embedded sample's networks.
 
-Run it with `.venv/bin/python docs/draw_pictures.py`. `beach.jpg` shows a photograph-like scene (`beach_scene.py`), the
-other pictures show a scene of the embedded sample.
+Run it with `.venv/bin/python docs/draw_pictures.py`. `large_scene.jpg` shows a scene of the embedded sample's split
+large2017, the other pictures show one of val2017.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
-from beach_scene import BeachScene, render_beach
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -31,15 +32,25 @@ from scalenet_ray.models.detectors import Detector, load_detector
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.report.charts import drawing
 from scalenet_ray.report.recursion_figure import NEW, SEEN, draw_boxes, draw_look, picture_bytes, recursion_figure
+from scalenet_ray.sample.large_scenes import LARGE_HW, LargeScene, large_scene
 from scalenet_ray.sample.scenes import sample_scene
 
 _SHOWN_SCORE = 0.4
 _SCENES = 12
-_BEACH_SEED = 1
-_BEACH_SCENES = 6
-_BEACH_SCORE = 0.5
-_BEACH_INPUT_SIDE = 384
-_BEACH_CROP = (480, 348, 810, 568)
+_LARGE_SCENES = 8
+_LARGE_SHOWN = 4
+_LARGE_SCORE = 0.5
+_SMALLEST_OBJECT = 12.0
+_CROPS = 4
+_CROP_HW = (255, 340)
+_WINDOWS = {1: "#56b4e9", 2: "#ffb000"}
+"""Depth of a window -> its colour."""
+
+_LETTER: dict[str, Any] = {
+    "color": "white",
+    "fontweight": "bold",
+    "path_effects": [withStroke(linewidth=2.5, foreground="#101418")],
+}
 _IMAGES = Path(__file__).parent / "images"
 
 
@@ -49,73 +60,107 @@ def _write(name: str, figure: Figure) -> None:
     picture.quantize(256).save(_IMAGES / name, optimize=True)
 
 
-def _correct(scene: BeachScene, found: Detections) -> np.ndarray:
-    """[N] bool: the boxes that match a kite of their class at an IoU of 0.5."""
-    matches = (iou_matrix(scene.boxes, found.boxes) >= 0.5) & (scene.labels[:, None] == found.labels[None])
-    return matches.any(axis=0)
+def _matches(scene: LargeScene, found: Detections) -> np.ndarray:
+    """[N, M] bool: which of the N objects each of M boxes matches, by class and an IoU of 0.5."""
+    return (iou_matrix(scene.boxes, found.boxes) >= 0.5) & (scene.category_ids[:, None] == found.labels[None])
 
 
-def _draw_kites(axes: Axes, scene: BeachScene, found: Detections, before: Detections, line_width: float) -> None:
-    """Draw boxes: white if the whole image alone gives them, orange if new, red if wrong."""
-    new, correct = are_new(found, before), _correct(scene, found)
-    colours = [
-        "#ff1f3d" if not right else "#ffb000" if fresh else "white" for fresh, right in zip(new, correct, strict=True)
-    ]
-    draw_boxes(axes, scene.pixels, found, colours, line_width=line_width)
-    for patch in axes.patches:
-        patch.set_path_effects([withStroke(linewidth=line_width + 1.4, foreground="#101418")])
+def _find(detector: Detector, scene: LargeScene, policy_name: str) -> ScaledPrediction:
+    policy = parse_policy(
+        policy_name,
+        input_side=detector.input_side,
+        iou_threshold=detector.iou_threshold,
+        smallest_object=_SMALLEST_OBJECT,
+    )
+    return get_scaled_prediction(scene.pixels, detector, policy=policy, confidence_threshold=_LARGE_SCORE, verbose=0)
 
 
-def _find_kites(detector: Detector, scene: BeachScene, policy_name: str) -> ScaledPrediction:
-    policy = parse_policy(policy_name, input_side=_BEACH_INPUT_SIDE, iou_threshold=detector.iou_threshold)
-    return get_scaled_prediction(scene.pixels, detector, policy=policy, confidence_threshold=_BEACH_SCORE, verbose=0)
-
-
-def _count_kites(detector: Detector, seed: int, policy_name: str) -> dict[str, Any]:
-    """Correct and wrong boxes of a policy in the scene of a seed, and its passes over the whole image's."""
-    scene = render_beach(seed)
-    prediction = _find_kites(detector, scene, policy_name)
-    correct = int(_correct(scene, prediction.detections).sum())
-    pixels = [step.result.detector_pixels for step in prediction.steps]
+def _count(scene: LargeScene, prediction: ScaledPrediction) -> dict[str, Any]:
+    """Objects found and wrong boxes in a scene, and megapixels computed."""
+    matches = _matches(scene, prediction.detections)
     return {
-        "seed": seed,
-        "policy": policy_name,
-        "kites": len(scene.labels),
-        "correct": correct,
-        "wrong": len(prediction.detections) - correct,
-        "passes": sum(pixels) / pixels[0],
+        "policy": prediction.policy.name,
+        "objects": len(scene.boxes),
+        "found": int(matches.any(axis=1).sum()),
+        "wrong": int((~matches.any(axis=0)).sum()),
+        "megapixels": sum(step.result.detector_pixels for step in prediction.steps) / 1e6,
     }
 
 
-def _beach(detector: Detector) -> None:
-    """Draw the whole image's detections beside those after zooming, with an enlarged part of each below."""
-    scene = render_beach(_BEACH_SEED)
-    prediction = _find_kites(detector, scene, "first-pass")
-    before, after = prediction.found_in_whole_image(_BEACH_SCORE), prediction.detections
-    windows = [child.window for step in prediction.steps for child in step.children]
-    x0, y0, x1, y1 = _BEACH_CROP
-    width = 6.4
-    heights = (width * scene.pixels.shape[0] / scene.pixels.shape[1], width * (y1 - y0) / (x1 - x0))
-    total = len(scene.labels)
-    correct = [int(_correct(scene, found).sum()) for found in (before, after)]
-    wrong = [len(found) - right for found, right in zip((before, after), correct, strict=True)]
-    titles = (
-        f"The whole image: {correct[0]} of {total} kites, {wrong[0]} wrong boxes",
-        f"After zooming into {len(windows)} windows: {correct[1]} of {total}, {wrong[1]} wrong",
-    )
-    with drawing(2 * width, sum(heights) + 0.35) as figure:
-        panels = figure.subplots(2, 2, height_ratios=heights)
-        for column, (found, title) in enumerate(zip((before, after), titles, strict=True)):
-            top, low = panels[:, column]
-            _draw_kites(top, scene, found, before, 1.6)
-            top.set_title(title, fontsize=15)
-            _draw_kites(low, scene, found, before, 2.4)
-            low.set_xlim(x0, x1)
-            low.set_ylim(y1, y0)
-            frame = {"fill": False, "edgecolor": "white", "linewidth": 1.2, "linestyle": (0, (4, 3))}
-            top.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, **frame))
+def _densest_crops(boxes: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """The crops (x0, y0, x1, y1) that hold the most boxes, [N, 4] xyxy; each box counts once."""
+    size, crops = np.array(_CROP_HW[::-1]), []
+    while len(boxes) and len(crops) < _CROPS:
+        starts = (boxes[:, :2] + boxes[:, 2:] - size) / 2
+        inside = np.concatenate([starts[:, None] <= boxes[:, :2], starts[:, None] + size >= boxes[:, 2:]], axis=2)
+        held = max(np.all(inside, axis=2), key=np.count_nonzero)
+        middle = (boxes[held, :2].min(axis=0) + boxes[held, 2:].max(axis=0)) / 2
+        x0, y0 = np.clip(middle - size / 2, 0, np.array(LARGE_HW[::-1]) - size).round().astype(int).tolist()
+        crops.append((x0, y0, x0 + _CROP_HW[1], y0 + _CROP_HW[0]))
+        boxes = boxes[~held]
+    return crops
+
+
+def _outline(axes: Axes, xyxy: Sequence[float], **style: Any) -> None:
+    x0, y0, x1, y1 = xyxy
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
+
+
+def _draw_found(
+    axes: Axes, scene: LargeScene, found: Detections, before: Detections, crop: Sequence[int], line_width: float
+) -> None:
+    """Draw a part of a scene with boxes: white if the whole image gives them, orange if new, red if wrong."""
+    x0, y0, x1, y1 = crop
+    axes.imshow(scene.pixels[y0:y1, x0:x1], extent=(x0, x1, y1, y0), interpolation="bicubic")
+    axes.set_axis_off()
+    right, new = np.any(_matches(scene, found), axis=0), are_new(found, before)
+    for box, is_new, is_right in zip(found.boxes, new.tolist(), right.tolist(), strict=True):
+        colour = "#ff1f3d" if not is_right else "#ffb000" if is_new else "white"
+        under = [withStroke(linewidth=line_width + 1.2, foreground="#101418")]
+        grown = box + np.array([-4, -4, 4, 4])
+        _outline(axes, grown.tolist(), edgecolor=colour, linewidth=line_width, path_effects=under)
+    axes.set_xlim(x0, x1)
+    axes.set_ylim(y1, y0)
+
+
+def _draw_windows(axes: Axes, scene: LargeScene, steps: Sequence[Step]) -> None:
+    """Draw a scene with the looks and regions of a recursion."""
+    height, width = LARGE_HW
+    axes.imshow(cv2.resize(scene.pixels, (1024, 768), interpolation=cv2.INTER_AREA), extent=(0, width, height, 0))
+    axes.set_axis_off()
+    for step in steps:
+        if step.tile.depth:
+            _outline(axes, step.tile.window.xyxy, edgecolor=_WINDOWS[step.tile.depth], linewidth=0.8)
+
+
+def _draw_large_scene(scene: LargeScene, whole: ScaledPrediction, zoomed: ScaledPrediction) -> None:
+    """Draw what the detector sees in the whole image, the looks and regions, and some of what these found, enlarged."""
+    before, found = whole.detections, zoomed.detections
+    seen = whole.steps[0].tile
+    small = (found.boxes[:, 2:] - found.boxes[:, :2]).max(axis=1) < _CROP_HW[0] / 3
+    crops = _densest_crops(found.boxes[are_new(found, before) & small])
+    in_whole, in_all = _count(scene, whole), _count(scene, zoomed)
+    asked = [sum(step.tile.depth == depth for step in zoomed.steps) for depth in (1, 2)]
+    width, crop_width = 6.4, 2 * 6.4 / _CROPS
+    heights = (width * LARGE_HW[0] / LARGE_HW[1] + 0.3, crop_width * _CROP_HW[0] / _CROP_HW[1])
+    with drawing(2 * width, sum(heights)) as figure:
+        grid = figure.add_gridspec(2, 2 * _CROPS, height_ratios=heights)
+        left, right = (figure.add_subplot(grid[0, i : i + _CROPS]) for i in (0, _CROPS))
+        reduced = cv2.resize(scene.pixels, (seen.width, seen.height), interpolation=cv2.INTER_AREA)
+        shown = replace(scene, pixels=cv2.resize(reduced, LARGE_HW[::-1], interpolation=cv2.INTER_CUBIC))
+        _draw_found(left, shown, before, before, (0, 0, LARGE_HW[1], LARGE_HW[0]), 1.8)
+        left.set_title(f"What the detector sees of the whole image: {in_whole['found']} of {len(scene.boxes)} found")
+        _draw_windows(right, scene, zoomed.steps)
+        windows = f"{asked[0]} looks (blue), {asked[1]} regions (orange)"
+        right.set_title(f"{windows}: {in_all['found']} found, {in_all['wrong']} wrong")
+        for i, crop in enumerate(crops):
+            axes, letter = figure.add_subplot(grid[1, 2 * i : 2 * i + 2]), "abcdefgh"[i]
+            _draw_found(axes, scene, found, before, crop, 1.5)
+            axes.text(0.03, 0.04, letter, transform=axes.transAxes, fontsize=15, **_LETTER)
+            _outline(right, crop, edgecolor="white", linewidth=1.6)
+            right.text(crop[0], crop[1] - 20, letter, fontsize=13, **_LETTER)
         picture = Image.open(io.BytesIO(picture_bytes(figure, "png", 125.0))).convert("RGB")
-        picture.save(_IMAGES / "beach.jpg", quality=88, optimize=True)
+        picture.save(_IMAGES / "large_scene.jpg", quality=85, optimize=True)
 
 
 def _coloured(before: Detections, after: Detections) -> list[str]:
@@ -148,12 +193,15 @@ def _policies(shown: Sequence[ScaledPrediction]) -> None:
 
 
 def main() -> None:
-    """Draw the beach, and the scene among the val split's first in which the recursion finds most new objects."""
+    """Draw a large scene, and the scene among the val split's first in which the recursion finds most new objects."""
     detector = load_detector(SAMPLE_DETECTOR)
-    _beach(detector)
-    for seed in range(_BEACH_SCENES):
-        for name in ("whole", "first-pass", "grid-2", "grid-3"):
-            print(json.dumps(_count_kites(detector, seed, name)))
+    for i in range(_LARGE_SCENES):
+        large = large_scene(i)
+        whole, sliced, zoomed = (_find(detector, large, name) for name in ("whole", "slices@192", "regions"))
+        for prediction in (whole, sliced, zoomed):
+            print(json.dumps({"large scene": i, **_count(large, prediction)}))
+        if i == _LARGE_SHOWN:
+            _draw_large_scene(large, whole, zoomed)
     net = NetworkSpec(scale_net=SAMPLE_SCALE_NET).load_scale_net()
     predict = partial(
         get_scaled_prediction,

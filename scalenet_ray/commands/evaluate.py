@@ -40,7 +40,7 @@ class EvalCoco:
 
     Attributes:
         data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
-        split: the split to evaluate on.
+        split: the split to evaluate on. The embedded sample has train2017, val2017 and large2017.
         policies: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused,
             oracle, regions-scalenet, regions-oracle, paper. By default whole, grid-2, regions, scalenet and
             regions-oracle: gain in place of scalenet if --scale-net is a scale head, neither without --scale-net.
