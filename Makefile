@@ -30,7 +30,7 @@ $(STAMP): $(LIGHT) requirements.txt
 	@touch $@
 
 # The whole path on the embedded sample, from images to AP and a report: small scenes on Ray, then large ones in one
-# process of one thread, which is as fast: a network so small gains nothing from a second one.
+# process. One thread: on two cores shared with others, two took twice as long.
 demo: $(LIGHT)
 	$(BIN)/python jobs/eval_coco.py --policies whole grid-2 regions scalenet oracle
 	OMP_NUM_THREADS=1 $(BIN)/python jobs/eval_coco.py --split large2017 --engine local --smallest-object 12 \
