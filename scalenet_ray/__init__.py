@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scalenet_ray.api import ScaledPrediction, get_scaled_prediction
+    from scalenet_ray.api import ImagePrediction, Prediction, ScaledPrediction, detect, get_scaled_prediction
     from scalenet_ray.core.detections import Detections, ImageResult
     from scalenet_ray.core.errors import TileError, UserError
     from scalenet_ray.core.geometry import Tile, Window
@@ -30,9 +30,11 @@ __version__ = "0.2.0"
 _HOMES = {
     "Detections": "core.detections",
     "Detector": "models.detectors",
+    "ImagePrediction": "api",
     "ImageResult": "core.detections",
     "Merging": "core.merge",
     "Policy": "core.policy",
+    "Prediction": "api",
     "Recursion": "core.policy",
     "ScaleMap": "core.scale",
     "ScaledPrediction": "api",
@@ -42,6 +44,7 @@ _HOMES = {
     "UserError": "core.errors",
     "Window": "core.geometry",
     "decode_image": "data.images",
+    "detect": "api",
     "export_run": "runs.export",
     "get_scaled_prediction": "api",
     "load_detector": "models.detectors",
@@ -56,9 +59,11 @@ _HOMES = {
 __all__ = [
     "Detections",
     "Detector",
+    "ImagePrediction",
     "ImageResult",
     "Merging",
     "Policy",
+    "Prediction",
     "Recursion",
     "ScaleMap",
     "ScaledPrediction",
@@ -69,6 +74,7 @@ __all__ = [
     "Window",
     "__version__",
     "decode_image",
+    "detect",
     "export_run",
     "get_scaled_prediction",
     "load_detector",

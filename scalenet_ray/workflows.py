@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from scalenet_ray.core.answers import MOST_FAILED
+from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.extras import needs_extra
 from scalenet_ray.core.inference import NetworkFactories
@@ -35,7 +36,7 @@ from scalenet_ray.report.gallery import PictureTask, choose_pictures
 from scalenet_ray.report.page import render_report
 from scalenet_ray.report.tables import winner_of
 from scalenet_ray.runs.analysis import INTERVALS_UP_TO, analyse_detections, analyse_run
-from scalenet_ray.runs.batch import Progress, image_opener, run_policy
+from scalenet_ray.runs.batch import PolicyRun, Progress, image_opener, run_policy
 from scalenet_ray.runs.documents import (
     DetectionAnalysis,
     EvaluationAnalysis,
@@ -56,12 +57,12 @@ from scalenet_ray.sample.scenes import ensure_sample
 __all__ = [
     "PICTURES",
     "CocoSplit",
+    "DetectionRun",
     "EngineName",
     "ImageSet",
     "ProgressLog",
     "check_split",
     "choose_policies",
-    "detect_images",
     "evaluate_policies",
     "named_policies",
     "open_images",
@@ -452,19 +453,11 @@ def evaluate_policies(
     return document
 
 
-def detect_images(
-    session: Session,
-    run: RunFolder,
-    *,
-    policy: Policy,
-    networks: NetworkSpec,
-    detector: DetectorInfo,
-    images: ImageSet,
-    report: Callable[[Progress], None],
-    pictures: int = PICTURES,
-    retry_failed: bool = False,
-) -> Metrics:
-    """Run one policy over images without ground truth. Writes metrics.json, analysis.json and report.html.
+class DetectionRun:
+    """One policy over images without ground truth.
+
+    Iterating processes the images that are not in the run folder yet, and yields their results, see `PolicyRun`;
+    `conclude` writes metrics.json, analysis.json and report.html.
 
     Args:
         session: the engine.
@@ -474,37 +467,66 @@ def detect_images(
         detector: the detector's declaration; its categories are those of the results.
         images: the images. In a resumed run they keep the ids that their files had.
         report: takes the progress.
-        pictures: photographs in the report.
         retry_failed: also process the images that failed before.
 
-    Returns:
-        The content of metrics.json.
+    Attributes:
+        records: the images, with the ids that they have in the run.
     """
-    records = keep_image_ids(run, images.images, images.source, policy.name)
-    log = ProgressLog(report)
-    reads_features = session.call(networks.reads_features, [policy])
-    factories = replace(_own_networks(networks, detector), reads_features=reads_features)
-    start = partial(session.start, policy=policy, networks=factories, open_image=images.open_image)
-    run_policy(records, policy.name, start, run, log, retry_failed=retry_failed)
-    document = write_summary(session, run, {policy.name: {"kind": policy.kind}}, len(records))
-    document["categories"] = detector.categories
-    ids = [record.image_id for record in records]
-    analysis: DetectionAnalysis = session.call(analyse_detections, run.uri, policy.name, ids)
-    document["found"] = analysis["found"]
-    run.write_json("metrics.json", document)
-    looks = [(policy, _own_networks(_on_cpu(networks), detector))]
-    write_report(
-        session,
-        run,
-        document=document,
-        analysis=analysis,
-        images=records,
-        categories=detector.categories,
-        make_pictures=PictureTask(run.uri, looks, images.open_image),
-        progress=log,
-        pictures=pictures,
-    )
-    return document
+
+    def __init__(
+        self,
+        session: Session,
+        run: RunFolder,
+        *,
+        policy: Policy,
+        networks: NetworkSpec,
+        detector: DetectorInfo,
+        images: ImageSet,
+        report: Callable[[Progress], None],
+        retry_failed: bool = False,
+    ) -> None:
+        self._session, self._run, self._policy, self._images = session, run, policy, images
+        self._networks, self._detector = networks, detector
+        self.records = keep_image_ids(run, images.images, images.source, policy.name)
+        self._log = ProgressLog(report)
+        reads_features = session.call(networks.reads_features, [policy])
+        factories = replace(_own_networks(networks, detector), reads_features=reads_features)
+        start = partial(session.start, policy=policy, networks=factories, open_image=images.open_image)
+        self._work = PolicyRun(self.records, policy.name, start, run, self._log, retry_failed=retry_failed)
+
+    def __iter__(self) -> Iterator[ImageResult]:
+        """Process the remaining images and yield their results."""
+        return iter(self._work)
+
+    def conclude(self, pictures: int = PICTURES) -> Metrics:
+        """Write the results, metrics and the report of a finished run.
+
+        Args:
+            pictures: photographs in the report.
+
+        Returns:
+            The content of metrics.json.
+        """
+        session, run, policy = self._session, self._run, self._policy
+        document = write_summary(session, run, {policy.name: {"kind": policy.kind}}, len(self.records))
+        document["categories"] = self._detector.categories
+        ids = [record.image_id for record in self.records]
+        analysis: DetectionAnalysis = session.call(analyse_detections, run.uri, policy.name, ids)
+        document["found"] = analysis["found"]
+        run.write_json("metrics.json", document)
+        looks = [(policy, _own_networks(_on_cpu(self._networks), self._detector))]
+        write_report(
+            session,
+            run,
+            document=document,
+            analysis=analysis,
+            images=self.records,
+            categories=self._detector.categories,
+            make_pictures=PictureTask(run.uri, looks, self._images.open_image),
+            progress=self._log,
+            pictures=pictures,
+        )
+        return document
 
 
 def _on_cpu(networks: NetworkSpec) -> NetworkSpec:

@@ -151,7 +151,7 @@ def test_suppression_may_ask_no_class() -> None:
             ValueError,
             "a smallest object is for regions, got",
         ),
-        ({"batch_size": 8}, TypeError, "many images in batches: jobs/detect.py"),
+        ({"batch_size": 8}, TypeError, "many images in batches: scalenet_ray.detect"),
         ({"slices": 8}, TypeError, "no argument 'slices'$"),
         ({"perform_standard_pred": False}, ValueError, "perform_standard_pred must be True"),
         ({"postprocess_type": "GREEDYNMM"}, ValueError, "postprocess_type must be NMS, .* got 'GREEDYNMM'"),

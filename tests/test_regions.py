@@ -56,7 +56,7 @@ def test_a_small_object_gets_a_region_with_context_at_the_zoom_that_brings_it_to
     (region,) = plan_regions(_candidates([box]), _tile(1000, 1000), Regions(target=64.0), INPUT)
     x0, y0, x1, y1 = region.xyxy
     assert region.width / (x1 - x0) == pytest.approx(64 / 40, rel=0.02)
-    assert min(500 - x0, 300 - y0, x1 - 540, y1 - 340) >= 39  # As much context as the object is large.
+    assert min(500 - x0, 300 - y0, x1 - 540, y1 - 340) >= 27  # 0.7 of the side of the object.
     # The canvas is filled: no pixel of it is computed for padding.
     assert region.width % 32 == 0
     assert region.height % 32 == 0
@@ -150,9 +150,37 @@ def test_every_candidate_that_asks_lies_in_a_region_if_nothing_has_a_price(
     if zoom * 1.2 >= min(zoom * rules.max_zoom, rules.max_native):
         assert not regions
         return
-    for box, side, score in zip(*candidates, strict=True):
-        if score >= rules.min_score and 0 < side * zoom < rules.small:
+    _, weights = rules.zooms_and_weights(candidates, tile)
+    for box, side, weight in zip(candidates.boxes, candidates.sides, weights, strict=True):
+        if weight >= rules.min_score and 0 < side * zoom < rules.small:
             assert any(_holds(region, box) for region in regions)
+
+
+@pytest.mark.parametrize(
+    ("zoom", "side", "weight"),
+    [
+        # The closer look shows 48 pixels of each object, at most native counts: (1 / 0.5) ** 2 image pixels for one.
+        (0.5, 30.0, 0.4),
+        # 48 / 60 = 0.8 of native, from 0.5.
+        (0.5, 60.0, 0.256),
+        # Beyond native there is nothing more to show.
+        (1.0, 30.0, 0.1),
+        (1.6, 30.0, 0.1),
+    ],
+)
+def test_a_score_weighs_as_much_as_the_image_pixels_that_a_closer_look_adds(
+    zoom: float, side: float, weight: float
+) -> None:
+    candidates = _candidates([[100.0, 100.0, 100.0 + side, 100.0 + side]], [0.1])
+    _, weights = Regions().zooms_and_weights(candidates, _tile(1000, 1000, zoom))
+    assert weights == pytest.approx([weight])
+
+
+def test_a_weak_box_asks_for_a_region_only_where_the_tile_is_reduced() -> None:
+    candidates = _candidates([[100.0, 100.0, 120.0, 120.0]] * 20, [0.02] * 20)
+    rules = Regions(price=0.0)
+    assert plan_regions(candidates, _tile(1000, 1000, 0.5), rules, INPUT)
+    assert not plan_regions(candidates, _tile(1000, 1000, 1.0), rules, INPUT)
 
 
 def test_the_order_of_candidates_changes_nothing() -> None:

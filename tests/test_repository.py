@@ -70,7 +70,7 @@ def test_every_module_of_the_engine_imports_ray():
 
 def test_the_root_of_the_package_holds_what_users_call():
     root = {path.stem for path in PACKAGE if path.parent.name == "scalenet_ray"}
-    assert root == {"__init__", "__main__", "api", "console", "workflows"}
+    assert root == {"__init__", "__main__", "console", "workflows"}
 
 
 def test_a_local_run_loads_neither_ray_nor_torch():
@@ -146,9 +146,11 @@ def test_the_licence_is_there_and_named():
 PROMISED = {
     "Detections",
     "Detector",
+    "ImagePrediction",
     "ImageResult",
     "Merging",
     "Policy",
+    "Prediction",
     "Recursion",
     "ScaleMap",
     "ScaledPrediction",
@@ -159,6 +161,7 @@ PROMISED = {
     "Window",
     "__version__",
     "decode_image",
+    "detect",
     "export_run",
     "get_scaled_prediction",
     "load_detector",

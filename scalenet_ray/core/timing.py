@@ -48,9 +48,9 @@ def current_tally() -> Tally | None:
 
 
 @contextmanager
-def measured() -> Iterator[Tally]:
-    """Collect the seconds of all stages that run within the block, on this thread, into a new tally."""
-    tally = Tally()
+def measured(tally: Tally | None = None) -> Iterator[Tally]:
+    """Collect the seconds of all stages that run within the block, on this thread, into a tally; None for a new one."""
+    tally = tally or Tally()
     token = _current.set(tally)
     try:
         yield tally

@@ -15,6 +15,7 @@ from scalenet_ray.core.masks import mask_of_image
 
 __all__ = [
     "SUPERVISION_COLUMNS",
+    "decoded_masks",
     "fiftyone_objects",
     "geojson_features",
     "supervision_rows",
@@ -174,10 +175,7 @@ def to_supervision(
         if image_hw is None:
             msg = "masks need the image's size, got none: give image_hw"
             raise UserError(msg)
-        masks = np.zeros((len(detections), *image_hw), bool)
-        for i, (counts, window) in enumerate(zip(detections.masks, detections.windows.tolist(), strict=True)):
-            whole = mask_of_image(counts, Window(*window), image_hw)
-            masks[i] = coco_mask.decode({"size": list(image_hw), "counts": whole})
+        masks = decoded_masks(detections, image_hw)
     return supervision.Detections(
         xyxy=detections.boxes,
         mask=masks,
@@ -188,3 +186,19 @@ def to_supervision(
             "depth": detections.depth,
         },
     )
+
+
+def decoded_masks(detections: Detections, image_hw: tuple[int, int]) -> np.ndarray | None:
+    """Decode the masks of detections: [N, height, width] bool, or None if they have none.
+
+    Args:
+        detections: N detections in image pixels.
+        image_hw: (height, width) of the image, in pixels.
+    """
+    if detections.masks is None:
+        return None
+    masks = np.zeros((len(detections), *image_hw), bool)
+    for i, (counts, window) in enumerate(zip(detections.masks, detections.windows.tolist(), strict=True)):
+        whole = mask_of_image(counts, Window(*window), image_hw)
+        masks[i] = coco_mask.decode({"size": list(image_hw), "counts": whole})
+    return masks

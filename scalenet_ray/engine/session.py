@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ray
@@ -38,6 +39,10 @@ _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0,
 @ray.remote(num_cpus=0, max_retries=0)
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
+
+
+def _stored(references: Sequence[ray.ObjectRef], position: int) -> Any:
+    return ray.get(references[position])
 
 
 def join_ray() -> None:
@@ -160,6 +165,10 @@ class RaySession:
         """
         with workers_errors():
             return ray.get(_call.options(scheduling_strategy=on_this_node()).remote(function, *args))
+
+    def hold(self, values: Sequence[Any]) -> Callable[[int], Any]:
+        """Put values into Ray's object store, which writes to disk what its memory does not hold."""
+        return partial(_stored, [ray.put(value) for value in values])
 
     def start(
         self, images: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage

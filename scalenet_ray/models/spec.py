@@ -174,8 +174,9 @@ class NetworkSpec:
         head, regression = None, False
         if isinstance(predictor, FeatureScalePredictor):
             head = predictor
-        elif predictor is not None:
-            regression = predictor.config.kind != "classes"
+        elif (config := getattr(predictor, "config", None)) is not None:
+            # A predictor of the user's own declares no kind of map.
+            regression = config.kind != "classes"
         for policy in policies:
             if policy.needs_network and policy.recursion.method == "gain" and head is None:
                 msg = f"a policy that goes by the gain needs a scale head, got {self.scale_net}: train --preset head"

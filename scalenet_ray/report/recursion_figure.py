@@ -19,18 +19,14 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Step, planning_weights
 from scalenet_ray.evaluation.compare import are_new
 from scalenet_ray.report.charts import drawing
+from scalenet_ray.report.pictures import NEW, SEEN
 
 __all__ = [
-    "NEW",
-    "SEEN",
     "draw_boxes",
     "draw_look",
     "picture_bytes",
     "recursion_figure",
 ]
-
-SEEN, NEW = "#56b4e9", "#e69f00"
-"""Colours of the boxes found in the whole image alone, and of the boxes added by the recursion."""
 
 _HEAT = np.array([230, 159, 0], np.float32)
 _DIMMED = 0.35

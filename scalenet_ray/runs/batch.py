@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -13,7 +13,7 @@ from scalenet_ray.core.answers import RaisedOn, fails_on_all
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import AnyImage
-from scalenet_ray.core.timing import measured
+from scalenet_ray.core.timing import Tally, measured
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import ImageRecord, OpenImage, safe_file_name
 from scalenet_ray.data.rasters import open_image
@@ -22,6 +22,7 @@ from scalenet_ray.runs.shard_writer import ShardWriter
 from scalenet_ray.runs.shards import MIN_RATE_SECONDS
 
 __all__ = [
+    "PolicyRun",
     "Progress",
     "Stream",
     "image_opener",
@@ -130,18 +131,11 @@ def _check_same_files(records: Sequence[ImageRecord], written: Mapping[int, str]
             raise UserError(msg)
 
 
-def run_policy(
-    records: Sequence[ImageRecord],
-    policy: str,
-    start: Callable[[Sequence[ImageRecord]], Stream],
-    run: RunFolder,
-    report: Callable[[Progress], None],
-    *,
-    retry_failed: bool = False,
-) -> Progress:
-    """Process all images that are not in the run folder yet, and write their results.
+class PolicyRun:
+    """Work of one policy on all images that are not in the run folder yet.
 
-    If an error or an interrupt ends it early, all finished images are written before it is raised.
+    Iterating processes the images, writes their results, and yields each result, in the order in which they finish. If
+    an error, an interrupt or the end of the iteration stops it early, all finished images are written before.
 
     Args:
         records: all images of the run.
@@ -151,81 +145,117 @@ def run_policy(
         report: called with the progress every few seconds.
         retry_failed: also process images again that failed before; the new result replaces the failure.
 
-    Returns:
-        The progress at the end.
+    Attributes:
+        progress: the progress so far; at the end that of the whole run.
 
     Raises:
         UserError: if an image id of the run folder refers to another file now, or a finished shard is damaged.
     """
-    begun = time.monotonic()
-    finished: dict[int, str] = {}
-    if storage.exists(run.uri):
-        run.check_shards(policy)
-        finished = run.finished(policy)
-        _check_same_files(records, finished)
-        if retry_failed:
-            for image_id in run.find_failures([policy]).column("image_id").to_pylist():
-                del finished[image_id]
-    left = [record for record in records if record.image_id not in finished]
-    state = Progress(policy, done=len(records) - len(left), total=len(records))
-    run.standing = state.standing(0)
-    if not left:
-        return state
-    with measured():
-        return _process(left, state, start, run, report, begun)
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        policy: str,
+        start: Callable[[Sequence[ImageRecord]], Stream],
+        run: RunFolder,
+        report: Callable[[Progress], None],
+        *,
+        retry_failed: bool = False,
+    ) -> None:
+        self._begun = time.monotonic()
+        finished: dict[int, str] = {}
+        if storage.exists(run.uri):
+            run.check_shards(policy)
+            finished = run.finished(policy)
+            _check_same_files(records, finished)
+            if retry_failed:
+                for image_id in run.find_failures([policy]).column("image_id").to_pylist():
+                    del finished[image_id]
+        self._left = [record for record in records if record.image_id not in finished]
+        self._start, self._run, self._report = start, run, report
+        self.progress = Progress(policy, done=len(records) - len(self._left), total=len(records))
+        run.standing = self.progress.standing(0)
+
+    def __iter__(self) -> Iterator[ImageResult]:
+        """Process the remaining images and yield their results."""
+        if not self._left:
+            return
+        # The tally is active during the work alone, and not in the caller's code between two results.
+        tally, work = Tally(), self._process()
+        try:
+            while True:
+                with measured(tally):
+                    result = next(work, None)
+                if result is None:
+                    return
+                yield result
+        finally:
+            with measured(tally):
+                work.close()
+
+    def _process(self) -> Generator[ImageResult, None, None]:
+        before, run, left = self.progress, self._run, self._left
+        policy, at_work = before.policy, run.seconds_at_work(before.policy)
+        stream = self._start(left)
+        records = {record.image_id: record for record in left}
+        writer = ShardWriter(run, policy, records, stream.commit)
+        failed = tiles = 0
+        raised = RaisedOn()
+        first = reported = written = time.monotonic()
+        try:
+            for images, result in enumerate(stream, start=1):
+                now = time.monotonic()
+                if images == 1:
+                    first = now - stream.seconds_at_work()
+                    writer.work_began(at_work + first - self._begun)
+                writer.add(result, at_work + now - self._begun)
+                _log(result, policy, records[result.image_id].file_name)
+                failed += result.failure is not None
+                tiles += result.tiles
+                self.progress = replace(
+                    before,
+                    done=before.done + images,
+                    failed=failed,
+                    tiles=tiles,
+                    images=images,
+                    seconds=now - first,
+                    elapsed=now - self._begun,
+                )
+                if result.failure is None or result.failure.stage != "read":
+                    raised.add(result.failure and result.failure.reason)
+                if raised.all_of_the_first(no_more=images == len(left)):
+                    writer.flush()
+                    _stop_if_all_failed(raised, run, policy)
+                if now - written > _SECONDS_BETWEEN_SHARDS:
+                    writer.flush()
+                    written = now
+                if now - reported > _SECONDS_BETWEEN_LINES or images == len(left):
+                    self._report(self.progress)
+                    reported = now
+                yield result
+        finally:
+            writer.flush()
+            run.standing = before.standing(writer.taken)
 
 
-def _process(
-    left: Sequence[ImageRecord],
-    before: Progress,
+def run_policy(
+    records: Sequence[ImageRecord],
+    policy: str,
     start: Callable[[Sequence[ImageRecord]], Stream],
     run: RunFolder,
     report: Callable[[Progress], None],
-    begun: float,
+    *,
+    retry_failed: bool = False,
 ) -> Progress:
-    """Process the images that are left, with the progress of earlier drivers in `before`."""
-    policy, at_work = before.policy, run.seconds_at_work(before.policy)
-    state = before
-    stream = start(left)
-    records = {record.image_id: record for record in left}
-    writer = ShardWriter(run, policy, records, stream.commit)
-    failed = tiles = 0
-    raised = RaisedOn()
-    first = reported = written = time.monotonic()
-    try:
-        for images, result in enumerate(stream, start=1):
-            now = time.monotonic()
-            if images == 1:
-                first = now - stream.seconds_at_work()
-                writer.work_began(at_work + first - begun)
-            writer.add(result, at_work + now - begun)
-            _log(result, policy, records[result.image_id].file_name)
-            failed += result.failure is not None
-            tiles += result.tiles
-            state = replace(
-                before,
-                done=before.done + images,
-                failed=failed,
-                tiles=tiles,
-                images=images,
-                seconds=now - first,
-                elapsed=now - begun,
-            )
-            if result.failure is None or result.failure.stage != "read":
-                raised.add(result.failure and result.failure.reason)
-            if raised.all_of_the_first(no_more=images == len(left)):
-                writer.flush()
-                _stop_if_all_failed(raised, run, policy)
-            if now - written > _SECONDS_BETWEEN_SHARDS:
-                writer.flush()
-                written = now
-            if now - reported > _SECONDS_BETWEEN_LINES or images == len(left):
-                report(state)
-                reported = now
-    finally:
-        writer.flush()
-        run.standing = before.standing(writer.taken)
-    return state
+    """Process all images that are not in the run folder yet, and write their results; see `PolicyRun`.
+
+    Returns:
+        The progress at the end.
+    """
+    work = PolicyRun(records, policy, start, run, report, retry_failed=retry_failed)
+    for _ in work:
+        pass
+    return work.progress
 
 
 def _stop_if_all_failed(raised: RaisedOn, run: RunFolder, policy: str) -> None:

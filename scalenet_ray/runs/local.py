@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
+from operator import getitem
 from typing import Any, Protocol
 
 from scalenet_ray.core.detections import Failure, ImageResult, TileResult
@@ -31,6 +33,10 @@ class Session(Protocol):
         """Call a function on the engine and return its result."""
         ...
 
+    def hold(self, values: Sequence[Any]) -> Callable[[int], Any]:
+        """Keep values where the workers reach them; returns a picklable function: position -> value."""
+        ...
+
     def start(
         self, images: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage
     ) -> Stream:
@@ -44,6 +50,10 @@ class LocalSession:
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function."""
         return function(*args)
+
+    def hold(self, values: Sequence[Any]) -> Callable[[int], Any]:
+        """Keep values in this process."""
+        return partial(getitem, values)
 
     def start(
         self, images: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage

@@ -1,4 +1,4 @@
-"""Recursive detection on one image: get_scaled_prediction and its result, in the shape of SAHI's."""
+"""Recursive detection on one image, with the arguments and result of SAHI's `get_sliced_prediction`."""
 
 from __future__ import annotations
 
@@ -6,40 +6,29 @@ import os
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from scalenet_ray.api.inputs import checked_pixels
+from scalenet_ray.api.prediction import Prediction
 from scalenet_ray.console import say, step_table
 from scalenet_ray.core.detections import Detections, ImageResult
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.geometry import AnyImage, whole_pixels
+from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.core.inference import AnyScalePredictor, FeatureScalePredictor
 from scalenet_ray.core.merge import SuppressionMethod, merge_detections, nms
 from scalenet_ray.core.policy import Policy, check_smallest_object, parse_policy
 from scalenet_ray.core.recursion import Step, recursive_detect
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import to_results
-from scalenet_ray.data.formats import to_supervision
 from scalenet_ray.data.images import decode_image, to_rgb
 from scalenet_ray.data.rasters import open_raster
 from scalenet_ray.models.checked_detector import CheckedDetector
 from scalenet_ray.models.detectors import Detector, load_detector, takes_tiles
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 
-if TYPE_CHECKING:
-    import supervision  # pyright: ignore[reportMissingImports]
-
-__all__ = [
-    "BoundingBox",
-    "Category",
-    "ObjectPrediction",
-    "ScaledPrediction",
-    "Score",
-    "get_scaled_prediction",
-]
+__all__ = ["ScaledPrediction", "get_scaled_prediction", "ready_policy"]
 
 T = TypeVar("T")
 
@@ -57,12 +46,10 @@ _OF_SLICING = {
     "slice_export_prefix": "pixels are cut in memory and never written; the windows are in the result's `steps`",
     "progress_bar": "give verbose=2 for each step",
     "progress_callback": "give verbose=2 for each step",
-    "batch_size": "one image's few windows run one after the other; many images in batches: jobs/detect.py",
+    "batch_size": "one image's few windows run one after the other; many images in batches: scalenet_ray.detect",
     "force_postprocess_type": "what is asked for is what is done",
 }
 """Arguments of SAHI's `get_sliced_prediction` that have no meaning here, and what to do instead."""
-
-_PICTURE_SIDE = 4096
 
 
 def get_scaled_prediction(
@@ -182,10 +169,7 @@ def _pixels(image: str | os.PathLike[str] | np.ndarray | Image.Image) -> AnyImag
     if not isinstance(image, np.ndarray):
         raster = open_raster(image)
         return decode_image(storage.read_bytes(image)) if raster is None else raster
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-        msg = f"an image must be [h, w, 3] uint8 RGB, got shape {list(image.shape)} of {image.dtype}: convert it"
-        raise UserError(msg)
-    return image
+    return checked_pixels(image)
 
 
 def _networks(
@@ -220,10 +204,7 @@ def _policy(
             else "scalenet"
         )
     if isinstance(policy, Policy):
-        if smallest_object is not None:
-            msg = f"smallest_object is for policies by name, got policy {policy.name}: set its regions.smallest_object"
-            raise UserError(msg)
-        return policy
+        return ready_policy(policy, smallest_object)
     named = parse_policy(
         policy,
         input_side=detector.input_side,
@@ -236,6 +217,14 @@ def _policy(
         msg = f"policy {named.name} reads the ground truth, which one image has not: give another one"
         raise UserError(msg)
     return replace(named, merging=replace(named.merging, method=_SUPPRESSION[postprocess_type.upper()]))
+
+
+def ready_policy(policy: Policy, smallest_object: float | None) -> Policy:
+    """The policy itself; raises `UserError` if a smallest object, which is for policies by name, is given too."""
+    if smallest_object is not None:
+        msg = f"smallest_object is for policies by name, got policy {policy.name}: set its regions.smallest_object"
+        raise UserError(msg)
+    return policy
 
 
 def _slices(policy: str | Policy | None, height: int | None, width: int | None) -> str:
@@ -278,50 +267,8 @@ def _wanted(
     return found[(found.scores >= threshold) & ~np.isin(found.labels, excluded)]
 
 
-class BoundingBox(NamedTuple):
-    """A box, in image pixels."""
-
-    minx: float
-    miny: float
-    maxx: float
-    maxy: float
-
-    def to_xyxy(self) -> list[float]:
-        """[minx, miny, maxx, maxy], in image pixels."""
-        return list(self)
-
-
-class Category(NamedTuple):
-    """A category: its id and its name."""
-
-    id: int
-    name: str
-
-
-class Score(NamedTuple):
-    """Confidence score, in [0, 1]."""
-
-    value: float
-
-
-class ObjectPrediction(NamedTuple):
-    """One object.
-
-    Attributes:
-        bbox: in image pixels.
-        category: id and name.
-        score: in [0, 1].
-        depth: zoom depth of the tile that it was found in; 0 for the whole image.
-    """
-
-    bbox: BoundingBox
-    category: Category
-    score: Score
-    depth: int
-
-
-@dataclass(frozen=True, eq=False)
-class ScaledPrediction:
+@dataclass(frozen=True, eq=False, repr=False)
+class ScaledPrediction(Prediction):
     """Result of `get_scaled_prediction`: objects, and the steps that led to them.
 
     Attributes:
@@ -342,31 +289,6 @@ class ScaledPrediction:
     detector_passes: float
     durations_in_seconds: Mapping[str, float] = field(default_factory=dict)
 
-    @property
-    def image(self) -> Image.Image:
-        """The image as a Pillow image; one that is read by window is reduced, to a longer side of 4096 or more."""
-        return Image.fromarray(whole_pixels(self.pixels, _PICTURE_SIDE))
-
-    @property
-    def image_height(self) -> int:
-        """In pixels."""
-        return self.pixels.shape[0]
-
-    @property
-    def image_width(self) -> int:
-        """In pixels."""
-        return self.pixels.shape[1]
-
-    @cached_property
-    def object_prediction_list(self) -> list[ObjectPrediction]:
-        """The objects, the best first."""
-        found = self.detections
-        columns = (found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), found.depth.tolist())
-        return [
-            ObjectPrediction(BoundingBox(*box), Category(label, self.categories[label]), Score(score), depth)
-            for box, label, score, depth in zip(*columns, strict=True)
-        ]
-
     def found_in_whole_image(self, confidence_threshold: float) -> Detections:
         """Detections of the pass over the whole image alone, without the recursion.
 
@@ -377,68 +299,3 @@ class ScaledPrediction:
         passes = [step for step in self.steps if step.result.detector_pixels and step.tile.window.xyxy == whole]
         found = merge_detections([step.result.detections for step in passes[:1]], self.policy.merging)
         return found[found.scores >= confidence_threshold]
-
-    def to_coco_predictions(self, image_id: int | None = None) -> list[dict[str, Any]]:
-        """The objects as COCO results, each with its category's name and its area in square image pixels.
-
-        Args:
-            image_id: the image's id in its data set; None if it has none.
-        """
-        found = self.detections
-        rows = to_results(0, found, (self.image_height, self.image_width))
-        return [
-            {
-                **row,
-                "image_id": image_id,
-                "category_name": self.categories[row["category_id"]],
-                "iscrowd": 0,
-                "area": round(area, 3),
-            }
-            for row, area in zip(rows, found.areas.tolist(), strict=True)
-        ]
-
-    def to_coco_annotations(self) -> list[dict[str, Any]]:
-        """The objects as COCO annotations: as `to_coco_predictions`, without scores."""
-        return [{key: row[key] for key in row if key != "score"} for row in self.to_coco_predictions()]
-
-    def to_supervision(self) -> supervision.Detections:
-        """The objects as `supervision.Detections`; see `data.formats.to_supervision`."""
-        return to_supervision(self.detections, self.categories, (self.image_height, self.image_width))
-
-    def export_visuals(
-        self,
-        export_dir: str,
-        text_size: float | None = None,
-        rect_th: float | None = None,
-        hide_labels: bool = False,
-        hide_conf: bool = False,
-        file_name: str = "prediction_visual",
-    ) -> str:
-        """Write the image with its boxes drawn, those found by the recursion in another colour.
-
-        Args:
-            export_dir: folder or s3:// prefix.
-            text_size: in points at 100 dots an inch; None for 7.
-            rect_th: the lines' width, in points; None for 1.5.
-            hide_labels: no text at all.
-            hide_conf: no scores.
-            file_name: without its suffix, which is .png.
-
-        Returns:
-            The file's address.
-        """
-        from scalenet_ray.report.charts import drawing
-        from scalenet_ray.report.recursion_figure import NEW, SEEN, draw_boxes, picture_bytes
-
-        objects = [] if hide_labels else self.object_prediction_list
-        texts = [found.category.name + ("" if hide_conf else f" {found.score.value:.2f}") for found in objects]
-        colours = [NEW if depth else SEEN for depth in self.detections.depth.tolist()]
-        picture = self.image
-        with drawing(picture.width / 100, picture.height / 100) as figure:
-            figure.set_layout_engine("none")
-            axes = figure.add_axes((0, 0, 1, 1))
-            style = {"line_width": rect_th or 1.5, "text_size": text_size or 7.0}
-            draw_boxes(axes, self.pixels, self.detections, colours, texts=texts, **style)
-            uri = storage.join(export_dir, f"{file_name}.png")
-            storage.write_bytes_atomic(uri, picture_bytes(figure, "png", 100.0))
-        return uri

@@ -1,0 +1,215 @@
+"""Detection in many images from Python."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import scalenet_ray
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.inference import OracleScalePredictor
+from scalenet_ray.runs.folder import RunFolder
+from tests.oracles import CATEGORIES, PerfectDetector, TruthOfSquares, clustered_squares, draw_squares
+
+SIDE = 128
+DETECTOR = PerfectDetector(5, input_side=SIDE)
+WAYS = ["arrays", "pillow", "bytes", "addresses", "rows", "undecoded rows", "tuples", "torch"]
+SQUARES = [clustered_squares(seed, (SIDE, SIDE), (7, 9), 4, extent=44) for seed in range(4)]
+SCENES = [draw_squares((SIDE, SIDE), boxes, labels) for boxes, labels in SQUARES]
+COUNTS = [len(labels) for _, labels in SQUARES]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of the scenes as PNG files."""
+    (tmp_path / "images").mkdir()
+    for i, scene in enumerate(SCENES):
+        Image.fromarray(scene).save(tmp_path / "images" / f"{i}.png")
+    return tmp_path / "images"
+
+
+def png(scene: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(scene).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def found(predictions: Any) -> list[tuple[str, list[list[float]]]]:
+    return [(prediction.source, prediction.detections.boxes.tolist()) for prediction in predictions]
+
+
+def test_a_folder_gives_what_each_image_gives_alone(folder: Path) -> None:
+    predictions = scalenet_ray.detect(folder, DETECTOR)
+    assert predictions.total == 4
+    for i, (prediction, scene) in enumerate(zip(predictions, SCENES, strict=True)):
+        alone = scalenet_ray.get_scaled_prediction(scene, DETECTOR, verbose=0)
+        assert prediction.source == str(folder / f"{i}.png")
+        assert len(prediction.detections) == COUNTS[i]
+        np.testing.assert_array_equal(prediction.detections.boxes, alone.detections.boxes)
+        assert prediction.image_hw == (SIDE, SIDE)
+        np.testing.assert_array_equal(prediction.pixels, scene)
+
+
+@pytest.mark.parametrize(
+    "kind", ["arrays", "pillow", "bytes", "addresses", "rows", "undecoded rows", "tuples", "torch"]
+)
+def test_every_way_to_hand_over_images_finds_the_same(folder: Path, kind: str) -> None:
+    files = [folder / f"{i}.png" for i in range(4)]
+
+    class TorchDataset:
+        """Has a length and items, and no iterator."""
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, position: int) -> tuple[Image.Image, int]:
+            return Image.fromarray(SCENES[position]), position
+
+    images: Any = {
+        "arrays": SCENES,
+        "pillow": (Image.fromarray(scene) for scene in SCENES),
+        "bytes": [png(scene) for scene in SCENES],
+        "addresses": files,
+        "rows": [{"image": scene, "site": i} for i, scene in enumerate(SCENES)],
+        "undecoded rows": [{"image": {"bytes": png(scene), "path": None}} for scene in SCENES],
+        "tuples": [(scene, 1) for scene in SCENES],
+        "torch": TorchDataset(),
+    }[kind]
+    predictions = list(scalenet_ray.detect(images, DETECTOR))
+    wanted = found(scalenet_ray.detect(folder, DETECTOR))
+    assert [boxes for _, boxes in found(predictions)] == [boxes for _, boxes in wanted]
+    if kind != "addresses":
+        assert [prediction.source for prediction in predictions] == [f"image {i}" for i in range(4)]
+    if kind == "rows":
+        assert [prediction.row for prediction in predictions] == [{"site": i} for i in range(4)]
+
+
+def test_one_image_is_a_list_of_one() -> None:
+    (prediction,) = scalenet_ray.detect(SCENES[0], DETECTOR)
+    assert len(prediction.detections) == COUNTS[0]
+
+
+def test_a_bad_image_costs_itself_alone(folder: Path) -> None:
+    (folder / "2.png").write_bytes(b"no image")
+    predictions = list(scalenet_ray.detect(folder, DETECTOR))
+    assert [prediction.failure is None for prediction in predictions] == [True, True, False, True]
+    assert predictions[2].failure is not None
+    assert predictions[2].failure.stage == "read"
+    assert "failed:" in repr(predictions[2])
+
+
+def test_a_scale_net_object_and_a_policy_object_are_used() -> None:
+    scene, net = SCENES[2], OracleScalePredictor(TruthOfSquares({1: SQUARES[2][0]}))
+    policy = scalenet_ray.parse_policy("scalenet", input_side=SIDE, iou_threshold=DETECTOR.iou_threshold)
+    near_sighted = PerfectDetector(12, input_side=SIDE)
+    (prediction,) = scalenet_ray.detect([scene], near_sighted, policy=policy, scale_net=net)
+    assert prediction.detections.depth.tolist() == [1] * COUNTS[2]
+
+
+def test_classes_and_the_threshold_choose(folder: Path) -> None:
+    red = [p.detections.labels.tolist() for p in scalenet_ray.detect(folder, DETECTOR, classes=["red"])]
+    everything = [p.detections.labels.tolist() for p in scalenet_ray.detect(folder, DETECTOR)]
+    assert red == [[label for label in labels if label == 1] for labels in everything]
+    assert any(red)
+    assert not any(len(p.detections) for p in scalenet_ray.detect(folder, DETECTOR, confidence_threshold=0.99))
+
+
+def test_the_run_folder_is_a_detection_run_and_can_be_resumed(folder: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "run")
+    predictions = scalenet_ray.detect(folder, DETECTOR, output=output)
+    first = [next(predictions) for _ in range(2)]
+    del predictions
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    resumed = list(scalenet_ray.detect(folder, DETECTOR, output=output, resume=True))
+    assert found(resumed[:2]) == found(first)
+    assert len(resumed) == 4
+    assert {"metrics.json", "report.html", "results.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert found(resumed) == found(scalenet_ray.detect(folder, DETECTOR))
+    assert found(scalenet_ray.detect(folder, DETECTOR, output=output, resume=True)) == found(resumed)
+
+
+def test_an_interrupted_iteration_releases_the_run(folder: Path, tmp_path: Path) -> None:
+    predictions = scalenet_ray.detect(folder, DETECTOR, output=str(tmp_path / "run"))
+    next(predictions)
+    with pytest.raises(FileExistsError):
+        scalenet_ray.detect(folder, DETECTOR, output=str(tmp_path / "run"))
+    del predictions
+    assert RunFolder(str(tmp_path / "run")).finished("regions")
+
+
+def test_progress_is_reported(folder: Path) -> None:
+    seen = []
+    list(scalenet_ray.detect(folder, DETECTOR, progress=seen.append))
+    assert (seen[-1].done, seen[-1].total, seen[-1].failed) == (4, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("images", "arguments", "message"),
+    [
+        (3, {}, "images must be an address, an image, or an iterable of them, got int"),
+        ([3], {}, "an image must be an address, .* got int as number 0"),
+        ([], {}, "images must hold at least one image, got none"),
+        ([np.zeros((4, 4), np.uint8)], {}, r"an image must be \[h, w, 3\] uint8 RGB, got shape \[4, 4\]"),
+        ([{"picture": SCENES[0]}], {}, "rows must have a column one of image, .* got picture: give column"),
+        ([{"image": SCENES[0]}], {"column": "photo"}, "rows must have a column photo with the image, got image"),
+        (SCENES, {"resume": True}, "got no output: leave resume out"),
+        (SCENES, {"resume": True, "output": "runs/x"}, "got images without addresses: leave resume out"),
+        (SCENES, {"classes": ["purple"]}, "purple"),
+        (SCENES, {"policy": "sideways"}, "sideways"),
+        (SCENES, {"policy": "oracle"}, "policy oracle reads the ground truth"),
+        (SCENES, {"policy": "whole", "smallest_object": 3.0}, "a smallest object is for regions"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_work(images: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        scalenet_ray.detect(images, DETECTOR, **arguments)
+
+
+def test_a_prediction_gives_crops_pictures_and_one_line(folder: Path, tmp_path: Path) -> None:
+    prediction = next(scalenet_ray.detect(folder, DETECTOR))
+    assert repr(prediction).startswith(f"ImagePrediction({folder / '0.png'}: {COUNTS[0]} objects: ")
+    for crop, box, label in zip(
+        prediction.crops(), prediction.detections.boxes, prediction.detections.labels, strict=True
+    ):
+        width, height = box[2:] - box[:2]
+        assert abs(crop.shape[0] - height) <= 2
+        assert abs(crop.shape[1] - width) <= 2
+        middle = crop[crop.shape[0] // 2, crop.shape[1] // 2]
+        assert ["red", "green", "blue"][middle.argmax()] == CATEGORIES[label]
+    wider = prediction.crops(margin=0.5)
+    assert all(more.size > less.size for more, less in zip(wider, prediction.crops(), strict=True))
+    assert Image.open(io.BytesIO(prediction._repr_png_())).size == (SIDE, SIDE)
+    written = prediction.export_visuals(str(tmp_path), file_name="drawn", export_format="jpg")
+    with Image.open(written) as picture:
+        assert picture.format == "JPEG"
+
+
+@pytest.mark.ray
+def test_on_ray_it_finds_the_same_in_arrays_and_data_sets(ray_session: None) -> None:
+    import ray.data
+
+    wanted = {boxes.__repr__() for _, boxes in found(scalenet_ray.detect(SCENES, DETECTOR, engine="local"))}
+    on_ray = scalenet_ray.detect(SCENES, DETECTOR)
+    assert {boxes.__repr__() for _, boxes in found(on_ray)} == wanted
+    rows = ray.data.from_items([{"image": png(scene), "site": i} for i, scene in enumerate(SCENES)])
+    objects = scalenet_ray.detect(rows, DETECTOR).to_dataset()
+    table = objects.to_pandas().sort_values(["site", "score"])
+    assert set(table.columns) == {"site", "source", "category", "score", "x0", "y0", "x1", "y1", "depth"}
+    assert table.groupby("site").size().tolist() == COUNTS
+
+
+@pytest.mark.ray
+def test_a_data_set_of_objects_warns_of_images_that_failed(ray_session: None) -> None:
+    with pytest.warns(UserWarning, match="1 of 2 images failed and have no rows, the first is .*image 1: failed"):
+        objects = scalenet_ray.detect([SCENES[0], b"no image"], DETECTOR, engine="local").to_dataset()
+    assert objects.count() == COUNTS[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        empty = scalenet_ray.detect([np.zeros_like(SCENES[0])], DETECTOR, engine="local").to_dataset()
+    assert empty.count() == 0
