@@ -55,7 +55,7 @@ _COLUMNS = (
     ("images/s", "images_per_second"),
 )
 
-_MOST_CLASSES = 5
+_MOST_CLASSES = 20
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Job = TypeVar("Job")
@@ -72,22 +72,28 @@ def policy_table(document: Mapping[str, Any]) -> str:
 
 
 def found_lines(document: Mapping[str, Any]) -> str:
-    """Summarise a run without ground truth: boxes, images, the most frequent classes, and the boxes new by zooming.
+    """Summarise a run without ground truth: the classes and images with most boxes, and the boxes new by zooming.
 
     Args:
-        document: contents of metrics.json, with "found" (`analyse_detections`) and "categories", id -> name.
+        document: contents of metrics.json, with "found" (`FoundCounts`) and "categories", id -> name.
     """
     found, done = document["found"], document["images"]["done"]
     names = {str(label): name for label, name in document["categories"].items()}
-    classes = [
-        f"{names.get(str(row['label']), 'category ' + str(row['label']))} {row['boxes']}" for row in found["by_class"]
-    ]
-    more = f" and {len(classes) - _MOST_CLASSES} classes more" if len(classes) > _MOST_CLASSES else ""
-    listed = f": {', '.join(classes[:_MOST_CLASSES])}{more}" if classes else ""
-    lines = [
+    classes, lines = found["by_class"], []
+    if classes:
+        rows = [["class", "boxes", "images", *(["new by zooming"] if found["compared"] else []), "median side"]]
+        for row in classes[:_MOST_CLASSES]:
+            name = names.get(str(row["label"]), f"category {row['label']}")
+            new = [str(row["new"])] if found["compared"] else []
+            rows.append([name, str(row["boxes"]), str(row["images"]), *new, f"{row['median_side']:.0f} px"])
+        more = len(classes) - _MOST_CLASSES
+        lines += [_aligned(rows), *([f"and {_counted(more, 'class', 'classes')} more"] if more > 0 else [])]
+        listed = (f"{row['file'].rpartition('/')[2]} ({row['boxes']})" for row in found["most"])
+        lines.append(f"most boxes: {', '.join(listed)}")
+    lines.append(
         f"found {_counted(found['boxes'], 'box', 'boxes')} that score {SHOWN_SCORE:g} or more, in {found['images']} of "
-        f"{_counted(done, 'image')}{listed}"
-    ]
+        f"{_counted(done, 'image')}"
+    )
     if found["compared"]:
         among = "" if found["compared"] == done else f"in {_counted(found['compared'], 'image')} with such a pass, "
         lines.append(among + closer_look_in_words(found))

@@ -508,10 +508,13 @@ class DetectionRun:
             The content of metrics.json.
         """
         session, run, policy = self._session, self._run, self._policy
-        document = write_summary(session, run, {policy.name: {"kind": policy.kind}}, len(self.records))
+        document = write_summary(session, run, {policy.name: {"kind": policy.kind}}, len(self.records), name_files=True)
         document["categories"] = self._detector.categories
         ids = [record.image_id for record in self.records]
         analysis: DetectionAnalysis = session.call(analyse_detections, run.uri, policy.name, ids)
+        files = {record.image_id: record.file_name for record in self.records}
+        for row in analysis["found"]["most"]:
+            row["file"] = files[row["id"]]
         document["found"] = analysis["found"]
         run.write_json("metrics.json", document)
         looks = [(policy, _own_networks(_on_cpu(self._networks), self._detector))]
@@ -553,7 +556,14 @@ def _baseline(policies: Sequence[Policy]) -> str:
     return next(policy.name for policy in (*named, *whole, *honest, *policies))
 
 
-def write_summary(session: Session, run: RunFolder, figures: Mapping[str, Mapping[str, Any]], total: int) -> Metrics:
+def write_summary(
+    session: Session,
+    run: RunFolder,
+    figures: Mapping[str, Mapping[str, Any]],
+    total: int,
+    *,
+    name_files: bool = False,
+) -> Metrics:
     """Write failures.parquet, the COCO results and metrics.json of a finished run.
 
     results.json holds the first policy's results, results/NAME.json those of each.
@@ -563,6 +573,7 @@ def write_summary(session: Session, run: RunFolder, figures: Mapping[str, Mappin
         run: the run folder; all policies are done.
         figures: policy -> its metrics; speed and cost are added here.
         total: images of the run.
+        name_files: give each COCO result the image's file and size, for images without annotations that would.
 
     Returns:
         The content of metrics.json.
@@ -571,7 +582,7 @@ def write_summary(session: Session, run: RunFolder, figures: Mapping[str, Mappin
     failures = run.write_failures(policies)
     for i, policy in enumerate(policies):
         names = [f"results/{policy}.json", *(["results.json"] if i == 0 else [])]
-        session.call(write_policy_results, run.uri, policy, names)
+        session.call(write_policy_results, run.uri, policy, names, name_files)
     failed = len(set(failures.column("image_id").to_pylist()))
     document: Metrics = {
         "images": {"total": total, "done": total - failed, "failed": failed},

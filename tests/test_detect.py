@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ WAYS = ["arrays", "pillow", "bytes", "addresses", "rows", "undecoded rows", "tup
 SQUARES = [clustered_squares(seed, (SIDE, SIDE), (7, 9), 4, extent=44) for seed in range(4)]
 SCENES = [draw_squares((SIDE, SIDE), boxes, labels) for boxes, labels in SQUARES]
 COUNTS = [len(labels) for _, labels in SQUARES]
+
+
+detect = partial(scalenet_ray.detect, engine="local")
+"""In this process, where Ray may run for other tests."""
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ def found(predictions: Any) -> list[tuple[str, list[list[float]]]]:
 
 
 def test_a_folder_gives_what_each_image_gives_alone(folder: Path) -> None:
-    predictions = scalenet_ray.detect(folder, DETECTOR)
+    predictions = detect(folder, DETECTOR)
     assert predictions.total == 4
     for i, (prediction, scene) in enumerate(zip(predictions, SCENES, strict=True)):
         alone = scalenet_ray.get_scaled_prediction(scene, DETECTOR, verbose=0)
@@ -81,8 +86,8 @@ def test_every_way_to_hand_over_images_finds_the_same(folder: Path, kind: str) -
         "tuples": [(scene, 1) for scene in SCENES],
         "torch": TorchDataset(),
     }[kind]
-    predictions = list(scalenet_ray.detect(images, DETECTOR))
-    wanted = found(scalenet_ray.detect(folder, DETECTOR))
+    predictions = list(detect(images, DETECTOR))
+    wanted = found(detect(folder, DETECTOR))
     assert [boxes for _, boxes in found(predictions)] == [boxes for _, boxes in wanted]
     if kind != "addresses":
         assert [prediction.source for prediction in predictions] == [f"image {i}" for i in range(4)]
@@ -91,13 +96,13 @@ def test_every_way_to_hand_over_images_finds_the_same(folder: Path, kind: str) -
 
 
 def test_one_image_is_a_list_of_one() -> None:
-    (prediction,) = scalenet_ray.detect(SCENES[0], DETECTOR)
+    (prediction,) = detect(SCENES[0], DETECTOR)
     assert len(prediction.detections) == COUNTS[0]
 
 
 def test_a_bad_image_costs_itself_alone(folder: Path) -> None:
     (folder / "2.png").write_bytes(b"no image")
-    predictions = list(scalenet_ray.detect(folder, DETECTOR))
+    predictions = list(detect(folder, DETECTOR))
     assert [prediction.failure is None for prediction in predictions] == [True, True, False, True]
     assert predictions[2].failure is not None
     assert predictions[2].failure.stage == "read"
@@ -108,44 +113,44 @@ def test_a_scale_net_object_and_a_policy_object_are_used() -> None:
     scene, net = SCENES[2], OracleScalePredictor(TruthOfSquares({1: SQUARES[2][0]}))
     policy = scalenet_ray.parse_policy("scalenet", input_side=SIDE, iou_threshold=DETECTOR.iou_threshold)
     near_sighted = PerfectDetector(12, input_side=SIDE)
-    (prediction,) = scalenet_ray.detect([scene], near_sighted, policy=policy, scale_net=net)
+    (prediction,) = detect([scene], near_sighted, policy=policy, scale_net=net)
     assert prediction.detections.depth.tolist() == [1] * COUNTS[2]
 
 
 def test_classes_and_the_threshold_choose(folder: Path) -> None:
-    red = [p.detections.labels.tolist() for p in scalenet_ray.detect(folder, DETECTOR, classes=["red"])]
-    everything = [p.detections.labels.tolist() for p in scalenet_ray.detect(folder, DETECTOR)]
+    red = [p.detections.labels.tolist() for p in detect(folder, DETECTOR, classes=["red"])]
+    everything = [p.detections.labels.tolist() for p in detect(folder, DETECTOR)]
     assert red == [[label for label in labels if label == 1] for labels in everything]
     assert any(red)
-    assert not any(len(p.detections) for p in scalenet_ray.detect(folder, DETECTOR, confidence_threshold=0.99))
+    assert not any(len(p.detections) for p in detect(folder, DETECTOR, confidence_threshold=0.99))
 
 
 def test_the_run_folder_is_a_detection_run_and_can_be_resumed(folder: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "run")
-    predictions = scalenet_ray.detect(folder, DETECTOR, output=output)
+    predictions = detect(folder, DETECTOR, output=output)
     first = [next(predictions) for _ in range(2)]
     del predictions
     assert not (tmp_path / "run" / "metrics.json").exists()
-    resumed = list(scalenet_ray.detect(folder, DETECTOR, output=output, resume=True))
+    resumed = list(detect(folder, DETECTOR, output=output, resume=True))
     assert found(resumed[:2]) == found(first)
     assert len(resumed) == 4
     assert {"metrics.json", "report.html", "results.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
-    assert found(resumed) == found(scalenet_ray.detect(folder, DETECTOR))
-    assert found(scalenet_ray.detect(folder, DETECTOR, output=output, resume=True)) == found(resumed)
+    assert found(resumed) == found(detect(folder, DETECTOR))
+    assert found(detect(folder, DETECTOR, output=output, resume=True)) == found(resumed)
 
 
 def test_an_interrupted_iteration_releases_the_run(folder: Path, tmp_path: Path) -> None:
-    predictions = scalenet_ray.detect(folder, DETECTOR, output=str(tmp_path / "run"))
+    predictions = detect(folder, DETECTOR, output=str(tmp_path / "run"))
     next(predictions)
     with pytest.raises(FileExistsError):
-        scalenet_ray.detect(folder, DETECTOR, output=str(tmp_path / "run"))
+        detect(folder, DETECTOR, output=str(tmp_path / "run"))
     del predictions
     assert RunFolder(str(tmp_path / "run")).finished("regions")
 
 
 def test_progress_is_reported(folder: Path) -> None:
     seen = []
-    list(scalenet_ray.detect(folder, DETECTOR, progress=seen.append))
+    list(detect(folder, DETECTOR, progress=seen.append))
     assert (seen[-1].done, seen[-1].total, seen[-1].failed) == (4, 4, 0)
 
 
@@ -168,11 +173,11 @@ def test_progress_is_reported(folder: Path) -> None:
 )
 def test_bad_arguments_are_refused_before_the_work(images: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        scalenet_ray.detect(images, DETECTOR, **arguments)
+        detect(images, DETECTOR, **arguments)
 
 
 def test_a_prediction_gives_crops_pictures_and_one_line(folder: Path, tmp_path: Path) -> None:
-    prediction = next(scalenet_ray.detect(folder, DETECTOR))
+    prediction = next(detect(folder, DETECTOR))
     assert repr(prediction).startswith(f"ImagePrediction({folder / '0.png'}: {COUNTS[0]} objects: ")
     for crop, box, label in zip(
         prediction.crops(), prediction.detections.boxes, prediction.detections.labels, strict=True

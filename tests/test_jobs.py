@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -404,16 +406,65 @@ def test_detect_says_what_was_found(sample: Path, tmp_path: Path, capsys: pytest
     assert load_job("detect").main(detect_job(sample / "val2017", tmp_path / "run")) == 0
     metrics = read_json(tmp_path / "run" / "metrics.json")
     found, lines = metrics["found"], capsys.readouterr().out.splitlines()
-    most = found["by_class"][0]
-    assert lines[-3].startswith(
-        f"found {found['boxes']} boxes that score 0.3 or more, in {found['images']} of 8 images: "
-        f"{metrics['categories'][str(most['label'])]} {most['boxes']}, "
-    )
+    assert lines[-3] == f"found {found['boxes']} boxes that score 0.3 or more, in {found['images']} of 8 images"
+    by_name = {metrics["categories"][str(row["label"])]: row for row in found["by_class"]}
+    header = lines.index(next(line for line in lines if line.startswith("class ")))
+    for line in lines[header + 1 : header + 1 + len(by_name)]:
+        name, boxes, images, new, side, _ = line.split()
+        row = by_name[name]
+        assert [int(boxes), int(images), int(new)] == [row["boxes"], row["images"], row["new"]]
+        assert float(side) == round(row["median_side"])
+    first = found["most"][0]
+    assert lines[-4].startswith(f"most boxes: {Path(first['file']).name} ({first['boxes']}), ")
+    assert sum(row["boxes"] for row in found["most"]) == found["boxes"]
     assert lines[-2].startswith(
         f"{found['boxes'] - found['before']} more than the pass over the whole image alone finds ({found['before']}): "
         f"{found['new']} new by looking closer, {found['lost']} lost"
     )
     assert lines[-1].endswith(f"results in {tmp_path / 'run'} (open its report.html)")
+
+
+def test_detect_writes_pictures_crops_and_a_csv_of_what_scores_enough(sample: Path, tmp_path: Path) -> None:
+    asked = {"save_images": True, "save_crops": True, "csv": True, "min_score": 0.5, "policy": "grid-2"}
+    job = detect_job(sample / "val2017", tmp_path / "run", limit=3, **asked)
+    assert load_job("detect").main(job) == 0
+    results = read_json(tmp_path / "run" / "results.json")
+    shown = [row for row in results if row["score"] >= 0.5]
+    assert 0 < len(shown) < len(results)
+    names = read_json(tmp_path / "run" / "metrics.json")["categories"]
+    pictures = sorted((tmp_path / "run" / "pictures").iterdir())
+    assert [path.name for path in pictures] == sorted(
+        f"{row:06d}-{Path(file).stem}.jpg"
+        for row, file in {row["image_id"]: row["file_name"] for row in results}.items()
+    )
+    for path, row in zip(pictures, {row["image_id"]: row for row in results}.values(), strict=True):
+        with Image.open(path) as picture:
+            assert picture.size == (row["width"], row["height"])
+    crops = [path.parent.name for path in (tmp_path / "run" / "crops").rglob("*.jpg")]
+    assert Counter(crops) == Counter(names[str(row["category_id"])] for row in shown)
+    with (tmp_path / "run" / "detections.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["confidence"]) for row in rows] == [row["score"] for row in shown]
+    # What an interrupted run has not drawn yet, the resumed one draws.
+    pictures[0].unlink()
+    assert load_job("detect").main(replace(job, resume=True)) == 0
+    assert sorted((tmp_path / "run" / "pictures").iterdir()) == pictures
+
+
+def test_a_picture_that_cannot_be_read_again_is_named(
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = detect_job(sample / "val2017", tmp_path / "run", limit=2, policy="whole")
+    assert load_job("detect").main(job) == 0
+    image = next(iter(sorted((sample / "val2017").iterdir())))
+    data = image.read_bytes()
+    try:
+        image.write_bytes(b"gone")
+        assert load_job("detect").main(replace(job, resume=True, save_images=True)) == 0
+    finally:
+        image.write_bytes(data)
+    assert f"pictures of 1 images could not be written, the first: {image}: " in capsys.readouterr().out
+    assert len(list((tmp_path / "run" / "pictures").iterdir())) == 1
 
 
 def test_detect_has_no_ground_truth_for_an_oracle(

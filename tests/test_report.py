@@ -138,12 +138,13 @@ def test_a_run_that_lost_every_image_has_a_page_without_pictures(tmp_path: Path)
 
 def found_page(**changes: Any) -> str:
     """The page of a run of `detect`: 6 boxes in 2 of 4 images, 3 of them new, one lost, one a second on an object."""
-    row = {"label": 1, "boxes": 6, "images": 2, "after": 6, "before": 3, "new": 3, "lost": 1}
+    row = {"label": 1, "boxes": 6, "images": 2, "after": 6, "before": 3, "new": 3, "lost": 1, "median_side": 17.4}
     document = {
         "images": {"total": 4, "done": 4, "failed": 0},
         "policies": {"first-pass": {"kind": "first-pass", "detector_passes_per_image": 2.0, "images_per_second": None}},
     }
-    found = {**row, "compared": 4, "by_class": [row], **changes}
+    most = [{"id": 1, "boxes": 6, "file": "<a>.jpg"}]
+    found = {**row, "compared": 4, "by_class": [row], "most": most, **changes}
     rows = [{"id": 1, "objects": 0, "labels": [1], "by": {"first-pass": [6, 3, 1]}}]
     details = {"shown_score": 0.3, "images": rows, "found": found, "categories": {1: "cat"}, "files": {1: "a.jpg"}}
     return render_report(document, details)
@@ -156,8 +157,9 @@ def test_the_page_says_what_the_whole_image_alone_would_have_found() -> None:
         "3 more than the pass over the whole image alone finds (3): 3 new by looking closer, 1 lost, 1 further on what "
         "it found"
     ) in page
-    cells = "".join(f"<td>{cell}</td>" for cell in (6, 2, 3, 3, 1))
+    cells = "".join(f"<td>{cell}</td>" for cell in (6, 2, 3, 3, 1, 17))
     assert f'<tr><th scope="row">cat</th>{cells}</tr>' in page
+    assert '<tr><th scope="row">&lt;a&gt;.jpg</th><td>6</td></tr>' in page
 
 
 def test_the_page_says_on_how_many_images_it_could_compare() -> None:
@@ -168,7 +170,7 @@ def test_without_a_whole_pass_the_page_claims_nothing_new() -> None:
     page = found_page(compared=0, after=0, before=0, new=0, lost=0)
     assert "Nothing says which are new: first-pass made no pass over the whole image alone" in page
     assert "more than the pass" not in page
-    assert '<tr><th scope="row">cat</th><td>6</td><td>2</td></tr>' in page
+    assert '<tr><th scope="row">cat</th><td>6</td><td>2</td><td>17</td></tr>' in page
 
 
 def test_a_speed_that_was_too_short_to_measure_is_a_dash() -> None:

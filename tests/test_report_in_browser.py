@@ -205,7 +205,7 @@ def test_without_a_whole_pass_no_picture_claims_a_new_box(visit: Any) -> None:
         picture["before"] = {"scalenet": None}
         picture["boxes"]["scalenet"] = [[*box[:7], "", 0] for box in picture["boxes"]["scalenet"]]
     row = {"boxes": 5, "images": 3, "before": 0, "new": 0, "lost": 0}
-    details["found"] = {**row, "compared": 0, "by_class": [{"label": 1, **row}]}
+    details["found"] = {**row, "compared": 0, "by_class": [{"label": 1, **row, "median_side": 30.0}], "most": []}
     page = visit(render_report(document, details))
     words = page.locator("#pictures").inner_text()
     assert "Before: no pass over the whole image alone" in words

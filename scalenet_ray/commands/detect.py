@@ -9,14 +9,19 @@ from typing import Annotated
 import tyro
 
 from scalenet_ray.console import check_retry, end_run, found_lines, policy_table, say
-from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
+from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE, SHARE
+from scalenet_ray.core.detections import SHOWN_SCORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, policy_to_dict
+from scalenet_ray.data import storage
 from scalenet_ray.data.categories import classes_named
 from scalenet_ray.data.policy_files import read_policies
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
+from scalenet_ray.report.saved_pictures import SavedPictures
+from scalenet_ray.runs.export import export_run
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.results import image_results
 from scalenet_ray.workflows import (
     PICTURES,
     DetectionRun,
@@ -51,6 +56,10 @@ class DetectImages:
         smallest_object: side of the smallest object worth finding, in image pixels, for regions; 16 by default.
         max_image_megapixels: larger images are refused before they are decoded, except TIFFs that are read by window.
         report_pictures: photographs in report.html.
+        save_images: write each image with its boxes to pictures/ in the run folder, from this process.
+        save_crops: write each object, cut out, to crops/CLASS/ in the run folder, from this process.
+        csv: write detections.csv, a row per object.
+        min_score: objects that score less are left out of pictures, crops and the CSV; the other files have all.
         engine: ray (actors, here or on a cluster) or local (one process).
     """
 
@@ -66,6 +75,10 @@ class DetectImages:
     smallest_object: float | None = None
     max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
     report_pictures: int = PICTURES
+    save_images: bool = False
+    save_crops: bool = False
+    csv: bool = False
+    min_score: Annotated[float, SHARE] = SHOWN_SCORE
     engine: EngineName = "ray"
     networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
     resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
@@ -114,9 +127,30 @@ def main(job: DetectImages) -> int:
             report=say,
             retry_failed=job.retry_failed,
         )
-        for _ in detection:
-            pass
+        saved = SavedPictures(
+            run.uri,
+            images.open_image,
+            detector.categories,
+            pictures=job.save_images,
+            crops=job.save_crops,
+            min_score=job.min_score,
+        )
+        records = {record.image_id: record for record in detection.records}
+        with saved:
+            if run.resumed and (job.save_images or job.save_crops):
+                for stored in image_results(run, policy.name):
+                    if stored.image_id in records:
+                        saved.add(records[stored.image_id], stored.detections)
+            for result in detection:
+                if result.failure is None:
+                    saved.add(records[result.image_id], result.detections)
         document = detection.conclude(job.report_pictures)
+    if job.csv:
+        target = storage.join(run.uri, "detections.csv")
+        say(session.call(export_run, run.uri, "supervision", policy.name, target, job.min_score))
+    if saved.failed:
+        file, reason = saved.failed[0]
+        say(f"pictures of {len(saved.failed)} images could not be written, the first: {file}: {reason}")
     say(policy_table(document))
     say(found_lines(document))
     return end_run(document, run.uri, job.max_failures)

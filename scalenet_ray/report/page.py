@@ -176,10 +176,12 @@ def _found(details: ReportDetails) -> str:
             str(row["boxes"]),
             str(row["images"]),
             *([str(row[key]) for key in ("before", "new", "lost")] if known else []),
+            f"{row['median_side']:.0f}",
         ]
         for row in found["by_class"][:_MAX_FOUND_CLASSES]
     ]
-    head = ["class", "boxes", "images", *(["whole image alone", "new", "lost"] if known else [])]
+    compared = ["whole image alone", "new", "lost"] if known else []
+    head = ["class", "boxes", "images", *compared, "median side, px"]
     left = len(found["by_class"]) - _MAX_FOUND_CLASSES
     more = f" Of {len(found['by_class'])} classes the {_MAX_FOUND_CLASSES} most frequent." if left > 0 else ""
     meant = (
@@ -189,7 +191,9 @@ def _found(details: ReportDetails) -> str:
         else ""
     )
     words = f"Boxes that score {details['shown_score']:g} or more, the most frequent class first.{meant}{more}"
-    return section("found", "What was found", words, table("Boxes by class", head, rows))
+    most = [[html.escape(row.get("file", str(row["id"]))), str(row["boxes"])] for row in found["most"]]
+    images = table("Images with most boxes", ["image", "boxes"], most)
+    return section("found", "What was found", words, table("Boxes by class", head, rows), images)
 
 
 def _facts(

@@ -34,6 +34,12 @@ INTERVALS_UP_TO = 5000
 
 
 _LISTED_IMAGES = 2000
+_MOST_LISTED = 10
+
+
+def _median_side(areas: Sequence[np.ndarray]) -> float | None:
+    """Median of the roots of areas, in image pixels; None without any."""
+    return round(float(np.median(np.sqrt(np.concatenate(areas)))), 1) if areas else None
 
 
 def analyse_run(
@@ -128,19 +134,20 @@ def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> D
 
     Returns:
         "shown_score"; "images": rows as in `analyse_run`, where new boxes are gained, and gained and lost are None for
-        an image without a pass over the whole image; "found": "boxes", "images" (with at least one box), "compared"
-        (images with a pass over the whole image), and on those "after" (boxes), "before" (boxes of that pass), "new",
-        "lost"; and "by_class", rows of "label" and the same counts, by descending "boxes".
+        an image without a pass over the whole image; "found": see `FoundCounts`, with the classes by descending number
+        of boxes.
     """
     run = RunFolder(run_uri)
     whole = dict(whole_passes(run, policy))
     found = {image_id: boxes[boxes.scores >= SHOWN_SCORE] for image_id, boxes in detections_by_image(run, policy)}
     counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
+    areas: defaultdict[int, list[np.ndarray]] = defaultdict(list)
     rows: list[ImageChanges] = []
     for image_id in image_ids:
         after, before = found.get(image_id, Detections.empty()), whole.get(image_id)
         for label in np.unique(after.labels).tolist():
             counts[label]["images"] += 1
+            areas[label].append(after.areas[after.labels == label])
         changes: list[int | None] = [None, None]
         shown = {"boxes": after}
         if before is not None:
@@ -164,13 +171,19 @@ def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> D
         )
     names = ("boxes", "images", "after", "before", "new", "lost")
     by_class = [
-        cast(ClassCounts, {"label": label, **{name: count[name] for name in names}}) for label, count in counts.items()
+        cast(
+            ClassCounts,
+            {"label": label, **{name: count[name] for name in names}, "median_side": _median_side(areas[label])},
+        )
+        for label, count in counts.items()
     ]
+    most = sorted(rows, key=lambda row: -(row["by"][policy][0] or 0))[:_MOST_LISTED]
     found_counts = {
         **{name: sum(count[name] for count in counts.values()) for name in names},
         "images": sum(bool(row["by"][policy][0]) for row in rows),
         "compared": len(whole.keys() & set(image_ids)),
         "by_class": sorted(by_class, key=lambda row: (-row["boxes"], row["label"])),
+        "most": [{"id": row["id"], "boxes": row["by"][policy][0]} for row in most if row["by"][policy][0]],
     }
     return {
         "shown_score": SHOWN_SCORE,

@@ -21,6 +21,7 @@ __all__ = [
     "ImageCounts",
     "Interval",
     "Metrics",
+    "MostBoxes",
     "PolicyCost",
     "PolicyMetrics",
     "ReportDetails",
@@ -109,7 +110,8 @@ Differences = dict[str, dict[str, Interval]]
 class ClassCounts(TypedDict):
     """Boxes of one class found without ground truth.
 
-    `boxes` and `images` are over all images; `after`, `before`, `new` and `lost` over those whose whole pass is known.
+    `boxes`, `images` and `median_side` (root of the area, in image pixels; None without boxes) are over all images;
+    `after`, `before`, `new` and `lost` over those whose whole pass is known.
     """
 
     label: int
@@ -119,10 +121,23 @@ class ClassCounts(TypedDict):
     before: int
     new: int
     lost: int
+    median_side: float | None
+
+
+class MostBoxes(TypedDict):
+    """An image with many boxes."""
+
+    id: int
+    boxes: int
+    file: NotRequired[str]
 
 
 class FoundCounts(TypedDict):
-    """Boxes found without ground truth, over all classes; `compared` counts the images whose whole pass is known."""
+    """Boxes found without ground truth, over all classes.
+
+    `images` counts those with at least one box, `compared` those whose pass over the whole image is known; `after`,
+    `before` (boxes of that pass), `new` and `lost` are over these. `most` holds the images with most boxes.
+    """
 
     boxes: int
     images: int
@@ -132,6 +147,7 @@ class FoundCounts(TypedDict):
     lost: int
     compared: int
     by_class: list[ClassCounts]
+    most: list[MostBoxes]
 
 
 class Metrics(TypedDict):

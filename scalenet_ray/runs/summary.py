@@ -39,20 +39,30 @@ _PATH_OR_QUOTED = re.compile(r"""(?P<quote>['"]).*?(?P=quote)|\S*/\S*[^\s:;,)]""
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
-def coco_results(run: RunFolder, policy: str) -> Iterator[dict[str, Any]]:
-    """Iterate over the detections of one policy as COCO results, by image id, then descending score."""
+def coco_results(run: RunFolder, policy: str, *, name_files: bool = False) -> Iterator[dict[str, Any]]:
+    """Iterate over the detections of one policy as COCO results, by image id, then descending score.
+
+    Args:
+        run: the run folder.
+        policy: the policy's name.
+        name_files: add file_name, height and width of the image to each.
+    """
     for image in image_results(run, policy):
-        yield from to_results(image.image_id, image.detections, image.hw)
+        about = {"file_name": image.file, "height": image.hw[0], "width": image.hw[1]} if name_files else {}
+        for row in to_results(image.image_id, image.detections, image.hw):
+            yield {**row, **about}
 
 
-def write_policy_results(run_uri: str, policy: str, names: Sequence[str]) -> int:
-    """Write one policy's COCO results to each of the files `names` of the run folder.
+def write_policy_results(run_uri: str, policy: str, names: Sequence[str], name_files: bool = False) -> int:
+    """Write one policy's COCO results (`coco_results`) to each of the files `names` of the run folder.
 
     Returns:
         The number of detections.
     """
     run = RunFolder(run_uri)
-    return max(write_results(storage.join(run_uri, name), coco_results(run, policy)) for name in names)
+    return max(
+        write_results(storage.join(run_uri, name), coco_results(run, policy, name_files=name_files)) for name in names
+    )
 
 
 def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
