@@ -9,6 +9,7 @@ Each contender runs in one process of one thread; rates are of rounds that alter
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections import defaultdict
@@ -21,10 +22,14 @@ import numpy as np
 import tyro
 
 from bench.contenders import race
-from bench.workloads import Workload, data_folder, mosaics, ratio
-from scalenet_ray.data.coco import to_results
+from bench.workloads import Workload, data_folder, mosaics, ratio, wall
+from scalenet_ray.core.detections import SHOWN_SCORE, Detections
+from scalenet_ray.core.geometry import iou_matrix
+from scalenet_ray.data.coco import objects_of, to_results
 from scalenet_ray.evaluation.ap import match_results
 from scalenet_ray.evaluation.compare import ResampledAP, paired_intervals
+from scalenet_ray.evaluation.tide import FOREGROUND_IOU
+from scalenet_ray.report.charts import drawing, quiet
 
 __all__ = ["compare_large", "markdown"]
 
@@ -43,6 +48,9 @@ _CONTENDERS = (
     "sahi nms",
     "supervision",
 )
+_COLOURS = (
+    "#888888", "#0072b2", "#56b4e9", "#cc79a7", "#d55e00", "#bbbbbb", "#009e73", "#66c2a5", "#f0e442",
+)  # fmt: skip
 _TIMED = (_OURS, _SLICES, "sahi", "sahi nms", "supervision")
 
 
@@ -51,13 +59,15 @@ class LargeImages:
     """AP, pixels and rates of policies and peers on large images.
 
     Attributes:
-        sets: which: street, road, drone, mosaic-100, mosaic-30, mosaic-10, coco and coco_boxes.
+        sets: which: street, road, drone, mosaic-100, mosaic-30, mosaic-10, coco, coco_boxes, and wall, a hundred
+            photographs as one picture, whose objects are those that the detector finds in them one by one.
         detectors: yolo11n, yolox_nano.
         contenders: whole, slices (of the input side, at native), slices x1.5, first-pass, regions, regions-oracle, sahi
             (its default merging), sahi nms, supervision.
         rounds: rounds of the rates; 0 measures none.
         folder: where mosaics and results.json are written.
         table: a results.json to print as a table, in place of measuring.
+        plot: with `table`: an SVG of AP against megapixels to write.
     """
 
     sets: tuple[str, ...] = ("street", "road", "drone", "mosaic-100", "mosaic-30", "mosaic-10", "coco", "coco_boxes")
@@ -66,6 +76,7 @@ class LargeImages:
     rounds: int = 0
     folder: Path = Path("runs/bench/large")
     table: Path | None = None
+    plot: Path | None = None
 
 
 def _workload(name: str, detector: str, folder: Path) -> Workload:
@@ -73,6 +84,8 @@ def _workload(name: str, detector: str, folder: Path) -> Workload:
     kind = _DETECTORS[detector].format(models=data / "models")
     if name.startswith("mosaic-"):
         return mosaics(folder / name, kind, fill=int(name.removeprefix("mosaic-")) / 100)
+    if name == "wall":
+        return wall(folder / f"wall-{detector}", kind)
     if name == "coco":
         annotations = data / "coco" / "annotations" / "instances_val2017.json"
         return Workload(data / "coco" / "val2017", annotations, kind)
@@ -128,7 +141,10 @@ def _compare(workload: Workload, job: LargeImages, title: str, say: Callable[[st
             hws = {record.image_id: record.hw for record in workload.records}
             found = [row for image_id, each in raced.found.items() for row in to_results(image_id, each, hws[image_id])]
             matched[contender] = match_results(dataset, found)
-            rows[contender] = _percentages(matched[contender]) | {"megapixels": raced.megapixels}
+            rows[contender] = _percentages(matched[contender]) | {
+                "found": _found(workload, raced.found),
+                "megapixels": raced.megapixels,
+            }
             say(f"{title}: {contender} {json.dumps(rows[contender])}")
     for other, differences in paired_intervals(matched, _SLICES).items() if _SLICES in matched else ():
         rows[other]["over slices"] = {metric: differences[metric] for metric in _AREAS}
@@ -144,11 +160,50 @@ def _percentages(matched: Any) -> dict[str, float]:
     return {name: ResampledAP(matched, area)(np.ones(count)) for name, area in _AREAS.items()}
 
 
+def _found(workload: Workload, detections: Mapping[int, Detections]) -> float:
+    """Share of the objects, in percent, that a box of its class and of a score of 0.3 or more overlaps by half."""
+    found = []
+    for record in workload.records:
+        objects, boxes = objects_of(workload.dataset, record.image_id), detections[record.image_id]
+        boxes = boxes[boxes.scores >= SHOWN_SCORE]
+        same = objects.labels[:, None] == boxes.labels
+        overlap = iou_matrix(objects.boxes, boxes.boxes) >= FOREGROUND_IOU
+        found.append((same & overlap).any(axis=1)[~objects.crowd])
+    return float(np.concatenate(found).mean() * 100)
+
+
+def plot(results: Mapping[str, Any]) -> str:
+    """SVG of AP against megapixels: a panel for each set and detector, a point for each contender."""
+    columns = 3
+    rows = -(-len(results) // columns)
+    colours = dict(zip(_CONTENDERS, _COLOURS, strict=True))
+    with drawing(4.2 * columns, 3.2 * rows) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, (title, contenders) in zip(panels, results.items(), strict=False):
+            for name, row in contenders.items():
+                size = 90 if name == _OURS else 40
+                axes.scatter(row["megapixels"], row["AP"], size, colours.get(name, "#000000"), label=name, zorder=3)
+            axes.set_xscale("log")
+            axes.set_title(title, loc="left")
+            axes.set_xlabel("megapixels that the detector computes, per image")
+            axes.set_ylabel("AP")
+            quiet(axes, "both")
+        for axes in panels[len(results) :]:
+            axes.set_axis_off()
+        handles = {
+            label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     """The results as a table: sets and detectors by contenders."""
     lines = [
-        "| set, detector | | AP | AP_small | MP | AP over slices | images/s of regions over it |",
-        "|---|---|---|---|---|---|---|",
+        "| set, detector | | AP | AP_small | found | MP | AP over slices | images/s of regions over it |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for title, rows in results.items():
         for contender, row in rows.items():
@@ -157,7 +212,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             rate = row.get("ours over it")
             speed = f"{rate['median']:.2f} [{rate['min']:.2f}, {rate['max']:.2f}]" if rate else ""
             small = "-" if math.isnan(row["AP_small"]) else f"{row['AP_small']:.1f}"
-            figures = f"{row['AP']:.1f} | {small} | {row['megapixels']:.2f}"
+            found = f"{row['found']:.0f} %" if "found" in row else ""
+            figures = f"{row['AP']:.1f} | {small} | {found} | {row['megapixels']:.2f}"
             lines.append(f"| {title} | {contender} | {figures} | {interval} | {speed} |")
             title = ""
     return "\n".join(lines)
@@ -167,6 +223,8 @@ def main(job: LargeImages) -> None:
     """Measure and print the table, or print that of a file."""
     results = json.loads(job.table.read_text()) if job.table is not None else compare_large(job)
     print(markdown(results))
+    if job.plot is not None:
+        job.plot.write_text(plot(results))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from PIL import Image
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy, parse_policy
+from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.data.coco import CocoDataset, ImageRecord, parse_annotations, to_results
 from scalenet_ray.data.images import decode_image
 from scalenet_ray.evaluation.ap import evaluate
@@ -42,6 +43,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 _MOSAIC_HW = (4480, 6400)
+_WALL_CELL = (480, 640)
 _CELL = 640
 
 _FOR_PHOTOGRAPHS = Resources(detector_batch_size=16, advanced=AdvancedResources(max_open_images=128))
@@ -206,4 +208,46 @@ def mosaics(folder: Path, detector: str, fill: float, count: int = 3) -> Workloa
         Image.fromarray(canvas).save(folder / name, compress_level=1)
         images.append({"id": image_id, "file_name": name, "height": _MOSAIC_HW[0], "width": _MOSAIC_HW[1]})
     annotations.write_text(json.dumps({"images": images, "annotations": moved, "categories": document["categories"]}))
+    return made
+
+
+def wall(folder: Path, detector: str, least_score: float = 0.4) -> Workload:
+    """A hundred photographs of val2017 as one picture of 6,400 x 4,800 pixels; written if it is not there.
+
+    Its objects are those that the detector finds in the photographs one by one, each as it stands in the picture: a
+    larger one is reduced to its cell of 640 x 480.
+
+    Args:
+        folder: where it is written.
+        detector: kind:what.
+        least_score: score of an object in its own photograph.
+    """
+    annotations = folder / "instances_val.json"
+    made = Workload(folder, annotations, detector)
+    if annotations.exists():
+        return made
+    folder.mkdir(parents=True, exist_ok=True)
+    source = replace(photographs(), detector=detector)
+    detect, policy = source.load_detector(), source.policy("whole")
+    height, width = _WALL_CELL
+    canvas = np.full((10 * height, 10 * width, 3), 114, np.uint8)
+    objects = []
+    for i, record in enumerate(source.records[:100]):
+        pixels = decode_image((source.folder / record.file_name).read_bytes())
+        scale = min(1.0, height / pixels.shape[0], width / pixels.shape[1])
+        hw = round(pixels.shape[0] * scale), round(pixels.shape[1] * scale)
+        pixels = cv2.resize(pixels, hw[::-1], interpolation=cv2.INTER_AREA)
+        y, x = i // 10 * height, i % 10 * width
+        canvas[y : y + hw[0], x : x + hw[1]] = pixels
+        found = recursive_detect(pixels, i, policy, detect=detect).detections
+        found = found[found.scores >= least_score]
+        for (x0, y0, x1, y1), label in zip(found.boxes.tolist(), found.labels.tolist(), strict=True):
+            box = [x + x0, y + y0, x1 - x0, y1 - y0]
+            area = (x1 - x0) * (y1 - y0)
+            shared = {"id": len(objects) + 1, "image_id": 1, "iscrowd": 0, "segmentation": []}
+            objects.append({**shared, "category_id": label, "bbox": box, "area": area})
+    Image.fromarray(canvas).save(folder / "001.png", compress_level=1)
+    image = {"id": 1, "file_name": "001.png", "height": 10 * height, "width": 10 * width}
+    categories = json.loads(source.annotations.read_text())["categories"]
+    annotations.write_text(json.dumps({"images": [image], "annotations": objects, "categories": categories}))
     return made
