@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import tyro
+from matplotlib.ticker import LogLocator, NullLocator
 
 from bench.contenders import race
 from bench.workloads import Workload, data_folder, mosaics, ratio, wall
@@ -173,7 +174,8 @@ def _found(workload: Workload, detections: Mapping[int, Detections]) -> float:
 
 
 def plot(results: Mapping[str, Any]) -> str:
-    """SVG of AP against megapixels: a panel for each set and detector, a point for each contender."""
+    """SVG of AP against megapixels that the detector computes: a panel per large set, a point per contender."""
+    results = {title: rows for title, rows in results.items() if _SLICES in rows and not title.startswith("coco")}
     columns = 3
     rows = -(-len(results) // columns)
     colours = dict(zip(_CONTENDERS, _COLOURS, strict=True))
@@ -184,8 +186,12 @@ def plot(results: Mapping[str, Any]) -> str:
                 size = 90 if name == _OURS else 40
                 axes.scatter(row["megapixels"], row["AP"], size, colours.get(name, "#000000"), label=name, zorder=3)
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_ylim(0, 1.1 * max(row["AP"] for row in contenders.values()))
             axes.set_title(title, loc="left")
-            axes.set_xlabel("megapixels that the detector computes, per image")
+            axes.set_xlabel("megapixels per image")
             axes.set_ylabel("AP")
             quiet(axes, "both")
         for axes in panels[len(results) :]:

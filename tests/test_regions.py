@@ -66,7 +66,7 @@ def test_a_small_object_gets_a_region_with_context_at_the_zoom_that_brings_it_to
     ("box", "score", "zoom", "why"),
     [
         ((100, 100, 170, 170), 0.9, 1.0, "larger than small"),
-        ((100, 100, 120, 120), 0.02, 1.0, "under the least score"),
+        ((100, 100, 120, 120), 0.01, 1.0, "under the least score"),
         ((100, 100, 100, 120), 0.9, 1.0, "empty"),
         ((100, 100, 120, 120), 0.9, 1.7, "twice native is reached within a factor of 1.2"),
     ],
@@ -163,9 +163,9 @@ def test_every_candidate_that_asks_lies_in_a_region_if_nothing_has_a_price(
         (0.5, 30.0, 0.4),
         # 48 / 60 = 0.8 of native, from 0.5.
         (0.5, 60.0, 0.256),
-        # Beyond native there is nothing more to show.
-        (1.0, 30.0, 0.1),
-        (1.6, 30.0, 0.1),
+        # Beyond native there is nothing more to show: it counts as 2.
+        (1.0, 30.0, 0.2),
+        (1.6, 30.0, 0.2),
     ],
 )
 def test_a_score_weighs_as_much_as_the_image_pixels_that_a_closer_look_adds(
@@ -177,7 +177,7 @@ def test_a_score_weighs_as_much_as_the_image_pixels_that_a_closer_look_adds(
 
 
 def test_a_weak_box_asks_for_a_region_only_where_the_tile_is_reduced() -> None:
-    candidates = _candidates([[100.0, 100.0, 120.0, 120.0]] * 20, [0.02] * 20)
+    candidates = _candidates([[100.0, 100.0, 120.0, 120.0]] * 20, [0.012] * 20)
     rules = Regions(price=0.0)
     assert plan_regions(candidates, _tile(1000, 1000, 0.5), rules, INPUT)
     assert not plan_regions(candidates, _tile(1000, 1000, 1.0), rules, INPUT)

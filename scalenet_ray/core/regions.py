@@ -40,6 +40,9 @@ _LEAST_ZOOM = 1.2
 _LEAST_COST = 0.02
 """Least cost of a region in the price, in squares of the input side."""
 
+_LEAST_DETAIL = 2.0
+"""Least ratio of the image pixels that a closer look shows to those of the tile, as it counts in a weight."""
+
 _EXACT = 160
 """Up to so many rectangles the best pair of all is joined, one after the other."""
 
@@ -55,8 +58,7 @@ class Regions:
         first_look: largest first look, in multiples of the detector's input side. Where that is too small for the
             smallest object, all that is textured is looked at again, in tiles of at most this size.
         min_contrast: what is textured: see `textured_cells`; 0 looks everywhere.
-        min_score: least weight of a candidate: its score times the image pixels that a closer look shows for each that
-            the tile shows.
+        min_score: least weight of a candidate, see `zooms_and_weights`.
         small: side under which an object asks for a closer look, in tile pixels.
         target: side that its zoom aims at, in tile pixels.
         max_zoom: largest zoom relative to the tile, for one step.
@@ -165,8 +167,9 @@ class Regions:
     def zooms_and_weights(self, candidates: Candidates, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
         """Zoom of a closer look at each candidate, and its weight.
 
-        A tile below native resolution hides detail that a closer look shows; beyond native there is none to show. So
-        the weight is the score times the ratio of the image pixels that the two show, at least the score.
+        A tile below native resolution hides detail that a closer look shows. So the weight is the score times the ratio
+        of the image pixels that the two show of an object, at least 2: past native a closer look shows no more, but the
+        detector still knows larger objects better.
 
         Args:
             candidates: N objects that the tile shows.
@@ -179,7 +182,7 @@ class Regions:
         highest = min(zoom * self.max_zoom, self.max_native)
         sides = np.maximum(candidates.sides, 1e-6)
         zooms = np.clip(self.target / sides, min(zoom * 1.3, highest), highest)
-        return zooms, candidates.scores * np.maximum(np.minimum(zooms, 1.0) / zoom, 1.0) ** 2
+        return zooms, candidates.scores * np.maximum((np.minimum(zooms, 1.0) / zoom) ** 2, _LEAST_DETAIL)
 
     @property
     def budget_cells(self) -> int:
