@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from scalenet_ray.data.policy_files import read_policies
     from scalenet_ray.models.detectors import Detector, load_detector
     from scalenet_ray.models.scale_predictors import load_predictor
+    from scalenet_ray.models.wrapped_detectors import wrap_sahi, wrap_supervision
     from scalenet_ray.runs.export import export_run
 
 __version__ = "0.2.0"
@@ -53,6 +54,8 @@ _HOMES = {
     "read_policies": "data.policy_files",
     "recursive_detect": "core.recursion",
     "to_supervision": "data.formats",
+    "wrap_sahi": "models.wrapped_detectors",
+    "wrap_supervision": "models.wrapped_detectors",
 }
 """Public name -> the module that has it."""
 
@@ -83,6 +86,8 @@ __all__ = [
     "read_policies",
     "recursive_detect",
     "to_supervision",
+    "wrap_sahi",
+    "wrap_supervision",
 ]
 
 

@@ -179,7 +179,8 @@ def test_a_module_whose_own_import_fails_says_so_itself(own_module: str) -> None
     "spec", ["yolo-onnx:net.onnx", "net.onnx", "yolox-onnx:", "yolox-onnx", "absent_module:Class", "absent.part:Class"]
 )
 def test_an_unknown_kind_is_told_the_known_ones(spec: str) -> None:
-    wanted = "kind:what with a kind of onnx, tiny, torchvision, yolox-onnx, or module:Class of your own, got"
+    kinds = "onnx, tiny, torchvision, transformers, ultralytics, yolox-onnx"
+    wanted = f"kind:what with a kind of {kinds}, or module:Class of your own, got"
     with pytest.raises(ValueError, match=f"{wanted} '{spec}'"):
         load_detector(spec)
 
@@ -225,7 +226,9 @@ def test_an_installed_package_adds_kinds(tmp_path: Path, monkeypatch: pytest.Mon
     assert detector.made_with == ("weights.bin", "cuda:1", 0.2, None)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"detector 'half:x' must have .* lacks categories"):
         load_detector("half:x")
-    with pytest.raises(ValueError, match="kind of half, onnx, their-net, tiny, torchvision, yolox-onnx"):
+    with pytest.raises(
+        ValueError, match="kind of half, onnx, their-net, tiny, torchvision, transformers, ultralytics, yolox-onnx"
+    ):
         load_detector("their-net")
 
 
@@ -289,11 +292,8 @@ def test_what_an_own_class_raises_while_it_is_made_is_quoted(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (
-            "class Mine:\n    def __init__(self, weights): ...",
-            "made without arguments, got one with missing a required",
-        ),
-        ("def Mine(pixels): ...", "made without arguments, got a function"),
+        ("class Mine:\n    def __init__(self, weights): ...", "got one with missing a required argument: 'weights'"),
+        ("def Mine(pixels): ...", "got one with missing a required argument: 'pixels'"),
         ("import sys\nclass Mine:\n    def __init__(self): sys.exit(3)", "could not be made, it raised SystemExit: 3"),
         ("class Mine:\n    @property\n    def categories(self): raise ValueError('no names')", "ValueError: no names"),
     ],
@@ -306,6 +306,67 @@ def test_a_class_that_can_not_be_made_is_said_in_words(
     monkeypatch.delitem(sys.modules, "unmade", raising=False)
     with pytest.raises(UserError, match=re.escape(said)):
         load_detector("unmade:Mine")
+
+
+# --- what own classes and functions are called with ----------------------------------------------------------
+
+
+def own(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, name: str, **settings: Any) -> Any:
+    """Load `name` of a module with the class Whole and some text; its call is recorded as `made_with`."""
+    (folder / "of_mine.py").write_text(OWN + text)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "of_mine", raising=False)
+    return load_detector(f"of_mine:{name}", **settings)
+
+
+TAKES = """
+class Taking(Whole):
+    def __init__(self, {}):
+        self.made_with = {{name: value for name, value in locals().items() if name not in ("self", "__class__")}}
+"""
+GIVEN: dict[str, Any] = {"device": "cuda:1", "score_threshold": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "name", "made_with"),
+    [
+        ("weights", "Taking@net.pt", {"weights": "net.pt"}),
+        ("device, path='x'", "Taking@net.pt", {"path": "net.pt", "device": "cuda:1"}),
+        ("weights='mine.pt', *, device='cpu'", "Taking", {"weights": "mine.pt", "device": "cuda:1"}),
+        ("weights=None, score_threshold=0.5", "Taking@a@b:c.pt", {"weights": "a@b:c.pt", "score_threshold": 0.2}),
+        ("iou_threshold=0.6", "Taking", {"iou_threshold": 0.6}),
+        ("iou_threshold", "Taking", {"iou_threshold": None}),
+        ("mixed_precision=True", "Taking", {"mixed_precision": False}),
+        ("**settings", "Taking", {"settings": {}}),
+    ],
+)
+def test_a_class_gets_what_it_takes_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameters: str, name: str, made_with: dict[str, Any]
+) -> None:
+    assert own(tmp_path, monkeypatch, TAKES.format(parameters), name, **GIVEN).made_with == made_with
+
+
+def test_a_function_makes_a_detector_and_an_object_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        TAKES.format("weights, device") + "def make(path, device):\n    return Taking(path, device)\nready = Whole()\n"
+    )
+    made = own(tmp_path, monkeypatch, text, "make@net.pt", **GIVEN)
+    assert made.made_with == {"weights": "net.pt", "device": "cuda:1"}
+    assert own(tmp_path, monkeypatch, text, "ready").categories == {7: "thing"}
+    with pytest.raises(UserError, match=r"must name a class or a function to take 'net.pt', got an object"):
+        own(tmp_path, monkeypatch, text, "ready@net.pt")
+
+
+def test_an_argument_that_nothing_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"'of_mine:Whole@net.pt' must take an argument for 'net.pt', got none but"):
+        own(tmp_path, monkeypatch, "", "Whole@net.pt")
+    with pytest.raises(UserError, match=r"got one with missing a required argument: 'size': give its other"):
+        own(tmp_path, monkeypatch, TAKES.format("weights, size"), "Taking@net.pt")
+
+
+def test_mixed_precision_is_for_own_classes_that_take_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TAKES.format("mixed_precision=False")
+    assert own(tmp_path, monkeypatch, text, "Taking", mixed_precision=True).made_with == {"mixed_precision": True}
 
 
 def test_a_canvas_that_no_machine_has_is_refused() -> None:

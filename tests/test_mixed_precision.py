@@ -27,6 +27,7 @@ from scalenet_ray.models.torchvision_builders import build_detector
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene
 from tests.oracles import tile_of
+from tests.scripted_detector import SCRIPTED
 
 SAMPLE = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
 
@@ -112,7 +113,13 @@ def test_a_scale_head_reads_a_detectors_features_in_bfloat16(tmp_path: Path) -> 
     assert seen == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("spec", ["yolox-onnx:net.onnx", "own.module:Class"])
-def test_a_network_that_has_its_own_precision_is_refused(spec: str) -> None:
-    with pytest.raises(ValueError, match=f"is for detectors of kind tiny or torchvision, got '{spec}'.* leave mixed"):
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("yolox-onnx:net.onnx", "is for detectors of kind .*, ultralytics or of your own, got 'yolox-onnx:net.onnx'"),
+        (SCRIPTED, "must take an argument mixed_precision for it, got none"),
+    ],
+)
+def test_a_network_that_has_its_own_precision_is_refused(spec: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"{said}.*: leave mixed precision out"):
         NetworkSpec(detector=spec, mixed_precision=True).describe_detector()

@@ -129,7 +129,8 @@ def test_the_lock_holds_what_the_project_asks_for():
 
 def test_all_is_every_extra_but_those_of_developers():
     extras = project()["optional-dependencies"]
-    runtime = set(extras) - {"all", "dev", "imagenet"}
+    # Ultralytics is AGPL-3.0: nobody gets it without asking for it.
+    runtime = set(extras) - {"all", "dev", "imagenet", "ultralytics"}
     assert asked("all") == set().union(*map(asked, runtime))
 
 
@@ -170,6 +171,8 @@ PROMISED = {
     "read_policies",
     "recursive_detect",
     "to_supervision",
+    "wrap_sahi",
+    "wrap_supervision",
 }
 MODULES = [
     path

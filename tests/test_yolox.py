@@ -20,7 +20,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.onnx_batches import padded
+from scalenet_ray.models.padding import padded
 from scalenet_ray.models.yolox import YoloxDetector
 
 FREE = ("batch", 3, "height", "width")

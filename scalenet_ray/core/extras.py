@@ -19,6 +19,8 @@ EXTRAS = {
     "tensorboardX": "train",
     "torch": "torch",
     "torchvision": "torch",
+    "transformers": "transformers",
+    "ultralytics": "ultralytics",
 }
 """Importable package -> the extra of scalenet-ray that installs it."""
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
 import pkgutil
 import re
-import sys
-import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +16,7 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.extras import needs_extra
 from scalenet_ray.core.inference import Detect, DetectWithFeatures
 from scalenet_ray.core.policy import LARGEST_SIDE
+from scalenet_ray.models.own_detectors import load_own, names_own, quoting
 
 __all__ = [
     "DETECTOR_GROUP",
@@ -42,14 +37,15 @@ _LOADERS = {
     "onnx": "scalenet_ray.models.onnx_detector:load_onnx_detector",
     "tiny": "scalenet_ray.sample.tiny:load_tiny_detector",
     "torchvision": "scalenet_ray.models.torchvision_detectors:load_torchvision",
+    "transformers": "scalenet_ray.models.transformers_detector:load_transformers",
+    "ultralytics": "scalenet_ray.models.ultralytics_detector:load_ultralytics",
     "yolox-onnx": "scalenet_ray.models.yolox:YoloxDetector.load",
 }
 """Kind -> loader, imported on demand: an ONNX detector does not import torch."""
 
-_OF_TORCH = ("tiny", "torchvision")
+_OF_TORCH = ("tiny", "torchvision", "transformers", "ultralytics")
 """Kinds that support bfloat16 autocast."""
 
-_OWN_CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _LARGEST_CANVAS = 2 * LARGEST_SIDE
 _MEMBERS = ("input_side", "categories", "iou_threshold", "canvas_hw", "__call__")
 
@@ -106,14 +102,16 @@ def load_detector(
     Args:
         spec: `kind:what`: `onnx:PATH` or `onnx:PATH@NAMES` (one of the usual exports; NAMES is a text file of the
             classes' names); `yolox-onnx:PATH`; `torchvision:NAME` (torchvision's published weights),
-            `torchvision:NAME@PATH` or `torchvision:PATH` (a file of `save_detector`); `tiny:PATH`; a kind that an
+            `torchvision:NAME@PATH` or `torchvision:PATH` (a file of `save_detector`); `ultralytics:PATH` (a .pt file);
+            `transformers:NAME_OR_PATH` (a model of the Hugging Face Hub, or a folder); `tiny:PATH`; a kind that an
             installed package registers (`DETECTOR_GROUP`), whose function is called with the part after the colon and
-            the next three arguments by name; or `module:Class`, a class of your own that is called without arguments
-            and sets its own thresholds. A path may be local, file:// or s3://.
+            the next three arguments by name; or `module:NAME` or `module:NAME@ARGUMENT`, a class or a function of your
+            own that is called with the argument and with what it takes of the next four, or an object. A path may be
+            local, file:// or s3://.
         device: torch device.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS within each class; None for the detector's own.
-        mixed_precision: run under bfloat16 autocast; for torchvision: and tiny: only.
+        mixed_precision: run under bfloat16 autocast; for networks in torch only.
 
     Raises:
         FileNotFoundError: if a file does not exist.
@@ -131,27 +129,33 @@ def load_detector(
         "score_threshold": score_threshold,
         "iou_threshold": iou_threshold,
     }
-    if kind in _OF_TORCH:
+    added = _added_kind(kind)
+    own = added is None and kind not in _LOADERS and names_own(spec)
+    if kind in _OF_TORCH or own:
         settings["mixed_precision"] = mixed_precision
     elif mixed_precision:
         msg = (
-            f"mixed precision is for detectors of kind {' or '.join(_OF_TORCH)}, got {spec!r}, which has a precision "
-            "of its own: leave mixed precision out"
+            f"mixed precision is for detectors of kind {', '.join(_OF_TORCH)} or of your own, got {spec!r}, which has "
+            "a precision of its own: leave mixed precision out"
         )
         raise UserError(msg)
-    added = _added_kind(kind)
     if added is not None and what:
-        with _quoting(spec):
+        with quoting(spec):
             made = added.load()(what, **settings)
         return check_detector(made, spec)
     if kind in _LOADERS and what:
         with needs_extra():
             load = pkgutil.resolve_name(_LOADERS[kind])
         return check_detector(load(what, **settings), spec)
-    if added is not None or kind in _LOADERS or not _OWN_CLASS.fullmatch(spec):
+    if not own:
         msg = f"{_wanted()}, got {spec!r}"
         raise UserError(msg)
-    return _load_own(spec)
+    try:
+        made = load_own(spec, settings)
+    except ModuleNotFoundError as error:
+        msg = f"{_wanted()}, got {spec!r}: there is no module {error.name!r} here or among the installed ones"
+        raise UserError(msg) from error
+    return check_detector(made, spec)
 
 
 def _added_kind(kind: str) -> EntryPoint | None:
@@ -202,7 +206,7 @@ def declaration(detector: Any, name: str) -> DetectorInfo:
     Raises:
         UserError: if it lacks a member, is a class instead of an instance, or an attribute is invalid.
     """
-    with _quoting(name):
+    with quoting(name):
         missing = [member for member in _MEMBERS if not hasattr(detector, member)]
     if missing:
         msg = f"detector {name!r} must have {', '.join(_MEMBERS)}, lacks {', '.join(missing)}: see Detector"
@@ -308,64 +312,3 @@ def _class_id(key: Any, name: str) -> int:
         msg = f"class ids of detector {name!r} must be whole numbers, got {key!r}: number them as its labels are"
         raise UserError(msg)
     return int(number)
-
-
-def _load_own(spec: str) -> Detector:
-    """Import a user's class, also from the current directory, and instantiate it."""
-    module_name, _, class_name = spec.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        with _quoting(spec):
-            module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        msg = f"{_wanted()}, got {spec!r}: there is no module {error.name!r} here or among the installed ones"
-        raise UserError(msg) from error
-    if not hasattr(module, class_name):
-        msg = f"module {module_name} must have a class {class_name!r} for detector {spec!r}, got none of that name"
-        raise UserError(msg)
-    with _quoting(spec):
-        made = _made(getattr(module, class_name), spec)
-    return check_detector(made, spec)
-
-
-def _made(kind: Any, spec: str) -> Any:
-    """Instantiate a user's class."""
-    wanted = f"detector {spec!r} must name a class that is made without arguments"
-    if not isinstance(kind, type):
-        msg = f"{wanted}, got a {type(kind).__name__}: write a class around it, see Detector"
-        raise UserError(msg)
-    try:
-        inspect.signature(kind).bind()
-    except TypeError as error:
-        msg = f"{wanted}, got one with {error}: give its arguments defaults, or derive a class that sets them"
-        raise UserError(msg) from None
-    except ValueError:
-        # Classes in C may have no signature.
-        pass
-    return kind()
-
-
-@contextmanager
-def _quoting(spec: str) -> Iterator[None]:
-    """Translate exceptions of a user's or a package's code in the block into a UserError.
-
-    Raises:
-        UserError: with the detector's name and the original error. UserErrors of the block, and the
-            ModuleNotFoundError of the detector's own module, are propagated.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        module_name = spec.partition(":")[0]
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        frames = traceback.extract_tb(error.__traceback__)
-        frame = next(frame for frame in reversed(frames) if not frame.filename.startswith("<frozen importlib"))
-        msg = (
-            f"detector {spec!r} could not be made, it raised {type(error).__name__}: {error} "
-            f"({frame.filename}, line {frame.lineno})"
-        )
-        raise UserError(msg) from error

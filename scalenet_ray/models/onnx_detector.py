@@ -15,12 +15,11 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.merge import nms
 from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.class_names import classes_of
-from scalenet_ray.models.onnx_batches import fixed_canvas, padded, tiles_at_once
 from scalenet_ray.models.onnx_graph import resizes_input
 from scalenet_ray.models.onnx_layouts import DECODED_YOLOX, YOLOX, Layout
 from scalenet_ray.models.onnx_network import OnnxNetwork, free_network
-from scalenet_ray.models.onnx_session import open_session
-from scalenet_ray.models.padding import STRIDE, detect_by_canvas, stride_canvas
+from scalenet_ray.models.onnx_session import open_session, tiles_at_once
+from scalenet_ray.models.padding import STRIDE, detect_by_canvas, fixed_canvas, padded, stride_canvas
 from scalenet_ray.models.yolox import YoloxDetector
 
 __all__ = ["OnnxDetector", "load_onnx_detector"]

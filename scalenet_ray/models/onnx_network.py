@@ -12,10 +12,10 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: ignore[attr-defined]
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.models.onnx_batches import PADDING_GREY
 from scalenet_ray.models.onnx_graph import free_axes
 from scalenet_ray.models.onnx_layouts import Layout, recognise
 from scalenet_ray.models.onnx_session import providers_of, session_options
+from scalenet_ray.models.padding import PADDING_GREY
 
 __all__ = ["OnnxNetwork", "free_network", "noise"]
 

@@ -1,4 +1,4 @@
-"""Sessions of onnxruntime: device, threads, and the errors of a damaged file."""
+"""Sessions of onnxruntime: device, threads, tiles per call, and the errors of a damaged file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: i
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data.storage import read_bytes
 
-__all__ = ["open_network", "open_session", "providers_of", "session_options"]
+__all__ = ["open_network", "open_session", "providers_of", "session_options", "tiles_at_once"]
 
 _LOAD_ERRORS = (
     ort_errors.Fail,
@@ -103,3 +103,11 @@ def open_network(path: str, *names: str, device: str = "cpu") -> tuple[onnxrunti
         )
         raise UserError(msg)
     return session, kind, json.loads(metadata[kind])
+
+
+def tiles_at_once(session: onnxruntime.InferenceSession, count: int) -> int:
+    """Number of tiles per call out of `count` of one canvas.
+
+    Tiles are batched on GPUs. On CPUs single tiles are faster, since activations stay in the cache.
+    """
+    return max(1, count) if session.get_providers()[0] != "CPUExecutionProvider" else 1

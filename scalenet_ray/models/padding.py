@@ -7,11 +7,20 @@ from typing import TypeVar
 
 import numpy as np
 
+from scalenet_ray.core.errors import UserError
+
 __all__ = [
+    "PADDING_GREY",
     "STRIDE",
     "detect_by_canvas",
+    "fixed_canvas",
+    "padded",
+    "square_canvas",
     "stride_canvas",
 ]
+
+PADDING_GREY = 114
+"""Value of the padding in all channels, that of the YOLO family."""
 
 STRIDE = 32
 """Sides of a canvas are multiples of this: the coarsest stride of the networks in tile pixels."""
@@ -21,17 +30,47 @@ HW = tuple[int, int]
 Answer = TypeVar("Answer")
 
 
-def stride_canvas(hw: HW) -> HW:
-    """The smallest canvas of a tile with sides that are multiples of `STRIDE`.
+def stride_canvas(hw: HW, stride: int = STRIDE) -> HW:
+    """The smallest canvas of a tile with sides that are multiples of a stride.
 
     Args:
         hw: (height, width) of the tile.
+        stride: in tile pixels.
 
     Returns:
         (height, width) in tile pixels.
     """
     height, width = hw
-    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
+    return -(-height // stride) * stride, -(-width // stride) * stride
+
+
+def square_canvas(hw: HW, least: int, stride: int = STRIDE) -> HW:
+    """The smallest square canvas of a tile of (height, width), of at least `least` tile pixels a side."""
+    side = max(*hw, least)
+    return stride_canvas((side, side), stride)
+
+
+def fixed_canvas(hw: HW, fixed_hw: HW, remedy: str = "or export it with free height and width") -> HW:
+    """Canvas (height, width) of a tile of (height, width) in a network of fixed input size.
+
+    Raises:
+        UserError: if the tile exceeds the network's input; `remedy` is what helps beside smaller tiles.
+    """
+    if hw[0] > fixed_hw[0] or hw[1] > fixed_hw[1]:
+        msg = (
+            f"a tile of {hw[0]} x {hw[1]} does not fit this network's fixed input of {fixed_hw[0]} x {fixed_hw[1]}: "
+            f"cut tiles of at most {min(fixed_hw)} {remedy}"
+        )
+        raise UserError(msg)
+    return fixed_hw
+
+
+def padded(tiles: Sequence[np.ndarray], canvas: HW) -> np.ndarray:
+    """Tiles, [h, w, 3] uint8 RGB each -> [B, H, W, 3] uint8 RGB, padded with grey at the right and below."""
+    batch = np.full((len(tiles), *canvas, 3), PADDING_GREY, np.uint8)
+    for i, tile in enumerate(tiles):
+        batch[i, : tile.shape[0], : tile.shape[1]] = tile
+    return batch
 
 
 def detect_by_canvas(

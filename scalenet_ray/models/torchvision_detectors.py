@@ -18,7 +18,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES, COCO_NUM_CLASSES
 from scalenet_ray.models.devices import device_on_this_machine
-from scalenet_ray.models.padding import detect_by_canvas, stride_canvas
+from scalenet_ray.models.padding import detect_by_canvas, square_canvas, stride_canvas
 from scalenet_ray.models.torchvision_builders import (
     build_detector,
     fetch_detector,
@@ -134,10 +134,7 @@ def _on_cpu(outputs: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tens
 
 def _canvas_hw(hw: tuple[int, int], least_square: int | None) -> tuple[int, int]:
     """Canvas of a tile of (height, width): a rectangle, or a square of at least `least_square` pixels a side."""
-    if least_square is None:
-        return stride_canvas(hw)
-    side = max(*hw, least_square)
-    return stride_canvas((side, side))
+    return stride_canvas(hw) if least_square is None else square_canvas(hw, least_square)
 
 
 class _OnCanvas(GeneralizedRCNNTransform):

@@ -22,10 +22,9 @@ from scalenet_ray.core.inference import DetectionsWithFeatures
 from scalenet_ray.core.merge import nms
 from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
-from scalenet_ray.models.onnx_batches import fixed_canvas, padded, tiles_at_once
 from scalenet_ray.models.onnx_graph import expose_features, free_axes
-from scalenet_ray.models.onnx_session import open_session, providers_of, session_options
-from scalenet_ray.models.padding import STRIDE, detect_by_canvas, stride_canvas
+from scalenet_ray.models.onnx_session import open_session, providers_of, session_options, tiles_at_once
+from scalenet_ray.models.padding import STRIDE, detect_by_canvas, fixed_canvas, padded, stride_canvas
 
 __all__ = ["YoloxDetector"]
 

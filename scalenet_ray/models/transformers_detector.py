@@ -1,0 +1,294 @@
+"""Adapter of the detectors of Hugging Face's transformers: `transformers:NAME_OR_PATH`, without their resizing."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.extras import needs_extra
+from scalenet_ray.data.storage import list_files, local_path, read_bytes
+from scalenet_ray.models.devices import device_on_this_machine
+from scalenet_ray.models.padding import detect_by_canvas, square_canvas, stride_canvas
+
+__all__ = ["TransformersDetector", "load_transformers"]
+
+_MASKED = ("conditional_detr", "deformable_detr", "detr", "table-transformer")
+"""Types of models that take a mask of the padding, and whose boxes are shares of the tile without it."""
+
+_SQUARE = ("d_fine", "rt_detr", "rt_detr_v2")
+"""Types that were trained on squares of one size, and whose boxes are shares of the canvas."""
+
+_FREE = ("yolos",)
+"""Types without a mask for canvases of any size, whose boxes are shares of the canvas."""
+
+_IOU_THRESHOLD = 0.7
+"""Between tiles: none of these networks suppresses boxes."""
+
+_FINEST_STRIDE = 8
+_ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""NAME or OWNER/NAME."""
+
+_LOG = logging.getLogger(__name__)
+
+
+class TransformersDetector:
+    """`Detector` with a network of transformers, run on padded tiles.
+
+    Attributes:
+        model: the network.
+        input_side: longer side of a whole image's tile: the side that its image processor would resize to.
+        categories: class index -> name.
+        score_threshold: minimum score of a detection.
+        iou_threshold: IoU threshold of NMS between tiles.
+        description: what the network is, in words.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        device: str = "cpu",
+        score_threshold: float = 0.01,
+        iou_threshold: float | None = None,
+        mixed_precision: bool = False,
+    ) -> None:
+        """Prepare a model for inference on tiles.
+
+        Args:
+            model: a model of `AutoModelForObjectDetection`; changed in place (evaluation mode, device).
+            processor: its image processor, whose normalization and decoding of outputs are used.
+            device: torch device.
+            score_threshold: minimum score of a detection.
+            iou_threshold: IoU threshold of NMS between tiles; None for 0.7.
+            mixed_precision: run under bfloat16 autocast.
+
+        Raises:
+            UserError: if the model is of an unknown type, names too few classes, or the device is not available.
+        """
+        self._device = device_on_this_machine(device)
+        self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=mixed_precision)
+        self.model: Any = model.eval().requires_grad_(False).to(self._device)  # type: ignore[call-overload]
+        config = self.model.config
+        self._processor = processor
+        self._type = str(config.model_type)
+        if self._type not in (*_MASKED, *_SQUARE, *_FREE):
+            known = ", ".join(sorted((*_MASKED, *_SQUARE, *_FREE)))
+            msg = f"a model of transformers must be of type {known}, got {self._type}: write a class around it"
+            raise UserError(msg)
+        self.categories = {int(index): str(name) for index, name in config.id2label.items()}
+        self.input_side = _side_of(processor)
+        self._least = _least_side(config) if self._type in _MASKED else 1
+        self._mean, self._deviation = _normalization(processor, self._device)
+        self.score_threshold = score_threshold
+        self.iou_threshold = _IOU_THRESHOLD if iou_threshold is None else iou_threshold
+        padding = "with a mask of its padding" if self._type in _MASKED else "without a mask"
+        self.description = f"{type(model).__name__} of transformers, {padding}, without NMS"
+
+    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
+        """Canvas (height, width) of a tile of (height, width)."""
+        if self._type in _SQUARE:
+            return square_canvas(hw, self.input_side)
+        return stride_canvas((max(hw[0], self._least), max(hw[1], self._least)))
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
+        """Detect on tiles; see `Detector`."""
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
+
+    def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
+        with torch.inference_mode():
+            inputs = self._inputs(tiles, canvas)
+            with self._autocast:
+                outputs = self.model(**inputs)
+            outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
+            finite = [part.isfinite().flatten(1).all(1) for part in (outputs.logits, outputs.pred_boxes)]
+            frames = [tile.shape[:2] if self._type in _MASKED else canvas for tile in tiles]
+            found = self._processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=frames)
+            # One copy for the batch: without a threshold all tiles have as many boxes.
+            boxes, scores, labels = (
+                torch.stack([each[key] for each in found]).cpu().numpy() for key in ("boxes", "scores", "labels")
+            )
+        return [
+            self._read(boxes[i], scores[i], labels[i], tile.shape[:2])
+            if whole
+            else TileError("the detector gave values that are NaN or infinite: check its weights and precision")
+            for i, (tile, whole) in enumerate(zip(tiles, (finite[0] & finite[1]).tolist(), strict=True))
+        ]
+
+    def _inputs(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Normalized tiles on canvases of zeros, as image processors pad, and the mask where the model takes one."""
+        batch = torch.zeros((len(tiles), 3, *canvas), device=self._device)
+        mask = torch.zeros((len(tiles), *canvas), dtype=torch.int64, device=self._device)
+        for i, tile in enumerate(tiles):
+            height, width = tile.shape[:2]
+            # A copy: torch warns about read-only arrays.
+            pixels = torch.from_numpy(tile.copy()).to(self._device).permute(2, 0, 1)
+            batch[i, :, :height, :width] = (pixels - self._mean) / self._deviation
+            mask[i, :height, :width] = 1
+        return {"pixel_values": batch, "pixel_mask": mask} if self._type in _MASKED else {"pixel_values": batch}
+
+    def _read(
+        self, boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, tile_hw: tuple[int, int]
+    ) -> Detections | TileError:
+        """All boxes of a tile -> its detections in tile pixels."""
+        kept = scores >= self.score_threshold
+        strange = set(labels[kept].tolist()) - set(self.categories)
+        if strange:
+            return TileError(
+                f"the detector gave class {min(strange)}, its config.id2label names {len(self.categories)} classes: "
+                "name all of them there"
+            )
+        height, width = tile_hw
+        found = Detections(np.clip(boxes[kept], 0, [width, height, width, height]), scores[kept], labels[kept])
+        # Boxes in the padding are empty after clipping.
+        return found[found.areas > 0]
+
+
+def _side_of(processor: Any) -> int:
+    """Side in pixels that an image processor resizes to: the shorter one where it keeps the aspect ratio."""
+    size: Mapping[str, int] = dict(processor.size)
+    for key in ("shortest_edge", "height", "max_height", "longest_edge"):
+        if size.get(key):
+            return int(size[key])
+    msg = f"an image processor must have a size with height or shortest_edge, got {size}: correct its configuration"
+    raise UserError(msg)
+
+
+def _least_side(config: Any) -> int:
+    """Least side of a canvas in tile pixels: its cells must be as many as the boxes that a two-stage model picks."""
+    proposals = config.two_stage_num_proposals if getattr(config, "two_stage", False) else 1
+    return _FINEST_STRIDE * math.ceil(math.sqrt(proposals))
+
+
+def _normalization(processor: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """[3, 1, 1] mean and deviation of pixels in 0..255, from an image processor's settings."""
+    scale = 1.0 / float(processor.rescale_factor) if processor.do_rescale else 1.0
+    mean, deviation = ((0.0,) * 3, (1.0,) * 3)
+    if processor.do_normalize:
+        mean, deviation = processor.image_mean, processor.image_std
+    shape = (3, 1, 1)
+    return tuple(torch.tensor(part, device=device).reshape(shape) * scale for part in (mean, deviation))  # type: ignore[return-value]
+
+
+def load_transformers(
+    what: str,
+    *,
+    device: str = "cpu",
+    score_threshold: float = 0.01,
+    iou_threshold: float | None = None,
+    mixed_precision: bool = False,
+) -> TransformersDetector:
+    """Load a detector of transformers.
+
+    Args:
+        what: a folder of `save_pretrained`, with the model's and the image processor's configuration and the weights:
+            local path, file:// or s3:// address; or a model's name on the Hugging Face Hub, downloaded or cached.
+        device: torch device.
+        score_threshold: minimum score of a detection.
+        iou_threshold: IoU threshold of NMS between tiles; None for 0.7.
+        mixed_precision: run under bfloat16 autocast.
+
+    Raises:
+        FileNotFoundError: if the path does not exist.
+        ConnectionError: if a model can't be downloaded.
+        UserError: if transformers is not installed, the folder lacks a file, the model is no detector of a known type,
+            or its weights do not fit its configuration.
+    """
+    with needs_extra():
+        transformers = importlib.import_module("transformers")
+    with _as_local_folder(what) as source:
+        config = _configured(transformers, source, what)
+        try:
+            model, report = transformers.AutoModelForObjectDetection.from_pretrained(
+                source, config=config, output_loading_info=True
+            )
+            processor = transformers.AutoImageProcessor.from_pretrained(source)
+        except OSError as error:
+            raise _missing(what, source, error) from error
+        except Exception as error:  # Damaged weights, or another version's, may raise anything.
+            raise UserError(_does_not_load(what, transformers.__version__, error)) from error
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        msg = (
+            f"{what} must hold all weights of a {type(model).__name__} of transformers {transformers.__version__}, "
+            f"got {len(names)} tensors too few, such as {names[0]}: install the version that wrote it, or save it anew"
+        )
+        raise UserError(msg)
+    try:
+        detector = TransformersDetector(
+            model,
+            processor,
+            device=device,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            mixed_precision=mixed_precision,
+        )
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+    _LOG.info("%s was taken for %s", what, detector.description)
+    return detector
+
+
+def _configured(transformers: Any, source: str, what: str) -> Any:
+    """The configuration of a detector, for canvases of any size."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise _missing(what, source, error) from error
+    except Exception as error:  # A type of model that this version does not know.
+        raise UserError(_does_not_load(what, transformers.__version__, error)) from error
+    if type(config) not in transformers.MODEL_FOR_OBJECT_DETECTION_MAPPING:
+        msg = f"{what} must hold a detector of transformers, got a {config.model_type}: use one for object detection"
+        raise UserError(msg)
+    if getattr(config, "anchor_image_size", None) is not None:
+        # Anchors are computed for each canvas instead.
+        config.anchor_image_size = None
+    return config
+
+
+def _missing(what: str, source: str, error: OSError) -> Exception:
+    """The error of a file that a folder lacks, or of a model that can't be downloaded."""
+    text = " ".join(str(error).split())[:300]
+    if source == what and not Path(source).exists():
+        return ConnectionError(f"the model {what} is no folder here, and transformers can't fetch it: {text}")
+    msg = f"{what} must be a folder of save_pretrained with a model, its weights and its image processor, got: {text}"
+    return UserError(msg)
+
+
+def _does_not_load(what: str, version: str, error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    return (
+        f"{what} must hold a detector that transformers {version} loads, with weights and class names that fit its "
+        f"configuration, got {type(error).__name__}: {text}"
+    )
+
+
+@contextmanager
+def _as_local_folder(what: str) -> Iterator[str]:
+    """A local folder, to which one elsewhere is copied, or the name of a model on the Hub."""
+    local = local_path(what)
+    if local is None:
+        with tempfile.TemporaryDirectory() as folder:
+            for uri in list_files(what):
+                (Path(folder) / uri.rpartition("/")[2]).write_bytes(read_bytes(uri))
+            yield folder
+    elif Path(local).exists():
+        yield local
+    elif _ON_THE_HUB.fullmatch(what):
+        yield what
+    else:
+        msg = f"there is no folder {local}"
+        raise FileNotFoundError(msg)

@@ -1,0 +1,366 @@
+"""`ultralytics:PATH` with random weights: Ultralytics' own boxes and masks, batches, frames, and refused files."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from torch import nn
+
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.models.detectors import load_detector
+from tests.test_torchvision_detectors import assert_same, detections, make_tiles
+
+pytest.importorskip("ultralytics", reason="needs the extra ultralytics: pip install -e '.[ultralytics]'")
+
+from scalenet_ray.models import ultralytics_weights
+from scalenet_ray.models.ultralytics_detector import UltralyticsDetector
+from tests.float64 import in_float64
+from tests.ultralytics_models import KINDS, NAMES, SIDE, build, save
+
+MASKS = ("yolo11n-seg", "yolo26n-seg")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Kind -> its file."""
+    folder = tmp_path_factory.mktemp("ultralytics")
+    return {kind: save(folder / f"{kind}.pt", build(kind)) for kind in KINDS}
+
+
+def loaded(path: str, **settings: Any) -> Any:
+    return load_detector(f"ultralytics:{path}", **settings)
+
+
+def exact(kind: str, **settings: Any) -> UltralyticsDetector:
+    """A detector whose boxes do not depend on how a CPU rounds."""
+    detector = UltralyticsDetector(build(kind), input_side=SIDE, **settings)
+    in_float64(detector.model)
+    return detector
+
+
+def assert_matched(found: Detections, wanted: np.ndarray) -> None:
+    """As many detections as [N, 6] rows of xyxy, score, class, each near one: 0.01 pixels, 1e-4 of a score."""
+    rows = np.column_stack([found.boxes, 100 * found.scores, 1e4 * found.labels]).astype(np.float64)
+    others = wanted * [1, 1, 1, 1, 100, 1e4]
+    distances = np.abs(rows[:, None] - others[None]).max(axis=2)
+    assert len(found) == len(wanted)
+    assert max(distances.min(axis=0).max(), distances.min(axis=1).max()) < 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_are_ultralytics_own_on_a_tile_of_the_networks_size(
+    kind: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ultralytics import RTDETR, YOLO
+
+    monkeypatch.chdir(tmp_path)
+    (tile,) = make_tiles((SIDE, SIDE))
+    model = (RTDETR if kind == "rt-detr" else YOLO)(files[kind])
+    # Without suppression, which of two boxes that nearly tie is kept would depend on rounding.
+    settings = {"imgsz": SIDE, "conf": 0.3, "iou": 1.0, "max_det": 10_000, "verbose": False}
+    (own,) = model.predict(np.ascontiguousarray(tile[..., ::-1]), **settings)
+    wanted = own.boxes.data.numpy().astype(np.float64)
+    inside = (wanted[:, 2:4] > wanted[:, :2]).all(axis=1)
+    (found,) = detections(loaded(files[kind], score_threshold=0.3, iou_threshold=1.0)([tile]))
+    assert len(found) > 8
+    assert_matched(found, wanted[inside])
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_are_ultralytics_own(
+    kind: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ultralytics import YOLO
+
+    monkeypatch.chdir(tmp_path)
+    (tile,) = make_tiles((SIDE, SIDE))
+    settings = {"imgsz": SIDE, "conf": 0.3, "iou": 1.0, "max_det": 10_000, "verbose": False}
+    (own,) = YOLO(files[kind]).predict(np.ascontiguousarray(tile[..., ::-1]), **settings)
+    (found,) = detections(loaded(files[kind], score_threshold=0.3, iou_threshold=1.0)([tile]))
+    assert found.masks is not None
+    pixels = [coco_mask.decode({"size": [SIDE, SIDE], "counts": counts}).astype(bool) for counts in found.masks]
+    theirs = own.masks.data.numpy().astype(bool)
+    ours = np.column_stack([found.boxes, 100 * found.scores])
+    distances = np.abs(ours[:, None] - own.boxes.data.numpy()[None, :, :5] * [1, 1, 1, 1, 100]).max(axis=2)
+    assert len(pixels) == len(theirs) > 8
+    for mask, near in zip(pixels, distances < 0.01, strict=True):
+        assert min((mask ^ other).mean() for other in theirs[near]) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["yolo11n", "yolo26n-seg", "rt-detr"])
+def test_tiles_of_one_canvas_are_one_call_and_equal_one_by_one(kind: str) -> None:
+    detector = exact(kind)
+    tiles = make_tiles((64, 64), (40, 64), (96, 96), (1, 1), (64, 33))
+    alone = [detections(detector([tile]))[0] for tile in tiles]
+    seen: list[torch.Tensor] = []
+    detector.model.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    together = detections(detector(tiles))
+    assert [len(batch) for batch in seen] == ([5] if kind == "rt-detr" else [3, 1, 1])
+    assert sum(map(len, alone)) > 8
+    for one, other in zip(alone, together, strict=True):
+        assert_same(one, other)
+
+
+def test_a_network_sees_tiles_at_their_own_size_padded_with_grey() -> None:
+    detector = UltralyticsDetector(build("yolov8n"))
+    seen: list[torch.Tensor] = []
+    detector.model.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    tiles = make_tiles((64, 40), (33, 64))
+    detector(tiles)
+    (batch,) = seen
+    assert tuple(batch.shape) == (2, 3, 64, 64)
+    pixels = (batch * 255).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(pixels[0, :, :40], tiles[0], atol=1e-3)
+    np.testing.assert_allclose(pixels[1, :33], tiles[1], atol=1e-3)
+    np.testing.assert_allclose(pixels[1, 33:], 114, atol=1e-3)
+
+
+def test_a_yolos_canvases_are_rectangles_and_rt_detrs_are_squares_of_its_own_size(files: dict[str, str]) -> None:
+    yolo, detr = loaded(files["yolo11n"]), loaded(files["rt-detr"])
+    sizes = ((64, 20), (1, 64), (400, 300))
+    assert [yolo.canvas_hw(hw) for hw in sizes] == [(64, 32), (32, 64), (416, 320)]
+    assert [detr.canvas_hw(hw) for hw in sizes] == [(128, 128), (128, 128), (416, 416)]
+    assert yolo.input_side == detr.input_side == SIDE
+
+
+def test_a_network_of_four_strides_has_canvases_of_the_coarsest() -> None:
+    from ultralytics.nn.tasks import DetectionModel
+
+    detector = UltralyticsDetector(DetectionModel("yolov8n-p6.yaml", nc=3, verbose=False))
+    assert detector.canvas_hw((65, 30)) == (128, 64)
+
+
+@pytest.mark.parametrize("kind", ["yolo11n", "yolo11n-seg", "rt-detr"])
+def test_boxes_and_masks_stay_inside_their_tile_and_not_only_its_canvas(kind: str) -> None:
+    detector = UltralyticsDetector(build(kind), input_side=SIDE)
+    sizes = [(40, 64), (64, 20)]
+    for found, (height, width) in zip(detections(detector(make_tiles(*sizes))), sizes, strict=True):
+        assert len(found)
+        assert found.boxes.min() >= 0
+        assert (found.boxes <= [width, height, width, height]).all()
+        assert (found.areas > 0).all()
+        if kind == "yolo11n-seg":
+            assert found.masks is not None
+            shapes = [coco_mask.decode({"size": [height, width], "counts": counts}).any() for counts in found.masks]
+            assert all(shapes)
+
+
+class Answers(nn.Module):
+    """A head that answers with given columns, cxcywh and a score for each class."""
+
+    def __init__(self, columns: torch.Tensor) -> None:
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, pixels: torch.Tensor) -> Any:
+        return self.columns.expand(len(pixels), *self.columns.shape), None
+
+
+def answering(detector: UltralyticsDetector, rows: list[list[float]]) -> UltralyticsDetector:
+    detector.model = Answers(torch.tensor(rows).T)
+    return detector
+
+
+OVERLAPPING = [
+    [20.0, 20, 20, 20, 0.9, 0.2, 0.0],
+    [21.0, 20, 20, 20, 0.8, 0.1, 0.0],
+    [20.0, 20, 20, 20, 0.1, 0.7, 0.0],
+    [50.0, 50, 10, 10, 0.0, 0.0, 0.005],
+]
+
+
+def test_boxes_are_suppressed_within_their_class_alone() -> None:
+    (tile,) = make_tiles((64, 64))
+    (found,) = detections(answering(UltralyticsDetector(build("yolov8n")), OVERLAPPING)([tile]))
+    assert found.labels.tolist() == [0, 1]
+    np.testing.assert_allclose(found.scores, [0.9, 0.7])
+    np.testing.assert_allclose(found.boxes, [[10, 10, 30, 30]] * 2)
+
+
+def test_both_thresholds_reach_it() -> None:
+    (tile,) = make_tiles((64, 64))
+    loose = UltralyticsDetector(build("yolov8n"), score_threshold=0.001, iou_threshold=0.95)
+    assert [len(found) for found in detections(answering(loose, OVERLAPPING)([tile]))] == [4]
+    strict = UltralyticsDetector(build("yolov8n"), score_threshold=0.75, iou_threshold=0.95)
+    assert [len(found) for found in detections(answering(strict, OVERLAPPING)([tile]))] == [2]
+
+
+@pytest.mark.parametrize("kind", ["yolo11n", "yolo11n-seg", "rt-detr"])
+def test_a_tile_with_nan_fails_alone(kind: str) -> None:
+    detector = UltralyticsDetector(build(kind), input_side=SIDE)
+
+    def poison(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        first = output[0][0] if kind == "yolo11n-seg" else output[0]
+        first[1] = float("nan")
+        return output
+
+    detector.model.register_forward_hook(poison)
+    good, bad = detector(make_tiles((64, 64), (64, 60)))
+    assert isinstance(good, Detections)
+    assert isinstance(bad, TileError)
+    assert "NaN or infinite" in bad.reason
+
+
+@pytest.mark.parametrize("kind", ["yolo26n", "yolo11n-seg", "rt-detr"])
+def test_mixed_precision_computes_in_bfloat16_and_answers_in_float32(kind: str, files: dict[str, str]) -> None:
+    detector = loaded(files[kind], mixed_precision=True)
+    seen: set[torch.dtype] = set()
+    for module in detector.model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    (found,) = detections(detector(make_tiles((64, 64))))
+    assert torch.bfloat16 in seen
+    assert found.boxes.dtype == found.scores.dtype == np.float32
+
+
+def test_a_file_in_s3_is_loaded(files: dict[str, str], s3_bucket: str) -> None:
+    from scalenet_ray.data.storage import write_bytes_atomic
+
+    write_bytes_atomic(f"{s3_bucket}/net.pt", Path(files["yolo11n"]).read_bytes())
+    assert loaded(f"{s3_bucket}/net.pt").categories == NAMES
+
+
+def test_an_end_to_end_head_is_not_suppressed() -> None:
+    model = build("yolo26n")
+    model.end2end = True
+    detector = UltralyticsDetector(model, score_threshold=0.3)
+    (found,) = detections(detector(make_tiles((64, 64))))
+    assert detector.description == "YOLO of Ultralytics, without NMS"
+    assert len(found) > 8
+
+
+def test_the_import_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ultralytics"]:
+        monkeypatch.delitem(sys.modules, name)
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    try:
+        ultralytics_weights.import_ultralytics("ultralytics.utils")
+        assert cv2.getNumThreads() == 3
+        assert "OMP_NUM_THREADS" not in os.environ
+    finally:
+        cv2.setNumThreads(threads)
+
+
+# --- what is refused -----------------------------------------------------------------------------------
+
+
+RAN = "ran"
+
+
+class Runs:
+    """A pickle that writes a file when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self._folder / RAN),)
+
+
+def refusal(path: Path | str) -> str:
+    with pytest.raises(UserError) as error:
+        loaded(str(path))
+    return str(error.value)
+
+
+def test_a_pickle_of_something_else_is_refused_and_not_run(tmp_path: Path) -> None:
+    for entries in ({"model": Runs(tmp_path)}, {"model": build("yolov8n"), "train_args": Runs(tmp_path)}):
+        torch.save(entries, tmp_path / "net.pt")
+        assert "got a pickle that calls posix.mkdir, which no model needs: it was not run" in refusal(
+            tmp_path / "net.pt"
+        )
+    with open(tmp_path / "bare.pt", "wb") as handle:
+        pickle.dump({"model": Runs(tmp_path)}, handle)
+    assert "got a file that torch.save has not written, or not whole" in refusal(tmp_path / "bare.pt")
+    assert not (tmp_path / RAN).exists()
+
+
+def test_a_file_of_the_yolov5_repository_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type("Model", (nn.Module,), {"__module__": "models.yolo"})
+    module = types.ModuleType("models.yolo")
+    module.Model = kind  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "models", types.ModuleType("models"))
+        patch.setitem(sys.modules, "models.yolo", module)
+        torch.save({"model": kind()}, tmp_path / "net.pt")
+    assert "got a model of the YOLOv5 or YOLOv7 repository: export it to ONNX" in refusal(tmp_path / "net.pt")
+
+
+def test_a_model_with_layers_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ultralytics.nn.modules import block
+
+    name = "ultralytics.nn.modules.block"
+    with monkeypatch.context() as patch:
+        kind = type("LaterBlock", (nn.Module,), {"__module__": name})
+        patch.setattr(block, "LaterBlock", kind, raising=False)
+        model = build("yolov8n")
+        model.model[0] = kind()
+        save(tmp_path / "net.pt", model)
+    assert f"got one with {name}.LaterBlock, which it lacks: install the version that wrote it" in refusal(
+        tmp_path / "net.pt"
+    )
+
+
+def test_a_model_that_does_not_run_in_this_version_is_refused(tmp_path: Path) -> None:
+    model = build("yolov8n")
+    del model.model[-1].stride
+    said = refusal(save(tmp_path / "net.pt", model, version="9.9.9"))
+    assert "must hold a model that runs in the installed Ultralytics" in said
+    assert "it was written by version 9.9.9, install that one" in said
+
+
+@pytest.mark.parametrize("names", [{0: "cat", 1: "dog"}, ["cat", "dog", "kite", "hat"], {1: "cat", 2: "dog", 3: "hat"}])
+def test_names_that_are_not_those_of_the_classes_are_refused(tmp_path: Path, names: Any) -> None:
+    model = build("yolov8n")
+    model.names = names
+    said = refusal(save(tmp_path / "net.pt", model))
+    assert f"net.pt: a model of 3 classes must name them 0 to 2, got {len(names)} names" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [("yolov8n-pose", "Pose"), ("yolov8n-obb", "OBB"), ("yolov8n-cls", "Classify")]
+)
+def test_models_of_other_tasks_are_refused(tmp_path: Path, kind: str, head: str) -> None:
+    from ultralytics.nn import tasks
+
+    make = {"Pose": tasks.PoseModel, "OBB": tasks.OBBModel, "Classify": tasks.ClassificationModel}[head]
+    said = refusal(save(tmp_path / "net.pt", make(f"{kind}.yaml", verbose=False)))
+    assert f"must detect or segment objects, got a model that ends in {head}" in said
+
+
+def test_files_of_another_form_are_refused(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "state.pt")
+    assert "got the entries weight: save it with Ultralytics' own model.save()" in refusal(tmp_path / "state.pt")
+    whole = Path(save(tmp_path / "net.pt", build("yolov8n"))).read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("cut.pt", "empty.pt"):
+        assert "got a file that torch.save has not written, or not whole" in refusal(tmp_path / name)
+    assert "that ends in .pt; for its exports use onnx:PATH" in refusal(tmp_path / "net.onnx")
+    torch.jit.save(torch.jit.trace(nn.Conv2d(3, 1, 1), torch.zeros(1, 3, 4, 4)), tmp_path / "script.pt")
+    assert "got TorchScript" in refusal(tmp_path / "script.pt")
+
+
+def test_an_ultralytics_whose_loader_runs_what_it_reads_is_refused(
+    files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ultralytics.nn import tasks
+
+    def former(weight: str, safe_only: bool = False) -> None:
+        """The loader until 8.4.60."""
+
+    monkeypatch.setattr(tasks, "torch_safe_load", former)
+    assert "needs ultralytics 8.4.70 or later, got" in refusal(files["yolo11n"])

@@ -1,0 +1,63 @@
+"""Detectors of Ultralytics with random weights, built from configurations without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, SegmentationModel
+
+__all__ = ["KINDS", "NAMES", "SIDE", "build", "save"]
+
+NAMES = {0: "cat", 1: "dog", 2: "kite"}
+SIDE = 128
+"""Side that the files name as that of their training."""
+
+RT_DETR: dict[str, Any] = {
+    "nc": 3,
+    "scales": {"l": [1.0, 1.0, 256]},
+    "backbone": [
+        [-1, 1, "Conv", [8, 3, 2]],
+        [-1, 1, "Conv", [8, 3, 2]],
+        [-1, 1, "Conv", [16, 3, 2]],
+        [-1, 1, "Conv", [16, 3, 2]],
+        [-1, 1, "Conv", [32, 3, 2]],
+        [-1, 1, "AIFI", [32, 4]],
+    ],
+    # Classes, width, queries, points, heads, layers, width of the feed-forward network.
+    "head": [[[2, 3, 5], 1, "RTDETRDecoder", ["nc", 32, 30, 2, 2, 2, 32]]],
+}
+"""RT-DETR, as small as it can be."""
+
+KINDS = ("yolov8n", "yolov10n", "yolo11n", "yolo12n", "yolo26n", "yolo11n-seg", "yolo26n-seg", "rt-detr")
+
+
+def build(kind: str) -> Any:
+    """A model, the same each time, whose answers depend on what it sees; evaluation mode.
+
+    Fresh batch norms would pass next to nothing on: theirs are set by a batch of coloured blocks.
+    """
+    torch.manual_seed(0)
+    make = RTDETRDetectionModel if kind == "rt-detr" else SegmentationModel if "seg" in kind else DetectionModel
+    model: Any = make(RT_DETR if kind == "rt-detr" else f"{kind}.yaml", nc=len(NAMES), verbose=False)
+    model.names = dict(NAMES)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # type: ignore[assignment]
+        # Scores around one half.
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.shape[0] == len(NAMES):
+            nn.init.normal_(module.weight, std=0.2)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.train()(torch.rand(4, 3, 16, 16).repeat_interleave(8, 2).repeat_interleave(8, 3))
+    return model.eval()
+
+
+def save(path: Path, model: Any, **entries: Any) -> str:
+    """Write a checkpoint as Ultralytics' trainer does; returns the path."""
+    settings = {"imgsz": SIDE, "task": "segment" if isinstance(model, SegmentationModel) else "detect"}
+    checkpoint = {"ema": None, "model": model, "train_args": settings, "version": "8.4.0", **entries}
+    torch.save(checkpoint, path)
+    return str(path)
