@@ -22,6 +22,7 @@ from scalenet_ray.data.policy_files import read_policies
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import COMMAND_MODULES, REPOSITORY
+from tests.scripted_detector import SCRIPTED, answering, one_box
 from tests.test_export import write_run
 
 NETWORKS = ("--detector", SAMPLE_DETECTOR, "--scale-net", SAMPLE_SCALE_NET)
@@ -299,6 +300,33 @@ def test_check_names_a_device_that_this_machine_lacks(sample: Path, capsys: pyte
     flags = ("--policies", "whole", "--detector", SAMPLE_DETECTOR, "--device", "cuda:99")
     assert run_command("check", "--data", str(sample), *flags) == 0
     assert "device cuda:99: not on this machine, needed where the networks run" in capsys.readouterr().out
+
+
+def test_check_looks_closely_at_a_detector(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = next((sample / "val2017").iterdir())
+    assert run_command("check", SAMPLE_DETECTOR, str(image)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"detector {SAMPLE_DETECTOR}: input side 192, canvas 192 x 192, NMS at IoU 0.6, 10 categories"
+    assert lines[-1] == "nothing wrong was found"
+    assert run_command("check", SAMPLE_DETECTOR) == 0
+
+
+def test_check_ends_with_1_where_a_detector_has_faults(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with answering(lambda tiles: [one_box(tile) for tile in tiles], categories={1: "LABEL_1", 2: "disc"}):
+        assert run_command("check", SCRIPTED) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("wrong: 1 of 2 classes have no name, such as 'LABEL_1'")
+    assert lines[-1] == "1 faults"
+
+
+@pytest.mark.parametrize("flags", [("--detector", SAMPLE_DETECTOR), ("--images", "photos"), ("--data", "coco")])
+def test_check_takes_a_detectors_name_or_the_inputs_of_a_run(
+    flags: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command("check", SAMPLE_DETECTOR, *flags) == 2
+    assert f"check takes a detector's name or {flags[0]}, got {SAMPLE_DETECTOR} and {flags[1]}" in (
+        capsys.readouterr().err
+    )
 
 
 def test_check_writes_nothing(

@@ -17,8 +17,12 @@ from scalenet_ray.core.inference import FeatureScalePredictor
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.data.coco import map_categories
+from scalenet_ray.data.images import read_image
+from scalenet_ray.models.detector_diagnosis import diagnose
+from scalenet_ray.models.detectors import Detector, load_detector
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.runs.resources import Resources
+from scalenet_ray.sample.scenes import sample_scene
 from scalenet_ray.workflows import (
     CocoSplit,
     ImageSet,
@@ -34,16 +38,21 @@ from scalenet_ray.workflows import (
 __all__ = ["CheckInputs", "main"]
 
 _MOST_NAMES = 5
+_SCENE = 7
 
 
 @dataclass(frozen=True)
 class CheckInputs:
-    """Read the data, and try the networks and the policies on its first images, as eval and detect do before a run.
+    """Look closely at one detector; or try the data, networks and policies of a run, as eval and detect do before it.
 
-    Networks are tried on the CPU of this machine. Without --data and --images: the embedded sample's images, with the
-    sample's networks unless --detector is given.
+    With NAME: the detector is tried on an image, on --device, and what is wrong with it is said; the exit status is 1
+    if anything is. Without: networks are tried on the CPU of this machine, on the first images of --data or --images;
+    by default the embedded sample's images, with the sample's networks unless --detector is given.
 
     Attributes:
+        name: kind:what of the detector to look at; see --detector.
+        image: an image that shows its classes, a local path, file:// or s3://; by default a scene of the embedded
+            sample, in which few detectors find anything.
         data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json, as for eval.
         split: the split of --data.
         images: a folder, a glob (quoted), an s3:// prefix, or a Parquet file with a column uri or path, as for detect.
@@ -52,6 +61,8 @@ class CheckInputs:
         max_image_megapixels: larger images are refused before they are decoded, except TIFFs that are read by window.
     """
 
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    image: Annotated[str | None, tyro.conf.Positional] = None
     data: str | None = None
     split: str = "val2017"
     images: str | None = None
@@ -63,7 +74,9 @@ class CheckInputs:
 
 
 def main(job: CheckInputs) -> int:
-    """Check all inputs and print a line about each. Returns the exit status."""
+    """Check all inputs, or one detector, and print what there is to say. Returns the exit status."""
+    if job.name is not None:
+        return _look_at_detector(job, job.name)
     if job.data is not None and job.images is not None:
         msg = f"check takes --data or --images, got {job.data} and {job.images}: leave one out"
         raise UserError(msg)
@@ -95,6 +108,38 @@ def main(job: CheckInputs) -> int:
     say(_device_line(job.networks))
     say("all checks passed")
     return 0
+
+
+def _look_at_detector(job: CheckInputs, name: str) -> int:
+    """Print what there is to say about one detector. Returns the exit status."""
+    for flag, given in (("--data", job.data), ("--images", job.images), ("--detector", job.networks.detector)):
+        if given is not None:
+            msg = f"check takes a detector's name or {flag}, got {name} and {given}: leave one out"
+            raise UserError(msg)
+    networks = job.networks
+    networks.check_device(here=True)
+
+    def load(score_threshold: float, iou_threshold: float | None) -> Detector:
+        """Load the detector with other thresholds."""
+        return load_detector(
+            name,
+            device=networks.device,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            mixed_precision=networks.mixed_precision,
+        )
+
+    max_pixels = round(job.max_image_megapixels * 1e6)
+    image = (
+        sample_scene("val2017", _SCENE).pixels if job.image is None else read_image(job.image, max_pixels=max_pixels)
+    )
+    diagnosis = diagnose(load, name, image, score_threshold=networks.score_threshold, device=networks.device)
+    for line in diagnosis.facts:
+        say(line)
+    for line in diagnosis.faults:
+        say(f"wrong: {line}")
+    say(f"{len(diagnosis.faults)} faults" if diagnosis.faults else "nothing wrong was found")
+    return 1 if diagnosis.faults else 0
 
 
 def _on_sample(job: CheckInputs) -> CheckInputs:

@@ -26,6 +26,7 @@ __all__ = [
     "fails_on_all",
     "listed_answers",
     "raised",
+    "unchecked",
 ]
 
 ANSWERED_WRONGLY = "the detector answered a tile wrongly"
@@ -135,16 +136,24 @@ def checked_answer(answer: Any, hw: tuple[int, int], class_ids: np.ndarray) -> D
     if isinstance(answer, TileError):
         return answer
     try:
-        parts = _parts(answer)
-        found = answer if isinstance(answer, Detections) else Detections(*parts[:3])
-        if parts[3] is not None:
-            found = replace(found, masks=_masks(parts[3], len(found), hw))
+        found, masks = unchecked(answer), _parts(answer)[3]
+        if masks is not None:
+            found = replace(found, masks=_masks(masks, len(found), hw))
         refused = reject_nan(found)
         if isinstance(refused, TileError):
             return refused
         return _clipped(_with_valid_scores(_with_known_labels(found, class_ids)), hw)
     except ValueError as error:
         return answered_wrongly(error)
+
+
+def unchecked(answer: Any) -> Detections:
+    """Boxes, scores and labels of an answer in any form of `checked_answer`, without checks of their values.
+
+    Raises:
+        ValueError: if the answer is of another form.
+    """
+    return answer if isinstance(answer, Detections) else Detections(*_parts(answer)[:3])
 
 
 def _parts(answer: Any) -> tuple[Any, Any, Any, Any]:

@@ -18,9 +18,14 @@ from scalenet_ray.models.checked_detector import CheckedDetector
 __all__ = [
     "Agreement",
     "agreement",
+    "batch_fault",
+    "detect_alone",
     "follows_size",
+    "repeat_fault",
+    "size_fault",
     "three_views",
     "try_detector",
+    "whole_tile",
 ]
 
 _GREY = 114
@@ -90,10 +95,14 @@ def try_detector(detector: CheckedDetector, images: Iterable[np.ndarray]) -> Non
     """
     try:
         images = _first_detected(detector, images)
-        if images:
-            _check_batches(detector, images[0])
-            if _is_deterministic(detector, images[0]):
-                _check_size(detector, images)
+        if not images:
+            return
+        if fault := batch_fault(detector, images[0]):
+            _LOG.warning(fault)
+        if fault := repeat_fault(detector, images[0]):
+            _LOG.warning(fault)
+        elif fault := size_fault(detector, images):
+            raise UserError(fault)
     except OutOfMemoryError as error:
         _LOG.warning("the detector could not be tried before the run: a tile does not fit the memory (%s)", error)
 
@@ -104,7 +113,7 @@ def _first_detected(detector: CheckedDetector, images: Iterable[np.ndarray]) -> 
     chosen: list[np.ndarray] = []
     for image in images:
         if not chosen:
-            found = _detect_alone(detector, _whole(image, detector.input_side))
+            found = detect_alone(detector, whole_tile(image, detector.input_side))
             if isinstance(found, TileError):
                 failures.append(found)
                 if len(failures) == MOST_FAILED:
@@ -118,71 +127,75 @@ def _first_detected(detector: CheckedDetector, images: Iterable[np.ndarray]) -> 
     return chosen
 
 
-def _check_batches(detector: CheckedDetector, image: np.ndarray) -> None:
-    """Compare a tile alone with the same tile in a batch with a blank one; a difference is logged."""
-    tile = _whole(image, max(1, detector.input_side // 2))
+def batch_fault(detector: CheckedDetector, image: np.ndarray) -> str | None:
+    """Compare a tile of an image alone with the same tile in a batch with a blank one.
+
+    Returns:
+        How they differ, or None.
+
+    Raises:
+        UserError: if the answer to the blank tile is invalid.
+    """
+    tile = whole_tile(image, max(1, detector.input_side // 2))
     blank = np.full_like(tile, _GREY)
-    alone = _detect_alone(detector, tile)
-    nothing = _detect_alone(detector, blank)
+    alone = detect_alone(detector, tile)
+    nothing = detect_alone(detector, blank)
     if isinstance(nothing, TileError) and nothing.reason.startswith(ANSWERED_WRONGLY):
         msg = f"detector {detector.name!r}: on a blank tile {nothing.reason}"
         raise UserError(msg)
-    in_batch = _detect(detector, [tile, blank])[0]
-    _is_same(
-        alone,
-        in_batch,
-        "detector %r answers a tile otherwise in a batch than alone (distance %.2f of 1): results will depend on "
-        "--detector-batch-size and differ from run to run",
-        detector.name,
+    distance = _distance(alone, _detect(detector, [tile, blank])[0])
+    if distance <= _MAX_DISTANCE:
+        return None
+    return (
+        f"detector {detector.name!r} answers a tile otherwise in a batch than alone (distance {distance:.2f} of 1): "
+        "results will depend on --detector-batch-size and differ from run to run"
     )
 
 
-def _is_deterministic(detector: CheckedDetector, image: np.ndarray) -> bool:
-    """Compare two calls on the same tile; a difference is logged, and makes the test for resizing meaningless."""
-    tile = _whole(image, detector.input_side)
-    return _is_same(
-        _detect_alone(detector, tile),
-        _detect_alone(detector, tile),
-        "detector %r answers the same tile otherwise the second time (distance %.2f of 1): results will differ from "
-        "run to run",
-        detector.name,
+def repeat_fault(detector: CheckedDetector, image: np.ndarray) -> str | None:
+    """How two calls on the same tile differ, which makes the test for resizing meaningless, or None."""
+    tile = whole_tile(image, detector.input_side)
+    distance = _distance(detect_alone(detector, tile), detect_alone(detector, tile))
+    if distance <= _MAX_DISTANCE:
+        return None
+    return (
+        f"detector {detector.name!r} answers the same tile otherwise the second time (distance {distance:.2f} of 1): "
+        "results will differ from run to run"
     )
 
 
-def _is_same(first: Detections | TileError, second: Detections | TileError, warning: str, name: str) -> bool:
-    """True if two outputs agree, or one failed; else logs the warning with the detector's name and the distance."""
+def _distance(first: Detections | TileError, second: Detections | TileError) -> float:
+    """Distance of two outputs; 0 if one failed."""
     if isinstance(first, TileError) or isinstance(second, TileError):
-        return True
-    distance = agreement(first, second).distance
-    if distance > _MAX_DISTANCE:
-        _LOG.warning(warning, name, distance)
-    return distance <= _MAX_DISTANCE
+        return 0.0
+    return agreement(first, second).distance
 
 
-def _check_size(detector: CheckedDetector, images: Iterable[np.ndarray]) -> None:
-    """Raise a UserError if the detector resizes its tiles."""
+def size_fault(detector: CheckedDetector, images: Iterable[np.ndarray]) -> str | None:
+    """Evidence in words that the detector resizes its tiles, or None."""
     compared: list[tuple[Detections, Detections, Detections]] = []
     evidence = Agreement()
     for image in images:
         views = three_views(image, detector.input_side)
         if views is None:
-            return
-        small, padded, enlarged = (_detect_alone(detector, view) for view in views)
+            return None
+        small, padded, enlarged = (detect_alone(detector, view) for view in views)
         if isinstance(small, TileError) or isinstance(padded, TileError) or isinstance(enlarged, TileError):
             continue
         compared.append((small, padded, enlarged))
         evidence = evidence.plus(agreement(small, padded))
         if evidence.total >= _ENOUGH_EVIDENCE:
             break
-    if found := follows_size(compared):
-        to_padded, to_enlarged = found
-        msg = (
-            f"detector {detector.name!r} resizes its tiles, which undoes the zoom: it answers a picture and the same "
-            f"enlarged twofold alike (distance {to_enlarged.distance:.2f} of 1), but not the same pixels with more "
-            f"grey around them ({to_padded.distance:.2f}): pad tiles at the right and below, to what canvas_hw says, "
-            "and never resize them"
-        )
-        raise UserError(msg)
+    found = follows_size(compared)
+    if found is None:
+        return None
+    to_padded, to_enlarged = found
+    return (
+        f"detector {detector.name!r} resizes its tiles, which undoes the zoom: it answers a picture and the same "
+        f"enlarged twofold alike (distance {to_enlarged.distance:.2f} of 1), but not the same pixels with more "
+        f"grey around them ({to_padded.distance:.2f}): pad tiles at the right and below, to what canvas_hw says, "
+        "and never resize them"
+    )
 
 
 def follows_size(views: Sequence[tuple[Detections, Detections, Detections]]) -> tuple[Agreement, Agreement] | None:
@@ -231,7 +244,7 @@ def three_views(image: np.ndarray, input_side: int) -> tuple[np.ndarray, np.ndar
     half = input_side // 2
     if half < _MIN_VIEW_SIDE:
         return None
-    content = _whole(image, int(input_side * _CONTENT_SHARE))
+    content = whole_tile(image, int(input_side * _CONTENT_SHARE))
     small, padded = _on_grey(content, half), _on_grey(content, input_side)
     return small, padded, cv2.resize(small, (2 * half, 2 * half), interpolation=cv2.INTER_LINEAR)
 
@@ -242,8 +255,8 @@ def _on_grey(content: np.ndarray, side: int) -> np.ndarray:
     return square
 
 
-def _whole(image: np.ndarray, side: int) -> np.ndarray:
-    """The whole image as a tile with its longer side at `side`."""
+def whole_tile(image: np.ndarray, side: int) -> np.ndarray:
+    """The whole image, [h, w, 3] uint8 RGB, as a tile with its longer side at `side`."""
     hw = (image.shape[0], image.shape[1])
     return cut_tile(image, Tile(0, (), hw, Window(0, 0, hw[1], hw[0]), *fit_longer_side(*hw, side)))
 
@@ -276,7 +289,8 @@ def agreement(first: Detections, second: Detections, *, zoom: float = 1.0) -> Ag
     return Agreement(float(shared), float(total + sum(scores[scores >= _SURE].sum() for scores in left)))
 
 
-def _detect_alone(detector: CheckedDetector, tile: np.ndarray) -> Detections | TileError:
+def detect_alone(detector: CheckedDetector, tile: np.ndarray) -> Detections | TileError:
+    """Detect on one tile; an exception of the detector becomes the tile's failure."""
     return _detect(detector, [tile])[0]
 
 
