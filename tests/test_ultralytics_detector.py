@@ -18,6 +18,9 @@ from torch import nn
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.data.images import read_image
+from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+from scalenet_ray.models.detector_check import whole_tile
 from scalenet_ray.models.detectors import load_detector
 from tests.test_torchvision_detectors import assert_same, detections, make_tiles
 
@@ -229,6 +232,29 @@ def test_a_file_in_s3_is_loaded(files: dict[str, str], s3_bucket: str) -> None:
 
     write_bytes_atomic(f"{s3_bucket}/net.pt", Path(files["yolo11n"]).read_bytes())
     assert loaded(f"{s3_bucket}/net.pt").categories == NAMES
+
+
+def test_trained_weights_find_what_their_export_finds(real_data: Path, tmp_path: Path) -> None:
+    from onnx import load, numpy_helper
+    from ultralytics.nn.tasks import DetectionModel
+
+    export = real_data / "models" / "yolo11n.onnx"
+    weights = {
+        each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in load(export).graph.initializer
+    }
+    model = DetectionModel("yolo11n.yaml", nc=80, verbose=False).eval().fuse(verbose=False)
+    model.load_state_dict(weights)
+    model.names = dict(enumerate(COCO_CATEGORIES.values()))
+    paths = sorted((real_data / "coco" / "val2017").glob("*.jpg"))[:3]
+    tiles = [whole_tile(read_image(path), 640) for path in paths]
+    ours, exported = loaded(save(tmp_path / "net.pt", model)), load_detector(f"onnx:{export}")
+    position = {category_id: index for index, category_id in enumerate(sorted(COCO_CATEGORIES))}
+    for found, wanted in zip(detections(ours(tiles)), detections(exported(tiles)), strict=True):
+        # Near the threshold and near ties rounding decides.
+        sure = found[found.scores >= 0.1]
+        rows = np.column_stack([wanted.boxes, wanted.scores, [position[label] for label in wanted.labels.tolist()]])
+        assert len(sure) >= 1
+        assert_matched(sure, rows[rows[:, 4] >= 0.1])
 
 
 def test_an_end_to_end_head_is_not_suppressed() -> None:
