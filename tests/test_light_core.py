@@ -45,19 +45,21 @@ def test_one_image_with_a_yolox() -> None:
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "extra"),
     [
-        "scalenet_ray.load_detector('torchvision:fasterrcnn_resnet50_fpn')",
-        "scalenet_ray.load_detector('tiny:a.safetensors')",
-        "scalenet_ray.load_predictor('a.safetensors')",
+        ("scalenet_ray.load_detector('torchvision:fasterrcnn_resnet50_fpn')", "torch"),
+        ("scalenet_ray.load_detector('tiny:a.safetensors')", "torch"),
+        ("scalenet_ray.load_predictor('a.safetensors')", "torch"),
+        ("scalenet_ray.load_detector('transformers:a')", "transformers"),
+        ("scalenet_ray.load_detector('ultralytics:a.pt')", "ultralytics"),
     ],
 )
-def test_a_network_of_torch_names_the_extra(call: str) -> None:
+def test_a_network_of_torch_names_the_extra(call: str, extra: str) -> None:
     done = without_extras(
         f"import scalenet_ray\ntry:\n    {call}\n"
         "except scalenet_ray.UserError as error:\n    sys.stdout.write(str(error))"
     )
-    assert done.stdout.endswith(" is not installed: pip install 'scalenet-ray[torch]'"), done.stderr
+    assert done.stdout.endswith(f" is not installed: pip install 'scalenet-ray[{extra}]'"), done.stderr
 
 
 def test_a_device_is_for_onnxruntime_to_refuse() -> None:

@@ -239,11 +239,9 @@ def test_trained_weights_find_what_their_export_finds(real_data: Path, tmp_path:
     from ultralytics.nn.tasks import DetectionModel
 
     export = real_data / "models" / "yolo11n.onnx"
-    weights = {
-        each.name: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in load(export).graph.initializer
-    }
+    arrays = {each.name: numpy_helper.to_array(each).copy() for each in load(export).graph.initializer}
     model = DetectionModel("yolo11n.yaml", nc=80, verbose=False).eval().fuse(verbose=False)
-    model.load_state_dict(weights)
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
     model.names = dict(enumerate(COCO_CATEGORIES.values()))
     paths = sorted((real_data / "coco" / "val2017").glob("*.jpg"))[:3]
     tiles = [whole_tile(read_image(path), 640) for path in paths]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.extras import needs_extra
+from scalenet_ray.core.extras import EXTRAS, needs_extra
 from scalenet_ray.core.inference import Detect, DetectWithFeatures
 from scalenet_ray.core.policy import LARGEST_SIDE
 from scalenet_ray.models.own_detectors import load_own, names_own, quoting
@@ -144,7 +144,7 @@ def load_detector(
             made = added.load()(what, **settings)
         return check_detector(made, spec)
     if kind in _LOADERS and what:
-        with needs_extra():
+        with needs_extra(EXTRAS.get(kind)):
             load = pkgutil.resolve_name(_LOADERS[kind])
         return check_detector(load(what, **settings), spec)
     if not own:

@@ -80,7 +80,7 @@ class NetworkSpec:
     """The frozen detector and Scale Net.
 
     Attributes:
-        detector: kind:what, e.g. onnx:PATH, torchvision:NAME, torchvision:PATH, module:Class. Without
+        detector: kind:what, e.g. onnx:PATH, ultralytics:PATH, torchvision:NAME, module:Class. Without
             --data: the embedded sample's.
         scale_net: weights of Scale Net, a local path or s3://. Without --data: the embedded sample's.
         device: torch device of the networks.
