@@ -14,6 +14,7 @@ import torch
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.models.detectors import load_detector
+from tests.devices import DEVICES
 from tests.test_torchvision_detectors import detections, make_tiles
 
 pytest.importorskip("transformers", reason="needs the extra transformers: pip install -e '.[transformers]'")
@@ -126,6 +127,16 @@ def test_tiles_of_one_canvas_are_one_call_and_equal_one_by_one(kind: str) -> Non
     assert len(seen) < 5
     assert sum(map(len, alone)) > 8
     for one, other in zip(alone, together, strict=True):
+        assert_near(one, other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_finds_on_a_gpu_what_it_finds_on_the_cpu(kind: str, device: str) -> None:
+    tiles = make_tiles((SIDE, SIDE), (40, 64))
+    expected, found = (detections(exact(kind, device=where)(tiles)) for where in ("cpu", device))
+    assert sum(map(len, expected)) > 8
+    for one, other in zip(found, expected, strict=True):
         assert_near(one, other)
 
 

@@ -22,6 +22,7 @@ from scalenet_ray.data.images import read_image
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
 from scalenet_ray.models.detector_check import whole_tile
 from scalenet_ray.models.detectors import load_detector
+from tests.devices import DEVICES
 from tests.test_torchvision_detectors import assert_same, detections, make_tiles
 
 pytest.importorskip("ultralytics", reason="needs the extra ultralytics: pip install -e '.[ultralytics]'")
@@ -113,6 +114,18 @@ def test_tiles_of_one_canvas_are_one_call_and_equal_one_by_one(kind: str) -> Non
     assert sum(map(len, alone)) > 8
     for one, other in zip(alone, together, strict=True):
         assert_same(one, other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["yolo11n-seg", "yolo26n", "rt-detr"])
+def test_a_network_finds_on_a_gpu_what_it_finds_on_the_cpu(kind: str, device: str) -> None:
+    tiles = make_tiles((64, 64), (40, 64))
+    # Of boxes that nearly tie, which is suppressed depends on rounding.
+    loose = {"score_threshold": 0.3, "iou_threshold": 1.0}
+    expected, found = (detections(exact(kind, device=where, **loose)(tiles)) for where in ("cpu", device))
+    for one, other in zip(found, expected, strict=True):
+        assert len(one)
+        assert_matched(one, np.column_stack([other.boxes, other.scores, other.labels]))
 
 
 def test_a_network_sees_tiles_at_their_own_size_padded_with_grey() -> None:
