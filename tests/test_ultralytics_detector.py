@@ -378,6 +378,11 @@ def test_models_of_other_tasks_are_refused(tmp_path: Path, kind: str, head: str)
     assert f"must detect or segment objects, got a model that ends in {head}" in said
 
 
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere\.pt"):
+        loaded(str(tmp_path / "nowhere.pt"))
+
+
 def test_files_of_another_form_are_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "state.pt")
     assert "got the entries weight: save it with Ultralytics' own model.save()" in refusal(tmp_path / "state.pt")

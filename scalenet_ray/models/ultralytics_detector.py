@@ -103,7 +103,8 @@ class UltralyticsDetector:
         with torch.inference_mode():
             batch = torch.from_numpy(padded(tiles, canvas)).to(self._device).permute(0, 3, 1, 2).float() / 255
             with self._autocast:
-                (output, prototypes), _ = self.model(batch) if self._masks else ((self.model(batch)[0], None), None)
+                answer = self.model(batch)[0]
+            output, prototypes = answer if self._masks else (answer, None)
             finite = output.isfinite().flatten(1).all(1).tolist()
             rows = self._rows(output.float(), canvas)
             kept = rows[..., 4] >= self.score_threshold

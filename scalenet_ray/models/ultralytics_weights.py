@@ -90,15 +90,17 @@ def _version() -> str:
 @contextmanager
 def _as_local_file(path: str) -> Iterator[str]:
     """A local path of a file in any storage."""
-    data = read_bytes(path)
     local = local_path(path)
-    if local is not None:
+    if local is None:
+        with tempfile.NamedTemporaryFile(suffix=_SUFFIX) as copy:
+            copy.write(read_bytes(path))
+            copy.flush()
+            yield copy.name
+    elif os.path.exists(local):
         yield local
-        return
-    with tempfile.NamedTemporaryFile(suffix=_SUFFIX) as copy:
-        copy.write(data)
-        copy.flush()
-        yield copy.name
+    else:
+        msg = f"there is no file {local}"
+        raise FileNotFoundError(msg)
 
 
 def _check_is_archive(file: str, path: str) -> None:
