@@ -21,14 +21,12 @@ from scalenet_ray.data.categories import CategoryChoice, ChosenCategories, choos
 from scalenet_ray.data.coco import (
     FoundImages,
     ImageRecord,
-    Listing,
     OpenImage,
-    annotations_uri,
     find_images,
-    images_and_categories,
     oracle_from,
     unknown_categories,
 )
+from scalenet_ray.data.datasets import Layout, OpenedSplit, find_layout
 from scalenet_ray.data.policy_files import read_policies
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec
 from scalenet_ray.report.charts import policy_plot
@@ -47,7 +45,7 @@ from scalenet_ray.runs.documents import (
     PolicyMetrics,
     ReportDetails,
 )
-from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.folder import GROUND_TRUTH, RunFolder
 from scalenet_ray.runs.inputs import annotation_digests, check_ground_truth, keep_image_ids
 from scalenet_ray.runs.local import LocalSession, Session
 from scalenet_ray.runs.resources import Resources
@@ -71,6 +69,7 @@ __all__ = [
     "sample_inputs",
     "start_session",
     "with_categories",
+    "with_ground_truth",
     "write_report",
     "write_summary",
 ]
@@ -146,46 +145,65 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class CocoSplit(ImageSet):
-    """Images of a run with ground truth in COCO's format.
+    """Images of a run with ground truth.
 
     Attributes:
         folder: address of the images' folder.
         categories: id -> name.
         unused_categories: ids of the categories without annotations.
         chosen: the choice that led to these categories; None if they are all of the annotations', as they are.
+        instances: the ground truth as a COCO instances file, for the run folder; None if `source` is one.
     """
 
     folder: str
     categories: dict[int, str]
     unused_categories: frozenset[int]
     chosen: ChosenCategories | None = None
+    instances: bytes | None = None
 
     @property
     def annotations(self) -> str:
-        """Address of the instances file."""
+        """Address of the instances file; before `with_ground_truth` the annotations may have another form."""
         return self.source
 
 
-def open_split(session: Session, data: str, split: str, *, limit: int | None, max_megapixels: float) -> CocoSplit:
-    """Read the annotations of one split of a data set in COCO's layout.
+def open_split(
+    session: Session,
+    data: str | None,
+    split: str,
+    *,
+    limit: int | None,
+    max_megapixels: float,
+    annotations: str | None = None,
+    images: str | None = None,
+) -> CocoSplit:
+    """Read the annotations of one split of a data set.
 
     Args:
         session: the engine; the annotations are read outside the driver.
-        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        data: a folder or a data.yaml, see `data.datasets`; None if `annotations` and `images` are given.
         split: its name.
         limit: only the first so many images.
         max_megapixels: larger images are refused before they are decoded.
+        annotations: instances file or folder of label files, in place of `data`.
+        images: folder of the images, with `annotations`.
+
+    Raises:
+        FileNotFoundError: if there are no annotations.
+        UserError: if they are in none of the known forms.
     """
-    annotations = annotations_uri(data, split)
-    found: Listing = session.call(images_and_categories, annotations)
+    layout: Layout = session.call(partial(find_layout, split, data=data, annotations=annotations, images=images))
+    opened: OpenedSplit = session.call(layout.open, split)
+    found = opened.listing
     return CocoSplit(
-        source=annotations,
-        folder=storage.join(data, split),
+        source=layout.annotations_of(split),
+        folder=layout.images_of(split),
         images=found.images[:limit],
         remarks=found.remarks,
         max_pixels=round(max_megapixels * 1e6),
         categories=found.categories,
         unused_categories=found.unused_categories,
+        instances=opened.instances,
     )
 
 
@@ -372,12 +390,21 @@ def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:
     check_ground_truth(run, split.images, split.categories, digests)
 
 
-def _with_chosen_truth(session: Session, run: RunFolder, split: CocoSplit) -> CocoSplit:
-    """The split; with categories chosen, its ground truth is that of them, written into the run folder."""
-    if split.chosen is None:
-        return split
-    target = storage.join(run.uri, "ground_truth.json")
-    return replace(split, source=session.call(write_chosen, split.annotations, target, split.chosen))
+def with_ground_truth(session: Session, run: RunFolder, split: CocoSplit) -> CocoSplit:
+    """The split, its ground truth written into the run folder if categories were chosen or it was not in COCO's form.
+
+    Args:
+        session: the engine.
+        run: the run folder, begun.
+        split: the split.
+    """
+    target = storage.join(run.uri, GROUND_TRUTH)
+    if split.instances is not None:
+        storage.write_bytes_atomic(target, split.instances)
+        split = replace(split, source=target, instances=None)
+    if split.chosen is not None:
+        split = replace(split, source=session.call(write_chosen, split.annotations, target, split.chosen))
+    return split
 
 
 def evaluate_policies(
@@ -410,7 +437,7 @@ def evaluate_policies(
         The content of metrics.json.
     """
     ids = [record.image_id for record in split.images]
-    split = _with_chosen_truth(session, run, split)
+    split = with_ground_truth(session, run, split)
     check_split(session, run, split)
     log = ProgressLog(report)
     reads_features = session.call(networks.reads_features, policies)

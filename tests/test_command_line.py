@@ -151,7 +151,7 @@ def test_the_program_runs_as_a_module_in_any_folder(sample: Path, tmp_path: Path
         (("detect", "--images", "nowhere", "--engine", "local"), 2, "nowhere"),
         (("check", "--images", "nowhere"), 2, "nowhere"),
         (("train", "--data", "nowhere", "--preset", "unet"), 2, "--preset must be one of head, "),
-        (("finetune", "--data", "nowhere"), 2, "--detector must name what is fine-tuned on --data"),
+        (("finetune", "--data", "nowhere"), 2, "--detector must name what is fine-tuned on your data"),
         (("tune", "--space", "nowhere.yaml"), 2, "nowhere.yaml"),
         (("export", "nowhere", "--to", "coco"), 2, "nowhere"),
         (("policy", "first-pass"), 2, "--input-side must be the detector's input side in pixels, got none"),

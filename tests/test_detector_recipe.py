@@ -382,7 +382,7 @@ def job_on(data: str | None, output: Path, **changes: Any) -> Any:
 
 
 def test_data_of_ones_own_needs_a_detector(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--detector must name what is fine-tuned on --data"):
+    with pytest.raises(ValueError, match="--detector must name what is fine-tuned on your data"):
         load_job("finetune_detector").main(job_on("anywhere", tmp_path, detector=None))
 
 

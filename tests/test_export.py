@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -15,10 +17,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 from pycocotools.coco import COCO
 
 from scalenet_ray.core.detections import Detections, Failure, ImageResult
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.coco import ImageRecord, read_annotations
+from scalenet_ray.data.datasets import find_layout
 from scalenet_ray.runs.export import EXPORT_FORMATS, export_run
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.shard_writer import ShardWriter
@@ -82,7 +86,7 @@ def test_no_thread_is_begun_that_could_outlive_the_interpreter(to: str, run: str
 
 
 def test_coco_results_are_what_the_run_itself_writes(run: str, tmp_path: Path) -> None:
-    done = export_run(run, "coco", output=str(tmp_path / "results.json"))
+    done = export_run(run, "coco-results", output=str(tmp_path / "results.json"))
     rows = json.loads(Path(done.uri).read_text())
     assert rows[0] == {"image_id": 1, "category_id": 90, "bbox": [10, 20, 30, 60], "score": 0.9}
     truth = COCO()
@@ -111,6 +115,52 @@ def test_yolo_labels_are_centres_and_sides_of_the_image(run: str) -> None:
     assert yaml.safe_load((folder / "data.yaml").read_text())["names"] == ["kite", "person", "tooth brush"]
 
 
+def test_an_exported_instances_file_is_a_data_set_with_names_and_sizes(run: str) -> None:
+    uri = export_run(run, "coco").uri
+    dataset = read_annotations(uri)
+    assert dataset.categories == NAMES
+    assert [(record.file_name, record.hw) for record in dataset.images] == [
+        ("a/one.jpg", (100, 200)), ("b/two.jpg", (100, 200)), ("empty.jpg", (100, 200)),
+    ]  # fmt: skip
+    boxes = np.concatenate([BOXES, BOXES[:1]])
+    assert dataset.boxes_xywh.tolist() == [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in boxes.tolist()]
+    assert dataset.areas.tolist() == [1800, 5000, 6, 1800]
+    assert dataset.labels.tolist() == [90, 3, 7, 7]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert len(COCO(uri).getAnnIds(imgIds=[1])) == 3
+    assert json.loads(Path(uri).read_text())["annotations"][0]["score"] == 0.9
+
+
+def test_an_export_without_detections_is_an_instances_file_too(run: str) -> None:
+    assert len(read_annotations(export_run(run, "coco", score_threshold=1.0).uri).images) == 3
+
+
+def test_exported_voc_files_are_read_as_a_data_set(run: str, tmp_path: Path) -> None:
+    folder = export_run(run, "voc").uri
+    for file in ("a/one.jpg", "b/two.jpg", "empty.jpg"):
+        (tmp_path / "photos" / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (200, 100)).save(tmp_path / "photos" / file)
+    layout = find_layout("any", annotations=f"{folder}/Annotations", images=str(tmp_path / "photos"))
+    dataset = layout.read("any")
+    assert (dataset.images[0].file_name, dataset.images[0].hw) == ("a/one.jpg", (100, 200))
+    named = [dataset.categories[label] for label in dataset.labels.tolist()]
+    assert named == ["tooth brush", "kite", "person", "person"]
+    # The third box, 5 to 6.5 and 5 to 9, is rounded to whole pixels.
+    assert dataset.boxes_xywh.tolist() == [[10, 20, 30, 60], [0, 0, 100, 50], [5, 5, 1, 4], [10, 20, 30, 60]]
+
+
+def test_exported_yolo_labels_are_read_as_a_data_set(run: str, tmp_path: Path) -> None:
+    folder = Path(export_run(run, "yolo").uri)
+    for file in ("a/one.jpg", "b/two.jpg", "empty.jpg"):
+        (folder / "images" / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (200, 100)).save(folder / "images" / file)
+    dataset = find_layout("val", data=str(folder / "data.yaml")).read("val")
+    named = [dataset.categories[label] for label in dataset.labels.tolist()]
+    assert named == ["tooth brush", "kite", "person", "person"]
+    wanted = [[10, 20, 30, 60], [0, 0, 100, 50], [5, 5, 1.5, 4], [10, 20, 30, 60]]
+    assert np.abs(dataset.boxes_xywh - wanted).max() < 2e-4
+
+
 def test_yolo_refuses_a_folder_with_labels_in_it(run: str) -> None:
     export_run(run, "yolo")
     with pytest.raises(FileExistsError, match="holds label files already: remove them, or name another --output"):
@@ -119,7 +169,7 @@ def test_yolo_refuses_a_folder_with_labels_in_it(run: str) -> None:
 
 def test_label_files_that_would_be_one_are_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ("/photos/a.jpg", "/photos/a.png", "/photos/b.jpg", "/photos/c.jpg"))
-    for to in ("yolo", "fiftyone"):
+    for to in ("yolo", "voc", "fiftyone"):
         with pytest.raises(ValueError, match="two images would share the label file a"):
             export_run(run, to)  # type: ignore[arg-type]
 
@@ -242,7 +292,7 @@ def test_what_scores_less_is_left_out(run: str) -> None:
 def test_an_evaluation_names_its_categories_by_its_annotations(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", ("one.jpg", "two.jpg", "broken.jpg", "empty.jpg"))
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    config["settings"] |= {"data": str(tmp_path / "data"), "split": "val"}
+    config["settings"] |= {"data": str(tmp_path / "data"), "images": None, "split": "val"}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "run" / "metrics.json").unlink()
     (tmp_path / "data" / "annotations").mkdir(parents=True)

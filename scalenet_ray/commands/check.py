@@ -53,9 +53,12 @@ class CheckInputs:
         name: kind:what of the detector to look at; see --detector.
         image: an image that shows its classes, a local path, file:// or s3://; by default a scene of the embedded
             sample, in which few detectors find anything.
-        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json, as for eval.
-        split: the split of --data.
-        images: a folder, a glob (quoted), an s3:// prefix, or a Parquet file with a column uri or path, as for detect.
+        data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
+            data.yaml; as for eval.
+        annotations: in place of --data, with --images: an instances file, or a folder of label files; as for eval.
+        split: the split of --data or --annotations.
+        images: folder of the images of --annotations; or a folder, a glob (quoted), an s3:// prefix, or a Parquet file
+            with a column uri or path, as for detect.
         policies: those that eval takes. By default those of eval, without an oracle where there is no ground truth.
         policy_file: YAML of further policies.
         max_image_megapixels: larger images are refused before they are decoded, except TIFFs that are read by window.
@@ -64,6 +67,7 @@ class CheckInputs:
     name: Annotated[str | None, tyro.conf.Positional] = None
     image: Annotated[str | None, tyro.conf.Positional] = None
     data: str | None = None
+    annotations: str | None = None
     split: str = "val2017"
     images: str | None = None
     policies: tuple[str, ...] | None = None
@@ -80,11 +84,19 @@ def main(job: CheckInputs) -> int:
     if job.data is not None and job.images is not None:
         msg = f"check takes --data or --images, got {job.data} and {job.images}: leave one out"
         raise UserError(msg)
-    if job.data is None and job.images is None:
+    if job.data is None and job.images is None and job.annotations is None:
         job = _on_sample(job)
     session = start_session("local", Resources(), replace(job.networks, device="cpu"))
-    if job.data is not None:
-        images = open_split(session, job.data, job.split, limit=None, max_megapixels=job.max_image_megapixels)
+    if job.data is not None or job.annotations is not None:
+        images = open_split(
+            session,
+            job.data,
+            job.split,
+            limit=None,
+            max_megapixels=job.max_image_megapixels,
+            annotations=job.annotations,
+            images=job.images,
+        )
         images = with_categories(session, images, job.networks, job.categories, log=say)
     else:
         images = open_images(session, str(job.images), limit=None, max_megapixels=job.max_image_megapixels)

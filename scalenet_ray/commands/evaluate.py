@@ -1,4 +1,4 @@
-"""`scalenet-ray eval`: evaluate policies on a data set in COCO's layout."""
+"""`scalenet-ray eval`: evaluate policies on an annotated data set."""
 
 from __future__ import annotations
 
@@ -34,12 +34,16 @@ __all__ = ["EvalCoco", "main"]
 
 @dataclass(frozen=True)
 class EvalCoco:
-    """Evaluate policies with a frozen detector on a data set in COCO's layout.
+    """Evaluate policies with a frozen detector on an annotated data set.
 
     Without --data: the embedded sample, with the sample's networks.
 
     Attributes:
-        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
+            data.yaml; local or s3://.
+        annotations: in place of --data, with --images: an instances file, or a folder of VOC's or VisDrone's label
+            files. {split} stands for the split's name.
+        images: folder of the images of --annotations.
         split: the split to evaluate on. The embedded sample has train2017, val2017 and large2017.
         policies: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused,
             oracle, regions-scalenet, regions-oracle, paper. By default whole, grid-2, regions, scalenet and
@@ -59,6 +63,8 @@ class EvalCoco:
     """
 
     data: str | None = None
+    annotations: str | None = None
+    images: str | None = None
     split: str = "val2017"
     policies: tuple[str, ...] | None = None
     policy_file: str | None = None
@@ -80,11 +86,19 @@ class EvalCoco:
 def main(job: EvalCoco) -> int:
     """Run and evaluate all policies, and print their metrics as a table. Returns the exit status."""
     check_retry(job.retry_failed, resume=job.resume)
-    if job.data is None:
+    if job.data is None and job.annotations is None and job.images is None:
         data, networks = sample_inputs(job.networks)
         job = replace(job, data=data, networks=networks)
     session = start_session(job.engine, job.resources, job.networks)
-    split = open_split(session, str(job.data), job.split, limit=job.limit, max_megapixels=job.max_image_megapixels)
+    split = open_split(
+        session,
+        job.data,
+        job.split,
+        limit=job.limit,
+        max_megapixels=job.max_image_megapixels,
+        annotations=job.annotations,
+        images=job.images,
+    )
     split = with_categories(session, split, job.networks, job.categories, log=say)
     choose = partial(
         choose_policies,
@@ -122,6 +136,8 @@ def main(job: EvalCoco) -> int:
 def _settings(job: EvalCoco, policies: Sequence[Policy]) -> dict[str, Any]:
     return {
         "data": job.data,
+        "annotations": job.annotations,
+        "images": job.images,
         "split": job.split,
         "limit": job.limit,
         "max_image_megapixels": job.max_image_megapixels,

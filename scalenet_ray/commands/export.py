@@ -20,11 +20,12 @@ class Export:
 
     Attributes:
         run: run folder of `scalenet-ray eval` or `scalenet-ray detect`, local or s3://.
-        to: coco (results JSON), parquet (one file), yolo (label files), supervision (the table of its CSVSink),
+        to: coco (instances file, with file names), coco-results (the list that COCO's evaluation reads), parquet (one
+            file), yolo or voc (label files), supervision (the table of its CSVSink),
             fiftyone (labels.json of a FiftyOneImageDetectionDataset) or geojson (in longitude and latitude, if the
             images are georeferenced).
         policy: one of the run's policies; by default its first.
-        output: a file, or for yolo and fiftyone a folder; by default under exports/ in the run folder.
+        output: a file, or for yolo, voc and fiftyone a folder; by default under exports/ in the run folder.
         score_threshold: detections with a lower score are left out.
     """
 

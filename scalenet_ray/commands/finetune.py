@@ -28,12 +28,16 @@ SAMPLE_START = "untrained:ssdlite320_mobilenet_v3_large"
 
 @dataclass(frozen=True)
 class FinetuneDetector:
-    """Fine-tune a detector on a data set in COCO's layout.
+    """Fine-tune a detector on an annotated data set.
 
     Without --data: on the embedded sample.
 
     Attributes:
-        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
+            data.yaml; local or s3://.
+        annotations: in place of --data, with --images: an instances file, or a folder of VOC's or VisDrone's label
+            files. {split} stands for the split's name.
+        images: folder of the images of --annotations.
         split: training split.
         val_split: validation split, evaluated after each epoch.
         holdout: share of the training split that is held out for validation, in place of --val-split.
@@ -46,6 +50,8 @@ class FinetuneDetector:
     """
 
     data: str | None = None
+    annotations: str | None = None
+    images: str | None = None
     split: str = "train2017"
     val_split: str = "val2017"
     holdout: float = 0.0
@@ -59,16 +65,18 @@ class FinetuneDetector:
 
 def main(job: FinetuneDetector) -> int:
     """Fine-tune, validate after each epoch, and write metrics.json and the weights. Returns the exit status."""
-    if job.detector is None and job.data is not None:
-        msg = "--detector must name what is fine-tuned on --data, torchvision:NAME or torchvision:PATH, got none"
+    is_sample = job.data is None and job.annotations is None and job.images is None
+    if job.detector is None and not is_sample:
+        msg = "--detector must name what is fine-tuned on your data, torchvision:NAME or torchvision:PATH, got none"
         raise UserError(msg)
-    data = str(ensure_sample(Path("runs/sample"))) if job.data is None else job.data
+    data = str(ensure_sample(Path("runs/sample"))) if is_sample else job.data
     job = replace(job, data=data, detector=job.detector or SAMPLE_START)
-    images = TrainingImages(data, job.split, job.val_split, job.holdout, job.limit)
+    images = TrainingImages(data, job.split, job.val_split, job.holdout, job.limit, job.annotations, job.images)
     recipe = plan_fine_tuning(images, str(job.detector), input_side=job.input_side, seed=job.training.seed)
     run = RunFolder.of_job(job.output, "finetune_detector", resume=job.resume)
     settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training")}
     with run.begin(settings | job.training.settings(), resume=job.resume, workers=job.training.free_settings()):
+        recipe = replace(recipe, images=images.in_coco_form(run.uri))
         train_images, val_tiles = recipe.sizes()
         facts = {"train_images": train_images, "val_images": val_tiles // 2}
         log = TrainingLog(run, facts, job.training.epochs, say)

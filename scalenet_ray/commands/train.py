@@ -1,4 +1,4 @@
-"""`scalenet-ray train`: train a Scale Net on a data set in COCO's layout, on any number of workers.
+"""`scalenet-ray train`: train a Scale Net on an annotated data set, on any number of workers.
 
 The weights in scalenet_ray/sample/sample_scale_net.safetensors are those of
 
@@ -37,12 +37,16 @@ CLASS_PRESETS = tuple(name for name, config in PRESETS.items() if config.kind ==
 
 @dataclass(frozen=True)
 class TrainScaleNet:
-    """Train a Scale Net on a data set in COCO's layout.
+    """Train a Scale Net on an annotated data set.
 
     Without --data: on the embedded sample.
 
     Attributes:
-        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
+            data.yaml; local or s3://.
+        annotations: in place of --data, with --images: an instances file, or a folder of VOC's or VisDrone's label
+            files. {split} stands for the split's name.
+        images: folder of the images of --annotations.
         split: training split.
         val_split: validation split, evaluated after each epoch.
         holdout: share of the training split that is held out for validation, in place of --val-split.
@@ -58,6 +62,8 @@ class TrainScaleNet:
     """
 
     data: str | None = None
+    annotations: str | None = None
+    images: str | None = None
     split: str = "train2017"
     val_split: str = "val2017"
     holdout: float = 0.0
@@ -73,7 +79,7 @@ class TrainScaleNet:
     training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=Training)
 
 
-def _pixel_recipe(job: TrainScaleNet, images: TrainingImages) -> Recipe:
+def _pixel_recipe(job: TrainScaleNet, images: TrainingImages) -> ScaleRecipe:
     if job.preset not in CLASS_PRESETS:
         msg = f"--preset must be one of head, {', '.join(CLASS_PRESETS)}, got {job.preset!r}"
         raise UserError(msg)
@@ -99,10 +105,10 @@ def _head_recipe(job: TrainScaleNet, images: TrainingImages, run: RunFolder) -> 
 
 def main(job: TrainScaleNet) -> int:
     """Train, validate after each epoch, and write metrics.json and scale_net.safetensors. Returns the exit status."""
-    if job.data is None:
+    if job.data is None and job.annotations is None and job.images is None:
         job = replace(job, data=str(ensure_sample(Path("runs/sample"))), detector=job.detector or SAMPLE_DETECTOR)
-    images = TrainingImages(str(job.data), job.split, job.val_split, job.holdout, job.limit)
-    recipe = None if job.preset == "head" else _pixel_recipe(job, images)
+    images = TrainingImages(job.data, job.split, job.val_split, job.holdout, job.limit, job.annotations, job.images)
+    pixels = None if job.preset == "head" else _pixel_recipe(job, images)
     run = RunFolder.of_job(job.output, "train_scalenet", resume=job.resume)
     settings = {
         name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training", "device")
@@ -112,9 +118,10 @@ def main(job: TrainScaleNet) -> int:
         resume=job.resume,
         workers={"device": job.device, **job.training.free_settings()},
     ):
+        images = images.in_coco_form(run.uri)
         if boxes_alone := images.count_boxes_alone():
             say(f"{boxes_alone} objects have no segmentation: the pixels of their boxes stand in")
-        recipe = recipe or _head_recipe(job, images, run)
+        recipe: Recipe = replace(pixels, images=images) if pixels else _head_recipe(job, images, run)
         train_images, val_images = recipe.sizes()
         facts = {"train_images": train_images, "val_images": val_images}
         log = TrainingLog(run, facts, job.training.epochs, say)

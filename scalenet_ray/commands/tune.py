@@ -31,6 +31,7 @@ from scalenet_ray.workflows import (
     prepare_run,
     sample_inputs,
     start_session,
+    with_ground_truth,
 )
 
 __all__ = ["SPACE", "TuneRecursion", "main"]
@@ -43,12 +44,16 @@ _MOST_STEPS = 10
 
 @dataclass(frozen=True)
 class TuneRecursion:
-    """Tune the recursion on one split of a data set in COCO's layout, and report on another.
+    """Tune the recursion on one split of an annotated data set, and report on another.
 
     Without --data: the embedded sample, with the sample's networks.
 
     Attributes:
-        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json for both splits.
+        data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
+            data.yaml; local or s3://.
+        annotations: in place of --data, with --images: an instances file, or a folder of VOC's or VisDrone's label
+            files. {split} stands for the split's name.
+        images: folder of the images of --annotations.
         split: the split to tune on.
         report_split: the split to report on.
         space: YAML of the search space: policies, and the fields to vary.
@@ -62,6 +67,8 @@ class TuneRecursion:
     """
 
     data: str | None = None
+    annotations: str | None = None
+    images: str | None = None
     split: str = "train2017"
     report_split: str = "val2017"
     space: str = str(SPACE)
@@ -118,21 +125,30 @@ def main(job: TuneRecursion) -> int:
 
     Writes trials.json, front.svg, report.html, best.yaml, tune/ for TensorBoard, and report/.
     """
-    if job.data is None:
+    if job.data is None and job.annotations is None and job.images is None:
         data, networks = sample_inputs(job.networks)
         job = replace(job, data=data, networks=networks)
     space = read_space(job.space)
     session = start_session("ray", job.resources, job.networks)
-    limits: dict[str, Any] = {"max_megapixels": job.max_image_megapixels}
-    tuned_on = open_split(session, str(job.data), job.split, limit=job.limit, **limits)
+    if job.annotations is not None and "{split}" not in job.annotations:
+        msg = f"--annotations must name two splits, as in 'labels/{{split}}.json', got {job.annotations}: add {{split}}"
+        raise UserError(msg)
+    where: dict[str, Any] = {
+        "max_megapixels": job.max_image_megapixels,
+        "annotations": job.annotations,
+        "images": job.images,
+    }
+    tuned_on = open_split(session, job.data, job.split, limit=job.limit, **where)
     # Before the first trial, so that an error in this split does not come after the sweep.
-    reported_on = open_split(session, str(job.data), job.report_split, limit=None, **limits)
+    reported_on = open_split(session, job.data, job.report_split, limit=None, **where)
     splits = [tuned_on, reported_on]
     policies, _ = prepare_run(session, job.networks, splits, lambda detector: _policies(job, space, detector), log=say)
     task = _task(job, policies, tuned_on)
     run = RunFolder.of_job(job.output, "tune_recursion", resume=job.resume)
     workers = {"device": job.networks.device, **job.resources.as_settings()}
     with run.begin(_settings(job, space, policies), resume=job.resume, workers=workers):
+        tuned_on = with_ground_truth(session, run, tuned_on)
+        task = replace(task, annotations=tuned_on.annotations)
         check_split(session, run, tuned_on)
         run.standing = "the trials that ended are kept"
         rows = run_sweep(space, task, job.sweep, run.uri, say, resume=job.resume)
@@ -147,6 +163,8 @@ def main(job: TuneRecursion) -> int:
     contenders = [*policies, *best]
     settings = {
         "data": job.data,
+        "annotations": job.annotations,
+        "images": job.images,
         "split": job.report_split,
         "networks": job.networks.settings(),
         "policies": [policy_to_dict(policy) for policy in contenders],

@@ -1,9 +1,11 @@
-"""Conversion of detections to other tools' formats: YOLO label files, FiftyOne labels, supervision, GeoJSON."""
+"""Conversion of detections to other tools' formats: YOLO and VOC label files, FiftyOne labels, supervision, GeoJSON."""
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -20,6 +22,7 @@ __all__ = [
     "geojson_features",
     "supervision_rows",
     "to_supervision",
+    "voc_annotation",
     "yolo_lines",
 ]
 
@@ -53,6 +56,39 @@ def yolo_lines(detections: Detections, image_hw: tuple[int, int], classes: Mappi
         " ".join([str(classes[label]), *(f"{value:.6f}" for value in box)])
         for label, box in zip(detections.labels.tolist(), boxes.tolist(), strict=True)
     ]
+
+
+def voc_annotation(detections: Detections, image_hw: tuple[int, int], names: Mapping[int, str], file: str) -> bytes:
+    """Convert an image's detections to a VOC file.
+
+    Its pixels count from 1, and a box holds its last pixel. Boxes are rounded to whole pixels inside the image, at
+    least one. The format has no scores.
+
+    Args:
+        detections: N detections in image pixels.
+        image_hw: (height, width) of the image, in pixels.
+        names: category id -> name.
+        file: path of the image.
+    """
+    height, width = image_hw
+    folder, name = posixpath.split(file)
+    root = ElementTree.Element("annotation")
+    _add_texts(root, {"folder": folder, "filename": name})
+    _add_texts(ElementTree.SubElement(root, "size"), {"width": width, "height": height, "depth": 3})
+    boxes = detections.boxes.astype(np.float64).round().astype(int)
+    low = np.clip(boxes[:, :2] + 1, 1, [width, height])
+    high = np.clip(boxes[:, 2:], low, [width, height])
+    for label, (x0, y0), (x1, y1) in zip(detections.labels.tolist(), low.tolist(), high.tolist(), strict=True):
+        found = ElementTree.SubElement(root, "object")
+        _add_texts(found, {"name": names[label], "pose": "Unspecified", "truncated": 0, "difficult": 0})
+        _add_texts(ElementTree.SubElement(found, "bndbox"), {"xmin": x0, "ymin": y0, "xmax": x1, "ymax": y1})
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, "utf-8") + b"\n"
+
+
+def _add_texts(parent: ElementTree.Element, texts: Mapping[str, object]) -> None:
+    for tag, text in texts.items():
+        ElementTree.SubElement(parent, tag).text = str(text)
 
 
 def fiftyone_objects(

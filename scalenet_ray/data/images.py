@@ -14,10 +14,12 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import IO, cast
 
 import numpy as np
 from PIL import (
@@ -33,13 +35,14 @@ from PIL import (
 from PIL.ImageFile import ImageFile
 
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.data.storage import Address, local_path, read_bytes
+from scalenet_ray.data.storage import Address, RangeFile, local_path, read_bytes
 
 __all__ = [
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
     "OTHER_SUFFIXES",
     "decode_image",
+    "file_hw",
     "image_hw",
     "read_image",
     "to_rgb",
@@ -113,14 +116,16 @@ def _guarded() -> Iterator[None]:
         raise TileError(msg) from error
 
 
-def _read_header(data: bytes, max_pixels: int) -> _Header:
-    reader = next((reader for magic, reader in _READERS if data.startswith(magic)), None)
+def _read_header(file: IO[bytes], max_pixels: int) -> _Header:
+    start = file.read(8)
+    reader = next((reader for magic, reader in _READERS if start.startswith(magic)), None)
     if reader is None:
-        found = f"{len(data)} bytes that start with {data[:8]!r}" if data else "an empty file"
+        found = f"{file.seek(0, os.SEEK_END)} bytes that start with {start!r}" if start else "an empty file"
         msg = f"an image must be a JPEG, PNG, TIFF, BMP, WebP or GIF, got {found}: convert it or leave it out"
         raise TileError(msg)
     with _guarded():
-        image = reader(io.BytesIO(data), "")
+        file.seek(0)
+        image = reader(file, "")
         width, height = image.size
         if width * height > max_pixels:
             msg = (
@@ -152,7 +157,21 @@ def image_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     Raises:
         TileError: if the bytes are not an image, or it is too large.
     """
-    return _read_header(data, max_pixels).upright_hw
+    return _read_header(io.BytesIO(data), max_pixels).upright_hw
+
+
+def file_hw(uri: Address) -> tuple[int, int]:
+    """Read (height, width) of an image file, of which only the header is read; see `image_hw`.
+
+    Raises:
+        TileError: if the file is missing, unreadable or no image.
+    """
+    try:
+        with RangeFile(uri) as file:
+            return _read_header(cast(IO[bytes], file), sys.maxsize).upright_hw
+    # ValueError: an unsupported address, or a character that file names cannot contain.
+    except (OSError, ValueError) as error:
+        raise TileError(str(error)) from error
 
 
 def read_image(uri: Address, *, expect_hw: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -204,7 +223,7 @@ def decode_image(
     Raises:
         TileError: if the bytes are not an image, damaged, too large, of floats, or not of the annotated size.
     """
-    header = _read_header(data, max_pixels)
+    header = _read_header(io.BytesIO(data), max_pixels)
     turn = apply_exif
     if expect_hw is not None:
         expect_hw = (int(expect_hw[0]), int(expect_hw[1]))
@@ -236,7 +255,7 @@ def _loaded(header: _Header, data: bytes, max_pixels: int) -> _Header:
         if ended is None:
             msg = "image file is truncated"
             raise OSError(msg)
-        header = _read_header(ended, max_pixels)
+        header = _read_header(io.BytesIO(ended), max_pixels)
     header.image.load()
     return header
 

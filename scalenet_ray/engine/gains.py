@@ -14,7 +14,6 @@ from ray.data import ActorPoolStrategy
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import annotations_uri, read_annotations
 from scalenet_ray.engine.placement import cpu_share, gpu_share
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.worker_errors import workers_errors
@@ -36,7 +35,7 @@ class _Measure:
 
     def __init__(self, images: TrainingImages, networks: NetworkSpec) -> None:
         self._examples = [example for part in images.examples() for example in part]
-        dataset = read_annotations(annotations_uri(images.data, images.split))
+        dataset = images.dataset()
         self._detect = networks.load_detector(dataset.categories, dataset.unused_categories)
         self._merging = Merging(score_threshold=networks.score_threshold)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import posixpath
 from collections import Counter
@@ -19,17 +20,19 @@ import yaml
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import annotations_uri, images_and_categories, safe_file_name, to_results, write_results
+from scalenet_ray.data.coco import images_and_categories, safe_file_name, to_results, write_results
+from scalenet_ray.data.datasets import find_layout
 from scalenet_ray.data.formats import (
     SUPERVISION_COLUMNS,
     fiftyone_objects,
     geojson_features,
     supervision_rows,
+    voc_annotation,
     yolo_lines,
 )
 from scalenet_ray.data.rasters import Georeference, georeference_of
 from scalenet_ray.data.schemas import DETECTIONS, detections_table
-from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.folder import GROUND_TRUTH, RunFolder
 from scalenet_ray.runs.results import StoredImage, image_results
 
 __all__ = [
@@ -39,7 +42,7 @@ __all__ = [
     "export_run",
 ]
 
-ExportFormat = Literal["coco", "parquet", "yolo", "supervision", "fiftyone", "geojson"]
+ExportFormat = Literal["coco", "coco-results", "parquet", "yolo", "voc", "supervision", "fiftyone", "geojson"]
 
 
 EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
@@ -48,8 +51,10 @@ EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 
 _PLACES = {
     "coco": "{}.coco.json",
+    "coco-results": "{}.coco-results.json",
     "parquet": "{}.parquet",
     "yolo": "{}.yolo",
+    "voc": "{}.voc",
     "supervision": "{}.supervision.csv",
     "fiftyone": "{}.fiftyone",
     "geojson": "{}.geojson",
@@ -111,7 +116,7 @@ def export_run(
         run_uri: the run folder of `eval_coco` or `detect`, local or s3://; it need not be finished.
         to: the format.
         policy: the policy; None for the run's first one.
-        output: a file, or a folder for yolo and fiftyone; None for one under `exports/` in the run folder.
+        output: a file, or a folder for yolo, voc and fiftyone; None for one under `exports/` in the run folder.
         score_threshold: minimum score of exported detections.
 
     Raises:
@@ -141,8 +146,7 @@ def export_run(
             counts["detections"] += len(detections)
             yield image._replace(detections=detections)
 
-    folder = storage.join(settings["data"], settings["split"]) if "data" in settings else None
-    _WRITERS[to](_Source(images(), _category_names(run, settings), folder), uri, name)
+    _WRITERS[to](_Source(images(), *_names_and_folder(run, settings)), uri, name)
     done = run.table("images", name, ["image_id"]).num_rows
     return Exported(
         policy=name,
@@ -164,21 +168,50 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     return settings
 
 
-def _category_names(run: RunFolder, settings: dict[str, Any]) -> dict[int, str]:
-    """Category id -> name, from the annotations of an evaluation or the metrics.json of a detection run."""
+def _names_and_folder(run: RunFolder, settings: dict[str, Any]) -> tuple[dict[int, str], str | None]:
+    """Category id -> name and the images' folder of an evaluation; names of a detection run, which has no folder."""
     if "data" in settings:
-        return images_and_categories(annotations_uri(settings["data"], settings["split"])).categories
+        where = {name: settings.get(name) for name in ("data", "annotations", "images")}
+        layout, truth = find_layout(settings["split"], **where), storage.join(run.uri, GROUND_TRUTH)
+        annotations = truth if storage.exists(truth) else layout.annotations_of(settings["split"])
+        return images_and_categories(annotations).categories, layout.images_of(settings["split"])
     metrics = storage.join(run.uri, "metrics.json")
     if not storage.exists(metrics):
         msg = f"{run.uri} must be finished, got no metrics.json, which names the categories: finish it with --resume"
         raise UserError(msg)
-    return {int(key): name for key, name in json.loads(storage.read_bytes(metrics))["categories"].items()}
+    categories = json.loads(storage.read_bytes(metrics))["categories"]
+    return {int(key): name for key, name in categories.items()}, None
 
 
 # --- writers ----------------------------------------------------------------------------------------
 
 
 def _write_coco(source: _Source, uri: str, policy: str) -> None:
+    """Write an instances file: images with their file names and sizes, categories, and the detections as objects."""
+    del policy
+    images = list(source.images)
+    numbers, separator = itertools.count(1), "\n"
+    with storage.atomic_writer(uri) as handle:
+        handle.write(b'{"annotations": [')
+        for image in images:
+            boxes = image.detections.boxes.astype(np.float64)
+            areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).round(3).tolist()
+            rows = to_results(image.image_id, image.detections, image.hw)
+            for row, area in zip(rows, areas, strict=True):
+                annotation = {"id": next(numbers), **row, "area": area, "iscrowd": 0}
+                handle.write((separator + json.dumps(annotation, allow_nan=False)).encode())
+                separator = ",\n"
+        rest = {
+            "images": [
+                {"id": image.image_id, "file_name": file, "height": image.hw[0], "width": image.hw[1]}
+                for file, image in zip(_relative_files(images), images, strict=True)
+            ],
+            "categories": [{"id": key, "name": name} for key, name in source.names.items()],
+        }
+        handle.write(b"\n], " + json.dumps(rest).encode()[1:] + b"\n")
+
+
+def _write_coco_results(source: _Source, uri: str, policy: str) -> None:
     del policy
     write_results(
         uri, (row for image in source.images for row in to_results(image.image_id, image.detections, image.hw))
@@ -251,6 +284,16 @@ def _write_yolo(source: _Source, uri: str, policy: str) -> None:
     storage.write_bytes_atomic(storage.join(uri, "data.yaml"), text.encode())
 
 
+def _write_voc(source: _Source, uri: str, policy: str) -> None:
+    """Write Annotations/NAME.xml for every image."""
+    del policy
+    _refuse_old_labels(storage.join(uri, "Annotations"))
+    for stem, image in _by_stem(list(source.images)):
+        file = stem + posixpath.splitext(image.file)[1]
+        content = voc_annotation(image.detections, image.hw, source.names, file)
+        storage.write_bytes_atomic(storage.join(uri, "Annotations", f"{stem}.xml"), content)
+
+
 def _refuse_old_labels(folder: str) -> None:
     if storage.exists(folder) and storage.list_files(folder):
         msg = f"{folder} holds label files already: remove them, or name another --output"
@@ -307,12 +350,7 @@ def _by_stem(images: Sequence[StoredImage]) -> Iterator[tuple[str, StoredImage]]
     Raises:
         UserError: if two images have the same stem.
     """
-    files = [image.file for image in images]
-    if files and all(file.startswith("/") or "://" in file for file in files):
-        # Full addresses: their common prefix is the images' folder.
-        shared = posixpath.commonprefix([file.rpartition("/")[0] + "/" for file in files]).rpartition("/")[0]
-        files = [file[len(shared) :].lstrip("/") for file in files]
-    stems = [posixpath.splitext(safe_file_name(file))[0] for file in files]
+    stems = [posixpath.splitext(safe_file_name(file))[0] for file in _relative_files(images)]
     duplicates = [stem for stem, count in Counter(stems).items() if count > 1]
     if duplicates:
         msg = f"two images would share the label file {duplicates[0]}: give them names that differ before the suffix"
@@ -320,10 +358,22 @@ def _by_stem(images: Sequence[StoredImage]) -> Iterator[tuple[str, StoredImage]]
     yield from zip(stems, images, strict=True)
 
 
+def _relative_files(images: Sequence[StoredImage]) -> list[str]:
+    """Paths of the images below their folder."""
+    files = [image.file for image in images]
+    if files and all(file.startswith("/") or "://" in file for file in files):
+        # Full addresses: their common prefix is the images' folder.
+        shared = posixpath.commonprefix([file.rpartition("/")[0] + "/" for file in files]).rpartition("/")[0]
+        files = [file[len(shared) :].lstrip("/") for file in files]
+    return files
+
+
 _WRITERS: dict[str, Callable[[_Source, str, str], None]] = {
     "coco": _write_coco,
+    "coco-results": _write_coco_results,
     "parquet": _write_parquet,
     "yolo": _write_yolo,
+    "voc": _write_voc,
     "supervision": _write_supervision,
     "fiftyone": _write_fiftyone,
     "geojson": _write_geojson,

@@ -2,6 +2,7 @@
 
     config.yaml            settings and versions, enough to run the job again
     inputs.parquet         the input images and their ids (schema INPUTS); see `runs.inputs`
+    ground_truth.json      the annotations in COCO's form, where they were given in another or categories were chosen
     detections/*.parquet   detections, written in shards while the job runs (schema DETECTIONS)
     images/*.parquet       one per shard of detections: its finished images (schema IMAGES); `finished_at` is in
                            seconds since the run began, without the pauses before a resume
@@ -36,9 +37,12 @@ from scalenet_ray.runs.settings import CONFIG, check_settings, read_config, writ
 from scalenet_ray.runs.shards import ShardReader
 from scalenet_ray.runs.tables import parquet_bytes, read_parquet
 
-__all__ = ["ActiveRun", "RunFolder"]
+__all__ = ["GROUND_TRUTH", "ActiveRun", "RunFolder"]
 
-_INITIAL_FILES = (CONFIG, "inputs.parquet", "annotations.parquet")
+GROUND_TRUTH = "ground_truth.json"
+"""The ground truth that a run measures against, where the annotations are not COCO's or categories were chosen."""
+
+_INITIAL_FILES = (CONFIG, GROUND_TRUTH, "inputs.parquet", "annotations.parquet")
 """Files that a run writes before its first result."""
 
 

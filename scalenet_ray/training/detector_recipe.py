@@ -15,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile, cut_tile
 from scalenet_ray.core.scale import class_of_area
-from scalenet_ray.data.coco import Objects, annotations_uri, map_categories, read_annotations
+from scalenet_ray.data.coco import Objects, map_categories
 from scalenet_ray.models.torchvision_builders import build_detector, published_name
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector, load_torchvision, save_detector
 from scalenet_ray.models.weights import SUFFIXES, load_weights
@@ -280,10 +280,9 @@ def _network_name(what: str) -> str:
 
 def _categories(images: TrainingImages) -> tuple[dict[int, str], frozenset[int]]:
     """Category id -> name, equal in all splits, and the ids without an annotation in any split."""
-    splits = [images.split] if images.holdout else [images.split, images.val_split]
-    datasets = [read_annotations(annotations_uri(images.data, split)) for split in splits]
+    datasets = [images.layout.read(split) for split in images.splits]
     if datasets[0].categories != datasets[-1].categories:
-        msg = f"{' and '.join(splits)} must have the same categories, got others: correct the annotations"
+        msg = f"{' and '.join(images.splits)} must have the same categories, got others: correct the annotations"
         raise UserError(msg)
     return datasets[0].categories, frozenset.intersection(*(dataset.unused_categories for dataset in datasets))
 

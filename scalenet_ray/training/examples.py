@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import Tile, Window, fit_longer_side
 from scalenet_ray.core.masks import mask_of_segmentation
-from scalenet_ray.data.coco import Objects, annotations_uri, objects_of, read_annotations, safe_file_name
+from scalenet_ray.data.coco import CocoDataset, Objects, objects_of, safe_file_name
+from scalenet_ray.data.datasets import Layout, find_layout
 from scalenet_ray.data.images import read_image
 from scalenet_ray.data.storage import join
 
@@ -42,26 +43,27 @@ class Example:
     objects: Objects
 
 
-def read_examples(data: str, split: str, limit: int | None = None) -> list[Example]:
-    """Read the examples of DATA/SPLIT from DATA/annotations/instances_SPLIT.json, ordered by image id.
+def read_examples(data: str | Layout, split: str, limit: int | None = None) -> list[Example]:
+    """Read the examples of a split, ordered by image id.
 
     Args:
-        data: folder in COCO's layout, local or s3://.
+        data: a data set, or the address of one, see `data.datasets`.
         split: e.g. "train2017".
         limit: read the first N images only.
 
     Raises:
-        FileNotFoundError: if the annotation file does not exist.
-        UserError: if it lists no image or is not in COCO's format.
+        FileNotFoundError: if the annotations do not exist.
+        UserError: if they list no image or are not in their layout's form.
     """
-    dataset = read_annotations(annotations_uri(data, split))
+    layout = find_layout(split, data=data) if isinstance(data, str) else data
+    dataset = layout.read(split)
     if limit is not None and limit < 1:
         msg = f"training wants at least one image, got a limit of {limit}: raise it"
         raise UserError(msg)
     return [
         Example(
             record.image_id,
-            join(data, split, safe_file_name(record.file_name)),
+            join(layout.images_of(split), safe_file_name(record.file_name)),
             record.hw,
             objects_of(dataset, record.image_id),
         )
@@ -74,26 +76,62 @@ class TrainingImages:
     """Training and validation images of a data set.
 
     Attributes:
-        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        data: a folder or a data.yaml, see `data.datasets`; None if `annotations` and `images` are given.
         split: training split.
         val_split: validation split; not used if a share of `split` is held out.
         holdout: share of `split` to validate on instead, at least 0 and below 1.
         limit: use the first N images of each split only.
+        annotations: instances file or folder of label files, in place of `data`; {split} stands for the split's name.
+        images: folder of the images, with `annotations`.
 
     Raises:
         UserError: if `holdout` is out of range.
     """
 
-    data: str
+    data: str | None
     split: str = "train2017"
     val_split: str = "val2017"
     holdout: float = 0.0
     limit: int | None = None
+    annotations: str | None = None
+    images: str | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.holdout < 1.0:
             msg = f"holdout must be a share of the images, at least 0 and under 1, got {self.holdout}"
             raise UserError(msg)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Where the splits lie.
+
+        Raises:
+            UserError: if it is not said, or training and validation split are the same.
+        """
+        found = find_layout(self.split, data=self.data, annotations=self.annotations, images=self.images)
+        if not self.holdout and not found.tells_splits_apart:
+            msg = (
+                f"training and validation images must differ, got {found.annotations} for both: hold out a share with "
+                "--holdout 0.1, or write {split} for the split's name, as in --annotations 'labels/{split}.json'"
+            )
+            raise UserError(msg)
+        return found
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that are read."""
+        return [self.split] if self.holdout else [self.split, self.val_split]
+
+    def dataset(self) -> CocoDataset:
+        """The annotations of the training split; raises as `Layout.read` does."""
+        return self.layout.read(self.split)
+
+    def in_coco_form(self, folder: str) -> TrainingImages:
+        """The same images with annotations in COCO's form, which other processes read from `folder`."""
+        if self.layout.form == "coco":
+            return self
+        converted = self.layout.in_coco_form(self.splits, folder)
+        return replace(self, data=None, annotations=converted.annotations, images=converted.images)
 
     def examples(self) -> tuple[list[Example], list[Example]]:
         """Training examples and validation examples; raises as `read_examples` does."""
@@ -107,9 +145,9 @@ class TrainingImages:
 
 @functools.lru_cache(maxsize=1)
 def _read(images: TrainingImages) -> tuple[list[Example], list[Example]]:
-    examples = read_examples(images.data, images.split, images.limit)
+    examples = read_examples(images.layout, images.split, images.limit)
     if not images.holdout:
-        return examples, read_examples(images.data, images.val_split, images.limit)
+        return examples, read_examples(images.layout, images.val_split, images.limit)
     order = np.random.default_rng(0).permutation(len(examples))
     held_out = set(order[: round(images.holdout * len(examples))].tolist())
     return (

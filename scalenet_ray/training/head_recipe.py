@@ -18,7 +18,6 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.scale import IGNORE, NUM_CLASSES, REFERENCE_AREA, UNIT_AREA
 from scalenet_ray.core.windows import plan_windows
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import annotations_uri, read_annotations
 from scalenet_ray.models.checked_detector import MappedDetector
 from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
 from scalenet_ray.models.scale_networks import HeadConfig
@@ -197,8 +196,7 @@ class _Sources:
 
 @functools.lru_cache(maxsize=1)
 def _load_sources(recipe: HeadRecipe) -> _Sources:
-    images = recipe.images
-    dataset = read_annotations(annotations_uri(images.data, images.split))
+    dataset = recipe.images.dataset()
     scores = read_scores(recipe.scores)
     detector = recipe.networks.load_detector(dataset.categories, dataset.unused_categories)
     return _Sources(detector, scores, *_category_weights(recipe, scores))
