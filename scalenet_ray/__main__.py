@@ -33,7 +33,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "show": Command("show", "Show", "run the recursion on one image, print and draw its steps"),
     "detect": Command("detect", "DetectImages", "detect objects in images without ground truth"),
-    "eval": Command("evaluate", "EvalCoco", "evaluate policies on a data set in COCO's layout"),
+    "eval": Command("evaluate", "EvalCoco", "evaluate policies on an annotated data set"),
     "check": Command("check", "CheckInputs", "try data, networks and policies without a run"),
     "policy": Command("policy", "PrintPolicy", "print a policy as YAML, check a policy file, list the names"),
     "tune": Command("tune", "TuneRecursion", "tune the recursion on one split, report on another", "train"),

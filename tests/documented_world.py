@@ -119,6 +119,7 @@ def build_world(folder: Path, s3_endpoint: str) -> Iterator[World]:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(_picture(len(file))[0]).save(folder / file)
     _write_coco(folder / "DIR")
+    _write_yolo(folder / "yolo")
     _write_mnist(folder / "DIR" / "MNIST" / "raw")
     _write_cifar(folder / "DIR" / "cifar-10-batches-py")
     _write_yolox(folder / "yolox_nano.onnx")
@@ -232,6 +233,24 @@ def _write_coco(folder: Path) -> None:
         categories = [{"id": category_id, "name": COCO_CATEGORIES[category_id]} for category_id in _COLOURS]
         document = {"images": images, "annotations": annotations, "categories": categories}
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
+
+
+def _write_yolo(folder: Path) -> None:
+    """A picture for each of train and val, in YOLO's layout."""
+    for split, seed in (("train", 1), ("val", 4)):
+        pixels, objects = _picture(seed)
+        for part in ("images", "labels"):
+            (folder / part / split).mkdir(parents=True)
+        Image.fromarray(pixels).save(folder / "images" / split / "1.jpg", quality=95)
+        height, width = pixels.shape[:2]
+        lines = [
+            f"{category_id - 1} {(x + side / 2) / width} {(y + side / 2) / height} {side / width} {side / height}\n"
+            for category_id, x, y, side in objects
+        ]
+        (folder / "labels" / split / "1.txt").write_text("".join(lines))
+    names = [COCO_CATEGORIES[category_id] for category_id in _COLOURS]
+    content = {"train": "images/train", "val": "images/val", "names": names}
+    (folder / "data.yaml").write_text(json.dumps(content))
 
 
 def _write_mnist(raw: Path) -> None:
