@@ -17,7 +17,7 @@ from scalenet_ray.commands.train import TrainScaleNet
 from scalenet_ray.console import run_job, say
 from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.policy import policy_to_dict
+from scalenet_ray.core.policy_form import policy_to_dict
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import annotations_uri, images_and_categories
 from scalenet_ray.experiments.coco import coco_policies, coco_table, expected_hours, tile_side

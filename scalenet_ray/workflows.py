@@ -16,6 +16,7 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.extras import needs_extra
 from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy, check_names, check_smallest_object, parse_policy
+from scalenet_ray.core.policy_form import NamedPolicy
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice, ChosenCategories, choose_categories, write_chosen
 from scalenet_ray.data.coco import (
@@ -27,7 +28,7 @@ from scalenet_ray.data.coco import (
     unknown_categories,
 )
 from scalenet_ray.data.datasets import Layout, OpenedSplit, find_layout
-from scalenet_ray.data.policy_files import read_policies
+from scalenet_ray.data.policy_files import read_policies, set_fields
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec
 from scalenet_ray.report.charts import policy_plot
 from scalenet_ray.report.gallery import PictureTask, choose_pictures
@@ -62,6 +63,7 @@ __all__ = [
     "check_split",
     "choose_policies",
     "evaluate_policies",
+    "file_policies",
     "named_policies",
     "open_images",
     "open_split",
@@ -257,19 +259,32 @@ def named_policies(
     Raises:
         UserError: if there is no policy of a name, or none of them has a use for the smallest object.
     """
-    policies = [
-        parse_policy(
-            name,
-            input_side=detector.input_side,
-            iou_threshold=detector.iou_threshold,
-            score_threshold=networks.score_threshold,
-            smallest_object=smallest_object,
-            takes_larger=detector.takes_larger,
-        )
-        for name in names
-    ]
+    policies = [_named(networks, detector, smallest_object)(name) for name in names]
     check_smallest_object(smallest_object, policies)
     return policies
+
+
+def _named(networks: NetworkSpec, detector: DetectorInfo, smallest_object: float | None) -> NamedPolicy:
+    return partial(
+        parse_policy,
+        input_side=detector.input_side,
+        iou_threshold=detector.iou_threshold,
+        score_threshold=networks.score_threshold,
+        smallest_object=smallest_object,
+        takes_larger=detector.takes_larger,
+    )
+
+
+def file_policies(
+    policy_file: str, networks: NetworkSpec, detector: DetectorInfo, smallest_object: float | None = None
+) -> list[Policy]:
+    """Policies of a file; what it leaves out is as for the policies of `named_policies`.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        UserError: if it is invalid.
+    """
+    return read_policies(policy_file, _named(networks, detector, smallest_object))
 
 
 def choose_policies(
@@ -280,6 +295,7 @@ def choose_policies(
     names: Sequence[str] | None,
     policy_file: str | None,
     smallest_object: float | None = None,
+    settings: Sequence[str] = (),
     log: Callable[[str], None],
 ) -> list[Policy]:
     """Policies of an evaluation: those that are named and those of a file.
@@ -292,10 +308,11 @@ def choose_policies(
             if Scale Net is a scale head, neither without Scale Net.
         policy_file: YAML of further policies.
         smallest_object: side of the smallest object worth finding, in image pixels (regions).
+        settings: fields to set, see `set_fields`.
         log: takes a line for the terminal.
 
     Raises:
-        UserError: if there is no policy of a name, or the file is invalid.
+        UserError: if there is no policy of a name, or the file or a setting is invalid.
     """
     if names is None:
         names = ("whole", "grid-2", "regions", "scalenet", "regions-oracle")
@@ -305,7 +322,9 @@ def choose_policies(
         elif session.call(networks.reads_features, named_policies(names, networks, detector)):
             names = ("whole", "grid-2", "regions", "gain", "regions-oracle")
     policies = named_policies(names, networks, detector, smallest_object)
-    return policies + (read_policies(policy_file) if policy_file is not None else [])
+    if policy_file is not None:
+        policies += file_policies(policy_file, networks, detector, smallest_object)
+    return set_fields(policies, settings)
 
 
 def prepare_run(

@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -154,7 +155,7 @@ def test_the_program_runs_as_a_module_in_any_folder(sample: Path, tmp_path: Path
         (("finetune", "--data", "nowhere"), 2, "--detector must name what is fine-tuned on your data"),
         (("tune", "--space", "nowhere.yaml"), 2, "nowhere.yaml"),
         (("export", "nowhere", "--to", "coco"), 2, "nowhere"),
-        (("policy", "first-pass"), 2, "--input-side must be the detector's input side in pixels, got none"),
+        (("policy", "firstpass"), 2, "there is no policy 'firstpass'"),
     ],
 )
 def test_what_a_command_cannot_do_is_one_line(
@@ -187,6 +188,25 @@ def test_a_printed_policy_is_what_its_file_says(name: str, tmp_path: Path, capsy
     assert read_policies(file) == [parse_policy(name, input_side=416, iou_threshold=0.5)]
     assert run_command("policy", "--policy-file", str(file)) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"{file} is valid, policies: 1"
+
+
+def test_a_printed_policy_takes_what_it_leaves_out_from_the_detector(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (
+        *(name for name in POLICIES if name.isidentifier()),
+        "grid-3",
+        "whole@320",
+        "slices@64",
+        "mine:windows",
+    ):
+        assert run_command("policy", name) == 0
+        file = tmp_path / "policy.yaml"
+        file.write_text(capsys.readouterr().out)
+        named = partial(parse_policy, input_side=416, iou_threshold=0.5, score_threshold=0.2, takes_larger=False)
+        assert read_policies(file, named) == [named(name)]
+        assert run_command("policy", "--policy-file", str(file)) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == f"{file} is valid, policies: 1"
 
 
 def test_policies_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:

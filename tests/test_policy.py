@@ -17,14 +17,12 @@ from scalenet_ray.core.geometry import Tile, Window, fit_longer_side
 from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.policy import (
     DEFAULT_PYRAMID,
-    POLICY_VERSION,
     Policy,
     Recursion,
     check_names,
     parse_policy,
-    policy_from_dict,
-    policy_to_dict,
 )
+from scalenet_ray.core.policy_form import POLICY_VERSION, policy_from_dict, policy_to_dict
 from scalenet_ray.core.recursion import expand
 from scalenet_ray.core.regions import Regions
 from scalenet_ray.core.scale import ScaleRange
@@ -337,7 +335,7 @@ def test_a_whole_number_does_for_a_real_one() -> None:
         ({"version": "1"}, "a policy file must say version: 1, got '1'"),
         ({"version": True}, "a policy file must say version: 1, got True"),
         ({"zom": 2}, "policy has no field 'zom': it knows grid, input_side, kind, merging, name, "),
-        ({"recursion": {"W": 0.5, "depth": 1}}, "recursion has no field 'W', 'depth': it knows first_pass_threshold, "),
+        ({"recursion": {"W": 0.5, "depth": 1}}, "recursion has no field 'W': it knows first_pass_threshold, "),
         ({"merging": {"iou": 0.5}}, "merging has no field 'iou': it knows edge_margin, iou_threshold, "),
         ({1: 2}, "policy has no field 1: it knows "),
         ({"recursion": None}, "recursion must be a mapping of names to values, got NoneType"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.policy import parse_policy
+from scalenet_ray.core.policy import Policy, Recursion, parse_policy
+from scalenet_ray.core.policy_form import changed_policy
 from scalenet_ray.core.scale import ScaleRange
 from scalenet_ray.data.policy_files import (
     Choice,
     Range,
     SearchSpace,
-    changed_policy,
     check_values,
+    read_policies,
     read_space,
+    set_fields,
     start_values,
 )
 from scalenet_ray.evaluation.compare import pareto_front
@@ -66,6 +70,81 @@ def test_ranges_and_choices_are_read(tmp_path: Path) -> None:
     )
 
 
+NAMED = partial(parse_policy, input_side=416, iou_threshold=0.65, score_threshold=0.05)
+
+
+def test_a_file_changes_a_named_policy(tmp_path: Path) -> None:
+    content = {"version": 1, "name": "mine", "base": "regions", "regions": {"small": 48}, "merging": {"sigma": 0.4}}
+    (policy,) = read_policies(written(tmp_path, content), NAMED)
+    start = NAMED("regions")
+    assert start.regions is not None
+    assert policy == replace(
+        start,
+        name="mine",
+        regions=replace(start.regions, small=48.0),
+        merging=replace(start.merging, sigma=0.4),
+    )
+
+
+def test_a_file_without_a_base_takes_the_detectors_side_and_thresholds(tmp_path: Path) -> None:
+    content = {"version": 1, "name": "mine", "kind": "first-pass", "recursion": {"zoom": 3}}
+    (policy,) = read_policies(written(tmp_path, content), NAMED)
+    assert policy == Policy("mine", "first-pass", 416, Recursion(zoom=3.0), NAMED("whole").merging)
+    with pytest.raises(UserError, match="a policy file must give input_side"):
+        read_policies(written(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"name": "mine", "base": "region"}, "there is no policy 'region'"),
+        ({"name": "mine", "base": ["regions"]}, "base must be text, the name of a policy"),
+        ({"base": "regions"}, "a policy file must give name"),
+        ({"name": "mine"}, "a policy file must give kind"),
+        ({"name": "mine", "base": "grid-2", "regions": {}}, "regions are planned from evidence"),
+        ({"name": "mine", "base": "regions", "regions": {"smal": 3}}, r"regions has no field 'smal' \(near: small"),
+    ],
+)
+def test_a_wrong_policy_is_refused_with_its_file(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"space.yaml: .*{message}"):
+        read_policies(written(tmp_path, {"version": 1} | content), NAMED)
+
+
+def test_fields_are_set_where_they_are_used() -> None:
+    policies = [NAMED(name) for name in ("whole", "first-pass", "regions")]
+    whole, first_pass, regions = set_fields(
+        policies, ["recursion.price=1e-3", "regions.budget=2", "recursion.small_classes=[1, 2]", "merging.sigma=0.4"]
+    )
+    assert whole == changed_policy(policies[0], "whole", {"merging.sigma": 0.4})
+    assert (first_pass.recursion.price, first_pass.recursion.small_classes) == (0.001, (1, 2))
+    assert regions.regions is not None
+    assert regions.regions.budget == 2.0
+    (unlimited,) = set_fields([regions], ["regions.budget=none"])
+    assert unlimited.regions is not None
+    assert unlimited.regions.budget is None
+    assert set_fields(policies, []) == policies
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("regions.price", "--set must be FIELD=VALUE, e.g. recursion.price=0.5, got 'regions.price'"),
+        ("regions.prize=1", r"regions.prize, which no policy has \(near: regions.price"),
+        ("price=1", "--set would change price, which no policy has"),
+        ("regions.price=cheap", "--set regions.price=cheap: regions.price must be a number, got 'cheap'"),
+        ("regions.max_depth=1.5", "regions.max_depth must be a whole number, got 1.5"),
+        ("regions.price=-1", "--set regions.price=-1: price must be 0 or more and finite, got -1"),
+        ("regions.price=[", "--set regions.price=.: a value must be written as in YAML, got"),
+        ("merging.match_size=maybe", "merging.match_size must be true or false, got 'maybe'"),
+        ("recursion.price=1", "--set recursion.price=1 is of no use to regions: leave it out"),
+        ("grid=3", "is of no use to regions"),
+    ],
+)
+def test_a_wrong_setting_names_the_field_its_type_and_near_ones(setting: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        set_fields([NAMED("regions")], [setting])
+
+
 def test_the_shipped_space_is_one() -> None:
     shipped = read_space(SHIPPED_SPACE)
     for path, field in shipped.fields.items():
@@ -80,7 +159,7 @@ def test_the_shipped_space_is_one() -> None:
         (
             "recursion.windo",
             {"of": [1]},
-            r"would change recursion.windo, which no policy has: it may be recursion.method,",
+            r"would change recursion.windo, which no policy has \(near: recursion.window, .*: it may be recursion",
         ),
         ("name", {"of": ["a"]}, "would change name, which no policy has"),
         ("recursion", {"of": [1]}, "would change recursion, which no policy has"),

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from s3fs import S3FileSystem
 
-from scalenet_ray.core.policy import parse_policy, policy_to_dict
+from scalenet_ray.core.policy import parse_policy
+from scalenet_ray.core.policy_form import policy_to_dict
 from scalenet_ray.data import storage
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample

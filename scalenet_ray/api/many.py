@@ -22,7 +22,8 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.extras import needs_extra
 from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.core.inference import AnyScalePredictor
-from scalenet_ray.core.policy import Policy, policy_to_dict
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.policy_form import policy_to_dict
 from scalenet_ray.data.categories import classes_named
 from scalenet_ray.models.detectors import Detector
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec

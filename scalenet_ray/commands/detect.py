@@ -12,10 +12,11 @@ from scalenet_ray.console import check_retry, end_run, found_lines, policy_table
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE, SHARE
 from scalenet_ray.core.detections import SHOWN_SCORE
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.policy import Policy, policy_to_dict
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.policy_form import policy_to_dict
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import classes_named
-from scalenet_ray.data.policy_files import read_policies
+from scalenet_ray.data.policy_files import set_fields
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.report.saved_pictures import SavedPictures
 from scalenet_ray.runs.export import export_run
@@ -26,6 +27,7 @@ from scalenet_ray.workflows import (
     PICTURES,
     DetectionRun,
     EngineName,
+    file_policies,
     named_policies,
     open_images,
     prepare_run,
@@ -47,6 +49,7 @@ class DetectImages:
         policy: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused or
             regions-scalenet.
         policy_file: YAML of one policy, in place of --policy.
+        set: fields of the policy to set, e.g. regions.price=0.2 regions.small=48.
         classes: only these of the detector's classes, by name.
         limit: only the first so many images.
         output: the run folder, local or s3://; by default a new one under runs/detect.
@@ -66,6 +69,7 @@ class DetectImages:
     images: str | None = None
     policy: str = "regions"
     policy_file: str | None = None
+    set: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
     limit: Annotated[int, ONE_OR_MORE] | None = None
     output: str | None = None
@@ -87,11 +91,11 @@ class DetectImages:
 def _policies(job: DetectImages, detector: DetectorInfo) -> list[Policy]:
     policies = named_policies([job.policy], job.networks, detector, job.smallest_object)
     if job.policy_file is not None:
-        policies = read_policies(job.policy_file)
+        policies = file_policies(job.policy_file, job.networks, detector, job.smallest_object)
     if len(policies) != 1:
         msg = f"detection takes one policy, got {', '.join(policy.name for policy in policies)}: leave one in the file"
         raise UserError(msg)
-    return policies
+    return set_fields(policies, job.set)
 
 
 def main(job: DetectImages) -> int:

@@ -12,7 +12,8 @@ import tyro
 from scalenet_ray.console import check_retry, difference_table, end_run, policy_table, say
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.policy import Policy, policy_to_dict
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.policy_form import policy_to_dict
 from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
@@ -49,6 +50,7 @@ class EvalCoco:
             oracle, regions-scalenet, regions-oracle, paper. By default whole, grid-2, regions, scalenet and
             regions-oracle: gain in place of scalenet if --scale-net is a scale head, neither without --scale-net.
         policy_file: YAML of further policies.
+        set: fields of the policies to set, e.g. recursion.price=0.5 or regions.small=48: of those that use them.
         compare_with: the policy that the others are compared with, with bootstrap intervals. By default whole, or the
             first.
         limit: only the first so many images.
@@ -68,6 +70,7 @@ class EvalCoco:
     split: str = "val2017"
     policies: tuple[str, ...] | None = None
     policy_file: str | None = None
+    set: tuple[str, ...] = ()
     compare_with: str | None = None
     limit: Annotated[int, ONE_OR_MORE] | None = None
     output: str | None = None
@@ -107,6 +110,7 @@ def main(job: EvalCoco) -> int:
         names=job.policies,
         policy_file=job.policy_file,
         smallest_object=job.smallest_object,
+        settings=job.set,
         log=say,
     )
     policies, _ = prepare_run(session, job.networks, [split], choose, log=say)

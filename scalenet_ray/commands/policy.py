@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import tyro
@@ -12,7 +13,8 @@ from scalenet_ray.console import say
 from scalenet_ray.core.bounds import ONE_OR_MORE, SHARE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.merge import Merging
-from scalenet_ray.core.policy import check_names, parse_policy, policy_to_dict
+from scalenet_ray.core.policy import check_names, parse_policy
+from scalenet_ray.core.policy_form import describe_policy
 from scalenet_ray.data.policy_files import read_policies
 
 __all__ = ["POLICIES", "PrintPolicy", "main"]
@@ -37,6 +39,9 @@ POLICIES = {
 }
 """Named policies, with a line each."""
 
+_ANY_SIDE = 640
+"""Input side to check a file with that leaves it to the detector."""
+
 
 @dataclass(frozen=True)
 class PrintPolicy:
@@ -46,14 +51,14 @@ class PrintPolicy:
 
     Attributes:
         name: the policy to print, e.g. first-pass, whole@640 or grid-2.
-        input_side: the detector's input side, in pixels.
-        iou_threshold: of NMS when windows are merged; give the detector's own.
+        input_side: side of the whole image's tile, in pixels; if left out, the detector's in a run.
+        iou_threshold: of NMS when windows are merged; if left out, the detector's in a run.
         policy_file: YAML to check, in place of a name.
     """
 
     name: Annotated[str | None, tyro.conf.Positional] = None
     input_side: Annotated[int, ONE_OR_MORE] | None = None
-    iou_threshold: Annotated[float, SHARE] = Merging.iou_threshold
+    iou_threshold: Annotated[float, SHARE] | None = None
     policy_file: str | None = None
 
 
@@ -62,19 +67,19 @@ def main(job: PrintPolicy) -> int:
     if job.name is not None and job.policy_file is not None:
         msg = f"policy takes a name or --policy-file, got {job.name} and {job.policy_file}: leave one out"
         raise UserError(msg)
+    threshold = Merging.iou_threshold if job.iou_threshold is None else job.iou_threshold
+    named = partial(parse_policy, input_side=job.input_side or _ANY_SIDE, iou_threshold=threshold)
     if job.policy_file is not None:
-        policies = check_names(read_policies(job.policy_file))
+        policies = check_names(read_policies(job.policy_file, named))
         for policy in policies:
-            say(f"{policy.name}: {policy.kind}, tiles of up to {policy.largest_side} pixels")
+            side = f"tiles of up to {policy.largest_side} pixels at an input side of {policy.input_side}"
+            say(f"{policy.name}: {policy.kind}, {side}")
         say(f"{job.policy_file} is valid, policies: {len(policies)}")
     elif job.name is None:
         width = max(map(len, POLICIES))
         for name, line in POLICIES.items():
             say(f"{name.ljust(width)}  {line}")
-    elif job.input_side is None:
-        msg = "--input-side must be the detector's input side in pixels, got none: add it, e.g. --input-side 640"
-        raise UserError(msg)
     else:
-        policy = parse_policy(job.name, input_side=job.input_side, iou_threshold=job.iou_threshold)
-        say(yaml.safe_dump(policy_to_dict(policy), sort_keys=False).rstrip())
+        given = {"input_side": job.input_side, "iou_threshold": job.iou_threshold}
+        say(yaml.safe_dump(describe_policy(job.name, named(job.name), **given), sort_keys=False).rstrip())
     return 0

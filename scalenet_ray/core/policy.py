@@ -13,8 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile, Window, fit_longer_side
@@ -25,19 +24,13 @@ from scalenet_ray.core.scale import UNIT_AREA, ScaleRange
 __all__ = [
     "DEFAULT_PYRAMID",
     "LARGEST_SIDE",
-    "POLICY_VERSION",
     "Evidence",
     "Policy",
     "Recursion",
     "check_names",
     "check_smallest_object",
     "parse_policy",
-    "policy_from_dict",
-    "policy_to_dict",
 ]
-
-POLICY_VERSION = 1
-"""Written into every policy file; a file of another version is refused."""
 
 DEFAULT_PYRAMID = (
     (1.0, 0.0, math.inf),
@@ -270,6 +263,19 @@ class Policy:
             growth = max(1.0, self.recursion.window * self.recursion.zoom) ** self.recursion.max_depth
         return round(self.input_side * max([growth, *(size for size, _, _ in self.pyramid)]))
 
+    @property
+    def fields_in_use(self) -> frozenset[str]:
+        """Names of the fields that its windows and its merging depend on."""
+        of_kind = {
+            "pyramid": {"pyramid"},
+            "grid": {"grid", "overlap"},
+            "slices": {"slice_side", "overlap"},
+            "random": {"random_windows", "seed"},
+            "own": {"planner"},
+        }
+        planned = {"recursion"} if self.regions is None else {"regions"}
+        return frozenset({"input_side", "merging"} | of_kind.get(self.kind, planned if self.uses_evidence else set()))
+
     def needs_scales(self, tile: Tile) -> bool:
         """True if windows may be cut from this tile by its evidence."""
         if not self.uses_evidence or tile.window_budget <= 0:
@@ -404,71 +410,3 @@ def check_smallest_object(smallest_object: float | None, policies: Sequence[Poli
     names = ", ".join(policy.name for policy in policies)
     has_use = smallest_object is None or any(policy.regions is not None for policy in policies)
     _require(has_use, f"a smallest object is for regions, got it with {names}: leave it out, or use policy regions")
-
-
-def policy_to_dict(policy: Policy) -> dict[str, Any]:
-    """Policy as plain values with a version, for YAML or JSON; the inverse of `policy_from_dict`."""
-    plain = _plain(dataclasses.asdict(policy))
-    for name in ("planner", "regions"):
-        if plain[name] is None:
-            del plain[name]
-    return {"version": POLICY_VERSION, **plain}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-_IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-
-
-def _typed(value: Any, kind: Any, where: str) -> Any:
-    """A value of a file, checked and converted to the type of its field."""
-    if get_origin(kind) is UnionType:
-        return None if value is None else _typed(value, get_args(kind)[0], where)
-    if kind in (Recursion, Merging, Regions):
-        return _build(kind, value, where)
-    if kind is ScaleRange:
-        return ScaleRange(*_typed(value, tuple[float, float], where))
-    if get_origin(kind) is tuple:
-        _require(isinstance(value, list | tuple), f"{where} must be a list, got {value!r}")
-        kinds = get_args(kind)
-        if kinds[-1] is ...:
-            kinds = kinds[:1] * len(value)
-        _require(len(value) == len(kinds), f"{where} must be a list of {len(kinds)}, got {list(value)}")
-        pairs = zip(value, kinds, strict=True)
-        return tuple(_typed(item, one, f"{where}[{i}]") for i, (item, one) in enumerate(pairs))
-    plain = str if get_origin(kind) is Literal else kind
-    # In Python a bool is an int; in a file it is not.
-    fits = isinstance(value, int | float if plain is float else plain) and isinstance(value, bool) == (plain is bool)
-    _require(fits, f"{where} must be {_IN_WORDS[plain]}, got {value!r}")
-    return plain(value)
-
-
-def _build(cls: type, values: Any, where: str) -> Any:
-    kinds = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
-    _require(isinstance(values, dict), f"{where} must be a mapping of names to values, got {type(values).__name__}")
-    unknown = [repr(key) for key in values if key not in kinds]
-    _require(not unknown, f"{where} has no field {', '.join(unknown)}: it knows {', '.join(sorted(kinds))}")
-    places = {key: key if cls is Policy else f"{where}.{key}" for key in values}
-    return cls(**{key: _typed(value, kinds[key], places[key]) for key, value in values.items()})
-
-
-def policy_from_dict(values: dict[str, Any]) -> Policy:
-    """Policy from the values of `policy_to_dict`; absent fields take their defaults.
-
-    Raises:
-        UserError: if the version is another one, or a name or a value is wrong; it says which.
-    """
-    _require(isinstance(values, dict), f"a policy file must map names to values, got {type(values).__name__}")
-    rest = dict(values)
-    version = rest.pop("version", None)
-    _require(
-        type(version) is int and version == POLICY_VERSION,
-        f"a policy file must say version: {POLICY_VERSION}, got {version!r}: write it anew with this release",
-    )
-    missing = [name for name in ("name", "kind", "input_side") if name not in rest]
-    _require(not missing, f"a policy file must give {', '.join(missing)}")
-    return _build(Policy, rest, "policy")

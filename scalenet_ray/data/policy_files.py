@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -15,7 +14,8 @@ import yaml
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.merge import Merging
-from scalenet_ray.core.policy import Policy, Recursion, policy_from_dict, policy_to_dict
+from scalenet_ray.core.policy import Policy, Recursion
+from scalenet_ray.core.policy_form import NamedPolicy, changed_policy, near_names, policy_from_dict, policy_to_dict
 from scalenet_ray.core.regions import Regions
 from scalenet_ray.data.storage import read_bytes
 
@@ -24,11 +24,11 @@ __all__ = [
     "Choice",
     "Range",
     "SearchSpace",
-    "changed_policy",
     "check_values",
     "read_policies",
     "read_space",
     "read_yaml",
+    "set_fields",
     "start_values",
 ]
 
@@ -42,8 +42,13 @@ _PARTS: dict[str, Any] = {"recursion": Recursion, "merging": Merging, "regions":
 _MAX_BYTES = 2**20
 
 
-def read_policies(uri: str | Path) -> list[Policy]:
-    """Read a file of one policy or a list of policies, each in the form of `policy_to_dict`.
+def read_policies(uri: str | Path, named: NamedPolicy | None = None) -> list[Policy]:
+    """Read a file of one policy or a list of policies.
+
+    Args:
+        uri: the file; a policy in it is as `policy_from_dict` takes it.
+        named: makes the policies of a detector by name, for the fields that the file leaves out; None if there is no
+            detector: then the file must give the input side.
 
     Raises:
         FileNotFoundError: if it does not exist.
@@ -58,7 +63,7 @@ def read_policies(uri: str | Path) -> list[Policy]:
     policies = []
     for entry in entries:
         try:
-            policies.append(policy_from_dict(entry))
+            policies.append(policy_from_dict(entry, named))
         except UserError as error:
             msg = f"{uri}: {error}"
             raise UserError(msg) from error
@@ -170,7 +175,8 @@ def _field_type(path: str, uri: str | Path) -> Any:
     if name not in hints or (cls is Policy and (len(parts) > 1 or name in fixed)) or len(parts) > 2:
         known = [f"{part}.{field.name}" for part, of in _PARTS.items() for field in dataclasses.fields(of)]
         known += [field.name for field in dataclasses.fields(Policy) if field.name not in fixed]
-        msg = f"{uri} would change {path}, which no policy has: it may be {', '.join(known)}"
+        near = near_names(path, known)
+        msg = f"{uri} would change {path}, which no policy has{near}: it may be {', '.join(known)}"
         raise UserError(msg)
     kind = hints[name]
     return float if kind == float | None else kind
@@ -218,32 +224,47 @@ def start_values(policy: Policy, space: SearchSpace) -> dict[str, Any] | None:
     return values
 
 
-def changed_policy(policy: Policy, name: str, values: Mapping[str, Any]) -> Policy:
-    """Return a copy of a policy with another name and other values.
+def set_fields(policies: Sequence[Policy], settings: Sequence[str]) -> list[Policy]:
+    """Set fields of the policies that use them.
 
     Args:
-        policy: the policy.
-        name: name of the copy.
-        values: new values by path, see `SearchSpace`.
+        policies: the policies; they keep their names.
+        settings: PATH=VALUE, e.g. recursion.price=0.5 or regions.budget=none, with a value as in YAML.
 
     Raises:
-        UserError: if a value is out of range, or two are incompatible.
+        UserError: if no policy uses a field, there is none of a name, or a value is wrong.
     """
-    plain = copy.deepcopy(policy_to_dict(policy)) | {"name": name}
-    for path, given in values.items():
-        value = json.loads(given) if isinstance(given, str) and given.startswith("[") else given
-        *parents, last = path.split(".")
-        holder: Any = plain
-        for parent in parents:
-            if parent not in holder:
-                msg = f"{path} can't be changed in policy {policy.name}, which has no {parent}: start from regions"
-                raise UserError(msg)
-            holder = holder[parent]
-        if isinstance(holder, list):
-            holder[_ENDS[last]] = value
-        else:
-            holder[last] = value
-    return policy_from_dict(plain)
+    policies = list(policies)
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            msg = f"--set must be FIELD=VALUE, e.g. recursion.price=0.5, got {setting!r}"
+            raise UserError(msg)
+        _field_type(path, "--set")
+        users = [i for i, policy in enumerate(policies) if path.split(".")[0] in policy.fields_in_use]
+        if not users:
+            names = ", ".join(policy.name for policy in policies)
+            msg = f"--set {setting} is of no use to {names}: leave it out, or name a policy that has this field"
+            raise UserError(msg)
+        for i in users:
+            try:
+                policies[i] = changed_policy(policies[i], policies[i].name, {path: _value(text)})
+            except UserError as error:
+                msg = f"--set {setting}: {error}"
+                raise UserError(msg) from error
+    return policies
+
+
+def _value(text: str) -> Any:
+    """A value as in YAML; 1e-3 is a number too, and none is null."""
+    try:
+        value = yaml.safe_load(text)
+        return (None if value.lower() == "none" else float(value)) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        msg = f"a value must be written as in YAML, got {text!r}: correct it"
+        raise UserError(msg) from error
+    except ValueError:
+        return text
 
 
 def read_yaml(uri: str | Path) -> Any:

@@ -12,9 +12,9 @@ from ray import tune
 from scalenet_ray.core.answers import RaisedOn, fails_on_all
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.policy_form import changed_policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.data.coco import CocoDataset, ImageRecord, oracle_from, read_annotations, to_results
-from scalenet_ray.data.policy_files import changed_policy
 from scalenet_ray.engine.prediction_cache import CachedDetector, CachedScalePredictor, PredictionCache
 from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.models.spec import NetworkSpec

@@ -17,8 +17,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.policy_form import changed_policy
 from scalenet_ray.data import storage
-from scalenet_ray.data.policy_files import Choice, Range, SearchSpace, changed_policy, start_values
+from scalenet_ray.data.policy_files import Choice, Range, SearchSpace, start_values
 from scalenet_ray.engine.placement import gpu_share
 from scalenet_ray.engine.prediction_cache import CacheActor
 from scalenet_ray.engine.session import join_ray
