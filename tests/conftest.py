@@ -97,3 +97,20 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest
         if thread.name == "run-lock":
             thread.join(timeout=10)
             assert not thread.is_alive(), "the test has not released a run's lock"
+
+
+@pytest.fixture
+def object_bucket(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`gs://` and a bucket of the test's own.
+
+    The server speaks S3, to which obstore speaks as to Google's and Azure's stores: its conditional writes are tested.
+    """
+    from obstore.fsspec import FsspecStore
+
+    def open_s3(scheme: str) -> Any:
+        assert scheme == "gs"
+        return FsspecStore("s3", client_options={"allow_http": True})
+
+    FsspecStore.clear_instance_cache()
+    monkeypatch.setattr("scalenet_ray.data.stores._object_store", open_s3)
+    return s3_bucket.replace("s3://", "gs://")

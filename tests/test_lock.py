@@ -16,7 +16,7 @@ import pytest
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.lock import _S3Lock, lock_run
+from scalenet_ray.runs.lock import _StoreLock, lock_run
 from scalenet_ray.runs.shard_writer import ShardWriter
 from tests.test_folder import result_of
 
@@ -39,10 +39,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scalenet_ray.runs.lock._STALE_SECONDS", 1.0)
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A run folder of either kind."""
-    return str(tmp_path / "run") if request.param == "local" else f"{request.getfixturevalue('s3_bucket')}/run"
+    """A run folder on disk, in S3, and in a store that obstore reaches."""
+    if request.param == "local":
+        return str(tmp_path / "run")
+    return f"{request.getfixturevalue('s3_bucket' if request.param == 's3' else 'object_bucket')}/run"
 
 
 def lock_of(uri: str) -> str:
@@ -149,7 +151,7 @@ def test_a_driver_that_was_paused_writes_nothing_once_another_has_taken_over(
 ) -> None:
     uri = f"{s3_bucket}/run"
     with monkeypatch.context() as paused:
-        paused.setattr(_S3Lock, "_send_heartbeats", lambda self: None)
+        paused.setattr(_StoreLock, "_send_heartbeats", lambda self: None)
         run = RunFolder(uri)
         first = run.begin(SETTINGS, resume=False)
     with RunFolder(uri).begin(SETTINGS, resume=True):
@@ -166,7 +168,7 @@ def test_a_driver_that_was_paused_writes_nothing_once_another_has_taken_over(
 def test_a_beat_whose_answer_was_lost_is_still_ours(s3_bucket: str) -> None:
     uri = f"{s3_bucket}/run"
     with lock_run(uri, take_over=False) as lock:
-        assert isinstance(lock, _S3Lock)
+        assert isinstance(lock, _StoreLock)
         lock._tag = '"of before"'
         lock._renew()
         lock._renew()

@@ -13,7 +13,7 @@ from s3fs import S3FileSystem
 
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.policy_form import policy_to_dict
-from scalenet_ray.data import storage
+from scalenet_ray.data import stores
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
@@ -62,7 +62,7 @@ def test_a_run_with_everything_on_s3_survives_failing_requests(
             f"{s3_bucket}/weights/{os.path.basename(scale_net)}",
         ),
     )
-    monkeypatch.setattr(storage, "_S3_TIMEOUTS", {"connect_timeout": 5, "read_timeout": 2})
+    monkeypatch.setattr(stores, "_S3_TIMEOUTS", {"connect_timeout": 5, "read_timeout": 2})
     with faulty_s3(os.environ["AWS_ENDPOINT_URL"], [*ANSWERS, *BREAKS], every=4) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
         S3FileSystem.clear_instance_cache()

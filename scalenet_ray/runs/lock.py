@@ -1,7 +1,7 @@
 """Lock of a run folder: one driver at a time, and a dead driver's lock can be taken over.
 
-A local folder is locked by the kernel (`flock`), which releases the lock when the process ends. On S3 the lock is an
-object, `driver.lock`, created on the condition that it does not exist and renewed every few seconds by a thread. To
+A local folder is locked by the kernel (`flock`), which releases the lock when the process ends. In a store the lock is
+an object, `driver.lock`, created on the condition that it does not exist and renewed every few seconds by a thread. To
 take it over, another driver watches it: the lock is stale if it does not change for `_STALE_SECONDS`. Clocks of
 different machines are not compared. A driver that was paused and finds that its lock was taken over stops before its
 next write.
@@ -66,16 +66,17 @@ def lock_run(uri: str, *, take_over: bool) -> RunLock:
     """Lock a run folder for this driver.
 
     Args:
-        uri: the run folder, local or s3://.
-        take_over: on S3, watch an existing lock and take it over if it is stale; without it an existing lock is
+        uri: the run folder, local or in a store.
+        take_over: in a store, watch an existing lock and take it over if it is stale; without it an existing lock is
             refused at once. The local lock of a dead driver is free in any case.
 
     Raises:
         FileExistsError: if another driver is at work there; it names the driver.
         OSError: if the file system does not support locks.
+        UserError: if the store is read only.
     """
     path = storage.local_path(storage.join(uri, _NAME))
-    return _LocalLock(uri, path) if path is not None else _S3Lock(uri, take_over=take_over)
+    return _LocalLock(uri, path) if path is not None else _StoreLock(uri, take_over=take_over)
 
 
 def _content(driver: str, beat: int) -> bytes:
@@ -143,8 +144,8 @@ class _LocalLock(RunLock):
             self._handle = None
 
 
-class _S3Lock(RunLock):
-    """An S3 object that a thread renews while the driver lives.
+class _StoreLock(RunLock):
+    """An object of a store that a thread renews while the driver lives.
 
     Args:
         uri: the run folder.
@@ -194,7 +195,7 @@ class _S3Lock(RunLock):
             try:
                 self._renew()
             except OSError:
-                # S3 does not answer: `check` renews the lock before the next write.
+                # The store does not answer: `check` renews the lock before the next write.
                 continue
             except RuntimeError:
                 return
@@ -234,5 +235,5 @@ class _S3Lock(RunLock):
                 self._tag_if_ours()
                 storage.delete(self._object)
             except (OSError, RuntimeError):
-                # Taken over, or S3 does not answer: the lock becomes stale by itself.
+                # Taken over, or the store does not answer: the lock becomes stale by itself.
                 return

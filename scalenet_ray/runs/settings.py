@@ -166,6 +166,6 @@ def _normalized(text: str, directory: str) -> str:
     if separator and not rest.startswith("//"):
         # A detector, KIND:ADDRESS.
         return f"{kind}:{_normalized(rest, directory)}"
-    if text.startswith("s3://"):
+    if "://" in text and not text.startswith("file://"):
         return text.rstrip("/")
     return os.path.normpath(os.path.join(directory, text.removeprefix("file://")))

@@ -1,0 +1,210 @@
+"""Stores other than the disk and S3: web servers, Google Cloud Storage, Azure, whatever fsspec knows."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.data.coco import list_images
+from scalenet_ray.data.images import file_hw, read_image
+from scalenet_ray.data.storage import RangeFile, exists, join, list_files, local_path, read_bytes, write_bytes_atomic
+from scalenet_ray.models.spec import SAMPLE_DETECTOR
+from scalenet_ray.runs.folder import RunFolder
+from tests.test_show import run_command
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    """Serves files, whole or in ranges."""
+
+    server: _Server
+
+    def do_GET(self) -> None:
+        """Answer a request for a file, or for a range of one."""
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        path = Path(self.translate_path(self.path))
+        if asked is None or not self.server.knows_ranges or not path.is_file():
+            super().do_GET()
+            return
+        data = path.read_bytes()
+        part = data[int(asked[1]) : int(asked[2]) + 1]
+        self.server.sent += len(part)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {asked[1]}-{int(asked[1]) + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def end_headers(self) -> None:
+        """End the headers, and say whether ranges are known."""
+        if self.server.knows_ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        super().end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print nothing."""
+
+
+class _Server(ThreadingHTTPServer):
+    """A web server of a folder.
+
+    Attributes:
+        knows_ranges: whether it serves parts of files.
+        sent: bytes that it sent in parts.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, *, knows_ranges: bool) -> None:
+        super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
+        self.knows_ranges = knows_ranges
+        self.sent = 0
+
+
+@pytest.fixture(params=[True, False], ids=["ranges", "no ranges"])
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[_Server]:
+    (tmp_path / "www" / "sub").mkdir(parents=True)
+    made = _Server(tmp_path / "www", knows_ranges=request.param)
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.fixture
+def site(server: _Server) -> str:
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def test_files_of_a_web_server_are_read_and_listed(site: str, tmp_path: Path) -> None:
+    (tmp_path / "www" / "a.jpg").write_bytes(b"one")
+    (tmp_path / "www" / "sub" / "b.jpg").write_bytes(b"other")
+    assert read_bytes(f"{site}/a.jpg") == b"one"
+    assert read_bytes(f"{site}/a.jpg", max_bytes=3) == b"one"
+    with pytest.raises(UserError, match=r"a\.jpg may have 2 bytes, got 3"):
+        read_bytes(f"{site}/a.jpg", max_bytes=2)
+    assert list_files(f"{site}/", (".jpg",)) == [f"{site}/a.jpg", f"{site}/sub/b.jpg"]
+    assert [record.file_name for record in list_images(join(site, ""))] == [f"{site}/a.jpg", f"{site}/sub/b.jpg"]
+    assert exists(f"{site}/a.jpg")
+    assert not exists(f"{site}/none.jpg")
+    assert local_path(f"{site}/a.jpg") is None
+
+
+def test_parts_of_a_file_are_read_with_or_without_ranges(site: str, tmp_path: Path) -> None:
+    (tmp_path / "www" / "file").write_bytes(bytes(range(256)) * 100)
+    with RangeFile(f"{site}/file") as file:
+        assert file.seek(1000) == 1000
+        assert file.read(4) == bytes([1000 % 256 + i for i in range(4)])
+        assert file.seek(0, io.SEEK_END) == 25600
+
+
+def test_of_an_image_only_the_header_is_fetched(server: _Server, site: str, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1000, 1500, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "www" / "a.png")
+    assert file_hw(f"{site}/a.png") == (1000, 1500)
+    size = (tmp_path / "www" / "a.png").stat().st_size
+    assert not server.knows_ranges or 0 < server.sent < size / 4
+    assert np.array_equal(read_image(f"{site}/a.png"), noise)
+
+
+def test_what_a_web_server_does_not_have_is_named(site: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.json: there is no such file or folder; check the path"):
+        read_bytes(f"{site}/none.json")
+    with pytest.raises(TileError, match="there is no such file"):
+        read_image(f"{site}/none.jpg")
+
+
+def test_a_server_that_does_not_answer_is_named() -> None:
+    with pytest.raises(OSError, match=r"cannot read http://127.0.0.1:1/a: .*check the address, the network") as caught:
+        read_bytes("http://127.0.0.1:1/a")
+    assert caught.value.__cause__ is None
+
+
+def test_a_web_server_is_read_only(site: str) -> None:
+    message = r"cannot write http://.*: it is read only, without conditional writes .* write to a local disk, s3://"
+    with pytest.raises(UserError, match=message):
+        write_bytes_atomic(f"{site}/file", b"x")
+    with pytest.raises(UserError, match=message):
+        RunFolder(f"{site}/run").begin({}, resume=False)
+
+
+def test_images_of_a_web_server_are_detected(site: str, tmp_path: Path) -> None:
+    for name in ("a.png", "sub/b.png"):
+        Image.new("RGB", (96, 64)).save(tmp_path / "www" / name)
+    (tmp_path / "www" / "broken.png").write_bytes(b"no image")
+    flags = ("--detector", SAMPLE_DETECTOR, "--policy", "whole", "--engine", "local", "--max-failures", "1")
+    assert run_command("detect", "--images", f"{site}/", *flags, "--output", str(tmp_path / "run")) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["images"] == {"total": 3, "done": 2, "failed": 1}
+
+
+# --- other stores --------------------------------------------------------------------------------------
+
+
+def test_what_fsspec_knows_is_read() -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/data/a.jpg", b"one")
+    try:
+        assert read_bytes("memory://data/a.jpg") == b"one"
+        assert list_files("memory://data") == ["memory:///data/a.jpg"]
+        assert read_bytes(list_files("memory://data")[0]) == b"one"
+        with pytest.raises(UserError, match="cannot write memory://data/b: it is read only"):
+            write_bytes_atomic("memory://data/b", b"x")
+    finally:
+        store.rm("/data", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "package", "extra"),
+    [
+        ("gs://bucket/a", "obstore", "gcs"),
+        ("az://container/a", "obstore", "azure"),
+        ("hf://datasets/a/b", "huggingface_hub", "hf"),
+    ],
+)
+def test_a_store_whose_package_is_missing_names_the_extra(
+    address: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"pip install 'scalenet-ray\[{extra}\]'"):
+        read_bytes(address)
+
+
+@pytest.mark.parametrize(("address", "form"), [("gs://", "gs://BUCKET/KEY"), ("az:///a", "az://CONTAINER/KEY")])
+def test_an_address_without_a_bucket_is_refused(address: str, form: str) -> None:
+    with pytest.raises(UserError, match=rf"must name a \w+, got {address}: write {form}"):
+        read_bytes(address)
+
+
+@pytest.mark.parametrize("address", ["https://user:secret@host/a", "gs://key:secret@bucket/a"])
+def test_an_address_with_credentials_is_refused_without_them(address: str) -> None:
+    with pytest.raises(UserError, match="must not hold credentials: set them in the environment instead") as caught:
+        read_bytes(address)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_run_in_an_object_store_goes_on(object_bucket: str, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (96, 64)).save(tmp_path / name)
+        write_bytes_atomic(f"{object_bucket}/photos/{name}", (tmp_path / name).read_bytes())
+    flags = ("--images", f"{object_bucket}/photos", "--detector", SAMPLE_DETECTOR, "--policy", "whole")
+    output = ("--engine", "local", "--output", f"{object_bucket}/run")
+    assert run_command("detect", *flags, *output) == 0
+    assert json.loads(read_bytes(f"{object_bucket}/run/metrics.json"))["images"]["done"] == 2
+    assert not exists(f"{object_bucket}/run/driver.lock")
+    assert run_command("detect", *flags, *output, "--resume") == 0
