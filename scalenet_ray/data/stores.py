@@ -86,8 +86,7 @@ def _object_store(scheme: str) -> AbstractFileSystem:
     """Return the file system of Google Cloud Storage or Azure."""
     with needs_extra(_EXTRAS[scheme]):
         from obstore.fsspec import FsspecStore
-    client, retries = cast(Any, _OBJECT_TIMEOUTS), cast(Any, _OBJECT_RETRIES)
-    return FsspecStore(scheme, client_options=client, retry_config=retries)
+    return cast(Any, FsspecStore)(scheme, client_options=_OBJECT_TIMEOUTS, retry_config=_OBJECT_RETRIES)
 
 
 def _other_store(scheme: str) -> AbstractFileSystem:
