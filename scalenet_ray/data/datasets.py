@@ -17,13 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import CocoDataset, Listing, annotations_uri, parse_annotations, read_annotations
 from scalenet_ray.data.images import IMAGE_SUFFIXES, file_hw
 from scalenet_ray.data.label_files import VISDRONE_CATEGORIES, LabelledObject, parse_visdrone, parse_voc, parse_yolo
+from scalenet_ray.data.policy_files import read_yaml
 from scalenet_ray.data.storage import join
 
 __all__ = ["Layout", "OpenedSplit", "find_layout"]
@@ -154,19 +153,18 @@ def find_layout(
 
 
 def _layout_of_folder(data: str, split: str) -> Layout:
+    if data.lower().endswith((".yaml", ".yml")):
+        root = str(_read_data_yaml(data).get("path") or ".")
+        return Layout("yolo", data, _absolute(os.path.dirname(data) or ".", root))
     coco = Layout("coco", annotations_uri(data, _SPLIT), join(data, _SPLIT))
-    is_yaml = data.lower().endswith((".yaml", ".yml"))
-    if not is_yaml and storage.exists(coco.annotations_of(split)):
+    if storage.exists(coco.annotations_of(split)):
         return coco
-    if not is_yaml and storage.exists(join(data, "ImageSets", "Main")):
-        listed = join(data, "ImageSets", "Main", f"{_SPLIT}.txt")
-        return Layout("voc", join(data, "Annotations"), join(data, "JPEGImages"), listed)
-    if not is_yaml and storage.exists(join(data, split, "annotations")):
+    if storage.exists(lists := join(data, "ImageSets", "Main")):
+        return Layout("voc", join(data, "Annotations"), join(data, "JPEGImages"), join(lists, f"{_SPLIT}.txt"))
+    if storage.exists(join(data, split, "annotations")):
         return Layout("visdrone", join(data, _SPLIT, "annotations"), join(data, _SPLIT, "images"))
-    if is_yaml or storage.exists(join(data, "data.yaml")):
-        uri = data if is_yaml else join(data, "data.yaml")
-        return Layout("yolo", uri, _absolute(os.path.dirname(uri) or ".", str(_read_yaml(uri).get("path") or ".")))
-    return coco
+    in_folder = join(data, "data.yaml")
+    return _layout_of_folder(in_folder, split) if storage.exists(in_folder) else coco
 
 
 # --- all forms ---------------------------------------------------------------------------------------
@@ -262,19 +260,15 @@ def _document(images: Sequence[_Labelled], categories: dict[int, str], ids: dict
         "images that cannot be read": sum(image.hw is None for image in images),
     }
     named = [{"id": category_id, "name": name} for category_id, name in categories.items()]
-    remarks = tuple(f"{what}: {count}" for what, count in counts.items() if count)
-    return {"images": rows, "categories": named, "annotations": annotations}, remarks
+    document = {"images": rows, "categories": named, "annotations": annotations}
+    return document, tuple(f"{what}: {count}" for what, count in counts.items() if count)
 
 
 # --- YOLO --------------------------------------------------------------------------------------------
 
 
-def _read_yaml(uri: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(_text(uri))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        msg = f"{uri} must be YAML, got something else ({error}): correct it"
-        raise UserError(msg) from error
+def _read_data_yaml(uri: str) -> dict[str, Any]:
+    content = read_yaml(uri)
     if not isinstance(content, dict):
         msg = f"{uri} must have names and splits, as YOLO's data.yaml, got {type(content).__name__}: check the path"
         raise UserError(msg)
@@ -316,7 +310,7 @@ def _yolo_images(content: dict[str, Any], layout: Layout, split: str) -> list[st
 
 
 def _read_yolo(layout: Layout, split: str) -> tuple[dict, tuple]:
-    content = _read_yaml(layout.annotations)
+    content = _read_data_yaml(layout.annotations)
     names = _yolo_names(content, layout.annotations)
     images = _images_by_stem(_yolo_images(content, layout, split), layout.images)
 
@@ -348,8 +342,7 @@ def _read_voc(layout: Layout, split: str) -> tuple[dict, tuple]:
     images = _images_in(folder)
     stems = list(images)
     if layout.listed is not None:
-        lines = _listed(layout.listed, split)
-        stems = [line.split()[0] for line in lines if line.strip()]
+        stems = [line.split()[0] for line in _listed(layout.listed, split) if line.strip()]
         if lost := [stem for stem in stems if stem not in images]:
             msg = f"{folder} must have the images of split {split}, got no {lost[0]}: correct the list, or add it"
             raise UserError(msg)
@@ -367,12 +360,11 @@ def _read_voc(layout: Layout, split: str) -> tuple[dict, tuple]:
         image = parsed.get(stem)
         return _Labelled(images[stem], *(_hw_of(join(folder, images[stem])), None) if image is None else image)
 
-    document, remarks = _document(
+    return _document(
         _read_all(read, stems, annotations),
         {i: str(name) for i, name in enumerate(names, start=1)},
         {name: i for i, name in enumerate(names, start=1)},
     )
-    return document, remarks
 
 
 def _listed(uri: str, split: str) -> list[str]:
