@@ -381,8 +381,7 @@ class _Row:
 
     def __init__(self, count: int, limits: LeaseLimits | None) -> None:
         self.work: list[Work] = []
-        self._count, self._limits = count, limits
-        self._bytes = 0
+        self._count, self._limits, self._bytes = count, limits, 0
 
     def add(self, work: Work) -> bool:
         """Add a piece of work; returns False if there is no room for it."""
