@@ -23,6 +23,7 @@ from bench.engine import compare_engine
 from bench.gpu import GpuBench, measure
 from bench.growth import growth
 from bench.large import LargeImages, compare_large
+from bench.overhead import Overhead, overhead
 from bench.scale_out import scale_out
 from bench.slicing import compare
 from bench.workloads import photographs
@@ -61,6 +62,7 @@ _ON_CUDA: dict[str, Callable[[], dict[str, Any]]] = {"gpu": lambda: {"gpu": list
 _PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     **_OF_PHOTOGRAPHS,
     **_ON_CUDA,
+    "overhead": lambda: {"overhead": overhead(Overhead())},
     "scale-out": _scale_out,
     "scale-out-first-pass": _scale_out_first_pass,
     "straggler": _straggler,

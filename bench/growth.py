@@ -31,7 +31,7 @@ from bench.fakes import fake_networks, grey_image, records_of, two_windows
 from scalenet_ray.engine.session import RaySession
 from scalenet_ray.runs.batch import run_policy
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import ResourceChoice
 
 __all__ = ["CpuClock", "cpu_clocks", "growth", "spent_by_role"]
 
@@ -162,7 +162,7 @@ def _resident_bytes(pid: int) -> int:
 
 def _measure(images: int) -> dict[str, float]:
     """One run."""
-    session = RaySession(Resources())
+    session = RaySession(ResourceChoice())
     policy = two_windows()
     start = partial(session.start, policy=policy, networks=fake_networks(), open_image=grey_image)
     peaks = Peaks()

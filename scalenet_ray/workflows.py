@@ -29,6 +29,7 @@ from scalenet_ray.data.coco import (
 )
 from scalenet_ray.data.datasets import Layout, OpenedSplit, find_layout
 from scalenet_ray.data.policy_files import read_policies, set_fields
+from scalenet_ray.models.network_trial import try_networks
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec
 from scalenet_ray.report.charts import policy_plot
 from scalenet_ray.report.gallery import PictureTask, choose_pictures
@@ -49,7 +50,7 @@ from scalenet_ray.runs.documents import (
 from scalenet_ray.runs.folder import GROUND_TRUTH, RunFolder
 from scalenet_ray.runs.inputs import annotation_digests, check_ground_truth, keep_image_ids
 from scalenet_ray.runs.local import LocalSession, Session
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.runs.summary import evaluate_policy, failure_counts, policy_cost, write_policy_results
 from scalenet_ray.sample.scenes import ensure_sample
 
@@ -69,6 +70,7 @@ __all__ = [
     "open_split",
     "prepare_run",
     "sample_inputs",
+    "settle_workers",
     "start_session",
     "with_categories",
     "with_ground_truth",
@@ -88,12 +90,12 @@ _MOST_FAILURES = 200
 _MOST_NAMES = 5
 
 
-def start_session(engine: EngineName, resources: Resources, networks: NetworkSpec) -> Session:
+def start_session(engine: EngineName, resources: ResourceChoice, networks: NetworkSpec) -> Session:
     """Start an engine, and check that the networks' device exists.
 
     Args:
         engine: ray or local.
-        resources: actors, batch sizes and timeouts, for ray.
+        resources: the user's actors, batch sizes and timeouts, for ray.
         networks: the networks of the run. A local engine must have their device, a cluster's head need not.
 
     Raises:
@@ -365,6 +367,44 @@ def prepare_run(
         first = images.images[:MOST_FAILED]
         session.call(networks.check, policies, categories, unused, first, images.open_image)
     return policies, detector
+
+
+def settle_workers(
+    session: Session,
+    networks: NetworkSpec,
+    policies: Sequence[Policy],
+    images: ImageSet,
+    log: Callable[[str], None],
+) -> NetworkSpec:
+    """Choose the device of the networks, and the engine's workers, as far as the user has left them open.
+
+    Args:
+        session: the engine.
+        networks: the networks.
+        policies: policies of the run.
+        images: images of the run.
+        log: takes a line that says what was chosen.
+
+    Returns:
+        The networks with their device.
+
+    Raises:
+        UserError: if the networks do not run on the user's device.
+    """
+    if isinstance(session, LocalSession):
+        return networks.on_this_machine()
+    categories, unused = session.call(networks.describe_detector).categories, frozenset[int]()
+    if isinstance(images, CocoSplit):
+        categories, unused = images.categories, images.unused_categories
+    trial = partial(
+        try_networks,
+        policies=policies,
+        categories=categories,
+        unused=unused,
+        images=images.images[:MOST_FAILED],
+        open_image=images.open_image,
+    )
+    return session.settle(networks, trial, log)
 
 
 def _remarks(images: ImageSet, detector: DetectorInfo) -> list[str]:

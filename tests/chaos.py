@@ -159,7 +159,7 @@ def _drive(folder: Path, images: int, deaths: int, address: str) -> None:
 
     import scalenet_ray.runs.batch as batch
 
-    batch._SECONDS_BETWEEN_LINES = 0.1
+    batch._SECONDS_BETWEEN_REPORTS = 0.1
     with run.begin({"images": images}, resume=True):
         run_policy(records_of(images), _POLICY.name, start, run, report)
     ray.shutdown()

@@ -96,7 +96,6 @@ class InProcessEngine:
         frontier_class: the queue.
         readers: how many.
         lease_size: work to a lease.
-        rows_per_call: rows to a call of the detect stage.
         detector_batch_size: tiles to a call of the detector.
         max_open_images: as for the frontier.
         max_tries: as for the stages; deaths at random are nobody's fault, and give nothing up.
@@ -115,7 +114,6 @@ class InProcessEngine:
         frontier_class: type[Frontier] = Frontier,
         readers: int = 2,
         lease_size: int = 3,
-        rows_per_call: int = 2,
         detector_batch_size: int = 4,
         max_open_images: int = 4,
         max_tries: int = 10**6,
@@ -124,7 +122,6 @@ class InProcessEngine:
         self._death_rate, self._rerun_rate = death_rate, rerun_rate
         self._records = records
         self._max_open_images = max_open_images
-        self._rows_per_call = rows_per_call
         self._lease_size = lease_size
         self.frontier = frontier_class(records, max_open_images)
         handle = Handle(self.frontier, self._dies)
@@ -188,7 +185,7 @@ class InProcessEngine:
         ]
         if self._rows:
             steps.append(self._look_step)
-        if len(self._looked) >= self._rows_per_call or (self._looked and not steps):
+        if self._looked:
             steps.append(self._detect_step)
         if not steps:
             return False
@@ -206,8 +203,7 @@ class InProcessEngine:
         self._looked.append(self._until_it_lives(self._look, row))
 
     def _detect_step(self) -> None:
-        rows = [self._looked.pop(0) for _ in range(min(self._rows_per_call, len(self._looked)))]
-        call = pa.concat_tables(rows)
+        call = self._looked.pop(0)
         self._old_calls.append(call)
         self._take(self._until_it_lives(self._detect, call))
 

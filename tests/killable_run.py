@@ -47,7 +47,7 @@ def main() -> None:
     run = RunFolder(output)
     with (
         patch("scalenet_ray.runs.shard_writer._IMAGES_PER_SHARD", SHARD),
-        patch("scalenet_ray.runs.batch._SECONDS_BETWEEN_LINES", -1.0),
+        patch("scalenet_ray.runs.batch._SECONDS_BETWEEN_REPORTS", -1.0),
         run.begin({"images": len(RECORDS)}, resume=True),
     ):
         run_policy(RECORDS, POLICY.name, start, run, say)

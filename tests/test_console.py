@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
 import subprocess
@@ -11,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from scalenet_ray.console import run_job, say
+from scalenet_ray.console import LiveLine, log_to_stderr, run_job, say
 from scalenet_ray.core.errors import UserError, WorkerError
+from scalenet_ray.runs.batch import Progress
 from scalenet_ray.runs.folder import RunFolder
 from tests.job_scripts import REPOSITORY
 
@@ -192,3 +195,61 @@ def test_an_error_of_the_system_says_what_it_is_about(capsys: pytest.CaptureFixt
 
 def test_an_interruption_that_no_signal_asked_for_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(fail_with(KeyboardInterrupt()), capsys) == (130, "stopped: nothing done yet\n")
+
+
+# --- the live line ----------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """An output that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+BEGUN = Progress("whole", done=0, total=9)
+HALF = Progress("whole", done=4, total=9, images=4, tiles={0: 4, 1: 10}, seconds=8.0, queued=7, pace=1.0, failed=1)
+DONE = Progress("whole", done=9, total=9, images=9, tiles={0: 9}, seconds=9.0)
+
+
+def test_progress_says_images_rate_tiles_by_depth_queue_failures_and_time_left() -> None:
+    assert str(BEGUN) == "whole: 0/9 images, starting"
+    assert str(HALF) == (
+        "whole: 4/9 images, 0.5 images/s, 3.50 tiles/image (1.00 + 2.50 by depth), 7 tiles queued, 1 failed, 5 s left"
+    )
+    assert str(DONE) == "whole: 9/9 images, 1.0 images/s, 1.00 tiles/image, 0 failed, done"
+
+
+def test_a_terminal_shows_progress_in_one_line_that_other_lines_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "24")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    for line in (BEGUN, HALF, "a remark", HALF, DONE, "the table"):
+        say(line)
+    start = "\r\x1b[K"
+    shown = f"{start}whole: 0/9 images, star{start}whole: 4/9 images, 0.5 "
+    replaced = f"{start}a remark\n{start}whole: 4/9 images, 0.5 "
+    assert sys.stdout.getvalue() == f"{shown}{replaced}{start}whole: 9/9 images, 1.0 \nthe table\n"  # type: ignore[attr-defined]
+
+
+def test_a_pipe_gets_whole_lines_not_too_often(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("scalenet_ray.console.time.monotonic", lambda: now[0])
+    live = LiveLine()
+    for seconds, progress in ((0, BEGUN), (1, HALF), (3, HALF), (3.5, HALF), (4, DONE)):
+        now[0] = 100.0 + seconds
+        live.show(progress)
+    assert capsys.readouterr().out.splitlines() == [str(BEGUN), str(HALF), str(DONE)]
+
+
+def test_a_warning_of_the_log_replaces_the_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    log_to_stderr()
+    say(HALF)
+    logging.getLogger("scalenet_ray.test").warning("image given up")
+    assert terminal.getvalue().split("\r\x1b[K")[-1].startswith('{"time"')

@@ -134,8 +134,9 @@ def test_detector_actors_die_at_the_start_and_at_the_end_of_a_call(idle_ray: Non
     assert_equals_reference(results, policy)
     looked, detected = worked_on(results, policy)
     assert len(watched.looked.lines()) == looked
-    call = TWO_OF_EACH.rows_per_detect_call * SCALE_BATCH
-    assert detected <= len(watched.detected.lines()) <= detected + 2 * call
+    # A retry makes the whole row again; the first is of a batch, and none is larger than a share of all.
+    row = max(SCALE_BATCH, len(RECORDS) // 2)
+    assert detected <= len(watched.detected.lines()) <= detected + 2 * row
 
 
 @pytest.mark.parametrize("name", [pytest.param("grid-2", marks=pytest.mark.slow), "fused"])

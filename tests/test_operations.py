@@ -21,7 +21,7 @@ from scalenet_ray.engine.session import RaySession
 from scalenet_ray.runs.batch import run_policy
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import LocalSession, Session
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import ResourceChoice
 from tests.job_scripts import REPOSITORY
 from tests.one_bad_image import BAD_IMAGE, open_but_one
 
@@ -55,7 +55,7 @@ def scraped() -> dict[tuple[str, str], float]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_prometheus_is_told_what_was_done(idle_ray: None, tmp_path: Path) -> None:
-    work(RaySession(Resources()), 20, tmp_path / "run")
+    work(RaySession(ResourceChoice()), 20, tmp_path / "run")
     wanted = {
         ("ray_scalenet_images_total", "outcome=done"): 19,
         ("ray_scalenet_images_total", "outcome=failed"): 1,

@@ -12,8 +12,9 @@ import pytest
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.recursion import Expansion
 from scalenet_ray.data.coco import OpenImage
-from scalenet_ray.engine.frontier import Frontier
+from scalenet_ray.engine.frontier import Completion, Decision, Frontier
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.engine.quarantine import Attempts
 from scalenet_ray.runs.resources import AdvancedResources, Resources, RetryPolicy
@@ -96,6 +97,19 @@ def test_what_was_begun_and_never_ended_is_suspect_until_its_image_is_written() 
     frontier.commit([2])
     assert not frontier.begin("detect", [two])
     assert frontier.begin_alone("detect", two, 2) is None
+
+
+def test_what_was_looked_at_has_ended_with_its_completion_and_the_rest_with_the_next_beginning() -> None:
+    frontier = Frontier(records_of(2), 2)
+    lease = frontier.lease(0, 0, 2)
+    assert lease is not None
+    ids = [work.id for work in lease.work]
+    assert frontier.begin("look", ids)
+    frontier.complete([Completion(*each, Decision(Expansion(detect=True))) for each in ids])
+    assert frontier.begin("look", ids)
+    assert frontier.begin("detect", ids[:1])
+    assert frontier.begin("detect", ids[1:], ids[:1])
+    assert frontier.begin("detect", ids[:1])
 
 
 def test_a_lease_is_suspect_if_its_reader_died_over_it_and_not_if_it_went_on() -> None:

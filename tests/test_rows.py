@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scalenet_ray.core.detections import Detections, Failure, TileResult
 from scalenet_ray.core.geometry import ANY_AREA, AreaRange, Tile, Window
-from scalenet_ray.engine.rows import MicroBatch, PackedTile, pack, pack_results, unpack, unpack_results
+from scalenet_ray.engine.rows import PackedTile, TileRow, pack, pack_results, unpack, unpack_results
 
 
 @st.composite
@@ -49,7 +49,7 @@ def found(image_id: int, *, with_masks: bool = False) -> TileResult:
 @given(st.lists(packed_tiles(), max_size=5))
 def test_packing_and_unpacking_is_the_identity(tiles: list[PackedTile]) -> None:
     pixels = pixels_of(tiles)
-    table = pack(MicroBatch(tiles, pixels, []))
+    table = pack(TileRow(tiles, pixels, []))
     assert table.num_rows == 1
     (batch,) = unpack(table)
     assert batch.tiles == tiles
@@ -58,15 +58,15 @@ def test_packing_and_unpacking_is_the_identity(tiles: list[PackedTile]) -> None:
 
 
 def test_an_empty_micro_batch_is_one_row_still() -> None:
-    table = pack(MicroBatch([], [], []))
+    table = pack(TileRow([], [], []))
     assert table.num_rows == 1
     (batch,) = unpack(table)
-    assert batch == MicroBatch([], [], [])
+    assert batch == TileRow([], [], [])
 
 
 def test_results_with_and_without_masks_and_failures_travel_along() -> None:
     failed = TileResult(3, (), Fraction(1), failure=Failure("read", "truncated"))
-    (batch,) = unpack(pack(MicroBatch([], [], [found(1, with_masks=True), found(2), failed])))
+    (batch,) = unpack(pack(TileRow([], [], [found(1, with_masks=True), found(2), failed])))
     assert [one.detections.masks for one in batch.results] == [(b"a", b""), None, None]
     assert batch.results[2].failure == Failure("read", "truncated")
     assert batch.results[2].image_hw is None
@@ -78,7 +78,7 @@ def test_results_with_and_without_masks_and_failures_travel_along() -> None:
 def test_rows_of_several_tables_in_several_chunks_come_out_in_order() -> None:
     tile = Tile(1, (), (4, 4), Window(0, 0, 4, 4), 2, 3)
     batches = [
-        MicroBatch([PackedTile(tile, Fraction(1, i))] * i, [np.full((2, 3, 3), i, np.uint8)] * i, [found(i)])
+        TileRow([PackedTile(tile, Fraction(1, i))] * i, [np.full((2, 3, 3), i, np.uint8)] * i, [found(i)])
         for i in range(1, 4)
     ]
     together = pa.concat_tables([pack(batch) for batch in batches])
@@ -96,13 +96,13 @@ def test_pixels_that_do_not_lie_in_one_piece_are_packed_as_they_look() -> None:
     image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
     tile = Tile(1, (), (8, 8), Window(0, 0, 8, 8), 4, 4)
     flipped = image[::2, ::-2]
-    (batch,) = unpack(pack(MicroBatch([PackedTile(tile, Fraction(1))], [flipped], [])))
+    (batch,) = unpack(pack(TileRow([PackedTile(tile, Fraction(1))], [flipped], [])))
     assert np.array_equal(batch.pixels[0], flipped)
 
 
 def test_unpacked_pixels_are_views_that_cannot_be_written() -> None:
     tile = Tile(1, (), (4, 4), Window(0, 0, 4, 4), 4, 4)
-    (batch,) = unpack(pack(MicroBatch([PackedTile(tile, Fraction(1))], [np.zeros((4, 4, 3), np.uint8)], [])))
+    (batch,) = unpack(pack(TileRow([PackedTile(tile, Fraction(1))], [np.zeros((4, 4, 3), np.uint8)], [])))
     assert not batch.pixels[0].flags.owndata
     with pytest.raises(ValueError, match="read-only"):
         batch.pixels[0][0, 0, 0] = 1

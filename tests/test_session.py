@@ -5,15 +5,20 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import closing
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import ray
 
 from scalenet_ray.core.errors import UserError, WorkerError
+from scalenet_ray.core.trial import NetworkTrial, TrialCall
 from scalenet_ray.engine.session import RaySession, join_ray
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.models.spec import NetworkSpec
+from scalenet_ray.runs.automatic import Cluster
+from scalenet_ray.runs.resources import ResourceChoice
 from tests.task_functions import node_id, raise_it
 from tests.three_nodes import free_port
 
@@ -103,6 +108,80 @@ def test_ray_is_joined_from_a_thread_too(no_ray: None, monkeypatch: pytest.Monke
     assert joined == ["local"]
 
 
+# --- what the user has left open ----------------------------------------------------------------------------
+
+
+def trial_on(networks: NetworkSpec) -> NetworkTrial:
+    """A trial of networks that refuse one GPU, and have no use for another."""
+    if networks.device == "cuda" and networks.detector == "needs:CPU":
+        raise UserError("there is no CUDA in this onnxruntime")
+    return NetworkTrial("cpu" if networks.detector == "ignores:GPU" else networks.device, (TrialCall(8, 0.1),))
+
+
+class Settling(RaySession):
+    """A session of a cluster that is made up, whose trials run here."""
+
+    def __init__(self, cluster: Cluster, **chosen: Any) -> None:
+        with patch("scalenet_ray.engine.session.join_ray"):
+            super().__init__(ResourceChoice(**chosen))
+        self._cluster, self.lines, self.on_gpu = cluster, list[str](), 0
+
+    def settled(self, detector: str, device: str) -> NetworkSpec:
+        with patch("scalenet_ray.engine.session.cluster_now", lambda: self._cluster):
+            return self.settle(NetworkSpec(detector, device=device), trial_on, self.lines.append)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+    def _try_on_gpu(self, networks: NetworkSpec, trial: Any, log: Any) -> NetworkTrial:
+        self.on_gpu += 1
+        return trial(networks)
+
+
+WITH_GPUS, WITHOUT, GPUS_TO_COME = Cluster(16, 2), Cluster(4), Cluster(8, 0, most_cpus=40, most_gpus=8)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "detector", "device", "settled", "trials_on_gpu"),
+    [
+        (WITH_GPUS, "a:B", "auto", "cuda", 1),
+        (GPUS_TO_COME, "a:B", "auto", "cuda", 1),
+        (WITHOUT, "a:B", "auto", "cpu", 0),
+        (WITH_GPUS, "needs:CPU", "auto", "cpu", 1),
+        (WITH_GPUS, "ignores:GPU", "auto", "cpu", 1),
+        (WITH_GPUS, "a:B", "cpu", "cpu", 0),
+        (GPUS_TO_COME, "a:B", "cuda", "cuda", 1),
+    ],
+)
+def test_auto_is_a_gpu_if_there_may_be_one_and_the_networks_run_on_it(
+    cluster: Cluster, detector: str, device: str, settled: str, trials_on_gpu: int
+) -> None:
+    session = Settling(cluster)
+    assert session.settled(detector, device).device == settled
+    assert session.on_gpu == trials_on_gpu
+    assert session.settings["gpus_per_detector_actor"] == (settled == "cuda")
+    assert ("GPUs: " if settled == "cuda" else "CPUs: ") in session.lines[-1]
+    assert ("the networks run on CPUs" in session.lines[0]) == (detector == "needs:CPU")
+
+
+def test_a_gpu_that_the_user_names_is_waited_for_on_a_cluster_that_has_none_so_far(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    session = Settling(WITHOUT)
+    assert session.settled("a:B", "cuda").device == "cuda"
+    assert session.on_gpu == 1
+    assert session.settings["detector_actors"] == 1
+
+
+def test_a_user_who_has_set_everything_has_no_trial() -> None:
+    chosen = {"readers": 3, "detector_actors": 2, "scale_batch_size": 4, "detector_batch_size": 8}
+    session = Settling(WITH_GPUS, **chosen)
+    assert session.settled("needs:CPU", "cuda").device == "cuda"
+    assert session.on_gpu == 0
+    assert {name: session.settings[name] for name in chosen} == chosen
+
+
 # --- calls --------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +189,7 @@ def test_ray_is_joined_from_a_thread_too(no_ray: None, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("error", [UserError("give --scale-net"), FileNotFoundError("no a.json")])
 def test_a_call_raises_a_users_error_as_itself(ray_session: None, error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)) as raised:
-        RaySession(Resources()).call(raise_it, error)
+        RaySession(ResourceChoice()).call(raise_it, error)
     assert type(raised.value) is type(error)
 
 
@@ -118,7 +197,7 @@ def test_a_call_raises_a_users_error_as_itself(ray_session: None, error: Excepti
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("two"), RuntimeError("three")])
 def test_a_call_raises_a_bug_with_the_workers_trace(ray_session: None, error: Exception) -> None:
     with pytest.raises(WorkerError) as raised:
-        RaySession(Resources()).call(raise_it, error)
+        RaySession(ResourceChoice()).call(raise_it, error)
     assert str(raised.value) == f"{type(error).__name__}: {error} in a worker"
     assert "in raise_it" in raised.value.trace
 
@@ -130,5 +209,5 @@ def test_a_call_stays_on_the_drivers_node(ray_session: None) -> None:
     assert on_this_node().node_id == node_id()
     assert not on_this_node().soft
     with patch("scalenet_ray.engine.session.on_this_node", wraps=on_this_node) as asked:
-        assert RaySession(Resources()).call(node_id) == node_id()
+        assert RaySession(ResourceChoice()).call(node_id) == node_id()
     asked.assert_called_once()

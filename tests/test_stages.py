@@ -16,7 +16,7 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Frontier, Work
 from scalenet_ray.engine.readers import TileSource, _OpenedImages, cut_work
-from scalenet_ray.engine.rows import MicroBatch, PackedTile, pack, unpack, unpack_results
+from scalenet_ray.engine.rows import PackedTile, TileRow, pack, unpack, unpack_results
 from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage
 from tests.faults import BuggyScale, Given, Scenes, policy_of, random_networks, records_of
 from tests.in_process import Handle, InProcessEngine
@@ -37,10 +37,8 @@ from tests.oracles import (
 class Trusting:
     """What a detect stage asks of a frontier: may it begin?"""
 
-    def begin(self, stage: str, tiles: object) -> bool:
+    def begin(self, stage: str, tiles: object, ended: object) -> bool:
         return True
-
-    def end(self, stage: str, tiles: object) -> None: ...
 
 
 TRUSTING = Handle(Trusting())
@@ -63,7 +61,7 @@ def row_of(frontier: Frontier, policy: Policy, open_image: OpenImage, count: int
     return pack(cut_work(leased(frontier, count), policy, open_image))
 
 
-def opened(row: pa.Table) -> MicroBatch:
+def opened(row: pa.Table) -> TileRow:
     (batch,) = unpack(row)
     return batch
 
@@ -177,8 +175,21 @@ def test_a_lease_of_written_images_is_an_empty_row_that_keeps_the_positions() ->
     assert again[1].drop_columns(["seconds"]) == rows[1].drop_columns(["seconds"])
     empty = stage(again[0])
     assert empty.num_rows == 1
-    assert opened(empty) == MicroBatch([], [], [])
+    assert opened(empty) == TileRow([], [], [])
     assert detected(policy, networks, empty) == []
+
+
+def test_a_readers_leases_double_up_to_a_limit() -> None:
+    policy, frontier = policy_of("whole"), Frontier(records_of(30), 30)
+    stage = ScaleStage(Handle(frontier), policy, random_networks(policy))
+    (read,) = TileSource(Handle(frontier), policy, Scenes(), readers=1, lease_size=2, max_lease_size=10).get_read_tasks(
+        1
+    )
+    sizes = []
+    for row in read():
+        sizes.append(len(opened(row).tiles))
+        stage(row)
+    assert sizes == [2, 4, 8, 10, 6]
 
 
 def test_a_data_set_gets_as_many_read_tasks_as_readers_whatever_ray_data_would_like() -> None:
@@ -334,8 +345,34 @@ def test_scale_net_sees_a_whole_micro_batch_at_once() -> None:
             batches.append(len(tiles))
             return super().__call__(pixels, tiles)
 
-    ScaleStage(Handle(frontier), policy, looking_networks(Noting()))(row_of(frontier, policy, Scenes(), 3))
+    row = row_of(frontier, policy, Scenes(), 3)
+    ScaleStage(Handle(frontier), policy, looking_networks(Noting()))(row)
     assert batches == [3]
+
+
+def test_a_row_of_many_tiles_is_looked_at_in_batches() -> None:
+    policy, frontier = policy_of("scalenet"), Frontier(records_of(7), 7)
+    batches: list[int] = []
+
+    class Noting(RandomScale):
+        def __call__(self, pixels: Any, tiles: Any) -> Any:
+            batches.append(len(tiles))
+            return super().__call__(pixels, tiles)
+
+    row = row_of(frontier, policy, Scenes(), 7)
+    ScaleStage(Handle(frontier), policy, looking_networks(Noting()), batch_size=3)(row)
+    assert batches == [3, 3, 1]
+    assert frontier.status().open_images <= 7
+    assert not frontier._out
+
+
+def test_one_actor_runs_a_scale_net_of_its_own_and_the_detector() -> None:
+    policy, frontier = policy_of("scalenet", max_depth=1), Frontier(records_of(3), 3)
+    stage = ScaleAndDetectStage(Handle(frontier), policy, looking_networks(RandomScale()), batch_size=2)
+    roots = unpack_results(stage(row_of(frontier, policy, Scenes(), 3)))
+    assert [(result.image_id, result.path) for result in roots] == [(1, ()), (2, ()), (3, ())]
+    assert all(result.look_pixels == RandomScale.input_pixels for result in roots)
+    assert frontier.status().ready > 0
 
 
 # --- detecting ----------------------------------------------------------------------------------------------
@@ -346,7 +383,7 @@ def row_of_tiles(image_ids: Iterable[int], colour: tuple[int, int, int] | None =
     if colour:
         pixels[22:30, 22:30] = colour
     tiles = [PackedTile(tile_of((32, 32), image_id=i), Fraction(1), settled=True) for i in image_ids]
-    return pack(MicroBatch(tiles, [pixels] * len(tiles), []))
+    return pack(TileRow(tiles, [pixels] * len(tiles), []))
 
 
 def test_the_detector_gets_full_batches_over_rows_and_the_rest_last() -> None:

@@ -26,12 +26,19 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.policy_form import policy_to_dict
 from scalenet_ray.data.categories import classes_named
 from scalenet_ray.models.detectors import Detector
-from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec
+from scalenet_ray.models.spec import AUTO, SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec
 from scalenet_ray.runs.batch import Progress
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.runs.results import image_results
-from scalenet_ray.workflows import DetectionRun, EngineName, named_policies, prepare_run, start_session
+from scalenet_ray.workflows import (
+    DetectionRun,
+    EngineName,
+    named_policies,
+    prepare_run,
+    settle_workers,
+    start_session,
+)
 
 if TYPE_CHECKING:
     import ray.data
@@ -191,9 +198,9 @@ def detect(
     scale_net: str | AnyScalePredictor | None = None,
     classes: Collection[str] | None = None,
     confidence_threshold: float = 0.3,
-    device: str = "cpu",
+    device: str = AUTO,
     engine: EngineName | Literal["auto"] = "auto",
-    resources: Resources | None = None,
+    resources: ResourceChoice | None = None,
     output: str | None = None,
     resume: bool = False,
     column: str | None = None,
@@ -215,15 +222,15 @@ def detect(
         scale_net: weights of Scale Net, or a predictor; None for none, or for the embedded sample's with its detector.
         classes: only these of the detector's classes, by name; None for all.
         confidence_threshold: objects that score less are left out of the predictions, not of the run folder.
-        device: torch device of networks given by name.
+        device: torch device of networks given by name; auto: a GPU if there is one and they run on it, else the CPU.
         engine: ray (actors, here or on a cluster), local (this process), or auto: ray if Ray runs in this process,
             RAY_ADDRESS is set, or the images are a `ray.data.Dataset`; else local.
-        resources: actors, batch sizes and timeouts of engine ray.
+        resources: actors, batch sizes and timeouts of engine ray; what is not set is chosen by the cluster and a trial.
         output: the run folder, local or s3://, which gets the results, metrics and report of `scalenet-ray detect` when
             the last image is done; None for none.
         resume: continue the run in the output folder. Images that it holds come first, from there.
         column: the rows' column with the image; None for the first of image, uri, path, file_name that is there.
-        progress: called with the progress every few seconds.
+        progress: called with the progress at the beginning, about every second, and at the end.
 
     Returns:
         An iterator of predictions, one per image, in the order in which they finish.
@@ -234,7 +241,7 @@ def detect(
     """
     networks = _networks(detector, scale_net, device)
     chosen_engine = _engine(engine, images)
-    session = start_session(chosen_engine, resources or Resources(), networks)
+    session = start_session(chosen_engine, resources or ResourceChoice(), networks)
     inputs = collect_images(images, session, column)
     if resume and (output is None or not inputs.resumable):
         lacking = "no output" if output is None else "images without addresses"
@@ -248,7 +255,8 @@ def detect(
 
     (chosen,), info = prepare_run(session, networks, [inputs.images], choose, partial(warnings.warn, stacklevel=3))
     info = info._replace(categories=classes_named(info.categories, classes))
-    workers = {"engine": chosen_engine, "device": device}
+    networks = settle_workers(session, networks, [chosen], inputs.images, log=lambda line: None)
+    workers = {"engine": chosen_engine, "device": networks.device, **session.settings}
     settings = {
         "images": inputs.images.source,
         "networks": networks.settings(),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from scalenet_ray.api.inputs import checked_pixels
 from scalenet_ray.api.prediction import Prediction
-from scalenet_ray.console import say, step_table
+from scalenet_ray.console import say
 from scalenet_ray.core.detections import Detections, ImageResult
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import AnyImage
@@ -27,6 +27,7 @@ from scalenet_ray.data.rasters import open_raster
 from scalenet_ray.models.checked_detector import CheckedDetector
 from scalenet_ray.models.detectors import Detector, load_detector, takes_tiles
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
+from scalenet_ray.report.text import step_table
 
 __all__ = ["ScaledPrediction", "get_scaled_prediction", "ready_policy"]
 

@@ -21,7 +21,7 @@ from scalenet_ray.data.images import read_image
 from scalenet_ray.models.detector_diagnosis import diagnose
 from scalenet_ray.models.detectors import Detector, load_detector
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.sample.scenes import sample_scene
 from scalenet_ray.workflows import (
     CocoSplit,
@@ -86,7 +86,7 @@ def main(job: CheckInputs) -> int:
         raise UserError(msg)
     if job.data is None and job.images is None and job.annotations is None:
         job = _on_sample(job)
-    session = start_session("local", Resources(), replace(job.networks, device="cpu"))
+    session = start_session("local", ResourceChoice(), replace(job.networks, device="cpu"))
     if job.data is not None or job.annotations is not None:
         images = open_split(
             session,
@@ -215,6 +215,7 @@ def _scale_net_line(networks: NetworkSpec) -> str:
 
 
 def _device_line(networks: NetworkSpec) -> str:
+    networks = networks.on_this_machine()
     networks.check_device(here=False)
     try:
         networks.check_device(here=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from scalenet_ray.console import check_retry, end_run, found_lines, policy_table, say
+from scalenet_ray.console import check_retry, end_run, say
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE, SHARE
 from scalenet_ray.core.detections import SHOWN_SCORE
 from scalenet_ray.core.errors import UserError
@@ -19,9 +19,10 @@ from scalenet_ray.data.categories import classes_named
 from scalenet_ray.data.policy_files import set_fields
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.report.saved_pictures import SavedPictures
+from scalenet_ray.report.text import found_lines, policy_table
 from scalenet_ray.runs.export import export_run
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.runs.results import image_results
 from scalenet_ray.workflows import (
     PICTURES,
@@ -32,6 +33,7 @@ from scalenet_ray.workflows import (
     open_images,
     prepare_run,
     sample_inputs,
+    settle_workers,
     start_session,
 )
 
@@ -85,7 +87,7 @@ class DetectImages:
     min_score: Annotated[float, SHARE] = SHOWN_SCORE
     engine: EngineName = "ray"
     networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
-    resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
+    resources: Annotated[ResourceChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ResourceChoice)
 
 
 def _policies(job: DetectImages, detector: DetectorInfo) -> list[Policy]:
@@ -105,6 +107,7 @@ def main(job: DetectImages) -> int:
         data, networks = sample_inputs(job.networks)
         job = replace(job, images=str(Path(data) / "val2017"), networks=networks)
     session = start_session(job.engine, job.resources, job.networks)
+    say("checking the images and the networks")
     images = open_images(session, str(job.images), limit=job.limit, max_megapixels=job.max_image_megapixels)
     (policy,), detector = prepare_run(
         session, job.networks, [images], lambda detector: _policies(job, detector), log=say
@@ -119,7 +122,8 @@ def main(job: DetectImages) -> int:
         "policies": [policy_to_dict(policy)],
         **({"classes": list(job.classes)} if job.classes is not None else {}),
     }
-    workers = {"engine": job.engine, "device": job.networks.device, **job.resources.as_settings()}
+    job = replace(job, networks=settle_workers(session, job.networks, [policy], images, log=say))
+    workers = {"engine": job.engine, "device": job.networks.device, **session.settings}
     with run.begin(settings, resume=job.resume, workers=workers):
         detection = DetectionRun(
             session,

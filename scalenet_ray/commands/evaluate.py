@@ -9,15 +9,16 @@ from typing import Annotated, Any
 
 import tyro
 
-from scalenet_ray.console import check_retry, difference_table, end_run, policy_table, say
+from scalenet_ray.console import check_retry, end_run, say
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.policy_form import policy_to_dict
 from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.models.spec import NetworkSpec
+from scalenet_ray.report.text import difference_table, policy_table
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.workflows import (
     PICTURES,
     EngineName,
@@ -26,6 +27,7 @@ from scalenet_ray.workflows import (
     open_split,
     prepare_run,
     sample_inputs,
+    settle_workers,
     start_session,
     with_categories,
 )
@@ -83,7 +85,7 @@ class EvalCoco:
     engine: EngineName = "ray"
     categories: Annotated[CategoryChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=CategoryChoice)
     networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
-    resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
+    resources: Annotated[ResourceChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ResourceChoice)
 
 
 def main(job: EvalCoco) -> int:
@@ -93,6 +95,7 @@ def main(job: EvalCoco) -> int:
         data, networks = sample_inputs(job.networks)
         job = replace(job, data=data, networks=networks)
     session = start_session(job.engine, job.resources, job.networks)
+    say("checking the images and the networks")
     split = open_split(
         session,
         job.data,
@@ -118,7 +121,8 @@ def main(job: EvalCoco) -> int:
         msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
         raise UserError(msg)
     run = RunFolder.of_job(job.output, "eval_coco", resume=job.resume)
-    workers = {"engine": job.engine, "device": job.networks.device, **job.resources.as_settings()}
+    job = replace(job, networks=settle_workers(session, job.networks, policies, split, log=say))
+    workers = {"engine": job.engine, "device": job.networks.device, **session.settings}
     with run.begin(_settings(job, policies), resume=job.resume, workers=workers):
         document = evaluate_policies(
             session,

@@ -9,10 +9,11 @@ from typing import Annotated
 import tyro
 
 from scalenet_ray.api import get_scaled_prediction
-from scalenet_ray.console import say, step_table
+from scalenet_ray.console import say
 from scalenet_ray.core.bounds import SHARE
 from scalenet_ray.data import storage
 from scalenet_ray.report.recursion_figure import picture_bytes, recursion_figure
+from scalenet_ray.report.text import step_table
 from scalenet_ray.sample.scenes import sample_scene
 
 __all__ = ["Show", "main"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from scalenet_ray.console import difference_table, end_run, policy_table, say, trial_table
+from scalenet_ray.console import end_run, say
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, check_names
@@ -21,8 +21,9 @@ from scalenet_ray.engine.tune import Sweep, best_policies, best_trials, run_swee
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.report.charts import front_plot
 from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
+from scalenet_ray.report.text import difference_table, policy_table, trial_table
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.workflows import (
     CocoSplit,
     check_split,
@@ -31,6 +32,7 @@ from scalenet_ray.workflows import (
     open_split,
     prepare_run,
     sample_inputs,
+    settle_workers,
     start_session,
     with_ground_truth,
 )
@@ -82,7 +84,7 @@ class TuneRecursion:
     max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
     sweep: Annotated[Sweep, tyro.conf.OmitArgPrefixes] = field(default_factory=Sweep)
     networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
-    resources: Annotated[Resources, tyro.conf.OmitArgPrefixes] = field(default_factory=Resources)
+    resources: Annotated[ResourceChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ResourceChoice)
 
 
 def _policies(job: TuneRecursion, space: SearchSpace, detector: DetectorInfo) -> list[Policy]:
@@ -131,6 +133,7 @@ def main(job: TuneRecursion) -> int:
         job = replace(job, data=data, networks=networks)
     space = read_space(job.space)
     session = start_session("ray", job.resources, job.networks)
+    say("checking the images and the networks")
     if job.annotations is not None and "{split}" not in job.annotations:
         msg = f"--annotations must name two splits, as in 'labels/{{split}}.json', got {job.annotations}: add {{split}}"
         raise UserError(msg)
@@ -144,9 +147,10 @@ def main(job: TuneRecursion) -> int:
     reported_on = open_split(session, job.data, job.report_split, limit=None, **where)
     splits = [tuned_on, reported_on]
     policies, _ = prepare_run(session, job.networks, splits, lambda detector: _policies(job, space, detector), log=say)
+    job = replace(job, networks=settle_workers(session, job.networks, policies, tuned_on, log=say))
     task = _task(job, policies, tuned_on)
     run = RunFolder.of_job(job.output, "tune_recursion", resume=job.resume)
-    workers = {"device": job.networks.device, **job.resources.as_settings()}
+    workers = {"device": job.networks.device, **session.settings}
     with run.begin(_settings(job, space, policies), resume=job.resume, workers=workers):
         tuned_on = with_ground_truth(session, run, tuned_on)
         task = replace(task, annotations=tuned_on.annotations)

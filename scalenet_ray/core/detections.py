@@ -86,6 +86,8 @@ def _as_boxes(values: object) -> np.ndarray:
 
 def _as_column(values: object, dtype: type, name: str, count: int) -> np.ndarray:
     """Convert to [count] of `dtype`."""
+    if isinstance(values, np.ndarray) and values.dtype == dtype and values.shape == (count,):
+        return values
     array = values if isinstance(values, np.ndarray) and values.dtype == dtype else as_numbers(values, name)
     if array.shape != (count,):
         if count == 0 and array.size == 0:
@@ -156,7 +158,7 @@ class Detections:
         index = np.asarray(index)
         if index.dtype == bool:
             index = np.flatnonzero(index)
-        return Detections(
+        return Detections.of_columns(
             self.boxes[index],
             self.scores[index],
             self.labels[index],
@@ -164,6 +166,21 @@ class Detections:
             self.windows[index],
             None if self.masks is None else tuple(self.masks[i] for i in index),
         )
+
+    @classmethod
+    def of_columns(
+        cls,
+        boxes: np.ndarray,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        depth: np.ndarray,
+        windows: np.ndarray,
+        masks: tuple[bytes, ...] | None,
+    ) -> Detections:
+        """Return detections of columns that are known to have the shapes and types of the attributes; no checks."""
+        made = object.__new__(cls)
+        made.__dict__.update(boxes=boxes, scores=scores, labels=labels, depth=depth, windows=windows, masks=masks)
+        return made
 
     def with_scores(self, scores: np.ndarray) -> Detections:
         """Return a copy with other scores, [N] float32."""
@@ -178,7 +195,11 @@ class Detections:
     @classmethod
     def empty(cls, *, with_masks: bool = False) -> Detections:
         """Return zero detections: boxes of shape [0, 4]."""
-        return cls(np.zeros((0, 4)), np.zeros(0), np.zeros(0), masks=() if with_masks else None)
+        none = np.zeros(0, np.int64)
+        masks = () if with_masks else None
+        return cls.of_columns(
+            np.zeros((0, 4), np.float32), np.zeros(0, np.float32), none, none, np.zeros((0, 4), np.int64), masks
+        )
 
     @classmethod
     def concatenate(cls, parts: Sequence[Detections]) -> Detections:
@@ -189,7 +210,7 @@ class Detections:
         masks = None
         if all(part.masks is not None for part in parts):
             masks = tuple(mask for part in parts for mask in part.masks or ())
-        return cls(
+        return cls.of_columns(
             np.concatenate([part.boxes for part in parts]),
             np.concatenate([part.scores for part in parts]),
             np.concatenate([part.labels for part in parts]),

@@ -106,6 +106,9 @@ null without such a pass, and in runs of older versions.
 
 _CORNERS = ("x0", "y0", "x1", "y1")
 
+_NUMBERS = {"boxes": 4, "scores": 1, "labels": 1, "depth": 1, "windows": 4}
+"""Columns of `TILE_RESULTS` with numbers for each detection: name -> how many."""
+
 
 def tile_results_table(results: Sequence[TileResult]) -> pa.Table:
     """Convert tile results to an Arrow table of schema `TILE_RESULTS`."""
@@ -122,33 +125,34 @@ def tile_results_table(results: Sequence[TileResult]) -> pa.Table:
         "zoom": [result.zoom for result in results],
         "guards": [list(result.guards) for result in results],
         "image_hw": [result.image_hw for result in results],
-        "boxes": [detections.boxes.ravel() for detections in found],
-        "scores": [detections.scores for detections in found],
-        "labels": [detections.labels for detections in found],
-        "depth": [detections.depth for detections in found],
-        "windows": [detections.windows.ravel() for detections in found],
         "masks": [None if detections.masks is None else list(detections.masks) for detections in found],
     }
-    return pa.table({name: pa.array(values, TILE_RESULTS.field(name).type) for name, values in columns.items()})
+    arrays = {name: pa.array(values, TILE_RESULTS.field(name).type) for name, values in columns.items()}
+    offsets = np.concatenate([[0], np.cumsum([len(detections) for detections in found])]).astype(np.int32)
+    for name, width in _NUMBERS.items():
+        parts = [getattr(detections, name).ravel() for detections in found]
+        values = pa.array(np.concatenate(parts) if parts else [], TILE_RESULTS.field(name).type.value_type)
+        arrays[name] = pa.ListArray.from_arrays(pa.array(width * offsets), values)
+    return pa.table([arrays[name] for name in TILE_RESULTS.names], schema=TILE_RESULTS)
 
 
 def tile_results_from_table(table: pa.Table) -> list[TileResult]:
     """Inverse of `tile_results_table`."""
     table = table.combine_chunks()
-    arrays = {name: table.column(name) for name in ("boxes", "scores", "labels", "depth", "windows")}
-    rest = table.drop_columns(list(arrays)).to_pylist()
+    rest = table.drop_columns(list(_NUMBERS)).to_pylist()
+    if not rest:
+        return []
+    lists = {name: table.column(name).chunk(0) for name in _NUMBERS}
+    offsets = lists["scores"].offsets.to_numpy()
+    numbers = {
+        name: lists[name].values.to_numpy() if width == 1 else lists[name].values.to_numpy().reshape(-1, width)
+        for name, width in _NUMBERS.items()
+    }
     results = []
     for i, row in enumerate(rest):
-        values = {name: column[i].values.to_numpy(zero_copy_only=False) for name, column in arrays.items()}
         masks = row["masks"]
-        detections = Detections(
-            values["boxes"].reshape(-1, 4),
-            values["scores"],
-            values["labels"],
-            values["depth"],
-            values["windows"].reshape(-1, 4),
-            None if masks is None else tuple(masks),
-        )
+        found = {name: values[offsets[i] : offsets[i + 1]] for name, values in numbers.items()}
+        detections = Detections.of_columns(**found, masks=None if masks is None else tuple(masks))
         failed = row["failure_stage"] is not None
         results.append(
             TileResult(

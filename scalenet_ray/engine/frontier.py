@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NamedTuple
@@ -26,11 +26,22 @@ import ray
 
 from scalenet_ray.core.detections import Failure
 from scalenet_ray.core.geometry import Tile
+from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Expansion
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.quarantine import Attempts, TileId
 
-__all__ = ["Completion", "Decision", "Frontier", "FrontierActor", "FrontierStatus", "Lease", "Work", "child_credit"]
+__all__ = [
+    "Completion",
+    "Decision",
+    "Frontier",
+    "FrontierActor",
+    "FrontierStatus",
+    "Lease",
+    "LeaseLimits",
+    "Work",
+    "child_credit",
+]
 
 
 def child_credit(credit: Fraction, expansion: Expansion) -> Fraction:
@@ -66,6 +77,34 @@ class Lease:
     work: tuple[Work, ...] = ()
     forgotten: bool = False
     suspect: bool = False
+
+
+@dataclass(frozen=True)
+class LeaseLimits:
+    """Limits of a lease beside its count.
+
+    Attributes:
+        policy: tells how large the tiles of an image may be.
+        shares: a lease is at most this part of the work that is left, so that near the end, or with few images, no
+            actor waits for the row of another.
+        max_bytes: maximum bytes of the pixels of a lease's tiles; a single larger piece of work is leased alone.
+    """
+
+    policy: Policy
+    shares: int
+    max_bytes: int
+
+    def bytes_of(self, work: Work) -> int:
+        """Bytes of the pixels that a reader cuts for a piece of work, at most, if the image's size is not known."""
+        tile = work.tile
+        if tile is not None:
+            return 3 * tile.height * tile.width
+        side = self.policy.largest_side
+        root = side * side
+        if work.image.hw is not None:
+            tile = self.policy.root(work.image.image_id, work.image.hw)
+            root = tile.height * tile.width
+        return 3 * (root + self.policy.fixed_windows * side * side)
 
 
 class Decision(NamedTuple):
@@ -110,17 +149,19 @@ class Frontier:
         images: the images, in the order in which they are admitted.
         max_open_images: maximum number of images in progress. It bounds memory, and must exceed the pipeline's depth
             times its batch sizes, or the stages starve.
+        limits: limits of a lease; None for its count alone.
 
     Raises:
         ValueError: if max_open_images is under 1.
     """
 
-    def __init__(self, images: Iterable[ImageRecord], max_open_images: int) -> None:
+    def __init__(self, images: Sequence[ImageRecord], max_open_images: int, limits: LeaseLimits | None = None) -> None:
         if max_open_images < 1:
             msg = f"max_open_images must be 1 or more, got {max_open_images}"
             raise ValueError(msg)
-        self._images: Iterator[ImageRecord] | None = iter(images)
+        self._images = images
         self._max_open = max_open_images
+        self._limits = limits
         self._fresh: deque[Work] = deque()
         self._ready: defaultdict[int, list[tuple[int, int, tuple[int, ...], Work]]] = defaultdict(list)
         self._opened_by: dict[int, int] = {}
@@ -150,7 +191,7 @@ class Frontier:
         Args:
             reader: the reader's number.
             sequence: the number of the reader's lease: one past its last non-empty one, or any earlier one.
-            count: maximum number of pieces of work.
+            count: maximum number of pieces of work; `LeaseLimits` may allow fewer.
 
         Returns:
             A lease; an empty one means wait and ask again; None means that the run is over.
@@ -173,13 +214,19 @@ class Frontier:
             self._leases_of[image_id].add((reader, sequence))
         return self._start_reading(work)
 
-    def begin(self, stage: str, tiles: Sequence[TileId]) -> bool:
+    def begin(self, stage: str, tiles: Sequence[TileId], ended: Sequence[TileId] = ()) -> bool:
         """Record that a stage starts to process some tiles in one call.
+
+        Args:
+            stage: the stage.
+            tiles: the tiles.
+            ended: tiles that the same process has processed before, as in `end`.
 
         Returns:
             False if a tile was started before without an end, or its image is written already: the tiles must then be
             processed one by one.
         """
+        self.end(stage, ended)
         known = self._known(tiles)
         return self._attempts.begin(stage, known) and len(known) == len(tiles)
 
@@ -196,7 +243,7 @@ class Frontier:
         self._attempts.end(stage, tiles)
 
     def complete(self, completions: Sequence[Completion]) -> list[Decision]:
-        """Record decisions in one step; child tiles can be leased from now on.
+        """Record decisions in one step; child tiles can be leased from now on. The look at the tiles has ended.
 
         Args:
             completions: the decisions of the scale stage.
@@ -207,6 +254,7 @@ class Frontier:
         Raises:
             KeyError: if a tile was never leased, which is a bug.
         """
+        self._attempts.end_together("look", [(image_id, path) for image_id, path, _ in completions])
         return [self._complete(completion) for completion in completions]
 
     def commit(self, image_ids: Sequence[int]) -> None:
@@ -257,16 +305,24 @@ class Frontier:
         return len(self._fresh) + sum(map(len, self._ready.values()))
 
     def _take(self, reader: int, count: int) -> tuple[Work, ...]:
+        if self._limits is not None:
+            left = len(self._images) - self._admitted + self._waiting
+            count = min(count, max(1, left // self._limits.shares))
         own = self._ready[reader]
         if len(own) < count:
             self._admit(count)
-        work: list[Work] = []
+        row = _Row(count, self._limits)
         if len(own) >= count or len(self._fresh) < count:
-            work += _pop(own, count)
-        work += [self._fresh.popleft() for _ in range(min(count - len(work), len(self._fresh)))]
+            while own and row.add(own[0][-1]):
+                heapq.heappop(own)
+        while self._fresh and row.add(self._fresh[0]):
+            self._fresh.popleft()
+        work = row.work
         if not work:
             others = max(self._ready.values(), key=len)
-            work = _pop(others, count) if len(others) > count or not self._out else []
+            if len(others) > count or not self._out:
+                while others and row.add(others[0][-1]):
+                    heapq.heappop(others)
         for item in work:
             self._out[item.id] = item
             self._opened_by.setdefault(item.image.image_id, reader)
@@ -274,11 +330,10 @@ class Frontier:
 
     def _admit(self, wanted: int) -> None:
         """Admit images until `wanted` are ready to be opened, or the limit of open images is reached."""
-        while len(self._fresh) < wanted and len(self._open_tiles) < self._max_open and self._images is not None:
-            image = next(self._images, None)
-            if image is None:
-                self._images = None
-                break
+        while (
+            len(self._fresh) < wanted and len(self._open_tiles) < self._max_open and self._admitted < len(self._images)
+        ):
+            image = self._images[self._admitted]
             self._order[image.image_id] = self._admitted
             self._admitted += 1
             self._open_tiles[image.image_id] = 1
@@ -292,7 +347,7 @@ class Frontier:
         heapq.heappush(self._ready[self._opened_by[image_id]], (-len(path), self._order[image_id], path, work))
 
     def _is_finished(self) -> bool:
-        return self._images is None and not self._waiting and not self._out
+        return self._admitted == len(self._images) and not self._waiting and not self._out
 
     def _complete(self, completion: Completion) -> Decision:
         image_id, path, decision = completion
@@ -321,8 +376,22 @@ class Frontier:
         journal.first += first
 
 
-def _pop(heap: list[tuple[int, int, tuple[int, ...], Work]], count: int) -> list[Work]:
-    return [heapq.heappop(heap)[-1] for _ in range(min(count, len(heap)))]
+class _Row:
+    """Work of a lease, added while there is room."""
+
+    def __init__(self, count: int, limits: LeaseLimits | None) -> None:
+        self.work: list[Work] = []
+        self._count, self._limits, self._bytes = count, limits, 0
+
+    def add(self, work: Work) -> bool:
+        """Add a piece of work; returns False if there is no room for it."""
+        size = 0 if self._limits is None else self._limits.bytes_of(work)
+        too_large = self._limits is not None and self._bytes + size > self._limits.max_bytes
+        if len(self.work) >= self._count or (self.work and too_large):
+            return False
+        self.work.append(work)
+        self._bytes += size
+        return True
 
 
 @ray.remote(num_cpus=0, max_restarts=0)

@@ -41,11 +41,11 @@ class PipelineActor:
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         self._stream = ImageStream(*args)
 
-    def groups(self) -> Iterator[tuple[list[ImageResult], dict[str, float]]]:
-        """Yield groups of finished images, and the busy seconds of each stage since the group before."""
+    def groups(self) -> Iterator[tuple[list[ImageResult], dict[str, float], int]]:
+        """Yield groups of finished images, the stages' busy seconds since the group before, and the queued tiles."""
         with measured() as tally:
             for results in self._stream.groups():
-                yield results, tally.take()
+                yield results, tally.take(), self._stream.queued
 
     def commit(self, image_ids: list[int]) -> None:
         """Acknowledge that the results of these images are written."""
@@ -83,6 +83,7 @@ class ParallelStream:
             actor.remote(part, policy, networks, open_image, share, resources.processes)
             for part, share in zip(parts, shares, strict=True)
         ]
+        self._queued = [0] * len(shares)
         self._pipeline_of = {image.image_id: i for i, part in enumerate(parts) for image in part}
 
     def __iter__(self) -> Iterator[ImageResult]:
@@ -94,11 +95,12 @@ class ParallelStream:
         """
         streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": _BUFFERED_GROUPS}
         running: list[Any] = [pipeline.groups.options(**streaming).remote() for pipeline in self._pipelines]
+        number_of = {generator: i for i, generator in enumerate(running)}
         while running:
             ready, running = ray.wait(running)
             first: Any = ready[0]
             try:
-                results, seconds = ray.get(next(first))
+                results, seconds, self._queued[number_of[first]] = ray.get(next(first))
             except StopIteration:
                 continue
             except RayActorError as error:
@@ -113,6 +115,11 @@ class ParallelStream:
             running.append(first)
             add_seconds(seconds)
             yield from results
+
+    @property
+    def queued(self) -> int:
+        """Number of tiles that wait or are in work, as of a few seconds ago."""
+        return sum(self._queued)
 
     def commit(self, image_ids: Iterable[int]) -> None:
         """Acknowledge that the results of these images are written, so that the queues can forget them."""

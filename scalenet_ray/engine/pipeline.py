@@ -6,7 +6,8 @@
     |   children)      Scale Net actors --tiles to detect--> detector actors --> assembler
     +---------------------+
 
-If the policy needs no Scale Net of its own, the two actor stages are one.
+If Scale Net has no actors of its own, or the policy needs none, the two actor stages are one. A row, the work of a
+lease, is several batches of the networks: its way through Ray Data costs nearly the same whatever it holds.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from scalenet_ray.core.merge import Merging, merge_image
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.timing import add_seconds, current_tally
 from scalenet_ray.data.coco import ImageRecord, OpenImage
-from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus
+from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus, LeaseLimits
 from scalenet_ray.engine.metrics import RunMetrics
-from scalenet_ray.engine.placement import cpu_share
+from scalenet_ray.engine.placement import cpu_share, store_share
 from scalenet_ray.engine.readers import TileSource
 from scalenet_ray.engine.rows import read_seconds, unpack_results
 from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage
 from scalenet_ray.engine.worker_errors import workers_errors
-from scalenet_ray.runs.resources import PoolSize, Resources, limits
+from scalenet_ray.runs.resources import ROW_TILES, PoolSize, Resources, limits
 
 __all__ = [
     "Assembler",
@@ -46,6 +47,12 @@ __all__ = [
 ]
 
 _SECONDS_BETWEEN_STATUS = 2.0
+
+_ROW_BYTES = 64 * 2**20
+_STORED_ROWS = 8
+"""Number of rows of each process that the object store must hold."""
+
+_SHARES_PER_ACTOR = 2
 
 
 class ImageStream:
@@ -79,9 +86,20 @@ class ImageStream:
         self._processes = processes or resources.processes
         # On the driver's node, so that the loss of a worker node does not end the queue.
         actor: Any = FrontierActor.options(scheduling_strategy=on_this_node())
-        self._frontier = actor.remote(list(images), resources.open_images)
+        self._together = resources.scale_actors is None or networks.one_actor_suffices(policy)
+        first_actors = resources.all_detectors if self._together else resources.scale_actors
+        self._frontier = actor.remote(
+            list(images),
+            resources.open_images,
+            LeaseLimits(
+                policy,
+                shares=_SHARES_PER_ACTOR * limits(first_actors)[1],
+                max_bytes=min(_ROW_BYTES, store_share(_STORED_ROWS * self._processes)),
+            ),
+        )
         self._metrics = RunMetrics(policy.name)
         self._reported: Counter[str] = Counter()
+        self.queued = 0
         self._seconds_at_end = 0.0
         self._status_at_end: FrontierStatus | None = None
 
@@ -114,11 +132,13 @@ class ImageStream:
                     count += len(results)
                     for result in results:
                         self._metrics.finished(result)
-                    yield results
                     if time.monotonic() - reported > _SECONDS_BETWEEN_STATUS:
                         reported = time.monotonic()
-                        self._metrics.queue(self.status())
+                        status = self.status()
+                        self.queued = status.outstanding
+                        self._metrics.queue(status)
                         self._report_seconds()
+                    yield results
         except Exception as error:
             if self._frontier_lives():
                 with workers_errors():
@@ -181,21 +201,22 @@ class ImageStream:
 
     def _dataset(self) -> Any:
         resources, policy, networks = self._resources, self._policy, self._networks
-        together = networks.one_actor_suffices(policy)
-        batch_size = resources.detector_batch_size if together else resources.scale_batch_size
+        batch_size = resources.detector_batch_size if self._together else resources.scale_batch_size
+        per_lease = _tiles_per_lease(policy)
         cpus = cpu_share(self._processes)
         source = TileSource(
             self._frontier,
             policy,
             self._open_image,
             readers=resources.readers,
-            lease_size=max(1, batch_size // _tiles_per_lease(policy)),
+            lease_size=max(1, batch_size // per_lease),
+            max_lease_size=max(1, max(ROW_TILES, batch_size) // per_lease),
             retries=resources.advanced.retries,
         )
         rows = ray.data.read_datasource(source, num_cpus=cpus, override_num_blocks=resources.readers)
         detectors = {"batch_format": "pyarrow", "num_cpus": cpus, "num_gpus": resources.gpus_per_detector_actor or None}
         detector_args = (self._frontier, policy, networks, resources.detector_batch_size, resources.advanced.retries)
-        if together:
+        if self._together:
             return rows.map_batches(
                 ScaleAndDetectStage,
                 fn_constructor_args=detector_args,
@@ -220,7 +241,7 @@ class ImageStream:
         ).map_batches(
             DetectStage,
             fn_constructor_args=detector_args,
-            batch_size=resources.rows_per_detect_call,
+            batch_size=1,
             compute=_pool(resources.detector_actors),
             **detectors,
         )
@@ -236,6 +257,7 @@ class Assembler:
     def __init__(self, merging: Merging) -> None:
         self._merging = merging
         self._tiles: defaultdict[int, dict[tuple[int, ...], TileResult]] = defaultdict(dict)
+        self._credits: defaultdict[int, Fraction] = defaultdict(Fraction)
         self._finished: set[int] = set()
 
     def add(self, results: Iterable[TileResult]) -> list[ImageResult]:
@@ -252,13 +274,17 @@ class Assembler:
             if result.image_id in self._finished:
                 continue
             tiles = self._tiles[result.image_id]
-            tiles.setdefault(result.path, result)
-            credit = sum((tile.credit for tile in tiles.values()), Fraction(0))
+            if result.path in tiles:
+                continue
+            tiles[result.path] = result
+            self._credits[result.image_id] += result.credit
+            credit = self._credits[result.image_id]
             if credit > 1:
                 msg = f"image {result.image_id} has tiles worth {credit} of it, more than 1: {sorted(tiles)}"
                 raise RuntimeError(msg)
             if credit == 1:
                 self._finished.add(result.image_id)
+                del self._credits[result.image_id]
                 done.append(merge_image(list(self._tiles.pop(result.image_id).values()), self._merging))
         return done
 
@@ -311,6 +337,7 @@ def _tiles_per_lease(policy: Policy) -> int:
     return 1 + policy.fixed_windows
 
 
-def _pool(size: PoolSize) -> ActorPoolStrategy:
+def _pool(size: PoolSize | None) -> ActorPoolStrategy:
     low, high = limits(size)
-    return ActorPoolStrategy(size=low) if low == high else ActorPoolStrategy(min_size=low, max_size=high)
+    # A row in work and one that waits: more would not be left for another actor at the end.
+    return ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2)

@@ -38,31 +38,39 @@ class GuardedCalls:
         self._stage = stage
         self._frontier = frontier
         self._retries = retries
+        self._ended: Sequence[TileId] = ()
 
-    def together(
+    def in_batches(
         self,
         tiles: Sequence[TileId],
         call: Callable[[Sequence[int]], Sequence[T]],
         give_up: Callable[[int, TileError], T],
+        batch_size: int,
     ) -> list[T]:
-        """Process tiles in one call, or one by one if a call with one of them did not end.
+        """Process tiles in batches, or one by one if such work on one of them did not end.
+
+        The tiles are announced together. That they are done is told with the next ones, or by their completion.
 
         Args:
             tiles: their ids.
             call: indices into `tiles` -> one result each.
             give_up: an index and the error -> the result of a tile that fails.
+            batch_size: maximum number of tiles of a call.
 
         Returns:
             One result per tile, in order.
         """
         if not tiles:
             return []
+        ended, self._ended = self._ended, ()
         # Blocking: a process that calls `os._exit` would not send a message that is still queued.
-        if not ray.get(self._frontier.begin.remote(self._stage, tiles)):
+        if not ray.get(self._frontier.begin.remote(self._stage, tiles, ended)):
             return self.one_by_one(tiles, call, give_up)
-        with self.watched():
-            results = list(call(range(len(tiles))))
-        self._frontier.end.remote(self._stage, tiles)
+        results: list[T] = []
+        for start in range(0, len(tiles), batch_size):
+            with self.watched():
+                results += call(range(start, min(start + batch_size, len(tiles))))
+        self._ended = tiles
         return results
 
     def one_by_one(
@@ -71,7 +79,7 @@ class GuardedCalls:
         call: Callable[[Sequence[int]], Sequence[T]],
         give_up: Callable[[int, TileError], T],
     ) -> list[T]:
-        """Like `together`, with one call per tile; a tile without tries left fails."""
+        """Like `in_batches`, with one call for each tile; a tile without tries left fails."""
         results: list[T] = []
         for i, tile in enumerate(tiles):
             limit = self._retries.max_tries

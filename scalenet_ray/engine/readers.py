@@ -20,7 +20,7 @@ from scalenet_ray.core.timing import timed
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Lease, Work, child_credit
 from scalenet_ray.engine.quarantine import GuardedCalls
-from scalenet_ray.engine.rows import GeneratorSource, MicroBatch, PackedTile, pack, timed_table
+from scalenet_ray.engine.rows import GeneratorSource, PackedTile, TileRow, pack, timed_table
 from scalenet_ray.runs.resources import DEFAULT_RETRIES, RetryPolicy
 
 __all__ = ["TileSource", "cut_together", "cut_work"]
@@ -28,6 +28,9 @@ __all__ = ["TileSource", "cut_together", "cut_work"]
 # Short compared with a batch on an accelerator, long compared with a request, which takes about a millisecond.
 _WAIT_SECONDS, _MAX_WAIT_SECONDS = 0.05, 0.2
 
+
+_DOUBLINGS = 10
+"""Number of times that the size of a lease doubles at most."""
 
 _CACHE_BYTES = 512 * 2**20
 
@@ -64,7 +67,8 @@ class TileSource(GeneratorSource):
         policy: the policy.
         open_image: opens an image.
         readers: number of readers.
-        lease_size: pieces of work per lease.
+        lease_size: maximum pieces of work of a reader's first lease.
+        max_lease_size: maximum pieces of work of a lease, which doubles from lease to lease; by default `lease_size`.
         retries: timeout and retries for images that hang or crash their reader.
     """
 
@@ -76,6 +80,7 @@ class TileSource(GeneratorSource):
         *,
         readers: int,
         lease_size: int,
+        max_lease_size: int | None = None,
         retries: RetryPolicy = DEFAULT_RETRIES,
     ) -> None:
         super().__init__(readers)
@@ -83,6 +88,7 @@ class TileSource(GeneratorSource):
         self._policy = policy
         self._open_image = open_image
         self._lease_size = lease_size
+        self._max_lease_size = max_lease_size or lease_size
         self._calls = GuardedCalls("read", frontier, retries)
 
     def read(self, reader: int) -> Iterator[pa.Table]:
@@ -91,7 +97,8 @@ class TileSource(GeneratorSource):
         sequence = 0
         wait = _WAIT_SECONDS
         while True:
-            lease: Lease | None = ray.get(self._frontier.lease.remote(reader, sequence, self._lease_size))
+            count = min(self._lease_size << min(sequence, _DOUBLINGS), self._max_lease_size)
+            lease: Lease | None = ray.get(self._frontier.lease.remote(reader, sequence, count))
             if lease is None:
                 return
             if not lease.work and not lease.forgotten:
@@ -105,23 +112,23 @@ class TileSource(GeneratorSource):
     def _pack(self, lease: Lease, images: OpenImage) -> pa.Table:
         return pack(self._cut(lease, images))
 
-    def _cut(self, lease: Lease, images: OpenImage) -> MicroBatch:
+    def _cut(self, lease: Lease, images: OpenImage) -> TileRow:
         if not lease.suspect:
             with self._calls.watched():
                 return cut_work(lease.work, self._policy, images)
         parts = self._calls.one_by_one(
             [item.id for item in lease.work],
             lambda at: [cut_work((lease.work[i],), self._policy, images) for i in at],
-            lambda i, error: MicroBatch([], [], [_read_failure(lease.work[i], error)]),
+            lambda i, error: TileRow([], [], [_read_failure(lease.work[i], error)]),
         )
-        return MicroBatch(
+        return TileRow(
             [packed for part in parts for packed in part.tiles],
             [pixels for part in parts for pixels in part.pixels],
             [result for part in parts for result in part.results],
         )
 
 
-def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> MicroBatch:
+def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> TileRow:
     """Open the images of a lease and cut its tiles.
 
     A policy that needs no scale predictions is expanded here, so that an image is decoded once for all of its tiles,
@@ -135,7 +142,7 @@ def cut_work(work: tuple[Work, ...], policy: Policy, open_image: OpenImage) -> M
     Returns:
         Tiles with pixels; failed results for images that cannot be read.
     """
-    batch = MicroBatch([], [], [])
+    batch = TileRow([], [], [])
     for item in work:
         try:
             image = open_image(item.image)

@@ -1,4 +1,4 @@
-"""Rows of Ray Data: packed micro-batches of tiles, the seconds column, and a datasource of generators."""
+"""Rows of Ray Data: packed rows of tiles, the seconds column, and a datasource of generators."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from scalenet_ray.data.schemas import from_ipc, tile_results_from_table, tile_re
 
 __all__ = [
     "GeneratorSource",
-    "MicroBatch",
     "PackedTile",
+    "TileRow",
     "pack",
     "pack_results",
     "read_seconds",
@@ -32,7 +32,7 @@ __all__ = [
     "with_seconds_column",
 ]
 
-# --- micro-batches ------------------------------------------------------------------------------------
+# --- rows of tiles ------------------------------------------------------------------------------------
 
 
 _TILES = pa.schema(
@@ -77,7 +77,7 @@ class PackedTile:
     guards: tuple[str, ...] = ()
 
 
-class MicroBatch(NamedTuple):
+class TileRow(NamedTuple):
     """Tiles with their pixels, [height, width, 3] uint8 RGB each, and finished results."""
 
     tiles: list[PackedTile]
@@ -85,8 +85,8 @@ class MicroBatch(NamedTuple):
     results: list[TileResult]
 
 
-def pack(batch: MicroBatch) -> pa.Table:
-    """Pack a micro-batch into a table of one row."""
+def pack(batch: TileRow) -> pa.Table:
+    """Pack tiles and results into a table of one row."""
     rows = [
         {
             "image_id": packed.tile.image_id,
@@ -108,12 +108,12 @@ def pack(batch: MicroBatch) -> pa.Table:
     return pa.table([[tiles], _cell(batch.pixels), [results]], schema=_ROW)
 
 
-def unpack(table: pa.Table) -> Iterator[MicroBatch]:
-    """Unpack the micro-batches of a table's rows; pixels are read-only views of the table's memory."""
+def unpack(table: pa.Table) -> Iterator[TileRow]:
+    """Unpack the rows of a table; pixels are read-only views of the table's memory."""
     for i in range(table.num_rows):
         tiles = [_packed_tile(row) for row in from_ipc(table["tiles"][i].as_buffer()).to_pylist()]
         results = tile_results_from_table(from_ipc(table["results"][i].as_buffer()))
-        yield MicroBatch(tiles, _views(table["pixels"][i].as_buffer(), tiles), results)
+        yield TileRow(tiles, _views(table["pixels"][i].as_buffer(), tiles), results)
 
 
 def pack_results(results: Sequence[TileResult]) -> pa.Table:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,17 +22,22 @@ from ray.exceptions import RayError
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.trial import NetworkTrial
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.parallel import image_stream
 from scalenet_ray.engine.pipeline import on_this_node
+from scalenet_ray.engine.placement import cluster_now
 from scalenet_ray.engine.worker_errors import workers_errors
+from scalenet_ray.models.spec import AUTO, NetworkSpec
+from scalenet_ray.runs.automatic import choose_resources, in_words
 from scalenet_ray.runs.batch import Stream
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import ResourceChoice
 
 __all__ = ["RaySession", "join_ray"]
 
 _STDERR = 2
 _ANSWER_SECONDS = 10.0
+_SECONDS_FOR_A_GPU = 10.0
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """HTTP/2 connection preface with empty settings; a gRPC server replies at once with its settings."""
 
@@ -148,12 +154,70 @@ class RaySession:
     """`Session` of engine `ray`, which `join_ray` starts.
 
     Args:
-        resources: readers, actors and batch sizes.
+        choice: the user's readers, actors and batch sizes; until `settle`, others have the defaults of `Resources`.
     """
 
-    def __init__(self, resources: Resources) -> None:
-        self._resources = resources
+    def __init__(self, choice: ResourceChoice) -> None:
+        self._choice = choice
+        self._resources = choice.completed()
         join_ray()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Readers, actors, batch sizes, limits and timeouts, by the names of their flags."""
+        return self._resources.as_settings()
+
+    def settle(
+        self, networks: NetworkSpec, trial: Callable[[NetworkSpec], NetworkTrial], log: Callable[[str], None]
+    ) -> NetworkSpec:
+        """Choose the device, and the resources that the user has left open; log them in one line.
+
+        Args:
+            networks: the networks, on a device or auto.
+            trial: tries networks in the process that calls it.
+            log: takes a line for the terminal.
+
+        Returns:
+            The networks with their device.
+
+        Raises:
+            UserError: if the networks do not run on the user's device, or the resources do not fit each other.
+        """
+        on_cuda = networks.device.startswith("cuda")
+        if self._choice.is_complete and networks.device != AUTO:
+            self._resources = self._choice.completed(gpus_per_detector_actor=float(on_cuda))
+            return networks
+        cluster = cluster_now()
+        tried = None
+        if networks.device == AUTO and cluster.may_have_gpus:
+            try:
+                tried = self._try_on_gpu(replace(networks, device="cuda"), trial, log)
+            except UserError as error:
+                log(f"the networks run on CPUs: {error}")
+        if tried is None:
+            networks = networks if networks.device != AUTO else replace(networks, device="cpu")
+            # Not every autoscaler tells which nodes it may add.
+            with_gpu = on_cuda and (cluster.may_have_gpus or "RAY_ADDRESS" in os.environ)
+            tried = self._try_on_gpu(networks, trial, log) if with_gpu else self.call(trial, networks)
+        cluster = cluster_now()  # The trial may have brought a node.
+        self._resources = choose_resources(self._choice, cluster, tried)
+        log(in_words(self._resources, cluster, tried.device))
+        return replace(networks, device=tried.device)
+
+    def _try_on_gpu(
+        self,
+        networks: NetworkSpec,
+        trial: Callable[[NetworkSpec], NetworkTrial],
+        log: Callable[[str], None],
+    ) -> NetworkTrial:
+        """Try the networks on a node with a GPU, which an autoscaler may have to add first."""
+        gpus = min(1.0, self._choice.gpus_per_detector_actor or 1.0)
+        task: Any = _call.options(num_gpus=gpus)
+        answer = task.remote(trial, networks)
+        if not ray.wait([answer], timeout=_SECONDS_FOR_A_GPU)[0]:
+            log("waiting for a node with a GPU")
+        with workers_errors():
+            return ray.get(answer)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function in a Ray task, so that its data does not stay in the driver's memory.

@@ -1,6 +1,6 @@
 """Ray Data stages: predict scales and decide; detect; or both in one.
 
-Each stage unpacks a micro-batch, calls the core and packs the results. Errors caused by the data (`TileError`) are
+Each stage unpacks a row, calls the core and packs the results. Errors caused by the data (`TileError`) are
 caught: the tile is completed as failed and passed on with its credit. Any other error is a bug and ends the run.
 """
 
@@ -30,8 +30,8 @@ from scalenet_ray.engine.metrics import BatchMetrics
 from scalenet_ray.engine.quarantine import GuardedCalls
 from scalenet_ray.engine.readers import cut_together
 from scalenet_ray.engine.rows import (
-    MicroBatch,
     PackedTile,
+    TileRow,
     pack,
     pack_results,
     unpack,
@@ -47,14 +47,14 @@ __all__ = [
 
 
 class ScaleStage:
-    """Predicts scales of the tiles of a micro-batch, completes them in the frontier, and emits tiles to detect.
+    """Predicts scales of the tiles of a row, completes them in the frontier, and emits tiles to detect.
 
     Args:
         frontier: the queue's actor.
         policy: the policy.
         networks: factories of the networks; only those that the policy needs are created.
         retries: timeout and retries for tiles that hang or crash the process.
-        batch_size: maximum number of tiles of a micro-batch.
+        batch_size: maximum number of tiles of a call of the networks.
     """
 
     def __init__(
@@ -63,10 +63,11 @@ class ScaleStage:
         policy: Policy,
         networks: NetworkFactories,
         retries: RetryPolicy = DEFAULT_RETRIES,
-        batch_size: int = 1,
+        batch_size: int = 8,
     ) -> None:
         self._frontier = frontier
         self._policy = policy
+        self._batch_size = batch_size
         self._metrics = BatchMetrics(policy.name, "look", batch_size)
         self._calls = GuardedCalls("look", frontier, retries)
         needs_map = policy.needs_predictor
@@ -79,7 +80,7 @@ class ScaleStage:
         (batch,) = unpack(table)
         return pack(self.process(batch))
 
-    def process(self, batch: MicroBatch) -> MicroBatch:
+    def process(self, batch: TileRow) -> TileRow:
         """Decide on the tiles of a batch; return the tiles to detect, and the results of the others."""
         indices = [i for i, packed in enumerate(batch.tiles) if not packed.settled]
         tiles, pixels = [batch.tiles[i].tile for i in indices], [batch.pixels[i] for i in indices]
@@ -105,6 +106,7 @@ class ScaleStage:
 
         def call(batch: Sequence[int]) -> list[ScaleResult]:
             """Predict the scales of `wanted[i]` for each i of the batch."""
+            self._metrics.called(len(batch))
             return predict_scales(
                 [pixels[wanted[i]] for i in batch],
                 [tiles[wanted[i]] for i in batch],
@@ -115,8 +117,7 @@ class ScaleStage:
 
         wanted = [i for i, tile in enumerate(tiles) if self._policy.needs_scales(tile)]
         ids = [(tiles[i].image_id, tiles[i].path) for i in wanted]
-        self._metrics.called(len(wanted))
-        predicted = self._calls.together(ids, call, lambda _, error: ScaleResult(failure=error))
+        predicted = self._calls.in_batches(ids, call, lambda _, error: ScaleResult(failure=error), self._batch_size)
         results = [ScaleResult()] * len(tiles)
         for i, result in zip(wanted, predicted, strict=True):
             results[i] = result
@@ -131,10 +132,10 @@ class ScaleStage:
         return Decision(expand(packed.tile, scale.evidence, self._policy))
 
     def _apply(
-        self, batch: MicroBatch, decisions: dict[int, tuple[ScaleResult, Decision]], read_failures: list[TileResult]
-    ) -> MicroBatch:
+        self, batch: TileRow, decisions: dict[int, tuple[ScaleResult, Decision]], read_failures: list[TileResult]
+    ) -> TileRow:
         """Emit tiles and results by the recorded decisions, which on a retry may differ from the proposed ones."""
-        out = MicroBatch([], [], read_failures)
+        out = TileRow([], [], read_failures)
         for i, (packed, pixels) in enumerate(zip(batch.tiles, batch.pixels, strict=True)):
             if i not in decisions:
                 out.tiles.append(packed)
@@ -162,7 +163,7 @@ class ScaleStage:
 
 
 class DetectStage:
-    """Detects the tiles of several micro-batches, in batches that mix images and depths.
+    """Detects the tiles of rows, in batches that mix images and depths.
 
     Args:
         frontier: the queue's actor.
@@ -196,7 +197,7 @@ class DetectStage:
         """
         return pack_results(self.process(unpack(table)))
 
-    def process(self, batches: Iterable[MicroBatch]) -> list[TileResult]:
+    def process(self, batches: Iterable[TileRow]) -> list[TileResult]:
         """Detect all tiles; return the results that the batches already hold, then the new ones."""
         results: list[TileResult] = []
         tiles: list[PackedTile] = []
@@ -205,14 +206,12 @@ class DetectStage:
             results += batch.results
             tiles += batch.tiles
             pixels += batch.pixels
-        for start in range(0, len(tiles), self._batch_size):
-            stop = start + self._batch_size
-            results += self._detect_batch(tiles[start:stop], pixels[start:stop])
-        return results
+        return results + self._detect_tiles(tiles, pixels)
 
-    def _detect_batch(self, tiles: list[PackedTile], pixels: list[np.ndarray]) -> list[TileResult]:
+    def _detect_tiles(self, tiles: list[PackedTile], pixels: list[np.ndarray]) -> list[TileResult]:
         def call(batch: Sequence[int]) -> list[TileResult]:
             """Detect the tiles at these indices."""
+            self._metrics.called(len(batch))
             return detect_tiles(
                 [_result(tiles[i]) for i in batch],
                 [tiles[i].tile for i in batch],
@@ -223,20 +222,19 @@ class DetectStage:
             )
 
         ids = [(packed.tile.image_id, packed.tile.path) for packed in tiles]
-        self._metrics.called(len(tiles))
-        return self._calls.together(ids, call, lambda i, error: _result(tiles[i], Failure("detect", error.reason)))
+        return self._calls.in_batches(
+            ids, call, lambda i, error: _result(tiles[i], Failure("detect", error.reason)), self._batch_size
+        )
 
 
 class ScaleAndDetectStage:
-    """Both stages in one actor, for policies that use the detector's own outputs or no scale predictions.
-
-    Both use the same detector, and no tile is sent between actors.
+    """Both stages in one actor, so that no tile is sent between actors; both use the same detector.
 
     Args:
         frontier: the queue's actor.
         policy: the policy.
         networks: factories of the networks; each is called once.
-        batch_size: maximum number of tiles of a micro-batch, and tiles per call of the detector.
+        batch_size: maximum number of tiles of a call of the networks.
         retries: timeout and retries for tiles that hang or crash the process.
     """
 

@@ -15,7 +15,6 @@ import torch
 from ray.exceptions import RayError
 from torch import nn
 
-from scalenet_ray.console import accuracy_table
 from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
@@ -37,6 +36,7 @@ from scalenet_ray.experiments.rescale import RescaleRules, rescale_canvases
 from scalenet_ray.experiments.train import train_classifier, train_net
 from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, save_scale_net
 from scalenet_ray.models.weights import load_weights, save_weights
+from scalenet_ray.report.text import accuracy_table
 from scalenet_ray.runs.folder import RunFolder
 
 __all__ = ["CanvasOptions", "Experiment", "Task", "plan_plots", "plan_tasks", "run_experiment", "run_tasks", "tabulate"]

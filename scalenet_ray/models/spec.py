@@ -23,6 +23,7 @@ from scalenet_ray.models.scale_networks import HeadConfig
 from scalenet_ray.models.scale_predictors import OnnxScaleHead, OnnxScaleNet, load_predictor
 
 __all__ = [
+    "AUTO",
     "SAMPLE_DETECTOR",
     "SAMPLE_DETECTOR_WEIGHTS",
     "SAMPLE_SCALE_NET",
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
     ScaleNet = OnnxScaleNet | ScaleNetPredictor
     ScaleHead = OnnxScaleHead | ScaleHeadPredictor
+
+
+AUTO = "auto"
+"""Device: a GPU if there is one and the networks run on it, else the CPU."""
 
 
 _WEIGHTS = Path(__file__).parents[1] / "sample"
@@ -83,7 +88,7 @@ class NetworkSpec:
         detector: kind:what, e.g. onnx:PATH, ultralytics:PATH, torchvision:NAME, module:Class. Without
             --data: the embedded sample's.
         scale_net: weights of Scale Net, a local path or s3://. Without --data: the embedded sample's.
-        device: torch device of the networks.
+        device: torch device of the networks; auto: a GPU if there is one and they run on it, else the CPU.
         mixed_precision: run Scale Net and torch detectors under bfloat16 autocast: faster on GPUs and on CPUs with AMX
             or AVX-512 BF16, many times slower on other CPUs. Scores change slightly.
         score_threshold: minimum score of a detection.
@@ -92,7 +97,7 @@ class NetworkSpec:
 
     detector: str | None = None
     scale_net: str | None = None
-    device: str = "cpu"
+    device: str = AUTO
     mixed_precision: bool = False
     score_threshold: Annotated[float, SHARE] = 0.01
     iou_threshold: Annotated[float, SHARE] | None = None
@@ -128,7 +133,7 @@ class NetworkSpec:
         Raises:
             UserError: if the name is not valid in torch, or this machine lacks the device.
         """
-        if self.device == "cpu" or find_spec("torch") is None:
+        if self.device in ("cpu", AUTO) or find_spec("torch") is None:
             # Without torch all networks run on onnxruntime, which refuses a device itself.
             return
         # Imported here, so that importing this module does not load torch.
@@ -215,13 +220,32 @@ class NetworkSpec:
         """The specification with device "cpu": the driver may have no GPU."""
         return replace(self, device="cpu")
 
+    def on_this_machine(self) -> NetworkSpec:
+        """The specification with the device of this machine in place of auto."""
+        if self.device != AUTO:
+            return self
+        on_gpu = replace(self, device="cuda")
+        try:
+            on_gpu.check_device(here=True)
+            if find_spec("torch") is not None:
+                on_gpu._load()
+                return on_gpu
+        except UserError:
+            pass
+        return self._on_cpu()
+
+    @property
+    def _device(self) -> str:
+        """The device; the CPU until auto is settled."""
+        return "cpu" if self.device == AUTO else self.device
+
     def _load(self) -> Detector:
         if self.detector is None:
             msg = "a detector must be named: give --detector kind:what, e.g. onnx:PATH or torchvision:NAME"
             raise UserError(msg)
         return load_detector(
             self._runnable(self.detector),
-            device=self.device,
+            device=self._device,
             score_threshold=self.score_threshold,
             iou_threshold=self.iou_threshold,
             mixed_precision=self.mixed_precision,
@@ -229,7 +253,7 @@ class NetworkSpec:
 
     def _runnable(self, network: str) -> str:
         """The sample's networks as safetensors where torch must run them: on a GPU, or under autocast."""
-        return _IN_TORCH.get(network, network) if self.device != "cpu" or self.mixed_precision else network
+        return _IN_TORCH.get(network, network) if self._device != "cpu" or self.mixed_precision else network
 
     def load_scale_net(self) -> ScaleNet | ScaleHead:
         """Load Scale Net or a scale head.
@@ -240,4 +264,4 @@ class NetworkSpec:
         if self.scale_net is None:
             msg = "the policies scalenet and fused need Scale Net's weights: give --scale-net PATH"
             raise UserError(msg)
-        return load_predictor(self._runnable(self.scale_net), self.device, mixed_precision=self.mixed_precision)
+        return load_predictor(self._runnable(self.scale_net), self._device, mixed_precision=self.mixed_precision)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -32,10 +33,14 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 
 
-_SECONDS_BETWEEN_LINES = 2.0
+_SECONDS_BETWEEN_REPORTS = 1.0
 
 
 _SECONDS_BETWEEN_SHARDS = 30.0
+
+
+_FIRST_SECONDS = 1.0
+"""Images that come so soon after the first one were begun together with it, and say nothing of the pace."""
 
 
 class Stream(Protocol):
@@ -53,6 +58,11 @@ class Stream(Protocol):
         """Seconds since work on the first image began; 0 before."""
         ...
 
+    @property
+    def queued(self) -> int:
+        """Number of tiles that wait or are in work, as of a few seconds ago."""
+        ...
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -63,20 +73,24 @@ class Progress:
         done: images finished, those of an earlier, resumed run included.
         total: images in all.
         failed: images that failed in this run.
-        tiles: tiles processed in this run.
+        tiles: tiles processed in this run, by their depth.
         images: images finished in this run.
         seconds: from the start of the first image of this run to the end of the last; start-up excluded.
         elapsed: seconds since this run of the policy began; start-up included.
+        queued: tiles that wait or are in work.
+        pace: images per second since the first results of this run came; 0 until more have come.
     """
 
     policy: str
     done: int
     total: int
     failed: int = 0
-    tiles: int = 0
+    tiles: Mapping[int, int] = field(default_factory=dict)
     images: int = 0
     seconds: float = 0.0
     elapsed: float = 0.0
+    queued: int = 0
+    pace: float = 0.0
 
     @property
     def images_per_second(self) -> float:
@@ -89,15 +103,18 @@ class Progress:
 
     def __str__(self) -> str:
         """One line for the terminal."""
-        rate = self.images_per_second if self.seconds >= MIN_RATE_SECONDS else None
-        left = f"{(self.total - self.done) / rate:.0f} s left" if rate else "starting"
+        speed = f"{self.images_per_second:.1f}" if self.seconds >= MIN_RATE_SECONDS else "-"
+        left = f"{(self.total - self.done) / self.pace:.0f} s left" if self.pace else "starting"
         if self.done == self.total:
             left = "done"
-        speed = "-" if rate is None else f"{rate:.1f}"
-        return (
-            f"{self.policy}: {self.done}/{self.total} images, {speed} images/s, "
-            f"{self.tiles / max(self.images, 1):.2f} tiles/image, {self.failed} failed, {left}"
-        )
+        parts = [f"{self.policy}: {self.done}/{self.total} images"]
+        if self.images:
+            shares = [count / self.images for _, count in sorted(self.tiles.items())]
+            depths = f" ({' + '.join(f'{share:.2f}' for share in shares)} by depth)" if len(shares) > 1 else ""
+            parts += [f"{speed} images/s", f"{sum(shares):.2f} tiles/image{depths}"]
+            parts += [f"{self.queued} tiles queued"] if self.done < self.total else []
+            parts += [f"{self.failed} failed"]
+        return ", ".join([*parts, left])
 
 
 def _open(record: ImageRecord, folder: str | None, max_pixels: int) -> AnyImage:
@@ -196,30 +213,36 @@ class PolicyRun:
     def _process(self) -> Generator[ImageResult, None, None]:
         before, run, left = self.progress, self._run, self._left
         policy, at_work = before.policy, run.seconds_at_work(before.policy)
+        self._report(replace(before, elapsed=time.monotonic() - self._begun))
         stream = self._start(left)
         records = {record.image_id: record for record in left}
         writer = ShardWriter(run, policy, records, stream.commit)
-        failed = tiles = 0
+        failed = came = 0
+        tiles: Counter[int] = Counter()
         raised = RaisedOn()
-        first = reported = written = time.monotonic()
+        first = first_came = reported = written = time.monotonic()
         try:
             for images, result in enumerate(stream, start=1):
                 now = time.monotonic()
                 if images == 1:
-                    first = now - stream.seconds_at_work()
+                    first, first_came = now - stream.seconds_at_work(), now
                     writer.work_began(at_work + first - self._begun)
                 writer.add(result, at_work + now - self._begun)
                 _log(result, policy, records[result.image_id].file_name)
                 failed += result.failure is not None
-                tiles += result.tiles
+                tiles.update(result.tiles_by_depth)
+                if now - first_came < _FIRST_SECONDS:
+                    came = images
                 self.progress = replace(
                     before,
                     done=before.done + images,
                     failed=failed,
-                    tiles=tiles,
+                    tiles=dict(tiles),
                     images=images,
                     seconds=now - first,
                     elapsed=now - self._begun,
+                    queued=stream.queued,
+                    pace=(images - came) / (now - first_came) if images > came else 0.0,
                 )
                 if result.failure is None or result.failure.stage != "read":
                     raised.add(result.failure and result.failure.reason)
@@ -229,7 +252,7 @@ class PolicyRun:
                 if now - written > _SECONDS_BETWEEN_SHARDS:
                     writer.flush()
                     written = now
-                if now - reported > _SECONDS_BETWEEN_LINES or images == len(left):
+                if now - reported > _SECONDS_BETWEEN_REPORTS or images == len(left):
                     self._report(self.progress)
                     reported = now
                 yield result

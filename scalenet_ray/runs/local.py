@@ -37,6 +37,24 @@ class Session(Protocol):
         """Keep values where the workers reach them; returns a picklable function: position -> value."""
         ...
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of the engine that results do not depend on."""
+        ...
+
+    def settle(self, networks: Any, trial: Callable[[Any], Any], log: Callable[[str], None]) -> Any:
+        """Choose what the user has left open.
+
+        Args:
+            networks: the `NetworkSpec` of the run, on a device or auto.
+            trial: tries networks in the process that calls it, `models.network_trial.try_networks`.
+            log: takes a line that says what was chosen.
+
+        Returns:
+            The networks with their device.
+        """
+        ...
+
     def start(
         self, images: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage
     ) -> Stream:
@@ -46,6 +64,16 @@ class Session(Protocol):
 
 class LocalSession:
     """`Session` of engine `local`: this process, without Ray."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def settle(self, networks: Any, trial: Callable[[Any], Any], log: Callable[[str], None]) -> Any:
+        """Return the networks as they are: there are no actors to choose."""
+        del trial, log
+        return networks
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function."""
@@ -104,3 +132,8 @@ class LocalStream:
     def seconds_at_work(self) -> float:
         """Seconds since the first image was opened; 0 before."""
         return 0.0 if self._began is None else time.monotonic() - self._began
+
+    @property
+    def queued(self) -> int:
+        """0: no tile waits."""
+        return 0

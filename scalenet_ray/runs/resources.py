@@ -10,8 +10,10 @@ from scalenet_ray.core.errors import UserError
 
 __all__ = [
     "DEFAULT_RETRIES",
+    "ROW_TILES",
     "AdvancedResources",
     "PoolSize",
+    "ResourceChoice",
     "Resources",
     "RetryPolicy",
     "limits",
@@ -22,6 +24,10 @@ PoolSize = int | tuple[int, int]
 
 
 _DETECTORS_PER_PIPELINE = 4
+
+
+ROW_TILES = 128
+"""Tiles that travel together through the pipeline where there are many: several batches of the networks."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +100,13 @@ class Resources:
     Attributes:
         readers: number of read tasks, which decode images and cut tiles.
         scale_actors: number of Scale Net actors, or (minimum, maximum). For a policy without a Scale Net, or with one
-            on the detector's features, they are additional detector actors if both have the same GPUs.
+            on the detector's features, they are additional detector actors if both have the same GPUs. None: each
+            detector actor also runs Scale Net.
         detector_actors: number of detector actors, or (minimum, maximum).
         gpus_per_scale_actor: GPUs of each Scale Net actor; a fraction shares one.
         gpus_per_detector_actor: GPUs of each detector actor; a fraction shares one.
-        scale_batch_size: tiles of a micro-batch, the batch of Scale Net.
-        detector_batch_size: tiles of a detector batch.
+        scale_batch_size: tiles per call of Scale Net.
+        detector_batch_size: tiles per call of the detector.
         advanced: limits and timeouts.
 
     Raises:
@@ -107,7 +114,7 @@ class Resources:
     """
 
     readers: int = 1
-    scale_actors: PoolSize = 1
+    scale_actors: PoolSize | None = 1
     detector_actors: PoolSize = 1
     gpus_per_scale_actor: float = 0.0
     gpus_per_detector_actor: float = 0.0
@@ -117,8 +124,8 @@ class Resources:
 
     def __post_init__(self) -> None:
         for name in ("scale_actors", "detector_actors"):
-            minimum, maximum = limits(getattr(self, name))
-            if not 1 <= minimum <= maximum:
+            size = getattr(self, name)
+            if size is not None and not 1 <= limits(size)[0] <= limits(size)[1]:
                 msg = f"{name} must be 1 or more, or (fewest, most), got {getattr(self, name)}"
                 raise UserError(msg)
         for name in ("readers", "scale_batch_size", "detector_batch_size"):
@@ -146,17 +153,11 @@ class Resources:
         return (minimum, maximum)
 
     @property
-    def rows_per_detect_call(self) -> int:
-        """Micro-batches per call of a detector actor, enough to fill its batches."""
-        return math.ceil(self.detector_batch_size / self.scale_batch_size)
-
-    @property
     def open_images(self) -> int:
         """Maximum number of images in progress: more than all stages can buffer, so that none of them starves."""
         if self.advanced.max_open_images is not None:
             return self.advanced.max_open_images
-        # If one stage runs both networks, rows are detector batches, and fewer of them are in flight.
-        return max(64, 8 * self.scale_batch_size * self.processes, 4 * self.detector_batch_size * self.processes)
+        return 4 * max(ROW_TILES, self.scale_batch_size, self.detector_batch_size) * self.processes
 
     @property
     def processes(self) -> int:
@@ -165,8 +166,9 @@ class Resources:
 
     @property
     def _max_pipelines(self) -> int:
-        """Each pipeline needs a reader and, from the start, an actor of either kind."""
-        return min(self.readers, limits(self.scale_actors)[0], limits(self.detector_actors)[0])
+        """Each pipeline needs a reader and, from the start, an actor of each kind."""
+        kinds = [self.detector_actors, *([] if self.scale_actors is None else [self.scale_actors])]
+        return min(self.readers, *(limits(size)[0] for size in kinds))
 
     @property
     def per_pipeline(self) -> list[Resources]:
@@ -178,7 +180,7 @@ class Resources:
             replace(
                 self,
                 readers=_share(self.readers, count, i),
-                scale_actors=_share_of_pool(self.scale_actors, count, i),
+                scale_actors=None if self.scale_actors is None else _share_of_pool(self.scale_actors, count, i),
                 detector_actors=_share_of_pool(self.detector_actors, count, i),
                 advanced=replace(
                     self.advanced,
@@ -196,9 +198,57 @@ class Resources:
         return values | advanced
 
 
-def limits(size: PoolSize) -> tuple[int, int]:
-    """(minimum, maximum) number of actors of a pool."""
-    return (size, size) if isinstance(size, int) else size
+@dataclass(frozen=True)
+class ResourceChoice:
+    """Actors, GPUs and batch sizes that a user has set; those left at auto follow from the cluster and a trial.
+
+    Attributes:
+        readers: number of read tasks, which decode images and cut tiles.
+        scale_actors: number of Scale Net actors, or (minimum, maximum) of a pool. By default each detector actor also
+            runs Scale Net.
+        detector_actors: number of detector actors, or (minimum, maximum) of a pool.
+        gpus_per_scale_actor: GPUs of each Scale Net actor; a fraction shares one.
+        gpus_per_detector_actor: GPUs of each detector actor; a fraction shares one.
+        scale_batch_size: tiles per call of Scale Net.
+        detector_batch_size: tiles per call of the detector.
+        advanced: limits and timeouts.
+
+    Raises:
+        UserError: if a number is out of range.
+    """
+
+    readers: int | None = None
+    scale_actors: PoolSize | None = None
+    detector_actors: PoolSize | None = None
+    gpus_per_scale_actor: float | None = None
+    gpus_per_detector_actor: float | None = None
+    scale_batch_size: int | None = None
+    detector_batch_size: int | None = None
+    advanced: AdvancedResources = field(default_factory=AdvancedResources)
+
+    def __post_init__(self) -> None:
+        least = self.advanced.pipelines or 1
+        self.completed(readers=least, detector_actors=least)
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the user has set all that a trial would tell."""
+        return None not in (self.readers, self.detector_actors, self.scale_batch_size, self.detector_batch_size)
+
+    def completed(self, **otherwise: Any) -> Resources:
+        """The resources: the user's values, else those given, else the defaults of `Resources`.
+
+        Raises:
+            UserError: if a number is out of range.
+        """
+        names = [name for name in vars(self) if name != "scale_actors"]
+        chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return Resources(**{**otherwise, **chosen, "scale_actors": self.scale_actors})
+
+
+def limits(size: PoolSize | None) -> tuple[int, int]:
+    """(minimum, maximum) number of actors of a pool; (0, 0) for None, no pool."""
+    return (size or 0, size or 0) if isinstance(size, int | None) else size
 
 
 def _check_count(name: str, value: int | None) -> None:
