@@ -108,7 +108,7 @@ def test_a_run_that_is_stopped_while_it_is_concluded_has_all_its_images(
     monkeypatch.setenv(STALLED, str(folder))
     monkeypatch.setenv("STALLED_AT", "0")
     monkeypatch.setattr(
-        "scalenet_ray.workflows.write_summary", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM)
+        "scalenet_ray.workflows.detection.write_summary", lambda *args, **kwargs: signal.raise_signal(signal.SIGTERM)
     )
     asked = job.DetectImages(
         images=str(folder / "images"),

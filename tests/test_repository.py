@@ -70,7 +70,7 @@ def test_every_module_of_the_engine_imports_ray():
 
 def test_the_root_of_the_package_holds_what_users_call():
     root = {path.stem for path in PACKAGE if path.parent.name == "scalenet_ray"}
-    assert root == {"__init__", "__main__", "console", "workflows"}
+    assert root == {"__init__", "__main__", "console"}
 
 
 def test_a_local_run_loads_neither_ray_nor_torch():

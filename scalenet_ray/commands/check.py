@@ -128,7 +128,7 @@ def _look_at_detector(job: CheckInputs, name: str) -> int:
         if given is not None:
             msg = f"check takes a detector's name or {flag}, got {name} and {given}: leave one out"
             raise UserError(msg)
-    networks = job.networks
+    networks = replace(job.networks, detector=name).on_this_machine()
     networks.check_device(here=True)
 
     def load(score_threshold: float, iou_threshold: float | None) -> Detector:

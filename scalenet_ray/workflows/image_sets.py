@@ -1,0 +1,208 @@
+"""Images of a run, with and without ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from scalenet_ray.data import storage
+from scalenet_ray.data.categories import CategoryChoice, ChosenCategories, choose_categories, write_chosen
+from scalenet_ray.data.coco import (
+    FoundImages,
+    ImageRecord,
+    OpenImage,
+    find_images,
+)
+from scalenet_ray.data.datasets import Layout, OpenedSplit, find_layout
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec
+from scalenet_ray.runs.batch import image_opener
+from scalenet_ray.runs.folder import GROUND_TRUTH, RunFolder
+from scalenet_ray.runs.inputs import annotation_digests, check_ground_truth
+from scalenet_ray.runs.local import Session
+from scalenet_ray.sample.scenes import ensure_sample
+
+__all__ = [
+    "CocoSplit",
+    "ImageSet",
+    "check_split",
+    "open_images",
+    "open_split",
+    "sample_inputs",
+    "with_categories",
+    "with_ground_truth",
+]
+
+
+_SAMPLE_FOLDER = Path("runs/sample")
+
+
+def sample_inputs(networks: NetworkSpec) -> tuple[str, NetworkSpec]:
+    """Write the embedded sample to runs/sample, if it is not there.
+
+    Args:
+        networks: the networks of the run; those that are not named become the sample's.
+
+    Returns:
+        The sample's folder, and the networks.
+    """
+    detector, scale_net = networks.detector or SAMPLE_DETECTOR, networks.scale_net or SAMPLE_SCALE_NET
+    return str(ensure_sample(_SAMPLE_FOLDER)), replace(networks, detector=detector, scale_net=scale_net)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images of a run.
+
+    Attributes:
+        source: address of the annotations, or of the images where there are none.
+        folder: address of the images' folder; None if each `file_name` is a whole address.
+        images: the images that count.
+        remarks: deviations between the files and their use in the run, a line each.
+        max_pixels: larger images are refused before they are decoded.
+    """
+
+    source: str
+    folder: str | None
+    images: Sequence[ImageRecord]
+    remarks: tuple[str, ...]
+    max_pixels: int
+
+    @property
+    def open_image(self) -> OpenImage:
+        """A picklable function that reads one image."""
+        return image_opener(self.folder, self.max_pixels)
+
+
+@dataclass(frozen=True)
+class CocoSplit(ImageSet):
+    """Images of a run with ground truth.
+
+    Attributes:
+        folder: address of the images' folder.
+        categories: id -> name.
+        unused_categories: ids of the categories without annotations.
+        chosen: the choice that led to these categories; None if they are all of the annotations', as they are.
+        instances: the ground truth as a COCO instances file, for the run folder; None if `source` is one.
+    """
+
+    folder: str
+    categories: dict[int, str]
+    unused_categories: frozenset[int]
+    chosen: ChosenCategories | None = None
+    instances: bytes | None = None
+
+    @property
+    def annotations(self) -> str:
+        """Address of the instances file; before `with_ground_truth` the annotations may have another form."""
+        return self.source
+
+
+def open_split(
+    session: Session,
+    data: str | None,
+    split: str,
+    *,
+    limit: int | None,
+    max_megapixels: float,
+    annotations: str | None = None,
+    images: str | None = None,
+) -> CocoSplit:
+    """Read the annotations of one split of a data set.
+
+    Args:
+        session: the engine; the annotations are read outside the driver.
+        data: a folder or a data.yaml, see `data.datasets`; None if `annotations` and `images` are given.
+        split: its name.
+        limit: only the first so many images.
+        max_megapixels: larger images are refused before they are decoded.
+        annotations: instances file or folder of label files, in place of `data`.
+        images: folder of the images, with `annotations`.
+
+    Raises:
+        FileNotFoundError: if there are no annotations.
+        UserError: if they are in none of the known forms.
+    """
+    layout: Layout = session.call(partial(find_layout, split, data=data, annotations=annotations, images=images))
+    opened: OpenedSplit = session.call(layout.open, split)
+    found = opened.listing
+    return CocoSplit(
+        source=layout.annotations_of(split),
+        folder=layout.images_of(split),
+        images=found.images[:limit],
+        remarks=found.remarks,
+        max_pixels=round(max_megapixels * 1e6),
+        categories=found.categories,
+        unused_categories=found.unused_categories,
+        instances=opened.instances,
+    )
+
+
+def with_categories(
+    session: Session, split: CocoSplit, networks: NetworkSpec, choice: CategoryChoice, log: Callable[[str], None]
+) -> CocoSplit:
+    """Apply a choice of categories to a split.
+
+    Args:
+        session: the engine; the detector is loaded outside the driver.
+        split: the split.
+        networks: the detector, whose classes are the known ones.
+        choice: the choice.
+        log: takes a line that says what was chosen.
+
+    Raises:
+        UserError: if a name is not the annotations', or no category is left.
+    """
+    if not choice.is_made:
+        return split
+    detector: DetectorInfo = session.call(networks.describe_detector)
+    chosen = choose_categories(split.categories, detector.categories, choice)
+    log(chosen.in_words())
+    used = {chosen.ids[key] for key in chosen.ids if key not in split.unused_categories}
+    return replace(
+        split,
+        categories=chosen.categories,
+        unused_categories=frozenset(chosen.categories.keys() - used),
+        chosen=chosen,
+    )
+
+
+def open_images(session: Session, images: str, *, limit: int | None, max_megapixels: float) -> ImageSet:
+    """List images without annotations.
+
+    Args:
+        session: the engine; the images are listed outside the driver.
+        images: a folder, a glob, an s3:// prefix, or a Parquet file with a column uri or path.
+        limit: only the first so many images.
+        max_megapixels: larger images are refused before they are decoded.
+    """
+    found: FoundImages = session.call(find_images, images)
+    return ImageSet(images, None, found.records[:limit], found.remarks, round(max_megapixels * 1e6))
+
+
+def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:
+    """Compare images, categories and objects with those that the run was begun with.
+
+    Raises:
+        UserError: if they differ.
+    """
+    digests = session.call(annotation_digests, split.annotations, [record.image_id for record in split.images])
+    check_ground_truth(run, split.images, split.categories, digests)
+
+
+def with_ground_truth(session: Session, run: RunFolder, split: CocoSplit) -> CocoSplit:
+    """The split, its ground truth written into the run folder if categories were chosen or it was not in COCO's form.
+
+    Args:
+        session: the engine.
+        run: the run folder, begun.
+        split: the split.
+    """
+    target = storage.join(run.uri, GROUND_TRUTH)
+    if split.instances is not None:
+        storage.write_bytes_atomic(target, split.instances)
+        split = replace(split, source=target, instances=None)
+    if split.chosen is not None:
+        split = replace(split, source=session.call(write_chosen, split.annotations, target, split.chosen))
+    return split

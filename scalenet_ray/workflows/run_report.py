@@ -1,0 +1,169 @@
+"""Results, metrics and the report of a finished run."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from scalenet_ray.data.coco import (
+    ImageRecord,
+)
+from scalenet_ray.models.spec import NetworkSpec
+from scalenet_ray.report.gallery import PictureTask, choose_pictures
+from scalenet_ray.report.page import render_report
+from scalenet_ray.report.tables import winner_of
+from scalenet_ray.runs.batch import Progress
+from scalenet_ray.runs.documents import (
+    DetectionAnalysis,
+    EvaluationAnalysis,
+    FailureCount,
+    FailureList,
+    FailureRow,
+    Metrics,
+    PolicyMetrics,
+    ReportDetails,
+)
+from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.local import Session
+from scalenet_ray.runs.summary import failure_counts, policy_cost, write_policy_results
+
+__all__ = ["PICTURES", "ProgressLog", "on_cpu", "write_report", "write_summary"]
+
+PICTURES = 24
+"""Default number of photographs in a report, which keeps it at a few megabytes."""
+
+_MOST_POINTS = 200
+_MOST_FAILURES = 200
+
+
+class ProgressLog:
+    """Progress of a run, passed on to the terminal and recorded for the report.
+
+    Args:
+        report: takes each progress.
+    """
+
+    def __init__(self, report: Callable[[Progress], None]) -> None:
+        self._report = report
+        self._points: defaultdict[str, list[list[float]]] = defaultdict(list)
+
+    def __call__(self, progress: Progress) -> None:
+        """Record one progress, and pass it on."""
+        self._points[progress.policy].append([round(progress.elapsed, 2), progress.images])
+        self._report(progress)
+
+    @property
+    def points(self) -> dict[str, list[list[float]]]:
+        """Policy -> [seconds since its start, images done in this run], at most a few hundred points each."""
+        return {policy: rows[:: max(1, len(rows) // _MOST_POINTS)] for policy, rows in self._points.items()}
+
+
+def write_summary(
+    session: Session,
+    run: RunFolder,
+    figures: Mapping[str, Mapping[str, Any]],
+    total: int,
+    *,
+    name_files: bool = False,
+) -> Metrics:
+    """Write failures.parquet, the COCO results and metrics.json of a finished run.
+
+    results.json holds the first policy's results, results/NAME.json those of each.
+
+    Args:
+        session: the engine.
+        run: the run folder; all policies are done.
+        figures: policy -> its metrics; speed and cost are added here.
+        total: images of the run.
+        name_files: give each COCO result the image's file and size, for images without annotations that would.
+
+    Returns:
+        The content of metrics.json.
+    """
+    policies = list(figures)
+    failures = run.write_failures(policies)
+    for i, policy in enumerate(policies):
+        names = [f"results/{policy}.json", *(["results.json"] if i == 0 else [])]
+        session.call(write_policy_results, run.uri, policy, names, name_files)
+    failed = len(set(failures.column("image_id").to_pylist()))
+    document: Metrics = {
+        "images": {"total": total, "done": total - failed, "failed": failed},
+        "failures": failure_counts(failures),
+        "policies": {
+            policy: cast(PolicyMetrics, {**figures[policy], **run.speed(policy), **policy_cost(run, policy)})
+            for policy in policies
+        },
+    }
+    run.write_json("metrics.json", document)
+    return document
+
+
+def write_report(
+    session: Session,
+    run: RunFolder,
+    *,
+    document: Metrics,
+    analysis: EvaluationAnalysis | DetectionAnalysis,
+    images: Sequence[ImageRecord],
+    categories: Mapping[int, str],
+    make_pictures: PictureTask,
+    progress: ProgressLog,
+    pictures: int,
+) -> None:
+    """Write analysis.json and report.html.
+
+    Args:
+        session: the engine; pictures are made outside the driver.
+        run: the run folder.
+        document: the content of metrics.json.
+        analysis: result of `analyse_run` or `analyse_detections`.
+        images: all images of the run.
+        categories: id -> name.
+        make_pictures: makes the pictures.
+        progress: the run's recorded progress.
+        pictures: the most pictures.
+    """
+    analysis["throughput"] = progress.points
+    run.write_json("analysis.json", analysis)
+    by_id = {record.image_id: record for record in images}
+    chosen = choose_pictures(analysis["images"], winner_of(document["policies"]) or "", pictures)
+    made = session.call(make_pictures, [(by_id[image_id], group) for image_id, group in chosen.items()])
+    files = {row["id"]: by_id[row["id"]].file_name for row in analysis["images"]}
+    details = {
+        **analysis,
+        "pictures": made,
+        "files": files,
+        "categories": dict(categories),
+        "failures": _failures(run, document),
+        "run": {**run.config(), "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"), "resumed": run.resumed},
+    }
+    run.write_text("report.html", render_report(document, cast(ReportDetails, details)))
+
+
+def _failures(run: RunFolder, document: Metrics) -> FailureList:
+    """Input of `failures_section`: one row for an image that fails under several policies for the same reason."""
+    policies: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for row in run.failures().to_pylist():
+        policies[row["file"], row["stage"], row["reason"]].append(row["policy"])
+    counts = Counter((stage, reason) for _, stage, reason in policies)
+    reasons: list[FailureCount] = [
+        {"stage": stage, "reason": reason, "count": count} for (stage, reason), count in counts.most_common()
+    ]
+    rows: list[FailureRow] = [
+        {"file": file, "stage": stage, "reason": reason, "policies": names}
+        for (file, stage, reason), names in list(policies.items())[:_MOST_FAILURES]
+    ]
+    return {
+        "total": document["images"]["failed"],
+        "listed": len(policies),
+        "reasons": (document.get("failures") or reasons)[:_MOST_FAILURES],
+        "rows": rows,
+    }
+
+
+def on_cpu(networks: NetworkSpec) -> NetworkSpec:
+    """Networks for the report's pictures: tasks have no GPU, and most CPUs emulate bfloat16 slowly."""
+    return replace(networks, device="cpu", mixed_precision=False)
