@@ -14,8 +14,8 @@ __all__ = ["NEW", "SEEN", "crop", "draw_objects"]
 SEEN, NEW = "#56b4e9", "#e69f00"
 """Colours of the boxes found in the whole image alone, and of the boxes added by the recursion."""
 
-_SIDES_PER_LINE = 500
-_SIDES_PER_TEXT = 60
+_SIDES_PER_LINE = 800
+_SIDES_PER_TEXT = 110
 _LEAST_TEXT = 11
 
 
@@ -27,7 +27,7 @@ def draw_objects(
     line_width: int | None = None,
     text_size: int | None = None,
 ) -> Image.Image:
-    """Draw boxes on a copy of an image.
+    """Draw boxes on a copy of an image, the first ones on top.
 
     Args:
         image: RGB.
@@ -44,7 +44,8 @@ def draw_objects(
     draw = ImageDraw.Draw(picture)
     for box, colour in zip(boxes.tolist(), colours, strict=True):
         draw.rectangle(box, outline=colour, width=width)
-    for (x0, y0, _, _), text, colour in zip(boxes.tolist(), texts, colours, strict=False):
+    labels = list(zip(boxes.tolist(), texts, colours, strict=False))
+    for (x0, y0, _, _), text, colour in reversed(labels):
         _, _, right, bottom = draw.textbbox((0, 0), text, font=font)
         left, top = max(0.0, min(x0, picture.width - right - 4)), max(0.0, y0 - bottom - 2)
         draw.rectangle((left, top, left + right + 4, top + bottom + 2), fill=colour)
