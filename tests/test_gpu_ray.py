@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from scalenet_ray.engine.train import train
 from scalenet_ray.models.spec import SAMPLE_DETECTOR_WEIGHTS, SAMPLE_SCALE_NET_WEIGHTS, NetworkSpec
-from scalenet_ray.runs.resources import Resources
+from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.sample.scenes import write_sample
 from scalenet_ray.training.schedule import Training
 from tests.devices import DEVICES, ON_GPU
@@ -44,7 +44,7 @@ def test_two_actors_that_share_a_gpu_find_what_one_process_finds_on_the_cpu(
         output=str(tmp_path / "shared"),
         engine="ray",
         networks=replace(local.networks, device=device),
-        resources=Resources(gpus_per_scale_actor=share, gpus_per_detector_actor=share, detector_batch_size=8),
+        resources=ResourceChoice(gpus_per_scale_actor=share, gpus_per_detector_actor=share, detector_batch_size=8),
     )
     for job in (local, shared):
         assert module.main(job) == 0
