@@ -16,7 +16,7 @@ from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.engine.session import RaySession
 from scalenet_ray.runs.batch import Progress, run_policy
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.resources import AdvancedResources, Resources
+from scalenet_ray.runs.resources import AdvancedResources, ResourceChoice
 from tests.faults import FaultyScale, Given, Scenes, SlowDetector, WorkLog, policy_of, records_of
 from tests.oracles import RandomScale
 
@@ -39,7 +39,7 @@ def main() -> None:
     """Run, a line for each finished image."""
     output, log = sys.argv[1:]
     networks = NetworkFactories(Given(SlowDetector(0.05)), Given(FaultyScale(RandomScale(), WorkLog(Path(log)))))
-    resources = Resources(
+    resources = ResourceChoice(
         scale_batch_size=2, detector_batch_size=4, advanced=AdvancedResources(max_open_images=OPEN_IMAGES)
     )
     session = RaySession(resources)

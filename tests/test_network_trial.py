@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scalenet_ray.core.errors import OutOfMemoryError, TileError
+from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.trial import NetworkTrial
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.models import network_trial
@@ -104,3 +104,10 @@ def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
     assert NetworkSpec(SAMPLE_DETECTOR).on_this_machine().device == "cpu"
     assert NetworkSpec(SAMPLE_DETECTOR, device="cuda").on_this_machine().device == "cuda"
     NetworkSpec(SAMPLE_DETECTOR).check_device(here=True)
+
+
+def test_a_device_that_this_machine_lacks_is_refused_before_the_networks_are_loaded() -> None:
+    networks = NetworkSpec(detector="no_such_module:Detector", device="cuda:99")
+    policy = policy_of("whole")
+    with pytest.raises(UserError, match="device 'cuda:99' was wanted"):
+        try_networks(networks, [policy], {}, (), records_of(1), Scenes())

@@ -47,9 +47,10 @@ def try_networks(
         open_image: opens an image, or raises `TileError`.
 
     Raises:
-        UserError: if the networks cannot be loaded on the device.
+        UserError: if this machine lacks the device, or the networks cannot be loaded on it.
         OutOfMemoryError: if a single tile does not fit the device.
     """
+    networks.check_device(here=True)
     used_before = _gpu_memory()[0] if networks.device != "cpu" else 0
     detect = networks.load_detector(categories, unused)
     needs_network = any(policy.needs_network for policy in policies)
