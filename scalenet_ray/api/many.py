@@ -249,6 +249,7 @@ def detect(
         raise UserError(msg)
 
     def choose(info: DetectorInfo) -> list[Policy]:
+        """The policy, with the detector's defaults if it is given by name."""
         if isinstance(policy, Policy):
             return [ready_policy(policy, smallest_object)]
         return named_policies([policy], networks, info, smallest_object)
@@ -265,6 +266,7 @@ def detect(
     }
 
     def start(run: RunFolder) -> DetectionRun:
+        """The work on all images, in a run folder that has begun."""
         return DetectionRun(
             session,
             run,

@@ -52,7 +52,7 @@ BATCH_HALVED = "batch_halved"
 """Guard noted on the first tile of each batch that did not fit the device's memory and was halved."""
 
 Evidence = ScaleMap | RegionEvidence | None
-"""What windows are cut by: a scale map (Algorithm 1), or candidates and texture (the region planner)."""
+"""Evidence by which windows are cut: a scale map (Algorithm 1), or candidates and texture (the region planner)."""
 
 T = TypeVar("T")
 

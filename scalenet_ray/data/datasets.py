@@ -57,7 +57,7 @@ class _Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the splits of a data set lie; {split} in an address stands for the split's name.
+    """Places of a data set's splits; {split} in an address stands for the split's name.
 
     Attributes:
         form: of the annotations.
@@ -315,6 +315,7 @@ def _read_yolo(layout: Layout, split: str) -> tuple[dict, tuple]:
     images = _images_by_stem(_yolo_images(content, layout, split), layout.images)
 
     def read(stem: str) -> _Labelled:
+        """The size and objects of an image."""
         hw = _hw_of(join(layout.images, images[stem]))
         before, separator, after = f"/{stem}".rpartition("/images/")
         uri = join(layout.images, f"{before}/labels/{after}.txt" if separator else f"{stem}.txt")
@@ -357,6 +358,7 @@ def _read_voc(layout: Layout, split: str) -> tuple[dict, tuple]:
     names = sorted({found.category for image in parsed.values() for found in image.objects}, key=str)
 
     def read(stem: str) -> _Labelled:
+        """The size and objects of an image."""
         image = parsed.get(stem)
         return _Labelled(images[stem], *(_hw_of(join(folder, images[stem])), None) if image is None else image)
 
@@ -382,6 +384,7 @@ def _read_visdrone(layout: Layout, split: str) -> tuple[dict, tuple]:
     images = _images_in(folder)
 
     def read(stem: str) -> _Labelled:
+        """The size and objects of an image."""
         uri = join(annotations, f"{stem}.txt")
         hw = _hw_of(join(folder, images[stem]))
         try:

@@ -163,12 +163,14 @@ def _parse_xml(data: bytes, name: str) -> _Element:
     parser, open_elements = expat.ParserCreate(), [document]
 
     def start(tag: str, attributes: dict[str, str]) -> None:
+        """Add an element to the innermost open one."""
         del attributes
         element = _Element(tag, parser.CurrentLineNumber)
         open_elements[-1].children.append(element)
         open_elements.append(element)
 
     def refuse_entity(*declaration: object) -> None:
+        """Raise `UserError`: entities can expand without end."""
         msg = f"{name} line {parser.CurrentLineNumber} must declare no entity, got {declaration[0]!r}: remove it"
         raise UserError(msg)
 

@@ -1,4 +1,4 @@
-"""What the cluster has, and the CPU and GPU shares of the processes of a run."""
+"""CPUs and GPUs of the cluster, and the CPU and GPU shares of the processes of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MOST_PROCESSES = 10_000
 """Stands for an autoscaler without a limit."""
 
 _LAUNCHED_WITH = Path("~/ray_bootstrap_config.yaml")
-"""Where `ray up` leaves the cluster's configuration on its head."""
+"""File in which `ray up` leaves the cluster's configuration on its head."""
 
 
 def cluster_now() -> Cluster:

@@ -153,7 +153,7 @@ def batch_fault(detector: CheckedDetector, image: np.ndarray) -> str | None:
 
 
 def repeat_fault(detector: CheckedDetector, image: np.ndarray) -> str | None:
-    """How two calls on the same tile differ, which makes the test for resizing meaningless, or None."""
+    """Difference of two calls on the same tile, which makes the test for resizing meaningless, or None."""
     tile = whole_tile(image, detector.input_side)
     distance = _distance(detect_alone(detector, tile), detect_alone(detector, tile))
     if distance <= _MAX_DISTANCE:

@@ -1,4 +1,4 @@
-"""What a detector does with one image, in a few lines: what it is, what is wrong with it, and what it costs."""
+"""Diagnosis of a detector on one image, in a few lines: its kind, its faults and its cost."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Load = Callable[[float, float | None], Detector]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What there is to say about a detector.
+    """Facts about a detector, and its faults.
 
     Attributes:
         facts: lines about what it is, finds and costs.
@@ -198,7 +198,7 @@ def _seconds_per_tile(detector: CheckedDetector, tile: np.ndarray) -> dict[int, 
 
 
 def advise_batch(seconds: Mapping[int, float], *, on_gpu: bool) -> tuple[str, str | None]:
-    """What to say of batches.
+    """Facts about batches.
 
     Args:
         seconds: batch size -> seconds for a tile in it, in ascending order.

@@ -182,7 +182,7 @@ def _encode_masks(
 
 
 def _kind_of(head: nn.Module) -> tuple[bool, bool]:
-    """Whether a head is RT-DETR's, and whether it gives masks.
+    """Kind of a head: true if it is RT-DETR's, and true if it gives masks.
 
     Raises:
         UserError: if it is of another task than detection or segmentation.

@@ -113,7 +113,7 @@ def _check_is_archive(file: str, path: str) -> None:
 
 
 def _reason(file: str, error: Exception) -> str:
-    """What is wrong with a checkpoint that the restricted loader refuses."""
+    """Reason for which the restricted loader refuses a checkpoint."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     if any(name.startswith("models.") for name in names):
         return "got a model of the YOLOv5 or YOLOv7 repository: export it to ONNX, and use onnx:PATH"

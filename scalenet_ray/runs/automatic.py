@@ -33,7 +33,7 @@ _SHORTEST_SECONDS = 1e-4
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a cluster has, in all.
+    """CPUs, GPUs and memory of a cluster, in all.
 
     Attributes:
         cpus: CPUs of its nodes.

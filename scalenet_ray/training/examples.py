@@ -103,7 +103,7 @@ class TrainingImages:
 
     @functools.cached_property
     def layout(self) -> Layout:
-        """Where the splits lie.
+        """Places of the splits.
 
         Raises:
             UserError: if it is not said, or training and validation split are the same.
