@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.trial import NetworkTrial
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.models import network_trial
+from scalenet_ray.models.devices import has_gpu_driver
 from scalenet_ray.models.network_trial import try_networks
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from tests.faults import Scenes, policy_of, records_of
@@ -97,13 +99,20 @@ def test_a_policy_with_a_scale_net_is_timed_with_it() -> None:
 
 
 def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
+    if has_gpu_driver():
         pytest.skip("this machine has a GPU")
     assert NetworkSpec(SAMPLE_DETECTOR).device == "auto"
     assert NetworkSpec(SAMPLE_DETECTOR).on_this_machine().device == "cpu"
     assert NetworkSpec(SAMPLE_DETECTOR, device="cuda").on_this_machine().device == "cuda"
     NetworkSpec(SAMPLE_DETECTOR).check_device(here=True)
+
+
+def test_auto_does_not_load_torch_where_there_is_no_gpu() -> None:
+    asks = f"NetworkSpec({SAMPLE_DETECTOR!r}).on_this_machine()"
+    code = f"import sys; from scalenet_ray.models.spec import NetworkSpec; {asks}; sys.exit('torch' in sys.modules)"
+    if has_gpu_driver():
+        pytest.skip("this machine has a GPU")
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_device_that_this_machine_lacks_is_refused_before_the_networks_are_loaded() -> None:

@@ -19,6 +19,7 @@ from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector
 from scalenet_ray.models.detector_check import try_detector
 from scalenet_ray.models.detectors import Detector, DetectorInfo, declaration, load_detector
+from scalenet_ray.models.devices import device_named, device_on_this_machine, has_gpu_driver
 from scalenet_ray.models.scale_networks import HeadConfig
 from scalenet_ray.models.scale_predictors import OnnxScaleHead, OnnxScaleNet, load_predictor
 
@@ -136,9 +137,6 @@ class NetworkSpec:
         if self.device in ("cpu", AUTO) or find_spec("torch") is None:
             # Without torch all networks run on onnxruntime, which refuses a device itself.
             return
-        # Imported here, so that importing this module does not load torch.
-        from scalenet_ray.models.devices import device_named, device_on_this_machine
-
         (device_on_this_machine if here else device_named)(self.device)
 
     def check(
@@ -224,14 +222,15 @@ class NetworkSpec:
         """The specification with the device of this machine in place of auto."""
         if self.device != AUTO:
             return self
-        on_gpu = replace(self, device="cuda")
-        try:
-            on_gpu.check_device(here=True)
-            if find_spec("torch") is not None:
+        if has_gpu_driver():
+            on_gpu = replace(self, device="cuda")
+            try:
+                on_gpu.check_device(here=True)
                 on_gpu._load()
+            except UserError:
+                pass
+            else:
                 return on_gpu
-        except UserError:
-            pass
         return self._on_cpu()
 
     @property
