@@ -13,7 +13,7 @@ import ray
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.data.coco import ImageRecord

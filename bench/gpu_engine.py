@@ -34,7 +34,7 @@ from bench.gpu_networks import (
 from bench.workloads import spread
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.timing import measured
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.engine.session import join_ray

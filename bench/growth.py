@@ -29,7 +29,7 @@ from ray._private.internal_api import node_stats
 
 from bench.fakes import fake_networks, grey_image, records_of, two_windows
 from scalenet_ray.engine.session import RaySession
-from scalenet_ray.runs.batch import run_policy
+from scalenet_ray.runs.batch import PolicyRun
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import ResourceChoice
 
@@ -168,7 +168,7 @@ def _measure(images: int) -> dict[str, float]:
     peaks = Peaks()
     with TemporaryDirectory() as output:
         peaks.start()
-        progress = run_policy(records_of(images), policy.name, start, RunFolder(output), lambda _: None)
+        progress = PolicyRun(records_of(images), policy.name, start, RunFolder(output), lambda _: None).finish()
         peaks.stop()
     ray.shutdown()
     return {

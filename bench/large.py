@@ -26,7 +26,8 @@ from bench.contenders import race
 from bench.workloads import Workload, data_folder, mosaics, ratio, wall
 from scalenet_ray.core.detections import SHOWN_SCORE, Detections
 from scalenet_ray.core.geometry import iou_matrix
-from scalenet_ray.data.coco import objects_of, to_results
+from scalenet_ray.data.coco import objects_of
+from scalenet_ray.data.formats import to_results
 from scalenet_ray.evaluation.ap import match_results
 from scalenet_ray.evaluation.compare import ResampledAP, paired_intervals
 from scalenet_ray.evaluation.tide import FOREGROUND_IOU

@@ -23,7 +23,8 @@ from PIL import Image
 from scalenet_ray.core.geometry import Window
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.recursion import Step, recursive_detect
-from scalenet_ray.data.coco import read_annotations, to_results
+from scalenet_ray.data.coco import read_annotations
+from scalenet_ray.data.formats import to_results
 from scalenet_ray.data.images import decode_image
 from scalenet_ray.data.rasters import open_raster
 from scalenet_ray.evaluation.ap import evaluate

@@ -63,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     from scalenet_ray.commands.arguments import parse_arguments
     from scalenet_ray.console import complain, run_job
-    from scalenet_ray.core.errors import UserError
-    from scalenet_ray.core.extras import needs_extra
+    from scalenet_ray.core.errors import UserError, needs_extra
 
     command = COMMANDS[name]
     try:

@@ -29,11 +29,11 @@ from ray.cluster_utils import Cluster
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.runs.batch import Progress, run_policy
+from scalenet_ray.runs.batch import PolicyRun, Progress
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import LocalStream
 from scalenet_ray.runs.resources import AdvancedResources, Resources
@@ -161,7 +161,7 @@ def _drive(folder: Path, images: int, deaths: int, address: str) -> None:
 
     batch._SECONDS_BETWEEN_REPORTS = 0.1
     with run.begin({"images": images}, resume=True):
-        run_policy(records_of(images), _POLICY.name, start, run, report)
+        PolicyRun(records_of(images), _POLICY.name, start, run, report).finish()
     ray.shutdown()
 
 
@@ -238,13 +238,13 @@ def _done(folder: Path) -> int:
 def _outcome(folder: Path, images: int) -> dict[str, Any]:
     run, plain = RunFolder(str(folder / "run")), RunFolder(str(folder / "plain"))
     networks = random_networks(_POLICY)
-    run_policy(
+    PolicyRun(
         records_of(images),
         _POLICY.name,
         lambda records: LocalStream(records, _POLICY, networks, _SCENES),
         plain,
         lambda progress: None,
-    )
+    ).finish()
     ids = run.table("images", _POLICY.name, ["image_id"]).column("image_id").to_pylist()
     counts = Counter(ids)
     found, expected = _by_image(run), _by_image(plain)

@@ -17,7 +17,8 @@ import numpy as np
 from scalenet_ray.core.detections import Detections, Failure, ImageResult
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import Detect, NetworkFactories, OracleScalePredictor, ScalePredictor
+from scalenet_ray.core.inference import OracleScalePredictor
+from scalenet_ray.core.networks import Detect, NetworkFactories, ScalePredictor
 from scalenet_ray.core.policy import Policy, Recursion, parse_policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.scale import ScaleMap

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from scalenet_ray.core.detections import Detections, ImageResult
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.engine.session import RaySession
-from scalenet_ray.runs.batch import Progress, run_policy
+from scalenet_ray.runs.batch import PolicyRun, Progress
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import AdvancedResources, ResourceChoice
 from tests.faults import FaultyScale, Given, Scenes, SlowDetector, WorkLog, policy_of, records_of
@@ -50,7 +50,7 @@ def main() -> None:
         patch("scalenet_ray.runs.batch._SECONDS_BETWEEN_REPORTS", -1.0),
         run.begin({"images": len(RECORDS)}, resume=True),
     ):
-        run_policy(RECORDS, POLICY.name, start, run, say)
+        PolicyRun(RECORDS, POLICY.name, start, run, say).finish()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pycocotools import mask as coco_mask
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile, Window
-from scalenet_ray.core.inference import Detect, ScalePredictor
+from scalenet_ray.core.networks import Detect, ScalePredictor
 from scalenet_ray.core.policy import Recursion
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap, ScaleRange, scale_map_of_boxes
 

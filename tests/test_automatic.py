@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.trial import NetworkTrial, TrialCall
+from scalenet_ray.core.networks import NetworkTrial, TrialCall
 from scalenet_ray.runs.automatic import Cluster, choose_resources, in_words
 from scalenet_ray.runs.resources import AdvancedResources, ResourceChoice, limits
 

@@ -19,8 +19,9 @@ from pycocotools import mask as coco_mask
 
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.masks import mask_of_segmentation
-from scalenet_ray.data.coco import list_images, read_annotations, safe_file_name
+from scalenet_ray.data.coco import read_annotations, safe_file_name
 from scalenet_ray.data.images import decode_image, read_image
+from scalenet_ray.data.listings import find_images
 from scalenet_ray.data.policy_files import read_policies
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
@@ -122,7 +123,7 @@ def test_what_is_not_there_or_no_file_costs_its_picture(tmp_path: Path):
 def test_a_file_whose_name_is_not_utf_8_is_named_before_anything_is_done(tmp_path: Path):
     (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(JPEG)
     with pytest.raises(ValueError, match=r"names of files must be UTF-8, got .*caf\\udce9\.jpg'.*: rename them"):
-        list_images(tmp_path)
+        find_images(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "a: 2026-99-99", "a: &a [*a", "a: !!python/object:os.system x", "\0"])

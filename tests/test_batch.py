@@ -15,11 +15,11 @@ from PIL import Image
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.models.checked_detector import CheckedDetector
-from scalenet_ray.runs.batch import Progress, Stream, image_opener, run_policy
+from scalenet_ray.runs.batch import PolicyRun, Progress, Stream, image_opener
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import LocalStream
 from scalenet_ray.runs.resources import AdvancedResources, Resources
@@ -97,7 +97,7 @@ def tables(run: RunFolder) -> list[pa.Table]:
 
 def whole_run(folder: Path) -> RunFolder:
     run = RunFolder(str(folder))
-    run_policy(RECORDS, POLICY.name, local, run, ignore)
+    PolicyRun(RECORDS, POLICY.name, local, run, ignore).finish()
     return run
 
 
@@ -122,7 +122,7 @@ def test_resuming_does_what_is_missing_and_ends_as_an_uninterrupted_run(
     run = RunFolder(str(tmp_path / "run"))
     before, after = log_in(tmp_path / "before"), log_in(tmp_path / "after")
     with pytest.raises(KeyboardInterrupt):
-        run_policy(RECORDS, POLICY.name, partial(start, log=before), run, stop_after(7))
+        PolicyRun(RECORDS, POLICY.name, partial(start, log=before), run, stop_after(7)).finish()
     # All that were finished, with the one that waited for another to fill its shard.
     written = set(run.finished(POLICY.name))
     assert len(written) == 7
@@ -130,7 +130,7 @@ def test_resuming_does_what_is_missing_and_ends_as_an_uninterrupted_run(
     orphan = Path(run.uri, "detections", "scalenet-00004.parquet")
     orphan.write_bytes(Path(run.uri, "detections", "scalenet-00000.parquet").read_bytes())
 
-    progress = run_policy(RECORDS, POLICY.name, partial(start, log=after), run, ignore)
+    progress = PolicyRun(RECORDS, POLICY.name, partial(start, log=after), run, ignore).finish()
     assert (progress.done, progress.total, progress.images) == (11, 11, 4)
     missing = {record.image_id for record in RECORDS} - written
     assert images_looked_at(after) == missing - {3}
@@ -140,7 +140,7 @@ def test_resuming_does_what_is_missing_and_ends_as_an_uninterrupted_run(
 
 def test_a_finished_run_starts_nothing_again(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "run")
-    progress = run_policy(RECORDS, POLICY.name, lambda records: pytest.fail("started"), run, ignore)
+    progress = PolicyRun(RECORDS, POLICY.name, lambda records: pytest.fail("started"), run, ignore).finish()
     assert (progress.done, progress.images) == (11, 0)
 
 
@@ -148,7 +148,7 @@ def test_images_that_became_other_files_are_not_resumed(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "run")
     one_more = [ImageRecord(i, f"{i - 1}.png") for i in range(1, 13)]
     with pytest.raises(ValueError, match=r"image 1 was 1\.png in the run to resume, is 0\.png.*use another --output"):
-        run_policy(one_more, POLICY.name, local, run, ignore)
+        PolicyRun(one_more, POLICY.name, local, run, ignore).finish()
 
 
 def test_images_are_committed_as_they_are_written(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_images_are_committed_as_they_are_written(tmp_path: Path) -> None:
             committed.extend(image_ids)
             assert set(committed) <= set(run.finished(POLICY.name))
 
-    run_policy(RECORDS, POLICY.name, lambda left: Committing(left, POLICY, networks(None), SCENES), run, ignore)
+    PolicyRun(RECORDS, POLICY.name, lambda left: Committing(left, POLICY, networks(None), SCENES), run, ignore).finish()
     assert committed == [record.image_id for record in RECORDS]
 
 
@@ -178,7 +178,7 @@ def test_a_slow_run_is_written_every_half_minute(tmp_path: Path, monkeypatch: py
 def test_progress_counts_images_tiles_and_failures(tmp_path: Path) -> None:
     lines: list[Progress] = []
     run = RunFolder(str(tmp_path / "run"))
-    last = run_policy(RECORDS, POLICY.name, local, run, lines.append)
+    last = PolicyRun(RECORDS, POLICY.name, local, run, lines.append).finish()
     assert [line.done for line in lines] == list(range(12))
     assert lines[-1] == last
     assert last.failed == 1
@@ -206,7 +206,9 @@ def test_the_time_of_work_is_counted_from_the_first_image_that_was_begun(tmp_pat
 
     run = RunFolder(str(tmp_path / "run"))
     lines: list[Progress] = []
-    run_policy(RECORDS, POLICY.name, lambda left: Waited(left, POLICY, networks(None), SCENES), run, lines.append)
+    PolicyRun(
+        RECORDS, POLICY.name, lambda left: Waited(left, POLICY, networks(None), SCENES), run, lines.append
+    ).finish()
     assert lines[1].seconds >= 3.0
     rate = run.speed(POLICY.name)["images_per_second"]
     assert rate is not None
@@ -217,7 +219,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_speed(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "run")
     before = run.speed(POLICY.name)
     assert before["seconds"]
-    run_policy(RECORDS, POLICY.name, lambda records: pytest.fail("started"), run, ignore)
+    PolicyRun(RECORDS, POLICY.name, lambda records: pytest.fail("started"), run, ignore).finish()
     assert run.speed(POLICY.name) == before
 
 
@@ -229,11 +231,13 @@ def test_images_that_failed_are_tried_again_alone_and_their_records_are_supersed
         begun.extend(record.image_id for record in records)
         return LocalStream(records, POLICY, networks(None), Scenes())
 
-    progress = run_policy(RECORDS, POLICY.name, mended, run, ignore, retry_failed=True)
+    progress = PolicyRun(RECORDS, POLICY.name, mended, run, ignore, retry_failed=True).finish()
     assert begun == [3]
     assert (progress.done, progress.total, progress.images) == (11, 11, 1)
     other = RunFolder(str(tmp_path / "other"))
-    run_policy(RECORDS, POLICY.name, lambda left: LocalStream(left, POLICY, networks(None), Scenes()), other, ignore)
+    PolicyRun(
+        RECORDS, POLICY.name, lambda left: LocalStream(left, POLICY, networks(None), Scenes()), other, ignore
+    ).finish()
     assert tables(run) == tables(other)
     assert run.find_failures([POLICY.name]).num_rows == 0
 
@@ -248,7 +252,9 @@ def test_an_error_of_the_engine_ends_the_run_and_keeps_what_is_written(tmp_path:
 
     run = RunFolder(str(tmp_path / "run"))
     with pytest.raises(RuntimeError, match="the engine broke"):
-        run_policy(RECORDS, POLICY.name, lambda left: Breaking(left, POLICY, networks(None), SCENES), run, ignore)
+        PolicyRun(
+            RECORDS, POLICY.name, lambda left: Breaking(left, POLICY, networks(None), SCENES), run, ignore
+        ).finish()
     assert len(run.finished(POLICY.name)) == 5
 
 
@@ -306,13 +312,13 @@ def test_a_detector_that_raises_on_every_image_ends_the_run(
     run = RunFolder(str(tmp_path / "run"))
     said = f"{QUOTED}: so on each of the first {MOST_FAILED} images, and the run ends; correct the detector"
     with pytest.raises(UserError, match=said):
-        run_policy(records_of(50), "whole", raising(None, on_ray=on_ray), run, ignore)
+        PolicyRun(records_of(50), "whole", raising(None, on_ray=on_ray), run, ignore).finish()
     reasons = run.table("images", "whole").column("failure_reason").to_pylist()
     assert reasons == [QUOTED] * MOST_FAILED
     # It goes on to do so when it is resumed, and where fewer are left.
     for count in (82, 90):
         with pytest.raises(UserError, match="so on each of the first"):
-            run_policy(records_of(count), "whole", raising(None, on_ray=on_ray), run, ignore)
+            PolicyRun(records_of(count), "whole", raising(None, on_ray=on_ray), run, ignore).finish()
 
 
 @pytest.mark.parametrize("on_ray", [False, pytest.param(True, marks=pytest.mark.ray)])
@@ -323,7 +329,7 @@ def test_a_detector_that_raises_on_some_images_costs_those(
         request.getfixturevalue("idle_ray")
     run = RunFolder(str(tmp_path / "run"))
     bad = {1, 2, 40}
-    progress = run_policy(records_of(41), "whole", raising(bad, on_ray=on_ray), run, ignore)
+    progress = PolicyRun(records_of(41), "whole", raising(bad, on_ray=on_ray), run, ignore).finish()
     assert progress.failed == len(bad)
     rows = run.table("images", "whole").to_pylist()
     reasons = {row["image_id"]: row["failure_reason"] for row in rows if row["failure_stage"] == "detect"}
@@ -332,18 +338,18 @@ def test_a_detector_that_raises_on_some_images_costs_those(
 
 def test_an_image_that_was_done_before_shows_that_the_detector_does_not_raise_on_all(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path / "run"))
-    run_policy(records_of(1), "whole", raising({2}), run, ignore)
-    assert run_policy(records_of(2), "whole", raising({2}), run, ignore).failed == 1
+    PolicyRun(records_of(1), "whole", raising({2}), run, ignore).finish()
+    assert PolicyRun(records_of(2), "whole", raising({2}), run, ignore).finish().failed == 1
 
 
 def test_images_that_cannot_be_read_do_not_hide_that_the_detector_raises_on_all_others(tmp_path: Path) -> None:
     nets = NetworkFactories(Given(CheckedDetector(RaisesOn(None), "mine:Net")))
     run = RunFolder(str(tmp_path / "run"))
     with pytest.raises(UserError, match=f"{QUOTED}: so on each of the first 2 images"):
-        run_policy(
+        PolicyRun(
             records_of(4),
             "whole",
             lambda records: LocalStream(records, policy_of("whole"), nets, Scenes(unreadable={1, 4})),
             run,
             ignore,
-        )
+        ).finish()

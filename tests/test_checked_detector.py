@@ -12,7 +12,8 @@ import pytest
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import DetectionsWithFeatures, FeatureScalePredictor, maps_from_features
+from scalenet_ray.core.inference import maps_from_features
+from scalenet_ray.core.networks import DetectionsWithFeatures, FeatureScalePredictor
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector
 from tests.oracles import tile_of

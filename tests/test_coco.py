@@ -21,20 +21,17 @@ from pycocotools.cocoeval import COCOeval
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.data.categories import map_categories, unknown_categories
 from scalenet_ray.data.coco import (
     CocoDataset,
     ImageRecord,
-    find_images,
-    list_images,
-    map_categories,
     objects_of,
     parse_annotations,
     read_annotations,
     safe_file_name,
-    to_results,
-    unknown_categories,
-    write_results,
 )
+from scalenet_ray.data.formats import to_results, write_results
+from scalenet_ray.data.listings import find_images
 from scalenet_ray.data.storage import read_bytes, write_bytes_atomic
 from scalenet_ray.evaluation.ap import METRICS, evaluate
 
@@ -378,13 +375,13 @@ def folder(tmp_path: Path) -> str:
 
 def test_a_folder_s_images_are_numbered_in_order(folder: str):
     wanted = [(1, "a.PNG", None), (2, "b.jpg", None), (3, "sub/c.webp", None)]
-    assert [(r.image_id, r.file_name.removeprefix(f"{folder}/"), r.hw) for r in list_images(folder)] == wanted
+    assert [(r.image_id, r.file_name.removeprefix(f"{folder}/"), r.hw) for r in find_images(folder).records] == wanted
 
 
 def test_a_glob_and_an_s3_prefix_list_images(folder: str, s3_bucket: str):
     write_bytes_atomic(f"{s3_bucket}/in/x.jpg", b"")
-    assert [record.file_name for record in list_images(f"{folder}/*.jpg")] == [f"{folder}/b.jpg"]
-    assert list_images(f"{s3_bucket}/in/") == [ImageRecord(1, f"{s3_bucket}/in/x.jpg")]
+    assert [record.file_name for record in find_images(f"{folder}/*.jpg").records] == [f"{folder}/b.jpg"]
+    assert find_images(f"{s3_bucket}/in/").records == [ImageRecord(1, f"{s3_bucket}/in/x.jpg")]
 
 
 @pytest.mark.parametrize("column", ["uri", "path"])
@@ -392,9 +389,9 @@ def test_a_parquet_file_lists_images(folder: str, column: str, monkeypatch: pyte
     names = ["z.jpg", "s3://bucket/a.jpg", "/data/b.jpg"]
     pq.write_table(pa.table({"other": [1, 2, 3], column: names}), f"{folder}/list.parquet")
     wanted = ["/data/b.jpg", f"{folder}/z.jpg", "s3://bucket/a.jpg"]
-    assert [record.file_name for record in list_images(f"{folder}/list.parquet")] == sorted(wanted)
+    assert [record.file_name for record in find_images(f"{folder}/list.parquet").records] == sorted(wanted)
     monkeypatch.chdir(folder)
-    assert [record.file_name for record in list_images("list.parquet")] == sorted(wanted)
+    assert [record.file_name for record in find_images("list.parquet").records] == sorted(wanted)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +407,7 @@ def test_a_parquet_file_lists_images(folder: str, column: str, monkeypatch: pyte
 def test_a_parquet_file_without_addresses_is_refused(tmp_path: Path, table: dict, message: str):
     pq.write_table(pa.table(table), tmp_path / "list.parquet")
     with pytest.raises(ValueError, match=message):
-        list_images(tmp_path / "list.parquet")
+        find_images(tmp_path / "list.parquet")
 
 
 @pytest.mark.parametrize("name", ["list.parquet", "list"])
@@ -422,9 +419,9 @@ def test_a_folder_of_parquet_files_lists_images(tmp_path: Path, name: str, s3_bu
             write_bytes_atomic(f"{base}/{name}/part-{part}.parquet", sink.getvalue().to_pybytes())
         write_bytes_atomic(f"{base}/{name}/_SUCCESS", b"")
         wanted = sorted(["/data/b.jpg", f"{base}/{name}/x.jpg", "s3://bucket/a.jpg"])
-        assert [record.file_name for record in list_images(f"{base}/{name}")] == wanted
-        assert [record.file_name for record in list_images(f"{base}/{name}/")] == wanted
-        assert [record.file_name for record in list_images(f"{base}/{name}/*.parquet")] == wanted
+        assert [record.file_name for record in find_images(f"{base}/{name}").records] == wanted
+        assert [record.file_name for record in find_images(f"{base}/{name}/").records] == wanted
+        assert [record.file_name for record in find_images(f"{base}/{name}/*.parquet").records] == wanted
 
 
 def test_parts_of_a_list_that_name_an_image_twice_are_refused(tmp_path: Path):
@@ -432,7 +429,7 @@ def test_parts_of_a_list_that_name_an_image_twice_are_refused(tmp_path: Path):
     for part in range(2):
         pq.write_table(pa.table({"path": ["/data/a.jpg"]}), tmp_path / "list" / f"{part}.parquet")
     with pytest.raises(ValueError, match=r"list must name each image once, got twice /data/a.jpg: remove"):
-        list_images(tmp_path / "list")
+        find_images(tmp_path / "list")
 
 
 def test_pictures_and_videos_that_are_not_read_are_counted(tmp_path: Path):
@@ -449,22 +446,22 @@ def test_a_folder_of_what_is_not_read_says_what_to_do(tmp_path: Path, name: str)
     suffix = name[name.index(".") :]
     for place in (tmp_path / "in", tmp_path / "in" / name):
         with pytest.raises(ValueError, match=f"got none; 1 files skipped: {suffix} is not read: convert them, a video"):
-            list_images(place)
+            find_images(place)
 
 
 def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path):
     (tmp_path / "list.parquet").write_bytes(b"a,b,c")
     with pytest.raises(ValueError, match="must be a Parquet file, got something else"):
-        list_images(tmp_path / "list.parquet")
+        find_images(tmp_path / "list.parquet")
 
 
 def test_no_image_at_all_is_an_error(tmp_path: Path, folder: str):
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "empty", f"{folder}/*.txt"):
         with pytest.raises(ValueError, match=r"must hold at least one image \(.bmp, .*\), got none: check the path"):
-            list_images(place)
+            find_images(place)
     with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
-        list_images(tmp_path / "missing")
+        find_images(tmp_path / "missing")
 
 
 # --- categories -------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ from scalenet_ray.experiments.evaluate import (
     steps_plot,
 )
 from scalenet_ray.experiments.rescale import rescale_canvases
-from scalenet_ray.experiments.run import Experiment, Task, plan_tasks, tabulate
+from scalenet_ray.experiments.run import Experiment, plan_tasks, tabulate
+from scalenet_ray.experiments.tasks import Task
 from scalenet_ray.experiments.train import as_input, train_classifier, train_net
 from scalenet_ray.models.scale_net import normalised
 from tests.job_scripts import load_job

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from scalenet_ray.core.detections import ImageResult
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import OpenImage
 from scalenet_ray.engine.pipeline import ImageStream

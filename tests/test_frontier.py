@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from scalenet_ray.core.detections import Failure
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.expansion import Expansion
 from scalenet_ray.core.geometry import Tile, Window
-from scalenet_ray.core.inference import NetworkFactories
-from scalenet_ray.core.recursion import Expansion
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease, LeaseLimits, Work, child_credit
 from scalenet_ray.engine.quarantine import TileId

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from scalenet_ray.core.detections import TileResult
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.expansion import expand, planning_weights
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy, Recursion, parse_policy
-from scalenet_ray.core.recursion import Step, expand, planning_weights
+from scalenet_ray.core.recursion import Step
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.report.charts import drawing

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.expansion import expand
 from scalenet_ray.core.geometry import iou_matrix
 from scalenet_ray.core.policy import Policy, parse_policy
-from scalenet_ray.core.recursion import Step, expand, recursive_detect
+from scalenet_ray.core.recursion import Step, recursive_detect
 from scalenet_ray.models.detectors import Detector, load_detector
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 from scalenet_ray.sample.large_scenes import LARGE_HW, LargeScene, large_scene

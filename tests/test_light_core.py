@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.extras import EXTRAS, needs_extra
+from scalenet_ray.core.errors import EXTRAS, UserError, needs_extra
 from tests.job_scripts import REPOSITORY
 from tests.test_repository import project
 

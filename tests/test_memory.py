@@ -16,7 +16,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import BATCH_HALVED, NetworkFactories, ScalePredictor, split_on_oom
+from scalenet_ray.core.inference import BATCH_HALVED, split_on_oom
+from scalenet_ray.core.networks import NetworkFactories, ScalePredictor
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.models.checked_detector import MappedDetector

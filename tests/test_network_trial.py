@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
-from scalenet_ray.core.trial import NetworkTrial
+from scalenet_ray.core.networks import NetworkTrial
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.models import network_trial
 from scalenet_ray.models.devices import has_gpu_driver

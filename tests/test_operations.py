@@ -18,7 +18,7 @@ from scalenet_ray.console import JsonLines, log_to_stderr
 from scalenet_ray.core.timing import STAGES
 from scalenet_ray.engine.metrics import METRICS, exported_name
 from scalenet_ray.engine.session import RaySession
-from scalenet_ray.runs.batch import run_policy
+from scalenet_ray.runs.batch import PolicyRun
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import LocalSession, Session
 from scalenet_ray.runs.resources import ResourceChoice
@@ -33,7 +33,7 @@ def work(session: Session, images: int, folder: Path) -> None:
     # No other test's run has this name.
     policy = replace(two_windows(), name="watched")
     start = partial(session.start, policy=policy, networks=fake_networks(), open_image=open_but_one)
-    run_policy(records_of(images), policy.name, start, RunFolder(str(folder)), lambda _: None)
+    PolicyRun(records_of(images), policy.name, start, RunFolder(str(folder)), lambda _: None).finish()
 
 
 def scraped() -> dict[tuple[str, str], float]:

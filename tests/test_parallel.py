@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.timing import measured
 from scalenet_ray.engine.parallel import ParallelStream, image_stream
 from scalenet_ray.engine.pipeline import ImageStream

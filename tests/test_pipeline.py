@@ -18,8 +18,8 @@ from ray.data import DataContext
 from ray.exceptions import RayActorError
 
 from scalenet_ray.core.detections import Detections, Failure, ImageResult, TileResult
-from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.merge import Merging, merge_image
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.pipeline import Assembler, ImageStream

@@ -13,17 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.expansion import expand
 from scalenet_ray.core.geometry import Tile, Window, fit_longer_side
 from scalenet_ray.core.merge import Merging
-from scalenet_ray.core.policy import (
-    DEFAULT_PYRAMID,
-    Policy,
-    Recursion,
-    check_names,
-    parse_policy,
-)
-from scalenet_ray.core.policy_form import POLICY_VERSION, policy_from_dict, policy_to_dict
-from scalenet_ray.core.recursion import expand
+from scalenet_ray.core.policy import DEFAULT_PYRAMID, Policy, Recursion, parse_policy
+from scalenet_ray.core.policy_form import POLICY_VERSION, check_names, policy_from_dict, policy_to_dict
 from scalenet_ray.core.regions import Regions
 from scalenet_ray.core.scale import ScaleRange
 

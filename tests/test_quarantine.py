@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from scalenet_ray.core.detections import ImageResult
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.expansion import Expansion
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.recursion import Expansion
 from scalenet_ray.data.coco import OpenImage
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier
 from scalenet_ray.engine.pipeline import ImageStream

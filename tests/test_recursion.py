@@ -14,11 +14,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.detections import Detections, Failure, ImageResult
+from scalenet_ray.core.expansion import Expansion, expand
 from scalenet_ray.core.geometry import ANY_AREA, AreaRange, Tile, boxes_to_tile, edges_inside_image
-from scalenet_ray.core.inference import OracleScalePredictor, ScalePredictor
+from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.merge import merge_image
+from scalenet_ray.core.networks import ScalePredictor
 from scalenet_ray.core.policy import Policy, Recursion, parse_policy
-from scalenet_ray.core.recursion import Expansion, Step, expand, recursive_detect
+from scalenet_ray.core.recursion import Step, recursive_detect
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap, ScaleRange
 from tests.oracles import (
     BREAKING,

@@ -22,10 +22,11 @@ from scalenet_ray.core.candidates import (
 )
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.expansion import expand
 from scalenet_ray.core.geometry import Tile, Window, cut_tile
 from scalenet_ray.core.inference import OracleScalePredictor, predict_scales
 from scalenet_ray.core.policy import Policy, parse_policy
-from scalenet_ray.core.recursion import Step, expand, recursive_detect
+from scalenet_ray.core.recursion import Step, recursive_detect
 from scalenet_ray.core.regions import Region, Regions, plan_looks, plan_regions
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.models.padding import stride_canvas

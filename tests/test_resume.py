@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from scalenet_ray.runs.batch import run_policy
+from scalenet_ray.runs.batch import PolicyRun
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import LocalStream
 from tests.faults import policy_of, random_networks
@@ -158,5 +158,7 @@ def test_a_run_whose_driver_and_then_whose_head_was_killed_ends_as_an_uninterrup
 
     whole = RunFolder(str(tmp_path / "whole"))
     networks = random_networks(policy_of(POLICY.name))
-    run_policy(RECORDS, POLICY.name, lambda left: LocalStream(left, POLICY, networks, SCENES), whole, lambda _: None)
+    PolicyRun(
+        RECORDS, POLICY.name, lambda left: LocalStream(left, POLICY, networks, SCENES), whole, lambda _: None
+    ).finish()
     assert tables(run) == tables(whole)

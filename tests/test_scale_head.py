@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.expansion import expand
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.inference import predict_scales
 from scalenet_ray.core.policy import parse_policy
-from scalenet_ray.core.recursion import expand, recursive_detect
+from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.engine import gains
 from scalenet_ray.models.checked_detector import MappedDetector
@@ -25,8 +26,8 @@ from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, SAMPLE_S
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene, write_sample
 from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.head_recipe import HeadRecipe, read_scores
-from scalenet_ray.training.imagenet import load_encoder_weights
 from scalenet_ray.training.losses import poisson_loss
+from scalenet_ray.training.scale_recipe import load_encoder_weights
 from tests.job_scripts import load_job
 from tests.oracles import PerfectDetector, tile_of
 

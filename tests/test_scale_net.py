@@ -19,7 +19,7 @@ from scalenet_ray.models.scale_networks import PRESETS, ScaleNetConfig, squashed
 from scalenet_ray.models.spec import SAMPLE_SCALE_NET_WEIGHTS
 from scalenet_ray.models.weights import save_weights
 from scalenet_ray.sample.scenes import make_scene
-from scalenet_ray.training.imagenet import load_encoder_weights
+from scalenet_ray.training.scale_recipe import load_encoder_weights
 from tests.float64 import in_float64
 
 LIGHT = replace(PRESETS["unet-light"], input_side=64)

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from scalenet_ray.core.errors import UserError, WorkerError
-from scalenet_ray.core.trial import NetworkTrial, TrialCall
+from scalenet_ray.core.networks import NetworkTrial, TrialCall
 from scalenet_ray.engine.session import RaySession, join_ray
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.automatic import Cluster

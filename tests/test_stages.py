@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from scalenet_ray.core.detections import Failure, TileResult
-from scalenet_ray.core.inference import NetworkFactories, ScalePredictor
+from scalenet_ray.core.networks import NetworkFactories, ScalePredictor
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Frontier, Work

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.data.coco import list_images
 from scalenet_ray.data.images import file_hw, read_image
+from scalenet_ray.data.listings import find_images
 from scalenet_ray.data.storage import RangeFile, exists, join, list_files, local_path, read_bytes, write_bytes_atomic
 from scalenet_ray.models.spec import SAMPLE_DETECTOR
 from scalenet_ray.runs.folder import RunFolder
@@ -97,7 +97,10 @@ def test_files_of_a_web_server_are_read_and_listed(site: str, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"a\.jpg may have 2 bytes, got 3"):
         read_bytes(f"{site}/a.jpg", max_bytes=2)
     assert list_files(f"{site}/", (".jpg",)) == [f"{site}/a.jpg", f"{site}/sub/b.jpg"]
-    assert [record.file_name for record in list_images(join(site, ""))] == [f"{site}/a.jpg", f"{site}/sub/b.jpg"]
+    assert [record.file_name for record in find_images(join(site, "")).records] == [
+        f"{site}/a.jpg",
+        f"{site}/sub/b.jpg",
+    ]
     assert exists(f"{site}/a.jpg")
     assert not exists(f"{site}/none.jpg")
     assert local_path(f"{site}/a.jpg") is None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scalenet_ray.experiments.run import Task, run_tasks
+from scalenet_ray.experiments.tasks import Task, run_tasks
 from scalenet_ray.runs.folder import RunFolder
 from tests.task_functions import add, broken, die_once
 

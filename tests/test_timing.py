@@ -11,7 +11,7 @@ import pytest
 
 from scalenet_ray.core.timing import STAGES, current_tally, measured, timed
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.runs.batch import run_policy
+from scalenet_ray.runs.batch import PolicyRun
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import LocalStream
 from scalenet_ray.runs.resources import Resources
@@ -55,14 +55,14 @@ def test_a_run_folder_tells_the_seconds_of_each_stage_and_when_each_image_was_fi
     if start is on_ray:
         request.getfixturevalue("idle_ray")
     run = RunFolder(str(tmp_path))
-    run_policy(RECORDS[:4], POLICY.name, start, run, lambda _: None)
+    PolicyRun(RECORDS[:4], POLICY.name, start, run, lambda _: None).finish()
     first = run.seconds_by_stage(POLICY.name)
     assert tuple(first) == STAGES
     assert min(first.values()) > 0
     # Each image sleeps that long in `decode`, whichever process opens it.
     assert first["decode"] >= 4 * 0.02
     before = run.seconds_at_work(POLICY.name)
-    run_policy(RECORDS, POLICY.name, start, run, lambda _: None)
+    PolicyRun(RECORDS, POLICY.name, start, run, lambda _: None).finish()
     later = run.seconds_by_stage(POLICY.name)
     assert all(later[stage] > first[stage] for stage in STAGES)
     times = run.table("images", POLICY.name).column("finished_at").to_pylist()
@@ -71,13 +71,13 @@ def test_a_run_folder_tells_the_seconds_of_each_stage_and_when_each_image_was_fi
 
 def test_shards_of_a_version_that_took_no_times_are_read_as_null(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path))
-    run_policy(RECORDS[:3], POLICY.name, on_local, run, lambda _: None)
+    PolicyRun(RECORDS[:3], POLICY.name, on_local, run, lambda _: None).finish()
     (shard,) = run.shards("images", POLICY.name)
     old = pq.read_table(io.BytesIO(Path(shard).read_bytes())).drop_columns(["finished_at"])
     pq.write_table(old.replace_schema_metadata(None), shard)
     assert run.table("images", POLICY.name).column("finished_at").to_pylist() == [None] * 3
     assert run.seconds_by_stage(POLICY.name) == dict.fromkeys(STAGES, 0.0)
-    run_policy(RECORDS, POLICY.name, on_local, run, lambda _: None)
+    PolicyRun(RECORDS, POLICY.name, on_local, run, lambda _: None).finish()
     times = run.table("images", POLICY.name).column("finished_at").to_pylist()
     assert times[:3] == [None] * 3
     assert None not in times[3:]

@@ -22,8 +22,7 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
 from scalenet_ray.engine import train as driver
 from scalenet_ray.engine.train import train
-from scalenet_ray.engine.train_data import make_batch, read_batch
-from scalenet_ray.engine.train_worker import make_schedule
+from scalenet_ray.engine.train_worker import make_batch, make_schedule, read_batch
 from scalenet_ray.models.scale_net import load_scale_net
 from scalenet_ray.models.scale_networks import PRESETS
 from scalenet_ray.sample.scenes import write_sample

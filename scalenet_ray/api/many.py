@@ -18,10 +18,9 @@ from scalenet_ray.api.inputs import Images, InputImages, collect_images
 from scalenet_ray.api.prediction import Prediction
 from scalenet_ray.api.scaled_prediction import ready_policy
 from scalenet_ray.core.detections import Detections, Failure
-from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.extras import needs_extra
+from scalenet_ray.core.errors import UserError, needs_extra
 from scalenet_ray.core.geometry import AnyImage
-from scalenet_ray.core.inference import AnyScalePredictor
+from scalenet_ray.core.networks import AnyScalePredictor
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.policy_form import policy_to_dict
 from scalenet_ray.data.categories import classes_named

@@ -14,8 +14,7 @@ from PIL import Image
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.geometry import AnyImage, whole_pixels
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import to_results
-from scalenet_ray.data.formats import decoded_masks, to_supervision
+from scalenet_ray.data.formats import decoded_masks, to_results, to_supervision
 from scalenet_ray.report.pictures import NEW, SEEN, crop, draw_objects
 
 if TYPE_CHECKING:

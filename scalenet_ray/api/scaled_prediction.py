@@ -17,9 +17,10 @@ from scalenet_ray.console import say
 from scalenet_ray.core.detections import Detections, ImageResult
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import AnyImage
-from scalenet_ray.core.inference import AnyScalePredictor, FeatureScalePredictor
 from scalenet_ray.core.merge import SuppressionMethod, merge_detections, nms
-from scalenet_ray.core.policy import Policy, check_smallest_object, parse_policy
+from scalenet_ray.core.networks import AnyScalePredictor, FeatureScalePredictor
+from scalenet_ray.core.policy import Policy, parse_policy
+from scalenet_ray.core.policy_form import check_smallest_object
 from scalenet_ray.core.recursion import Step, recursive_detect
 from scalenet_ray.data import storage
 from scalenet_ray.data.images import decode_image, to_rgb

@@ -13,10 +13,9 @@ from scalenet_ray.console import say
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.bounds import MEGAPIXELS
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.inference import FeatureScalePredictor
+from scalenet_ray.core.networks import FeatureScalePredictor
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.data.categories import CategoryChoice
-from scalenet_ray.data.coco import map_categories
+from scalenet_ray.data.categories import CategoryChoice, map_categories
 from scalenet_ray.data.images import read_image
 from scalenet_ray.models.detector_diagnosis import diagnose
 from scalenet_ray.models.detectors import Detector, load_detector

@@ -9,8 +9,7 @@ from typing import Annotated
 import tyro
 
 from scalenet_ray.console import say
-from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.extras import needs_extra
+from scalenet_ray.core.errors import UserError, needs_extra
 from scalenet_ray.data import storage
 
 __all__ = ["ExportOnnx", "main"]

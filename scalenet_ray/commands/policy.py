@@ -13,8 +13,8 @@ from scalenet_ray.console import say
 from scalenet_ray.core.bounds import ONE_OR_MORE, SHARE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.merge import Merging
-from scalenet_ray.core.policy import check_names, parse_policy
-from scalenet_ray.core.policy_form import describe_policy
+from scalenet_ray.core.policy import parse_policy
+from scalenet_ray.core.policy_form import check_names, describe_policy
 from scalenet_ray.data.policy_files import read_policies
 
 __all__ = ["POLICIES", "PrintPolicy", "main"]

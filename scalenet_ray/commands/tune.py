@@ -12,8 +12,8 @@ import yaml
 from scalenet_ray.console import end_run, say
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.policy import Policy, check_names
-from scalenet_ray.core.policy_form import policy_to_dict
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.policy_form import check_names, policy_to_dict
 from scalenet_ray.data import storage
 from scalenet_ray.data.policy_files import SearchSpace, check_values, read_space
 from scalenet_ray.engine.trial import TrialSettings

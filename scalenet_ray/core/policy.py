@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import Literal, get_args
@@ -21,16 +20,7 @@ from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.regions import Regions
 from scalenet_ray.core.scale import UNIT_AREA, ScaleRange
 
-__all__ = [
-    "DEFAULT_PYRAMID",
-    "LARGEST_SIDE",
-    "Evidence",
-    "Policy",
-    "Recursion",
-    "check_names",
-    "check_smallest_object",
-    "parse_policy",
-]
+__all__ = ["DEFAULT_PYRAMID", "LARGEST_SIDE", "Evidence", "Policy", "Recursion", "parse_policy"]
 
 DEFAULT_PYRAMID = (
     (1.0, 0.0, math.inf),
@@ -383,30 +373,3 @@ def parse_policy(
         "paper, module:function for windows of your own, or describe one in a file for --policy-file"
     )
     raise UserError(msg)
-
-
-def check_names(policies: Sequence[Policy]) -> list[Policy]:
-    """The policies, if one run may work through them: their names differ and are fit for file names.
-
-    Raises:
-        UserError: if there is none, two have one name, or a name has an odd character.
-    """
-    names = [policy.name for policy in policies]
-    _require(bool(names), "name at least one policy, e.g. --policies whole scalenet")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    _require(not twice, f"each policy of a run needs a name of its own, got twice {', '.join(twice)}")
-    for name in names:
-        plain = re.fullmatch(r"[A-Za-z0-9@._+-]+", name)
-        _require(bool(plain), f"a policy's name may have letters, digits and @ . _ + -, got {name!r}: it names files")
-    return list(policies)
-
-
-def check_smallest_object(smallest_object: float | None, policies: Sequence[Policy]) -> None:
-    """Refuse a smallest object where no policy has regions, which it is for.
-
-    Raises:
-        UserError: if it is given, and no policy has regions.
-    """
-    names = ", ".join(policy.name for policy in policies)
-    has_use = smallest_object is None or any(policy.regions is not None for policy in policies)
-    _require(has_use, f"a smallest object is for regions, got it with {names}: leave it out, or use policy regions")

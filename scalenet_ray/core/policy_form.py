@@ -1,11 +1,12 @@
-"""Policies as plain values, for YAML and JSON: the content of policy files, and changes of single fields."""
+"""Policies as plain values, for YAML and JSON; changes of single fields; checks of the policies of a run."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from types import UnionType
@@ -21,6 +22,8 @@ __all__ = [
     "POLICY_VERSION",
     "NamedPolicy",
     "changed_policy",
+    "check_names",
+    "check_smallest_object",
     "describe_policy",
     "near_names",
     "policy_from_dict",
@@ -197,3 +200,30 @@ def changed_policy(policy: Policy, name: str, values: Mapping[str, Any]) -> Poli
         else:
             holder[last] = value
     return policy_from_dict(plain)
+
+
+def check_names(policies: Sequence[Policy]) -> list[Policy]:
+    """The policies, if one run may work through them: their names differ and are fit for file names.
+
+    Raises:
+        UserError: if there is none, two have one name, or a name has an odd character.
+    """
+    names = [policy.name for policy in policies]
+    _require(bool(names), "name at least one policy, e.g. --policies whole scalenet")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    _require(not twice, f"each policy of a run needs a name of its own, got twice {', '.join(twice)}")
+    for name in names:
+        plain = re.fullmatch(r"[A-Za-z0-9@._+-]+", name)
+        _require(bool(plain), f"a policy's name may have letters, digits and @ . _ + -, got {name!r}: it names files")
+    return list(policies)
+
+
+def check_smallest_object(smallest_object: float | None, policies: Sequence[Policy]) -> None:
+    """Refuse a smallest object where no policy has regions, which it is for.
+
+    Raises:
+        UserError: if it is given, and no policy has regions.
+    """
+    names = ", ".join(policy.name for policy in policies)
+    has_use = smallest_object is None or any(policy.regions is not None for policy in policies)
+    _require(has_use, f"a smallest object is for regions, got it with {names}: leave it out, or use policy regions")

@@ -1,4 +1,4 @@
-"""Choice of the categories of a run: other names for a data set's, some of them, those that a detector knows."""
+"""Categories of a run: the choice among a data set's, and the mapping of a detector's classes to them by name."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from scalenet_ray.core.errors import UserError
-from scalenet_ray.data.coco import normalised_name
+from scalenet_ray.core.errors import UserError, abbreviated, repeated
 from scalenet_ray.data.storage import Address, read_bytes, write_bytes_atomic
 
-__all__ = ["CategoryChoice", "ChosenCategories", "choose_categories", "classes_named", "write_chosen"]
+__all__ = [
+    "CategoryChoice",
+    "ChosenCategories",
+    "choose_categories",
+    "classes_named",
+    "map_categories",
+    "normalised_name",
+    "unknown_categories",
+    "write_chosen",
+]
 
 _MOST_NAMES = 20
 
@@ -54,11 +62,13 @@ class ChosenCategories:
 
     def in_words(self) -> str:
         """The choice in one line."""
-        parts = [f"used {_listed(self.categories.values())}"]
+        parts = [f"used {abbreviated(self.categories.values(), _MOST_NAMES)}"]
         if self.renamed:
-            parts.append("renamed " + _listed([f"{name} -> {other}" for name, other in self.renamed.items()]))
+            parts.append(
+                "renamed " + abbreviated([f"{name} -> {other}" for name, other in self.renamed.items()], _MOST_NAMES)
+            )
         if self.left_out:
-            parts.append(f"left out {_listed(self.left_out)}")
+            parts.append(f"left out {abbreviated(self.left_out, _MOST_NAMES)}")
         return f"categories: {'; '.join(parts)}"
 
 
@@ -93,7 +103,7 @@ def choose_categories(
     if not ids:
         msg = (
             f"a category of the annotations must be left, got none that the detector knows among "
-            f"{_listed(names.values())}: name what they are with --category-map NAME=CLASS"
+            f"{abbreviated(names.values(), _MOST_NAMES)}: name what they are with --category-map NAME=CLASS"
         )
         raise UserError(msg)
     return ChosenCategories(
@@ -159,11 +169,57 @@ def _among(names: Collection[str], known: Collection[str], flag: str) -> set[str
     missing = wanted.keys() - {normalised_name(name) for name in known}
     if missing:
         strange = [name for key, name in wanted.items() if key in missing]
-        msg = f"{flag} must name some of {_listed(known)}, got {_listed(strange)}"
+        msg = f"{flag} must name some of {abbreviated(known, _MOST_NAMES)}, got {abbreviated(strange, _MOST_NAMES)}"
         raise UserError(msg)
     return set(wanted)
 
 
-def _listed(names: Collection[str]) -> str:
-    shown = list(names)[:_MOST_NAMES]
-    return ", ".join(shown) + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
+def normalised_name(name: str) -> str:
+    """The name by which categories are compared: without regard to case, with underscores as spaces."""
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def map_categories(
+    detector: Mapping[int, str], dataset: Mapping[int, str], unused: Collection[int] = ()
+) -> dict[int, int]:
+    """Map the detector's class ids to the data set's category ids by name.
+
+    Names are compared without regard to case, with underscores as spaces.
+
+    Args:
+        detector: class id -> name.
+        dataset: category id -> name.
+        unused: ids of the data set's categories without annotations. The detector may lack them, and used categories
+            take precedence over unused ones of the same name.
+
+    Returns:
+        Class id -> category id; classes that the data set does not have are missing.
+
+    Raises:
+        UserError: if the detector lacks a used category, or two used categories have the same name.
+    """
+    used = {category_id: name for category_id, name in dataset.items() if category_id not in unused}
+    if twice := repeated(map(normalised_name, used.values())):
+        msg = f"categories must differ by name, got twice {abbreviated(twice)}: rename them in the annotations"
+        raise UserError(msg)
+    known = {normalised_name(name) for name in detector.values()}
+    # Used categories come last, so that they overwrite unused ones of the same name.
+    ids = {normalised_name(name): category_id for category_id, name in [*dataset.items(), *used.items()]}
+    missing = [name for name in used.values() if normalised_name(name) not in known]
+    if missing:
+        got = f"no {abbreviated(missing)}" if known & ids.keys() else "none"
+        msg = (
+            f"the detector must know every category of the data set, got {got} among its "
+            f"{abbreviated(detector.values())}: use a detector trained on them, or leave these categories out of the "
+            "annotations"
+        )
+        raise UserError(msg)
+    return {class_id: ids[normalised_name(name)] for class_id, name in detector.items() if normalised_name(name) in ids}
+
+
+def unknown_categories(detector: Mapping[int, str], dataset: Mapping[int, str], unused: Collection[int]) -> list[str]:
+    """Return the names of the unused categories that the detector lacks."""
+    known = {normalised_name(name) for name in detector.values()}
+    return [
+        name for category_id, name in dataset.items() if category_id in unused and normalised_name(name) not in known
+    ]

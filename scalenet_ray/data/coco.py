@@ -1,4 +1,4 @@
-"""COCO files: reading of annotations and image listings, matching of categories, writing of results.
+"""COCO instances files: reading and validation of images, categories and annotations.
 
 COCO's boxes are xywh; outside `data` and `evaluation.ap` all boxes are xyxy.
 """
@@ -7,56 +7,42 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.geometry import AnyImage, Window
+from scalenet_ray.core.errors import TileError, UserError, abbreviated, repeated
+from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.core.inference import OracleScalePredictor
-from scalenet_ray.core.masks import checked_segmentation, mask_of_image
-from scalenet_ray.data.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
-from scalenet_ray.data.storage import Address, atomic_writer, join, list_files, read_bytes
+from scalenet_ray.core.masks import checked_segmentation
+from scalenet_ray.data.storage import Address, join, read_bytes
 
 __all__ = [
+    "MAX_BYTES",
     "CocoDataset",
-    "FoundImages",
     "GroundTruth",
     "ImageRecord",
     "Listing",
     "Objects",
     "OpenImage",
     "annotations_uri",
-    "find_images",
     "images_and_categories",
-    "list_images",
-    "map_categories",
-    "normalised_name",
+    "is_text",
     "objects_of",
     "oracle_from",
     "parse_annotations",
     "read_annotations",
     "safe_file_name",
-    "to_results",
-    "unknown_categories",
-    "write_results",
 ]
 
-T = TypeVar("T")
-
-# In error messages: values of a list, characters of a value.
-_MAX_SHOWN = 5
+# Of a value, in error messages.
 _MAX_CHARACTERS = 80
 
-# Of a file of annotations or addresses; parsed, it takes about ten times as much memory.
-_MAX_BYTES = 2 * 2**30
+MAX_BYTES = 2 * 2**30
+"""Of a file of annotations or addresses; parsed, it takes about ten times as much memory."""
 
 # Of a coordinate or a side of a box.
 _MAX_COORDINATE = 1e9
@@ -70,7 +56,7 @@ class ImageRecord:
     Attributes:
         image_id: the image's id.
         file_name: path as annotated, to be checked by `safe_file_name` before use; for an image listed by
-            `list_images`, its address.
+            `listings.find_images`, its address.
         height: annotated height in image pixels, or None.
         width: annotated width in image pixels, or None.
     """
@@ -142,14 +128,14 @@ class CocoDataset:
         """Warnings about suspicious annotations, one line each, shown when a run starts."""
         lines = []
         if self.damaged_masks:
-            count, ids = len(self.damaged_masks), _abbreviated(self.damaged_masks)
+            count, ids = len(self.damaged_masks), abbreviated(self.damaged_masks)
             lines.append(f"annotations with a segmentation that is no mask: {count}, counted by their boxes (id {ids})")
         if self.crowd.all():
             lines.append("no annotation is of an object that counts (crowds do not): there is no AP to measure")
         empty = self.annotation_ids[self._outside_image & ~self.crowd].tolist()
         if empty:
             lines.append(
-                f"annotations whose box has no area in its image: {len(empty)}, never found (id {_abbreviated(empty)})"
+                f"annotations whose box has no area in its image: {len(empty)}, never found (id {abbreviated(empty)})"
             )
         return tuple(lines)
 
@@ -177,13 +163,6 @@ def _fail(message: str) -> NoReturn:
     raise UserError(message)
 
 
-def _abbreviated(values: Iterable[object]) -> str:
-    """Join the first values of a list, for a message."""
-    values = list(values)
-    shown = (" ".join(str(value).split()) for value in values[:_MAX_SHOWN])
-    return ", ".join(shown) + (f" and {len(values) - _MAX_SHOWN} more" if len(values) > _MAX_SHOWN else "")
-
-
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -193,8 +172,8 @@ def _short(value: object) -> str:
     return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 3]}..."
 
 
-def _is_text(value: object) -> bool:
-    """Return True for text without lone surrogates, which JSON allows and UTF-8 does not."""
+def is_text(value: object) -> bool:
+    """True for text without lone surrogates, which JSON allows and UTF-8 does not."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
@@ -211,16 +190,9 @@ def _rows(document: Mapping[str, Any], section: str, keys: Sequence[str], name: 
             if key.endswith("id") and not (type(row[key]) is int and abs(row[key]) < 2**63):
                 which = f"{section}[{i}]" if key == "id" else f"{section}[{i}] (id {row['id']})"
                 _fail(f"{key} of {which} of {name} must be a whole number, got {_short(row[key])}: number them")
-    if repeated := _repeated(row["id"] for row in rows):
-        _fail(
-            f"each of {section} of {name} must have an id of its own, got twice {_abbreviated(repeated)}: renumber them"
-        )
+    if twice := repeated(row["id"] for row in rows):
+        _fail(f"each of {section} of {name} must have an id of its own, got twice {abbreviated(twice)}: renumber them")
     return rows
-
-
-def _repeated(values: Iterable[T]) -> list[T]:
-    """Return the values that occur more than once."""
-    return [value for value, count in Counter(values).items() if count > 1]
 
 
 def _image_record(row: dict, name: str) -> ImageRecord:
@@ -229,7 +201,7 @@ def _image_record(row: dict, name: str) -> ImageRecord:
         if value is not None and not (type(value) is int and 1 <= value <= _MAX_COORDINATE):
             got = _short(value)
             _fail(f"{key} of image {row['id']} of {name} must be 1 or more pixels, got {got}: correct it")
-    if not _is_text(row["file_name"]):
+    if not is_text(row["file_name"]):
         _fail(f"file_name of image {row['id']} of {name} must be text, got {_short(row['file_name'])}: correct it")
     return ImageRecord(row["id"], row["file_name"], row.get("height"), row.get("width"))
 
@@ -280,7 +252,7 @@ def parse_annotations(document: Mapping[str, Any], name: str = "the annotations"
         _fail(f"{name} must list at least one image, got none: check that it is the right file")
     category_rows = _rows(document, "categories", ("id", "name"), name)
     for row in category_rows:
-        if not _is_text(row["name"]):
+        if not is_text(row["name"]):
             got = _short(row["name"])
             _fail(f"name of a category of {name} must be text, got {got} in category {row['id']}: correct it")
     names = {row["id"]: row["name"] for row in category_rows}
@@ -289,7 +261,7 @@ def parse_annotations(document: Mapping[str, Any], name: str = "the annotations"
     for key, known in (("image_id", {record.image_id for record in images}), ("category_id", names.keys())):
         unknown = [row["id"] for row in rows if row[key] not in known]
         if unknown:
-            got = _abbreviated(unknown)
+            got = abbreviated(unknown)
             _fail(f"{key} of an annotation of {name} must be listed, got an unknown one in {got}: remove it")
     for row in rows:
         _check_fields(row, name)
@@ -322,7 +294,7 @@ def read_annotations(uri: Address) -> CocoDataset:
         FileNotFoundError: if it does not exist.
         UserError: if it is not JSON, or as in `parse_annotations`.
     """
-    data = read_bytes(uri, max_bytes=_MAX_BYTES)
+    data = read_bytes(uri, max_bytes=MAX_BYTES)
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets.
@@ -368,177 +340,10 @@ def safe_file_name(name: str) -> str:
     return name
 
 
-class FoundImages(NamedTuple):
-    """Images without annotations.
-
-    Attributes:
-        records: with ids 1 to N in the order of the sorted addresses, of unknown size.
-        remarks: numbers of skipped files by suffix, one line each.
-    """
-
-    records: list[ImageRecord]
-    remarks: tuple[str, ...]
-
-
-def list_images(uri: Address) -> list[ImageRecord]:
-    """Return the records of `find_images`; raises as that does."""
-    return find_images(uri).records
-
-
-def find_images(uri: Address) -> FoundImages:
-    """List the images of a folder, a glob, an S3 prefix, or a Parquet file with a column `uri` or `path`.
-
-    Args:
-        uri: folders are listed with their subfolders; in a folder without images, Parquet files are read as one list of
-            addresses. Relative paths in a Parquet file are relative to its folder.
-
-    Raises:
-        FileNotFoundError: if there is no such folder or file.
-        UserError: if it contains no image, or a Parquet file has no such column.
-    """
-    files = list_files(uri)
-    names = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-    skipped = Counter(name[name.rindex(".") :].lower() for name in files if name.lower().endswith(OTHER_SUFFIXES))
-    if not names:
-        names = [name for part in files if part.lower().endswith(".parquet") for name in _addresses_in_parquet(part)]
-        _refuse_repeated(names, str(uri))
-    if not_utf8 := [repr(name) for name in names if not _is_text(name)]:
-        _fail(f"names of files must be UTF-8, got {_abbreviated(not_utf8)}: rename them")
-    remarks = [f"{count} files skipped: {suffix} is not read" for suffix, count in sorted(skipped.items())]
-    if not names:
-        wanted, got = ", ".join(IMAGE_SUFFIXES), "; ".join(["got none", *remarks])
-        remedy = "convert them, a video into single pictures" if skipped else "check the path, or quote a glob"
-        _fail(f"{uri} must hold at least one image ({wanted}), {got}: {remedy}")
-    return FoundImages([ImageRecord(i, name) for i, name in enumerate(sorted(names), start=1)], tuple(remarks))
-
-
-def _refuse_repeated(names: Sequence[str], where: str) -> None:
-    if repeated := _repeated(names):
-        _fail(f"{where} must name each image once, got twice {_abbreviated(repeated)}: remove them")
-
-
-def _addresses_in_parquet(uri: str) -> list[str]:
-    try:
-        # Without Arrow's threads: at interpreter exit, a running one can abort the process.
-        file = pq.ParquetFile(pa.BufferReader(read_bytes(uri, max_bytes=_MAX_BYTES)), pre_buffer=False)
-        column = next((name for name in ("uri", "path") if name in file.schema_arrow.names), None)
-        if column is None:
-            _fail(f"{uri} must have a column uri or path, got {', '.join(file.schema_arrow.names)}: rename it")
-        names = file.read([column], use_threads=False).column(column).to_pylist()
-    except pa.ArrowException as error:
-        msg = f"{uri} must be a Parquet file, got something else ({error}): write it again"
-        raise UserError(msg) from error
-    wrong = [i for i, name in enumerate(names) if not isinstance(name, str) or not name.strip()]
-    if wrong:
-        got = _abbreviated(wrong)
-        _fail(f"column {column} of {uri} must hold an address in each row, got none in rows {got}: fill it")
-    _refuse_repeated(names, f"column {column} of {uri}")
-    folder = uri.rpartition("/")[0]
-    return [name if name.startswith("/") or "://" in name else join(folder, name) for name in names]
-
-
 # --- categories -------------------------------------------------------------------------------------
 
 
-def normalised_name(name: str) -> str:
-    """The name by which categories are compared: without regard to case, with underscores as spaces."""
-    return " ".join(name.replace("_", " ").casefold().split())
-
-
-def map_categories(
-    detector: Mapping[int, str], dataset: Mapping[int, str], unused: Collection[int] = ()
-) -> dict[int, int]:
-    """Map the detector's class ids to the data set's category ids by name.
-
-    Names are compared without regard to case, with underscores as spaces.
-
-    Args:
-        detector: class id -> name.
-        dataset: category id -> name.
-        unused: ids of the data set's categories without annotations. The detector may lack them, and used categories
-            take precedence over unused ones of the same name.
-
-    Returns:
-        Class id -> category id; classes that the data set does not have are missing.
-
-    Raises:
-        UserError: if the detector lacks a used category, or two used categories have the same name.
-    """
-    used = {category_id: name for category_id, name in dataset.items() if category_id not in unused}
-    if repeated := _repeated(map(normalised_name, used.values())):
-        _fail(f"categories must differ by name, got twice {_abbreviated(repeated)}: rename them in the annotations")
-    known = {normalised_name(name) for name in detector.values()}
-    # Used categories come last, so that they overwrite unused ones of the same name.
-    ids = {normalised_name(name): category_id for category_id, name in [*dataset.items(), *used.items()]}
-    missing = [name for name in used.values() if normalised_name(name) not in known]
-    if missing:
-        got = f"no {_abbreviated(missing)}" if known & ids.keys() else "none"
-        _fail(
-            f"the detector must know every category of the data set, got {got} among its "
-            f"{_abbreviated(detector.values())}: use a detector trained on them, or leave these categories out of the "
-            "annotations"
-        )
-    return {class_id: ids[normalised_name(name)] for class_id, name in detector.items() if normalised_name(name) in ids}
-
-
-def unknown_categories(detector: Mapping[int, str], dataset: Mapping[int, str], unused: Collection[int]) -> list[str]:
-    """Return the names of the unused categories that the detector lacks."""
-    known = {normalised_name(name) for name in detector.values()}
-    return [
-        name for category_id, name in dataset.items() if category_id in unused and normalised_name(name) not in known
-    ]
-
-
 # --- results ----------------------------------------------------------------------------------------
-
-
-def to_results(image_id: int, detections: Detections, image_hw: tuple[int, int] | None = None) -> list[dict[str, Any]]:
-    """Convert the detections of an image to COCO results.
-
-    Args:
-        image_id: id of the image.
-        detections: boxes in image pixels, category ids as labels, masks on their windows.
-        image_hw: (height, width) of the image; required if there are masks.
-
-    Returns:
-        One dict per detection: image_id, category_id, bbox [x, y, width, height] rounded to 1/1000 px, score rounded to
-        1/1,000,000, and segmentation (compressed run lengths on the whole image) if there are masks.
-
-    Raises:
-        UserError: if there are masks and no `image_hw`.
-    """
-    corners = detections.boxes.astype(np.float64)
-    xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).round(3).tolist()
-    scores = detections.scores.astype(np.float64).round(6).tolist()
-    rows: list[dict[str, Any]] = [
-        {"image_id": image_id, "category_id": label, "bbox": box, "score": score}
-        for label, box, score in zip(detections.labels.tolist(), xywh, scores, strict=True)
-    ]
-    if detections.masks is None:
-        return rows
-    if image_hw is None:
-        _fail(f"masks of image {image_id} need the image's size, got none: give image_hw")
-    for row, counts, window in zip(rows, detections.masks, detections.windows.tolist(), strict=True):
-        whole = mask_of_image(counts, Window(*window), image_hw)
-        row["segmentation"] = {"size": list(image_hw), "counts": whole.decode("ascii")}
-    return rows
-
-
-def write_results(uri: Address, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write COCO results as a JSON list, row by row and atomically.
-
-    Returns:
-        The number of rows.
-    """
-    count = 0
-    with atomic_writer(uri) as handle:
-        handle.write(b"[")
-        for row in rows:
-            handle.write(b",\n" if count else b"\n")
-            handle.write(json.dumps(row, allow_nan=False, separators=(",", ":")).encode())
-            count += 1
-        handle.write(b"\n]\n")
-    return count
 
 
 class GroundTruth:

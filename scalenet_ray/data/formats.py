@@ -1,9 +1,10 @@
-"""Conversion of detections to other tools' formats: YOLO and VOC label files, FiftyOne labels, supervision, GeoJSON."""
+"""Conversion of detections: COCO results, YOLO and VOC label files, FiftyOne labels, supervision, GeoJSON."""
 
 from __future__ import annotations
 
+import json
 import posixpath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -14,6 +15,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Window
 from scalenet_ray.core.masks import mask_of_image
+from scalenet_ray.data.storage import Address, atomic_writer
 
 __all__ = [
     "SUPERVISION_COLUMNS",
@@ -21,8 +23,10 @@ __all__ = [
     "fiftyone_objects",
     "geojson_features",
     "supervision_rows",
+    "to_results",
     "to_supervision",
     "voc_annotation",
+    "write_results",
     "yolo_lines",
 ]
 
@@ -238,3 +242,53 @@ def decoded_masks(detections: Detections, image_hw: tuple[int, int]) -> np.ndarr
         whole = mask_of_image(counts, Window(*window), image_hw)
         masks[i] = coco_mask.decode({"size": list(image_hw), "counts": whole})
     return masks
+
+
+def to_results(image_id: int, detections: Detections, image_hw: tuple[int, int] | None = None) -> list[dict[str, Any]]:
+    """Convert the detections of an image to COCO results.
+
+    Args:
+        image_id: id of the image.
+        detections: boxes in image pixels, category ids as labels, masks on their windows.
+        image_hw: (height, width) of the image; required if there are masks.
+
+    Returns:
+        One dict per detection: image_id, category_id, bbox [x, y, width, height] rounded to 1/1000 px, score rounded to
+        1/1,000,000, and segmentation (compressed run lengths on the whole image) if there are masks.
+
+    Raises:
+        UserError: if there are masks and no `image_hw`.
+    """
+    corners = detections.boxes.astype(np.float64)
+    xywh = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).round(3).tolist()
+    scores = detections.scores.astype(np.float64).round(6).tolist()
+    rows: list[dict[str, Any]] = [
+        {"image_id": image_id, "category_id": label, "bbox": box, "score": score}
+        for label, box, score in zip(detections.labels.tolist(), xywh, scores, strict=True)
+    ]
+    if detections.masks is None:
+        return rows
+    if image_hw is None:
+        msg = f"masks of image {image_id} need the image's size, got none: give image_hw"
+        raise UserError(msg)
+    for row, counts, window in zip(rows, detections.masks, detections.windows.tolist(), strict=True):
+        whole = mask_of_image(counts, Window(*window), image_hw)
+        row["segmentation"] = {"size": list(image_hw), "counts": whole.decode("ascii")}
+    return rows
+
+
+def write_results(uri: Address, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write COCO results as a JSON list, row by row and atomically.
+
+    Returns:
+        The number of rows.
+    """
+    count = 0
+    with atomic_writer(uri) as handle:
+        handle.write(b"[")
+        for row in rows:
+            handle.write(b",\n" if count else b"\n")
+            handle.write(json.dumps(row, allow_nan=False, separators=(",", ":")).encode())
+            count += 1
+        handle.write(b"\n]\n")
+    return count

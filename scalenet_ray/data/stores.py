@@ -29,8 +29,7 @@ import fsspec
 import pyarrow.fs
 from fsspec import AbstractFileSystem
 
-from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.extras import needs_extra
+from scalenet_ray.core.errors import UserError, needs_extra
 
 __all__ = [
     "Address",

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import ray
 
 from scalenet_ray.core.detections import Failure
+from scalenet_ray.core.expansion import Expansion
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.recursion import Expansion
 from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.engine.quarantine import Attempts, TileId
 

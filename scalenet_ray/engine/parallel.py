@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError, RayError
 
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import WorkerError
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.timing import add_seconds, measured
 from scalenet_ray.data.coco import ImageRecord, OpenImage

@@ -26,8 +26,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scalenet_ray.core.detections import ImageResult, TileResult
 from scalenet_ray.core.errors import WorkerError
-from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.merge import Merging, merge_image
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.timing import add_seconds, current_tally
 from scalenet_ray.data.coco import ImageRecord, OpenImage

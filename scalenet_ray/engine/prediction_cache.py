@@ -16,12 +16,8 @@ import ray
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import (
-    AnyScalePredictor,
-    Detect,
-    FeatureScalePredictor,
-    maps_from_features,
-)
+from scalenet_ray.core.inference import maps_from_features
+from scalenet_ray.core.networks import AnyScalePredictor, Detect, FeatureScalePredictor
 from scalenet_ray.core.scale import ScaleMap
 
 __all__ = [

@@ -13,9 +13,9 @@ import ray
 
 from scalenet_ray.core.detections import Failure, TileResult
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.expansion import Expansion, expand
 from scalenet_ray.core.geometry import AnyImage, Tile, tile_pixels
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.recursion import Expansion, expand
 from scalenet_ray.core.timing import timed
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Lease, Work, child_credit

@@ -20,9 +20,8 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories, NetworkTrial
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.trial import NetworkTrial
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.engine.parallel import image_stream
 from scalenet_ray.engine.pipeline import on_this_node

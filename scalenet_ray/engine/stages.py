@@ -15,16 +15,11 @@ import pyarrow as pa
 import ray
 
 from scalenet_ray.core.detections import Failure, TileResult
+from scalenet_ray.core.expansion import Expansion, expand
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import (
-    NetworkFactories,
-    ScaleResult,
-    detect_tiles,
-    needs_detector_first,
-    predict_scales,
-)
+from scalenet_ray.core.inference import ScaleResult, detect_tiles, needs_detector_first, predict_scales
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.recursion import Expansion, expand
 from scalenet_ray.engine.frontier import Completion, Decision, child_credit
 from scalenet_ray.engine.metrics import BatchMetrics
 from scalenet_ray.engine.quarantine import GuardedCalls

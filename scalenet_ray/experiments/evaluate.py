@@ -12,7 +12,7 @@ from torch import nn
 
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.inference import ScalePredictor
+from scalenet_ray.core.networks import ScalePredictor
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.experiments.config import CanvasRecipe, Domain
 from scalenet_ray.experiments.data import Pictures, Resampling, centred, resized

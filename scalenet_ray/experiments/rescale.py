@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.expansion import rescale_factor
 from scalenet_ray.core.geometry import Tile, Window
-from scalenet_ray.core.inference import ScalePredictor
+from scalenet_ray.core.networks import ScalePredictor
 from scalenet_ray.core.policy import Recursion
-from scalenet_ray.core.recursion import rescale_factor
 from scalenet_ray.core.scale import ScaleMap, ScaleRange
 from scalenet_ray.experiments.data import Resampling, resized
 

@@ -1,25 +1,19 @@
-"""Experiments of eval_digits and eval_cifar: training and scoring as resumable Ray tasks, the table and the plots."""
+"""Experiments of eval_digits and eval_cifar: the plan of training and scoring, the table and the plots."""
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
-import ray
 import torch
-from ray.exceptions import RayError
 from torch import nn
 
 from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
-from scalenet_ray.engine.session import join_ray
-from scalenet_ray.engine.worker_errors import from_worker, with_message
 from scalenet_ray.experiments.classifiers import build_classifier
 from scalenet_ray.experiments.config import DOMAINS, CanvasRecipe, ClassifierRecipe, Domain, NetRecipe, ablations
 from scalenet_ray.experiments.data import Pictures, load_pictures, resized
@@ -33,13 +27,14 @@ from scalenet_ray.experiments.evaluate import (
     steps_plot,
 )
 from scalenet_ray.experiments.rescale import RescaleRules, rescale_canvases
+from scalenet_ray.experiments.tasks import Task, run_tasks
 from scalenet_ray.experiments.train import train_classifier, train_net
 from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, save_scale_net
 from scalenet_ray.models.weights import load_weights, save_weights
 from scalenet_ray.report.text import accuracy_table
 from scalenet_ray.runs.folder import RunFolder
 
-__all__ = ["CanvasOptions", "Experiment", "Task", "plan_plots", "plan_tasks", "run_experiment", "run_tasks", "tabulate"]
+__all__ = ["CanvasOptions", "Experiment", "plan_plots", "plan_tasks", "run_experiment", "tabulate"]
 
 _FREE_SETTINGS = ("output", "resume", "gpus_per_task", "seeds")
 """Settings that no task's outcome depends on: they may differ when a run is resumed."""
@@ -254,25 +249,6 @@ class Experiment:
         return model.to(torch.device(self.device)).eval()
 
 
-@dataclass(frozen=True)
-class Task:
-    """A Ray task of an experiment.
-
-    Attributes:
-        name: unique name; the outcome is written to units/NAME.json in the run folder.
-        work: function to run in a worker process; returns plain values.
-        after: names of the tasks that must be done first.
-        method: row of the table that a score belongs to.
-        test_set: column of the table that a score belongs to.
-    """
-
-    name: str
-    work: Callable[[], Mapping[str, Any]]
-    after: tuple[str, ...] = ()
-    method: str | None = None
-    test_set: str | None = None
-
-
 def plan_tasks(experiment: Experiment, recipes: Mapping[str, CanvasRecipe], seeds: Sequence[int]) -> list[Task]:
     """Training and scoring tasks of an experiment, training first.
 
@@ -319,70 +295,6 @@ def plan_plots(experiment: Experiment, recipe: CanvasRecipe, net: str) -> list[T
         Task("response", partial(experiment.scale_response, net, _RESPONSE_SIDES), (net,)),
         Task("steps", partial(experiment.steps, recipe, net, _STEPS_SIDE), (net,)),
     ]
-
-
-def run_tasks(
-    tasks: Sequence[Task], run: RunFolder, say: Callable[[str], None], *, gpus: float = 0.0
-) -> dict[str, dict[str, Any]]:
-    """Run the tasks without an outcome in the run folder, in parallel on Ray.
-
-    Args:
-        tasks: tasks, started in this order where dependencies allow.
-        run: run folder.
-        say: called with each line of progress.
-        gpus: GPUs per task; a share such as 0.25 lets four tasks use one.
-
-    Returns:
-        Outcomes by task name, in the order of the tasks.
-
-    Raises:
-        ValueError: if a task waits for an unknown one.
-        UserError: if a task raised it; finished tasks stay done.
-        WorkerError: if a task raised another error.
-    """
-    unknown = sorted({name for task in tasks for name in task.after} - {task.name for task in tasks})
-    if unknown:
-        msg = f"units wait for {', '.join(unknown)}, which the run does not have"
-        raise ValueError(msg)
-    outcomes = {task.name: outcome for task in tasks if (outcome := _read_outcome(run, task.name)) is not None}
-    run.standing = f"{len(outcomes)} of {len(tasks)} done"
-    waiting = [task for task in tasks if task.name not in outcomes]
-    if not waiting:
-        return outcomes
-    join_ray()
-    # Ray retries lost processes only: an error in the code would occur again.
-    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3)(_work)
-    running: dict[ray.ObjectRef, str] = {}
-    started, done_before = time.monotonic(), len(outcomes)
-    while waiting or running:
-        for task in [task for task in waiting if all(name in outcomes for name in task.after)]:
-            running[remote.remote(task.work)] = task.name
-            waiting.remove(task)
-        (ref,), _ = ray.wait(list(running), num_returns=1)
-        name = running.pop(ref)
-        try:
-            outcomes[name] = ray.get(ref)
-        except RayError as error:
-            for other in running:
-                ray.cancel(other, force=True)
-            cause = from_worker(error)
-            msg = f"{name} failed: {cause}; what is done stays in {run.uri}: fix it and rerun with --resume"
-            raise with_message(cause, msg) from None
-        run.write_json(f"units/{name}.json", outcomes[name])
-        run.standing = f"{len(outcomes)} of {len(tasks)} done"
-        left = (time.monotonic() - started) / (len(outcomes) - done_before) * (len(tasks) - len(outcomes))
-        numbers = (f"{key} {value:.4g}" for key, value in outcomes[name].items() if isinstance(value, int | float))
-        say(f"{run.standing}: {name} {' '.join(numbers)}, about {left / 60:.0f} min left")
-    return {task.name: outcomes[task.name] for task in tasks}
-
-
-def _work(work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    return dict(work())
-
-
-def _read_outcome(run: RunFolder, name: str) -> dict[str, Any] | None:
-    uri = storage.join(run.uri, "units", f"{name}.json")
-    return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
 def tabulate(

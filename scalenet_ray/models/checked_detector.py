@@ -12,8 +12,8 @@ import numpy as np
 from scalenet_ray.core.answers import answered_wrongly, checked_answer, listed_answers, raised
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
-from scalenet_ray.core.inference import DetectionsWithFeatures
-from scalenet_ray.data.coco import map_categories
+from scalenet_ray.core.networks import DetectionsWithFeatures
+from scalenet_ray.data.categories import map_categories
 from scalenet_ray.models.detectors import Detector, ShowsFeatures, canvas_of, declaration
 from scalenet_ray.models.devices import translate_oom
 

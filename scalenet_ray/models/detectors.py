@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.extras import EXTRAS, needs_extra
-from scalenet_ray.core.inference import Detect, DetectWithFeatures
+from scalenet_ray.core.errors import EXTRAS, UserError, needs_extra
+from scalenet_ray.core.networks import Detect, DetectWithFeatures
 from scalenet_ray.core.policy import LARGEST_SIDE
 from scalenet_ray.models.own_detectors import load_own, names_own, quoting
 

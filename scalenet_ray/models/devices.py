@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from scalenet_ray.core.errors import OutOfMemoryError, UserError
-from scalenet_ray.core.extras import needs_extra
+from scalenet_ray.core.errors import OutOfMemoryError, UserError, needs_extra
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,8 @@ import numpy as np
 
 from scalenet_ray.core.errors import OutOfMemoryError, TileError
 from scalenet_ray.core.geometry import Tile, tile_pixels
-from scalenet_ray.core.inference import FeatureScalePredictor
+from scalenet_ray.core.networks import FeatureScalePredictor, NetworkTrial, TrialCall
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.trial import NetworkTrial, TrialCall
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.models.spec import NetworkSpec
 

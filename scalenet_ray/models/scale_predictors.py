@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime
 
-from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.extras import needs_extra
+from scalenet_ray.core.errors import TileError, UserError, needs_extra
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.models.detectors import ShowsFeatures

@@ -13,7 +13,7 @@ import numpy as np
 from scalenet_ray.core.bounds import SHARE
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import whole_pixels
-from scalenet_ray.core.inference import FeatureScalePredictor
+from scalenet_ray.core.networks import FeatureScalePredictor
 from scalenet_ray.core.policy import Evidence, Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector

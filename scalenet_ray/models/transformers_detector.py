@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.extras import needs_extra
+from scalenet_ray.core.errors import TileError, UserError, needs_extra
 from scalenet_ray.data.storage import list_files, local_path, read_bytes
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.padding import detect_by_canvas, square_canvas, stride_canvas

@@ -15,8 +15,7 @@ import cv2
 import torch
 from torch import nn
 
-from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.extras import needs_extra
+from scalenet_ray.core.errors import UserError, needs_extra
 from scalenet_ray.data.storage import local_path, read_bytes
 
 __all__ = ["import_ultralytics", "load_checkpoint"]

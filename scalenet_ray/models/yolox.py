@@ -18,8 +18,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: i
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.inference import DetectionsWithFeatures
 from scalenet_ray.core.merge import nms
+from scalenet_ray.core.networks import DetectionsWithFeatures
 from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
 from scalenet_ray.models.onnx_graph import expose_features, free_axes

@@ -18,10 +18,12 @@ from PIL import Image
 
 from scalenet_ray.core.detections import SHOWN_SCORE, Detections
 from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.expansion import planning_weights
 from scalenet_ray.core.geometry import AnyImage, whole_pixels
-from scalenet_ray.core.inference import NetworkFactories, needs_detector_first
+from scalenet_ray.core.inference import needs_detector_first
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.recursion import TracedTile, planning_weights, trace_tiles
+from scalenet_ray.core.recursion import TracedTile, trace_tiles
 from scalenet_ray.data.coco import CocoDataset, ImageRecord, OpenImage, objects_of, read_annotations
 from scalenet_ray.evaluation.compare import SMALL_AREA, are_new
 from scalenet_ray.evaluation.tide import KINDS, explain

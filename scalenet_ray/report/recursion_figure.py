@@ -14,9 +14,10 @@ from matplotlib.patches import Rectangle
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.expansion import planning_weights
 from scalenet_ray.core.geometry import AnyImage, fit_longer_side, whole_pixels
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.recursion import Step, planning_weights
+from scalenet_ray.core.recursion import Step
 from scalenet_ray.evaluation.compare import are_new
 from scalenet_ray.report.charts import drawing
 from scalenet_ray.report.pictures import NEW, SEEN

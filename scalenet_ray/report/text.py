@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scalenet_ray.core.detections import SHOWN_SCORE
+from scalenet_ray.core.expansion import out_of_range
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.recursion import Step, out_of_range
+from scalenet_ray.core.recursion import Step
 from scalenet_ray.evaluation.compare import closer_look_in_words, pareto_front
 
 __all__ = [

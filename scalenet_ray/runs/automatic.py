@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from scalenet_ray.core.trial import NetworkTrial, TrialCall
+from scalenet_ray.core.networks import NetworkTrial, TrialCall
 from scalenet_ray.runs.resources import PoolSize, ResourceChoice, Resources, limits
 
 __all__ = ["Cluster", "choose_resources", "in_words"]

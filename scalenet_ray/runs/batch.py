@@ -27,7 +27,6 @@ __all__ = [
     "Progress",
     "Stream",
     "image_opener",
-    "run_policy",
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -210,6 +209,12 @@ class PolicyRun:
             with measured(tally):
                 work.close()
 
+    def finish(self) -> Progress:
+        """Process all remaining images; returns the progress at the end."""
+        for _ in self:
+            pass
+        return self.progress
+
     def _process(self) -> Generator[ImageResult, None, None]:
         before, run, left = self.progress, self._run, self._left
         policy, at_work = before.policy, run.seconds_at_work(before.policy)
@@ -259,26 +264,6 @@ class PolicyRun:
         finally:
             writer.flush()
             run.standing = before.standing(writer.taken)
-
-
-def run_policy(
-    records: Sequence[ImageRecord],
-    policy: str,
-    start: Callable[[Sequence[ImageRecord]], Stream],
-    run: RunFolder,
-    report: Callable[[Progress], None],
-    *,
-    retry_failed: bool = False,
-) -> Progress:
-    """Process all images that are not in the run folder yet, and write their results; see `PolicyRun`.
-
-    Returns:
-        The progress at the end.
-    """
-    work = PolicyRun(records, policy, start, run, report, retry_failed=retry_failed)
-    for _ in work:
-        pass
-    return work.progress
 
 
 def _stop_if_all_failed(raised: RaisedOn, run: RunFolder, policy: str) -> None:

@@ -20,14 +20,16 @@ import yaml
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import images_and_categories, safe_file_name, to_results, write_results
+from scalenet_ray.data.coco import images_and_categories, safe_file_name
 from scalenet_ray.data.datasets import find_layout
 from scalenet_ray.data.formats import (
     SUPERVISION_COLUMNS,
     fiftyone_objects,
     geojson_features,
     supervision_rows,
+    to_results,
     voc_annotation,
+    write_results,
     yolo_lines,
 )
 from scalenet_ray.data.rasters import Georeference, georeference_of

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from scalenet_ray.core.detections import Failure, ImageResult, TileResult
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.inference import NetworkFactories
 from scalenet_ray.core.merge import merge_image
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.timing import timed

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import read_annotations, to_results, write_results
+from scalenet_ray.data.coco import read_annotations
+from scalenet_ray.data.formats import to_results, write_results
 from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.runs.documents import FailureCount, PolicyCost
 from scalenet_ray.runs.folder import RunFolder

@@ -20,7 +20,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.inference import DetectionsWithFeatures
+from scalenet_ray.core.networks import DetectionsWithFeatures
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.onnx_export import to_onnx
 from scalenet_ray.models.padding import detect_by_canvas, stride_canvas

@@ -11,10 +11,9 @@ import numpy as np
 import onnxruntime
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.extras import needs_extra
-from scalenet_ray.core.inference import DetectionsWithFeatures
+from scalenet_ray.core.errors import TileError, UserError, needs_extra
 from scalenet_ray.core.merge import nms
+from scalenet_ray.core.networks import DetectionsWithFeatures
 from scalenet_ray.models.onnx_session import open_network
 from scalenet_ray.models.padding import detect_by_canvas, stride_canvas
 from scalenet_ray.models.scale_predictors import ONNX_SUFFIX

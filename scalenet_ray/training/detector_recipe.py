@@ -15,7 +15,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile, cut_tile
 from scalenet_ray.core.scale import class_of_area
-from scalenet_ray.data.coco import Objects, map_categories
+from scalenet_ray.data.categories import map_categories
+from scalenet_ray.data.coco import Objects
 from scalenet_ray.models.torchvision_builders import build_detector, published_name
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector, load_torchvision, save_detector
 from scalenet_ray.models.weights import SUFFIXES, load_weights

@@ -14,8 +14,8 @@ import numpy as np
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile, cut_tile, fit_longer_side
-from scalenet_ray.core.inference import Detect
 from scalenet_ray.core.merge import Merging, carry_to_image, iou_matrix
+from scalenet_ray.core.networks import Detect
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA
 from scalenet_ray.data.coco import Objects
 

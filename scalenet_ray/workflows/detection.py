@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 from scalenet_ray.core.detections import ImageResult
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.report.gallery import PictureTask

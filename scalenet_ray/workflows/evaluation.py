@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from scalenet_ray.core.inference import NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import (
     oracle_from,
@@ -16,7 +16,7 @@ from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.charts import policy_plot
 from scalenet_ray.report.gallery import PictureTask
 from scalenet_ray.runs.analysis import INTERVALS_UP_TO, analyse_run
-from scalenet_ray.runs.batch import Progress, run_policy
+from scalenet_ray.runs.batch import PolicyRun, Progress
 from scalenet_ray.runs.documents import (
     EvaluationAnalysis,
     Metrics,
@@ -68,7 +68,7 @@ def evaluate_policies(
     for policy in policies:
         factories = replace(_split_networks(policy, networks, split), reads_features=reads_features)
         start = partial(session.start, policy=policy, networks=factories, open_image=split.open_image)
-        run_policy(split.images, policy.name, start, run, log, retry_failed=retry_failed)
+        PolicyRun(split.images, policy.name, start, run, log, retry_failed=retry_failed).finish()
         figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
         metrics[policy.name] = {"kind": policy.kind, **figures.pop("bbox"), **figures}
     report("all images are done: comparing what was found, and writing the report")

@@ -9,13 +9,9 @@ from pathlib import Path
 
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice, ChosenCategories, choose_categories, write_chosen
-from scalenet_ray.data.coco import (
-    FoundImages,
-    ImageRecord,
-    OpenImage,
-    find_images,
-)
+from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.data.datasets import Layout, OpenedSplit, find_layout
+from scalenet_ray.data.listings import FoundImages, find_images
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec
 from scalenet_ray.runs.batch import image_opener
 from scalenet_ray.runs.folder import GROUND_TRUTH, RunFolder

@@ -7,13 +7,10 @@ from functools import partial
 from typing import Literal
 
 from scalenet_ray.core.answers import MOST_FAILED
-from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.extras import needs_extra
-from scalenet_ray.core.policy import Policy, check_names, check_smallest_object, parse_policy
-from scalenet_ray.core.policy_form import NamedPolicy
-from scalenet_ray.data.coco import (
-    unknown_categories,
-)
+from scalenet_ray.core.errors import UserError, needs_extra
+from scalenet_ray.core.policy import Policy, parse_policy
+from scalenet_ray.core.policy_form import NamedPolicy, check_names, check_smallest_object
+from scalenet_ray.data.categories import unknown_categories
 from scalenet_ray.data.policy_files import read_policies, set_fields
 from scalenet_ray.models.network_trial import try_networks
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec

@@ -1,0 +1,86 @@
+"""Listings of images without annotations: folders, globs, prefixes of stores, and Parquet files of addresses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from scalenet_ray.core.errors import UserError, abbreviated, repeated
+from scalenet_ray.data.coco import MAX_BYTES, ImageRecord, is_text
+from scalenet_ray.data.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
+from scalenet_ray.data.storage import Address, join, list_files, read_bytes
+
+__all__ = ["FoundImages", "find_images"]
+
+
+class FoundImages(NamedTuple):
+    """Images without annotations.
+
+    Attributes:
+        records: with ids 1 to N in the order of the sorted addresses, of unknown size.
+        remarks: numbers of skipped files by suffix, one line each.
+    """
+
+    records: list[ImageRecord]
+    remarks: tuple[str, ...]
+
+
+def find_images(uri: Address) -> FoundImages:
+    """List the images of a folder, a glob, an S3 prefix, or a Parquet file with a column `uri` or `path`.
+
+    Args:
+        uri: folders are listed with their subfolders; in a folder without images, Parquet files are read as one list of
+            addresses. Relative paths in a Parquet file are relative to its folder.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or file.
+        UserError: if it contains no image, or a Parquet file has no such column.
+    """
+    files = list_files(uri)
+    names = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    skipped = Counter(name[name.rindex(".") :].lower() for name in files if name.lower().endswith(OTHER_SUFFIXES))
+    if not names:
+        names = [name for part in files if part.lower().endswith(".parquet") for name in _addresses_in_parquet(part)]
+        _refuse_repeated(names, str(uri))
+    if not_utf8 := [repr(name) for name in names if not is_text(name)]:
+        msg = f"names of files must be UTF-8, got {abbreviated(not_utf8)}: rename them"
+        raise UserError(msg)
+    remarks = [f"{count} files skipped: {suffix} is not read" for suffix, count in sorted(skipped.items())]
+    if not names:
+        wanted, got = ", ".join(IMAGE_SUFFIXES), "; ".join(["got none", *remarks])
+        remedy = "convert them, a video into single pictures" if skipped else "check the path, or quote a glob"
+        msg = f"{uri} must hold at least one image ({wanted}), {got}: {remedy}"
+        raise UserError(msg)
+    return FoundImages([ImageRecord(i, name) for i, name in enumerate(sorted(names), start=1)], tuple(remarks))
+
+
+def _refuse_repeated(names: Sequence[str], where: str) -> None:
+    if twice := repeated(names):
+        msg = f"{where} must name each image once, got twice {abbreviated(twice)}: remove them"
+        raise UserError(msg)
+
+
+def _addresses_in_parquet(uri: str) -> list[str]:
+    try:
+        # Without Arrow's threads: at interpreter exit, a running one can abort the process.
+        file = pq.ParquetFile(pa.BufferReader(read_bytes(uri, max_bytes=MAX_BYTES)), pre_buffer=False)
+        column = next((name for name in ("uri", "path") if name in file.schema_arrow.names), None)
+        if column is None:
+            msg = f"{uri} must have a column uri or path, got {', '.join(file.schema_arrow.names)}: rename it"
+            raise UserError(msg)
+        names = file.read([column], use_threads=False).column(column).to_pylist()
+    except pa.ArrowException as error:
+        msg = f"{uri} must be a Parquet file, got something else ({error}): write it again"
+        raise UserError(msg) from error
+    wrong = [i for i, name in enumerate(names) if not isinstance(name, str) or not name.strip()]
+    if wrong:
+        got = abbreviated(wrong)
+        msg = f"column {column} of {uri} must hold an address in each row, got none in rows {got}: fill it"
+        raise UserError(msg)
+    _refuse_repeated(names, f"column {column} of {uri}")
+    folder = uri.rpartition("/")[0]
+    return [name if name.startswith("/") or "://" in name else join(folder, name) for name in names]
