@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -88,7 +89,7 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest
         monkeypatch.delenv(name, raising=False)
     # A client keeps the endpoint and the credentials that it was made with.
     S3FileSystem.clear_instance_cache()
-    bucket = f"bucket-{abs(hash(request.node.nodeid))}"
+    bucket = f"bucket{abs(hash(request.node.nodeid))}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     yield f"s3://{bucket}"
     S3FileSystem.clear_instance_cache()
@@ -99,18 +100,26 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest
             assert not thread.is_alive(), "the test has not released a run's lock"
 
 
-@pytest.fixture
-def object_bucket(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """`gs://` and a bucket of the test's own.
+@pytest.fixture(scope="session")
+def google_endpoint() -> Iterator[str]:
+    """A server that speaks Google Cloud Storage on this machine."""
+    from tests.google_store import google_server
 
-    The server speaks S3, to which obstore speaks as to Google's and Azure's stores: its conditional writes are tested.
-    """
+    with google_server() as address:
+        yield address
+
+
+@pytest.fixture
+def object_bucket(s3_bucket: str, google_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`gs://` and a bucket of the test's own, with what reaches it in the environment."""
     from obstore.fsspec import FsspecStore
 
-    def open_s3(scheme: str) -> Any:
-        assert scheme == "gs"
-        return FsspecStore("s3", client_options={"allow_http": True})
+    from scalenet_ray.data import stores
 
+    account = {"gcs_base_url": google_endpoint, "disable_oauth": True}
+    account |= {"client_email": "", "private_key": "", "private_key_id": ""}
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+    monkeypatch.setitem(stores._OBJECT_TIMEOUTS, "allow_http", True)
     FsspecStore.clear_instance_cache()
-    monkeypatch.setattr("scalenet_ray.data.stores._object_store", open_s3)
-    return s3_bucket.replace("s3://", "gs://")
+    yield s3_bucket.replace("s3://", "gs://")
+    FsspecStore.clear_instance_cache()

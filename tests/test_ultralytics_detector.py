@@ -28,7 +28,7 @@ pytest.importorskip("ultralytics", reason="needs the extra ultralytics: pip inst
 from scalenet_ray.models import ultralytics_weights
 from scalenet_ray.models.ultralytics_detector import UltralyticsDetector
 from tests.float64 import in_float64
-from tests.ultralytics_models import KINDS, NAMES, SIDE, build, save
+from tests.ultralytics_models import KINDS, NAMES, SIDE, build, save, trained
 
 MASKS = ("yolo11n-seg", "yolo26n-seg")
 
@@ -246,17 +246,10 @@ def test_a_file_in_s3_is_loaded(files: dict[str, str], s3_bucket: str) -> None:
 
 
 def test_trained_weights_find_what_their_export_finds(real_data: Path, tmp_path: Path) -> None:
-    from onnx import load, numpy_helper
-    from ultralytics.nn.tasks import DetectionModel
-
     export = real_data / "models" / "yolo11n.onnx"
-    arrays = {each.name: numpy_helper.to_array(each).copy() for each in load(export).graph.initializer}
-    model = DetectionModel("yolo11n.yaml", nc=80, verbose=False).eval().fuse(verbose=False)
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-    model.names = dict(enumerate(COCO_CATEGORIES.values()))
     paths = sorted((real_data / "coco" / "val2017").glob("*.jpg"))[:3]
     tiles = [whole_tile(read_image(path), 640) for path in paths]
-    ours, exported = loaded(save(tmp_path / "net.pt", model)), load_detector(f"onnx:{export}")
+    ours, exported = loaded(save(tmp_path / "net.pt", trained(export))), load_detector(f"onnx:{export}")
     position = {category_id: index for index, category_id in enumerate(sorted(COCO_CATEGORIES))}
     for found, wanted in zip(detections(ours(tiles)), detections(exported(tiles)), strict=True):
         # Near the threshold and near ties rounding decides.

@@ -1,15 +1,22 @@
-"""Detectors of Ultralytics with random weights, built from configurations without a network."""
+"""Detectors of Ultralytics, built from configurations without a network: random weights, or those of an ONNX file.
+
+python -m tests.ultralytics_models yolo11n.onnx yolo11n.pt    # Ultralytics' file of an export of YOLO11n
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from onnx import load, numpy_helper
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, SegmentationModel
 
-__all__ = ["KINDS", "NAMES", "SIDE", "build", "save"]
+from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+
+__all__ = ["KINDS", "NAMES", "SIDE", "build", "save", "trained"]
 
 NAMES = {0: "cat", 1: "dog", 2: "kite"}
 SIDE = 128
@@ -55,9 +62,22 @@ def build(kind: str) -> Any:
     return model.eval()
 
 
+def trained(export: Path) -> Any:
+    """YOLO11n with the weights of its ONNX file, COCO's 80 classes, evaluation mode."""
+    arrays = {each.name: numpy_helper.to_array(each).copy() for each in load(export).graph.initializer}
+    model: Any = DetectionModel("yolo11n.yaml", nc=80, verbose=False).eval().fuse(verbose=False)
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    model.names = dict(enumerate(COCO_CATEGORIES.values()))
+    return model
+
+
 def save(path: Path, model: Any, **entries: Any) -> str:
     """Write a checkpoint as Ultralytics' trainer does; returns the path."""
     settings = {"imgsz": SIDE, "task": "segment" if isinstance(model, SegmentationModel) else "detect"}
     checkpoint = {"ema": None, "model": model, "train_args": settings, "version": "8.4.0", **entries}
     torch.save(checkpoint, path)
     return str(path)
+
+
+if __name__ == "__main__":
+    save(Path(sys.argv[2]), trained(Path(sys.argv[1])), train_args={"imgsz": 640, "task": "detect"})
