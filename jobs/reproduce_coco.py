@@ -33,7 +33,7 @@ class ReproduceCoco:
     """The paper's experiment on COCO.
 
     Attributes:
-        data: folder or s3:// prefix with SPLIT/ and annotations/instances_SPLIT.json.
+        data: folder, local or in a store, with SPLIT/ and annotations/instances_SPLIT.json.
         split: the split to evaluate on.
         detectors: torchvision's names, or NAME@PATH or PATH for weights of your own. Without a network, name the files.
         scale_net: weights of Scale Net; by default it is trained on --train-split.
@@ -42,7 +42,7 @@ class ReproduceCoco:
         encoder_weights: initial weights of its encoder: "imagenet", or a classifier's file.
         sides: shorter sides of a whole photograph's tile, in pixels.
         limit: only the first so many images.
-        output: the run folder, local or s3://; by default a new one under runs/reproduce_coco.
+        output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/reproduce_coco.
         resume: continue the run in the output folder.
         device: torch device of the evaluation, in float32.
     """

@@ -29,7 +29,7 @@ class TrainTinyDetector:
 
     Attributes:
         data: where the embedded sample lies, or is to be written.
-        output: the run folder, local or s3://; by default a new one under runs/train_tiny_detector.
+        output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/train_tiny_detector.
         epochs: passes over the images.
         batch_size: tiles a step.
         learning_rate: at its highest.

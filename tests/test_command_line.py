@@ -336,7 +336,7 @@ def test_check_ends_with_1_where_a_detector_has_faults(sample: Path, capsys: pyt
         assert run_command("check", SCRIPTED) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("wrong: 1 of 2 classes have no name, such as 'LABEL_1'")
-    assert lines[-1] == "1 faults"
+    assert lines[-1] == "1 fault"
 
 
 @pytest.mark.parametrize("flags", [("--detector", SAMPLE_DETECTOR), ("--images", "photos"), ("--data", "coco")])

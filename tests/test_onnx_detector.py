@@ -263,8 +263,11 @@ class HalfInput(ColourNet):
         return tuple(output.half() for output in super().forward(images.float(), sizes))
 
 
-def test_mean_and_deviation_come_from_the_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metadata = {"mean": "[0.5, 0.25, 0]", "std": "[0.5, 1, 0.25]"}
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_mean_deviation_and_order_come_from_the_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    metadata = {"mean": "[0.5, 0.25, 0]", "std": "[0.5, 1, 0.25]", "channel_order": order}
     detector = load(export(tmp_path / "net.onnx", "yolov8", metadata=metadata))
     seen: list[np.ndarray] = []
     run = detector._network.session.run
@@ -276,9 +279,10 @@ def test_mean_and_deviation_come_from_the_metadata(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(detector._network.session, "run", watched)
     tile = np.full((64, 32, 3), (255, 51, 102), np.uint8)
     detector([tile])
-    np.testing.assert_allclose(seen[0][0, :, 0, 0], [1, -0.05, 1.6], atol=1e-6)
+    image = seen[0][0] if order == "RGB" else seen[0][0, ::-1]
+    np.testing.assert_allclose(image[:, 0, 0], [1, -0.05, 1.6], atol=1e-6)
     grey = 114 / 255
-    np.testing.assert_allclose(seen[0][0, :, 0, 63], [grey * 2 - 1, grey - 0.25, grey * 4], atol=1e-6)
+    np.testing.assert_allclose(image[:, 0, 63], [grey * 2 - 1, grey - 0.25, grey * 4], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ class Answers(nn.Module):
 @pytest.mark.parametrize(
     ("shapes", "got"),
     [
-        ([(1, 1000)], "output0 [1, 1000]"),
+        ([(1, 1000)], "as of a classifier, output0 [1, 1000]"),
         ([(1, 9, 4), (1, 9), (1, 9), (1, 1)], "output0 [1, 9, 4], output1 [1, 9], output2 [1, 9], output3 [1, 1]"),
         ([(1, 3, 80, 80, 85)], "output0 [1, 3, 80, 80, 85]"),
         ([(1, 100, 80), (1, 100, 4)], "output0 [1, 100, 80], output1 [1, 100, 4]"),
@@ -140,7 +140,7 @@ def test_outputs_of_no_known_kind_are_refused(
     with pytest.raises(UserError) as error:
         load(path)
     assert f"{path}: a detector's outputs must be [batch, 4 + classes, cells] (YOLOv8" in str(error.value)
-    assert f"got {got} for a canvas of 96 x 160" in str(error.value)
+    assert f"got {got} for a canvas of 96 x 160: export a detector" in str(error.value)
 
 
 def refusal(tmp_path: Path, model: nn.Module | None = None, kind: str = "yolov8", **settings: Any) -> str:
@@ -186,7 +186,7 @@ def test_another_kind_at_another_size_is_refused(tmp_path: Path) -> None:
 
     said = refusal(tmp_path, OfOneSize())
     assert "a detector's outputs must be" in said
-    assert "got output0 [1, 84, 168] for a canvas of 96 x 160" in said
+    assert "got output0 [1, 84, 168] for a canvas of 96 x 160: export a detector" in said
 
 
 @pytest.mark.parametrize("free", [("batch", "height"), ("width",)])
@@ -225,6 +225,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ),
         ({"std": "[1, 0, 1]"}, "metadata 'std' must be a JSON list"),
         ({"mean": "grey"}, "metadata 'mean' must be a JSON list"),
+        ({"channel_order": "GBR"}, "metadata 'channel_order' must be RGB or BGR, got 'GBR'"),
         ({"imgsz": "large"}, "metadata 'imgsz' must be [height, width] in pixels, got 'large'"),
     ],
 )

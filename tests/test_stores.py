@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from scalenet_ray.data.listings import find_images
 from scalenet_ray.data.storage import RangeFile, exists, join, list_files, local_path, read_bytes, write_bytes_atomic
 from scalenet_ray.models.spec import SAMPLE_DETECTOR
 from scalenet_ray.runs.folder import RunFolder
+from tests.hub_server import DATASET, hub_server
 from tests.test_show import run_command
 
 
@@ -152,6 +155,23 @@ def test_images_of_a_web_server_are_detected(site: str, tmp_path: Path) -> None:
     assert run_command("detect", "--images", f"{site}/", *flags, "--output", str(tmp_path / "run")) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["images"] == {"total": 3, "done": 2, "failed": 1}
+
+
+def test_images_of_the_hugging_face_hub_are_detected(tmp_path: Path) -> None:
+    (tmp_path / "hub" / "images" / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b c.png"):
+        Image.new("RGB", (96, 64)).save(tmp_path / "hub" / "images" / name)
+    flags = ("--detector", SAMPLE_DETECTOR, "--policy", "whole", "--engine", "local", "--output", tmp_path / "run")
+    with hub_server(tmp_path / "hub") as address:
+        # huggingface_hub reads the address once, when it is imported.
+        environment = {**os.environ, "HF_ENDPOINT": address, "PYTHONPATH": os.getcwd()}
+        detect = (sys.executable, "-m", "scalenet_ray", "detect", "--images", f"hf://datasets/{DATASET}/images")
+        subprocess.run([*detect, *flags], env=environment, check=True, cwd=tmp_path, timeout=240)
+        missing = (*detect[:-1], "hf://datasets/owner/other", *flags[:-1], tmp_path / "other")
+        refused = subprocess.run(missing, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["images"] == {"total": 2, "done": 2, "failed": 0}
+    assert "hf://datasets/owner/other: there is no such file or folder; check the path" in refused.stderr
 
 
 # --- other stores --------------------------------------------------------------------------------------

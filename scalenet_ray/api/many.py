@@ -211,10 +211,10 @@ def detect(
     time by engine ray. An image that fails costs itself alone: its prediction has the reason in `failure`.
 
     Args:
-        images: a folder, glob, s3:// prefix or Parquet file of addresses; one image; or an iterable of images, each an
-            address, [h, w, 3] uint8 RGB array, Pillow image or encoded bytes; or of rows, dictionaries with an image
-            in `column` or tuples with the image first. So data sets of Hugging Face and torch can be
-            given, and a `ray.data.Dataset`.
+        images: a folder, glob or Parquet file of addresses, local or in a store; one image; or an iterable of images,
+            each an address, [h, w, 3] uint8 RGB array, Pillow image or encoded bytes; or of rows, dictionaries with an
+            image in `column` or tuples with the image first. So data sets of Hugging Face and torch can be given, and a
+            `ray.data.Dataset`.
         detector: a detector's name (`kind:what`, see `load_detector`) or a detector; None for the embedded sample's.
         policy: a policy or its name.
         smallest_object: side of the smallest object worth finding, in image pixels, for `regions`; None for 16.
@@ -225,8 +225,8 @@ def detect(
         engine: ray (actors, here or on a cluster), local (this process), or auto: ray if Ray runs in this process,
             RAY_ADDRESS is set, or the images are a `ray.data.Dataset`; else local.
         resources: actors, batch sizes and timeouts of engine ray; what is not set is chosen by the cluster and a trial.
-        output: the run folder, local or s3://, which gets the results, metrics and report of `scalenet-ray detect` when
-            the last image is done; None for none.
+        output: the run folder, local, s3://, gs:// or az://, which gets the results, metrics and report of
+            `scalenet-ray detect` when the last image is done; None for none.
         resume: continue the run in the output folder. Images that it holds come first, from there.
         column: the rows' column with the image; None for the first of image, uri, path, file_name that is there.
         progress: called with the progress at the beginning, about every second, and at the end.

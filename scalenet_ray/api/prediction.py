@@ -199,7 +199,7 @@ class Prediction:
         """Write the image with its boxes drawn, see `plot`.
 
         Args:
-            export_dir: folder or s3:// prefix.
+            export_dir: folder, local or in a store.
             text_size: in pixels; None for one that suits the image.
             rect_th: the lines' width, in pixels; None for one that suits the image.
             hide_labels: no text at all.

@@ -82,7 +82,7 @@ def get_scaled_prediction(
     Arguments have the names that SAHI's `get_sliced_prediction` gives them where they mean the same.
 
     Args:
-        image: an address (local, file:// or s3://), [h, w, 3] uint8 RGB, or a Pillow image. A large TIFF is read by
+        image: a local path or a store's address, [h, w, 3] uint8 RGB, or a Pillow image. A large TIFF is read by
             window, see `data.rasters`.
         detection_model: a detector's name (`kind:what`, see `load_detector`) or a detector; None for the embedded
             sample's. A name is loaded on every call: for many images load it once.

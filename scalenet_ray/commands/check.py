@@ -50,14 +50,14 @@ class CheckInputs:
 
     Attributes:
         name: kind:what of the detector to look at; see --detector.
-        image: an image that shows its classes, a local path, file:// or s3://; by default a scene of the embedded
+        image: an image that shows its classes, a local path or a store's address; by default a scene of the embedded
             sample, in which few detectors find anything.
         data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
             data.yaml; as for eval.
         annotations: in place of --data, with --images: an instances file, or a folder of label files; as for eval.
         split: the split of --data or --annotations.
-        images: folder of the images of --annotations; or a folder, a glob (quoted), an s3:// prefix, or a Parquet file
-            with a column uri or path, as for detect.
+        images: folder of the images of --annotations; or a folder, a glob (quoted), a prefix in a store, or a Parquet
+            file with a column uri or path, as for detect.
         policies: those that eval takes. By default those of eval, without an oracle where there is no ground truth.
         policy_file: YAML of further policies.
         max_image_megapixels: larger images are refused before they are decoded, except TIFFs that are read by window.
@@ -149,7 +149,8 @@ def _look_at_detector(job: CheckInputs, name: str) -> int:
         say(line)
     for line in diagnosis.faults:
         say(f"wrong: {line}")
-    say(f"{len(diagnosis.faults)} faults" if diagnosis.faults else "nothing wrong was found")
+    count = len(diagnosis.faults)
+    say(f"{count} fault{'s' if count > 1 else ''}" if count else "nothing wrong was found")
     return 1 if diagnosis.faults else 0
 
 

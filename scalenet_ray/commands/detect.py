@@ -47,14 +47,15 @@ class DetectImages:
     Without --images: the val split of the embedded sample, with the sample's networks.
 
     Attributes:
-        images: a folder, a glob (quoted), an s3:// prefix, or a Parquet file with a column uri or path.
+        images: a folder, a glob (quoted), or a Parquet file with a column uri or path; local, s3://,
+            gs://, az://, hf:// or https://.
         policy: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused or
             regions-scalenet.
         policy_file: YAML of one policy, in place of --policy.
         set: fields of the policy to set, e.g. regions.price=0.2 regions.small=48.
         classes: only these of the detector's classes, by name.
         limit: only the first so many images.
-        output: the run folder, local or s3://; by default a new one under runs/detect.
+        output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/detect.
         resume: continue the run in the output folder; images are identified by their files.
         retry_failed: with --resume: also process the images that failed before.
         max_failures: images that may fail before the exit status is 1.

@@ -43,7 +43,7 @@ class EvalCoco:
 
     Attributes:
         data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
-            data.yaml; local or s3://.
+            data.yaml; local, s3://, gs://, az://, hf:// or https://.
         annotations: in place of --data, with --images: an instances file, or a folder of VOC's or VisDrone's label
             files. {split} stands for the split's name.
         images: folder of the images of --annotations.
@@ -56,7 +56,7 @@ class EvalCoco:
         compare_with: the policy that the others are compared with, with bootstrap intervals. By default whole, or the
             first.
         limit: only the first so many images.
-        output: the run folder, local or s3://; by default a new one under runs/eval_coco.
+        output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/eval_coco.
         resume: continue the run in the output folder.
         retry_failed: with --resume: also process the images that failed before.
         max_failures: images that may fail before the exit status is 1.

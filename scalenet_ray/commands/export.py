@@ -19,7 +19,7 @@ class Export:
     """Convert the detections of a run to another tool's format.
 
     Attributes:
-        run: run folder of `scalenet-ray eval` or `scalenet-ray detect`, local or s3://.
+        run: run folder of `scalenet-ray eval` or `scalenet-ray detect`, local or in a store.
         to: coco (instances file, with file names), coco-results (the list that COCO's evaluation reads), parquet (one
             file), yolo or voc (label files), supervision (the table of its CSVSink),
             fiftyone (labels.json of a FiftyOneImageDetectionDataset) or geojson (in longitude and latitude, if the

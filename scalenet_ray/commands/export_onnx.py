@@ -22,8 +22,8 @@ class ExportOnnx:
     The file holds the network's configuration. Give it as --scale-net PATH.onnx, or as --detector tiny:PATH.onnx.
 
     Attributes:
-        weights: .safetensors of a Scale Net, of a scale head or of a tiny detector, a local path or s3://.
-        output: the ONNX file, local or s3://; by default beside the weights, ending in .onnx.
+        weights: .safetensors of a Scale Net, of a scale head or of a tiny detector, a local path or a store's address.
+        output: the ONNX file, local or in a store; by default beside the weights, ending in .onnx.
     """
 
     weights: Annotated[str, tyro.conf.Positional]

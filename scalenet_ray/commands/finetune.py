@@ -34,7 +34,7 @@ class FinetuneDetector:
 
     Attributes:
         data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
-            data.yaml; local or s3://.
+            data.yaml; local, s3://, gs://, az://, hf:// or https://.
         annotations: in place of --data, with --images: an instances file, or a folder of VOC's or VisDrone's label
             files. {split} stands for the split's name.
         images: folder of the images of --annotations.
@@ -45,7 +45,7 @@ class FinetuneDetector:
         detector: torchvision:NAME or torchvision:PATH; or untrained:NAME, with random weights for the data's own
             categories, the default on the embedded sample.
         input_side: the longer side of a tile, in pixels; the detector's own by default.
-        output: the run folder, local or s3://; by default a new one under runs/finetune_detector.
+        output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/finetune_detector.
         resume: continue the run in the output folder.
     """
 

@@ -28,14 +28,14 @@ class Show:
     Without an image: a scene of the embedded sample. Without --detector: the sample's networks.
 
     Attributes:
-        image: a local path, file:// or s3://.
+        image: a local path or a store's address.
         policy: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused or
             regions-scalenet; by default scalenet where there is a Scale Net (gain where it is a scale head), else
             regions.
         output: the picture, as .png, .svg or .pdf.
         shown_score: objects with a lower score are neither drawn nor counted.
         detector: kind:what, e.g. onnx:PATH, torchvision:NAME, torchvision:PATH, module:Class.
-        scale_net: weights of Scale Net, a local path or s3://.
+        scale_net: weights of Scale Net, a local path or a store's address.
         device: torch device that the networks run on.
     """
 

@@ -43,7 +43,7 @@ class TrainScaleNet:
 
     Attributes:
         data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
-            data.yaml; local or s3://.
+            data.yaml; local, s3://, gs://, az://, hf:// or https://.
         annotations: in place of --data, with --images: an instances file, or a folder of VOC's or VisDrone's label
             files. {split} stands for the split's name.
         images: folder of the images of --annotations.
@@ -57,7 +57,7 @@ class TrainScaleNet:
         input_side: side of the square that tiles are resized to, a multiple of 32; the preset's by default.
         tile_side: the longer side of the detector's tiles, its input side; the net's own by default.
         encoder_weights: initial weights of the encoder (unet-lite0, unet-vgg16): "imagenet", or a classifier's file.
-        output: the run folder, local or s3://; by default a new one under runs/train_scalenet.
+        output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/train_scalenet.
         resume: continue the run in the output folder.
     """
 

@@ -53,7 +53,7 @@ class TuneRecursion:
 
     Attributes:
         data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
-            data.yaml; local or s3://.
+            data.yaml; local, s3://, gs://, az://, hf:// or https://.
         annotations: in place of --data, with --images: an instances file, or a folder of VOC's or VisDrone's label
             files. {split} stands for the split's name.
         images: folder of the images of --annotations.
@@ -63,7 +63,7 @@ class TuneRecursion:
         ceiling: maximise AP_small at no more detector passes an image than this; none: the Pareto front of both.
         limit: tune on the first so many images only.
         subsets: growing shares of the images; after each, trials that do badly are stopped.
-        output: the run folder, local or s3://; by default a new one under runs/tune_recursion.
+        output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/tune_recursion.
         resume: continue the sweep in the output folder.
         max_failures: images that may fail in the report before the exit status is 1.
         max_image_megapixels: larger images are refused before they are decoded, except TIFFs that are read by window.

@@ -178,7 +178,7 @@ def read_image(uri: Address, *, expect_hw: tuple[int, int] | None = None, max_pi
     """Read and decode an image; a file too large for `max_pixels` is refused before it is read.
 
     Args:
-        uri: a local path, file:// or s3:// address.
+        uri: a local path or a store's address.
         expect_hw: see `decode_image`.
         max_pixels: see `decode_image`.
 

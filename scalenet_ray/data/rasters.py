@@ -69,7 +69,7 @@ def open_image(uri: Address, *, expect_hw: tuple[int, int] | None = None, max_pi
     """Open an image: a large TIFF to be read by window, any other decoded.
 
     Args:
-        uri: a local path, file:// or s3:// address.
+        uri: a local path or a store's address.
         expect_hw: annotated (height, width), see `data.images.decode_image`.
         max_pixels: limit of an image that is decoded as a whole.
 
@@ -86,7 +86,7 @@ def open_raster(
     """Open a large TIFF to be read by window; None if the image is to be decoded as a whole.
 
     Args:
-        uri: a local path, file:// or s3:// address.
+        uri: a local path or a store's address.
         expect_hw: annotated (height, width).
         max_pixels: limit of an image that is decoded as a whole.
 
@@ -215,7 +215,7 @@ class Raster:
     """A TIFF image that is read by window: an `ImageSource`.
 
     Args:
-        uri: a local path, file:// or s3:// address.
+        uri: a local path or a store's address.
         tags: its tags, without an obstacle.
 
     Raises:

@@ -61,7 +61,7 @@ def measure_dataset(
     Args:
         images: the data set, held-out images included.
         networks: specification of the frozen detector.
-        folder: local or s3://; `training.head_recipe.read_scores` reads it.
+        folder: local or in a store; `training.head_recipe.read_scores` reads it.
         actors: number of actors, each on `networks.device`.
         say: called with a line of progress for each written file.
     """

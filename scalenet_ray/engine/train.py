@@ -44,7 +44,7 @@ def train(recipe: Recipe, training: Training, folder: str, report: Callable[[dic
     Args:
         recipe: the network, its examples and its loss.
         training: epochs, batch size, workers and optimizer settings.
-        folder: the run folder, local or s3://; holds checkpoints/ and, at the end, the recipe's file.
+        folder: the run folder, local, s3://, gs:// or az://; holds checkpoints/ and, at the end, the recipe's file.
         report: called at the end of each epoch with a row: "epoch" from 1, "loss", "learning_rate" (at its end), "val"
             (the recipe's metrics), "images_per_second", "seconds", "failed" (reasons of unusable images). Each call
             must write the complete log, as an OSError is raised only if the last call raised it.

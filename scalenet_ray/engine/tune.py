@@ -80,7 +80,7 @@ def run_sweep(
         space: the search space.
         task: settings that all trials share.
         sweep: search settings.
-        uri: the run folder, local or s3://; Tune's own folder in it, tune/, can be read by TensorBoard.
+        uri: the run folder, local, s3://, gs:// or az://; Tune's own folder in it, tune/, can be read by TensorBoard.
         say: called with a line of text when a trial ends.
         resume: resume an existing sweep.
 

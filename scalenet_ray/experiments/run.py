@@ -61,7 +61,7 @@ class CanvasOptions:
         test_limit: test on the first N images only.
         mixed_precision: run under bfloat16 autocast; twice as fast on hardware that supports it.
         gpus_per_task: GPU share of each task; 0 for CPUs.
-        output: run folder, local or s3://; by default a new one under runs.
+        output: run folder, local, s3://, gs:// or az://; by default a new one under runs.
         resume: continue the run in the output folder.
     """
 
@@ -137,7 +137,7 @@ class Experiment:
     Attributes:
         name: data set: mnist, cifar10 or digits.
         data: its folder; None for digits.
-        folder: folder of the weights, local or s3://.
+        folder: folder of the weights, local or in a store.
         held_out: number of the last training images that replace the test set; 0 for the test set itself.
         train_limit: train on the first N images only.
         test_limit: test on the first N images only.

@@ -22,7 +22,7 @@ def read_names(path: str) -> list[str]:
     """Names of a text file, one a line, without empty lines at its end.
 
     Args:
-        path: local path, file:// or s3:// address.
+        path: local path or a store's address.
 
     Raises:
         FileNotFoundError: if the file does not exist.

@@ -106,7 +106,7 @@ def load_detector(
             installed package registers (`DETECTOR_GROUP`), whose function is called with the part after the colon and
             the next three arguments by name; or `module:NAME` or `module:NAME@ARGUMENT`, a class or a function of your
             own that is called with the argument and with what it takes of the next four, or an object. A path may be
-            local, file:// or s3://.
+            local or a store's address.
         device: torch device.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS within each class; None for the detector's own.

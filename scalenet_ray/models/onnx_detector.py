@@ -142,7 +142,7 @@ def load_onnx_detector(
 
     Args:
         what: PATH or PATH@FILE: the ONNX file, and a text file with its classes' names, one a line. Without it they
-            come from the metadata, or are COCO's 80. Local paths, file:// or s3:// addresses.
+            come from the metadata, or are COCO's 80. Local paths or a store's addresses.
         device: "cpu", "cuda" or "cuda:1". On the CPU, OMP_NUM_THREADS sets the number of threads.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS; None for that of the kind.

@@ -118,7 +118,7 @@ def export_predictor(path: str) -> bytes:
     """A trained Scale Net or scale head as an ONNX file, for `load_predictor`.
 
     Args:
-        path: its weights, .safetensors, local or s3://.
+        path: its weights, .safetensors, local or in a store.
 
     Returns:
         The file's bytes. A Scale Net takes any batch, and any size if its `input_side` is None; a scale head takes any

@@ -99,8 +99,9 @@ def recognise(names: Sequence[str], outputs: Sequence[np.ndarray], canvas: HW) -
         layout = _of_boxes(names, outputs)
     if layout is None:
         got = ", ".join(f"{name} {list(output.shape)}" for name, output in zip(names, outputs, strict=True))
-        msg = f"a detector's outputs must be {_KNOWN}, got {got} for a canvas of {canvas[0]} x {canvas[1]}"
-        raise UserError(msg)
+        what = "as of a classifier, " if [output.ndim for output in outputs] == [2] else ""
+        msg = f"a detector's outputs must be {_KNOWN}, got {what}{got} for a canvas of {canvas[0]} x {canvas[1]}"
+        raise UserError(f"{msg}: export a detector of one of these, or write a class around the file")
     return layout
 
 

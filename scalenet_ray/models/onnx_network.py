@@ -42,7 +42,7 @@ class OnnxNetwork:
     Args:
         session: the session.
         metadata: metadata of the ONNX file: `mean` and `std`, JSON lists of a number for red, green and blue each, for
-            pixels in 0..1. Without them the input is not normalised.
+            pixels in 0..1, without which the input is not normalised; `channel_order`, RGB or BGR.
 
     Attributes:
         session: the session.
@@ -81,6 +81,10 @@ class OnnxNetwork:
         self._normalisation = None
         if "mean" in metadata or "std" in metadata:
             self._normalisation = _three_numbers(metadata, "mean", 0), _three_numbers(metadata, "std", 1)
+        self._order = metadata.get("channel_order", "RGB")
+        if self._order not in ("RGB", "BGR"):
+            msg = f"metadata 'channel_order' must be RGB or BGR, got {self._order[:80]!r}"
+            raise UserError(msg)
 
     def __call__(self, pixels: np.ndarray, *, quiet: bool = False) -> list[np.ndarray]:
         """All outputs for [B, H, W, 3] uint8 RGB. A batch smaller than the fixed one is filled up with grey.
@@ -98,6 +102,8 @@ class OnnxNetwork:
         if self._normalisation is not None:
             mean, deviation = self._normalisation
             images = (images - mean) / deviation
+        if self._order == "BGR":
+            images = np.ascontiguousarray(images[:, ::-1])
         images = images.astype(self._dtype, copy=False)
         feed: dict[str, Any] = {self._image: images if self.batched else images[0]}
         for sizes in self._sizes:

@@ -82,7 +82,7 @@ def open_network(path: str, *names: str, device: str = "cpu") -> tuple[onnxrunti
     """Open an ONNX file of `scalenet-ray export-onnx`, whose metadata holds its configuration.
 
     Args:
-        path: a local path, file:// or s3:// address.
+        path: a local path or a store's address.
         names: the kinds of network that are accepted; the configuration is under one of these keys.
         device: "cpu", "cuda" or "cuda:1".
 

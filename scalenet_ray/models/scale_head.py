@@ -62,7 +62,7 @@ class ScaleHead(nn.Module):
 
 
 def save_scale_head(model: nn.Module, config: HeadConfig, path: str) -> None:
-    """Write weights and configuration as a safetensors file, local or s3://."""
+    """Write weights and configuration as a safetensors file, local or in a store."""
     save_weights(model.state_dict(), {SCALE_HEAD: json.dumps(asdict(config))}, path)
 
 
@@ -134,7 +134,7 @@ def load_torch_predictor(
     """Load a Scale Net or a scale head, by the header of its file; raises as their predictors do.
 
     Args:
-        path: checkpoint, local or s3://.
+        path: checkpoint, local or in a store.
         device: torch device.
         mixed_precision: run under bfloat16 autocast.
     """

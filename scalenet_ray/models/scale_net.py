@@ -179,7 +179,7 @@ def load_state(model: nn.Module, tensors: dict[str, torch.Tensor], path: str | P
 
 
 def save_scale_net(model: nn.Module, config: ScaleNetConfig, path: str | Path) -> None:
-    """Write weights and configuration as a safetensors file, local or s3://."""
+    """Write weights and configuration as a safetensors file, local or in a store."""
     save_weights(model.state_dict(), {SCALE_NET: json.dumps(asdict(config))}, str(path))
 
 

@@ -145,7 +145,7 @@ def load_predictor(
     """Load a Scale Net or a scale head; its file says which it is.
 
     Args:
-        path: weights, local or s3://: .onnx of `scalenet-ray export-onnx`, or .safetensors, which needs torch.
+        path: weights, local or in a store: .onnx of `scalenet-ray export-onnx`, or .safetensors, which needs torch.
         device: where it computes, as torch names it.
         mixed_precision: run under bfloat16 autocast; for safetensors alone.
 

@@ -88,7 +88,7 @@ class NetworkSpec:
     Attributes:
         detector: kind:what, e.g. onnx:PATH, ultralytics:PATH, torchvision:NAME, module:Class. Without
             --data: the embedded sample's.
-        scale_net: weights of Scale Net, a local path or s3://. Without --data: the embedded sample's.
+        scale_net: weights of Scale Net, a local path or a store's address. Without --data: the embedded sample's.
         device: torch device of the networks; auto: a GPU if there is one and they run on it, else the CPU.
         mixed_precision: run Scale Net and torch detectors under bfloat16 autocast: faster on GPUs and on CPUs with AMX
             or AVX-512 BF16, many times slower on other CPUs. Scores change slightly.

@@ -296,7 +296,7 @@ def save_detector(model: nn.Module, name: str, categories: Mapping[int, str], pa
         model: network of `build_detector(name, ...)` or of torchvision's builder `name`.
         name: one of `detector_names()`.
         categories: class id -> name, without the background 0.
-        path: local path, file:// or s3:// address that ends in .safetensors.
+        path: local path or a store's address that ends in .safetensors.
 
     Raises:
         UserError: if the model is another detector, or has no output for a category.

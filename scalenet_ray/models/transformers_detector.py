@@ -194,7 +194,7 @@ def load_transformers(
 
     Args:
         what: a folder of `save_pretrained`, with the model's and the image processor's configuration and the weights:
-            local path, file:// or s3:// address; or a model's name on the Hugging Face Hub, downloaded or cached.
+            local path or a store's address; or a model's name on the Hugging Face Hub, downloaded or cached.
         device: torch device.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS between tiles; None for 0.7.

@@ -216,7 +216,7 @@ def load_ultralytics(
     """Load a detector of Ultralytics, and try it on an empty canvas.
 
     Args:
-        what: a .pt file of Ultralytics: local path, file:// or s3:// address.
+        what: a .pt file of Ultralytics: local path or a store's address.
         device: torch device.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS within each class; None for Ultralytics' 0.7.

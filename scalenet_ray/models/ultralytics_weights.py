@@ -48,7 +48,7 @@ def load_checkpoint(path: str) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model of Ultralytics by its restricted loader, which makes only what it knows: its classes and torch's.
 
     Args:
-        path: a .pt file: local path, file:// or s3:// address.
+        path: a .pt file: local path or a store's address.
 
     Returns:
         The model as it was saved, and the rest of the checkpoint.

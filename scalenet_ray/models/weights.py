@@ -23,7 +23,7 @@ def load_weights(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a file of weights. Pickles are read with `weights_only=True`, which runs no code.
 
     Args:
-        path: local path, file:// or s3:// address with one of `SUFFIXES`.
+        path: local path or a store's address with one of `SUFFIXES`.
 
     Returns:
         The tensors by name, on the CPU, and the file's metadata ({} for a pickle).
@@ -47,7 +47,7 @@ def save_weights(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     Args:
         tensors: tensors by name, on any device.
         metadata: metadata, as `load_weights` returns it.
-        path: local path, file:// or s3:// address that ends in .safetensors.
+        path: local path or a store's address that ends in .safetensors.
 
     Raises:
         UserError: if `path` has another suffix.

@@ -91,7 +91,7 @@ class YoloxDetector:
         """Load an ONNX file.
 
         Args:
-            path: local path, file:// or s3:// address.
+            path: local path or a store's address.
             device: "cpu", "cuda" or "cuda:1". On the CPU, OMP_NUM_THREADS sets the number of threads.
             score_threshold: minimum score of a detection.
             iou_threshold: IoU threshold of NMS within each class; None for YOLOX's 0.65.

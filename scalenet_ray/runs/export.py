@@ -115,7 +115,7 @@ def export_run(
     """Write one policy's detections of a run in another tool's format.
 
     Args:
-        run_uri: the run folder of `eval_coco` or `detect`, local or s3://; it need not be finished.
+        run_uri: the run folder of `eval_coco` or `detect`, local or in a store; it need not be finished.
         to: the format.
         policy: the policy; None for the run's first one.
         output: a file, or a folder for yolo, voc and fiftyone; None for one under `exports/` in the run folder.

@@ -12,7 +12,7 @@
     driver.lock            present while a driver works on the run; a second driver is refused
 
 metrics.json sums the busy seconds of each stage over all shards, as `seconds_by_stage` of each policy: decode, cut,
-look, detect, merge, write. Local folders and s3:// addresses are treated alike.
+look, detect, merge, write. Local folders and those in a store are treated alike.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RunFolder(ShardReader):
     """A run's folder.
 
     Args:
-        uri: local path or s3:// address.
+        uri: local path or a store's address.
         output: the job's run folder, if this folder is a part of it.
 
     Attributes:

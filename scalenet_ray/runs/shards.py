@@ -83,7 +83,7 @@ class ShardReader:
     """Reads the shards of a run folder.
 
     Args:
-        uri: the run folder, local path or s3:// address.
+        uri: the run folder, local path or a store's address.
     """
 
     def __init__(self, uri: str) -> None:

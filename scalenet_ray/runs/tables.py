@@ -52,7 +52,7 @@ def read_parquet(uri: str, remedy: str, columns: Sequence[str] | None = None) ->
     """Read a Parquet file.
 
     Args:
-        uri: local path or s3:// address.
+        uri: local path or a store's address.
         remedy: the end of the error message for a damaged file.
         columns: the columns to read, those that the file lacks excepted; None for all.
 

@@ -290,7 +290,7 @@ class TinyDetector:
         iou_threshold: float | None = None,
         mixed_precision: bool = False,
     ) -> TinyDetector:
-        """Load a checkpoint of `save_tiny_detector`, local or s3://.
+        """Load a checkpoint of `save_tiny_detector`, local or in a store.
 
         Raises:
             UserError: if it is no such checkpoint or the weights do not match.
@@ -364,7 +364,7 @@ def export_tiny_detector(path: str) -> bytes:
     """A checkpoint of `save_tiny_detector` as an ONNX file, for `load_tiny_detector`; any batch, any canvas.
 
     Args:
-        path: a local path or s3:// address.
+        path: a local path or a store's address.
     """
     detector = TinyDetector.load(path)
     model = _TinyNetOnPixels(detector.model.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]

@@ -200,7 +200,7 @@ def load_tiny_detector(
     """Load the sample's detector, or one trained as it is, from .onnx, or from .safetensors, which needs torch.
 
     Args:
-        path: a local path, file:// or s3:// address.
+        path: a local path or a store's address.
         device: where it computes, as torch names it.
         score_threshold: boxes that score less are dropped.
         iou_threshold: of the suppression within each class; None for its own.

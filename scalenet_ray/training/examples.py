@@ -32,7 +32,7 @@ class Example:
 
     Attributes:
         image_id: id in the data set.
-        uri: path or s3:// address of the file.
+        uri: local path or a store's address of the file.
         hw: annotated (height, width) in image pixels, None if not annotated.
         objects: ground truth in image pixels.
     """

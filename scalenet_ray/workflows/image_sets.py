@@ -169,7 +169,7 @@ def open_images(session: Session, images: str, *, limit: int | None, max_megapix
 
     Args:
         session: the engine; the images are listed outside the driver.
-        images: a folder, a glob, an s3:// prefix, or a Parquet file with a column uri or path.
+        images: a folder, a glob, a prefix in a store, or a Parquet file with a column uri or path.
         limit: only the first so many images.
         max_megapixels: larger images are refused before they are decoded.
     """
