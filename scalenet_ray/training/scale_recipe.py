@@ -248,7 +248,7 @@ def load_encoder_weights(model: nn.Module, encoder_name: str | None, source: str
     Args:
         model: network of `build_scale_net`; changed in place.
         encoder_name: `ScaleNetConfig.encoder`.
-        source: "imagenet", or a file: safetensors, or a state dict in .pth or .pt; local or s3://.
+        source: "imagenet", or a file: safetensors, or a state dict in .pth or .pt; a local path or a store's address.
 
     Raises:
         ConnectionError: if the weights are not installed and can't be downloaded.
