@@ -21,6 +21,7 @@ from textwrap import dedent
 from typing import Any
 
 import boto3
+import cv2
 import numpy as np
 import onnx
 import torch
@@ -118,6 +119,9 @@ def build_world(folder: Path, s3_endpoint: str) -> Iterator[World]:
     for file in ("photograph.jpg", "photos/1.jpg", "photos/more/2.jpg"):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(_picture(len(file))[0]).save(folder / file)
+    film = cv2.VideoWriter(str(folder / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10, (160, 120))
+    film.write(np.zeros((120, 160, 3), np.uint8))
+    film.release()
     _write_coco(folder / "DIR")
     _write_yolo(folder / "yolo")
     _write_mnist(folder / "DIR" / "MNIST" / "raw")

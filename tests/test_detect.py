@@ -139,6 +139,21 @@ def test_the_run_folder_is_a_detection_run_and_can_be_resumed(folder: Path, tmp_
     assert found(detect(folder, DETECTOR, output=output, resume=True)) == found(resumed)
 
 
+def test_the_page_follows_the_run_until_it_ends(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    page, again = tmp_path / "run" / "report.html", '<meta http-equiv="refresh"'
+    monkeypatch.setattr("scalenet_ray.runs.batch._SECONDS_BETWEEN_REPORTS", 0)
+    predictions = detect(folder, DETECTOR, output=str(tmp_path / "run"))
+    next(predictions)
+    assert again in page.read_text()
+    assert "regions: 1/4 images" in page.read_text()
+    del predictions
+    assert again not in page.read_text()
+    assert "The run has stopped" in page.read_text()
+    list(detect(folder, DETECTOR, output=str(tmp_path / "run"), resume=True))
+    assert again not in page.read_text()
+    assert "What was found" in page.read_text()
+
+
 def test_an_interrupted_iteration_releases_the_run(folder: Path, tmp_path: Path) -> None:
     predictions = detect(folder, DETECTOR, output=str(tmp_path / "run"))
     next(predictions)

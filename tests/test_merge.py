@@ -55,6 +55,13 @@ def _equal(one: Detections, other: Detections) -> bool:
 # --- overlap ----------------------------------------------------------------------------------------
 
 
+@given(heaps(), st.sampled_from([MERGING, LINEAR]), st.integers(1, 9))
+def test_max_detections_keeps_the_best(found: Detections, merging: Merging, most: int) -> None:
+    everything = merge_detections([found], merging)
+    kept = merge_detections([found], dataclasses.replace(merging, max_detections=most))
+    assert _equal(kept, everything[np.arange(min(most, len(everything)))])
+
+
 @given(heaps(), heaps())
 def test_iou_equals_the_formula_written_out(one: Detections, other: Detections) -> None:
     matrix = iou_matrix(one.boxes, other.boxes)

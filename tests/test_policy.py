@@ -263,7 +263,7 @@ UNUSUAL = Policy(
     "own",
     512,
     Recursion("class", 0.25, (1, 2), (5,), ScaleRange(0.5, 2.0), 0.11, 0.41, None, 7, 19, 1e-5, 2, 2.5, 7, 10**6, 0.07),
-    Merging("soft-nms-gaussian", 0.5, 0.25, 0.001, 0.0, False),
+    Merging("soft-nms-gaussian", 0.5, 0.25, 0.001, 0.0, False, 300),
     3,
     0.1,
     5,

@@ -47,13 +47,15 @@ class DetectImages:
     Without --images: the val split of the embedded sample, with the sample's networks.
 
     Attributes:
-        images: a folder, a glob (quoted), or a Parquet file with a column uri or path; local, s3://,
+        images: a folder, a glob (quoted), a video, or a Parquet file with a column uri or path; local, s3://,
             gs://, az://, hf:// or https://.
+        every: only the first of each so many images or frames of a video.
         policy: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused or
             regions-scalenet.
         policy_file: YAML of one policy, in place of --policy.
         set: fields of the policy to set, e.g. regions.price=0.2 regions.small=48.
         classes: only these of the detector's classes, by name.
+        max_detections: boxes of an image that are kept, those that score most.
         limit: only the first so many images.
         output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/detect.
         resume: continue the run in the output folder; images are identified by their files.
@@ -70,10 +72,12 @@ class DetectImages:
     """
 
     images: str | None = None
+    every: Annotated[int, ONE_OR_MORE] = 1
     policy: str = "regions"
     policy_file: str | None = None
     set: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
+    max_detections: Annotated[int, ONE_OR_MORE] | None = None
     limit: Annotated[int, ONE_OR_MORE] | None = None
     output: str | None = None
     resume: bool = False
@@ -98,7 +102,8 @@ def _policies(job: DetectImages, detector: DetectorInfo) -> list[Policy]:
     if len(policies) != 1:
         msg = f"detection takes one policy, got {', '.join(policy.name for policy in policies)}: leave one in the file"
         raise UserError(msg)
-    return set_fields(policies, job.set)
+    most = () if job.max_detections is None else (f"merging.max_detections={job.max_detections}",)
+    return set_fields(policies, (*job.set, *most))
 
 
 def main(job: DetectImages) -> int:
@@ -109,7 +114,9 @@ def main(job: DetectImages) -> int:
         job = replace(job, images=str(Path(data) / "val2017"), networks=networks)
     session = start_session(job.engine, job.resources, job.networks)
     say("checking the images and the networks")
-    images = open_images(session, str(job.images), limit=job.limit, max_megapixels=job.max_image_megapixels)
+    images = open_images(
+        session, str(job.images), limit=job.limit, max_megapixels=job.max_image_megapixels, every=job.every
+    )
     (policy,), detector = prepare_run(
         session, job.networks, [images], lambda detector: _policies(job, detector), log=say
     )
@@ -122,10 +129,12 @@ def main(job: DetectImages) -> int:
         "networks": job.networks.settings(),
         "policies": [policy_to_dict(policy)],
         **({"classes": list(job.classes)} if job.classes is not None else {}),
+        **({"every": job.every} if job.every > 1 else {}),
     }
     job = replace(job, networks=settle_workers(session, job.networks, [policy], images, log=say))
     workers = {"engine": job.engine, "device": job.networks.device, **session.settings}
     with run.begin(settings, resume=job.resume, workers=workers):
+        say(f"results go to {run.uri}; its report.html shows the progress")
         detection = DetectionRun(
             session,
             run,

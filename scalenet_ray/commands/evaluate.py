@@ -124,6 +124,7 @@ def main(job: EvalCoco) -> int:
     job = replace(job, networks=settle_workers(session, job.networks, policies, split, log=say))
     workers = {"engine": job.engine, "device": job.networks.device, **session.settings}
     with run.begin(_settings(job, policies), resume=job.resume, workers=workers):
+        say(f"results go to {run.uri}; its report.html shows the progress")
         document = evaluate_policies(
             session,
             run,

@@ -46,6 +46,7 @@ class Merging:
         score_threshold: minimum score, before and after suppression.
         edge_margin: distance in tile pixels within which a box touches a window edge inside the image.
         match_size: drop boxes whose area is outside their tile's `valid_area`.
+        max_detections: boxes of an image that are kept, those that score most; None for all.
 
     Raises:
         UserError: if a value is out of range.
@@ -57,6 +58,7 @@ class Merging:
     score_threshold: float = 0.01
     edge_margin: float = 4.0
     match_size: bool = True
+    max_detections: int | None = None
 
     def __post_init__(self) -> None:
         if self.method not in ("nms", "soft-nms-linear", "soft-nms-gaussian"):
@@ -68,6 +70,9 @@ class Merging:
                 raise UserError(msg)
         if not (self.sigma > 0 and self.edge_margin >= 0):
             msg = f"sigma must be above 0 and edge_margin not below, got {self.sigma} and {self.edge_margin}"
+            raise UserError(msg)
+        if self.max_detections is not None and self.max_detections < 1:
+            msg = f"max_detections must be 1 or more, or None for all, got {self.max_detections}"
             raise UserError(msg)
 
 
@@ -216,16 +221,18 @@ def merge_detections(parts: Sequence[Detections], merging: Merging) -> Detection
 
     Args:
         parts: detections in image pixels (`carry_to_image`), in any order.
-        merging: method and thresholds.
+        merging: method, thresholds and the most boxes.
 
     Returns:
         Detections in image pixels by descending score; the same for any order of `parts`.
     """
     found = _in_canonical_order(Detections.concatenate(parts))
     if merging.method == "nms":
-        return found[nms(found.boxes, found.scores, found.labels, merging.iou_threshold)]
+        kept = nms(found.boxes, found.scores, found.labels, merging.iou_threshold)
+        return found[kept[: merging.max_detections]]
     decayed = found.with_scores(soft_nms(found.boxes, found.scores, found.labels, merging))
-    return _in_canonical_order(decayed[decayed.scores >= merging.score_threshold])
+    ordered = _in_canonical_order(decayed[decayed.scores >= merging.score_threshold])
+    return ordered[np.arange(len(ordered))[: merging.max_detections]]
 
 
 @timed("merge")

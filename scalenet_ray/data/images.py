@@ -62,9 +62,8 @@ OTHER_SUFFIXES = (
     *(".avif", ".exr", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpx", ".jxl", ".mpo"),
     *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".raw", ".rw2"),
     *(".pbm", ".pgm", ".pnm", ".ppm", ".psd", ".svg", ".tga"),
-    *(".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"),
 )
-"""Suffixes of images and videos that are not decoded; listings report how many such files they skip."""
+"""Suffixes of images that are not decoded; listings report how many such files they skip."""
 
 # The readers are called directly, not through Image.open: no other reader sees untrusted bytes, and the limit on pixels
 # does not depend on Pillow's process-wide setting.

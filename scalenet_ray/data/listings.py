@@ -1,4 +1,4 @@
-"""Listings of images without annotations: folders, globs, prefixes of stores, and Parquet files of addresses."""
+"""Listings of images without annotations: folders, globs, prefixes of stores, videos, and Parquet files of addresses."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from scalenet_ray.core.errors import UserError, abbreviated, repeated
 from scalenet_ray.data.coco import MAX_BYTES, ImageRecord, is_text
 from scalenet_ray.data.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from scalenet_ray.data.storage import Address, join, list_files, read_bytes
+from scalenet_ray.data.video import VIDEO_SUFFIXES, list_frames
 
 __all__ = ["FoundImages", "find_images"]
 
@@ -30,29 +31,36 @@ class FoundImages(NamedTuple):
 
 
 def find_images(uri: Address) -> FoundImages:
-    """List the images of a folder, a glob, an S3 prefix, or a Parquet file with a column `uri` or `path`.
+    """List the images of a folder, a glob, an S3 prefix, a video, or a Parquet file with a column `uri` or `path`.
 
     Args:
         uri: folders are listed with their subfolders; in a folder without images, Parquet files are read as one list of
-            addresses. Relative paths in a Parquet file are relative to its folder.
+            addresses, or videos as their frames. Relative paths in a Parquet file are relative to its folder.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
-        UserError: if it contains no image, or a Parquet file has no such column.
+        UserError: if it contains no image, a Parquet file has no such column, or a video is not one that is decoded.
     """
     files = list_files(uri)
     names = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
-    skipped = Counter(name[name.rindex(".") :].lower() for name in files if name.lower().endswith(OTHER_SUFFIXES))
+    others = (*OTHER_SUFFIXES, *VIDEO_SUFFIXES)
+    skipped = Counter(name[name.rindex(".") :].lower() for name in files if name.lower().endswith(others))
     if not names:
         names = [name for part in files if part.lower().endswith(".parquet") for name in _addresses_in_parquet(part)]
         _refuse_repeated(names, str(uri))
+    if not names and (videos := [name for name in files if name.lower().endswith(VIDEO_SUFFIXES)]):
+        names = [frame for video in videos for frame in list_frames(video)]
+        skipped = Counter({suffix: count for suffix, count in skipped.items() if suffix not in VIDEO_SUFFIXES})
     if not_utf8 := [repr(name) for name in names if not is_text(name)]:
         msg = f"names of files must be UTF-8, got {abbreviated(not_utf8)}: rename them"
         raise UserError(msg)
-    remarks = [f"{count} files skipped: {suffix} is not read" for suffix, count in sorted(skipped.items())]
+    remarks = [
+        f"{count} files skipped: {suffix} is not read{' beside images' if suffix in VIDEO_SUFFIXES else ''}"
+        for suffix, count in sorted(skipped.items())
+    ]
     if not names:
         wanted, got = ", ".join(IMAGE_SUFFIXES), "; ".join(["got none", *remarks])
-        remedy = "convert them, a video into single pictures" if skipped else "check the path, or quote a glob"
+        remedy = "convert them" if skipped else "check the path, or quote a glob"
         msg = f"{uri} must hold at least one image ({wanted}), {got}: {remedy}"
         raise UserError(msg)
     return FoundImages([ImageRecord(i, name) for i, name in enumerate(sorted(names), start=1)], tuple(remarks))

@@ -28,6 +28,7 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import AnyImage, Window
 from scalenet_ray.data.images import MAX_PIXELS, read_image, to_rgb
 from scalenet_ray.data.storage import Address, RangeFile
+from scalenet_ray.data.video import frame_of, read_frame
 
 __all__ = [
     "WINDOWED_PIXELS",
@@ -66,7 +67,7 @@ _INSTALL = "pip install 'scalenet-ray[geo]'"
 
 
 def open_image(uri: Address, *, expect_hw: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> AnyImage:
-    """Open an image: a large TIFF to be read by window, any other decoded.
+    """Open an image: a large TIFF to be read by window, any other decoded, also a video's frame (`data.video`).
 
     Args:
         uri: a local path or a store's address.
@@ -76,6 +77,8 @@ def open_image(uri: Address, *, expect_hw: tuple[int, int] | None = None, max_pi
     Raises:
         TileError: if it is missing, unreadable, damaged, too large, or not of the annotated size.
     """
+    if (frame := frame_of(uri)) is not None:
+        return read_frame(frame, max_pixels)
     raster = open_raster(uri, expect_hw=expect_hw, max_pixels=max_pixels)
     return read_image(uri, expect_hw=expect_hw, max_pixels=max_pixels) if raster is None else raster
 

@@ -137,8 +137,9 @@ def errors_chart(errors: Mapping[str, Mapping[str, ErrorCost]]) -> str:
             values = [max(costs[kind]["cost"], 0.0) for kind in kinds]
             axes.barh(at, values, height * 0.86, color=COLOURS[i % len(COLOURS)], label=label(policy))
             for y, kind, value in zip(at, kinds, values, strict=True):
-                text = f"{costs[kind]['cost']:.1f}   ({costs[kind]['count']:.0f})"
-                axes.text(value, y, f"  {text}", va="center", color=MUTED, fontsize=7.5)
+                text = f"{costs[kind]['cost']:.1f} ({costs[kind]['count']:.0f})"
+                beside = {"xytext": (4, 0), "textcoords": "offset points"}
+                axes.annotate(text, (value, y), va="center", color=MUTED, fontsize=7.5, **beside)
         axes.set_yticks(range(len(kinds)), kinds)
         axes.set_ylim(len(kinds) - 0.5, -0.5)
         axes.margins(x=0.12)

@@ -37,9 +37,9 @@ __all__ = [
     "choose_pictures",
 ]
 
-_LONGER_SIDE = 960
+_LONGER_SIDES = (4096, 2880, 2048, 1440, 960)
 _JPEG_QUALITY = 82
-_MAX_BYTES = 10_000_000
+_MAX_BYTES = 16_000_000
 _MAX_BOXES = 80
 _MAP_SIDE = 96
 
@@ -95,7 +95,10 @@ class PictureTask:
     compared_with: str | None = None
 
     def __call__(self, chosen: Sequence[tuple[ImageRecord, str]]) -> list[dict[str, Any]]:
-        """Make the pictures; skips unreadable images, and stops at ten megabytes of photographs.
+        """Make the pictures; skips unreadable images.
+
+        The photographs share 16 megabytes: the fewer there are, the larger each is; those for which nothing is left
+        are left out.
 
         Args:
             chosen: images with their group.
@@ -115,7 +118,7 @@ class PictureTask:
         for record, group in chosen:
             try:
                 image = self.open_image(record)
-                photo = _photo(image)
+                photo = _photo(image, _MAX_BYTES // len(chosen))
             except TileError:
                 continue
             left -= len(photo)
@@ -247,11 +250,16 @@ def _overlay(weights: np.ndarray) -> str:
     return _data_uri("image/png", sink.getvalue())
 
 
-def _photo(image: AnyImage) -> str:
-    photo = Image.fromarray(whole_pixels(image, _LONGER_SIDE))
-    photo.thumbnail((_LONGER_SIDE, _LONGER_SIDE), Image.Resampling.LANCZOS)
+def _photo(image: AnyImage, max_bytes: int) -> str:
+    """The largest photograph that is not much longer than `max_bytes` as a data URI; the smallest at any length."""
+    photo = Image.fromarray(whole_pixels(image, _LONGER_SIDES[0]))
     sink = io.BytesIO()
-    photo.save(sink, "JPEG", quality=_JPEG_QUALITY)
+    for side in _LONGER_SIDES:
+        photo.thumbnail((side, side), Image.Resampling.LANCZOS)
+        sink = io.BytesIO()
+        photo.save(sink, "JPEG", quality=_JPEG_QUALITY)
+        if 4 * sink.tell() // 3 <= max_bytes:
+            break
     return _data_uri("image/jpeg", sink.getvalue())
 
 

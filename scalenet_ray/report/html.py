@@ -23,7 +23,13 @@ _THEME = (
 )
 
 
-def page(title: str, lead: str, sections: Iterable[str], data: dict[str, Any] | None = None) -> str:
+def page(
+    title: str,
+    lead: str,
+    sections: Iterable[str],
+    data: dict[str, Any] | None = None,
+    refresh: int | None = None,
+) -> str:
     """Build a self-contained page; its content security policy forbids other resources and scripts.
 
     Args:
@@ -31,11 +37,13 @@ def page(title: str, lead: str, sections: Iterable[str], data: dict[str, Any] | 
         lead: HTML below the title.
         sections: from `section`.
         data: JSON data of the gallery, read by report.js; None for a page without gallery.
+        refresh: seconds after which a browser reads the page again; None for never.
     """
     assets = files("scalenet_ray.report")
     style, script = (assets.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    again = "" if refresh is None else f'<meta http-equiv="refresh" content="{refresh}">'
     blob = ""
     if data is not None:
         # Escaped, so that data cannot end the element or start a comment in it.
@@ -45,6 +53,7 @@ def page(title: str, lead: str, sections: Iterable[str], data: dict[str, Any] | 
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{again}"
         f'<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>{html.escape(title)}</title><style>{style}</style></head>"
         f'<body><a class="skip" href="#main">Skip to the content</a><header><p class="brand">Recursive Scale Net</p>'

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scalenet_ray.core.detections import SHOWN_SCORE
@@ -26,9 +28,10 @@ from scalenet_ray.report.tables import (
     reads_truth,
     winner_of,
 )
+from scalenet_ray.runs.batch import Progress
 from scalenet_ray.runs.documents import Changes, Metrics, ReportDetails
 
-__all__ = ["render_report"]
+__all__ = ["render_progress", "render_report"]
 
 _MAX_CHANGED_CLASSES = 16
 _MAX_FOUND_CLASSES = 100
@@ -108,6 +111,28 @@ def render_report(document: Metrics, details: ReportDetails | None = None) -> st
     ]
     lead = _lead(document, winner, base, details)
     return page("What a closer look found", lead, sections, _data(details, base, winner))
+
+
+def render_progress(latest: Sequence[Progress], run: Mapping[str, Any], refresh: int | None) -> str:
+    """Render report.html of a run at work.
+
+    Args:
+        latest: the last progress of each policy that has begun.
+        run: the content of config.yaml.
+        refresh: seconds after which a browser reads it again; None for a run that has stopped.
+
+    Returns:
+        HTML, self-contained in one file.
+    """
+    bars = "".join(
+        f'<p class="words">{html.escape(str(progress))}<progress value="{progress.done}" max="{progress.total}" '
+        f'aria-label="{html.escape(progress.policy)}"></progress></p>'
+        for progress in latest
+    )
+    state = "This page follows the run." if refresh else "The run has stopped; --resume goes on with it."
+    lead = f'<p class="state">{state} As of {time.strftime("%Y-%m-%d %H:%M:%S %z")}.</p>{origin_line(run)}'
+    sections = [section("progress", "Images", "", bars), origin_section(run)]
+    return page("At work" if refresh else "Stopped", lead, sections, refresh=refresh)
 
 
 def _figure(svg: str) -> str:

@@ -171,6 +171,7 @@ def origin_section(run: Mapping[str, Any] | None) -> str:
     facts += [("resumed", "yes, in this run folder" if run["resumed"] else "no")] if "resumed" in run else []
     facts += [("command", run["command"])] if run.get("command") else []
     facts += [(name, _joined(run.get(name))) for name in ("workers", "versions")]
+    facts += [("machine", run["machine"])] if run.get("machine") else []
     rows = "".join(
         f"<div><dt>{html.escape(title)}</dt><dd>{html.escape(str(value))}</dd></div>" for title, value in facts if value
     )

@@ -33,7 +33,7 @@ INTERVALS_UP_TO = 5000
 """Bootstrap intervals are computed by default up to this many images: their time grows with the number of images."""
 
 
-_LISTED_IMAGES = 2000
+_LISTED_IMAGES = 5000
 _MOST_LISTED = 10
 
 
@@ -59,7 +59,7 @@ def analyse_run(
         "compared_with"; "shown_score"; "differences" (`paired_intervals`; {} without `intervals`); "curves": policy ->
         `precision_curves`; "errors": policy -> `error_breakdown`; "changes": policy -> `gained_and_lost`; "images": one
         row per image, for the images that changed most: "id", "objects" (their number), "labels" (of its objects), and
-        "by": policy -> [found, gained, lost].
+        "by": policy -> [found, gained, lost], and "cost" (`ImageChanges`).
     """
     run, dataset = RunFolder(run_uri), read_annotations(annotations)
     matched = {name: match_results(dataset, coco_results(run, name), image_ids=image_ids) for name in policies}
@@ -77,7 +77,7 @@ def analyse_run(
         "curves": curves,
         "errors": {name: error_breakdown(images, SHOWN_SCORE) for name, images in explained.items()},
         "changes": changes,
-        "images": _image_rows(explained, baseline, image_ids),
+        "images": _with_costs(_image_rows(explained, baseline, image_ids), run, policies),
     }
 
 
@@ -108,6 +108,19 @@ def _most_changed(rows: list[ImageChanges]) -> list[ImageChanges]:
     )
     listed = {row["id"] for row in by_change[:_LISTED_IMAGES]}
     return [row for row in rows if row["id"] in listed]
+
+
+def _with_costs(rows: list[ImageChanges], run: RunFolder, policies: Sequence[str]) -> list[ImageChanges]:
+    """The rows, with the cost of each image."""
+    costs = {}
+    for policy in policies:
+        table = run.table("images", policy, ["image_id", "detector_pixels", "zoom"])
+        columns = (table.column(name).to_pylist() for name in ("image_id", "detector_pixels", "zoom"))
+        costs[policy] = {
+            image_id: None if not zoom else [round(pixels / 1e6, 3), round(zoom, 2)]
+            for image_id, pixels, zoom in zip(*columns, strict=True)
+        }
+    return [{**row, "cost": {policy: costs[policy].get(row["id"]) for policy in policies}} for row in rows]
 
 
 def whole_passes(run: RunFolder, policy: str) -> Iterator[tuple[int, Detections]]:
@@ -187,6 +200,6 @@ def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> D
     }
     return {
         "shown_score": SHOWN_SCORE,
-        "images": _most_changed(rows),
+        "images": _with_costs(_most_changed(rows), run, [policy]),
         "found": cast(FoundCounts, found_counts),
     }

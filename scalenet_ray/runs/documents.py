@@ -202,12 +202,17 @@ class Changes(TypedDict):
 
 
 class ImageChanges(TypedDict):
-    """One image in the report's gallery; `by` maps a policy to [found, gained, lost], None where unknown."""
+    """One image in the report's gallery.
+
+    `by` maps a policy to [found, gained, lost], None where unknown; `cost` maps it to [megapixels that the detector
+    computed, largest zoom], None for a failed image.
+    """
 
     id: int
     objects: int
     labels: list[int]
     by: dict[str, list[int | None]]
+    cost: NotRequired[dict[str, list[float] | None]]
 
 
 class EvaluationAnalysis(TypedDict):

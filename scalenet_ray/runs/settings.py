@@ -49,7 +49,7 @@ def _installed_versions() -> dict[str, str]:
 
 
 def write_config(run_uri: str, settings: Mapping[str, Any], workers: Mapping[str, Any]) -> None:
-    """Write config.yaml: the command, the settings and the versions.
+    """Write config.yaml: the command, the settings, the versions and the machine.
 
     Args:
         run_uri: the run folder.
@@ -65,6 +65,7 @@ def write_config(run_uri: str, settings: Mapping[str, Any], workers: Mapping[str
         "settings": dict(settings),
         "workers": dict(workers),
         "versions": versions,
+        "machine": f"{platform.node()}, {platform.platform()}, {os.cpu_count()} CPUs",
     }
     storage.write_bytes_atomic(storage.join(run_uri, CONFIG), yaml.safe_dump(content, sort_keys=False).encode())
 

@@ -61,7 +61,7 @@ class DetectionRun:
         self._session, self._run, self._policy, self._images = session, run, policy, images
         self._networks, self._detector = networks, detector
         self.records = keep_image_ids(run, images.images, images.source, policy.name)
-        self._log = ProgressLog(report)
+        self._log = ProgressLog(report, run)
         reads_features = session.call(networks.reads_features, [policy])
         factories = replace(_own_networks(networks, detector), reads_features=reads_features)
         start = partial(session.start, policy=policy, networks=factories, open_image=images.open_image)
@@ -69,7 +69,8 @@ class DetectionRun:
 
     def __iter__(self) -> Iterator[ImageResult]:
         """Process the remaining images and yield their results."""
-        return iter(self._work)
+        with self._log:
+            yield from self._work
 
     def conclude(self, pictures: int = PICTURES) -> Metrics:
         """Write the results, metrics and the report of a finished run.

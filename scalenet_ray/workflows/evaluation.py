@@ -62,13 +62,14 @@ def evaluate_policies(
     ids = [record.image_id for record in split.images]
     split = with_ground_truth(session, run, split)
     check_split(session, run, split)
-    log = ProgressLog(report)
+    log = ProgressLog(report, run)
     reads_features = session.call(networks.reads_features, policies)
     metrics: dict[str, Any] = {}
     for policy in policies:
         factories = replace(_split_networks(policy, networks, split), reads_features=reads_features)
         start = partial(session.start, policy=policy, networks=factories, open_image=split.open_image)
-        PolicyRun(split.images, policy.name, start, run, log, retry_failed=retry_failed).finish()
+        with log:
+            PolicyRun(split.images, policy.name, start, run, log, retry_failed=retry_failed).finish()
         figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
         metrics[policy.name] = {"kind": policy.kind, **figures.pop("bbox"), **figures}
     report("all images are done: comparing what was found, and writing the report")

@@ -164,17 +164,18 @@ def with_categories(
     )
 
 
-def open_images(session: Session, images: str, *, limit: int | None, max_megapixels: float) -> ImageSet:
+def open_images(session: Session, images: str, *, limit: int | None, max_megapixels: float, every: int = 1) -> ImageSet:
     """List images without annotations.
 
     Args:
         session: the engine; the images are listed outside the driver.
-        images: a folder, a glob, a prefix in a store, or a Parquet file with a column uri or path.
+        images: a folder, a glob, a prefix in a store, a video, or a Parquet file with a column uri or path.
         limit: only the first so many images.
         max_megapixels: larger images are refused before they are decoded.
+        every: only the first of each so many images or frames.
     """
     found: FoundImages = session.call(find_images, images)
-    return ImageSet(images, None, found.records[:limit], found.remarks, round(max_megapixels * 1e6))
+    return ImageSet(images, None, found.records[::every][:limit], found.remarks, round(max_megapixels * 1e6))
 
 
 def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:

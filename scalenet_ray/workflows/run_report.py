@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from types import TracebackType
 from typing import Any, cast
 
 from scalenet_ray.data.coco import (
@@ -13,7 +15,7 @@ from scalenet_ray.data.coco import (
 )
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.gallery import PictureTask, choose_pictures
-from scalenet_ray.report.page import render_report
+from scalenet_ray.report.page import render_progress, render_report
 from scalenet_ray.report.tables import winner_of
 from scalenet_ray.runs.batch import Progress
 from scalenet_ray.runs.documents import (
@@ -35,25 +37,54 @@ __all__ = ["PICTURES", "ProgressLog", "on_cpu", "write_report", "write_summary"]
 PICTURES = 24
 """Default number of photographs in a report, which keeps it at a few megabytes."""
 
+_SECONDS_BETWEEN_PAGES = 10
 _MOST_POINTS = 200
 _MOST_FAILURES = 200
 
 
 class ProgressLog:
-    """Progress of a run, passed on to the terminal and recorded for the report.
+    """Progress of a run, passed on to the terminal, recorded for the report, and shown in report.html meanwhile.
+
+    A context manager around the work: if an error ends it, the page says so.
 
     Args:
         report: takes each progress.
+        run: the run folder, begun.
     """
 
-    def __init__(self, report: Callable[[Progress], None]) -> None:
-        self._report = report
+    def __init__(self, report: Callable[[Progress], None], run: RunFolder) -> None:
+        self._report, self._run = report, run
         self._points: defaultdict[str, list[list[float]]] = defaultdict(list)
+        self._latest: dict[str, Progress] = {}
+        self._written: float | None = None
+
+    def __enter__(self) -> ProgressLog:
+        """The log itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """After an error in the block, write the page a last time."""
+        if error is not None and self._written is not None:
+            self._write_page(refresh=None)
 
     def __call__(self, progress: Progress) -> None:
         """Record one progress, and pass it on."""
         self._points[progress.policy].append([round(progress.elapsed, 2), progress.images])
+        self._latest[progress.policy] = progress
         self._report(progress)
+        now = time.monotonic()
+        # A run that is refused before its first result leaves no files.
+        if progress.images and (self._written is None or now - self._written >= _SECONDS_BETWEEN_PAGES):
+            self._write_page(refresh=_SECONDS_BETWEEN_PAGES)
+            self._written = now
+
+    def _write_page(self, refresh: int | None) -> None:
+        # The page alone is no reason to end a run.
+        with suppress(OSError):
+            text = render_progress(list(self._latest.values()), self._run.config(), refresh)
+            self._run.write_text("report.html", text)
 
     @property
     def points(self) -> dict[str, list[list[float]]]:
