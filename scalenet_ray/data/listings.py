@@ -1,4 +1,4 @@
-"""Listings of images without annotations: folders, globs, prefixes of stores, videos, and Parquet files of addresses."""
+"""Listings of images without annotations: folders, globs, prefixes of stores, videos, Parquet files of addresses."""
 
 from __future__ import annotations
 

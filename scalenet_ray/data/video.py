@@ -87,12 +87,13 @@ def read_frame(frame: Frame, max_pixels: int) -> np.ndarray:
 
 def _decoded(frame: Frame) -> np.ndarray | None:
     """[h, w, 3] uint8 BGR; None if it cannot be decoded."""
-    if getattr(_open, "path", None) != frame.video:
+    # Backwards from the start again: OpenCV cannot seek back in a video of one frame.
+    if getattr(_open, "path", None) != frame.video or _open.video.get(cv2.CAP_PROP_POS_FRAMES) > frame.number:
         _open.path, _open.video = frame.video, cv2.VideoCapture(frame.video)
     video: cv2.VideoCapture = _open.video
-    at = int(video.get(cv2.CAP_PROP_POS_FRAMES))
-    if 0 <= frame.number - at < _MOST_SKIPPED:
-        for _ in range(frame.number - at):
+    skipped = frame.number - max(0, int(video.get(cv2.CAP_PROP_POS_FRAMES)))
+    if skipped < _MOST_SKIPPED:
+        for _ in range(skipped):
             video.grab()
     else:
         video.set(cv2.CAP_PROP_POS_FRAMES, frame.number)
