@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -344,7 +345,7 @@ class SquareDetector:
         return found
 
 
-def _policy(name: str = "regions", **rules: float) -> Policy:
+def _policy(name: str = "regions", **rules: Any) -> Policy:
     policy = parse_policy(name, input_side=320, iou_threshold=0.5)
     assert policy.regions is not None
     return dataclasses.replace(policy, regions=dataclasses.replace(policy.regions, **rules))
@@ -442,6 +443,29 @@ def test_boxes_of_a_region_are_of_the_size_that_it_was_cut_for() -> None:
     found = Detections(np.array([[100.0, 100.0, 110.0, 110.0]]), np.array([0.5]), np.array([1]))
     for child in expand(root, RegionEvidence(candidates_of_detections(found, root)), policy).children:
         assert child.valid_area.high == pytest.approx((1.5 * 64.0 / 0.5) ** 2)
+
+
+def test_what_is_of_interest_is_looked_at_in_any_case_and_first() -> None:
+    empty = np.full((3000, 4000, 3), 114, np.uint8)
+    quarter = (0.5, 0.5, 1.0, 1.0)
+    _, _, steps = _found(empty, _policy(of_interest=(quarter,)))
+    tiles = [step.tile for step in steps[1:]]
+    covered = np.zeros(empty.shape[:2], bool)
+    for tile in tiles:
+        covered[tile.window.y0 : tile.window.y1, tile.window.x0 : tile.window.x1] = True
+        assert max(tile.zoom_xy) == pytest.approx(1.0, rel=0.02)
+    assert covered[1500:, 2000:].all()
+    assert not covered[:1400, :1900].any()
+    seen = _candidates([(500, 300, 520, 320)])
+    regions = plan_regions(seen, _tile(1000, 1000, 0.5), Regions(of_interest=((0.6, 0.6, 0.7, 0.7),)), INPUT)
+    assert [_holds(region, (600, 600, 700, 700)) for region in regions] == [True, False]
+    assert _holds(regions[1], (500, 300, 520, 320))
+
+
+@pytest.mark.parametrize("rectangle", [(0.5, 0.0, 0.5, 1.0), (-0.1, 0.0, 1.0, 1.0), (0.0, 0.0, 640.0, 480.0)])
+def test_a_rectangle_of_interest_that_is_not_in_shares_of_the_image_is_refused(rectangle: tuple[float, ...]) -> None:
+    with pytest.raises(UserError, match="of_interest must hold shares of the image"):
+        Regions(of_interest=(rectangle,))  # type: ignore[arg-type]
 
 
 def test_a_regions_policy_needs_evidence() -> None:

@@ -71,6 +71,8 @@ class Regions:
         keep_factor: boxes of a region may have sides so many times `small` in the tile that it was cut from.
         max_depth: how often regions may be cut from regions: 1 for those of the first look alone.
         budget: most pixels of an image's regions, in megapixels; none for no limit.
+        of_interest: rectangles that are looked at in any case, as shares (x0, y0, x1, y1) of the image's width and
+            height: at native resolution, or at twice that of the whole image's tile if this is more.
 
     Raises:
         UserError: if a number leaves its range.
@@ -93,6 +95,7 @@ class Regions:
     keep_factor: float = 1.5
     max_depth: int = 1
     budget: float | None = None
+    of_interest: tuple[tuple[float, float, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         above = {
@@ -114,6 +117,13 @@ class Regions:
         if not 1.0 <= self.first_look < math.inf:
             msg = f"first_look must be 1 or more and finite, got {self.first_look}"
             raise UserError(msg)
+        for x0, y0, x1, y1 in self.of_interest:
+            if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+                msg = (
+                    "of_interest must hold shares of the image, 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, got "
+                    f"{[x0, y0, x1, y1]}: divide pixels by the image's width and height"
+                )
+                raise UserError(msg)
 
     @property
     def look_zoom(self) -> float:
@@ -161,8 +171,11 @@ class Regions:
             return True
         # Looks are part of seeing the whole image: regions are counted from there.
         depth = tile.depth - self._needs_looks(max(tile.image_hw), input_side)
-        zoom = max(tile.zoom_xy)
-        return depth < self.max_depth and zoom * _LEAST_ZOOM < min(zoom * self.max_zoom, self.max_native)
+        return depth < self.max_depth and self.shows_more(max(tile.zoom_xy))
+
+    def shows_more(self, zoom: float) -> bool:
+        """True if a region cut from a tile of this zoom may have a higher one."""
+        return zoom * _LEAST_ZOOM < min(zoom * self.max_zoom, self.max_native)
 
     def zooms_and_weights(self, candidates: Candidates, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
         """Zoom of a closer look at each candidate, and its weight.
@@ -198,23 +211,21 @@ def plan_looks(textured: np.ndarray, tile: Tile, rules: Regions, input_side: int
     Args:
         textured: [h, w] bool, cells of the tile (`textured_cells`).
         tile: the tile.
-        rules: the rules.
+        rules: the rules; its rectangles of interest come first.
         input_side: the detector's, in tile pixels; a look has at most `Regions.first_look` times that.
     """
     zoom, canvas = rules.look_zoom, round(input_side * rules.first_look)
     if not rules.looks_again(tile, input_side):
         zoom = rules.second_look_zoom
     y, x = np.nonzero(textured)
-    if not len(x):
-        return []
     frame, zoom_xy = tile.window, np.array(tile.zoom_xy)
     corners = np.column_stack([x, y]) * TEXTURE_CELL / zoom_xy + (frame.x0, frame.y0)
     context = rules.overlap / 2 / zoom
     boxes = np.concatenate([corners - context, corners + TEXTURE_CELL / zoom_xy + context], axis=1)
     zooms = np.full(len(boxes), zoom)
     rows = np.column_stack([_grown(boxes, zooms, frame.xyxy, rules), zooms, np.ones(len(boxes))])
-    rows = _joined(rows, frame.xyxy, rules)
-    order = np.lexsort((rows[:, 0], rows[:, 1]))
+    rows = _joined(np.concatenate([_of_interest(tile, rules), rows]), frame.xyxy, rules)
+    order = np.lexsort((rows[:, 0], rows[:, 1], np.isfinite(rows[:, 5])))
     return _regions(rows[order], frame.xyxy, rules.overlap, canvas)
 
 
@@ -249,23 +260,36 @@ def plan_regions(candidates: Candidates, tile: Tile, rules: Regions, input_side:
         input_side: the detector's, in tile pixels; larger regions are split.
 
     Returns:
-        Regions in the order of expected gain for their cost, none with less than the price.
+        Regions in the order of expected gain for their cost, those of interest first, none with less than the price.
     """
     zoom, frame, canvas = max(tile.zoom_xy), tile.window.xyxy, input_side
     boxes, sides, _ = candidates
     zooms, weights = rules.zooms_and_weights(candidates, tile)
     asks = (weights >= rules.min_score) & (sides * zoom < rules.small) & (sides > 0)
-    if zoom * _LEAST_ZOOM >= min(zoom * rules.max_zoom, rules.max_native) or not asks.any():
+    if not rules.shows_more(zoom):
         return []
     boxes, sides, zooms = boxes[asks], sides[asks], zooms[asks]
     gains = weights[asks] * (1.0 - sides * zoom / rules.small)
     context = np.maximum(rules.context * sides, rules.min_context / zooms)[:, None]
     corners = np.concatenate([boxes[:, :2] - context, boxes[:, 2:] + context], axis=1)
     rows = np.column_stack([_grown(corners, zooms, frame, rules), zooms, gains])
-    rows = _joined(rows, frame, rules)
+    rows = _joined(np.concatenate([_of_interest(tile, rules), rows]), frame, rules)
     values = rows[:, 5] / np.maximum(_costs(rows) / canvas**2, _LEAST_COST)
     order = np.lexsort((rows[:, 0], rows[:, 1], -values))
     return _regions(rows[order[values[order] >= rules.price]], frame, rules.overlap, canvas)
+
+
+def _of_interest(tile: Tile, rules: Regions) -> np.ndarray:
+    """Rectangles of interest [N, 6] of a whole image's tile (x0, y0, x1, y1, zoom, infinite gain).
+
+    None in a tile that was cut from another, or of an image whose pixels show no more than the tile.
+    """
+    zoom = max(tile.zoom_xy)
+    if tile.depth or not rules.of_interest or not rules.shows_more(zoom):
+        return np.empty((0, 6))
+    corners = np.array(rules.of_interest) * np.tile(tile.image_hw[::-1], 2)
+    zooms = np.full(len(corners), min(max(1.0, 2.0 * zoom), rules.max_native))
+    return np.column_stack([_grown(corners, zooms, tile.window.xyxy, rules), zooms, np.full(len(corners), np.inf)])
 
 
 def _grown(corners: np.ndarray, zooms: np.ndarray, frame: tuple[int, int, int, int], rules: Regions) -> np.ndarray:
@@ -299,6 +323,8 @@ def _union(rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 def _joined(rows: np.ndarray, frame: tuple[int, int, int, int], rules: Regions) -> np.ndarray:
     """Rectangles joined wherever the joint one costs no more: on grids of growing cells, then pair by pair."""
+    if not len(rows):
+        return rows
     extent = max(frame[2] - frame[0], frame[3] - frame[1])
     cell = rules.min_side / 2 / rows[:, 4].max()
     while len(rows) > 1 and cell < 2 * extent:
