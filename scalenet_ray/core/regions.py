@@ -17,6 +17,7 @@ import numpy as np
 from scalenet_ray.core.candidates import TEXTURE_CELL, Candidates, RegionEvidence, textured_cells
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile
+from scalenet_ray.core.rectangles import STRIDE, costs, joined, split_into_tiles
 
 __all__ = [
     "Region",
@@ -25,14 +26,10 @@ __all__ = [
     "plan_regions",
 ]
 
-_STRIDE = 32
-_CELL_PIXELS = _STRIDE**2
+_CELL_PIXELS = STRIDE**2
 """Detector pixels of one cell, the unit of a tile's budget: 32 x 32."""
 
 _UNLIMITED = 2**31 - 1
-
-_ZOOM_BINS = 2
-"""Bins of zoom to a factor of two: rectangles are joined within a bin first."""
 
 _LEAST_ZOOM = 1.2
 """A tile whose zoom could grow by less is not looked at again."""
@@ -42,9 +39,6 @@ _LEAST_COST = 0.02
 
 _LEAST_DETAIL = 2.0
 """Least ratio of the image pixels that a closer look shows to those of the tile, as it counts in a weight."""
-
-_EXACT = 160
-"""Up to so many rectangles the best pair of all is joined, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +218,7 @@ def plan_looks(textured: np.ndarray, tile: Tile, rules: Regions, input_side: int
     boxes = np.concatenate([corners - context, corners + TEXTURE_CELL / zoom_xy + context], axis=1)
     zooms = np.full(len(boxes), zoom)
     rows = np.column_stack([_grown(boxes, zooms, frame.xyxy, rules), zooms, np.ones(len(boxes))])
-    rows = _joined(np.concatenate([_of_interest(tile, rules), rows]), frame.xyxy, rules)
+    rows = joined(np.concatenate([_of_interest(tile, rules), rows]), frame.xyxy, rules.min_side)
     order = np.lexsort((rows[:, 0], rows[:, 1], np.isfinite(rows[:, 5])))
     return _regions(rows[order], frame.xyxy, rules.overlap, canvas)
 
@@ -247,7 +241,7 @@ class Region(NamedTuple):
     @property
     def cells(self) -> int:
         """Its cost, in cells of 32 x 32 pixels of the detector's canvas."""
-        return -(-self.height // _STRIDE) * -(-self.width // _STRIDE)
+        return -(-self.height // STRIDE) * -(-self.width // STRIDE)
 
 
 def plan_regions(candidates: Candidates, tile: Tile, rules: Regions, input_side: int) -> list[Region]:
@@ -273,8 +267,8 @@ def plan_regions(candidates: Candidates, tile: Tile, rules: Regions, input_side:
     context = np.maximum(rules.context * sides, rules.min_context / zooms)[:, None]
     corners = np.concatenate([boxes[:, :2] - context, boxes[:, 2:] + context], axis=1)
     rows = np.column_stack([_grown(corners, zooms, frame, rules), zooms, gains])
-    rows = _joined(np.concatenate([_of_interest(tile, rules), rows]), frame, rules)
-    values = rows[:, 5] / np.maximum(_costs(rows) / canvas**2, _LEAST_COST)
+    rows = joined(np.concatenate([_of_interest(tile, rules), rows]), frame, rules.min_side)
+    values = rows[:, 5] / np.maximum(costs(rows) / canvas**2, _LEAST_COST)
     order = np.lexsort((rows[:, 0], rows[:, 1], -values))
     return _regions(rows[order[values[order] >= rules.price]], frame, rules.overlap, canvas)
 
@@ -302,137 +296,7 @@ def _grown(corners: np.ndarray, zooms: np.ndarray, frame: tuple[int, int, int, i
     return np.concatenate([starts, starts + sizes], axis=1)
 
 
-def _costs(rows: np.ndarray) -> np.ndarray:
-    """[N] detector pixels of rectangles (columns x0, y0, x1, y1, zoom, ...), canvases in multiples of the stride."""
-    # 1e-6: a side of four strides must not become five by a rounding error.
-    width = np.ceil((rows[:, 2] - rows[:, 0]) * rows[:, 4] / _STRIDE - 1e-6)
-    height = np.ceil((rows[:, 3] - rows[:, 1]) * rows[:, 4] / _STRIDE - 1e-6)
-    return width * height * _STRIDE**2
-
-
-def _union(rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Unions of the groups of sorted rows that begin at `starts`: bounding box, largest zoom, sum of gains."""
-    return np.column_stack(
-        [
-            np.minimum.reduceat(rows[:, :2], starts),
-            np.maximum.reduceat(rows[:, 2:5], starts),
-            np.add.reduceat(rows[:, 5], starts),
-        ]
-    )
-
-
-def _joined(rows: np.ndarray, frame: tuple[int, int, int, int], rules: Regions) -> np.ndarray:
-    """Rectangles joined wherever the joint one costs no more: on grids of growing cells, then pair by pair."""
-    if not len(rows):
-        return rows
-    extent = max(frame[2] - frame[0], frame[3] - frame[1])
-    cell = rules.min_side / 2 / rows[:, 4].max()
-    while len(rows) > 1 and cell < 2 * extent:
-        for shift in (0.0, 0.5):
-            rows = _joined_in_cells(rows, cell, shift, frame)
-        cell *= 2.0
-    return _joined_in_pairs(rows) if len(rows) <= _EXACT else rows
-
-
-def _joined_in_cells(rows: np.ndarray, cell: float, shift: float, frame: tuple[int, int, int, int]) -> np.ndarray:
-    """Rectangles of one zoom bin whose centres lie in one cell become one, where that costs no more."""
-    centres = (rows[:, :2] + rows[:, 2:4]) / 2 - np.array(frame[:2], float)
-    places = np.floor(centres / cell + shift).astype(np.int64)
-    bins = np.floor(np.log2(rows[:, 4]) * _ZOOM_BINS).astype(np.int64)
-    order = np.lexsort((rows[:, 1], rows[:, 0], places[:, 0], places[:, 1], bins))
-    rows, keys = rows[order], np.column_stack([bins, places])[order]
-    starts = np.flatnonzero(np.r_[True, (keys[1:] != keys[:-1]).any(axis=1)])
-    if len(starts) == len(rows):
-        return rows
-    unions = _union(rows, starts)
-    cheaper = _costs(unions) <= np.add.reduceat(_costs(rows), starts)
-    groups = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(rows)]))
-    return np.concatenate([unions[cheaper], rows[~cheaper[groups]]])
-
-
-def _joined_in_pairs(rows: np.ndarray) -> np.ndarray:
-    """Rectangles of any zoom, the pair that saves most joined first."""
-    rows = rows.copy()
-    alive = np.ones(len(rows), bool)
-    costs = _costs(rows)
-    ratios = np.full((len(rows), len(rows)), np.inf)
-
-    def compare(i: int) -> None:
-        """Update the ratios of a rectangle with all others: cost of the joint one over that of the two."""
-        others = np.flatnonzero(alive)
-        others = others[others != i]
-        if not len(others):
-            return
-        unions = np.column_stack(
-            [np.minimum(rows[i, :2], rows[others, :2]), np.maximum(rows[i, 2:5], rows[others, 2:5])]
-        )
-        ratios[i, others] = ratios[others, i] = _costs(unions) / (costs[others] + costs[i])
-
-    for i in range(len(rows)):
-        compare(i)
-    while True:
-        i, j = np.unravel_index(int(ratios.argmin()), ratios.shape)
-        if not ratios[i, j] <= 1.0:
-            return rows[alive]
-        rows[i] = [
-            *np.minimum(rows[i, :2], rows[j, :2]),
-            *np.maximum(rows[i, 2:5], rows[j, 2:5]),
-            rows[i, 5] + rows[j, 5],
-        ]
-        costs[i] = _costs(rows[i][None])[0]
-        alive[j] = False
-        ratios[j, :] = ratios[:, j] = np.inf
-        ratios[i, :] = ratios[:, i] = np.inf
-        compare(int(i))
-
-
 def _regions(rows: np.ndarray, frame: tuple[int, int, int, int], overlap: int, canvas: int) -> list[Region]:
-    """Rectangles as regions in whole pixels, split with overlap where a tile would exceed the canvas."""
-    corners = np.concatenate([np.floor(rows[:, :2]), np.minimum(np.ceil(rows[:, 2:4]), frame[2:])], axis=1)
-    sizes = corners[:, 2:] - corners[:, :2]
-    too_large = (sizes > canvas / rows[:, 4:5] + 1).any(axis=1)
-    parts = np.column_stack([corners, rows[:, 4:]])[~too_large]
-    order = np.flatnonzero(~too_large)
-    if too_large.any():
-        split = [_split(corners[i], rows[i, 4], rows[i, 5], overlap, canvas) for i in np.flatnonzero(too_large)]
-        parts = np.concatenate([parts, *split])
-        order = np.concatenate([order, np.repeat(np.flatnonzero(too_large), [len(part) for part in split])])
-    parts = parts[np.argsort(order, kind="stable")]
-    left, right, width = _filled(parts[:, 0], parts[:, 2], parts[:, 4], frame[0], frame[2], canvas)
-    top, bottom, height = _filled(parts[:, 1], parts[:, 3], parts[:, 4], frame[1], frame[3], canvas)
-    columns = np.column_stack([left, top, right, bottom, height, width]).astype(np.int64).tolist()
-    # Small ones grow to the same least side: equal ones are one.
-    regions = {tuple(row): gain for row, gain in zip(columns, parts[:, 5].tolist(), strict=True)}
-    return [
-        Region((x0, y0, x1, y1), rows_, columns_, gain) for (x0, y0, x1, y1, rows_, columns_), gain in regions.items()
-    ]
-
-
-def _split(corners: np.ndarray, zoom: float, gain: float, overlap: int, canvas: int) -> np.ndarray:
-    """Parts [N, 6] of a rectangle (x0, y0, x1, y1, zoom, gain) whose tiles fit the canvas."""
-    x0, y0, x1, y1 = (int(corner) for corner in corners)
-    columns, rows = (_splits(*ends, math.ceil(overlap / zoom), canvas / zoom) for ends in ((x0, x1), (y0, y1)))
-    share = gain / (len(columns) * len(rows))
-    return np.array([[left, top, right, bottom, zoom, share] for top, bottom in rows for left, right in columns])
-
-
-def _filled(
-    starts: np.ndarray, ends: np.ndarray, zooms: np.ndarray, low: int, high: int, canvas: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[start, end) grown within [low, high) to what each canvas holds, and the sides in tile pixels; [N] each."""
-    sides = np.minimum(np.ceil(np.maximum(1, np.round((ends - starts) * zooms)) / _STRIDE) * _STRIDE, canvas)
-    lengths = np.minimum(np.maximum(ends - starts, np.floor(sides / zooms)), high - low)
-    starts = np.minimum(np.maximum(starts - (lengths - ends + starts) // 2, low), high - lengths)
-    return starts, starts + lengths, np.minimum(sides, np.maximum(1, np.round(lengths * zooms)))
-
-
-def _splits(start: int, end: int, overlap: int, longest: float) -> list[tuple[int, int]]:
-    """Parts of [start, end) of equal length, each at most `longest` long, that overlap by `overlap`."""
-    if end - start <= longest + 1:
-        return [(start, end)]
-    overlap = min(overlap, int(longest / 2))
-    count = math.ceil((end - start - overlap) / (longest - overlap))
-    length = math.ceil((end - start + (count - 1) * overlap) / count)
-    return [
-        (begin, begin + length) for begin in (start + (end - start - length) * i // (count - 1) for i in range(count))
-    ]
+    """Rectangles as regions, split where a tile would exceed the canvas."""
+    windows = split_into_tiles(rows, frame, overlap, canvas)
+    return [Region((x0, y0, x1, y1), height, width, gain) for (x0, y0, x1, y1, height, width), gain in windows.items()]
