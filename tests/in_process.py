@@ -21,14 +21,14 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import ImageRecord, OpenImage
-from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease
+from scalenet_ray.engine.frontier import Frontier
 from scalenet_ray.engine.pipeline import Assembler
 from scalenet_ray.engine.readers import TileSource
 from scalenet_ray.engine.rows import unpack_results
 from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage
 from scalenet_ray.runs.resources import RetryPolicy
 
-__all__ = ["Died", "Handle", "InProcessEngine", "OwnDecisions", "Unjournaled"]
+__all__ = ["Died", "Handle", "InProcessEngine"]
 
 
 class Died(BaseException):
@@ -57,29 +57,6 @@ class Handle:
             return answer
 
         return SimpleNamespace(remote=remote)
-
-
-class OwnDecisions(Frontier):
-    """Records as it should, but lets each try go by its own decision, which is what the record is there to prevent."""
-
-    def complete(self, completions: Sequence[Completion]) -> list[Decision]:
-        """What was offered, whatever was recorded."""
-        super().complete(completions)
-        return [completion.decision for completion in completions]
-
-
-class Unjournaled(Frontier):
-    """Forgets what it leased to whom: a reader that begins again gets other work."""
-
-    def lease(self, reader: int, sequence: int, count: int) -> Lease | None:
-        """The next work, whatever the sequence number."""
-        del sequence
-        lease = super().lease(reader, 0, count)
-        self._journal.clear()
-        return lease
-
-    def commit(self, image_ids: Sequence[int]) -> None:
-        """There is no journal to forget anything from."""
 
 
 class InProcessEngine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -19,7 +18,6 @@ from scalenet_ray.api import ScaledPrediction
 from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.recursion import recursive_detect
-from tests.job_scripts import REPOSITORY
 from tests.oracles import CATEGORIES, FailingDetector, PerfectDetector, TruthOfSquares, clustered_squares, draw_squares
 
 SIDE = 128
@@ -209,13 +207,3 @@ def test_without_supervision_its_name_is_said(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match="needs the package supervision, which is not installed"):
         predict().to_supervision()
-
-
-def test_one_image_never_loads_ray() -> None:
-    script = (
-        "import sys, numpy, scalenet_ray\n"
-        "scalenet_ray.get_scaled_prediction(numpy.zeros((64, 64, 3), 'uint8'), verbose=0)\n"
-        "assert 'ray' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,30 +50,6 @@ def test_the_cluster_file_is_what_ray_s_schema_and_loader_take():
     prepared = prepare_config(copy.deepcopy(CLUSTER))
     validate_config(prepared)
     assert set(prepared["available_node_types"]) == {"head", "gpu-spot", "gpu-on-demand"}
-
-
-def misspell(config: dict[str, Any]) -> None:
-    config["idle_timeout_minuts"] = config.pop("idle_timeout_minutes")
-
-
-def halve_a_gpu(config: dict[str, Any]) -> None:
-    config["available_node_types"]["gpu-spot"]["resources"]["GPU"] = 0.5
-
-
-def lose_the_head(config: dict[str, Any]) -> None:
-    config["head_node_type"] = "heads"
-
-
-def want_more_than_allowed(config: dict[str, Any]) -> None:
-    config["available_node_types"]["gpu-spot"]["min_workers"] = 17
-
-
-@pytest.mark.parametrize("spoil", [misspell, halve_a_gpu, lose_the_head, want_more_than_allowed])
-def test_a_spoilt_cluster_file_is_refused(spoil: Callable[[dict[str, Any]], None]):
-    config = copy.deepcopy(CLUSTER)
-    spoil(config)
-    with pytest.raises((jsonschema.ValidationError, ValueError)):
-        validate_config(prepare_config(config))
 
 
 @pytest.fixture
@@ -119,15 +95,6 @@ def test_ray_s_aws_provider_starts_its_nodes_in_the_closed_group_alone(amazon: A
     }
     assert [[each["GroupId"] for each in node.security_groups] for node in nodes.values()] == [[group.id]] * 3
     assert {each.id for each in amazon.security_groups.all()} == before
-
-
-def test_without_the_group_ray_would_let_ssh_in_from_anywhere(amazon: Any):
-    config = prepare_config(copy.deepcopy(CLUSTER))
-    for node_type in config["available_node_types"].values():
-        del node_type["node_config"]["SecurityGroupIds"]
-    bootstrap_aws(config)
-    made = next(each for each in amazon.security_groups.all() if "scalenet-ray" in each.group_name)
-    assert "0.0.0.0/0" in json.dumps(made.ip_permissions)
 
 
 def test_the_head_has_no_work_and_workers_come_from_none():

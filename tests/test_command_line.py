@@ -24,7 +24,6 @@ from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import COMMAND_MODULES, REPOSITORY
 from tests.scripted_detector import SCRIPTED, answering, one_box
-from tests.test_export import write_run
 
 NETWORKS = ("--detector", SAMPLE_DETECTOR, "--scale-net", SAMPLE_SCALE_NET)
 MODEL = "models/yolox_nano.onnx"
@@ -103,17 +102,6 @@ def test_a_job_runs_its_command(job: str, module: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", [job, "--help"])
     runpy.run_path(str(REPOSITORY / "jobs" / f"{job}.py"), run_name="__main__")
     assert called == [[name, "--help"]]
-
-
-@pytest.mark.parametrize("arguments", [("--help",), ("--version",)])
-def test_help_loads_no_library(arguments: tuple[str, ...]) -> None:
-    assert not loaded_by(*arguments) & {"ray", "torch", "numpy", "cv2", "tyro", "pyarrow"}
-
-
-def test_export_and_policy_load_neither_ray_nor_networks_nor_plots(tmp_path: Path) -> None:
-    heavy = {"ray", "torch", "torchvision", "onnxruntime", "matplotlib"}
-    assert not loaded_by("export", write_run(tmp_path / "run"), "--to", "coco") & heavy
-    assert not loaded_by("policy", "grid-2", "--input-side", "64") & heavy
 
 
 # --- each command --------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from tests.oracles import CATEGORIES, PerfectDetector, TruthOfSquares, clustered
 
 SIDE = 128
 DETECTOR = PerfectDetector(5, input_side=SIDE)
-WAYS = ["arrays", "pillow", "bytes", "addresses", "rows", "undecoded rows", "tuples", "torch"]
 SQUARES = [clustered_squares(seed, (SIDE, SIDE), (7, 9), 4, extent=44) for seed in range(4)]
 SCENES = [draw_squares((SIDE, SIDE), boxes, labels) for boxes, labels in SQUARES]
 COUNTS = [len(labels) for _, labels in SQUARES]

@@ -169,13 +169,6 @@ def test_areas_are_of_boxes_and_never_negative() -> None:
     assert found.areas.tolist() == [6.0, 0.0, 0.0]
 
 
-def test_other_scores_leave_all_else_alone() -> None:
-    found = _some(3, masks=True)
-    changed = found.with_scores(np.array([0.5, 0.25, 0.0]))
-    assert changed.scores.tolist() == [0.5, 0.25, 0.0]
-    assert _equal(changed.with_scores(found.scores), found)
-
-
 def test_they_travel_between_processes_unchanged() -> None:
     for found in (_some(3, masks=True), _some(3), Detections.empty()):
         assert _equal(pickle.loads(pickle.dumps(found)), found)

@@ -90,7 +90,7 @@ def test_a_detector_that_resizes_its_tiles_is_refused(to: Callable[[tuple[int, i
         tried(resized(to), input_side=128)
 
 
-@pytest.mark.parametrize("to", RESIZINGS)
+@pytest.mark.parametrize("to", RESIZINGS[::3])
 def test_the_samples_detector_is_taken_and_refused_once_it_resizes(
     to: Callable[[tuple[int, int]], tuple[float, float]],
 ) -> None:
@@ -172,11 +172,6 @@ def test_views_show_the_same_pixels_beside_more_grey_and_twice_as_large() -> Non
 def test_what_would_fail_on_every_image_is_refused(answer: Answer, said: str) -> None:
     with pytest.raises(UserError, match=said):
         tried(answer)
-
-
-def test_answers_that_are_left_out_where_nothing_is_found_are_missed_on_a_blank_tile() -> None:
-    with pytest.raises(UserError, match="must answer each tile: got 0 answers to 1"):
-        tried(lambda tiles: [found for found in perfect(tiles) if len(found)])
 
 
 def raise_unless(good: int) -> Answer:

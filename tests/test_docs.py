@@ -77,11 +77,6 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors_of(place), target
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_no_page_sends_a_reader_to_a_package_registry(path: Path) -> None:
-    assert not re.search(r"pypi\.org|pythonhosted\.org|anaconda\.org", path.read_text())
-
-
 PYTHON = [
     pytest.param(block.text, id=f"{name_of(path)}-{i}")
     for path in PAGES

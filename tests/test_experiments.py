@@ -24,7 +24,6 @@ from scalenet_ray.experiments.config import CIFAR10, DIGITS, MNIST, CanvasRecipe
 from scalenet_ray.experiments.data import Pictures, centred, load_pictures, resized
 from scalenet_ray.experiments.evaluate import (
     ObjectScales,
-    TrueScales,
     pictures_at,
     response_plot,
     score_classifier,
@@ -176,14 +175,6 @@ def test_a_pale_picture_is_the_same_to_a_classifier() -> None:
     assert as_input(np.zeros((1, 8, 8, 3), np.uint8), 1).max() == 0.0
 
 
-def test_background_has_no_scale() -> None:
-    canvas = centred(np.full((4, 4, 3), 9, np.uint8), 8)
-    (seen,) = ObjectScales(KnowsScale())([canvas], [Tile])  # type: ignore[list-item,arg-type]
-    assert isinstance(seen, ScaleMap)
-    assert seen.scale is not None
-    assert np.array_equal(seen.scale > 0, canvas.max(2) > 0)
-
-
 def test_an_objects_pixels_count_even_where_the_net_says_nothing() -> None:
     def half_blind(pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap]:
         del tiles
@@ -251,29 +242,6 @@ def test_a_loss_that_is_no_number_stops_the_training() -> None:
     recipe = replace(DIGITS.classifiers["classifier"], learning_rate=1e12, batch_size=16)
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+ of \d+: lower the learning rate"):
         train_classifier(squares(120), DIGITS, recipe, seed=0)
-
-
-def test_mixed_precision_learns_as_well() -> None:
-    recipe = replace(DIGITS.classifiers["classifier"], batch_size=16)
-    model = train_classifier(squares(64), DIGITS, recipe, seed=0, mixed_precision=True)
-    assert score_classifier(model, squares(20), "validation", DIGITS).accuracy == 100
-    exact = train_net(squares(64), DIGITS, NetRecipe(epochs=2.0), seed=0)
-    mixed = train_net(squares(64), DIGITS, NetRecipe(epochs=2.0), seed=0, mixed_precision=True)
-    pairs = list(zip(exact.parameters(), mixed.parameters(), strict=True))
-    assert all(mine.dtype == torch.float32 for _, mine in pairs)
-    assert not all(torch.equal(exact_weight, mixed_weight) for exact_weight, mixed_weight in pairs)
-
-
-@pytest.mark.parametrize("name", ["validation", "56", "8"])
-def test_the_oracle_brings_every_picture_to_the_unit_side(name: str) -> None:
-    rules = CanvasRecipe().rules
-    for side, found in pictures_at(squares(2), name, MNIST):
-        on_side = found[0].shape[0]
-        oracle = TrueScales(side / (on_side * MNIST.unit_side))
-        for result in rescale_canvases(found, CanvasRecipe().recursion(on_side, MNIST.canvas_side), rules, oracle):
-            # Of the canvas, of which the picture is a part.
-            assert result.sides[-1] * side / on_side == pytest.approx(MNIST.unit_side, rel=0.05)
-            assert not result.capped
 
 
 # --- the plan and the table -----------------------------------------------------------------------------------
@@ -357,20 +325,6 @@ def test_the_job_on_small_digits_zooms_rightly_and_resumes(
     lines = capsys.readouterr().out.splitlines()
     assert sum(" done: " in line for line in lines) == 1
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
-
-
-@pytest.mark.ray
-def test_a_resumed_run_may_have_more_seeds(idle_ray: None, tmp_path: Path) -> None:
-    main = load_job("eval_digits").main
-    job = load_job("eval_digits").EvalDigits(seeds=1, train_limit=64, test_limit=20, output=str(tmp_path / "run"))
-    assert main(job) == 0
-    first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "units").iterdir()}
-    assert main(replace(job, seeds=2, resume=True)) == 0
-    units = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run" / "units").iterdir()}
-    assert {name: units[name] for name in first} == first
-    # Two pictures are drawn of the first seed alone.
-    assert len(units) == 2 * len(first) - 2
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["seeds"] == 2
 
 
 @pytest.mark.parametrize("name", ["eval_digits", "eval_cifar"])

@@ -94,51 +94,6 @@ def assert_equals_reference(results: list[ImageResult], policy: Policy) -> None:
     assert {result.image_id: as_values(result) for result in results} == expected
 
 
-def worked_on(results: list[ImageResult], policy: Policy) -> tuple[int, int]:
-    """Tiles that are looked at, and tiles that are detected, when nothing is done twice."""
-    looked = sum(result.look_pixels for result in results) // RandomScale.input_pixels if policy.needs_network else 0
-    return looked, sum(result.tiles for result in results)
-
-
-@pytest.mark.slow
-def test_the_only_reader_dies_after_leasing_and_after_yielding(idle_ray: None, watched: Watched) -> None:
-    policy = policy_of("scalenet")
-    # The first death takes the first lease with it; by the second some rows are out, and are not read again.
-    leased, yielded = watched.fault("leased"), watched.fault("yielded", turn=3 * SCALE_BATCH)
-    opened = FaultyOpen(FaultyOpen(SCENES, leased, watched.opened), yielded, watched.opened)
-    results = watched.run(policy, opened, watched.networks(), TWO_OF_EACH)
-    assert_equals_reference(results, policy)
-    assert watched.status.redelivered >= 1 + 2
-    # What was read again was thrown away unseen: no network did anything twice.
-    assert (len(watched.looked.lines()), len(watched.detected.lines())) == worked_on(results, policy)
-
-
-@pytest.mark.slow
-def test_look_actors_die_before_and_after_completing(idle_ray: None, watched: Watched) -> None:
-    policy = policy_of("scalenet")
-    networks = watched.networks(look_before=watched.fault("before", turn=2), look_after=watched.fault("after", turn=4))
-    results = watched.run(policy, SCENES, networks, TWO_OF_EACH)
-    assert_equals_reference(results, policy)
-    looked, detected = worked_on(results, policy)
-    assert looked <= len(watched.looked.lines()) <= looked + 2 * SCALE_BATCH
-    assert len(watched.detected.lines()) == detected
-    # The same net decides the same again.
-    assert watched.status.conflicts == 0
-
-
-@pytest.mark.slow
-def test_detector_actors_die_at_the_start_and_at_the_end_of_a_call(idle_ray: None, watched: Watched) -> None:
-    policy = policy_of("scalenet")
-    networks = watched.networks(detect_start=watched.fault("start"), detect_end=watched.fault("end", turn=2))
-    results = watched.run(policy, SCENES, networks, TWO_OF_EACH)
-    assert_equals_reference(results, policy)
-    looked, detected = worked_on(results, policy)
-    assert len(watched.looked.lines()) == looked
-    # A retry makes the whole row again; the first is of a batch, and none is larger than a share of all.
-    row = max(SCALE_BATCH, len(RECORDS) // 2)
-    assert detected <= len(watched.detected.lines()) <= detected + 2 * row
-
-
 @pytest.mark.parametrize("name", [pytest.param("grid-2", marks=pytest.mark.slow), "fused"])
 def test_everything_dies_once_in_one_run(idle_ray: None, watched: Watched, name: str) -> None:
     policy = policy_of(name)

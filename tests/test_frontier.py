@@ -31,7 +31,7 @@ from tests.faults import (
     records_of,
     reference,
 )
-from tests.in_process import InProcessEngine, OwnDecisions, Unjournaled
+from tests.in_process import InProcessEngine
 from tests.oracles import RandomDetector
 
 
@@ -508,43 +508,3 @@ def test_every_image_comes_out_once_though_files_and_networks_change_their_mind(
         assert sorted(result.image_id for result in engine.run()) == list(range(1, 9))
         conflicts += engine.frontier.status().conflicts
     assert conflicts > 0
-
-
-def lost_images(frontier_class: type[Frontier]) -> tuple[int, int]:
-    """Over some runs with deaths: images that never came out or came out wrong, and conflicting decisions."""
-    policy, records = policy_of("scalenet"), records_of(6)
-    lost = conflicts = 0
-    for seed in range(12):
-        engine = InProcessEngine(
-            records,
-            policy,
-            WHIMSICAL,
-            Scenes(),
-            seed=seed,
-            death_rate=0.1,
-            frontier_class=frontier_class,
-            readers=1,
-        )
-        try:
-            lost += len(records) - len(engine.run())
-        except (KeyError, RuntimeError):  # Tiles of an image that is written already, or worth more than their image.
-            lost += 1
-        conflicts += engine.frontier.status().conflicts
-    return lost, conflicts
-
-
-def test_without_the_journal_a_readers_death_loses_tiles() -> None:
-    lost, _ = lost_images(Unjournaled)
-    assert lost > 0
-
-
-def test_a_retry_that_trusts_its_own_decision_loses_tiles() -> None:
-    lost, conflicts = lost_images(OwnDecisions)
-    assert conflicts > 0
-    assert lost > 0
-
-
-def test_with_journal_and_record_the_same_deaths_lose_nothing() -> None:
-    lost, conflicts = lost_images(Frontier)
-    assert conflicts > 0
-    assert lost == 0

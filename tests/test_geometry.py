@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
@@ -11,8 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.geometry import (
-    ANY_AREA,
-    AreaRange,
     Tile,
     Window,
     boxes_to_image,
@@ -133,7 +130,3 @@ def test_edges_inside_the_image_are_those_that_cut_through_it() -> None:
     assert edges(0, 0, 9, 20) == (False, False, True, False)
     assert edges(1, 0, 10, 19) == (True, False, False, True)
     assert edges(1, 1, 9, 19) == (True, True, True, True)
-
-
-def test_by_default_a_tile_keeps_boxes_of_any_area() -> None:
-    assert Tile(1, (), (20, 10), Window(0, 0, 10, 20), 5, 5).valid_area == ANY_AREA == AreaRange(0.0, math.inf)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from scalenet_ray.core.detections import SHOWN_SCORE, Detections, Failure, ImageResult, TileResult
 from scalenet_ray.core.errors import TileError, UserError
@@ -27,7 +24,6 @@ from tests.oracles import (
     CountingDetector,
     FailingDetector,
     FixedScale,
-    OscillatingScale,
     PerfectDetector,
     RandomDetector,
     RandomScale,
@@ -143,46 +139,6 @@ def test_a_net_that_answers_for_fewer_tiles_is_a_bug() -> None:
 
 # --- the fakes themselves -----------------------------------------------------------------------------
 
-FAKES = (
-    PerfectDetector(2),
-    RandomDetector(3),
-    FailingDetector(PerfectDetector(2)),
-    SeeingScale(),
-    SeeingScale(16.0),
-    RandomScale(1),
-    RandomScale(1, "regression"),
-    ConstantScale(2.0),
-    OscillatingScale(),
-    BrokenScale(SeeingScale(), 2),
-    OracleScalePredictor(TruthOfSquares({1: np.array([[4, 4, 9, 9]]), 2: np.zeros((0, 4)), 3: np.zeros((0, 4))})),
-)
-
-
-@pytest.mark.parametrize("fake", FAKES, ids=lambda fake: type(fake).__name__)
-def test_a_fake_answers_the_same_alone_in_any_batch_and_in_another_process(fake: Any) -> None:
-    pixels, tiles = _batch()
-    copy = pickle.loads(pickle.dumps(fake))
-
-    def ask(net: Any, *at: int) -> list:
-        some = [pixels[i] for i in at]
-        answers = net(some) if hasattr(net, "canvas_hw") else net(some, [tiles[i] for i in at])
-        return [_plain(answer) for answer in answers]
-
-    together = ask(fake, 0, 1, 2, 3)
-    assert ask(copy, 0, 1, 2, 3) == together
-    assert ask(fake, 2, 0) == [together[2], together[0]]
-    assert [ask(fake, i)[0] for i in range(4)] == together
-
-
-def _plain(answer: Detections | ScaleMap | TileError) -> Any:
-    if isinstance(answer, TileError):
-        return answer.reason
-    if isinstance(answer, Detections):
-        return answer.boxes.tolist(), answer.scores.tolist(), answer.labels.tolist()
-    array = answer.scale if answer.scale is not None else answer.prob
-    assert array is not None
-    return array.tolist()
-
 
 # --- who breaks -------------------------------------------------------------------------------------
 
@@ -211,22 +167,6 @@ def test_a_detector_that_breaks_on_one_tile_leaves_the_others_alone(kind: str) -
     assert seen[1].failure is not None
     assert seen[1].failure.reason == "the detector broke on this tile: its boxes are NaN"
     assert seen[1].detections is None
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("where", ["boxes", "scores"])
-def test_nan_that_a_detector_lets_through_is_a_failure_of_the_tile(bad: float, where: str) -> None:
-    class Careless(PerfectDetector):
-        def _find(self, pixels: np.ndarray) -> Detections:
-            found = super()._find(pixels)
-            values = np.array(getattr(found, where))
-            values[0] = bad
-            return dataclasses.replace(found, **{where: values})
-
-    pixels, tiles = _batch()
-    for one in predict_scales(pixels[:2], tiles[:2], _policy("first-pass"), detect=Careless(1)):
-        assert one.failure is not None
-        assert one.failure.reason.startswith("the detector gave boxes or scores that are NaN or infinite: check")
 
 
 # --- the first pass speaks as a map -----------------------------------------------------------------
@@ -294,14 +234,6 @@ def test_the_oracle_sees_objects_as_large_as_they_are_in_the_tile() -> None:
     assert classes[63, 63] == 4
 
 
-def test_the_oracles_map_does_not_change_with_the_tiles_resolution() -> None:
-    boxes = [[8, 8, 20, 20], [40, 40, 52, 52]]
-    window = Window(0, 0, 64, 64)
-    maps = [_oracle_map(boxes, Tile(1, (0,), (128, 128), window, side, side)).classes for side in (32, 64, 100, 128)]
-    for other in maps[1:]:
-        np.testing.assert_array_equal(other, maps[0])
-
-
 def test_the_oracle_counts_an_object_by_the_part_that_the_tile_shows() -> None:
     # A quarter of the first lies in the window; the second lies outside, the third touches it from outside.
     window = Tile(1, (0,), (128, 128), Window(0, 0, 64, 64), 64, 64)
@@ -317,22 +249,6 @@ def test_the_oracle_counts_a_small_object_by_how_small_it_is() -> None:
     seen = _oracle_map([[10, 10, 19, 19]], tile_of((128, 128)))
     assert seen.gain is not None
     assert seen.gain.sum() == pytest.approx(0.5, rel=1e-5)
-
-
-def test_the_smaller_an_object_of_class_1_the_more_the_oracle_expects_of_a_closer_look() -> None:
-    # In 64 x 64 class 1 ends at 2592 / 64 = 40.5 pixels: 2 x 2 are worth 1 - 4 / 40.5, 6 x 6 are worth 1 - 36 / 40.5.
-    for side, worth in ((2, 36.5 / 40.5), (6, 4.5 / 40.5), (7, 1.0)):
-        seen = _oracle_map([[8, 8, 8 + side, 8 + side]], tile_of((64, 64)))
-        assert seen.gain is not None
-        assert seen.gain.sum() == pytest.approx(worth, rel=1e-5)
-
-
-def test_the_oracle_of_an_image_without_objects_sees_background() -> None:
-    assert _oracle_map(np.zeros((0, 4)), tile_of((64, 64))).classes.max() == 0
-
-
-def test_the_oracle_is_no_network_and_costs_nothing() -> None:
-    assert OracleScalePredictor.input_pixels == 0
 
 
 # --- Results: batches of tiles that mix images, and images whose tiles come in any order ----------
@@ -379,14 +295,6 @@ def test_what_the_detector_has_seen_it_is_not_asked_again() -> None:
     assert [r.detections.labels.tolist() for r in results] == [[1], [2], [1]]
     # It was computed once, and is counted here.
     assert [r.detector_passes for r in results] == [1.0, 1.0, 1.0]
-
-
-def test_a_batch_that_was_all_seen_asks_for_nothing() -> None:
-    detect = CountingDetector(PerfectDetector(1))
-    _detect([_tile()], [np.zeros((64, 64, 3), np.uint8)], detect, [Detections.empty()])
-    assert detect.calls == 0
-    assert _detect([], [], detect) == []
-    assert detect.calls == 0
 
 
 def test_passes_are_padded_pixels_over_those_of_the_whole_image() -> None:
@@ -482,16 +390,6 @@ def _assert_same(one: ImageResult, other: ImageResult) -> None:
     for found, expected in ((one.detections, other.detections), (one.whole_pass, other.whole_pass)):
         for name in ("boxes", "scores", "labels", "depth", "windows"):
             np.testing.assert_array_equal(getattr(found, name, None), getattr(expected, name, None))
-
-
-@given(st.permutations(range(5)), st.sampled_from(["nms", "soft-nms-linear", "soft-nms-gaussian"]), st.booleans())
-def test_no_order_of_tiles_matters(order: list[int], method: Any, fails: bool) -> None:
-    parts = _parts()
-    if fails:
-        parts[3] = dataclasses.replace(parts[3], failure=Failure("detect", "later"))
-        parts[2] = dataclasses.replace(parts[2], failure=Failure("look", "sooner"))
-    merging = dataclasses.replace(MERGING, method=method)
-    _assert_same(merge_image([parts[i] for i in order], merging), merge_image(parts, merging))
 
 
 @pytest.mark.parametrize("method", ["nms", "soft-nms-linear", "soft-nms-gaussian"])

@@ -5,14 +5,11 @@ from __future__ import annotations
 import pytest
 import ray
 
-from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.timing import measured
 from scalenet_ray.engine.parallel import ParallelStream, image_stream
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.runs.resources import AdvancedResources, Resources, limits
 from tests.faults import (
-    BuggyScale,
-    Given,
     Scenes,
     SlowImages,
     as_values,
@@ -21,7 +18,6 @@ from tests.faults import (
     records_of,
     reference,
 )
-from tests.oracles import RandomDetector
 
 TWO = Resources(
     readers=2,
@@ -34,9 +30,8 @@ TWO = Resources(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", ["scalenet", pytest.param("grid-2", marks=pytest.mark.slow)])
-def test_pipelines_side_by_side_equal_recursive_detect(idle_ray: None, name: str) -> None:
-    records, policy, scenes = records_of(23), policy_of(name), Scenes(unreadable={2, 23})
+def test_pipelines_side_by_side_equal_recursive_detect(idle_ray: None) -> None:
+    records, policy, scenes = records_of(23), policy_of("scalenet"), Scenes(unreadable={2, 23})
     networks = random_networks(policy)
     stream = image_stream(records, policy, networks, scenes, TWO)
     assert isinstance(stream, ParallelStream)
@@ -69,14 +64,6 @@ def test_a_pipeline_that_dies_ends_the_run_with_a_way_on(idle_ray: None) -> None
     ray.kill(stream._pipelines[1])
     with pytest.raises(RuntimeError, match=r"pipeline's process died.*--resume"):
         list(results)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_bug_in_a_pipeline_is_raised_here(idle_ray: None) -> None:
-    networks = NetworkFactories(Given(RandomDetector()), Given(BuggyScale(3)))
-    with pytest.raises(Exception, match="a bug"):
-        list(image_stream(records_of(4), policy_of("scalenet"), networks, Scenes(), TWO))
 
 
 @pytest.mark.ray

@@ -30,7 +30,6 @@ from tests.oracles import (
     FailingDetector,
     OscillatingScale,
     PerfectDetector,
-    RandomDetector,
     RandomScale,
     SeeingScale,
     TruthOfSquares,
@@ -209,33 +208,12 @@ def test_the_limit_on_windows_acts_once_and_is_counted() -> None:
     assert expansion.guards == ()
 
 
-def test_the_limit_on_windows_is_shared_among_children() -> None:
-    # 7 windows, 2 taken at once: 5 are left for two children, 3 and 2.
-    policy = _policy(max_windows=7, max_depth=3)
-    corners = np.zeros((8, 8))
-    corners[0, 0] = corners[7, 7] = 1
-    children = expand(policy.root(1, (64, 64)), _classes(corners), policy).children
-    assert [child.window_budget for child in children] == [3, 2]
-
-
 def test_a_chain_that_runs_out_of_windows_says_so() -> None:
     policy = _topk(max_windows=2, max_depth=10)
     walked = _walk(policy.root(1, (84, 84)), policy, OscillatingScale())
     assert [tile.depth for tile, _ in walked] == [0, 1, 2]
     assert _guards(walked) == ["max_windows"]
     assert [expansion.detect for _, expansion in walked] == [False, False, True]
-
-
-def test_windows_used_up_before_the_last_depth_are_counted_for_each_tile_that_goes_without_a_look() -> None:
-    policy = _policy(max_windows=4, max_depth=2)
-    walked = _walk(policy.root(1, (64, 64)), policy, ConstantScale(scale_class=1))
-    assert [tile.depth for tile, _ in walked] == [0, 1, 1, 1, 1]
-    assert _guards(walked) == ["max_windows"] * 4
-
-
-def test_an_image_that_may_have_no_windows_is_detected_whole() -> None:
-    policy = _policy(max_windows=0)
-    assert expand(policy.root(1, (64, 64)), None, policy) == Expansion(detect=True, guards=("max_windows",))
 
 
 def test_a_fixed_zoom_ends_at_its_depth_by_its_own_rule() -> None:
@@ -265,16 +243,6 @@ def test_a_window_whose_longer_side_is_under_the_least_is_not_cut(hw: tuple[int,
     assert expansion.detect
 
 
-@pytest.mark.parametrize("least", [1, 16])
-@pytest.mark.parametrize("hw", [(1, 1), (1, 2), (2, 1), (2, 2)])
-def test_an_image_too_small_to_be_cut_is_detected_whole(hw: tuple[int, int], least: int) -> None:
-    policy = _policy(window=0.4, zoom=2.5, min_window_side=least, max_windows=100)
-    expansion = expand(policy.root(1, hw), _classes(np.ones((4, 4))), policy)
-    assert expansion.detect
-    assert expansion.children == ()
-    assert set(expansion.guards) == {"min_window_side"}
-
-
 def test_the_least_side_is_no_limit_where_the_window_is_the_whole_canvas() -> None:
     policy = _topk(side=8, min_window_side=16)
     expansion = expand(policy.root(1, (8, 8)), ScaleMap(scale=np.full((4, 4), 0.5)), policy)
@@ -292,13 +260,6 @@ def test_a_tile_of_too_many_pixels_is_cut_at_a_smaller_zoom() -> None:
     # sqrt(8000 / 8192) = .988: 126.49 x 63.25.
     assert (child.height, child.width) == (126, 63)
     assert guards == ("max_tile_pixels",)
-
-
-def test_a_thin_tile_keeps_to_the_limit_on_pixels_too() -> None:
-    # 1 x 64 at zoom 50 would be 50 x 3200; one row of pixels is the least, and 10 of them the most.
-    policy = _policy(window=1.0, zoom=50.0, max_tile_pixels=10)
-    (child,) = expand(policy.root(1, (10, 640)), _classes(np.ones((2, 2))), policy).children
-    assert child.height * child.width <= 10
 
 
 def test_a_canvas_that_would_not_change_is_finished() -> None:
@@ -324,26 +285,6 @@ def test_large_is_zoomed_out_of_before_small_is_zoomed_into() -> None:
     ]
     assert expansion.detect
     assert expansion.guards == ()
-
-
-def test_a_limit_is_spent_on_large_objects_first() -> None:
-    policy = _policy(large_classes=(5,), max_windows=1)
-    grid = np.array([[5, 0], [0, 1]])
-    expansion = expand(policy.root(1, (64, 64)), _classes(grid), policy)
-    assert [child.height for child in expansion.children] == [16]
-    assert expansion.guards == ("max_windows",)
-
-
-def test_topk_handles_both_directions() -> None:
-    policy = _topk(window=0.5, scale_range=ScaleRange(0.5, 2.0))
-    scale = np.zeros((8, 8))
-    scale[0, 0], scale[7, 7], scale[0, 7] = 4.0, 0.25, 1.0
-    expansion = expand(policy.root(1, (84, 84)), ScaleMap(scale=scale), policy)
-    # 42 pixels by 1 / 4 and by 4.
-    assert [(child.window.xyxy, child.height) for child in expansion.children] == [
-        ((0, 0, 42, 42), 10),
-        ((42, 42, 84, 84), 168),
-    ]
 
 
 def test_nothing_out_of_range_is_finished() -> None:
@@ -444,13 +385,6 @@ def test_a_chain_of_canvases_is_as_worked_by_hand() -> None:
     assert _guards(walked) == []
 
 
-def test_a_small_digit_grows_from_the_original_pixels() -> None:
-    # 8 / .5 = 16, of the same window: no tile is cut from a tile.
-    policy = _topk(side=8)
-    walked = _walk(policy.root(1, (8, 8)), policy, _Chain(0.5, 1.0))
-    assert [(tile.window.xyxy, tile.height) for tile, _ in walked] == [((0, 0, 8, 8), 8), ((0, 0, 8, 8), 16)]
-
-
 def test_a_canvas_with_scales_on_both_sides_has_one_child_and_not_two() -> None:
     # What a network says is never exactly 0 or 1: a few cells are always under R_L.
     policy = _topk()
@@ -541,13 +475,6 @@ def test_cocos_rule_keeps_classes_1_and_2_of_the_parents_frame() -> None:
     # child's frame is a window of 320 x 320: 20736 * 102400 / 262144 = 8100.
     (grandchild,) = expand(child, _classes([[1]]), policy).children
     assert grandchild.valid_area == AreaRange(0.0, 8100.0)
-
-
-def test_a_window_for_large_objects_keeps_the_mirror_of_it() -> None:
-    policy = _policy(side=512, large_classes=(5,), keep_factor=2.0)
-    (child,) = expand(policy.root(1, (512, 512)), _classes([[5]]), policy).children
-    # Class 5 begins at 28u = 72576; up to 2 times smaller.
-    assert child.valid_area == AreaRange(36288.0, math.inf)
 
 
 @pytest.mark.parametrize(
@@ -740,15 +667,6 @@ def test_a_grid_finds_small_objects_wherever_they_are(name: str, seed: int) -> N
     assert (result.detections.depth == 1).all()
 
 
-def test_a_larger_input_finds_small_objects_too() -> None:
-    image, boxes, labels = _tiny_scene(4)
-    detect = PerfectDetector(12, input_side=SIDE)
-    for policy in (_image_policy("whole@256"), _image_policy("pyramid")):
-        found = recursive_detect(image, 1, policy, detect=detect).detections
-        # Soft-NMS leaves the copies from the pyramid's other sizes with what their overlap does not take.
-        _assert_all_found_once(found[found.scores > 0.5], boxes, labels)
-
-
 def test_a_pyramid_keeps_from_each_size_what_is_in_its_valid_range() -> None:
     # In 512 x 512, 128 x 128 is 16 times smaller: 8u = 1296 pixels (36 a side), 20u = 3240 pixels (57 a side).
     boxes = np.array([[4, 4, 12, 12], [20, 20, 60, 60], [64, 64, 124, 124]])
@@ -768,28 +686,6 @@ def test_a_pyramid_keeps_from_each_size_what_is_in_its_valid_range() -> None:
 
 
 # --- digits -----------------------------------------------------------------------------------------
-
-
-def test_a_digit_of_any_size_reaches_the_scale_that_its_classifier_knows() -> None:
-    # One square on a canvas; the classifier knows 16 pixels, give or take a rounded step.
-    for side, canvas in ((48, 84), (5, 9), (16, 28), (100, 200)):
-        box = np.array([[2, 2, 2 + side, 2 + side]])
-        image = draw_squares((canvas, canvas), box)
-        policy = Policy(
-            "digits",
-            "scalenet",
-            canvas,
-            recursion=rules_of(
-                zoom=None, window=1.0, max_depth=8, max_windows=8, scale_range=ScaleRange(0.93, 1.07), min_window_side=1
-            ),
-        )
-        net = SeeingScale(unit_side=16.0)
-        result = recursive_detect(image, 1, policy, detect=PerfectDetector(14, 18, input_side=28), predict_scale=net)
-        assert len(result.detections) == 1, side
-        np.testing.assert_allclose(result.detections.boxes, box, atol=max(1.0, side / 16))
-        # Only the last canvas is detected.
-        assert result.guards == {}
-        assert result.detector_pixels <= 64 * 64
 
 
 # --- what it costs ----------------------------------------------------------------------------------
@@ -836,11 +732,6 @@ def test_only_scale_nets_own_looks_cost_its_pixels(name: str) -> None:
     # At depth 1 nothing is looked at any more: the whole image is, once. The oracle is no network.
     assert _cost(name).look_pixels == (16 * 16 * 4 if name in ("scalenet", "fused") else 0)
     assert ConstantScale.input_pixels == 1024
-
-
-def test_every_look_at_a_greater_depth_costs_too() -> None:
-    assert _cost("scalenet", max_depth=2, max_windows=20).look_pixels == 1024 * 5
-    assert _cost("scalenet", max_depth=2, max_windows=20).tiles == 21
 
 
 @pytest.mark.parametrize("name", ["first-pass", "fused"])
@@ -927,19 +818,6 @@ def test_images_of_odd_sizes_go_through(name: str, hw: tuple[int, int]) -> None:
 
 
 # --- the same always --------------------------------------------------------------------------------
-
-ALL = ("whole", "whole@200", "pyramid", "grid-2", "random", "first-pass", "scalenet", "fused", "oracle")
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_the_same_image_gives_the_same_result(name: str) -> None:
-    image, boxes, _ = _tiny_scene(7)
-    net = OracleScalePredictor(TruthOfSquares({1: boxes})) if name == "oracle" else RandomScale(5)
-    policy = _image_policy(name, max_depth=2, large_classes=(5,))
-    first = recursive_detect(image, 1, policy, detect=RandomDetector(3, input_side=SIDE), predict_scale=net)
-    again = recursive_detect(image.copy(), 1, policy, detect=RandomDetector(3, input_side=SIDE), predict_scale=net)
-    assert len(first.detections)
-    _assert_same(first, again)
 
 
 # --- one image fails alone --------------------------------------------------------------------------
@@ -1067,21 +945,3 @@ def test_a_step_holds_the_map_that_its_windows_come_from() -> None:
     assert (seen.classes == 1).any()
     assert len(steps[0].result.detections) == 0
     assert sum(len(step.result.detections) for step in steps[1:]) >= 4
-
-
-def test_a_failed_look_is_a_step_that_says_why() -> None:
-    steps: list[Step] = []
-    policy = parse_policy("scalenet", input_side=64, iou_threshold=0.65)
-    broken = BrokenScale(ConstantScale(scale_class=1), image_id=1)
-    recursive_detect(
-        np.zeros((64, 64, 3), np.uint8),
-        1,
-        policy,
-        detect=PerfectDetector(12, input_side=64),
-        predict_scale=broken,
-        observe=steps.append,
-    )
-    (step,) = steps
-    assert step.children == ()
-    assert step.result.failure is not None
-    assert step.result.failure.stage == "look"

@@ -139,26 +139,12 @@ def test_a_canvas_is_made_from_the_picture_or_from_the_one_before() -> None:
     assert np.array_equal(worn.pixels, resized(resized(picture, 32), 16))
 
 
-def test_rescaling_once_takes_one_look() -> None:
-    net = KnowsScale(lambda scale: scale**0.5)
-    (result,) = rescale([square(64)], net, depth=1)
-    assert result.sides == (64, 32)
-    assert len(result.maps) == len(net.batches) == 1
-
-
 def test_canvases_of_one_size_are_looked_at_together_and_keep_their_order() -> None:
     net = KnowsScale()
     pictures = [square(side) for side in (28, 16, 28, 8)]
     found = rescale(pictures, net)
     assert [result.sides for result in found] == [(28, 16), (16,), (28, 16), (8, 16)]
     assert net.batches == [(2, 28), (1, 16), (1, 8), (3, 16)]
-
-
-def test_large_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.experiments.rescale._BATCH_PIXELS", 2 * 28 * 28)
-    net = KnowsScale()
-    rescale([square(28)] * 5, net, depth=1)
-    assert net.batches == [(2, 28), (2, 28), (1, 28)]
 
 
 def test_a_network_that_breaks_is_told_of() -> None:

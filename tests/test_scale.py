@@ -95,14 +95,6 @@ def test_a_negative_gain_is_refused() -> None:
         ScaleMap(scale=np.ones((1, 2)), gain=np.array([[1.0, -0.5]]))
 
 
-def test_a_map_holds_float32_and_its_grid() -> None:
-    of_scales, of_classes = ScaleMap(scale=np.ones((3, 2), np.float64)), ScaleMap(prob=np.ones((6, 4, 5), bool))
-    assert of_scales.scale is not None
-    assert of_classes.prob is not None
-    assert (of_scales.scale.dtype, of_classes.prob.dtype) == (np.float32, np.float32)
-    assert (of_scales.hw, of_classes.hw) == ((3, 2), (4, 5))
-
-
 def test_the_most_probable_class_is_the_cells() -> None:
     classes = np.array([[0, 5], [1, 3]])
     assert ScaleMap(prob=_one_hot(classes) * 0.5 + 0.05).classes.tolist() == classes.tolist()
@@ -220,13 +212,6 @@ def test_fused_maps_are_the_mean_on_the_finer_grid_along_each_axis() -> None:
     assert fused.hw == (4, 2)
     assert fused.prob is not None
     np.testing.assert_allclose(fused.prob, (np.repeat(tall, 2, axis=2) + np.repeat(wide, 4, axis=1)) / 2)
-
-
-def test_fusing_does_not_depend_on_the_order() -> None:
-    rng = np.random.default_rng(0)
-    one, other = ScaleMap(prob=rng.random((6, 5, 9))), ScaleMap(prob=rng.random((6, 7, 4)))
-    np.testing.assert_array_equal(fuse_maps(one, other).prob, fuse_maps(other, one).prob)
-    assert fuse_maps(one, other).hw == (7, 9)
 
 
 def test_a_map_fused_with_itself_stays_what_it_is() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ from scalenet_ray.evaluation.compare import are_new
 from scalenet_ray.report.charts import drawing
 from scalenet_ray.report.recursion_figure import picture_bytes
 from scalenet_ray.sample.scenes import sample_scene
-from tests.job_scripts import REPOSITORY
 
 
 def run_command(*arguments: str) -> int:
@@ -89,16 +86,6 @@ def test_what_cannot_be_shown_says_why_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
-
-
-def test_show_never_loads_ray(photograph: str, tmp_path: Path) -> None:
-    script = (
-        "import sys\nfrom scalenet_ray.__main__ import main\n"
-        "try:\n    main(sys.argv[1:])\nfinally:\n    assert 'ray' not in sys.modules"
-    )
-    command = [sys.executable, "-c", script, "show", photograph, "--output", str(tmp_path / "steps.png")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_new_is_what_no_box_of_its_category_overlaps_by_half() -> None:

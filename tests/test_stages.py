@@ -21,11 +21,9 @@ from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleSt
 from tests.faults import BuggyScale, Given, Scenes, policy_of, random_networks, records_of
 from tests.in_process import Handle, InProcessEngine
 from tests.oracles import (
-    BREAKING,
     BrokenScale,
     ConstantScale,
     CountingDetector,
-    FailingDetector,
     PerfectDetector,
     RandomDetector,
     RandomScale,
@@ -104,14 +102,6 @@ def test_an_image_that_changed_since_its_tiles_were_planned_fails_and_is_named()
         result.failure is not None and result.failure.stage == "read" and "the file changed" in result.failure.reason
         for result in batch.results
     )
-
-
-def test_a_bug_in_reading_is_let_through() -> None:
-    def buggy(record: ImageRecord) -> np.ndarray:
-        raise ZeroDivisionError("a bug")
-
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        cut_work(leased(Frontier(records_of(1), 1), 1), policy_of("whole"), buggy)
 
 
 def test_a_reader_decodes_an_image_once_for_all_its_windows() -> None:
@@ -303,14 +293,6 @@ def test_policies_that_need_no_look_never_come_back_to_the_frontier(name: str, t
     assert credits == {1: 1, 2: 1}
 
 
-def test_policies_that_need_no_look_make_no_scale_net() -> None:
-    def refuse() -> ScalePredictor:
-        pytest.fail("a Scale Net was made")
-
-    for name in ("whole", "grid-2", "random", "pyramid", "first-pass"):
-        ScaleStage(None, policy_of(name), NetworkFactories(Given(RandomDetector()), refuse))
-
-
 @pytest.mark.parametrize("name", ["first-pass", "fused"])
 def test_the_detector_sees_no_tile_twice(name: str) -> None:
     policy, records = policy_of(name), records_of(6)
@@ -399,15 +381,6 @@ def test_the_detector_gets_full_batches_over_rows_and_the_rest_last() -> None:
     assert batches == [3, 3, 1]
     assert [result.image_id for result in results] == list(range(1, 8))
     assert all(len(result.detections) == 1 for result in results)
-
-
-def test_a_tile_that_breaks_the_detector_fails_alone() -> None:
-    networks = NetworkFactories(Given(FailingDetector(PerfectDetector())))
-    rows = [row_of_tiles([1]), row_of_tiles([2], BREAKING), row_of_tiles([3])]
-    results = detected(policy_of("whole"), networks, *rows)
-    assert [result.failure is None for result in results] == [True, False, True]
-    assert results[1].failure == Failure("detect", "the detector broke on this tile: its boxes are NaN")
-    assert len(results[1].detections) == 0
 
 
 def test_a_detect_call_gives_one_row_however_many_tiles_it_had() -> None:

@@ -82,11 +82,6 @@ def test_small_objects_are_neither_right_nor_wrong() -> None:
     assert (labels == -1).mean() > 0.9
 
 
-def test_crowds_and_cut_objects_are_neither_right_nor_wrong() -> None:
-    labels, _ = _assign((32.0, 32.0, 96.0, 96.0), ignored=True)
-    assert set(np.unique(labels)) == {-2, -1}
-
-
 def test_a_small_object_keeps_its_cells_inside_a_large_one() -> None:
     large, small = [0.0, 0.0, 50.0, 50.0], [12.0, 12.0, 38.0, 38.0]
     targets = assign_targets([torch.tensor([large, small])], [torch.tensor([0, 1])], [torch.tensor([False, False])], 64)
@@ -104,16 +99,6 @@ def test_the_loss_is_the_one_worked_out_by_hand() -> None:
     loss = detection_loss(Answers(quality, classes, boxes), Targets(torch.tensor([[1, -2, -1]]), wanted))
     # IoU and GIoU are 0.5; the quality told is 0.5, so that cell 0 costs nothing there; cell 2 costs 0.5^2 ln 2.
     assert loss.item() == pytest.approx(0.25 * np.log(2) + np.log(2) + 3 * 0.5, rel=1e-4)
-
-
-def test_a_tile_without_objects_has_a_finite_loss() -> None:
-    answers = TinyNet(2)(torch.zeros(2, 3, 64, 64))
-    empty = [torch.zeros(0, 4)] * 2
-    none = [torch.zeros(0, dtype=torch.int64)] * 2
-    targets = assign_targets(empty, none, [n.bool() for n in none], 64)
-    loss = detection_loss(answers, targets)
-    loss.backward()
-    assert torch.isfinite(loss)
 
 
 def test_boxes_stay_on_their_objects_when_a_tile_is_turned() -> None:
@@ -161,10 +146,6 @@ def test_one_pass_computes_all_tiles_of_a_canvas(fresh: TinyDetector) -> None:
     assert shapes == [(3, 3, 64, 64), (1, 3, 32, 32)]
     assert fresh.canvas_hw((64, 48)) == (64, 64)
     assert fresh.canvas_hw((20, 30)) == (32, 32)
-
-
-def test_no_tiles_give_no_detections(fresh: TinyDetector) -> None:
-    assert fresh([]) == []
 
 
 def test_boxes_stay_inside_the_tile_and_labels_are_category_ids(fresh: TinyDetector) -> None:
@@ -284,10 +265,6 @@ def _recall(shipped: TinyDetector, smallest: float, largest: float, share: float
             hits.append((iou_matrix(box, boxes_to_image(found.boxes, tile))[0] > 0.5).any() if len(found) else False)
     assert len(hits) > 5
     return float(np.mean(hits))
-
-
-def test_the_shipped_detector_finds_large_objects_in_the_whole_image(shipped: TinyDetector) -> None:
-    assert _recall(shipped, 96, 250, 1.0) > 0.6
 
 
 def test_the_shipped_detector_finds_small_objects_when_it_zooms(shipped: TinyDetector) -> None:
