@@ -16,13 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
-from scalenet_ray.models.detectors import ShowsFeatures
-from scalenet_ray.models.devices import device_on_this_machine, translate_oom
+from scalenet_ray.core.scale import NUM_CLASSES
+from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, read_checkpoint
-from scalenet_ray.models.scale_networks import SCALE_HEAD, HeadConfig, check_features, head_config, map_of
+from scalenet_ray.models.scale_networks import SCALE_HEAD, FeaturePredictor, HeadConfig, head_config
 from scalenet_ray.models.weights import load_weights, save_weights
 
 __all__ = ["ScaleHead", "ScaleHeadPredictor", "load_torch_predictor", "save_scale_head"]
@@ -66,22 +63,21 @@ def save_scale_head(model: nn.Module, config: HeadConfig, path: str) -> None:
     save_weights(model.state_dict(), {SCALE_HEAD: json.dumps(asdict(config))}, path)
 
 
-class ScaleHeadPredictor:
-    """`FeatureScalePredictor` with a trained scale head: a detector's feature maps -> scale maps with gains.
+class ScaleHeadPredictor(FeaturePredictor):
+    """`FeatureScalePredictor` with a trained scale head in torch.
 
-    Attributes:
-        config: configuration of the head.
-        input_pixels: 0, since it reads no pixels.
+    Args:
+        path: checkpoint of `save_scale_head`, local or in a store.
+        device: torch device.
+        mixed_precision: run under bfloat16 autocast.
 
     Raises:
         UserError: if the file is not a scale head's, or its weights do not match its configuration.
     """
 
-    input_pixels = 0
-
     def __init__(self, path: str | Path, device: str = "cpu", *, mixed_precision: bool = False) -> None:
         tensors, fields = read_checkpoint(path, SCALE_HEAD)
-        self.config = head_config(fields, str(path))
+        super().__init__(head_config(fields, str(path)))
         self.model = ScaleHead(self.config)
         load_state(self.model, tensors, path)
         at = device_on_this_machine(device)
@@ -89,43 +85,10 @@ class ScaleHeadPredictor:
         self.device = device
         self._autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)
 
-    def check(self, detector: ShowsFeatures) -> None:
-        """Check that a detector's feature maps match the head's; raises as `check_features` does."""
-        check_features(self.config, detector)
-
-    def from_features(
-        self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]
-    ) -> list[ScaleMap | TileError]:
-        """Predict the scale maps of tiles, batched by canvas size.
-
-        Args:
-            features: B times `DetectionsWithFeatures.features`, [C, h, w] float32 each.
-            tiles: the tiles; a map covers its tile without the padding.
-
-        Returns:
-            B scale maps, or a TileError where the network returned NaN or infinite values.
-
-        Raises:
-            OutOfMemoryError: if the batch does not fit the device's memory.
-        """
-        return translate_oom(lambda: self._predict_batch(features, tiles))
-
-    def _predict_batch(
-        self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]
-    ) -> list[ScaleMap | TileError]:
-        maps: dict[int, ScaleMap | TileError] = {}
-        shapes = [tuple(level.shape for level in levels) for levels in features]
-        for shape in dict.fromkeys(shapes):
-            at = [i for i, other in enumerate(shapes) if other == shape]
-            batch = [torch.from_numpy(np.stack(level)) for level in zip(*(features[i] for i in at), strict=True)]
-            with torch.inference_mode(), self._autocast:
-                answer = self.model([level.to(self.device) for level in batch]).float()
-                prob = answer[:, :NUM_CLASSES].softmax(dim=1).cpu().numpy()
-                gain = answer[:, NUM_CLASSES].exp().cpu().numpy()
-            for i, one_prob, one_gain in zip(at, prob, gain, strict=True):
-                rows, columns = (-(-side // self.config.stride) for side in (tiles[i].height, tiles[i].width))
-                maps[i] = map_of(prob=one_prob[:, :rows, :columns], gain=one_gain[:rows, :columns])
-        return [maps[i] for i in range(len(features))]
+    def _run(self, levels: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        with torch.inference_mode(), self._autocast:
+            answer = self.model([torch.from_numpy(level).to(self.device) for level in levels]).float()
+            return answer[:, :NUM_CLASSES].softmax(dim=1).cpu().numpy(), answer[:, NUM_CLASSES].exp().cpu().numpy()
 
 
 def load_torch_predictor(

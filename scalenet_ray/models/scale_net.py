@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,11 +16,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.geometry import Tile
-from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.models.devices import device_on_this_machine, translate_oom
-from scalenet_ray.models.scale_networks import SCALE_NET, Padding, ScaleNetConfig, map_of, net_config, squashed
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.models.devices import device_on_this_machine
+from scalenet_ray.models.scale_networks import SCALE_NET, Padding, ScaleNetConfig, TilePredictor, net_config
 from scalenet_ray.models.weights import load_weights, save_weights
 
 __all__ = [
@@ -196,50 +193,23 @@ def load_scale_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Sc
     return model.eval().to(device_on_this_machine(device)), config
 
 
-class ScaleNetPredictor:
-    """`ScalePredictor` with a trained Scale Net, one forward pass per batch of equal sizes.
+class ScaleNetPredictor(TilePredictor):
+    """`ScalePredictor` with a trained Scale Net in torch, one forward pass per batch of equal sizes.
 
-    Attributes:
-        config: configuration of the network.
-        input_pixels: input pixels per tile; 0 if the input has no fixed size.
+    Args:
+        path: checkpoint of `save_scale_net`, local or in a store.
+        device: torch device.
+        mixed_precision: run under bfloat16 autocast.
     """
 
     def __init__(self, path: str | Path, device: str = "cpu", *, mixed_precision: bool = False) -> None:
-        model, self.config = load_scale_net(path, device)
+        model, config = load_scale_net(path, device)
+        super().__init__(config)
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
         self._autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision)
-        self.input_pixels = (self.config.input_side or 0) ** 2
 
-    def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile] = ()) -> list[ScaleMap | TileError]:
-        """Predict the scale maps of tiles.
-
-        Args:
-            pixels: B tiles, [h, w, 3] uint8 RGB each.
-            tiles: not used.
-
-        Returns:
-            B scale maps, or a TileError where the network returned NaN or infinite values.
-
-        Raises:
-            OutOfMemoryError: if the batch does not fit the device's memory.
-        """
-        return translate_oom(lambda: self._predict_by_size(pixels))
-
-    def _predict_by_size(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
-        if self.config.input_side is not None:
-            return self._predict_batch(pixels) if len(pixels) else []
-        maps: dict[int, ScaleMap | TileError] = {}
-        for hw in dict.fromkeys(tile.shape[:2] for tile in pixels):
-            index = [i for i, tile in enumerate(pixels) if tile.shape[:2] == hw]
-            maps.update(zip(index, self._predict_batch([pixels[i] for i in index]), strict=True))
-        return [maps[i] for i in range(len(pixels))]
-
-    def _predict_batch(self, pixels: Sequence[np.ndarray]) -> list[ScaleMap | TileError]:
+    def _run(self, tiles: np.ndarray) -> np.ndarray:
         with torch.inference_mode(), self._autocast:
-            tiles = torch.from_numpy(np.stack([squashed(tile, self.config) for tile in pixels]))
-            output = self.model(normalised(tiles.to(self.device), self.config)).float()
-            output = output.softmax(dim=1) if self.config.kind == "classes" else output
-        if self.config.kind == "classes":
-            return [map_of(prob=values) for values in output.cpu().numpy()]
-        return [map_of(scale=values) for values in output.cpu().numpy()]
+            output = self.model(normalised(torch.from_numpy(tiles).to(self.device), self.config)).float()
+            return (output.softmax(dim=1) if self.config.kind == "classes" else output).cpu().numpy()

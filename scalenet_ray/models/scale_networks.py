@@ -1,7 +1,8 @@
-"""Scale Nets and scale heads by configuration: presets, input preparation, and loading by file. No torch."""
+"""Scale Nets and scale heads without torch: presets, configurations, and prediction on batches of tiles."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -9,21 +10,23 @@ import numpy as np
 from PIL import Image
 
 from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.models.detectors import ShowsFeatures
+from scalenet_ray.models.devices import translate_oom
 
 __all__ = [
     "PRESETS",
     "SCALE_HEAD",
     "SCALE_NET",
     "Architecture",
+    "FeaturePredictor",
     "HeadConfig",
     "Kind",
     "Padding",
     "ScaleNetConfig",
-    "check_features",
+    "TilePredictor",
     "head_config",
-    "map_of",
     "net_config",
     "squashed",
 ]
@@ -184,33 +187,115 @@ def head_config(fields: dict[str, Any], path: str) -> HeadConfig:
         raise UserError(msg) from error
 
 
-def check_features(config: HeadConfig, detector: ShowsFeatures) -> None:
-    """Check that a detector's feature maps match those that a scale head was trained on.
-
-    Raises:
-        UserError: if they do not.
-    """
-    wanted = (config.feature_channels, config.stride)
-    got = (tuple(detector.feature_channels), detector.feature_stride)
-    if wanted != got:
-        msg = (
-            f"this scale head reads the features of {config.detector or 'another detector'}, channels "
-            f"{wanted[0]} from stride {wanted[1]} on, got {got[0]} from {got[1]}: train one for this detector"
-        )
-        raise UserError(msg)
-
-
-def map_of(
-    *, scale: np.ndarray | None = None, prob: np.ndarray | None = None, gain: np.ndarray | None = None
-) -> ScaleMap | TileError:
-    """A network's output for one tile as a scale map, or the error for NaN values.
+class TilePredictor:
+    """`ScalePredictor` of a Scale Net; a library's own class runs the network.
 
     Args:
-        scale: [h, w] float32, of a regression.
-        prob: [6, h, w] float32, of a classification.
-        gain: [h, w] float32, of a scale head.
+        config: configuration of the network.
+
+    Attributes:
+        config: configuration of the network.
+        input_pixels: pixels computed for a tile; 0 for a net that takes each tile as it is.
     """
+
+    def __init__(self, config: ScaleNetConfig) -> None:
+        self.config = config
+        self.input_pixels = (config.input_side or 0) ** 2
+
+    def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile] = ()) -> list[ScaleMap | TileError]:
+        """Predict the scale maps of tiles, those of one size together.
+
+        Args:
+            pixels: B tiles, [h, w, 3] uint8 RGB each.
+            tiles: not used.
+
+        Returns:
+            B scale maps, or a TileError where the network returned NaN or infinite values.
+
+        Raises:
+            OutOfMemoryError: if a batch does not fit the device's memory.
+        """
+        inputs = [squashed(tile, self.config) for tile in pixels]
+        maps: dict[int, ScaleMap | TileError] = {}
+        for hw in dict.fromkeys(tile.shape[:2] for tile in inputs):
+            index = [i for i, tile in enumerate(inputs) if tile.shape[:2] == hw]
+            output = translate_oom(lambda at=index: self._run(np.stack([inputs[i] for i in at])))
+            name = "prob" if self.config.kind == "classes" else "scale"
+            maps.update(zip(index, (_map_of(**{name: values}) for values in output), strict=True))
+        return [maps[i] for i in range(len(inputs))]
+
+    def _run(self, tiles: np.ndarray) -> np.ndarray:
+        """[B, h, w, 3] uint8 -> class probabilities [B, 6, h, w] or scales [B, h, w], float32."""
+        raise NotImplementedError
+
+
+class FeaturePredictor:
+    """`FeatureScalePredictor` of a scale head: a detector's feature maps -> scale maps with gains.
+
+    A library's own class runs the network.
+
+    Args:
+        config: configuration of the head.
+
+    Attributes:
+        config: configuration of the head.
+        input_pixels: 0, since it reads no pixels.
+    """
+
+    input_pixels = 0
+
+    def __init__(self, config: HeadConfig) -> None:
+        self.config = config
+
+    def check(self, detector: ShowsFeatures) -> None:
+        """Check that a detector's feature maps match those that the head was trained on.
+
+        Raises:
+            UserError: if they do not.
+        """
+        wanted = (self.config.feature_channels, self.config.stride)
+        got = (tuple(detector.feature_channels), detector.feature_stride)
+        if wanted != got:
+            msg = (
+                f"this scale head reads the features of {self.config.detector or 'another detector'}, channels "
+                f"{wanted[0]} from stride {wanted[1]} on, got {got[0]} from {got[1]}: train one for this detector"
+            )
+            raise UserError(msg)
+
+    def from_features(
+        self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]
+    ) -> list[ScaleMap | TileError]:
+        """Predict the scale maps of tiles, those of one canvas together.
+
+        Args:
+            features: B times `DetectionsWithFeatures.features`, [C, h, w] float32 each.
+            tiles: the tiles; a map covers its tile without the padding.
+
+        Returns:
+            B scale maps, or a TileError where the network returned NaN or infinite values.
+
+        Raises:
+            OutOfMemoryError: if a batch does not fit the device's memory.
+        """
+        maps: dict[int, ScaleMap | TileError] = {}
+        shapes = [tuple(level.shape for level in levels) for levels in features]
+        for shape in dict.fromkeys(shapes):
+            index = [i for i, other in enumerate(shapes) if other == shape]
+            batch = [np.stack(level) for level in zip(*(features[i] for i in index), strict=True)]
+            prob, gain = translate_oom(lambda levels=batch: self._run(levels))
+            for i, tile_prob, tile_gain in zip(index, prob, gain, strict=True):
+                rows, columns = (-(-side // self.config.stride) for side in (tiles[i].height, tiles[i].width))
+                maps[i] = _map_of(prob=tile_prob[:, :rows, :columns], gain=tile_gain[:rows, :columns])
+        return [maps[i] for i in range(len(features))]
+
+    def _run(self, levels: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """[B, C, h, w] float32 each, finest first -> probabilities [B, 6, h, w] and gains [B, h, w]."""
+        raise NotImplementedError
+
+
+def _map_of(**values: Any) -> ScaleMap | TileError:
+    """A network's output for one tile as a scale map, or the error for NaN values."""
     try:
-        return ScaleMap(scale=scale, prob=prob, gain=gain)
+        return ScaleMap(**values)
     except TileError as error:
         return error

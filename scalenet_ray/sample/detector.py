@@ -7,10 +7,10 @@ zoomed window.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +18,8 @@ from torch import nn
 from torch.nn import functional
 from torchvision.ops import generalized_box_iou_loss
 
-from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.networks import DetectionsWithFeatures
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.onnx_export import to_onnx
-from scalenet_ray.models.padding import detect_by_canvas, stride_canvas
 from scalenet_ray.models.scale_net import load_state, read_checkpoint
 from scalenet_ray.models.weights import save_weights
 from scalenet_ray.sample.tiny import (
@@ -31,9 +27,9 @@ from scalenet_ray.sample.tiny import (
     NECK_CHANNELS,
     STRIDES,
     TINY_DETECTOR,
+    TinyDetectorBase,
     TinyNetConfig,
     canvas_batch,
-    select_detections,
     tiny_config,
 )
 
@@ -244,20 +240,17 @@ def save_tiny_detector(model: TinyNet, config: TinyNetConfig, path: str | Path) 
     save_weights(state, {TINY_DETECTOR: json.dumps(asdict(config))}, str(path))
 
 
-class TinyDetector:
-    """`Detector` with a trained `TinyNet`, one forward pass per canvas size.
+class TinyDetector(TinyDetectorBase):
+    """`Detector` with a trained `TinyNet` in torch, one forward pass per canvas size.
 
-    Attributes:
-        config: configuration of the network.
-        input_side: longer side of a whole image's tile in tile pixels.
-        categories: category id -> name.
-        iou_threshold: IoU threshold of NMS within each class.
-        feature_channels: channels of the neck's feature maps, stride 8 first.
-        feature_stride: cell side of the finest feature map in tile pixels.
+    Args:
+        model: the network.
+        config: its configuration.
+        device: torch device.
+        score_threshold: boxes that score less are dropped.
+        iou_threshold: of the suppression within each class; None for the configuration's.
+        mixed_precision: run under bfloat16 autocast.
     """
-
-    feature_channels = (NECK_CHANNELS,) * len(STRIDES)
-    feature_stride = STRIDES[0]
 
     def __init__(
         self,
@@ -269,28 +262,15 @@ class TinyDetector:
         iou_threshold: float | None = None,
         mixed_precision: bool = False,
     ) -> None:
+        super().__init__(config, score_threshold, iou_threshold)
         at = device_on_this_machine(device)
-        self.config = config
         self.model = model.eval().to(at, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
         self._autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)
-        self.score_threshold = score_threshold
-        self.iou_threshold = config.iou_threshold if iou_threshold is None else iou_threshold
-        self.input_side = config.input_side
-        self.categories: Mapping[int, str] = dict(zip(config.category_ids, config.names, strict=True))
-        self._ids = np.array(config.category_ids, np.int64)
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        device: str = "cpu",
-        score_threshold: float = 0.01,
-        iou_threshold: float | None = None,
-        mixed_precision: bool = False,
-    ) -> TinyDetector:
-        """Load a checkpoint of `save_tiny_detector`, local or in a store.
+    def load(cls, path: str | Path, **settings: Any) -> TinyDetector:
+        """Load a checkpoint of `save_tiny_detector`, local or in a store, with the settings of the constructor.
 
         Raises:
             UserError: if it is no such checkpoint or the weights do not match.
@@ -299,51 +279,15 @@ class TinyDetector:
         config = tiny_config(fields)
         model = TinyNet(len(config.category_ids))
         load_state(model, tensors, path)
-        return cls(
-            model,
-            config,
-            device=device,
-            score_threshold=score_threshold,
-            iou_threshold=iou_threshold,
-            mixed_precision=mixed_precision,
-        )
+        return cls(model, config, **settings)
 
-    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """Square canvas of a tile of (height, width)."""
-        return stride_canvas(hw)
-
-    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """Detect on tiles; see `Detector`. At most 100 detections per tile, by descending score."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
-
-    def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
-        """Detect on tiles, [h, w, 3] uint8 RGB each, with the neck's feature maps; see `DetectWithFeatures`."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group_with_features)
-
-    def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
-        return [output.detections for output in self._detect_group_with_features(tiles, canvas)]
-
-    def _detect_group_with_features(
-        self, tiles: list[np.ndarray], canvas: tuple[int, int]
-    ) -> list[DetectionsWithFeatures]:
+    def _run(self, tiles: list[np.ndarray], canvas: tuple[int, int], *, features: bool) -> list[np.ndarray]:
         with torch.inference_mode():
             with self._autocast:
                 answers = self.model(pack_tiles(tiles, canvas).to(self.device))
             scores = answers.quality.float().sigmoid()[:, :, None] * answers.classes.float().softmax(dim=2)
-            scores = scores.cpu().numpy()
-            boxes = answers.boxes.float().cpu().numpy()
-            features = [level.float().cpu().numpy() for level in answers.levels]
-        return [
-            DetectionsWithFeatures(
-                self._select(scores[i], boxes[i], tile.shape[:2]), tuple(level[i] for level in features)
-            )
-            for i, tile in enumerate(tiles)
-        ]
-
-    def _select(self, scores: np.ndarray, boxes: np.ndarray, hw: tuple[int, ...]) -> Detections | TileError:
-        """Scores [cells, classes] and boxes [cells, 4] of a tile -> its detections."""
-        thresholds = {"score_threshold": self.score_threshold, "iou_threshold": self.iou_threshold}
-        return select_detections(scores, boxes, hw, self._ids, **thresholds)
+            outputs = [scores, answers.boxes, *(answers.levels if features else ())]
+            return [output.float().cpu().numpy() for output in outputs]
 
 
 class _TinyNetOnPixels(nn.Module):

@@ -27,10 +27,10 @@ __all__ = [
     "STRIDES",
     "TINY_DETECTOR",
     "OnnxTinyDetector",
+    "TinyDetectorBase",
     "TinyNetConfig",
     "canvas_batch",
     "load_tiny_detector",
-    "select_detections",
     "tiny_config",
 ]
 
@@ -81,55 +81,16 @@ def canvas_batch(tiles: Sequence[np.ndarray], canvas: tuple[int, int]) -> np.nda
     return batch
 
 
-def select_detections(
-    scores: np.ndarray,
-    boxes: np.ndarray,
-    hw: tuple[int, ...],
-    category_ids: np.ndarray,
-    *,
-    score_threshold: float,
-    iou_threshold: float,
-) -> Detections | TileError:
-    """Decode the network's output for one tile: threshold, clip, suppress; at most 100 detections, the best first.
+class TinyDetectorBase:
+    """`Detector` of the sample, decoded without torch; a library's own class runs the network, once per canvas size.
 
     Args:
-        scores: [cells, classes].
-        boxes: [cells, 4] xyxy, in tile pixels.
-        hw: (height, width) of the tile.
-        category_ids: [classes] int64.
-        score_threshold: boxes that score less are dropped.
-        iou_threshold: overlap above which a box of the same class is suppressed.
-
-    Returns:
-        The detections, in tile pixels, or the error for NaN and infinite values.
-    """
-    bad = int((~np.isfinite(scores)).sum() + (~np.isfinite(boxes)).sum())
-    if bad:
-        msg = f"the detector gave {bad} values that are NaN or infinite: check its weights and precision"
-        return TileError(msg)
-    cells, classes = np.nonzero(scores >= score_threshold)
-    best = np.argsort(-scores[cells, classes], kind="stable")[:_CANDIDATES]
-    cells, classes = cells[best], classes[best]
-    chosen = np.clip(boxes[cells], 0, [hw[1], hw[0], hw[1], hw[0]])
-    # Boxes in the padding are empty after clipping; they must not suppress others.
-    solid = (chosen[:, 2:] > chosen[:, :2]).all(axis=1)
-    cells, classes, chosen = cells[solid], classes[solid], chosen[solid]
-    kept = nms(chosen, scores[cells, classes], classes, iou_threshold)[:_MOST_DETECTIONS]
-    return Detections(chosen[kept], scores[cells, classes][kept], category_ids[classes[kept]])
-
-
-class OnnxTinyDetector:
-    """The sample's detector exported to ONNX, behind the `Detector` protocol.
-
-    The graph takes uint8 RGB [batch, height, width, 3] and returns scores, boxes and the neck's three feature maps.
-
-    Args:
-        session: the network.
-        config: its configuration.
+        config: configuration of the network.
         score_threshold: boxes that score less are dropped.
         iou_threshold: of the suppression within each class; None for the configuration's.
 
     Attributes:
+        config: configuration of the network.
         input_side: the longer side of a whole image's tile, in tile pixels.
         categories: category id -> name.
         iou_threshold: of its non-maximum suppression, within each class.
@@ -140,22 +101,13 @@ class OnnxTinyDetector:
     feature_channels = (NECK_CHANNELS,) * len(STRIDES)
     feature_stride = STRIDES[0]
 
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        config: TinyNetConfig,
-        *,
-        score_threshold: float = 0.01,
-        iou_threshold: float | None = None,
-    ) -> None:
+    def __init__(self, config: TinyNetConfig, score_threshold: float, iou_threshold: float | None) -> None:
+        self.config = config
         self.score_threshold = score_threshold
         self.iou_threshold = config.iou_threshold if iou_threshold is None else iou_threshold
         self.input_side = config.input_side
         self.categories: Mapping[int, str] = dict(zip(config.category_ids, config.names, strict=True))
         self._ids = np.array(config.category_ids, np.int64)
-        self._session = session
-        self._input_name = session.get_inputs()[0].name
-        self._output_names = [output.name for output in session.get_outputs()]
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """The padded canvas that is computed for a tile of (height, width)."""
@@ -170,23 +122,67 @@ class OnnxTinyDetector:
         return detect_by_canvas(pixels, self.canvas_hw, self._features_group)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
-        scores, boxes = self._run(self._output_names[:2], tiles, canvas)
+        scores, boxes, *_ = self._run(tiles, canvas, features=False)
         return [self._select(scores[i], boxes[i], tile) for i, tile in enumerate(tiles)]
 
     def _features_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[DetectionsWithFeatures]:
-        scores, boxes, *levels = self._run(self._output_names, tiles, canvas)
+        scores, boxes, *levels = self._run(tiles, canvas, features=True)
         return [
             DetectionsWithFeatures(self._select(scores[i], boxes[i], tile), tuple(level[i] for level in levels))
             for i, tile in enumerate(tiles)
         ]
 
-    def _run(self, outputs: list[str], tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[np.ndarray]:
-        answer = self._session.run(outputs, {self._input_name: canvas_batch(tiles, canvas)})
-        return [np.asarray(output) for output in answer]
+    def _run(self, tiles: list[np.ndarray], canvas: tuple[int, int], *, features: bool) -> list[np.ndarray]:
+        """Scores [B, cells, classes], boxes [B, cells, 4], and where they are asked for the feature maps."""
+        raise NotImplementedError
 
     def _select(self, scores: np.ndarray, boxes: np.ndarray, tile: np.ndarray) -> Detections | TileError:
-        thresholds = {"score_threshold": self.score_threshold, "iou_threshold": self.iou_threshold}
-        return select_detections(scores, boxes, tile.shape[:2], self._ids, **thresholds)
+        """Threshold, clip and suppress the scores [cells, classes] and boxes [cells, 4] of a tile."""
+        bad = int((~np.isfinite(scores)).sum() + (~np.isfinite(boxes)).sum())
+        if bad:
+            msg = f"the detector gave {bad} values that are NaN or infinite: check its weights and precision"
+            return TileError(msg)
+        cells, classes = np.nonzero(scores >= self.score_threshold)
+        best = np.argsort(-scores[cells, classes], kind="stable")[:_CANDIDATES]
+        cells, classes = cells[best], classes[best]
+        height, width = tile.shape[:2]
+        chosen = np.clip(boxes[cells], 0, [width, height, width, height])
+        # Boxes in the padding are empty after clipping; they must not suppress others.
+        solid = (chosen[:, 2:] > chosen[:, :2]).all(axis=1)
+        cells, classes, chosen = cells[solid], classes[solid], chosen[solid]
+        kept = nms(chosen, scores[cells, classes], classes, self.iou_threshold)[:_MOST_DETECTIONS]
+        return Detections(chosen[kept], scores[cells, classes][kept], self._ids[classes[kept]])
+
+
+class OnnxTinyDetector(TinyDetectorBase):
+    """The sample's detector exported to ONNX, behind the `Detector` protocol.
+
+    The graph takes uint8 RGB [batch, height, width, 3] and returns scores, boxes and the neck's three feature maps.
+
+    Args:
+        session: the network.
+        config: its configuration.
+        score_threshold: boxes that score less are dropped.
+        iou_threshold: of the suppression within each class; None for the configuration's.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        config: TinyNetConfig,
+        *,
+        score_threshold: float = 0.01,
+        iou_threshold: float | None = None,
+    ) -> None:
+        super().__init__(config, score_threshold, iou_threshold)
+        self._session = session
+        self._input_name = session.get_inputs()[0].name
+        self._output_names = [output.name for output in session.get_outputs()]
+
+    def _run(self, tiles: list[np.ndarray], canvas: tuple[int, int], *, features: bool) -> list[np.ndarray]:
+        outputs = self._output_names if features else self._output_names[:2]
+        answer = self._session.run(outputs, {self._input_name: canvas_batch(tiles, canvas)})
+        return [np.asarray(output) for output in answer]
 
 
 def load_tiny_detector(
