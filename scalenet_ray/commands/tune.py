@@ -128,10 +128,10 @@ def main(job: TuneRecursion) -> int:
 
     Writes trials.json, front.svg, report.html, best.yaml, tune/ for TensorBoard, and report/.
     """
+    space = read_space(job.space)
     if job.data is None and job.annotations is None and job.images is None:
         data, networks = sample_inputs(job.networks)
         job = replace(job, data=data, networks=networks)
-    space = read_space(job.space)
     session = start_session("ray", job.resources, job.networks)
     say("checking the images and the networks")
     if job.annotations is not None and "{split}" not in job.annotations:
