@@ -31,6 +31,7 @@ from scalenet_ray.training.detector_recipe import (
 from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.recipe import Batch, Row
 from tests.job_scripts import load_job
+from tests.test_datasets import sample_as_yolo
 from tests.test_torchvision_detectors import CATEGORIES, assert_same, detections, lively_model, make_tiles
 
 SMALL_RCNN, SMALL_SSD = "fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"
@@ -388,22 +389,20 @@ def test_data_of_ones_own_needs_a_detector(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_job_fine_tunes_and_goes_on_where_it_stopped(
-    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = load_job("finetune_detector").main
-    # Not under the current directory: Ray may have been started in another one.
-    sample = write_sample(tmp_path / "sample", train=6, val=2)
-    monkeypatch.setattr("scalenet_ray.commands.finetune.ensure_sample", lambda _: sample)
+    data = sample_as_yolo(write_sample(tmp_path / "sample", train=6, val=2), tmp_path / "yolo")
     output = tmp_path / "run"
-    one_epoch = replace(job_on(None, output).training, epochs=1)
-    assert main(job_on(None, output, training=one_epoch)) == 0
+    job = job_on(data, output, split="train", val_split="val")
+    assert main(replace(job, training=replace(job.training, epochs=1))) == 0
     with pytest.raises(FileExistsError, match="add --resume to go on"):
-        main(job_on(None, output))
+        main(job)
     # As if two had been asked for, and the run had been stopped after one.
     config = output / "config.yaml"
     config.write_text(config.read_text().replace("epochs: 1", "epochs: 2"))
     first = (output / "detector.safetensors").read_bytes()
-    assert main(job_on(None, output, resume=True)) == 0
+    assert main(replace(job, resume=True)) == 0
 
     metrics = json.loads((output / "metrics.json").read_text())
     assert (metrics["train_images"], metrics["val_images"], metrics["failed"]) == (6, 2, [])

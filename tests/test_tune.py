@@ -33,6 +33,7 @@ from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import REPOSITORY, load_job
 from tests.ray_fixture import own_ray_environment
 from tests.scripted_detector import SCRIPTED, answering
+from tests.test_datasets import sample_as_yolo
 
 NETWORKS = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
 SPACE = {
@@ -289,7 +290,9 @@ def test_trials_that_fail_are_named_and_the_sweep_goes_on(
 ) -> None:
     # R_H under R_L is no policy.
     search = {"recursion.scale_range.high": {"of": [0.5, 1.1]}, "recursion.max_windows": {"of": [1, 2]}}
-    job = job_on(data, tmp_path, ceiling=None, sweep=Sweep("grid", at_once=2, keep=False))
+    yolo = Path(sample_as_yolo(data, tmp_path / "yolo"))
+    splits = {"split": "train", "report_split": "val"}
+    job = job_on(yolo, tmp_path, ceiling=None, sweep=Sweep("grid", at_once=2, keep=False), **splits)
     space_file(tmp_path, {"version": 1, "policies": ["first-pass"], "search": search})
     assert load_job("tune_recursion").main(job) == 0
     trials = json.loads((tmp_path / "run" / "trials.json").read_text())
