@@ -23,6 +23,7 @@ from s3fs import S3FileSystem
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.data import storage
+from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.data.coco import images_and_categories
 from scalenet_ray.data.policy_files import read_policies, read_space, start_values
 from scalenet_ray.engine.prediction_cache import CacheActor
@@ -291,13 +292,16 @@ def test_trials_that_fail_are_named_and_the_sweep_goes_on(
     # R_H under R_L is no policy.
     search = {"recursion.scale_range.high": {"of": [0.5, 1.1]}, "recursion.max_windows": {"of": [1, 2]}}
     yolo = Path(sample_as_yolo(data, tmp_path / "yolo"))
-    splits = {"split": "train", "report_split": "val"}
-    job = job_on(yolo, tmp_path, ceiling=None, sweep=Sweep("grid", at_once=2, keep=False), **splits)
+    yolo.write_text(yolo.read_text().replace("- star", "- asterisk"))
+    other = {"split": "train", "report_split": "val", "categories": CategoryChoice(("asterisk=star",))}
+    job = job_on(yolo, tmp_path, ceiling=None, sweep=Sweep("grid", at_once=2, keep=False), **other)
     space_file(tmp_path, {"version": 1, "policies": ["first-pass"], "search": search})
     assert load_job("tune_recursion").main(job) == 0
     trials = json.loads((tmp_path / "run" / "trials.json").read_text())
     assert sorted(trial["complete"] for trial in trials) == [False, False, True, True]
     assert all("scale_range must be 0 < R_L <= R_H" in trial["error"] for trial in trials if not trial["complete"])
+    reported = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
+    assert reported["renamed_categories"] == {"asterisk": "star"}
     output = capsys.readouterr().out
     assert output.count("failed, the sweep goes on") == 2
     assert "failed: scale_range must be 0 < R_L <= R_H" in output

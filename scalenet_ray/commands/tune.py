@@ -15,6 +15,7 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.policy_form import check_names, policy_to_dict
 from scalenet_ray.data import storage
+from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.data.policy_files import SearchSpace, check_values, read_space
 from scalenet_ray.engine.trial import TrialSettings
 from scalenet_ray.engine.tune import Sweep, best_policies, best_trials, run_sweep, start_trials
@@ -34,6 +35,7 @@ from scalenet_ray.workflows import (
     sample_inputs,
     settle_workers,
     start_session,
+    with_categories,
     with_ground_truth,
 )
 
@@ -83,6 +85,7 @@ class TuneRecursion:
     max_failures: int = 0
     max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
     sweep: Annotated[Sweep, tyro.conf.OmitArgPrefixes] = field(default_factory=Sweep)
+    categories: Annotated[CategoryChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=CategoryChoice)
     networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
     resources: Annotated[ResourceChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ResourceChoice)
 
@@ -145,6 +148,9 @@ def main(job: TuneRecursion) -> int:
     tuned_on = open_split(session, job.data, job.split, limit=job.limit, **where)
     # Before the first trial, so that an error in this split does not come after the sweep.
     reported_on = open_split(session, job.data, job.report_split, limit=None, **where)
+    tuned_on, reported_on = (
+        with_categories(session, split, job.networks, job.categories, log=say) for split in (tuned_on, reported_on)
+    )
     splits = [tuned_on, reported_on]
     policies, _ = prepare_run(session, job.networks, splits, lambda detector: _policies(job, space, detector), log=say)
     job = replace(job, networks=settle_workers(session, job.networks, policies, tuned_on, log=say))
@@ -200,6 +206,7 @@ def _settings(job: TuneRecursion, space: SearchSpace, policies: list[Policy]) ->
         name: value
         for name, value in asdict(job).items()
         if name not in ("output", "resume", "resources", "space", "max_failures", "sweep")
+        and (name != "categories" or job.categories.is_made)
     }
     return {
         **settings,
