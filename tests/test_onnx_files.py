@@ -233,6 +233,19 @@ def test_metadata_that_cannot_be_read_is_refused(tmp_path: Path, metadata: dict[
     assert said in refusal(tmp_path, metadata=metadata)
 
 
+@pytest.mark.parametrize(("part", "said"), [("ir", "IR version: 99"), ("opset", "Opset 99")])
+def test_a_file_of_a_newer_version_is_refused(tmp_path: Path, part: str, said: str) -> None:
+    path = export(tmp_path / "net.onnx", "yolov8")
+    model = onnx.load(path)
+    if part == "ir":
+        model.ir_version = 99
+    else:
+        model.opset_import[0].version = 99
+    onnx.save(model, path)
+    with pytest.raises(UserError, match=rf"must be of a version that onnxruntime .* reads, got {said}: export it"):
+        load(path)
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load(tmp_path / "nowhere.onnx")

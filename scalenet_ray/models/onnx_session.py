@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any
 
 import onnxruntime
@@ -22,6 +23,8 @@ _LOAD_ERRORS = (
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
+
+_NEWER = re.compile(r"IR version: \d+|Opset \d+")
 
 
 def providers_of(device: str) -> list[Any]:
@@ -64,12 +67,15 @@ def open_session(data: bytes, path: str, device: str) -> onnxruntime.InferenceSe
         device: "cpu", "cuda" or "cuda:1".
 
     Raises:
-        UserError: if it is no ONNX file, or onnxruntime has no such device.
+        UserError: if it is no ONNX file, or one of a newer version; or onnxruntime has no such device.
     """
     providers = providers_of(device)
     try:
         session = onnxruntime.InferenceSession(data, session_options(), providers=providers)
     except _LOAD_ERRORS as error:
+        if newer := _NEWER.search(str(error)):
+            msg = f"{path} must be of a version that onnxruntime {onnxruntime.__version__} reads, got {newer[0]}: "
+            raise UserError(f"{msg}export it with a lower opset, or install a newer onnxruntime") from error
         msg = f"{path} must be a whole ONNX file, got {len(data)} bytes that onnxruntime can't read: {error}"
         raise UserError(msg) from error
     if device != "cpu" and session.get_providers()[0] != "CUDAExecutionProvider":
