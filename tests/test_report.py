@@ -159,7 +159,7 @@ def test_the_page_says_what_the_whole_image_alone_would_have_found() -> None:
     ) in page
     cells = "".join(f"<td>{cell}</td>" for cell in (6, 2, 3, 3, 1, 17))
     assert f'<tr><th scope="row">cat</th>{cells}</tr>' in page
-    assert '<tr><th scope="row">&lt;a&gt;.jpg</th><td>6</td></tr>' in page
+    assert '<tr><th scope="row"><span title="&lt;a&gt;.jpg">&lt;a&gt;.jpg</span></th><td>6</td></tr>' in page
 
 
 def test_the_page_says_on_how_many_images_it_could_compare() -> None:

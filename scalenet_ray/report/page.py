@@ -34,7 +34,6 @@ from scalenet_ray.runs.documents import Changes, Metrics, ReportDetails
 __all__ = ["render_progress", "render_report"]
 
 _MAX_CHANGED_CLASSES = 16
-_MAX_FOUND_CLASSES = 100
 _POLICIES = "Every way to zoom, on the same images with the same frozen detector."
 _BEST = " The marked one finds most small objects without reading the ground truth."
 _ERRORS = (
@@ -203,20 +202,22 @@ def _found(details: ReportDetails) -> str:
             *([str(row[key]) for key in ("before", "new", "lost")] if known else []),
             f"{row['median_side']:.0f}",
         ]
-        for row in found["by_class"][:_MAX_FOUND_CLASSES]
+        for row in found["by_class"]
     ]
     compared = ["whole image alone", "new", "lost"] if known else []
     head = ["class", "boxes", "images", *compared, "median side, px"]
-    left = len(found["by_class"]) - _MAX_FOUND_CLASSES
-    more = f" Of {len(found['by_class'])} classes the {_MAX_FOUND_CLASSES} most frequent." if left > 0 else ""
     meant = (
         " New is what overlaps no box of its class by half that the pass over the whole image finds alone; lost is "
         "what only that pass finds."
         if known
         else ""
     )
-    words = f"Boxes that score {details['shown_score']:g} or more, the most frequent class first.{meant}{more}"
-    most = [[html.escape(row.get("file", str(row["id"]))), str(row["boxes"])] for row in found["most"]]
+    words = f"Boxes that score {details['shown_score']:g} or more, the most frequent class first.{meant}"
+    most = [
+        [f'<span title="{html.escape(file)}">{html.escape(file.rpartition("/")[2])}</span>', str(row["boxes"])]
+        for row in found["most"]
+        for file in [row.get("file", str(row["id"]))]
+    ]
     images = table("Images with most boxes", ["image", "boxes"], most)
     return section("found", "What was found", words, table("Boxes by class", head, rows), images)
 
