@@ -49,6 +49,14 @@ def unchanged_package_logger() -> Iterator[None]:
     logger.setLevel(level)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """A third of an evaluation of few images was its bootstrap."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("scalenet_ray.evaluation.compare.RESAMPLES", 50)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data (COCO, models); the test is skipped where there is none."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scalenet_ray.runs.documents import Changes, ChangesRow, Differences, FoundCounts, Interval
 
 __all__ = [
+    "RESAMPLES",
     "SIDE_BOUNDS",
     "SMALL_AREA",
     "ResampledAP",
@@ -30,6 +31,9 @@ __all__ = [
     "paired_intervals",
     "pareto_front",
 ]
+
+RESAMPLES = 300
+"""Bootstrap resamples of the images of an interval."""
 
 _AREAS = {"AP": 0, "AP_small": 1, "AP_large": 3}
 """Metric -> index of pycocotools' area range."""
@@ -119,14 +123,14 @@ def _ranked(matches: np.ndarray, max_detections: int) -> _Ranked:
 
 
 def paired_intervals(
-    matched: Mapping[str, COCOeval], baseline: str, *, resamples: int = 300, seed: int = 0
+    matched: Mapping[str, COCOeval], baseline: str, *, resamples: int | None = None, seed: int = 0
 ) -> Differences:
     """Compute paired bootstrap intervals of the differences of AP between policies and a baseline.
 
     Args:
         matched: policy -> its results on the same images, from `match_results`.
         baseline: the policy that the others are compared with.
-        resamples: number of resamples of the images, drawn with replacement.
+        resamples: number of resamples of the images, drawn with replacement; by default `RESAMPLES`.
         seed: random seed.
 
     Returns:
@@ -140,7 +144,8 @@ def paired_intervals(
         raise UserError(msg)
     count = len(matched[baseline].params.imgIds)
     rng = np.random.default_rng(seed)
-    draws = [np.ones(count), *(np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(resamples))]
+    indices = (rng.integers(count, size=count) for _ in range(resamples or RESAMPLES))
+    draws = [np.ones(count), *(np.bincount(drawn, minlength=count) for drawn in indices)]
     samples = {
         name: {metric: np.array([*map(ResampledAP(evaluation, area), draws)]) for metric, area in _AREAS.items()}
         for name, evaluation in matched.items()
