@@ -194,7 +194,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / "site" / "reference" / "index.html").read_text()
+    page = (tmp_path / "site" / "reference" / "algorithm" / "index.html").read_text()
     assert "recursive_detect" in page
     assert "xyxy" in page
     home = (tmp_path / "site" / "index.html").read_text()
