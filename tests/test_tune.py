@@ -27,6 +27,7 @@ from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.data.coco import images_and_categories
 from scalenet_ray.data.policy_files import read_policies, read_space, start_values
 from scalenet_ray.engine.prediction_cache import CacheActor
+from scalenet_ray.engine.study import StudyFile
 from scalenet_ray.engine.trial import RecursionTrial, TrialSettings
 from scalenet_ray.engine.tune import ResumableAsha, Sweep, best_policies, start_trials
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
@@ -265,6 +266,12 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
     assert reported["images"]["done"] == 4
     assert list((run / "tune").glob("*/events.out.tfevents.*"))
     assert (run / "front.svg").read_text().startswith("<svg")
+    in_study = {
+        (trial.user_attrs["trial"], trial.values[0])
+        for trial in StudyFile(str(run / "study.log"), read_space(space_file(tmp_path)), 8, single=True).open().trials
+        if trial.values
+    }
+    assert in_study == {(trial["trial"], trial["score"]) for trial in trials if trial["complete"]}
 
     import ray
 

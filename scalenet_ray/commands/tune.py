@@ -129,7 +129,8 @@ def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> Trial
 def main(job: TuneRecursion) -> int:
     """Tune, then evaluate the best policies on the other split. Returns the exit status.
 
-    Writes trials.json, front.svg, report.html, best.yaml, tune/ for TensorBoard, and report/.
+    Writes trials.json, front.svg, report.html, best.yaml, tune/ for TensorBoard, study.log for optuna-dashboard, and
+    report/.
     """
     space = read_space(job.space)
     if job.data is None and job.annotations is None and job.images is None:
@@ -194,7 +195,7 @@ def main(job: TuneRecursion) -> int:
     say(policy_table(document))
     say(difference_table(document))
     names, compared = (job.split, job.report_split), contenders_of(starts, found, document)
-    run.write_text("report.html", render_sweep(rows, job.ceiling, compared, names))
+    run.write_text("report.html", render_sweep(rows, job.ceiling, compared, names, run.config()))
     for line in sweep_verdict(compared, job.ceiling, names):
         say(line)
     say(f"the best policy: {storage.join(run.uri, 'best.yaml')}, for --policy-file")

@@ -23,6 +23,7 @@ from scalenet_ray.data.policy_files import Choice, Range, SearchSpace, start_val
 from scalenet_ray.engine.placement import gpu_share
 from scalenet_ray.engine.prediction_cache import CacheActor
 from scalenet_ray.engine.session import join_ray
+from scalenet_ray.engine.study import StudyFile
 from scalenet_ray.engine.trial import RecursionTrial, TrialSettings
 from scalenet_ray.engine.worker_errors import from_worker
 from scalenet_ray.evaluation.compare import pareto_front
@@ -80,7 +81,8 @@ def run_sweep(
         space: the search space.
         task: settings that all trials share.
         sweep: search settings.
-        uri: the run folder, local, s3://, gs:// or az://; Tune's own folder in it, tune/, can be read by TensorBoard.
+        uri: the run folder, local, s3://, gs:// or az://; TensorBoard reads Tune's own folder in it, tune/, and
+            optuna-dashboard the file study.log, which a local one has.
         say: called with a line of text when a trial ends.
         resume: resume an existing sweep.
 
@@ -103,6 +105,11 @@ def run_sweep(
     cache_actor: Any = CacheActor.remote() if sweep.keep else None
     resources = {"cpu": 1, "gpu": gpu_share(task.networks.device, sweep.at_once)}
     trainable = tune.with_resources(tune.with_parameters(RecursionTrial, task=task, cache_actor=cache_actor), resources)
+    path = storage.local_path(storage.join(uri, "study.log"))
+    studies = [StudyFile(path, space, task.subsets[-1], single=task.ceiling is not None)] if path else []
+    for study in studies:
+        study.open()
+        say(f"to watch it: optuna-dashboard {path} (pip install optuna-dashboard)")
     # The same file system as for all other files, with its retries, endpoint and credentials.
     file_system, folder = storage.as_arrow(uri)
     if resume and storage.exists(storage.join(uri, _NAME, "tuner.pkl")):
@@ -123,7 +130,7 @@ def run_sweep(
                 storage_path=folder,
                 storage_filesystem=file_system,
                 stop={"training_iteration": len(task.subsets)},
-                callbacks=[_Lines(say, None if sweep.searcher == "grid" else sweep.trials)],
+                callbacks=[_Lines(say, None if sweep.searcher == "grid" else sweep.trials), *studies],
                 verbose=0,
             ),
         )

@@ -10,7 +10,7 @@ from typing import Any
 from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.report.charts import MUTED, WARM, drawing, front_plot, label, quiet, themed, to_svg
 from scalenet_ray.report.html import cards, page, section, table
-from scalenet_ray.report.tables import is_known
+from scalenet_ray.report.tables import is_known, origin_line, origin_section
 from scalenet_ray.runs.documents import Interval, Metrics, PolicyMetrics, TrialRow
 
 __all__ = ["Contender", "contenders_of", "render_sweep", "sweep_verdict"]
@@ -144,6 +144,7 @@ def render_sweep(
     ceiling: float | None,
     contenders: Sequence[Contender] = (),
     splits: tuple[str, str] = ("", ""),
+    run: Mapping[str, Any] | None = None,
 ) -> str:
     """Render the report of a sweep.
 
@@ -152,6 +153,7 @@ def render_sweep(
         ceiling: limit of the passes per image; None without a limit.
         contenders: the starting and the best policies; () if there are none.
         splits: the tuning and the reporting split.
+        run: the content of config.yaml; None if unknown.
 
     Returns:
         HTML, self-contained in one file.
@@ -182,13 +184,14 @@ def render_sweep(
             _fields(complete, best, paths),
         ),
         section("trials", "Trials", "The best first.", _trials(rows, paths, best)),
+        origin_section(run),
     ]
     state = f"{len(complete)} of {len(rows)} trials saw all images; {sum(bool(row['error']) for row in rows)} failed."
     said = "".join(
         f'<p class="{"lead" if i == 0 else "state"}">{html.escape(line[:1].upper() + line[1:])}.</p>'
         for i, line in enumerate(sweep_verdict(contenders, ceiling, splits) if contenders else [])
     )
-    return page("What paid", f'{said}<p class="state">{state}</p>', sections)
+    return page("What paid", f'{said}<p class="state">{state}</p>{origin_line(run)}', sections)
 
 
 def _beside(contenders: Sequence[Contender], splits: tuple[str, str]) -> str:
