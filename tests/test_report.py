@@ -16,6 +16,7 @@ from scalenet_ray.report.gallery import choose_pictures
 from scalenet_ray.report.page import render_report
 from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
 from scalenet_ray.report.tables import winner_of
+from scalenet_ray.report.text import found_lines
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
 from tests.report_fakes import big_page
@@ -160,6 +161,14 @@ def test_the_page_says_what_the_whole_image_alone_would_have_found() -> None:
     cells = "".join(f"<td>{cell}</td>" for cell in (6, 2, 3, 3, 1, 17))
     assert f'<tr><th scope="row">cat</th>{cells}</tr>' in page
     assert '<tr><th scope="row"><span title="&lt;a&gt;.jpg">&lt;a&gt;.jpg</span></th><td>6</td></tr>' in page
+
+
+def test_a_class_that_was_lost_altogether_is_listed_without_a_size() -> None:
+    row = {"label": 1, "boxes": 0, "images": 0, "after": 0, "before": 1, "new": 0, "lost": 1, "median_side": None}
+    assert "<td>1</td><td>\N{EN DASH}</td></tr>" in found_page(by_class=[row])
+    found = {**row, "compared": 4, "by_class": [row], "most": []}
+    lines = found_lines({"found": found, "categories": {1: "cat"}, "images": {"done": 4}})
+    assert lines.splitlines()[1].split() == ["cat", "0", "0", "0", "-"]
 
 
 def test_the_page_says_on_how_many_images_it_could_compare() -> None:

@@ -200,7 +200,8 @@ def _found(details: ReportDetails) -> str:
             str(row["boxes"]),
             str(row["images"]),
             *([str(row[key]) for key in ("before", "new", "lost")] if known else []),
-            f"{row['median_side']:.0f}",
+            # A class that the policy lost altogether has no boxes.
+            "\N{EN DASH}" if row["median_side"] is None else f"{row['median_side']:.0f}",
         ]
         for row in found["by_class"]
     ]

@@ -62,7 +62,8 @@ def found_lines(document: Mapping[str, Any]) -> str:
         for row in classes[:_MOST_CLASSES]:
             name = names.get(str(row["label"]), f"category {row['label']}")
             new = [str(row["new"])] if found["compared"] else []
-            rows.append([name, str(row["boxes"]), str(row["images"]), *new, f"{row['median_side']:.0f} px"])
+            side = "-" if row["median_side"] is None else f"{row['median_side']:.0f} px"
+            rows.append([name, str(row["boxes"]), str(row["images"]), *new, side])
         more = len(classes) - _MOST_CLASSES
         lines += [_aligned(rows), *([f"and {_counted(more, 'class', 'classes')} more"] if more > 0 else [])]
         listed = (f"{row['file'].rpartition('/')[2]} ({row['boxes']})" for row in found["most"])
