@@ -1,4 +1,4 @@
-"""cluster.yaml against Ray's own schema, loader and AWS provider; kuberay.yaml against what KubeRay documents."""
+"""Files for `ray up` against Ray's own schema and loader, and its AWS provider; kuberay.yaml against what KubeRay documents."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from ray.autoscaler.tags import NODE_KIND_WORKER, TAG_RAY_NODE_KIND
 from tests.job_scripts import REPOSITORY, load_job
 
 CLUSTER: dict[str, Any] = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
+GOOGLE: dict[str, Any] = yaml.safe_load((REPOSITORY / "cluster-gcp.yaml").read_text())
 JOB: dict[str, Any] = yaml.safe_load((REPOSITORY / "kuberay.yaml").read_text())
 SCHEMA = json.loads(Path(ray.autoscaler.__file__).with_name("ray-schema.json").read_text())
 EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -45,11 +46,23 @@ def object_store(command: str) -> int:
 # --- cluster.yaml -----------------------------------------------------------------------------------
 
 
-def test_the_cluster_file_is_what_ray_s_schema_and_loader_take():
-    jsonschema.validate(CLUSTER, SCHEMA)
-    prepared = prepare_config(copy.deepcopy(CLUSTER))
+@pytest.mark.parametrize("cluster", [CLUSTER, GOOGLE], ids=["aws", "gcp"])
+def test_the_cluster_file_is_what_ray_s_schema_and_loader_take(cluster: dict[str, Any]):
+    jsonschema.validate(cluster, SCHEMA)
+    prepared = prepare_config(copy.deepcopy(cluster))
     validate_config(prepared)
     assert set(prepared["available_node_types"]) == {"head", "gpu-spot", "gpu-on-demand"}
+
+
+def test_the_clouds_differ_in_machines_alone():
+    of_the_cloud = {"provider", "available_node_types", "initialization_commands", "head_setup_commands"}
+    for key in (CLUSTER.keys() | GOOGLE.keys()) - of_the_cloud:
+        assert CLUSTER[key] == GOOGLE[key], key
+    without_machines = [
+        {name: {**node_type, "node_config": None} for name, node_type in cluster["available_node_types"].items()}
+        for cluster in (CLUSTER, GOOGLE)
+    ]
+    assert without_machines[0] == without_machines[1]
 
 
 @pytest.fixture
@@ -111,7 +124,7 @@ def test_the_head_has_no_work_and_workers_come_from_none():
 def test_every_node_has_a_profile_and_no_key_is_in_the_files():
     for node_type in CLUSTER["available_node_types"].values():
         assert set(node_type["node_config"]["IamInstanceProfile"]) == {"Arn"}
-    for name in ("cluster.yaml", "kuberay.yaml", "Dockerfile"):
+    for name in ("cluster.yaml", "cluster-gcp.yaml", "kuberay.yaml", "Dockerfile"):
         text = (REPOSITORY / name).read_text()
         assert not re.search(r"AKIA|aws_secret|SECRET_ACCESS|ACCESS_KEY", text, re.IGNORECASE)
 
@@ -149,9 +162,9 @@ def test_pinned_versions_are_installed_and_the_images_hold_the_same_ray():
     assert JOB["spec"]["rayClusterSpec"]["rayVersion"] == RAY_VERSION
 
 
-@pytest.mark.parametrize("name", ["cluster.yaml", "kuberay.yaml"])
+@pytest.mark.parametrize("name", ["cluster.yaml", "cluster-gcp.yaml", "kuberay.yaml"])
 def test_what_is_the_user_s_is_marked(name: str):
-    of_the_user = re.compile(r"-0{17}|:0{12}:|us-west-2|BUCKET|REGISTRY")
+    of_the_user = re.compile(r"-0{17}|:0{12}:|us-west-2|us-west1|PROJECT|IMAGE|BUCKET|REGISTRY")
     lines = (REPOSITORY / name).read_text().splitlines()
     held = [i for i, line in enumerate(lines) if of_the_user.search(line)]
     marked = {i for i, line in enumerate(lines) if "CHANGE" in line}
