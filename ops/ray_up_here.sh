@@ -51,6 +51,7 @@ start_node() {
     mkdir -p "$folder/$1"
     unshare --net --pid --fork --kill-child --mount --uts --ipc --mount-proc bash -euc "
         hostname $1
+        touch '$folder/$1/started'
         mount --bind '$folder/$1' /tmp
         mount --bind '$folder/passwd' /etc/passwd
         mount -t tmpfs tmpfs /dev/shm
@@ -60,7 +61,7 @@ start_node() {
         ip link set eth0 up
         ip route add default via 10.77.0.1
         exec $(command -v sshd || echo /usr/sbin/sshd) -D -f '$folder/sshd_config' -E '$folder/$1.log'" &
-    until [[ $(readlink /proc/$!/ns/net) != $(readlink /proc/$$/ns/net) ]]; do sleep 0.1; done
+    until [[ -e $folder/$1/started ]]; do sleep 0.1; done
     ip link add "$1" type veth peer name eth0 netns $!
     ip link set "$1" master bridge up
 }

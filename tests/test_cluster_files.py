@@ -1,4 +1,4 @@
-"""Files for `ray up` against Ray's own schema and loader, and its AWS provider; kuberay.yaml against what KubeRay documents."""
+"""Cluster files against Ray's own schema, loader and AWS provider; kuberay.yaml against what KubeRay documents."""
 
 from __future__ import annotations
 

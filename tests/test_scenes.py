@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from scalenet_ray.models.spec import NetworkSpec
+from scalenet_ray.runs.local import LocalSession
 from scalenet_ray.sample import scenes
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, ensure_sample, make_scene, write_sample
+from scalenet_ray.workflows.image_sets import open_split, sample_inputs
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +152,18 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="new or empty folder"):
         write_sample(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_node_whose_job_folder_lacks_the_sample_writes_its_own(
+    tmp_path: Path, few_scenes: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, node = tmp_path / "driver", tmp_path / "node"
+    for folder in (driver, node):
+        folder.mkdir()
+    monkeypatch.chdir(driver)
+    folder, _ = sample_inputs(NetworkSpec())
+    split = open_split(LocalSession(), folder, "val2017", limit=1, max_megapixels=1.0)
+    opener = pickle.dumps(split.open_image)
+    monkeypatch.chdir(node)
+    assert pickle.loads(opener)(split.images[0]).shape == (384, 384, 3)
+    assert (node / folder).is_dir()

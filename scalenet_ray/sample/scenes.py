@@ -26,6 +26,7 @@ __all__ = [
     "SAMPLE_VERSION",
     "Scene",
     "ensure_sample",
+    "is_sample",
     "make_scene",
     "sample_scene",
     "write_sample",
@@ -287,6 +288,11 @@ def ensure_sample(folder: Path) -> Path:
             if _stamp(folder) != wanted:
                 raise
     return folder
+
+
+def is_sample(folder: Path) -> bool:
+    """True if the folder holds a sample that `write_sample` wrote, of any version."""
+    return _stamp(folder) is not None
 
 
 def _stamp(folder: Path) -> dict | None:

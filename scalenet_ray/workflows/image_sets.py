@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice, ChosenCategories, choose_categories, write_chosen
 from scalenet_ray.data.coco import ImageRecord, OpenImage
@@ -17,7 +18,7 @@ from scalenet_ray.runs.batch import image_opener
 from scalenet_ray.runs.folder import GROUND_TRUTH, RunFolder
 from scalenet_ray.runs.inputs import annotation_digests, check_ground_truth
 from scalenet_ray.runs.local import Session
-from scalenet_ray.sample.scenes import ensure_sample
+from scalenet_ray.sample.scenes import ensure_sample, is_sample
 
 __all__ = [
     "CocoSplit",
@@ -47,6 +48,24 @@ def sample_inputs(networks: NetworkSpec) -> tuple[str, NetworkSpec]:
     return str(ensure_sample(_SAMPLE_FOLDER)), replace(networks, detector=detector, scale_net=scale_net)
 
 
+@cache
+def _write_sample_in(folder: Path) -> None:
+    """Write the sample to a folder of this node, once in a process."""
+    ensure_sample(folder)
+
+
+@dataclass(frozen=True)
+class _SampleOpener:
+    """Opens images of the sample on any node: a job's working directory, where the sample is, is each node's own."""
+
+    read: OpenImage
+
+    def __call__(self, record: ImageRecord) -> AnyImage:
+        """Open an image, see `OpenImage`."""
+        _write_sample_in(_SAMPLE_FOLDER.absolute())
+        return self.read(record)
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images of a run.
@@ -68,7 +87,10 @@ class ImageSet:
     @property
     def open_image(self) -> OpenImage:
         """A picklable function that reads one image."""
-        return image_opener(self.folder, self.max_pixels)
+        read = image_opener(self.folder, self.max_pixels)
+        if self.folder is None or Path(self.folder).parent != _SAMPLE_FOLDER or not is_sample(_SAMPLE_FOLDER):
+            return read
+        return _SampleOpener(read)
 
 
 @dataclass(frozen=True)
