@@ -263,12 +263,16 @@ class HalfInput(ColourNet):
         return tuple(output.half() for output in super().forward(images.float(), sizes))
 
 
-@pytest.mark.parametrize("order", ["RGB", "BGR"])
-def test_mean_deviation_and_order_come_from_the_metadata(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+@pytest.mark.parametrize(("order", "by_file"), [("RGB", False), ("BGR", False), ("BGR", True)])
+def test_mean_deviation_and_order_come_from_the_metadata_or_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, by_file: bool
 ) -> None:
     metadata = {"mean": "[0.5, 0.25, 0]", "std": "[0.5, 1, 0.25]", "channel_order": order}
-    detector = load(export(tmp_path / "net.onnx", "yolov8", metadata=metadata))
+    path = export(tmp_path / "net.onnx", "yolov8", metadata={"channel_order": "RGB"} if by_file else metadata)
+    if by_file:
+        (tmp_path / "input.yaml").write_text("mean: [0.5, 0.25, 0]\nstd: [0.5, 1, 0.25]\nchannel_order: BGR\n")
+        path = f"{path}@{tmp_path / 'input.yaml'}"
+    detector = load(path)
     seen: list[np.ndarray] = []
     run = detector._network.session.run
 
@@ -290,6 +294,16 @@ def test_mean_deviation_and_order_come_from_the_metadata(
 )
 def test_the_input_side_is_the_metadatas(tmp_path: Path, metadata: dict[str, str], side: int) -> None:
     assert load(export(tmp_path / "net.onnx", "yolov8", metadata=metadata)).input_side == side
+
+
+def test_a_data_yaml_names_the_classes_and_one_that_gives_nothing_is_refused(tmp_path: Path) -> None:
+    path = export(tmp_path / "net.onnx", "yolov8")
+    count = len(load(path).categories)
+    (tmp_path / "data.yaml").write_text(f"train: images\nnames: {[f'thing {i}' for i in range(count)]}\n")
+    assert list(load(f"{path}@{tmp_path / 'data.yaml'}").categories.values())[-1] == f"thing {count - 1}"
+    (tmp_path / "data.yaml").write_text("nc: 3")
+    with pytest.raises(UserError, match="must give names, categories, mean"):
+        load(f"{path}@{tmp_path / 'data.yaml'}")
 
 
 # --- what is said, and real weights --------------------------------------------------------------------

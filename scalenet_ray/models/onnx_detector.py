@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import onnxruntime
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.merge import nms
+from scalenet_ray.data.policy_files import read_yaml
 from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.class_names import classes_of
 from scalenet_ray.models.onnx_graph import resizes_input
@@ -24,7 +26,10 @@ from scalenet_ray.models.yolox import YoloxDetector
 
 __all__ = ["OnnxDetector", "load_onnx_detector"]
 
-_WITH_NAMES = re.compile(r"(.+\.onnx)@(.+)", re.DOTALL)
+_WITH_FILE = re.compile(r"(.+\.onnx)@(.+)", re.DOTALL)
+_GIVEN = ("names", "categories", "mean", "std", "channel_order", "imgsz")
+"""Keys of the metadata that a YAML file may give in their place."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -141,8 +146,9 @@ def load_onnx_detector(
     that changes no output.
 
     Args:
-        what: PATH or PATH@FILE: the ONNX file, and a text file with its classes' names, one a line. Without it they
-            come from the metadata, or are COCO's 80. Local paths or a store's addresses.
+        what: PATH or PATH@FILE: the ONNX file, and a text file with its classes' names, one a line, or a YAML file that
+            gives metadata: `names`, `mean`, `std`, `channel_order`, `imgsz`. Without names they come from the metadata,
+            or are COCO's 80. Local paths or a store's addresses.
         device: "cpu", "cuda" or "cuda:1". On the CPU, OMP_NUM_THREADS sets the number of threads.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS; None for that of the kind.
@@ -152,11 +158,13 @@ def load_onnx_detector(
         UserError: if it is not an ONNX file or no detector's of a known kind, the names do not fit it, or the device is
             not available in onnxruntime.
     """
-    named = _WITH_NAMES.fullmatch(what)
-    path, names_file = named.groups() if named else (what, None)
+    match = _WITH_FILE.fullmatch(what)
+    path, names_file = match.groups() if match else (what, None)
     data = read_bytes(path)
     session = open_session(data, path, device)
     metadata = session.get_modelmeta().custom_metadata_map
+    if names_file is not None and names_file.lower().endswith((".yaml", ".yml", ".json")):
+        metadata, names_file = metadata | _given_metadata(names_file), None
     thresholds: Any = {"score_threshold": score_threshold, "iou_threshold": iou_threshold}
     try:
         network, layout = _recognised(session, data, metadata)
@@ -176,6 +184,16 @@ def load_onnx_detector(
     detector.description = f"{layout.family}, {layout.shapes}{axes}; classes: {source}"
     _LOG.info("%s was taken for %s", path, detector.description)
     return detector
+
+
+def _given_metadata(uri: str) -> dict[str, str]:
+    """Metadata from a YAML or JSON file, as an ONNX file holds it; other keys, such as a data.yaml's, are left out."""
+    values = read_yaml(uri)
+    given = {key: values[key] for key in _GIVEN if key in values} if isinstance(values, dict) else {}
+    if not given:
+        msg = f"{uri} must give {', '.join(_GIVEN)} or some of them, got {str(values)[:80]!r}: see docs/how_to/onnx.md"
+        raise UserError(msg)
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
 
 
 def _recognised(
