@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -161,7 +162,14 @@ def test_auto_is_a_gpu_if_there_may_be_one_and_the_networks_run_on_it(
     assert session.on_gpu == trials_on_gpu
     assert session.settings["gpus_per_detector_actor"] == (settled == "cuda")
     assert ("GPUs: " if settled == "cuda" else "CPUs: ") in session.lines[-1]
-    assert ("the networks run on CPUs" in session.lines[0]) == (detector == "needs:CPU")
+    assert any("the networks run on CPUs" in line for line in session.lines) == (detector == "needs:CPU")
+
+
+def test_the_address_of_the_dashboard_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray._private.worker._global_node", SimpleNamespace(webui_url="10.0.0.1:8265"))
+    session = Settling(WITHOUT)
+    session.settled("a:B", "cpu")
+    assert session.lines[0] == "Ray's dashboard: http://10.0.0.1:8265"
 
 
 def test_a_gpu_that_the_user_names_is_waited_for_on_a_cluster_that_has_none_so_far(

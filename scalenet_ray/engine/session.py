@@ -169,7 +169,7 @@ class RaySession:
     def settle(
         self, networks: NetworkSpec, trial: Callable[[NetworkSpec], NetworkTrial], log: Callable[[str], None]
     ) -> NetworkSpec:
-        """Choose the device, and the resources that the user has left open; log them in one line.
+        """Choose the device, and the resources that the user has left open; log the dashboard, and them in one line.
 
         Args:
             networks: the networks, on a device or auto.
@@ -182,6 +182,9 @@ class RaySession:
         Raises:
             UserError: if the networks do not run on the user's device, or the resources do not fit each other.
         """
+        # A client of ray:// has no node.
+        if dashboard := getattr(worker._global_node, "webui_url", None):
+            log(f"Ray's dashboard: http://{dashboard}")
         on_cuda = networks.device.startswith("cuda")
         if self._choice.is_complete and networks.device != AUTO:
             self._resources = self._choice.completed(gpus_per_detector_actor=float(on_cuda))
