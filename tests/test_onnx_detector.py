@@ -270,7 +270,9 @@ def test_mean_deviation_and_order_come_from_the_metadata_or_a_file(
     metadata = {"mean": "[0.5, 0.25, 0]", "std": "[0.5, 1, 0.25]", "channel_order": order}
     path = export(tmp_path / "net.onnx", "yolov8", metadata={"channel_order": "RGB"} if by_file else metadata)
     if by_file:
-        (tmp_path / "input.yaml").write_text("mean: [0.5, 0.25, 0]\nstd: [0.5, 1, 0.25]\nchannel_order: BGR\n")
+        (tmp_path / "input.yaml").write_text(
+            "mean: [0.5, 0.25, 0]\nstd: [0.5, 1, 0.25]\nchannel_order: BGR\npadding: 0\n"
+        )
         path = f"{path}@{tmp_path / 'input.yaml'}"
     detector = load(path)
     seen: list[np.ndarray] = []
@@ -285,7 +287,7 @@ def test_mean_deviation_and_order_come_from_the_metadata_or_a_file(
     detector([tile])
     image = seen[0][0] if order == "RGB" else seen[0][0, ::-1]
     np.testing.assert_allclose(image[:, 0, 0], [1, -0.05, 1.6], atol=1e-6)
-    grey = 114 / 255
+    grey = 0 if by_file else 114 / 255
     np.testing.assert_allclose(image[:, 0, 63], [grey * 2 - 1, grey - 0.25, grey * 4], atol=1e-6)
 
 
@@ -301,6 +303,9 @@ def test_a_data_yaml_names_the_classes_and_one_that_gives_nothing_is_refused(tmp
     count = len(load(path).categories)
     (tmp_path / "data.yaml").write_text(f"train: images\nnames: {[f'thing {i}' for i in range(count)]}\n")
     assert list(load(f"{path}@{tmp_path / 'data.yaml'}").categories.values())[-1] == f"thing {count - 1}"
+    (tmp_path / "data.yaml").write_text("padding: 256")
+    with pytest.raises(UserError, match="'padding' must be a grey level from 0 to 255, got '256'"):
+        load(f"{path}@{tmp_path / 'data.yaml'}")
     (tmp_path / "data.yaml").write_text("nc: 3")
     with pytest.raises(UserError, match="must give names, categories, mean"):
         load(f"{path}@{tmp_path / 'data.yaml'}")

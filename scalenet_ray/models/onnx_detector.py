@@ -27,7 +27,7 @@ from scalenet_ray.models.yolox import YoloxDetector
 __all__ = ["OnnxDetector", "load_onnx_detector"]
 
 _WITH_FILE = re.compile(r"(.+\.onnx)@(.+)", re.DOTALL)
-_GIVEN = ("names", "categories", "mean", "std", "channel_order", "imgsz")
+_GIVEN = ("names", "categories", "mean", "std", "channel_order", "padding", "imgsz")
 """Keys of the metadata that a YAML file may give in their place."""
 
 _LOG = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class OnnxDetector:
         at_once = at_once if self._layout.batched else 1
         for start in range(0, len(tiles), at_once):
             batch = tiles[start : start + at_once]
-            outputs = self._network(padded(batch, canvas))
+            outputs = self._network(padded(batch, canvas, self._network.padding))
             chosen = [_in_float32(outputs[i]) for i in self._layout.outputs]
             rows = zip(*chosen, strict=True) if self._layout.batched else [chosen]
             found += [self._decode(row, canvas, tile.shape[:2]) for tile, row in zip(batch, rows, strict=True)]
@@ -147,8 +147,8 @@ def load_onnx_detector(
 
     Args:
         what: PATH or PATH@FILE: the ONNX file, and a text file with its classes' names, one a line, or a YAML file that
-            gives metadata: `names`, `mean`, `std`, `channel_order`, `imgsz`. Without names they come from the metadata,
-            or are COCO's 80. Local paths or a store's addresses.
+            gives metadata: `names`, `mean`, `std`, `channel_order`, `padding`, `imgsz`. Without names they come from
+            the metadata, or are COCO's 80. Local paths or a store's addresses.
         device: "cpu", "cuda" or "cuda:1". On the CPU, OMP_NUM_THREADS sets the number of threads.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS; None for that of the kind.

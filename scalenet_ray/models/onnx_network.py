@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,13 +43,15 @@ class OnnxNetwork:
     Args:
         session: the session.
         metadata: metadata of the ONNX file: `mean` and `std`, JSON lists of a number for red, green and blue each, for
-            pixels in 0..1, without which the input is not normalised; `channel_order`, RGB or BGR.
+            pixels in 0..1, without which the input is not normalised; `channel_order`, RGB or BGR; `padding`, the grey
+            level beside a tile, 114 by default.
 
     Attributes:
         session: the session.
         batch: fixed batch size; None if it is free. 1 if the input has no batch axis.
         fixed_hw: fixed (height, width); None if they are free.
         batched: False if the input has no batch axis.
+        padding: grey level, 0 to 255, of a canvas beside its tile.
 
     Raises:
         UserError: if the input is not an image's, or the metadata is invalid.
@@ -85,6 +88,11 @@ class OnnxNetwork:
         if self._order not in ("RGB", "BGR"):
             msg = f"metadata 'channel_order' must be RGB or BGR, got {self._order[:80]!r}"
             raise UserError(msg)
+        grey = metadata.get("padding", str(PADDING_GREY))
+        if not re.fullmatch(r"\d{1,3}", grey) or int(grey) > 255:
+            msg = f"metadata 'padding' must be a grey level from 0 to 255, got {grey[:80]!r}"
+            raise UserError(msg)
+        self.padding = int(grey)
 
     def __call__(self, pixels: np.ndarray, *, quiet: bool = False) -> list[np.ndarray]:
         """All outputs for [B, H, W, 3] uint8 RGB. A batch smaller than the fixed one is filled up with grey.

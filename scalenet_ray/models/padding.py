@@ -65,9 +65,9 @@ def fixed_canvas(hw: HW, fixed_hw: HW, remedy: str = "or export it with free hei
     return fixed_hw
 
 
-def padded(tiles: Sequence[np.ndarray], canvas: HW) -> np.ndarray:
+def padded(tiles: Sequence[np.ndarray], canvas: HW, grey: int = PADDING_GREY) -> np.ndarray:
     """Tiles, [h, w, 3] uint8 RGB each -> [B, H, W, 3] uint8 RGB, padded with grey at the right and below."""
-    batch = np.full((len(tiles), *canvas, 3), PADDING_GREY, np.uint8)
+    batch = np.full((len(tiles), *canvas, 3), grey, np.uint8)
     for i, tile in enumerate(tiles):
         batch[i, : tile.shape[0], : tile.shape[1]] = tile
     return batch
