@@ -36,7 +36,9 @@ def test_a_run_whose_actor_dies_and_is_replaced_shows_progress_and_no_line_of_ra
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[0] == "checking the images and the networks"
-    assert "1 pipeline" in lines[1]
-    assert lines[2] == f"grid-2: 0/{IMAGES} images, starting"
+    assert lines[1].startswith("Ray's dashboard: http://")
+    assert "1 pipeline" in lines[2]
+    assert lines[3].startswith(f"results go to {tmp_path / 'run'}")
+    assert lines[4] == f"grid-2: 0/{IMAGES} images, starting"
     assert f"grid-2: {IMAGES}/{IMAGES} images" in done.stdout
     assert lines[-1].startswith(f"{IMAGES} of {IMAGES} images done")
