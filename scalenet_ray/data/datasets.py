@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from scalenet_ray.core.errors import TileError, UserError
@@ -350,10 +351,8 @@ def _read_voc(layout: Layout, split: str) -> tuple[dict, tuple]:
     root = _absolute(annotations, ".").rstrip("/")
     files = {posixpath.splitext(uri)[0].removeprefix(f"{root}/"): uri for uri in storage.list_files(root, (".xml",))}
     with ThreadPoolExecutor(_THREADS) as threads:
-        contents = threads.map(
-            lambda uri: parse_voc(storage.read_bytes(uri, max_bytes=_MAX_BYTES), uri), files.values()
-        )
-        parsed = dict(zip(files, contents, strict=True))
+        contents = threads.map(partial(storage.read_bytes, max_bytes=_MAX_BYTES), files.values())
+        parsed = {stem: parse_voc(content, files[stem]) for stem, content in zip(files, contents, strict=True)}
     # The names of all splits, so that a category has the same id in each.
     names = sorted({found.category for image in parsed.values() for found in image.objects}, key=str)
 
@@ -362,11 +361,8 @@ def _read_voc(layout: Layout, split: str) -> tuple[dict, tuple]:
         image = parsed.get(stem)
         return _Labelled(images[stem], *(_hw_of(join(folder, images[stem])), None) if image is None else image)
 
-    return _document(
-        _read_all(read, stems, annotations),
-        {i: str(name) for i, name in enumerate(names, start=1)},
-        {name: i for i, name in enumerate(names, start=1)},
-    )
+    ids = {name: i for i, name in enumerate(names, start=1)}
+    return _document(_read_all(read, stems, annotations), {i: str(name) for name, i in ids.items()}, ids)
 
 
 def _listed(uri: str, split: str) -> list[str]:
