@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ import torch
 import torchvision
 import tyro
 
-from bench.gpu_engine import measure_engine, measure_steps, measure_training
+from bench.gpu_engine import measure_engine, measure_large, measure_steps, measure_training
 from bench.gpu_networks import FULL, TOY, Record, Setup, measure_networks, measure_recursion
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.sample.scenes import write_sample
@@ -45,6 +45,7 @@ class _Part(NamedTuple):
 _PARTS = {
     "recursion": _Part(measure_recursion, 0.2),
     "networks": _Part(measure_networks, 0.55),
+    "large": _Part(measure_large, 0.7),
     "engine": _Part(measure_engine, 0.85),
     "steps": _Part(measure_steps, 0.9),
     "training": _Part(measure_training, 1.0),
@@ -56,15 +57,18 @@ class GpuBench:
     """Measure what a GPU does, as far as the time goes.
 
     Attributes:
-        data: folder with coco/val2017/ and coco/annotations/; by default drawn scenes.
+        data: folder with coco/ (annotations/ and val2017/) and, for the part large, large/street/ (annotations/ and
+            val/); by default drawn scenes.
+        detector: a trained detector for the part large, kind:what; without it the part is left out.
         device: cuda; or cpu, for a rehearsal with small networks and images.
         minutes: no figure is begun after these.
-        parts: recursion, networks, engine, steps, training; all by default.
+        parts: recursion, networks, large, engine, steps, training; all by default.
         output: JSON lines file; each run adds a line for the machine and one per figure.
         table: print this file as tables, and measure nothing.
     """
 
     data: Path | None = None
+    detector: str | None = None
     device: str = "cuda"
     minutes: float = 8.0
     parts: tuple[str, ...] = tuple(_PARTS)
@@ -85,11 +89,13 @@ def measure(job: GpuBench) -> Iterator[Record]:
     sizes = TOY if job.device == "cpu" else FULL
     with TemporaryDirectory() as folder:
         data = write_sample(Path(folder) / "sample", train=1, val=24) if job.data is None else job.data / "coco"
+        photographs = Setup(job.device, sizes, data, detector=job.detector)
+        large = photographs if job.data is None else replace(photographs, data=job.data / "large/street", split="val")
         yield {"part": "machine", **_machine(device), "images": "drawn" if job.data is None else "photographs"}
         for name in job.parts:
             part = _PARTS[name]
             try:
-                for record in part.measure(Setup(job.device, sizes, data)):
+                for record in part.measure(large if name == "large" else photographs):
                     yield {"part": name, **record, "after seconds": round(time.monotonic() - start, 1)}
                     if time.monotonic() - start > 60 * job.minutes * part.until:
                         break

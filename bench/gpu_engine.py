@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -30,26 +30,27 @@ from bench.gpu_networks import (
     build_torchvision,
     compare,
     cuda_products,
+    recurse,
 )
 from bench.workloads import spread
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.networks import NetworkFactories
+from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.timing import measured
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.train import train
-from scalenet_ray.models.torchvision_detectors import TorchvisionDetector
+from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.runs.resources import AdvancedResources, Resources
 from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.recipe import clip_and_step, forward_backward
 from scalenet_ray.training.scale_recipe import ScaleRecipe
 from scalenet_ray.training.schedule import Training
 
-__all__ = ["gpu_figures", "measure_engine", "measure_steps", "measure_training"]
+__all__ = ["gpu_figures", "measure_engine", "measure_large", "measure_steps", "measure_training"]
 
 _STAGES = ("decode", "cut", "look", "detect")
-_SECONDS = 20.0
 _BFLOAT16 = VARIANTS["bfloat16"]
 
 
@@ -79,9 +80,11 @@ def gpu_figures() -> Iterator[Record]:
 class _TalliedDetector:
     """A detector whose calls are reported to a `Tally`."""
 
-    def __init__(self, detector: TorchvisionDetector, tally: Any) -> None:
-        self.input_side, self.canvas_hw = detector.input_side, detector.canvas_hw
+    def __init__(self, detector: Any, tally: Any) -> None:
         self._detector, self._tally = detector, tally
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._detector, name)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detections of the tiles, [h, w, 3] uint8 RGB each."""
@@ -91,8 +94,8 @@ class _TalliedDetector:
         return found
 
 
-def _load_detector(setup: Setup, tally: Any) -> _TalliedDetector:
-    return _TalliedDetector(build_torchvision(setup, setup.sizes.detector, _BFLOAT16), tally)
+def _tallied(load: Callable[[], Any], tally: Any) -> _TalliedDetector:
+    return _TalliedDetector(load(), tally)
 
 
 def _resources(setup: Setup) -> Resources:
@@ -100,6 +103,7 @@ def _resources(setup: Setup) -> Resources:
     share = 0.0 if setup.device == "cpu" else 0.5
     batch = setup.sizes.batches[0]
     return Resources(
+        detector_actors=1 if setup.device == "cpu" else 2,
         readers=max(1, (os.cpu_count() or 1) // 2),
         gpus_per_scale_actor=share,
         gpus_per_detector_actor=share,
@@ -112,45 +116,79 @@ def _resources(setup: Setup) -> Resources:
 def measure_engine(setup: Setup) -> Iterator[Record]:
     """Images/s of the Ray engine while it is full, what the GPU does then, and what decoding takes of the CPUs."""
     join_ray()
-    resources, images, count = _resources(setup), setup.dataset.images, setup.sizes.engine_images
+    load = partial(build_torchvision, setup, setup.sizes.detector, _BFLOAT16)
+    scale_net = partial(build_told_scale_net, setup, _BFLOAT16)
+    # Scale Net's actor and the detector's share the GPU.
+    resources = replace(_resources(setup), detector_actors=1)
+    for name in ("whole", "grid-2", "paper"):
+        yield _full_engine(setup, setup.policy(name), load, scale_net, resources)
+
+
+def measure_large(setup: Setup) -> Iterator[Record]:
+    """Images/s of a trained detector on large photographs: one image at a time, and on Ray while it is full."""
+    if setup.detector is None:
+        yield {"remark": "give a trained detector with --detector"}
+        return
+    load = partial(load_detector, setup.detector, device=setup.device, mixed_precision=setup.device != "cpu")
+    detector = load()
+    side = detector.input_side
+    policies = [
+        parse_policy(name, input_side=side, iou_threshold=0.5) for name in ("whole", f"slices@{side}", "regions")
+    ]
+    images = [(setup.open_image(record), record.image_id) for record in setup.dataset.images]
+    passes: dict[str, float] = {}
+    makers = {policy.name: partial(partial, recurse, images, policy, detector, None, passes) for policy in policies}
+    for figures in compare(setup, makers, "images/s", engine="one image at a time"):
+        yield {**figures, "passes": passes.get(figures["variant"])}
+    join_ray()
+    for policy in policies:
+        yield {"engine": "Ray", **_full_engine(setup, policy, load, None, _resources(setup))}
+
+
+def _full_engine(
+    setup: Setup,
+    policy: Policy,
+    load: Callable[[], Any],
+    scale_net: Callable[[], Any] | None,
+    resources: Resources,
+) -> Record:
+    """What the Ray engine does with a policy while it is full, on the setup's images over and over."""
+    images, count = setup.dataset.images, setup.sizes.engine_images
     records = [
         replace(images[i % len(images)], image_id=i // len(images) * REPEAT + images[i % len(images)].image_id)
         for i in range(count)
     ]
-    for name in ("whole", "grid-2", "paper"):
-        tally: Any = Tally.remote()
-        networks = NetworkFactories(
-            partial(_load_detector, setup, tally), partial(build_told_scale_net, setup, _BFLOAT16)
-        )
-        stream = ImageStream(records, setup.policy(name), networks, setup.open_image, resources)
-        results: Any = iter(stream)
-        passes: list[float] = []
-        with measured() as busy_seconds:
-            # Until it is full, actors start.
-            for _ in range(resources.open_images):
-                stream.commit([next(results).image_id])
-            before, start = busy_seconds.seconds.copy(), time.time()
-            with gpu_figures() as gpu:
-                for result in results:
-                    stream.commit([result.image_id])
-                    passes.append(result.detector_passes)
-                    # When nothing is left to admit it begins to run dry.
-                    if time.time() - start > _SECONDS or len(passes) == count - 2 * resources.open_images:
-                        break
-                end = time.time()
-            spent = busy_seconds.seconds - before
-        results.close()
-        detectors, tiles = ray.get(tally.between.remote(start, end))
-        yield {
-            "policy": name,
-            "images/s": len(passes) / (end - start),
-            "passes": float(np.mean(passes)),
-            "detectors in a call": detectors,
-            "batch fill": tiles / resources.detector_batch_size,
-            **gpu,
-            **{f"{stage}, ms/image": 1000 * spent[stage] / len(passes) for stage in _STAGES},
-            "readers": resources.readers,
-        }
+    tally: Any = Tally.remote()
+    networks = NetworkFactories(partial(_tallied, load, tally), scale_net)
+    stream = ImageStream(records, policy, networks, setup.open_image, resources)
+    results: Any = iter(stream)
+    passes: list[float] = []
+    with measured() as busy_seconds:
+        # Until it is full, actors start.
+        for _ in range(resources.open_images):
+            stream.commit([next(results).image_id])
+        before, start = busy_seconds.seconds.copy(), time.time()
+        with gpu_figures() as gpu:
+            for result in results:
+                stream.commit([result.image_id])
+                passes.append(result.detector_passes)
+                # When nothing is left to admit it begins to run dry.
+                if time.time() - start > setup.sizes.engine_seconds or len(passes) == count - 2 * resources.open_images:
+                    break
+            end = time.time()
+        spent = busy_seconds.seconds - before
+    results.close()
+    detectors, tiles = ray.get(tally.between.remote(start, end))
+    return {
+        "policy": policy.name,
+        "images/s": len(passes) / (end - start),
+        "passes": float(np.mean(passes)),
+        "detectors in a call": detectors,
+        "batch fill": tiles / resources.detector_batch_size,
+        **gpu,
+        **{f"{stage}, ms/image": 1000 * spent[stage] / len(passes) for stage in _STAGES},
+        "readers": resources.readers,
+    }
 
 
 def _recipe(setup: Setup) -> ScaleRecipe:

@@ -44,6 +44,7 @@ __all__ = [
     "cuda_products",
     "measure_networks",
     "measure_recursion",
+    "recurse",
 ]
 
 Record = dict[str, Any]
@@ -51,7 +52,7 @@ Work = Callable[[], int]
 """Does a piece of work and returns its size, in tiles or images."""
 
 SPLIT = "val2017"
-"""The split that is measured on."""
+"""The split of photographs."""
 
 REPEAT = 10**9
 """Added to an image's id, any number of times, for another copy of the image."""
@@ -77,6 +78,7 @@ class Sizes:
         engine_images: images of the engine, by repetition.
         open_images: images in progress in the engine.
         seconds: least time of a rate.
+        engine_seconds: longest time of a rate of the engine.
         epochs: epochs of the training on Ray.
         compiler: settings of `torch.compile` in place of each variant's own.
     """
@@ -90,6 +92,7 @@ class Sizes:
     engine_images: int
     open_images: int
     seconds: float
+    engine_seconds: float
     epochs: int
     compiler: Mapping[str, Any] | None = None
 
@@ -110,6 +113,7 @@ FULL = Sizes(
     engine_images=8000,
     open_images=256,
     seconds=1.0,
+    engine_seconds=15.0,
     epochs=4,
 )
 TOY = Sizes(
@@ -122,6 +126,7 @@ TOY = Sizes(
     engine_images=40,
     open_images=8,
     seconds=0.0,
+    engine_seconds=15.0,
     epochs=2,
     compiler={"backend": "eager"},
 )
@@ -134,17 +139,21 @@ class Setup:
     Attributes:
         device: torch device.
         sizes: networks and amounts.
-        data: a folder in COCO's layout with the split val2017.
+        data: a folder in COCO's layout.
+        split: its split.
+        detector: kind:what, a trained detector; None where there is none.
     """
 
     device: str
     sizes: Sizes
     data: Path
+    split: str = SPLIT
+    detector: str | None = None
 
     @property
     def annotations(self) -> str:
         """Address of the instances file."""
-        return annotations_uri(self.data, SPLIT)
+        return annotations_uri(self.data, self.split)
 
     @property
     def dataset(self) -> CocoDataset:
@@ -154,7 +163,7 @@ class Setup:
     @property
     def open_image(self) -> OpenImage:
         """Reads an image."""
-        return image_opener(str(self.data / SPLIT), 10**8)
+        return image_opener(str(self.data / self.split), 10**8)
 
     def policy(self, name: str) -> Policy:
         """A policy with its defaults, at the detector's size."""
@@ -365,7 +374,7 @@ def measure_recursion(setup: Setup) -> Iterator[Record]:
         detector = build_torchvision(setup, setup.sizes.detector, variant)
         predictors = {"paper": build_told_scale_net(setup, variant)}
         makers = {
-            name: partial(partial, _recurse, images, policy, detector, predictors.get(name, setup.truth()), passes)
+            name: partial(partial, recurse, images, policy, detector, predictors.get(name, setup.truth()), passes)
             for name, policy in policies.items()
         }
         for figures in compare(setup, makers, "images/s", precision=title):
@@ -373,9 +382,10 @@ def measure_recursion(setup: Setup) -> Iterator[Record]:
             yield {**figures, "passes": passes.get(name), "images/s in the paper": _PAPER.get(name)}
 
 
-def _recurse(
+def recurse(
     images: Sequence[tuple[AnyImage, int]], policy: Policy, detector: Any, predictor: Any, passes: dict[str, float]
 ) -> int:
+    """Detect in (image, id) one by one, and note the mean number of passes under the policy's name."""
     found = [
         recursive_detect(image, image_id, policy, detect=detector, predict_scale=predictor)
         for image, image_id in images

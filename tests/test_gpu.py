@@ -90,6 +90,7 @@ def on_device(name: str, device: str) -> TorchvisionDetector:
     """A settled detector that computes in float64 and keeps all boxes; of a Mask R-CNN the best 8, which have masks.
 
     On small feature maps the scores of boxes tie, and which of them is suppressed or left out depends on the batch.
+    What float32 rounds in the input, random weights make hundredths of a pixel.
     """
     model = in_float64(settled_model(name), "backbone")
     if hasattr(model, "roi_heads"):
@@ -98,19 +99,29 @@ def on_device(name: str, device: str) -> TorchvisionDetector:
         model.roi_heads.detections_per_img = 8 if name.startswith("maskrcnn") else _ALL
     else:
         model.topk_candidates = model.detections_per_img = _ALL
-    return TorchvisionDetector(model, CATEGORIES, device=device, score_threshold=0.001, iou_threshold=1.0)
+    detector = TorchvisionDetector(model, CATEGORIES, device=device, score_threshold=0.001, iou_threshold=1.0)
+    detector.model.transform.register_forward_pre_hook(_unrounded)
+    return detector
 
 
-def assert_close(found: Detections, expected: Detections) -> None:
-    """Detections that match one to one: of one class, boxes within 0.01 pixels, scores within 1e-4."""
+def _unrounded(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tiles in float64, of the grey levels that they had."""
+    return [(tile.double() * 255).round() / 255 for tile in inputs[0]], *inputs[1:]
+
+
+def assert_close(found: Detections, expected: Detections, slack: float = 1) -> None:
+    """Detections that match one to one: of one class, boxes within 0.01 pixels times `slack`, scores within 1e-4."""
+    pixels, least = 0.01 * slack, 1e-4 * slack
     assert len(found) == len(expected)
     found = found[np.argsort(found.scores)]
     free = np.ones(len(found), bool)
     for box, score, label in zip(expected.boxes, expected.scores, expected.labels, strict=True):
-        at = slice(*np.searchsorted(found.scores, [score - 1e-4, score + 1e-4]))
-        near = free[at] & (found.labels[at] == label) & (np.abs(found.boxes[at] - box) <= 0.01).all(axis=1)
-        assert near.any(), f"nothing like the box {box} of class {label} that scores {score}"
-        free[at.start + near.argmax()] = False
+        at = slice(*np.searchsorted(found.scores, [score - least, score + least]))
+        apart = np.abs(found.boxes[at] - box).max(axis=1, initial=0) / pixels
+        apart[~free[at] | (found.labels[at] != label)] = np.inf
+        assert apart.min(initial=np.inf) <= 1, f"nothing like the box {box} of class {label} that scores {score}"
+        # Of several clipped to the same box, the one of the same score.
+        free[at.start + (apart + np.abs(found.scores[at] - score) / least).argmin()] = False
 
 
 def sides_of(name: str) -> tuple[tuple[int, int], ...]:
@@ -126,7 +137,8 @@ def test_a_torchvision_detector_finds_on_a_gpu_what_it_finds_on_the_cpu(name: st
     expected, found = (detections(on_device(name, where)(tiles)) for where in ("cpu", device))
     assert all(len(each) for each in expected)
     for one, other in zip(found, expected, strict=True):
-        assert_close(one, other)
+        # On a GPU torch's hardswish has a factor of float32's precision, also for float64.
+        assert_close(one, other, 10 if name in SENSITIVE else 1)
 
 
 FEATURE_ERRORS = {"float32": 1e-3, "bfloat16": 0.06, "half": 0.01}

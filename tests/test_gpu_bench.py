@@ -16,6 +16,7 @@ from bench import gpu
 from bench.gpu import GpuBench, main, measure, tables
 from bench.gpu_engine import gpu_figures
 from bench.gpu_networks import TOY, VARIANTS, Setup, compare, cuda_products
+from scalenet_ray.models.spec import SAMPLE_DETECTOR_WEIGHTS
 
 SINGLE_PROCESS = ("recursion", "networks", "steps")
 
@@ -40,7 +41,7 @@ def test_without_time_each_part_measures_its_first_figure_alone(tmp_path: Path) 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_whole_bench_runs_on_a_cpu_and_becomes_tables(idle_ray: None, tmp_path: Path) -> None:
-    job = GpuBench(device="cpu", output=tmp_path / "figures.jsonl")
+    job = GpuBench(device="cpu", detector=SAMPLE_DETECTOR_WEIGHTS, output=tmp_path / "figures.jsonl")
     assert main(job) == 0
     figures = lines_of(job.output)
     by_part = {part: [row for row in figures if row["part"] == part] for part in ("machine", *gpu._PARTS)}
@@ -48,6 +49,7 @@ def test_the_whole_bench_runs_on_a_cpu_and_becomes_tables(idle_ray: None, tmp_pa
         "machine": 1,
         "recursion": 8,
         "networks": 2 * (len(VARIANTS) + 1) + 4 * (len(TOY.batches) - 1) + 2 * len(TOY.others),
+        "large": 6,
         "engine": 3,
         "steps": 3,
         "training": 1,
@@ -56,8 +58,11 @@ def test_the_whole_bench_runs_on_a_cpu_and_becomes_tables(idle_ray: None, tmp_pa
     assert slices["passes"] == pytest.approx(5 * whole["passes"])
     assert paper["passes"] > whole["passes"]
     assert all(0 < row["batch fill"] <= 1 for row in by_part["engine"])
+    one_by_one, engine = by_part["large"][:3], by_part["large"][3:]
+    assert [row["passes"] for row in engine] == pytest.approx([row["passes"] for row in one_by_one])
+    assert one_by_one[1]["passes"] > one_by_one[0]["passes"]
     text = tables(figures)
-    assert text.count("**") == 2 * 7
+    assert text.count("**") == 2 * 9
     assert all(line.startswith(("|", "**")) or not line for line in text.splitlines())
 
 
@@ -128,7 +133,8 @@ def test_the_gpus_use_is_what_nvidia_smi_prints(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_unknown_part_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="--parts must be of recursion, networks, engine, steps, training, got speed"):
+    known = "recursion, networks, large, engine, steps, training"
+    with pytest.raises(ValueError, match=f"--parts must be of {known}, got speed"):
         GpuBench(parts=("speed",))
 
 
