@@ -5,6 +5,7 @@ gs://BUCKET/KEY         with obstore (extra gcs)
 az://CONTAINER/KEY      with obstore (extra azure)
 hf://REPOSITORY/PATH    with huggingface_hub (extra hf), read only
 https://HOST/PATH       read only, and so is every other scheme that fsspec knows
+embedded://sample       the embedded sample, which each machine that reads it writes for itself, read only
 
 A store is configured by the environment alone, and no message contains credentials. S3 is as botocore reads it
 (`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_REGION`, `AWS_ENDPOINT_URL` ...), `AWS_NO_SIGN_REQUEST=YES` is for public
@@ -64,6 +65,9 @@ _READ_AHEAD_BYTES = 2**18
 """Bytes that a ranged request to a store fetches beyond those asked for: a TIFF's tiles lie one after the other."""
 
 _WRITTEN = "a local disk, s3://, gs:// or az://"
+
+# By name: imports go down only.
+fsspec.register_implementation("embedded", "scalenet_ray.sample.scenes.SampleFiles")
 
 
 def _s3() -> AbstractFileSystem:

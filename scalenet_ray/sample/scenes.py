@@ -2,7 +2,8 @@
 
 Ten shapes of 6 to 250 pixels on textured, cluttered backgrounds. Most objects are small and clustered, so that zooming
 into a part of a scene helps. A third split, large2017, has large scenes (`sample.large_scenes`). Scenes are
-deterministic: a scene depends on the seed, the split and its index only.
+deterministic: a scene depends on the seed, the split and its index only. So each machine draws its own, and reads it
+as `SAMPLE`.
 """
 
 from __future__ import annotations
@@ -13,24 +14,32 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as coco_mask
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.sample.large_scenes import FIRST_LARGE_ID, LargeScene, large_scene
 from scalenet_ray.sample.shapes import SAMPLE_CATEGORIES, SMALL_SIDE, arc, paint, shape_alpha
 
 __all__ = [
+    "SAMPLE",
     "SAMPLE_CATEGORIES",
     "SAMPLE_VERSION",
+    "SampleFiles",
     "Scene",
     "ensure_sample",
-    "is_sample",
     "make_scene",
     "sample_scene",
     "write_sample",
 ]
+
+SAMPLE = "embedded://sample"
+"""Address of the sample, on any machine; `data.stores` names `SampleFiles` as its file system."""
 
 SAMPLE_VERSION = 1
 """Version of the scenes; a sample on disk with another version is replaced."""
@@ -49,6 +58,8 @@ SPLITS = {"train2017": 0, "val2017": 1_000_000, "large2017": FIRST_LARGE_ID}
 """Split -> offset of its image ids."""
 
 _STAMP = "sample.json"
+
+_FOLDER = Path("runs/sample")
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,12 +301,31 @@ def ensure_sample(folder: Path) -> Path:
     return folder
 
 
-def is_sample(folder: Path) -> bool:
-    """True if the folder holds a sample that `write_sample` wrote, of any version."""
-    return _stamp(folder) is not None
-
-
 def _stamp(folder: Path) -> dict | None:
     """Parameters of the sample in `folder`, or None if there is none."""
     path = folder / _STAMP
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+class SampleFiles(DirFileSystem):
+    """File system of `SAMPLE`, to read only: the files of runs/sample, which are written first if they are not there.
+
+    Its paths start with sample/. A working directory, where they are, is each node's own in a cluster.
+
+    Raises:
+        FileExistsError: if runs/sample holds other files.
+    """
+
+    protocol = "embedded"
+    cachable = False  # The working directory may change.
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(str(ensure_sample(_FOLDER).absolute().parent), LocalFileSystem(), **options)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        stripped = str(super()._strip_protocol(path))
+        if stripped.partition("/")[0] != _FOLDER.name:
+            msg = f"an embedded:// address must start with {SAMPLE}, got {path}: write {SAMPLE}, or {SAMPLE}/SPLIT"
+            raise UserError(msg)
+        return stripped
