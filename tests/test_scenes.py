@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,13 @@ def test_ensure_sample_writes_once(tmp_path: Path, few_scenes: list[Path]) -> No
     assert len(few_scenes) == 1
     assert (folder / "annotations" / "instances_val2017.json").is_file()
     assert [path.name for path in folder.parent.iterdir()] == ["sample"]
+
+
+def test_of_those_who_want_the_sample_at_once_one_writes_it(tmp_path: Path, few_scenes: list[Path]) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(ensure_sample, [tmp_path / "sample"] * 4)) == {tmp_path / "sample"}
+    assert len(few_scenes) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["sample"]
 
 
 def test_ensure_sample_replaces_another_version(tmp_path: Path, few_scenes: list[Path]) -> None:

@@ -8,10 +8,13 @@ as `SAMPLE`.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -275,7 +278,7 @@ def write_sample(folder: Path, *, train: int = 600, val: int = 100, large: int =
 def ensure_sample(folder: Path) -> Path:
     """Write the default sample to `folder` unless it is there.
 
-    The write is atomic, also with concurrent processes. A sample of another version is replaced.
+    The write is atomic, and of concurrent processes of a machine one writes. A sample of another version is replaced.
 
     Raises:
         FileExistsError: if `folder` holds other files.
@@ -288,17 +291,30 @@ def ensure_sample(folder: Path) -> Path:
         msg = f"{folder} holds files that are no sample of scalenet_ray: name another folder"
         raise FileExistsError(msg)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+    with _locked(folder.parent), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        if _stamp(folder) == wanted:
+            return folder
         fresh = write_sample(Path(scratch) / "new", large=8)
         if folder.exists() and _stamp(folder) != wanted:
             os.replace(folder, Path(scratch) / "old")
         try:
             os.replace(fresh, folder)
         except OSError:
-            # A non-empty folder is not replaced: another process has written the sample.
+            # A non-empty folder is not replaced: another machine has written the sample, which does not see the lock.
             if _stamp(folder) != wanted:
                 raise
     return folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the kernel's lock on a folder in the block."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _stamp(folder: Path) -> dict | None:
