@@ -353,5 +353,5 @@ def test_check_without_data_tries_a_detector_on_the_samples_images(
     monkeypatch.chdir(tmp_path)
     assert run_command("check", "--detector", f"yolox-onnx:{real_data / MODEL}", "--policies", "whole") == 0
     printed = capsys.readouterr().out
-    assert "data runs/sample/val2017: 100 images, no ground truth" in printed
+    assert "data embedded://sample/val2017: 100 images, no ground truth" in printed
     assert "input side 416, canvas 416 x 416" in printed

@@ -168,6 +168,21 @@ def test_progress_is_reported(folder: Path) -> None:
     assert (seen[-1].done, seen[-1].total, seen[-1].failed) == (4, 4, 0)
 
 
+@pytest.mark.parametrize("kind", ["folder", "addresses", "arrays"])
+def test_of_each_so_many_the_first_is_taken_and_keeps_its_number(folder: Path, kind: str, tmp_path: Path) -> None:
+    addresses = [str(path) for path in sorted(folder.iterdir())]
+    images: Any = {"folder": folder, "addresses": iter(addresses), "arrays": SCENES}[kind]
+    predictions = detect(images, DETECTOR, every=3, output=str(tmp_path / "run"))
+    assert predictions.total == 2
+    names = ["image 0", "image 3"] if kind == "arrays" else [addresses[0], addresses[3]]
+    assert found(predictions) == [
+        (name, boxes) for name, (_, boxes) in zip(names, found(detect([SCENES[0], SCENES[3]], DETECTOR)), strict=True)
+    ]
+    run = RunFolder(str(tmp_path / "run"))
+    assert run.finished("regions") == {1: names[0], 4: names[1]}
+    assert run.config()["settings"]["every"] == 3
+
+
 @pytest.mark.parametrize(
     ("images", "arguments", "message"),
     [
@@ -180,6 +195,7 @@ def test_progress_is_reported(folder: Path) -> None:
         (SCENES, {"resume": True}, "got no output: leave resume out"),
         (SCENES, {"resume": True, "output": "runs/x"}, "got images without addresses: leave resume out"),
         (SCENES, {"classes": ["purple"]}, "purple"),
+        (SCENES, {"every": 0}, "every must be 1, for all images, or more, got 0: 10 takes each tenth"),
         (SCENES, {"policy": "sideways"}, "sideways"),
         (SCENES, {"policy": "oracle"}, "policy oracle reads the ground truth"),
         (SCENES, {"policy": "whole", "smallest_object": 3.0}, "a smallest object is for regions"),

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from scalenet_ray.models.spec import NetworkSpec
+from scalenet_ray.core.errors import UserError
+from scalenet_ray.data.images import read_image
+from scalenet_ray.data.storage import list_files, read_bytes, write_bytes_atomic
 from scalenet_ray.runs.local import LocalSession
 from scalenet_ray.sample import scenes
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, ensure_sample, make_scene, write_sample
-from scalenet_ray.workflows.image_sets import open_split, sample_inputs
+from scalenet_ray.training import examples
+from scalenet_ray.training.recipe import Recipe, Row
+from tests.test_show import run_command
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +144,13 @@ def test_ensure_sample_writes_once(tmp_path: Path, few_scenes: list[Path]) -> No
     assert [path.name for path in folder.parent.iterdir()] == ["sample"]
 
 
+def test_of_those_who_want_the_sample_at_once_one_writes_it(tmp_path: Path, few_scenes: list[Path]) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(ensure_sample, [tmp_path / "sample"] * 4)) == {tmp_path / "sample"}
+    assert len(few_scenes) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["sample"]
+
+
 def test_ensure_sample_replaces_another_version(tmp_path: Path, few_scenes: list[Path]) -> None:
     folder = ensure_sample(tmp_path / "sample")
     (folder / "sample.json").write_text(json.dumps(_STAMP | {"version": 0}))
@@ -154,16 +169,85 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_a_node_whose_job_folder_lacks_the_sample_writes_its_own(
-    tmp_path: Path, few_scenes: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+# --- the sample's address ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_node(tmp_path: Path, few_scenes: list[Path], monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Work in a driver's folder; the function goes on in another node's, where no file of the driver's is."""
     driver, node = tmp_path / "driver", tmp_path / "node"
     for folder in (driver, node):
         folder.mkdir()
     monkeypatch.chdir(driver)
-    folder, _ = sample_inputs(NetworkSpec())
-    split = open_split(LocalSession(), folder, "val2017", limit=1, max_megapixels=1.0)
-    opener = pickle.dumps(split.open_image)
-    monkeypatch.chdir(node)
-    assert pickle.loads(opener)(split.images[0]).shape == (384, 384, 3)
-    assert (node / folder).is_dir()
+
+    def go() -> None:
+        shutil.rmtree(driver / "runs")
+        monkeypatch.chdir(node)
+
+    return go
+
+
+@pytest.mark.parametrize("arguments", [("eval", "--policies", "regions-oracle"), ("detect",)])
+def test_an_engine_on_another_node_reads_a_sample_of_its_own(
+    arguments: tuple[str, ...], other_node: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = LocalSession.start
+
+    def start_there(*images: Any, **others: Any) -> Any:
+        if Path.cwd().name == "driver":
+            other_node()
+        return start(*images, **others)
+
+    monkeypatch.setattr(LocalSession, "start", start_there)
+    assert run_command(*arguments, "--engine", "local", "--output", str(tmp_path / "run")) == 0
+    assert Path("runs/sample/val2017").is_dir()
+    assert Path.cwd().name == "node"
+    document = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert document["images"] == {"total": 1, "done": 1, "failed": 0}
+
+
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_a_training_worker_on_another_node_reads_a_sample_of_its_own(
+    command: str, other_node: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Row] = []
+
+    def train_there(recipe: Recipe, *others: Any) -> None:
+        sent = pickle.dumps(recipe)
+        other_node()
+        examples._read.cache_clear()
+        there = pickle.loads(sent)
+        read.extend([there.example(0, 0), there.validation_example(0)])
+
+    monkeypatch.setattr(f"scalenet_ray.commands.{command}.train", train_there)
+    assert run_command(command, "--output", str(tmp_path / "run")) == 0
+    assert [int(row["image_id"].item()) for row in read] == [1, 1_000_001]
+
+
+def test_the_samples_files_are_listed_by_their_address(other_node: Callable[[], None]) -> None:
+    wanted = "embedded://sample/val2017/000001000001.jpg"
+    assert list_files("embedded://sample/val2017") == list_files("embedded://sample/*/*1000001.jpg") == [wanted]
+    other_node()
+    assert read_image(wanted).shape == (384, 384, 3)
+
+
+def test_no_other_file_has_an_address_like_the_samples(
+    few_scenes: list[Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for address in ("embedded://", "embedded://first/config.yaml"):
+        with pytest.raises(UserError, match=rf"must start with embedded://sample, got {address}: write"):
+            read_bytes(address)
+    with pytest.raises(UserError, match="cannot write embedded://sample/a: it is read only"):
+        write_bytes_atomic("embedded://sample/a", b"")
+
+
+def test_a_folder_of_the_samples_name_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "sample").mkdir(parents=True)
+    (tmp_path / "runs" / "sample" / "thesis.txt").write_text("mine")
+    assert run_command("detect", "--engine", "local") == 2
+    assert "runs/sample holds files that are no sample" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["thesis.txt"]

@@ -325,12 +325,6 @@ def test_an_endpoint_that_is_no_address_is_the_users_to_correct(
         S3FileSystem.clear_instance_cache()
 
 
-@pytest.mark.parametrize("address", ["s3://", "s3:///key", "s3:/key", "s3:"])
-def test_an_s3_address_without_a_bucket_is_refused(address: str):
-    with pytest.raises(UserError, match="must name a bucket"):
-        exists(address)
-
-
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_bytes_atomic("~/file", b"here")

@@ -24,6 +24,7 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.data.images import file_hw, read_image
 from scalenet_ray.data.listings import find_images
 from scalenet_ray.data.storage import RangeFile, exists, join, list_files, local_path, read_bytes, write_bytes_atomic
+from scalenet_ray.data.stores import locate
 from scalenet_ray.models.spec import SAMPLE_DETECTOR
 from scalenet_ray.runs.folder import RunFolder
 from tests.hub_server import DATASET, hub_server
@@ -208,13 +209,55 @@ def test_a_store_whose_package_is_missing_names_the_extra(
         read_bytes(address)
 
 
-@pytest.mark.parametrize(("address", "form"), [("gs://", "gs://BUCKET/KEY"), ("az:///a", "az://CONTAINER/KEY")])
-def test_an_address_without_a_bucket_is_refused(address: str, form: str) -> None:
-    with pytest.raises(UserError, match=rf"must name a \w+, got {address}: write {form}"):
-        read_bytes(address)
+@pytest.mark.parametrize(
+    ("form", "addresses"),
+    [
+        ("s3://BUCKET/KEY", ("s3://", "s3:///key", "s3:/key", "s3:")),
+        ("gs://BUCKET/KEY", ("gs://", "gs:///key", "gs:/key", "gs:", "gs:// ")),
+        ("az://CONTAINER/KEY", ("az://", "az:///key", "az:/key", "az:")),
+        ("https://HOST/PATH", ("https://", "https:///a", "https:/host/a")),
+        ("file:///PATH", ("file://", "file:", "file:/a")),
+        (
+            "hf://datasets/OWNER/NAME/PATH",
+            (
+                *("hf://", "hf:///owner/name", "hf:/owner/name", "hf:", "hf://owner", "hf://owner//a", "hf://a b/name"),
+                *(
+                    "hf://datasets",
+                    "hf://datasets/",
+                    "hf://datasets/owner",
+                    "hf://datasets/owner/",
+                    "hf://spaces/owner",
+                ),
+                *("hf://datasets/owner/name@/a", "hf://datasets/datasets/owner/name"),
+            ),
+        ),
+    ],
+)
+def test_an_incomplete_address_is_refused_before_its_store_is_asked(form: str, addresses: tuple[str, ...]) -> None:
+    for address in addresses:
+        with pytest.raises(UserError) as caught:
+            locate(address)
+        scheme = form.partition(":")[0]
+        message = f"an address with {scheme}: must be {form}, got {address}: complete it (is a variable unset?)"
+        assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("address", ["https://user:secret@host/a", "gs://key:secret@bucket/a"])
+@pytest.mark.parametrize("address", ["owner/name", "datasets/o.w-n_er/name/a b/c", "spaces/owner/name@main/a", "o/n@a"])
+def test_a_complete_address_of_the_hub_is_not_refused(address: str) -> None:
+    assert locate(f"hf://{address}")[1] == address
+
+
+@pytest.mark.parametrize("name", ["s3", "gs", "file", "hf", "a:b", "http.jpg"])
+def test_a_file_may_be_called_like_a_scheme(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes(b"one")
+    assert read_bytes(name) == b"one"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://user:secret@host/a", "gs://key:secret@bucket/a", "gs:///key:secret@bucket/a", "https:/user:secret@host"],
+)
 def test_an_address_with_credentials_is_refused_without_them(address: str) -> None:
     with pytest.raises(UserError, match="must not hold credentials: set them in the environment instead") as caught:
         read_bytes(address)

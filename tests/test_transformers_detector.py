@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.models.detectors import load_detector
 from tests.devices import DEVICES
+from tests.job_scripts import REPOSITORY
 from tests.test_torchvision_detectors import detections, make_tiles
 
 pytest.importorskip("transformers", reason="needs the extra transformers: pip install -e '.[transformers]'")
@@ -205,6 +209,27 @@ def test_a_folder_in_s3_is_loaded(tmp_path: Path, s3_bucket: str) -> None:
     assert loaded(f"{s3_bucket}/net").categories == NAMES
 
 
+_LOADED = """
+import sys
+import transformers
+from scalenet_ray.models.detectors import load_detector
+log = transformers.utils.logging
+log.set_verbosity_info()
+load_detector(f"transformers:{sys.argv[1]}")
+assert (log.get_verbosity(), log.is_progress_bar_enabled()) == (log.INFO, True)
+"""
+
+
+def test_transformers_prints_nothing_while_it_loads_and_keeps_the_users_settings(tmp_path: Path) -> None:
+    save(tmp_path, "detr")
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "left.over": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    # In a process of its own: the stream of transformers' log is the first that it sees.
+    command = [sys.executable, "-c", _LOADED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=240, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 # --- what is refused -----------------------------------------------------------------------------------
 
 
@@ -236,12 +261,12 @@ def test_a_folder_that_lacks_a_file_is_refused(tmp_path: Path, name: str, said: 
 def test_names_that_are_not_those_of_the_classes_are_refused(tmp_path: Path) -> None:
     save(tmp_path, "detr")
     edit(tmp_path, "config.json", id2label={str(index): str(index) for index in range(7)})
-    assert "with weights and class names that fit its configuration, got RuntimeError" in refusal(tmp_path)
+    said = refusal(tmp_path)
+    assert "must hold weights that fit its configuration, got 2 tensors of another shape, such as class_labels" in said
+    assert ".bias, [4] and not [8]: name as many classes in its id2label as it has" in said
 
 
 def test_weights_that_lack_tensors_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     save(tmp_path, "detr")
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["bbox_predictor.layers.0.weight"]

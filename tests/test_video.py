@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
+import scalenet_ray
 from scalenet_ray.commands.detect import DetectImages, main
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.data.listings import find_images
@@ -63,3 +64,9 @@ def test_every_nth_frame_has_the_id_of_its_number(film: Path, tmp_path: Path) ->
     run = RunFolder(str(tmp_path / "run"))
     assert run.finished("whole") == {1: f"{film}/000000.png", 31: f"{film}/000030.png"}
     assert run.config()["settings"]["every"] == 30
+
+
+def test_every_nth_frame_is_detected_from_python_and_read_again(film: Path) -> None:
+    predictions = list(scalenet_ray.detect(str(film), SAMPLE_DETECTOR, every=30, policy="whole", engine="local"))
+    assert [prediction.source for prediction in predictions] == [f"{film}/{i:06d}.png" for i in (0, 30, 60, 90)]
+    assert [round(np.asarray(prediction.pixels)[:, :, 0].mean() / 20) for prediction in predictions] == [0, 3, 6, 9]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -75,25 +76,29 @@ class _Opener:
         return to_rgb(value) if isinstance(value, Image.Image) else value
 
 
-def collect_images(images: Images, session: Session, column: str | None = None) -> InputImages:
+def collect_images(images: Images, session: Session, column: str | None = None, every: int = 1) -> InputImages:
     """List the images that Python code hands over.
 
     Args:
         images: see `scalenet_ray.detect`.
         session: the engine, which keeps the pixels where its workers reach them.
         column: the rows' column with the image; None for the first of image, uri, path, file_name that is there.
+        every: only the first of each so many images or frames, which keep their numbers.
 
     Raises:
-        UserError: if one is of another type, an array is not [h, w, 3] uint8, or there is none.
+        UserError: if one is of another type, an array is not [h, w, 3] uint8, there is none, or `every` is under 1.
     """
+    if every < 1:
+        msg = f"every must be 1, for all images, or more, got {every}: 10 takes each tenth"
+        raise UserError(msg)
     if isinstance(images, (str, os.PathLike)):
-        listed = open_images(session, os.fspath(images), limit=None, max_megapixels=_MAX_PIXELS / 1e6)
+        listed = open_images(session, os.fspath(images), limit=None, max_megapixels=_MAX_PIXELS / 1e6, every=every)
         return InputImages(listed, {}, resumable=True)
     records: list[ImageRecord] = []
     values: list[Any] = []
     positions: dict[int, int] = {}
     rows: dict[int, Mapping[str, Any]] = {}
-    for image_id, item in enumerate(_items(images), start=1):
+    for image_id, item in islice(enumerate(_items(images), start=1), 0, None, every):
         value, row = _value(item, image_id, column)
         if isinstance(value, (str, os.PathLike)):
             records.append(ImageRecord(image_id, os.fspath(value)))

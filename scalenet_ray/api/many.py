@@ -192,6 +192,7 @@ def detect(
     images: Images,
     detector: str | Detector | None = None,
     *,
+    every: int = 1,
     policy: str | Policy = "regions",
     smallest_object: float | None = None,
     scale_net: str | AnyScalePredictor | None = None,
@@ -211,11 +212,12 @@ def detect(
     time by engine ray. An image that fails costs itself alone: its prediction has the reason in `failure`.
 
     Args:
-        images: a folder, glob or Parquet file of addresses, local or in a store; one image; or an iterable of images,
-            each an address, [h, w, 3] uint8 RGB array, Pillow image or encoded bytes; or of rows, dictionaries with an
-            image in `column` or tuples with the image first. So data sets of Hugging Face and torch can be given, and a
-            `ray.data.Dataset`.
+        images: a folder, glob or Parquet file of addresses, local or in a store; a video; one image; or an iterable of
+            images, each an address, [h, w, 3] uint8 RGB array, Pillow image or encoded bytes; or of rows, dictionaries
+            with an image in `column` or tuples with the image first. So data sets of Hugging Face and torch can be
+            given, and a `ray.data.Dataset`.
         detector: a detector's name (`kind:what`, see `load_detector`) or a detector; None for the embedded sample's.
+        every: only the first of each so many images, or frames of a video.
         policy: a policy or its name.
         smallest_object: side of the smallest object worth finding, in image pixels, for `regions`; None for 16.
         scale_net: weights of Scale Net, or a predictor; None for none, or for the embedded sample's with its detector.
@@ -241,7 +243,7 @@ def detect(
     networks = _networks(detector, scale_net, device)
     chosen_engine = _engine(engine, images)
     session = start_session(chosen_engine, resources or ResourceChoice(), networks)
-    inputs = collect_images(images, session, column)
+    inputs = collect_images(images, session, column, every)
     if resume and (output is None or not inputs.resumable):
         lacking = "no output" if output is None else "images without addresses"
         msg = f"resume continues a run in output with images that have addresses, got {lacking}: leave resume out"
@@ -262,6 +264,7 @@ def detect(
         "networks": networks.settings(),
         "policies": [policy_to_dict(chosen)],
         **({"classes": list(classes)} if classes is not None else {}),
+        **({"every": every} if every > 1 else {}),
     }
 
     def start(run: RunFolder) -> DetectionRun:

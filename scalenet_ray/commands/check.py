@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -15,6 +14,7 @@ from scalenet_ray.core.bounds import MEGAPIXELS
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.networks import FeatureScalePredictor
 from scalenet_ray.core.policy import Policy
+from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice, map_categories
 from scalenet_ray.data.images import read_image
 from scalenet_ray.models.detector_diagnosis import diagnose
@@ -159,7 +159,7 @@ def _on_sample(job: CheckInputs) -> CheckInputs:
     if job.networks.detector is None:
         return replace(job, data=data, networks=networks)
     # Another detector need not know the sample's categories.
-    return replace(job, images=str(Path(data) / "val2017"))
+    return replace(job, images=storage.join(data, "val2017"))
 
 
 def _data_line(images: ImageSet) -> str:

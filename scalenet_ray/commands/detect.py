@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -111,7 +110,7 @@ def main(job: DetectImages) -> int:
     check_retry(job.retry_failed, resume=job.resume)
     if job.images is None:
         data, networks = sample_inputs(job.networks)
-        job = replace(job, images=str(Path(data) / "val2017"), networks=networks)
+        job = replace(job, images=storage.join(data, "val2017"), networks=networks)
     session = start_session(job.engine, job.resources, job.networks)
     say("checking the images and the networks")
     images = open_images(

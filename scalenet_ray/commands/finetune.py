@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -14,7 +13,7 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
 from scalenet_ray.engine.train import train
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.sample.scenes import ensure_sample
+from scalenet_ray.sample.scenes import SAMPLE
 from scalenet_ray.training.detector_recipe import plan_fine_tuning
 from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.log import TrainingLog
@@ -69,7 +68,7 @@ def main(job: FinetuneDetector) -> int:
     if job.detector is None and not is_sample:
         msg = "--detector must name what is fine-tuned on your data, torchvision:NAME or torchvision:PATH, got none"
         raise UserError(msg)
-    data = str(ensure_sample(Path("runs/sample"))) if is_sample else job.data
+    data = SAMPLE if is_sample else job.data
     job = replace(job, data=data, detector=job.detector or SAMPLE_START)
     images = TrainingImages(data, job.split, job.val_split, job.holdout, job.limit, job.annotations, job.images)
     recipe = plan_fine_tuning(images, str(job.detector), input_side=job.input_side, seed=job.training.seed)

@@ -8,7 +8,6 @@ The weights in scalenet_ray/sample/sample_scale_net.safetensors are those of
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -22,7 +21,7 @@ from scalenet_ray.engine.train import train
 from scalenet_ray.models.scale_networks import PRESETS
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.sample.scenes import ensure_sample
+from scalenet_ray.sample.scenes import SAMPLE
 from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.head_recipe import HeadRecipe
 from scalenet_ray.training.log import TrainingLog
@@ -106,7 +105,7 @@ def _head_recipe(job: TrainScaleNet, images: TrainingImages, run: RunFolder) -> 
 def main(job: TrainScaleNet) -> int:
     """Train, validate after each epoch, and write metrics.json and scale_net.safetensors. Returns the exit status."""
     if job.data is None and job.annotations is None and job.images is None:
-        job = replace(job, data=str(ensure_sample(Path("runs/sample"))), detector=job.detector or SAMPLE_DETECTOR)
+        job = replace(job, data=SAMPLE, detector=job.detector or SAMPLE_DETECTOR)
     images = TrainingImages(job.data, job.split, job.val_split, job.holdout, job.limit, job.annotations, job.images)
     pixels = None if job.preset == "head" else _pixel_recipe(job, images)
     run = RunFolder.of_job(job.output, "train_scalenet", resume=job.resume)

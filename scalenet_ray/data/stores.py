@@ -5,6 +5,7 @@ gs://BUCKET/KEY         with obstore (extra gcs)
 az://CONTAINER/KEY      with obstore (extra azure)
 hf://REPOSITORY/PATH    with huggingface_hub (extra hf), read only
 https://HOST/PATH       read only, and so is every other scheme that fsspec knows
+embedded://sample       the embedded sample, which each machine that reads it writes for itself, read only
 
 A store is configured by the environment alone, and no message contains credentials. S3 is as botocore reads it
 (`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `AWS_REGION`, `AWS_ENDPOINT_URL` ...), `AWS_NO_SIGN_REQUEST=YES` is for public
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -56,6 +58,16 @@ _S3_READ_ATTEMPTS = 3
 _OBJECT_SCHEMES = {"gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 """Scheme of an address -> obstore's."""
 
+_HUB = "(?:models|datasets|spaces|kernels|buckets)/"
+_FORMS = {
+    **dict.fromkeys(("s3", "gs", "gcs"), ("BUCKET/KEY", "[^/]+.*")),
+    **dict.fromkeys(("az", "abfs", "abfss"), ("CONTAINER/KEY", "[^/]+.*")),
+    **dict.fromkeys(("http", "https"), ("HOST/PATH", "[^/]+.*")),
+    "hf": ("datasets/OWNER/NAME/PATH", rf"(?:{_HUB})?(?!{_HUB})[\w.-]+/[\w.-]+(?:@[^/]+)?(?:/.*)?"),
+    "file": ("/PATH", ".+"),
+}
+"""Scheme of an address -> what must follow ://, in words and as a pattern."""
+
 _EXTRAS = {"gs": "gcs", "az": "azure"}
 _OBJECT_TIMEOUTS = {"connect_timeout": "10s", "timeout": "60s"}
 _OBJECT_RETRIES = {"max_retries": 3, "retry_timeout": timedelta(minutes=2)}
@@ -64,6 +76,9 @@ _READ_AHEAD_BYTES = 2**18
 """Bytes that a ranged request to a store fetches beyond those asked for: a TIFF's tiles lie one after the other."""
 
 _WRITTEN = "a local disk, s3://, gs:// or az://"
+
+# By name: imports go down only.
+fsspec.register_implementation("embedded", "scalenet_ray.sample.scenes.SampleFiles")
 
 
 def _s3() -> AbstractFileSystem:
@@ -112,31 +127,39 @@ def locate(uri: Address) -> tuple[AbstractFileSystem, str]:
         UserError: if it is not an address, or its store cannot be opened.
     """
     text = os.fspath(uri)
-    if not text.strip():
-        msg = f"an address must be a path, file:// or a store's, as s3://, got {text!r}: name a file or folder"
-        raise UserError(msg)
+    _check_form(text)
     scheme, separator, rest = text.partition("://")
-    if text.startswith("s3:") and not separator:
-        rest, scheme, separator = "", "s3", "://"
     if not separator or scheme == "file":
         # Not fsspec's own parsing: it takes "::" in a file name for a chain of file systems.
         path = _path_of_file_address(rest) if separator else os.path.expanduser(text)
         return fsspec.filesystem("file"), os.path.abspath(path)
-    place = rest.partition("/")[0]
-    if "@" in place:
+    if scheme == "s3":
+        return _s3(), rest
+    if scheme in _OBJECT_SCHEMES:
+        return _object_store(_OBJECT_SCHEMES[scheme]), rest
+    store = _other_store(scheme)
+    return store, cast(str, store._strip_protocol(text))
+
+
+def _check_form(text: str) -> None:
+    """Refuse an address that is empty, holds credentials, or names no bucket, host, repository or path."""
+    if not text.strip():
+        msg = f"an address must be a path, file:// or a store's, as s3://, got {text!r}: name a file or folder"
+        raise UserError(msg)
+    # gs:/a, without //, is what is left of gs:// when a path is joined to it.
+    has_slashes = "://" in text
+    scheme, colon, rest = text.partition("://" if has_slashes else ":")
+    if not has_slashes and not (colon and scheme in _FORMS):
+        return
+    if scheme != "file" and "@" in rest.lstrip("/").partition("/")[0]:
         # The message must not contain the address: it holds a secret.
         keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if scheme == "s3" else "them in the environment"
         msg = f"an {scheme}:// address must not hold credentials: set {keys} instead"
         raise UserError(msg)
-    if scheme in ("s3", *_OBJECT_SCHEMES):
-        if not place.strip():
-            what = "a container" if _OBJECT_SCHEMES.get(scheme) == "az" else "a bucket"
-            form = f"{scheme}://{what.split()[1].upper()}/KEY"
-            msg = f"an {scheme}:// address must name {what}, got {text}: write {form} (is a variable unset?)"
-            raise UserError(msg)
-        return (_s3() if scheme == "s3" else _object_store(_OBJECT_SCHEMES[scheme])), rest
-    store = _other_store(scheme)
-    return store, cast(str, store._strip_protocol(text))
+    form, pattern = _FORMS.get(scheme, ("", ".*"))
+    if not (has_slashes and re.fullmatch(pattern, rest.strip(), re.DOTALL)):
+        msg = f"an address with {scheme}: must be {scheme}://{form}, got {text}: complete it (is a variable unset?)"
+        raise UserError(msg)
 
 
 def _path_of_file_address(rest: str) -> str:

@@ -208,24 +208,19 @@ def load_transformers(
     """
     with needs_extra():
         transformers = importlib.import_module("transformers")
-    with _as_local_folder(what) as source:
+    with _quiet(transformers), _as_local_folder(what) as source:
         config = _configured(transformers, source, what)
         try:
+            # Tensors of another shape are named below; transformers' error refers to a report that it logs.
             model, report = transformers.AutoModelForObjectDetection.from_pretrained(
-                source, config=config, output_loading_info=True
+                source, config=config, output_loading_info=True, ignore_mismatched_sizes=True
             )
             processor = transformers.AutoImageProcessor.from_pretrained(source)
         except OSError as error:
             raise _missing(what, source, error) from error
         except Exception as error:  # Damaged weights, or another version's, may raise anything.
             raise UserError(_does_not_load(what, transformers.__version__, error)) from error
-    if report["missing_keys"]:
-        names = sorted(report["missing_keys"])
-        msg = (
-            f"{what} must hold all weights of a {type(model).__name__} of transformers {transformers.__version__}, "
-            f"got {len(names)} tensors too few, such as {names[0]}: install the version that wrote it, or save it anew"
-        )
-        raise UserError(msg)
+    _check_weights(what, f"{type(model).__name__} of transformers {transformers.__version__}", report)
     try:
         detector = TransformersDetector(
             model,
@@ -239,6 +234,40 @@ def load_transformers(
         raise UserError(f"{what}: {error}") from error
     _LOG.info("%s was taken for %s", what, detector.description)
     return detector
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bar and no warning of transformers in the block; the user's own settings hold again after it."""
+    log = transformers.utils.logging
+    verbosity, has_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if has_bars:
+            log.enable_progress_bar()
+
+
+def _check_weights(what: str, network: str, report: Mapping[str, Any]) -> None:
+    """Refuse weights that do not fill a network: transformers fills the rest with random numbers."""
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        msg = (
+            f"{what} must hold all weights of a {network}, got {len(names)} tensors too few, such as {names[0]}: "
+            "install the version that wrote it, or save it anew"
+        )
+        raise UserError(msg)
+    if report["mismatched_keys"]:
+        (name, got, wanted), *others = sorted(report["mismatched_keys"])
+        msg = (
+            f"{what} must hold weights that fit its configuration, got {len(others) + 1} tensors of another shape, "
+            f"such as {name}, {list(got)} and not {list(wanted)}: name as many classes in its id2label as it has, "
+            "or save it anew"
+        )
+        raise UserError(msg)
 
 
 def _configured(transformers: Any, source: str, what: str) -> Any:

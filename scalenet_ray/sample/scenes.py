@@ -2,35 +2,47 @@
 
 Ten shapes of 6 to 250 pixels on textured, cluttered backgrounds. Most objects are small and clustered, so that zooming
 into a part of a scene helps. A third split, large2017, has large scenes (`sample.large_scenes`). Scenes are
-deterministic: a scene depends on the seed, the split and its index only.
+deterministic: a scene depends on the seed, the split and its index only. So each machine draws its own, and reads it
+as `SAMPLE`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as coco_mask
 
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.sample.large_scenes import FIRST_LARGE_ID, LargeScene, large_scene
 from scalenet_ray.sample.shapes import SAMPLE_CATEGORIES, SMALL_SIDE, arc, paint, shape_alpha
 
 __all__ = [
+    "SAMPLE",
     "SAMPLE_CATEGORIES",
     "SAMPLE_VERSION",
+    "SampleFiles",
     "Scene",
     "ensure_sample",
-    "is_sample",
     "make_scene",
     "sample_scene",
     "write_sample",
 ]
+
+SAMPLE = "embedded://sample"
+"""Address of the sample, on any machine; `data.stores` names `SampleFiles` as its file system."""
 
 SAMPLE_VERSION = 1
 """Version of the scenes; a sample on disk with another version is replaced."""
@@ -49,6 +61,8 @@ SPLITS = {"train2017": 0, "val2017": 1_000_000, "large2017": FIRST_LARGE_ID}
 """Split -> offset of its image ids."""
 
 _STAMP = "sample.json"
+
+_FOLDER = Path("runs/sample")
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +278,7 @@ def write_sample(folder: Path, *, train: int = 600, val: int = 100, large: int =
 def ensure_sample(folder: Path) -> Path:
     """Write the default sample to `folder` unless it is there.
 
-    The write is atomic, also with concurrent processes. A sample of another version is replaced.
+    The write is atomic, and of concurrent processes of a machine one writes. A sample of another version is replaced.
 
     Raises:
         FileExistsError: if `folder` holds other files.
@@ -277,25 +291,57 @@ def ensure_sample(folder: Path) -> Path:
         msg = f"{folder} holds files that are no sample of scalenet_ray: name another folder"
         raise FileExistsError(msg)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+    with _locked(folder.parent), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        if _stamp(folder) == wanted:
+            return folder
         fresh = write_sample(Path(scratch) / "new", large=8)
         if folder.exists() and _stamp(folder) != wanted:
             os.replace(folder, Path(scratch) / "old")
         try:
             os.replace(fresh, folder)
         except OSError:
-            # A non-empty folder is not replaced: another process has written the sample.
+            # A non-empty folder is not replaced: another machine has written the sample, which does not see the lock.
             if _stamp(folder) != wanted:
                 raise
     return folder
 
 
-def is_sample(folder: Path) -> bool:
-    """True if the folder holds a sample that `write_sample` wrote, of any version."""
-    return _stamp(folder) is not None
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the kernel's lock on a folder in the block."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _stamp(folder: Path) -> dict | None:
     """Parameters of the sample in `folder`, or None if there is none."""
     path = folder / _STAMP
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+class SampleFiles(DirFileSystem):
+    """File system of `SAMPLE`, to read only: the files of runs/sample, which are written first if they are not there.
+
+    Its paths start with sample/. A working directory, where they are, is each node's own in a cluster.
+
+    Raises:
+        FileExistsError: if runs/sample holds other files.
+    """
+
+    protocol = "embedded"
+    cachable = False  # The working directory may change.
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(str(ensure_sample(_FOLDER).absolute().parent), LocalFileSystem(), **options)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        stripped = str(super()._strip_protocol(path))
+        if stripped.partition("/")[0] != _FOLDER.name:
+            msg = f"an embedded:// address must start with {SAMPLE}, got {path}: write {SAMPLE}, or {SAMPLE}/SPLIT"
+            raise UserError(msg)
+        return stripped

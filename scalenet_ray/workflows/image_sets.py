@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
-from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice, ChosenCategories, choose_categories, write_chosen
 from scalenet_ray.data.coco import ImageRecord, OpenImage
@@ -18,7 +16,7 @@ from scalenet_ray.runs.batch import image_opener
 from scalenet_ray.runs.folder import GROUND_TRUTH, RunFolder
 from scalenet_ray.runs.inputs import annotation_digests, check_ground_truth
 from scalenet_ray.runs.local import Session
-from scalenet_ray.sample.scenes import ensure_sample, is_sample
+from scalenet_ray.sample.scenes import SAMPLE
 
 __all__ = [
     "CocoSplit",
@@ -32,38 +30,17 @@ __all__ = [
 ]
 
 
-_SAMPLE_FOLDER = Path("runs/sample")
-
-
 def sample_inputs(networks: NetworkSpec) -> tuple[str, NetworkSpec]:
-    """Write the embedded sample to runs/sample, if it is not there.
+    """The embedded sample and its networks.
 
     Args:
         networks: the networks of the run; those that are not named become the sample's.
 
     Returns:
-        The sample's folder, and the networks.
+        The sample's address, and the networks.
     """
     detector, scale_net = networks.detector or SAMPLE_DETECTOR, networks.scale_net or SAMPLE_SCALE_NET
-    return str(ensure_sample(_SAMPLE_FOLDER)), replace(networks, detector=detector, scale_net=scale_net)
-
-
-@cache
-def _write_sample_in(folder: Path) -> None:
-    """Write the sample to a folder of this node, once in a process."""
-    ensure_sample(folder)
-
-
-@dataclass(frozen=True)
-class _SampleOpener:
-    """Opens images of the sample on any node: a job's working directory, where the sample is, is each node's own."""
-
-    read: OpenImage
-
-    def __call__(self, record: ImageRecord) -> AnyImage:
-        """Open an image, see `OpenImage`."""
-        _write_sample_in(_SAMPLE_FOLDER.absolute())
-        return self.read(record)
+    return SAMPLE, replace(networks, detector=detector, scale_net=scale_net)
 
 
 @dataclass(frozen=True)
@@ -87,10 +64,7 @@ class ImageSet:
     @property
     def open_image(self) -> OpenImage:
         """A picklable function that reads one image."""
-        read = image_opener(self.folder, self.max_pixels)
-        if self.folder is None or Path(self.folder).parent != _SAMPLE_FOLDER or not is_sample(_SAMPLE_FOLDER):
-            return read
-        return _SampleOpener(read)
+        return image_opener(self.folder, self.max_pixels)
 
 
 @dataclass(frozen=True)
