@@ -94,7 +94,7 @@ class _TalliedDetector:
         return found
 
 
-def _tallied(load: Callable[[], Any], tally: Any) -> _TalliedDetector:
+def _tallied(load: Callable[[], Any], tally: Any) -> Any:
     return _TalliedDetector(load(), tally)
 
 

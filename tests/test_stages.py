@@ -360,6 +360,16 @@ def test_one_actor_runs_a_scale_net_of_its_own_and_the_detector() -> None:
 # --- detecting ----------------------------------------------------------------------------------------------
 
 
+def test_tiles_of_one_canvas_are_detected_side_by_side() -> None:
+    sides = [32, 64, 32, 96, 64, 32]
+    tiles = [PackedTile(tile_of((side, side), image_id=i), Fraction(1), settled=True) for i, side in enumerate(sides)]
+    row = pack(TileRow(tiles, [draw_squares((side, side), np.zeros((0, 4))) for side in sides], []))
+    counting = CountingDetector(RandomDetector())
+    results = detected(policy_of("whole"), NetworkFactories(Given(counting)), row, batch_size=2)
+    assert [hw[0] for hw in counting.sizes_hw] == sorted(sides)
+    assert sorted(result.image_id for result in results) == list(range(len(sides)))
+
+
 def row_of_tiles(image_ids: Iterable[int], colour: tuple[int, int, int] | None = None) -> pa.Table:
     pixels = draw_squares((32, 32), np.array([[4, 4, 20, 20]]))
     if colour:

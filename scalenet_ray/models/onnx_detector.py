@@ -20,7 +20,7 @@ from scalenet_ray.models.class_names import classes_of
 from scalenet_ray.models.onnx_graph import resizes_input
 from scalenet_ray.models.onnx_layouts import DECODED_YOLOX, YOLOX, Layout
 from scalenet_ray.models.onnx_network import OnnxNetwork, free_network
-from scalenet_ray.models.onnx_session import open_session, tiles_at_once
+from scalenet_ray.models.onnx_session import on_gpu, open_session, tiles_at_once
 from scalenet_ray.models.padding import STRIDE, detect_by_canvas, fixed_canvas, padded, stride_canvas
 from scalenet_ray.models.yolox import YoloxDetector
 
@@ -78,6 +78,7 @@ class OnnxDetector:
         canvases, stride = network.trial_canvases
         self._least_side, self._stride_factor = min(canvases[0]), max(1, stride // STRIDE)
         self.input_side = min(self._fixed_hw) if self._fixed_hw else input_side
+        self._few_to = self.input_side // self._stride_factor if on_gpu(network.session) else None
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """Canvas (height, width) of a tile of (height, width).
@@ -88,12 +89,13 @@ class OnnxDetector:
         if self._fixed_hw is not None:
             return fixed_canvas(hw, self._fixed_hw)
         factor, least = self._stride_factor, self._least_side
-        height, width = stride_canvas((-(-max(hw[0], least) // factor), -(-max(hw[1], least) // factor)))
+        shrunk = -(-max(hw[0], least) // factor), -(-max(hw[1], least) // factor)
+        height, width = stride_canvas(shrunk, few_to=self._few_to)
         return factor * height, factor * width
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detect on tiles; see `Detector`."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group, self._few_to is not None)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
         found = []

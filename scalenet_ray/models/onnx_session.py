@@ -13,7 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: i
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data.storage import read_bytes
 
-__all__ = ["open_network", "open_session", "providers_of", "session_options", "tiles_at_once"]
+__all__ = ["on_gpu", "open_network", "open_session", "providers_of", "session_options", "tiles_at_once"]
 
 _LOAD_ERRORS = (
     ort_errors.Fail,
@@ -46,7 +46,9 @@ def providers_of(device: str) -> list[Any]:
     if "CUDAExecutionProvider" not in available:
         msg = f"device {device!r} needs onnxruntime-gpu, got one with {available}: install it, or use device cpu"
         raise UserError(msg)
-    return [("CUDAExecutionProvider", {"device_id": int(index or 0)}), "CPUExecutionProvider"]
+    # Its own choice for a convolution is a search among all algorithms at each new shape of a batch.
+    settings = {"device_id": int(index or 0), "cudnn_conv_algo_search": "HEURISTIC"}
+    return [("CUDAExecutionProvider", settings), "CPUExecutionProvider"]
 
 
 def session_options() -> onnxruntime.SessionOptions:
@@ -116,4 +118,9 @@ def tiles_at_once(session: onnxruntime.InferenceSession, count: int) -> int:
 
     Tiles are batched on GPUs. On CPUs single tiles are faster, since activations stay in the cache.
     """
-    return max(1, count) if session.get_providers()[0] != "CPUExecutionProvider" else 1
+    return max(1, count) if on_gpu(session) else 1
+
+
+def on_gpu(session: onnxruntime.InferenceSession) -> bool:
+    """True if the network runs on a GPU, and not on the CPU."""
+    return session.get_providers()[0] != "CPUExecutionProvider"

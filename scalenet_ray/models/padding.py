@@ -30,18 +30,30 @@ HW = tuple[int, int]
 Answer = TypeVar("Answer")
 
 
-def stride_canvas(hw: HW, stride: int = STRIDE) -> HW:
+def stride_canvas(hw: HW, stride: int = STRIDE, few_to: int | None = None) -> HW:
     """The smallest canvas of a tile with sides that are multiples of a stride.
 
     Args:
         hw: (height, width) of the tile.
         stride: in tile pixels.
+        few_to: the detector's input side, to have few shapes, as on a GPU (`detect_by_canvas`): sides are 1, 2, 3, 4,
+            6, 8, 12, 16, 24, ... strides, or that of a whole image; None for any multiple of the stride.
 
     Returns:
         (height, width) in tile pixels.
     """
-    height, width = hw
-    return -(-height // stride) * stride, -(-width // stride) * stride
+    height, width = (-(-side // stride) for side in hw)
+    if few_to is not None:
+        whole = -(-few_to // stride)
+        height, width = _few(height, whole), _few(width, whole)
+    return height * stride, width * stride
+
+
+def _few(side: int, whole: int) -> int:
+    """The least of 2^n, 3 * 2^n and `whole` that is not under a side, in strides."""
+    double = 1 << (side - 1).bit_length()
+    least = double * 3 // 4 if double * 3 // 4 >= side else double
+    return min(least, whole) if side <= whole else least
 
 
 def square_canvas(hw: HW, least: int, stride: int = STRIDE) -> HW:
@@ -77,13 +89,18 @@ def detect_by_canvas(
     pixels: Sequence[np.ndarray],
     canvas_hw: Callable[[HW], HW],
     detect_group: Callable[[list[np.ndarray], HW], list[Answer]],
+    few_shapes: bool = False,
 ) -> list[Answer]:
     """Detect on tiles of mixed sizes, with one batch per canvas size.
+
+    A GPU's library of convolutions prepares for each shape of a batch that it has not met, which takes a second of a
+    YOLO. There batches have 1, 2, 4, 8, ... tiles, the last one again where tiles lack.
 
     Args:
         pixels: [height, width, 3] uint8 RGB each.
         canvas_hw: (height, width) of a tile -> (height, width) of its canvas.
         detect_group: tiles with equal canvases, and the canvas -> output per tile.
+        few_shapes: fill batches, as for a GPU.
 
     Returns:
         Outputs in the order of `pixels`.
@@ -99,5 +116,7 @@ def detect_by_canvas(
         groups.setdefault(canvas_hw(tile.shape[:2]), []).append(position)
     found: dict[int, Answer] = {}
     for canvas, positions in groups.items():
-        found.update(zip(positions, detect_group([pixels[i] for i in positions], canvas), strict=True))
+        size = 1 << (len(positions) - 1).bit_length() if few_shapes else len(positions)
+        batch = [pixels[i] for i in positions + positions[-1:] * (size - len(positions))]
+        found.update(zip(positions, detect_group(batch, canvas)[: len(positions)], strict=True))
     return [found[position] for position in range(len(pixels))]

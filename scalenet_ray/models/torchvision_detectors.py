@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from scalenet_ray.models.weights import SUFFIXES, load_weights, save_weights
 
 __all__ = ["TorchvisionDetector", "load_torchvision", "save_detector"]
 
+CanvasOf = Callable[[tuple[int, int]], tuple[int, int]]
+
 
 class TorchvisionDetector:
     """`Detector` with a torchvision network; Mask R-CNN also returns masks.
@@ -39,6 +42,7 @@ class TorchvisionDetector:
         input_side: longer side of a whole image's tile, the size that torchvision would resize to.
         categories: class id -> name; detections of other classes are dropped.
         iou_threshold: IoU threshold of NMS within each class.
+        canvas_hw: (height, width) of a tile -> (height, width) of its canvas.
     """
 
     def __init__(
@@ -70,11 +74,13 @@ class TorchvisionDetector:
         self.categories = dict(categories)
         resizing = self.model.transform
         self.input_side = int(resizing.min_size[-1])
-        # An SSD's coarsest feature maps and default boxes are designed for one square input.
-        self._least_square = self.input_side if resizing.fixed_size else None
+        self._on_gpu = self._device.type == "cuda"
+        self.canvas_hw: CanvasOf = partial(stride_canvas, few_to=self.input_side if self._on_gpu else None)
         if resizing.fixed_size:
+            # An SSD's coarsest feature maps and default boxes are designed for one square input.
+            self.canvas_hw = partial(square_canvas, least=self.input_side)
             self.model.anchor_generator = _FixedSizeBoxes(self.model.anchor_generator, self.input_side)
-        self.model.transform = _OnCanvas(resizing, self._least_square)
+        self.model.transform = _OnCanvas(resizing, self.canvas_hw)
         last_stage = self.model.roi_heads if hasattr(model, "roi_heads") else self.model
         last_stage.score_thresh = score_threshold
         if iou_threshold is not None:
@@ -87,13 +93,9 @@ class TorchvisionDetector:
         self._finite.stop()
         return self.model
 
-    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """Canvas (height, width) of a tile of (height, width)."""
-        return _canvas_hw(hw, self._least_square)
-
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detect on tiles; see `Detector`."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group, self._on_gpu)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
         del canvas  # `_OnCanvas` pads to the same size.
@@ -132,17 +134,12 @@ def _on_cpu(outputs: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tens
     return [{key: parts[key][i] for key in parts} for i in range(len(outputs))]
 
 
-def _canvas_hw(hw: tuple[int, int], least_square: int | None) -> tuple[int, int]:
-    """Canvas of a tile of (height, width): a rectangle, or a square of at least `least_square` pixels a side."""
-    return stride_canvas(hw) if least_square is None else square_canvas(hw, least_square)
-
-
 class _OnCanvas(GeneralizedRCNNTransform):
     """torchvision's transform without resizing: tiles are normalized and padded to their canvas."""
 
-    def __init__(self, resizing: GeneralizedRCNNTransform, least_square: int | None) -> None:
+    def __init__(self, resizing: GeneralizedRCNNTransform, canvas_hw: CanvasOf) -> None:
         super().__init__(0, 0, resizing.image_mean, resizing.image_std)
-        self._least_square = least_square
+        self._canvas_hw = canvas_hw
 
     def resize(self, image: torch.Tensor, target: dict | None = None) -> tuple[torch.Tensor, dict | None]:
         """Return the image and its target unchanged."""
@@ -151,7 +148,7 @@ class _OnCanvas(GeneralizedRCNNTransform):
     def batch_images(self, images: list[torch.Tensor], size_divisible: int = 32) -> torch.Tensor:
         """Tiles with equal canvases, [3, h, w] each -> [B, 3, H, W], padded at the right and below."""
         del size_divisible
-        height, width = _canvas_hw((images[0].shape[-2], images[0].shape[-1]), self._least_square)
+        height, width = self._canvas_hw((images[0].shape[-2], images[0].shape[-1]))
         batch = images[0].new_zeros((len(images), 3, height, width)).contiguous(memory_format=torch.channels_last)
         for canvas, image in zip(batch, images, strict=True):
             canvas[:, : image.shape[-2], : image.shape[-1]] = image

@@ -91,6 +91,7 @@ class TransformersDetector:
         self.categories = {int(index): str(name) for index, name in config.id2label.items()}
         self.input_side = _side_of(processor)
         self._least = _least_side(config) if self._type in _MASKED else 1
+        self._few_to = self.input_side if self._device.type == "cuda" else None
         self._mean, self._deviation = _normalization(processor, self._device)
         self.score_threshold = score_threshold
         self.iou_threshold = _IOU_THRESHOLD if iou_threshold is None else iou_threshold
@@ -101,11 +102,11 @@ class TransformersDetector:
         """Canvas (height, width) of a tile of (height, width)."""
         if self._type in _SQUARE:
             return square_canvas(hw, self.input_side)
-        return stride_canvas((max(hw[0], self._least), max(hw[1], self._least)))
+        return stride_canvas((max(hw[0], self._least), max(hw[1], self._least)), few_to=self._few_to)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detect on tiles; see `Detector`."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group, self._few_to is not None)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
         with torch.inference_mode():

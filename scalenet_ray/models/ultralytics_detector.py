@@ -84,6 +84,7 @@ class UltralyticsDetector:
         self._suppressed = self._queries or bool(self.model.end2end)
         self._stride = max(STRIDE, int(max(self.model.stride)))
         self.input_side = input_side
+        self._few_to = input_side if self._device.type == "cuda" else None
         self.score_threshold = score_threshold
         self.iou_threshold = _IOU_THRESHOLD if iou_threshold is None else iou_threshold
         kind = "RT-DETR" if self._queries else "YOLO with masks" if self._masks else "YOLO"
@@ -93,11 +94,11 @@ class UltralyticsDetector:
         """Canvas (height, width) of a tile of (height, width)."""
         if self._queries:
             return square_canvas(hw, self.input_side)
-        return stride_canvas(hw, self._stride)
+        return stride_canvas(hw, self._stride, self._few_to)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detect on tiles; see `Detector`."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group, self._few_to is not None)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
         with torch.inference_mode():

@@ -23,7 +23,7 @@ from scalenet_ray.core.networks import DetectionsWithFeatures
 from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
 from scalenet_ray.models.onnx_graph import expose_features, free_axes
-from scalenet_ray.models.onnx_session import open_session, providers_of, session_options, tiles_at_once
+from scalenet_ray.models.onnx_session import on_gpu, open_session, providers_of, session_options, tiles_at_once
 from scalenet_ray.models.padding import STRIDE, detect_by_canvas, fixed_canvas, padded, stride_canvas
 
 __all__ = ["YoloxDetector"]
@@ -75,6 +75,7 @@ class YoloxDetector:
         self._input_name = source.name
         self._one_by_one, self._fixed_hw = _read_input_shape(source.shape)
         self.input_side = min(self._fixed_hw) if self._fixed_hw else exported_side or _DEFAULT_INPUT_SIDE
+        self._few_to = self.input_side if on_gpu(session) else None
         self.categories = _read_categories(session.get_modelmeta().custom_metadata_map, target.shape, categories)
         self._category_ids = np.array(sorted(self.categories), np.int64)
 
@@ -128,11 +129,13 @@ class YoloxDetector:
         Raises:
             UserError: if the tile exceeds the network's fixed input.
         """
-        return stride_canvas(hw) if self._fixed_hw is None else fixed_canvas(hw, self._fixed_hw)
+        if self._fixed_hw is not None:
+            return fixed_canvas(hw, self._fixed_hw)
+        return stride_canvas(hw, few_to=self._few_to)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detect on tiles; see `Detector`."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group, self._few_to is not None)
 
     @functools.cached_property
     def _featured(self) -> onnxruntime.InferenceSession:
@@ -157,7 +160,7 @@ class YoloxDetector:
         appended: logits of the objectness, of the best class and of their product, and the logarithms of width and
         height in cells.
         """
-        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group_with_features)
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group_with_features, self._few_to is not None)
 
     def _detect_group_with_features(
         self, tiles: list[np.ndarray], canvas: tuple[int, int]

@@ -262,8 +262,8 @@ class TinyDetector(TinyDetectorBase):
         iou_threshold: float | None = None,
         mixed_precision: bool = False,
     ) -> None:
-        super().__init__(config, score_threshold, iou_threshold)
         at = device_on_this_machine(device)
+        super().__init__(config, score_threshold, iou_threshold, on_gpu=at.type == "cuda")
         self.model = model.eval().to(at, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.device = device
         self._autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)

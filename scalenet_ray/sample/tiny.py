@@ -14,7 +14,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError, needs_extra
 from scalenet_ray.core.merge import nms
 from scalenet_ray.core.networks import DetectionsWithFeatures
-from scalenet_ray.models.onnx_session import open_network
+from scalenet_ray.models.onnx_session import on_gpu, open_network
 from scalenet_ray.models.padding import detect_by_canvas, stride_canvas
 from scalenet_ray.models.scale_predictors import ONNX_SUFFIX
 
@@ -101,25 +101,28 @@ class TinyDetectorBase:
     feature_channels = (NECK_CHANNELS,) * len(STRIDES)
     feature_stride = STRIDES[0]
 
-    def __init__(self, config: TinyNetConfig, score_threshold: float, iou_threshold: float | None) -> None:
+    def __init__(
+        self, config: TinyNetConfig, score_threshold: float, iou_threshold: float | None, *, on_gpu: bool
+    ) -> None:
         self.config = config
         self.score_threshold = score_threshold
         self.iou_threshold = config.iou_threshold if iou_threshold is None else iou_threshold
         self.input_side = config.input_side
+        self._few_to = config.input_side if on_gpu else None
         self.categories: Mapping[int, str] = dict(zip(config.category_ids, config.names, strict=True))
         self._ids = np.array(config.category_ids, np.int64)
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """The padded canvas that is computed for a tile of (height, width)."""
-        return stride_canvas(hw)
+        return stride_canvas(hw, few_to=self._few_to)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         """Detect on tiles; see `Detector`. At most 100 detections a tile, the best first."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group)
+        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group, self._few_to is not None)
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
         """Detect on tiles, [h, w, 3] uint8 RGB each, and return the neck's feature maps; see `DetectWithFeatures`."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._features_group)
+        return detect_by_canvas(pixels, self.canvas_hw, self._features_group, self._few_to is not None)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
         scores, boxes, *_ = self._run(tiles, canvas, features=False)
@@ -174,7 +177,7 @@ class OnnxTinyDetector(TinyDetectorBase):
         score_threshold: float = 0.01,
         iou_threshold: float | None = None,
     ) -> None:
-        super().__init__(config, score_threshold, iou_threshold)
+        super().__init__(config, score_threshold, iou_threshold, on_gpu=on_gpu(session))
         self._session = session
         self._input_name = session.get_inputs()[0].name
         self._output_names = [output.name for output in session.get_outputs()]
