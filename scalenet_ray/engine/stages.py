@@ -18,7 +18,7 @@ from scalenet_ray.core.detections import Failure, TileResult
 from scalenet_ray.core.expansion import Expansion, expand
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.inference import ScaleResult, detect_tiles, needs_detector_first, predict_scales
-from scalenet_ray.core.networks import Detect, NetworkFactories
+from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.engine.frontier import Completion, Decision, child_credit
 from scalenet_ray.engine.metrics import BatchMetrics
@@ -111,8 +111,9 @@ class ScaleStage:
             )
 
         wanted = [i for i, tile in enumerate(tiles) if self._policy.needs_scales(tile)]
-        if self._detect is not None:
-            wanted.sort(key=lambda i: _canvas_hw(self._detect, pixels[i]))
+        detect = self._detect
+        if detect is not None:
+            wanted.sort(key=lambda i: detect.canvas_hw(pixels[i].shape[:2]))
         ids = [(tiles[i].image_id, tiles[i].path) for i in wanted]
         predicted = self._calls.in_batches(ids, call, lambda _, error: ScaleResult(failure=error), self._batch_size)
         results = [ScaleResult()] * len(tiles)
@@ -218,7 +219,8 @@ class DetectStage:
                 self._policy.merging,
             )
 
-        order = sorted(range(len(tiles)), key=lambda i: _canvas_hw(self._detect, pixels[i]))
+        # Tiles of one canvas are detected in one batch.
+        order = sorted(range(len(tiles)), key=lambda i: self._detect.canvas_hw(pixels[i].shape[:2]))
         tiles, pixels = [tiles[i] for i in order], [pixels[i] for i in order]
         ids = [(packed.tile.image_id, packed.tile.path) for packed in tiles]
         return self._calls.in_batches(
@@ -254,11 +256,6 @@ class ScaleAndDetectStage:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Process packed rows; the output is one row of tile results."""
         return pack_results(self._detect_stage.process(self._scale_stage.process(batch) for batch in unpack(table)))
-
-
-def _canvas_hw(detect: Detect, pixels: np.ndarray) -> tuple[int, int]:
-    """Canvas of a tile: tiles of equal ones are detected in one batch, so they are called side by side."""
-    return detect.canvas_hw(pixels.shape[:2])
 
 
 def _result(packed: PackedTile, failure: Failure | None = None) -> TileResult:
