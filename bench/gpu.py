@@ -27,7 +27,8 @@ import torch
 import torchvision
 import tyro
 
-from bench.gpu_engine import measure_engine, measure_large, measure_steps, measure_training
+from bench.gpu_engine import measure_engine, measure_steps, measure_training
+from bench.gpu_large import measure_large, measure_shapes
 from bench.gpu_networks import FULL, TOY, Record, Setup, measure_networks, measure_recursion
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.sample.scenes import write_sample
@@ -45,7 +46,8 @@ class _Part(NamedTuple):
 _PARTS = {
     "recursion": _Part(measure_recursion, 0.2),
     "networks": _Part(measure_networks, 0.55),
-    "large": _Part(measure_large, 0.7),
+    "shapes": _Part(measure_shapes, 0.6),
+    "large": _Part(measure_large, 0.75),
     "engine": _Part(measure_engine, 0.85),
     "steps": _Part(measure_steps, 0.9),
     "training": _Part(measure_training, 1.0),
@@ -59,10 +61,10 @@ class GpuBench:
     Attributes:
         data: folder with coco/ (annotations/ and val2017/) and, for the part large, large/street/ (annotations/ and
             val/); by default drawn scenes.
-        detector: a trained detector for the part large, kind:what; without it the part is left out.
+        detector: a trained detector for the parts shapes and large, kind:what; without it they are left out.
         device: cuda; or cpu, for a rehearsal with small networks and images.
         minutes: no figure is begun after these.
-        parts: recursion, networks, large, engine, steps, training; all by default.
+        parts: recursion, networks, shapes, large, engine, steps, training; all by default.
         output: JSON lines file; each run adds a line for the machine and one per figure.
         table: print this file as tables, and measure nothing.
     """

@@ -30,25 +30,23 @@ from bench.gpu_networks import (
     build_torchvision,
     compare,
     cuda_products,
-    recurse,
 )
 from bench.workloads import spread
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.networks import NetworkFactories
-from scalenet_ray.core.policy import Policy, parse_policy
+from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.timing import measured
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.train import train
-from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.runs.resources import AdvancedResources, Resources
 from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.recipe import clip_and_step, forward_backward
 from scalenet_ray.training.scale_recipe import ScaleRecipe
 from scalenet_ray.training.schedule import Training
 
-__all__ = ["gpu_figures", "measure_engine", "measure_large", "measure_steps", "measure_training"]
+__all__ = ["full_engine", "gpu_figures", "measure_engine", "measure_steps", "measure_training", "shared_resources"]
 
 _STAGES = ("decode", "cut", "look", "detect")
 _BFLOAT16 = VARIANTS["bfloat16"]
@@ -98,7 +96,7 @@ def _tallied(load: Callable[[], Any], tally: Any) -> Any:
     return _TalliedDetector(load(), tally)
 
 
-def _resources(setup: Setup) -> Resources:
+def shared_resources(setup: Setup) -> Resources:
     """Two actors that share the GPU, and a reader for each two CPUs."""
     share = 0.0 if setup.device == "cpu" else 0.5
     batch = setup.sizes.batches[0]
@@ -119,33 +117,12 @@ def measure_engine(setup: Setup) -> Iterator[Record]:
     load = partial(build_torchvision, setup, setup.sizes.detector, _BFLOAT16)
     scale_net = partial(build_told_scale_net, setup, _BFLOAT16)
     # Scale Net's actor and the detector's share the GPU.
-    resources = replace(_resources(setup), detector_actors=1)
+    resources = replace(shared_resources(setup), detector_actors=1)
     for name in ("whole", "grid-2", "paper"):
-        yield _full_engine(setup, setup.policy(name), load, scale_net, resources)
+        yield full_engine(setup, setup.policy(name), load, scale_net, resources)
 
 
-def measure_large(setup: Setup) -> Iterator[Record]:
-    """Images/s of a trained detector on large photographs: one image at a time, and on Ray while it is full."""
-    if setup.detector is None:
-        yield {"remark": "give a trained detector with --detector"}
-        return
-    load = partial(load_detector, setup.detector, device=setup.device, mixed_precision=setup.device != "cpu")
-    detector = load()
-    side = detector.input_side
-    policies = [
-        parse_policy(name, input_side=side, iou_threshold=0.5) for name in ("whole", f"slices@{side}", "regions")
-    ]
-    images = [(setup.open_image(record), record.image_id) for record in setup.dataset.images]
-    passes: dict[str, float] = {}
-    makers = {policy.name: partial(partial, recurse, images, policy, detector, None, passes) for policy in policies}
-    for figures in compare(setup, makers, "images/s", engine="one image at a time"):
-        yield {**figures, "passes": passes.get(figures["variant"])}
-    join_ray()
-    for policy in policies:
-        yield {"engine": "Ray", **_full_engine(setup, policy, load, None, _resources(setup))}
-
-
-def _full_engine(
+def full_engine(
     setup: Setup,
     policy: Policy,
     load: Callable[[], Any],

@@ -49,6 +49,7 @@ def test_the_whole_bench_runs_on_a_cpu_and_becomes_tables(idle_ray: None, tmp_pa
         "machine": 1,
         "recursion": 8,
         "networks": 2 * (len(VARIANTS) + 1) + 4 * (len(TOY.batches) - 1) + 2 * len(TOY.others),
+        "shapes": 8,
         "large": 6,
         "engine": 3,
         "steps": 3,
@@ -62,7 +63,7 @@ def test_the_whole_bench_runs_on_a_cpu_and_becomes_tables(idle_ray: None, tmp_pa
     assert [row["passes"] for row in engine] == pytest.approx([row["passes"] for row in one_by_one])
     assert one_by_one[1]["passes"] > one_by_one[0]["passes"]
     text = tables(figures)
-    assert text.count("**") == 2 * 9
+    assert text.count("**") == 2 * 10
     assert all(line.startswith(("|", "**")) or not line for line in text.splitlines())
 
 
@@ -133,7 +134,7 @@ def test_the_gpus_use_is_what_nvidia_smi_prints(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_unknown_part_is_refused_with_the_known_ones() -> None:
-    known = "recursion, networks, large, engine, steps, training"
+    known = "recursion, networks, shapes, large, engine, steps, training"
     with pytest.raises(ValueError, match=f"--parts must be of {known}, got speed"):
         GpuBench(parts=("speed",))
 
