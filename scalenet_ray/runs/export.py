@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -50,6 +50,7 @@ ExportFormat = Literal["coco", "coco-results", "parquet", "yolo", "voc", "superv
 EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 """The formats of `export_run`."""
 
+_IMAGES_AT_ONCE = 256
 
 _PLACES = {
     "coco": "{}.coco.json",
@@ -192,7 +193,7 @@ def _write_coco(source: _Source, uri: str, policy: str) -> None:
     """Write an instances file: images with their file names and sizes, categories, and the detections as objects."""
     del policy
     images = list(source.images)
-    numbers, separator = itertools.count(1), "\n"
+    numbers, separator = count(1), "\n"
     with storage.atomic_writer(uri) as handle:
         handle.write(b'{"annotations": [')
         for image in images:
@@ -224,23 +225,12 @@ def _write_parquet(source: _Source, uri: str, policy: str) -> None:
     """Write schema DETECTIONS with the columns `category` (name) and `file`."""
     schema = DETECTIONS.append(pa.field("category", pa.string())).append(pa.field("file", pa.string()))
     with storage.atomic_writer(uri) as handle, pq.ParquetWriter(handle, schema) as writer:
-        for images in _batched(source.images):
+        while images := list(islice(source.images, _IMAGES_AT_ONCE)):
             rows = detections_table([_as_result(image) for image in images], policy)
             files = np.repeat([image.file for image in images], [len(image.detections) for image in images])
             categories = [source.names[label] for label in rows.column("category_id").to_pylist()]
             columns = [*rows.columns, pa.array(categories, pa.string()), pa.array(files.tolist(), pa.string())]
             writer.write_table(pa.table(columns, schema=schema))
-
-
-def _batched(images: Iterator[StoredImage], count: int = 256) -> Iterator[list[StoredImage]]:
-    batch: list[StoredImage] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == count:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _as_result(image: StoredImage) -> ImageResult:
