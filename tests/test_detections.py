@@ -155,10 +155,6 @@ def test_masks_survive_joining_only_if_every_part_with_boxes_has_them() -> None:
     assert Detections.concatenate([with_masks, Detections.empty()]).masks == (b"0", b"1")
 
 
-def test_no_detections_of_a_detector_with_masks_have_no_masks_rather_than_none() -> None:
-    assert Detections.empty(with_masks=True).masks == ()
-
-
 def test_areas_are_of_boxes_and_never_negative() -> None:
     found = Detections([[0, 0, 2, 3], [5, 5, 4, 9], [1, 1, 1, 9]], [1, 1, 1], [1, 1, 1])  # type: ignore[arg-type]
     assert found.areas.tolist() == [6.0, 0.0, 0.0]
