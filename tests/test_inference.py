@@ -188,7 +188,7 @@ def test_the_first_pass_map_holds_boxes_from_a_score_on_with_their_score_as_gain
 
 
 def test_a_first_pass_that_found_nothing_sees_background() -> None:
-    for found in (Detections.empty(), Detections.empty(with_masks=True)):
+    for found in (Detections.empty(), dataclasses.replace(Detections.empty(), masks=())):
         assert scale_map_of_detections(found, (64, 64), 0.0).classes.max() == 0
 
 

@@ -327,4 +327,4 @@ def test_masks_are_carried_to_the_window_and_only_those_of_what_is_kept() -> Non
 
 def test_nothing_found_is_carried_as_nothing() -> None:
     assert _carried([]).boxes.shape == (0, 4)
-    assert carry_to_image(Detections.empty(with_masks=True), TILE, MERGING).masks == ()
+    assert carry_to_image(dataclasses.replace(Detections.empty(), masks=()), TILE, MERGING).masks == ()
