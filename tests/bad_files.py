@@ -191,25 +191,25 @@ def _object(annotation_id: int, image_id: int, **fields: Any) -> dict[str, Any]:
     return {"id": annotation_id, "image_id": image_id, "category_id": 3, **box, **fields}
 
 
+_NOTHING = object()
+
+
 def _with(path: str, value: Any) -> bytes:
-    """The good document with another value at a path such as images.0.id."""
+    """The good document with another value, or none, at a path such as images.0.id."""
     changed: Any = document()
     *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
     holder = changed
     for part in parents:
         holder = holder[part]
-    holder[last] = value
+    if value is _NOTHING:
+        del holder[last]
+    else:
+        holder[last] = value
     return json.dumps(changed).encode()
 
 
 def _without(path: str) -> bytes:
-    changed: Any = document()
-    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
-    holder = changed
-    for part in parents:
-        holder = holder[part]
-    del holder[last]
-    return json.dumps(changed).encode()
+    return _with(path, _NOTHING)
 
 
 _GOOD = json.dumps(document()).encode()

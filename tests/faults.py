@@ -23,11 +23,10 @@ from scalenet_ray.core.policy import Policy, Recursion, parse_policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.data.coco import ImageRecord, OpenImage
-from tests.oracles import CATEGORIES, RandomDetector, RandomScale, TruthOfSquares, draw_squares, scattered_squares
+from tests.oracles import OuterDetector, RandomDetector, RandomScale, TruthOfSquares, draw_squares, scattered_squares
 
 __all__ = [
     "INPUT_SIDE",
-    "POLICIES",
     "BuggyScale",
     "Fault",
     "FaultyDetector",
@@ -49,7 +48,6 @@ __all__ = [
 ]
 
 INPUT_SIDE = 64
-POLICIES = ("whole", "grid-2", "pyramid", "random", "first-pass", "scalenet", "fused", "oracle")
 _SIZES_HW = ((96, 128), (128, 96), (64, 64), (100, 40))
 
 # --- scenes and their reference -----------------------------------------------------------------------------
@@ -290,7 +288,7 @@ class BuggyScale:
         return RandomScale()(pixels, tiles)
 
 
-class FaultyDetector:
+class FaultyDetector(OuterDetector):
     """A detector that logs each tile, and dies at the start or the end of a call.
 
     Args:
@@ -300,23 +298,16 @@ class FaultyDetector:
         at_end: how it dies when it has.
     """
 
-    categories = CATEGORIES
-    iou_threshold = 0.65
-
     def __init__(self, inner: Detect, log: WorkLog, at_start: Fault | None = None, at_end: Fault | None = None) -> None:
-        self._inner, self._log, self._at_start, self._at_end = inner, log, at_start, at_end
-        self.input_side = inner.input_side
-
-    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """As the inner one's."""
-        return self._inner.canvas_hw(hw)
+        super().__init__(inner)
+        self._log, self._at_start, self._at_end = log, at_start, at_end
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
         for one in pixels:
             self._log.write(f"{one.shape}")
         if self._at_start is not None:
             self._at_start.strike()
-        found = self._inner(pixels)
+        found = super().__call__(pixels)
         if self._at_end is not None:
             self._at_end.strike()
         return found

@@ -10,6 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
+
+from scalenet_ray.__main__ import main
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -36,6 +39,14 @@ def load_job(name: str) -> ModuleType:
         sys.modules[module_name] = module
         spec.loader.exec_module(module)
     return sys.modules[module_name]
+
+
+def run_command(*arguments: str) -> int:
+    """The exit status of a command, run in this process."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(arguments))
+    assert isinstance(exit_info.value.code, int)
+    return exit_info.value.code
 
 
 def _rows(results: list[dict[str, Any]]) -> np.ndarray:

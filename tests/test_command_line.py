@@ -16,39 +16,17 @@ import yaml
 
 import scalenet_ray
 from scalenet_ray import __main__ as program
-from scalenet_ray.__main__ import COMMANDS, main
+from scalenet_ray.__main__ import COMMANDS
 from scalenet_ray.commands.policy import POLICIES
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.data.policy_files import read_policies
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET
 from scalenet_ray.sample.scenes import write_sample
-from tests.job_scripts import COMMAND_MODULES, REPOSITORY
+from tests.job_scripts import COMMAND_MODULES, REPOSITORY, run_command
 from tests.scripted_detector import SCRIPTED, answering, one_box
 
 NETWORKS = ("--detector", SAMPLE_DETECTOR, "--scale-net", SAMPLE_SCALE_NET)
 MODEL = "models/yolox_nano.onnx"
-
-
-def run_command(*arguments: str) -> int:
-    """The exit status of a command, run in this process."""
-    with pytest.raises(SystemExit) as exit_info:
-        main(list(arguments))
-    assert isinstance(exit_info.value.code, int)
-    return exit_info.value.code
-
-
-def loaded_by(*arguments: str) -> set[str]:
-    """The top-level packages that a command has imported when it ends."""
-    script = (
-        "import sys\nfrom scalenet_ray.__main__ import main\n"
-        "try:\n    main(sys.argv[1:])\n"
-        "finally:\n    sys.stderr.write('loaded: ' + ' '.join(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return {name.partition(".")[0] for name in done.stderr.partition("loaded: ")[2].split()}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +69,7 @@ def test_each_command_lists_its_flags(name: str, capsys: pytest.CaptureFixture[s
 
 def test_every_module_of_a_command_is_registered() -> None:
     modules = {path.stem for path in (REPOSITORY / "scalenet_ray" / "commands").glob("*.py")}
-    assert {command.module for command in COMMANDS.values()} == modules - {"__init__", "arguments"}
+    assert {command.module for command in COMMANDS.values()} == modules - {"__init__", "arguments", "data_flags"}
 
 
 @pytest.mark.parametrize(("job", "module"), COMMAND_MODULES.items())

@@ -216,34 +216,6 @@ def test_a_category_that_the_detector_does_not_know_is_refused(
     assert "dodecahedron" in error_of(eval_job(data, tmp_path / "run"), capsys)
 
 
-def spoil(sample: Path, data: Path) -> dict[str, str]:
-    """A copy of the sample in which every image but two is bad in its own way; file -> part of its reason."""
-    shutil.copytree(sample, data)
-    path = data / "annotations" / "instances_val2017.json"
-    document = read_json(path)
-    names = [image["file_name"] for image in document["images"]]
-    folder = data / "val2017"
-    (folder / names[0]).unlink()
-    whole = (folder / names[1]).read_bytes()
-    (folder / names[1]).write_bytes(whole[: len(whole) // 2])
-    Image.new("RGB", (20, 10)).save(folder / names[2])
-    (folder / names[3]).write_text("not a picture")
-    document["images"][4]["file_name"] = "../secret.jpg"
-    shutil.copy(folder / names[5], data / "secret.jpg")
-    huge = Image.new("L", (20_000, 20_000))
-    huge.save(folder / names[5], "PNG")
-    document["images"][5] |= {"height": 20_000, "width": 20_000}
-    path.write_text(json.dumps(document))
-    return {
-        names[0]: "there is no such file",
-        names[1]: "damaged",
-        names[2]: "as annotated",
-        names[3]: "must be a JPEG",
-        "../secret.jpg": "inside the images' folder",
-        names[5]: "may have 200000000 pixels",
-    }
-
-
 def test_a_run_whose_images_all_fail_still_has_its_figures(sample: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(sample, data)

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.geometry import AreaRange, Tile, Window, iou_matrix
 from scalenet_ray.core.merge import Merging, carry_to_image, merge_detections, nms, soft_nms
-from tests.oracles import iou_of_boxes
+from tests.oracles import equal_detections, iou_of_boxes
 
 MERGING = Merging(iou_threshold=0.65, score_threshold=0.01, edge_margin=2.0)
 LINEAR = Merging(method="soft-nms-linear", iou_threshold=0.3, score_threshold=0.0)
@@ -46,12 +46,6 @@ def heaps(draw: st.DrawFn, most: int = 25) -> Detections:
     return _found(boxes, rng.integers(0, 6, count) / 5, rng.integers(1, 4, count), windows=windows)
 
 
-def _equal(one: Detections, other: Detections) -> bool:
-    arrays = ("boxes", "scores", "labels", "depth", "windows")
-    same = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
-    return same and one.masks == other.masks
-
-
 # --- overlap ----------------------------------------------------------------------------------------
 
 
@@ -59,7 +53,7 @@ def _equal(one: Detections, other: Detections) -> bool:
 def test_max_detections_keeps_the_best(found: Detections, merging: Merging, most: int) -> None:
     everything = merge_detections([found], merging)
     kept = merge_detections([found], dataclasses.replace(merging, max_detections=most))
-    assert _equal(kept, everything[np.arange(min(most, len(everything)))])
+    assert equal_detections(kept, everything[np.arange(min(most, len(everything)))])
 
 
 @given(heaps(), heaps())
@@ -206,7 +200,7 @@ def test_no_order_of_parts_or_of_rows_matters(found: Detections, merging: Mergin
     shuffled = found[np.array(order, np.int64)]
     parts = [shuffled[np.arange(a, b)] for a, b in zip([0, *cuts], [*cuts, len(order)], strict=True)]
     random.shuffle(parts)
-    assert _equal(merge_detections(parts, merging), wanted)
+    assert equal_detections(merge_detections(parts, merging), wanted)
 
 
 @given(heaps(), st.sampled_from([Merging(score_threshold=0.0), LINEAR, GAUSSIAN]))
@@ -333,4 +327,4 @@ def test_masks_are_carried_to_the_window_and_only_those_of_what_is_kept() -> Non
 
 def test_nothing_found_is_carried_as_nothing() -> None:
     assert _carried([]).boxes.shape == (0, 4)
-    assert carry_to_image(Detections.empty(with_masks=True), TILE, MERGING).masks == ()
+    assert carry_to_image(dataclasses.replace(Detections.empty(), masks=()), TILE, MERGING).masks == ()

@@ -16,7 +16,7 @@ import pytest
 from bench.fakes import TILES_PER_IMAGE, fake_networks, records_of, two_windows
 from scalenet_ray.console import JsonLines, log_to_stderr
 from scalenet_ray.core.timing import STAGES
-from scalenet_ray.engine.metrics import METRICS, exported_name
+from scalenet_ray.engine.metrics import METRICS
 from scalenet_ray.engine.session import RaySession
 from scalenet_ray.runs.batch import PolicyRun
 from scalenet_ray.runs.folder import RunFolder
@@ -27,6 +27,11 @@ from tests.one_bad_image import BAD_IMAGE, open_but_one
 
 PAGE = (REPOSITORY / "docs" / "operations.md").read_text()
 DASHBOARD = json.loads((REPOSITORY / "ops" / "grafana.json").read_text())
+
+
+def exported_name(name: str) -> str:
+    """The name of a metric in Prometheus."""
+    return f"ray_{name}_total" if METRICS[name].kind == "counter" else f"ray_{name}"
 
 
 def work(session: Session, images: int, folder: Path) -> None:

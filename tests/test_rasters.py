@@ -545,7 +545,7 @@ class DeclaredDetector(RandomDetector):
 def test_one_image_in_python_is_read_by_window_and_drawn_reduced(
     rasterio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scalenet_ray.api.prediction._PICTURE_SIDE", 100)
+    monkeypatch.setattr("scalenet_ray.api.prediction.PICTURE_SIDE", 100)
     path = write_tiff(tmp_path / "image.tif", BANDS, overviews=(2,), **TILED, **RGB)
     result = get_scaled_prediction(path, DeclaredDetector(), policy="grid-2", verbose=0)
     assert isinstance(result.pixels, Raster)

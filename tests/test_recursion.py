@@ -531,16 +531,6 @@ def _assert_all_found_once(found: Detections, boxes: np.ndarray, labels: np.ndar
         assert found.labels[at] == label
 
 
-def _assert_same(one: ImageResult, other: ImageResult) -> None:
-    for field in dataclasses.fields(ImageResult):
-        if field.name not in ("detections", "whole_pass"):
-            assert getattr(one, field.name) == getattr(other, field.name), field.name
-    assert (one.whole_pass is None) == (other.whole_pass is None)
-    for mine, theirs in ((one.detections, other.detections), (one.whole_pass, other.whole_pass)):
-        for field in ("boxes", "scores", "labels", "depth", "windows"):
-            np.testing.assert_array_equal(getattr(mine, field, None), getattr(theirs, field, None))
-
-
 # --- what is found ----------------------------------------------------------------------------------
 
 

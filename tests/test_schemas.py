@@ -102,7 +102,8 @@ def test_tile_results_are_read_from_slices_and_chunks() -> None:
 
 
 def test_masks_of_no_detection_are_not_no_masks() -> None:
-    results = [TileResult(1, (), Fraction(1), Detections.empty(with_masks=True)), TileResult(2, (), Fraction(1))]
+    nothing = replace(Detections.empty(), masks=())
+    results = [TileResult(1, (), Fraction(1), nothing), TileResult(2, (), Fraction(1))]
     with_masks, without = tile_results_from_table(tile_results_table(results))
     assert with_masks.detections.masks == ()
     assert without.detections.masks is None

@@ -9,20 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalenet_ray.__main__ import main
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.evaluation.compare import are_new
 from scalenet_ray.report.charts import drawing
 from scalenet_ray.report.recursion_figure import picture_bytes
 from scalenet_ray.sample.scenes import sample_scene
-
-
-def run_command(*arguments: str) -> int:
-    """The exit status of a command, run in this process."""
-    with pytest.raises(SystemExit) as exit_info:
-        main(list(arguments))
-    assert isinstance(exit_info.value.code, int)
-    return exit_info.value.code
+from tests.job_scripts import run_command
 
 
 @pytest.fixture

@@ -188,6 +188,22 @@ def _engine(engine: EngineName | Literal["auto"], images: Any) -> EngineName:
     return "ray" if running or "RAY_ADDRESS" in os.environ or hasattr(images, "iter_rows") else "local"
 
 
+def _check_resumable(output: str | None, inputs: InputImages) -> None:
+    if output is None or not inputs.resumable:
+        lacking = "no output" if output is None else "images without addresses"
+        msg = f"resume continues a run in output with images that have addresses, got {lacking}: leave resume out"
+        raise UserError(msg)
+
+
+def _policies(
+    policy: str | Policy, networks: NetworkSpec, smallest_object: float | None, detector: DetectorInfo
+) -> list[Policy]:
+    """The policy, with the detector's defaults if it is given by name."""
+    if isinstance(policy, Policy):
+        return [ready_policy(policy, smallest_object)]
+    return named_policies([policy], networks, detector, smallest_object)
+
+
 def detect(
     images: Images,
     detector: str | Detector | None = None,
@@ -244,17 +260,9 @@ def detect(
     chosen_engine = _engine(engine, images)
     session = start_session(chosen_engine, resources or ResourceChoice(), networks)
     inputs = collect_images(images, session, column, every)
-    if resume and (output is None or not inputs.resumable):
-        lacking = "no output" if output is None else "images without addresses"
-        msg = f"resume continues a run in output with images that have addresses, got {lacking}: leave resume out"
-        raise UserError(msg)
-
-    def choose(info: DetectorInfo) -> list[Policy]:
-        """The policy, with the detector's defaults if it is given by name."""
-        if isinstance(policy, Policy):
-            return [ready_policy(policy, smallest_object)]
-        return named_policies([policy], networks, info, smallest_object)
-
+    if resume:
+        _check_resumable(output, inputs)
+    choose = partial(_policies, policy, networks, smallest_object)
     (chosen,), info = prepare_run(session, networks, [inputs.images], choose, partial(warnings.warn, stacklevel=3))
     info = info._replace(categories=classes_named(info.categories, classes))
     networks = settle_workers(session, networks, [chosen], inputs.images, log=lambda line: None)
@@ -266,19 +274,10 @@ def detect(
         **({"classes": list(classes)} if classes is not None else {}),
         **({"every": every} if every > 1 else {}),
     }
-
-    def start(run: RunFolder) -> DetectionRun:
-        """The work on all images, in a run folder that has begun."""
-        return DetectionRun(
-            session,
-            run,
-            policy=chosen,
-            networks=networks,
-            detector=info,
-            images=inputs.images,
-            report=progress or (lambda progress: None),
-        )
-
+    report = progress or (lambda progress: None)
+    start = partial(
+        DetectionRun, session, policy=chosen, networks=networks, detector=info, images=inputs.images, report=report
+    )
     predictions = _predict(start, inputs, chosen.name, info.categories, output, settings, workers, resume=resume)
     # Runs up to the first image: an output folder that cannot be used is refused here.
     next(predictions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
@@ -15,7 +14,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.geometry import AnyImage, whole_pixels
 from scalenet_ray.data import storage
 from scalenet_ray.data.formats import decoded_masks, to_results, to_supervision
-from scalenet_ray.report.pictures import NEW, SEEN, crop, draw_objects
+from scalenet_ray.report.pictures import PICTURE_SIDE, crop, draw_objects, encoded
 
 if TYPE_CHECKING:
     import supervision  # pyright: ignore[reportMissingImports]
@@ -28,8 +27,8 @@ __all__ = [
     "Score",
 ]
 
-_PICTURE_SIDE = 4096
 _NOTEBOOK_SIDE = 1200
+_QUALITY = 92
 _MOST_CLASSES = 5
 
 
@@ -97,7 +96,7 @@ class Prediction:
     @property
     def image(self) -> Image.Image:
         """The image as a Pillow image; one that is read by window is reduced, to a longer side of 4096 or more."""
-        return Image.fromarray(whole_pixels(self.pixels, _PICTURE_SIDE))
+        return Image.fromarray(whole_pixels(self.pixels, PICTURE_SIDE))
 
     @property
     def image_height(self) -> int:
@@ -171,20 +170,8 @@ class Prediction:
             line_width: of the boxes, in pixels; None for one that suits the image.
             text_size: in pixels; None for one that suits the image.
         """
-        return self._drawn(self.image, labels, scores, line_width, text_size)
-
-    def _drawn(
-        self, image: Image.Image, labels: bool, scores: bool, line_width: int | None, text_size: int | None
-    ) -> Image.Image:
-        """Draw on an image that may be reduced."""
-        found = self.detections
-        names = [self.categories[label] for label in found.labels.tolist()]
-        texts = [
-            f"{name} {score:.2f}" if scores else name for name, score in zip(names, found.scores.tolist(), strict=True)
-        ]
-        colours = [NEW if depth else SEEN for depth in found.depth.tolist()]
-        boxes = found.boxes * (image.width / self.image_width)
-        return draw_objects(image, boxes, colours, texts if labels else (), line_width, text_size)
+        found, categories = self.detections, self.categories
+        return draw_objects(self.image, self.image_width, found, categories, labels, scores, line_width, text_size)
 
     def export_visuals(
         self,
@@ -213,7 +200,9 @@ class Prediction:
         size = None if text_size is None else round(text_size)
         picture = self.plot(labels=not hide_labels, scores=not hide_conf, line_width=rect_th, text_size=size)
         uri = storage.join(export_dir, f"{file_name}.{export_format}")
-        storage.write_bytes_atomic(uri, _encoded(picture, "JPEG" if export_format == "jpg" else export_format))
+        image_format = "jpeg" if export_format == "jpg" else export_format
+        quality = {"quality": _QUALITY} if image_format.lower() == "jpeg" else {}
+        storage.write_bytes_atomic(uri, encoded(picture, image_format, **quality))
         return uri
 
     def in_words(self) -> str:
@@ -232,10 +221,4 @@ class Prediction:
         """Picture of the objects for a notebook."""
         image = self.image
         image.thumbnail((_NOTEBOOK_SIDE, _NOTEBOOK_SIDE))
-        return _encoded(self._drawn(image, True, True, None, None), "png")
-
-
-def _encoded(picture: Image.Image, image_format: str) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, image_format, **({"quality": 92} if image_format.lower() == "jpeg" else {}))
-    return buffer.getvalue()
+        return encoded(draw_objects(image, self.image_width, self.detections, self.categories), "png")

@@ -41,7 +41,6 @@ def parse_arguments(
     arguments: Sequence[str] | None = None,
     *,
     program: str | None = None,
-    about: str | None = None,
 ) -> Job:
     """The job that a command line asks for; ends the process with status 2 if it can't be one.
 
@@ -52,9 +51,8 @@ def parse_arguments(
         kind: the job's dataclass, or a union of them: then the first word says which.
         arguments: the words of the command line; those of this process by default.
         program: its name in the help; the script's by default.
-        about: what the help says first; the dataclass's docstring by default.
     """
-    job = tyro.cli(kind, args=arguments, prog=program, description=about, registry=_registry())
+    job = tyro.cli(kind, args=arguments, prog=program, registry=_registry())
     try:
         check_arguments(job)
     except UserError as error:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from scalenet_ray.commands.data_flags import AnnotatedData
 from scalenet_ray.console import check_retry, end_run, say
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
@@ -36,17 +37,12 @@ __all__ = ["EvalCoco", "main"]
 
 
 @dataclass(frozen=True)
-class EvalCoco:
+class EvalCoco(AnnotatedData):
     """Evaluate policies with a frozen detector on an annotated data set.
 
     Without --data: the embedded sample, with the sample's networks.
 
     Attributes:
-        data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
-            data.yaml; local, s3://, gs://, az://, hf:// or https://.
-        annotations: in place of --data, with --images: an instances file, or a folder of VOC's or VisDrone's label
-            files. {split} stands for the split's name.
-        images: folder of the images of --annotations.
         split: the split to evaluate on. The embedded sample has train2017, val2017 and large2017.
         policies: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused,
             oracle, regions-scalenet, regions-oracle, paper. By default whole, grid-2, regions, scalenet and
@@ -66,9 +62,6 @@ class EvalCoco:
         engine: ray (actors, here or on a cluster) or local (one process).
     """
 
-    data: str | None = None
-    annotations: str | None = None
-    images: str | None = None
     split: str = "val2017"
     policies: tuple[str, ...] | None = None
     policy_file: str | None = None
@@ -91,7 +84,7 @@ class EvalCoco:
 def main(job: EvalCoco) -> int:
     """Run and evaluate all policies, and print their metrics as a table. Returns the exit status."""
     check_retry(job.retry_failed, resume=job.resume)
-    if job.data is None and job.annotations is None and job.images is None:
+    if job.is_sample:
         data, networks = sample_inputs(job.networks)
         job = replace(job, data=data, networks=networks)
     session = start_session(job.engine, job.resources, job.networks)

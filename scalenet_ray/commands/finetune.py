@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from scalenet_ray.commands.data_flags import TrainingData
 from scalenet_ray.console import say
 from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
@@ -15,7 +16,6 @@ from scalenet_ray.engine.train import train
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.sample.scenes import SAMPLE
 from scalenet_ray.training.detector_recipe import plan_fine_tuning
-from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.log import TrainingLog
 from scalenet_ray.training.schedule import Training
 
@@ -26,21 +26,12 @@ SAMPLE_START = "untrained:ssdlite320_mobilenet_v3_large"
 
 
 @dataclass(frozen=True)
-class FinetuneDetector:
+class FinetuneDetector(TrainingData):
     """Fine-tune a detector on an annotated data set.
 
     Without --data: on the embedded sample.
 
     Attributes:
-        data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
-            data.yaml; local, s3://, gs://, az://, hf:// or https://.
-        annotations: in place of --data, with --images: an instances file, or a folder of VOC's or VisDrone's label
-            files. {split} stands for the split's name.
-        images: folder of the images of --annotations.
-        split: training split.
-        val_split: validation split, evaluated after each epoch.
-        holdout: share of the training split that is held out for validation, in place of --val-split.
-        limit: only the first so many images of each split.
         detector: torchvision:NAME or torchvision:PATH; or untrained:NAME, with random weights for the data's own
             categories, the default on the embedded sample.
         input_side: the longer side of a tile, in pixels; the detector's own by default.
@@ -48,13 +39,6 @@ class FinetuneDetector:
         resume: continue the run in the output folder.
     """
 
-    data: str | None = None
-    annotations: str | None = None
-    images: str | None = None
-    split: str = "train2017"
-    val_split: str = "val2017"
-    holdout: float = 0.0
-    limit: Annotated[int, ONE_OR_MORE] | None = None
     detector: str | None = None
     input_side: Annotated[int, ONE_OR_MORE] | None = None
     output: str | None = None
@@ -64,13 +48,11 @@ class FinetuneDetector:
 
 def main(job: FinetuneDetector) -> int:
     """Fine-tune, validate after each epoch, and write metrics.json and the weights. Returns the exit status."""
-    is_sample = job.data is None and job.annotations is None and job.images is None
-    if job.detector is None and not is_sample:
+    if job.detector is None and not job.is_sample:
         msg = "--detector must name what is fine-tuned on your data, torchvision:NAME or torchvision:PATH, got none"
         raise UserError(msg)
-    data = SAMPLE if is_sample else job.data
-    job = replace(job, data=data, detector=job.detector or SAMPLE_START)
-    images = TrainingImages(data, job.split, job.val_split, job.holdout, job.limit, job.annotations, job.images)
+    job = replace(job, data=SAMPLE if job.is_sample else job.data, detector=job.detector or SAMPLE_START)
+    images = job.training_images()
     recipe = plan_fine_tuning(images, str(job.detector), input_side=job.input_side, seed=job.training.seed)
     run = RunFolder.of_job(job.output, "finetune_detector", resume=job.resume)
     settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training")}

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from scalenet_ray.commands.data_flags import TrainingData
 from scalenet_ray.console import say
 from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
@@ -35,21 +36,12 @@ CLASS_PRESETS = tuple(name for name, config in PRESETS.items() if config.kind ==
 
 
 @dataclass(frozen=True)
-class TrainScaleNet:
+class TrainScaleNet(TrainingData):
     """Train a Scale Net on an annotated data set.
 
     Without --data: on the embedded sample.
 
     Attributes:
-        data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
-            data.yaml; local, s3://, gs://, az://, hf:// or https://.
-        annotations: in place of --data, with --images: an instances file, or a folder of VOC's or VisDrone's label
-            files. {split} stands for the split's name.
-        images: folder of the images of --annotations.
-        split: training split.
-        val_split: validation split, evaluated after each epoch.
-        holdout: share of the training split that is held out for validation, in place of --val-split.
-        limit: only the first so many images of each split.
         preset: unet-light, unet-lite0, the paper's unet-vgg16; or head: a scale head on the detector's own features.
         detector: kind:what, the frozen detector whose features a head reads; without --data the sample's.
         device: torch device on which that detector measures the gains that a head learns.
@@ -60,13 +52,6 @@ class TrainScaleNet:
         resume: continue the run in the output folder.
     """
 
-    data: str | None = None
-    annotations: str | None = None
-    images: str | None = None
-    split: str = "train2017"
-    val_split: str = "val2017"
-    holdout: float = 0.0
-    limit: Annotated[int, ONE_OR_MORE] | None = None
     preset: str = "unet-light"
     detector: str | None = None
     device: str = "cpu"
@@ -104,9 +89,9 @@ def _head_recipe(job: TrainScaleNet, images: TrainingImages, run: RunFolder) -> 
 
 def main(job: TrainScaleNet) -> int:
     """Train, validate after each epoch, and write metrics.json and scale_net.safetensors. Returns the exit status."""
-    if job.data is None and job.annotations is None and job.images is None:
+    if job.is_sample:
         job = replace(job, data=SAMPLE, detector=job.detector or SAMPLE_DETECTOR)
-    images = TrainingImages(job.data, job.split, job.val_split, job.holdout, job.limit, job.annotations, job.images)
+    images = job.training_images()
     pixels = None if job.preset == "head" else _pixel_recipe(job, images)
     run = RunFolder.of_job(job.output, "train_scalenet", resume=job.resume)
     settings = {

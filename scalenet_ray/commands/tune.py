@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
+from scalenet_ray.commands.data_flags import AnnotatedData
 from scalenet_ray.console import end_run, say
 from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
@@ -24,6 +25,7 @@ from scalenet_ray.report.charts import front_plot
 from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
 from scalenet_ray.report.text import difference_table, policy_table, trial_table
 from scalenet_ray.runs.folder import RunFolder
+from scalenet_ray.runs.local import Session
 from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.workflows import (
     CocoSplit,
@@ -48,17 +50,12 @@ _MOST_STEPS = 10
 
 
 @dataclass(frozen=True)
-class TuneRecursion:
+class TuneRecursion(AnnotatedData):
     """Tune the recursion on one split of an annotated data set, and report on another.
 
     Without --data: the embedded sample, with the sample's networks.
 
     Attributes:
-        data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
-            data.yaml; local, s3://, gs://, az://, hf:// or https://.
-        annotations: in place of --data, with --images: an instances file, or a folder of VOC's or VisDrone's label
-            files. {split} stands for the split's name.
-        images: folder of the images of --annotations.
         split: the split to tune on.
         report_split: the split to report on.
         space: YAML of the search space: policies, and the fields to vary.
@@ -71,9 +68,6 @@ class TuneRecursion:
         max_image_megapixels: larger images are refused before they are decoded, except TIFFs that are read by window.
     """
 
-    data: str | None = None
-    annotations: str | None = None
-    images: str | None = None
     split: str = "train2017"
     report_split: str = "val2017"
     space: str = str(SPACE)
@@ -126,6 +120,26 @@ def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> Trial
     )
 
 
+def _open_splits(job: TuneRecursion, session: Session) -> list[CocoSplit]:
+    """The split to tune on, and that to report on: an error in the latter must not come after the sweep."""
+    if job.annotations is not None and "{split}" not in job.annotations:
+        msg = f"--annotations must name two splits, as in 'labels/{{split}}.json', got {job.annotations}: add {{split}}"
+        raise UserError(msg)
+    opened = [
+        open_split(
+            session,
+            job.data,
+            split,
+            limit=limit,
+            max_megapixels=job.max_image_megapixels,
+            annotations=job.annotations,
+            images=job.images,
+        )
+        for split, limit in ((job.split, job.limit), (job.report_split, None))
+    ]
+    return [with_categories(session, split, job.networks, job.categories, log=say) for split in opened]
+
+
 def main(job: TuneRecursion) -> int:
     """Tune, then evaluate the best policies on the other split. Returns the exit status.
 
@@ -133,26 +147,12 @@ def main(job: TuneRecursion) -> int:
     report/.
     """
     space = read_space(job.space)
-    if job.data is None and job.annotations is None and job.images is None:
+    if job.is_sample:
         data, networks = sample_inputs(job.networks)
         job = replace(job, data=data, networks=networks)
     session = start_session("ray", job.resources, job.networks)
     say("checking the images and the networks")
-    if job.annotations is not None and "{split}" not in job.annotations:
-        msg = f"--annotations must name two splits, as in 'labels/{{split}}.json', got {job.annotations}: add {{split}}"
-        raise UserError(msg)
-    where: dict[str, Any] = {
-        "max_megapixels": job.max_image_megapixels,
-        "annotations": job.annotations,
-        "images": job.images,
-    }
-    tuned_on = open_split(session, job.data, job.split, limit=job.limit, **where)
-    # Before the first trial, so that an error in this split does not come after the sweep.
-    reported_on = open_split(session, job.data, job.report_split, limit=None, **where)
-    tuned_on, reported_on = (
-        with_categories(session, split, job.networks, job.categories, log=say) for split in (tuned_on, reported_on)
-    )
-    splits = [tuned_on, reported_on]
+    splits = tuned_on, reported_on = _open_splits(job, session)
     policies, _ = prepare_run(session, job.networks, splits, lambda detector: _policies(job, space, detector), log=say)
     job = replace(job, networks=settle_workers(session, job.networks, policies, tuned_on, log=say))
     task = _task(job, policies, tuned_on)
@@ -173,15 +173,7 @@ def main(job: TuneRecursion) -> int:
 
     report = RunFolder(storage.join(run.uri, "report"), run.uri)
     contenders = [*policies, *best]
-    settings = {
-        "data": job.data,
-        "annotations": job.annotations,
-        "images": job.images,
-        "split": job.report_split,
-        "networks": job.networks.settings(),
-        "policies": [policy_to_dict(policy) for policy in contenders],
-    }
-    with report.begin(settings, resume=job.resume, workers=workers):
+    with report.begin(_report_settings(job, contenders), resume=job.resume, workers=workers):
         document = evaluate_policies(
             session,
             report,
@@ -200,6 +192,17 @@ def main(job: TuneRecursion) -> int:
         say(line)
     say(f"the best policy: {storage.join(run.uri, 'best.yaml')}, for --policy-file")
     return end_run(document, report.uri, job.max_failures)
+
+
+def _report_settings(job: TuneRecursion, policies: list[Policy]) -> dict[str, Any]:
+    return {
+        "data": job.data,
+        "annotations": job.annotations,
+        "images": job.images,
+        "split": job.report_split,
+        "networks": job.networks.settings(),
+        "policies": [policy_to_dict(policy) for policy in policies],
+    }
 
 
 def _settings(job: TuneRecursion, space: SearchSpace, policies: list[Policy]) -> dict[str, Any]:

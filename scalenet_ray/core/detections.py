@@ -193,12 +193,11 @@ class Detections:
         return sides[:, 0] * sides[:, 1]
 
     @classmethod
-    def empty(cls, *, with_masks: bool = False) -> Detections:
+    def empty(cls) -> Detections:
         """Return zero detections: boxes of shape [0, 4]."""
         none = np.zeros(0, np.int64)
-        masks = () if with_masks else None
         return cls.of_columns(
-            np.zeros((0, 4), np.float32), np.zeros(0, np.float32), none, none, np.zeros((0, 4), np.int64), masks
+            np.zeros((0, 4), np.float32), np.zeros(0, np.float32), none, none, np.zeros((0, 4), np.int64), None
         )
 
     @classmethod

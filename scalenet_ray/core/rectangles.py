@@ -13,7 +13,7 @@ import numpy as np
 __all__ = ["STRIDE", "costs", "joined", "split_into_tiles"]
 
 STRIDE = 32
-"""Sides of a canvas are multiples of this, in tile pixels."""
+"""Sides of a canvas are multiples of this: the coarsest stride of the networks in tile pixels."""
 
 _ZOOM_BINS = 2
 """Bins of zoom to a factor of two: rectangles are joined within a bin first."""

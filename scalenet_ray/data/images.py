@@ -43,7 +43,6 @@ __all__ = [
     "OTHER_SUFFIXES",
     "decode_image",
     "file_hw",
-    "image_hw",
     "read_image",
     "to_rgb",
 ]
@@ -150,17 +149,8 @@ def _orientation(image: ImageFile) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def image_hw(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Read (height, width) from the header alone, as `decode_image` returns it without `expect_hw`.
-
-    Raises:
-        TileError: if the bytes are not an image, or it is too large.
-    """
-    return _read_header(io.BytesIO(data), max_pixels).upright_hw
-
-
 def file_hw(uri: Address) -> tuple[int, int]:
-    """Read (height, width) of an image file, of which only the header is read; see `image_hw`.
+    """Read (height, width) of an image file from its header alone, as `decode_image` returns it without `expect_hw`.
 
     Raises:
         TileError: if the file is missing, unreadable or no image.

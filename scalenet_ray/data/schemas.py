@@ -99,9 +99,8 @@ IMAGES = pa.schema(
 )
 """One row per image, written after its detections as the record that it is finished.
 
-zoom is `ImageResult.zoom`; null in runs of older versions. guards is JSON, name -> count.
- finished_at is in seconds since the run began. whole_pass is `ImageResult.whole_pass`;
-null without such a pass, and in runs of older versions.
+zoom is `ImageResult.zoom`; null in runs of older versions. guards is JSON, name -> count. finished_at is in seconds
+since the run began. whole_pass is `ImageResult.whole_pass`; null without such a pass, and in runs of older versions.
 """
 
 _CORNERS = ("x0", "y0", "x1", "y1")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy
 
@@ -18,6 +17,7 @@ from scalenet_ray.engine.placement import cpu_share, gpu_share
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.worker_errors import workers_errors
 from scalenet_ray.models.spec import NetworkSpec
+from scalenet_ray.runs.tables import parquet_bytes
 from scalenet_ray.training.examples import TrainingImages, read_pixels
 from scalenet_ray.training.gain import measure_scores
 
@@ -66,7 +66,10 @@ def measure_dataset(
         say: called with a line of progress for each written file.
     """
     count = sum(map(len, images.examples()))
-    ranges = list(_ranges(count))
+    ranges = [
+        (f"{start:07d}.parquet", range(start, min(start + _IMAGES_PER_FILE, count)))
+        for start in range(0, count, _IMAGES_PER_FILE)
+    ]
     missing = [(name, places) for name, places in ranges if not storage.exists(storage.join(folder, name))]
     if not missing:
         return
@@ -100,11 +103,5 @@ def measure_dataset(
 
 def _write(uri: str, rows: list[dict[str, Any]]) -> None:
     scored = sorted((row for row in rows if row["image_id"] is not None), key=lambda row: row["place"])
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([{name: row[name] for name in _SCHEMA.names} for row in scored], _SCHEMA), sink)
-    storage.write_bytes_atomic(uri, sink.getvalue().to_pybytes())
-
-
-def _ranges(count: int) -> Iterator[tuple[str, range]]:
-    for start in range(0, count, _IMAGES_PER_FILE):
-        yield f"{start:07d}.parquet", range(start, min(start + _IMAGES_PER_FILE, count))
+    table = pa.Table.from_pylist([{name: row[name] for name in _SCHEMA.names} for row in scored], _SCHEMA)
+    storage.write_bytes_atomic(uri, parquet_bytes(table))

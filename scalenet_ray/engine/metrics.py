@@ -15,7 +15,7 @@ from ray.util.metrics import Counter, Gauge
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.engine.frontier import FrontierStatus
 
-__all__ = ["METRICS", "BatchMetrics", "Metric", "RunMetrics", "exported_name"]
+__all__ = ["METRICS", "BatchMetrics", "Metric", "RunMetrics"]
 
 
 class Metric(NamedTuple):
@@ -38,11 +38,6 @@ METRICS: dict[str, Metric] = {
     "scalenet_open_images": Metric("gauge", "Images in progress.", ("policy",)),
 }
 """All metrics by name."""
-
-
-def exported_name(name: str) -> str:
-    """The name of a metric in Prometheus."""
-    return f"ray_{name}_total" if METRICS[name].kind == "counter" else f"ray_{name}"
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.rectangles import STRIDE
 
 __all__ = [
     "PADDING_GREY",
@@ -21,9 +22,6 @@ __all__ = [
 
 PADDING_GREY = 114
 """Value of the padding in all channels, that of the YOLO family."""
-
-STRIDE = 32
-"""Sides of a canvas are multiples of this: the coarsest stride of the networks in tile pixels."""
 
 HW = tuple[int, int]
 

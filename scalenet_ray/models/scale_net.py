@@ -24,6 +24,7 @@ from scalenet_ray.models.weights import load_weights, save_weights
 __all__ = [
     "ScaleNetPredictor",
     "build_scale_net",
+    "conv_block",
     "load_scale_net",
     "load_state",
     "normalised",
@@ -59,7 +60,8 @@ class DigitsFcn(nn.Module):
         return self.layers(images)
 
 
-def _block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+def conv_block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    """A 3 x 3 convolution, batch normalisation and ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -72,10 +74,10 @@ class LightEncoder(nn.Module):
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
-        self.stem = _block(in_channels, 16, stride=2)
+        self.stem = conv_block(in_channels, 16, stride=2)
         widths = (16, *_LIGHT_WIDTHS)
         self.stages = nn.ModuleList(
-            nn.Sequential(_block(before, width, stride=2), _block(width, width))
+            nn.Sequential(conv_block(before, width, stride=2), conv_block(width, width))
             for before, width in itertools.pairwise(widths)
         )
 
@@ -100,7 +102,7 @@ class LightUNet(nn.Module):
             widths = tuple(self.encoder.out_channels)[-4:]  # type: ignore[arg-type]
         narrow = _LIGHT_WIDTHS[:3]
         inputs = (narrow[1] + widths[0], narrow[2] + widths[1], widths[3] + widths[2])
-        self.decoder = nn.ModuleList(_block(i, o) for i, o in zip(inputs, narrow, strict=True))
+        self.decoder = nn.ModuleList(conv_block(i, o) for i, o in zip(inputs, narrow, strict=True))
         self.head = nn.Conv2d(narrow[0], out_channels, 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

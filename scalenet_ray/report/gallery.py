@@ -7,7 +7,6 @@ of the engine, which has access to the cluster's files and networks.
 from __future__ import annotations
 
 import base64
-import io
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from scalenet_ray.core.recursion import TracedTile, trace_tiles
 from scalenet_ray.data.coco import CocoDataset, ImageRecord, OpenImage, objects_of, read_annotations
 from scalenet_ray.evaluation.compare import SMALL_AREA, are_new
 from scalenet_ray.evaluation.tide import KINDS, explain
+from scalenet_ray.report.pictures import encoded
 from scalenet_ray.runs.analysis import whole_passes
 from scalenet_ray.runs.documents import ImageChanges
 from scalenet_ray.runs.folder import RunFolder
@@ -245,22 +245,19 @@ def _overlay(weights: np.ndarray) -> str:
     colour = np.broadcast_to(np.array(_MAP_COLOUR, np.uint8), (*alpha.shape, 3))
     image = Image.fromarray(np.dstack([colour, alpha]))
     image.thumbnail((_MAP_SIDE, _MAP_SIDE))
-    sink = io.BytesIO()
-    image.save(sink, "PNG", optimize=True)
-    return _data_uri("image/png", sink.getvalue())
+    return _data_uri("image/png", encoded(image, "PNG", optimize=True))
 
 
 def _photo(image: AnyImage, max_bytes: int) -> str:
     """The largest photograph that is not much longer than `max_bytes` as a data URI; the smallest at any length."""
     photo = Image.fromarray(whole_pixels(image, _LONGER_SIDES[0]))
-    sink = io.BytesIO()
+    jpeg = b""
     for side in _LONGER_SIDES:
         photo.thumbnail((side, side), Image.Resampling.LANCZOS)
-        sink = io.BytesIO()
-        photo.save(sink, "JPEG", quality=_JPEG_QUALITY)
-        if 4 * sink.tell() // 3 <= max_bytes:
+        jpeg = encoded(photo, "JPEG", quality=_JPEG_QUALITY)
+        if 4 * len(jpeg) // 3 <= max_bytes:
             break
-    return _data_uri("image/jpeg", sink.getvalue())
+    return _data_uri("image/jpeg", jpeg)
 
 
 def _data_uri(media_type: str, data: bytes) -> str:

@@ -151,7 +151,7 @@ def _lead(document: Metrics, winner: str | None, base: str | None, details: Repo
     if base and winner and base != winner:
         before, after = document["policies"][base], document["policies"][winner]
         ap_small = after.get("AP_small")
-        if ap_small is not None and is_known(ap_small):
+        if is_known(ap_small):
             reading = ", reading the ground truth," if reads_truth(winner, after) else ""
             sentence = (
                 f"<b>{html.escape(winner)}</b>{reading} takes AP of small objects from "
@@ -240,7 +240,7 @@ def _facts(
         ("AP_large", "AP of large objects"),
     ):
         value = row.get(metric) if row else None
-        if value is not None and is_known(value):
+        if is_known(value):
             interval = intervals.get(metric)
             remark = (
                 f"{interval['difference']:+.1f} to {base}  [{interval['low']:+.1f}, {interval['high']:+.1f}]"
@@ -266,7 +266,7 @@ def _facts(
         facts.append((f"{row['detector_passes_per_image']:.2f}", "detector passes an image", f"policy {winner}"))
         if "images_per_second" in row:
             speed = row["images_per_second"]
-            measured = speed is not None and is_known(speed)
+            measured = is_known(speed)
             remark = "" if measured else "too short to tell"
             facts.append((f"{speed:.1f}" if measured else "\N{EN DASH}", "images a second", remark))
     return cards(facts) if facts else ""

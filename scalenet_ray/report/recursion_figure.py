@@ -33,6 +33,7 @@ _HEAT = np.array([230, 159, 0], np.float32)
 _DIMMED = 0.35
 _LONGEST_SIDE = 1200
 _PANEL_INCHES = 4.2
+_TEXT_POINTS = 7.0
 
 
 def draw_look(axes: Axes, image: AnyImage, steps: Sequence[Step], policy: Policy) -> None:
@@ -69,7 +70,6 @@ def draw_boxes(
     *,
     texts: Sequence[str] = (),
     line_width: float = 1.5,
-    text_size: float = 7.0,
 ) -> None:
     """Draw an image with boxes.
 
@@ -80,7 +80,6 @@ def draw_boxes(
         colours: colour of each box.
         texts: label of each box; () for no labels.
         line_width: line width of the boxes, in points.
-        text_size: text size, in points.
     """
     _draw_image(axes, whole_pixels(image, _LONGEST_SIDE), (image.shape[0], image.shape[1]))
     for box, colour in zip(found.boxes.tolist(), colours, strict=True):
@@ -88,7 +87,7 @@ def draw_boxes(
     for box, text, colour in zip(found.boxes.tolist(), texts, colours, strict=False):
         label = {"facecolor": colour, "edgecolor": "none", "pad": 1.0, "alpha": 0.9}
         # Category names are plain text, not matplotlib formulas.
-        axes.text(box[0], box[1], text, fontsize=text_size, va="bottom", bbox=label, clip_on=True, parse_math=False)
+        axes.text(box[0], box[1], text, fontsize=_TEXT_POINTS, va="bottom", bbox=label, clip_on=True, parse_math=False)
 
 
 def _draw_image(axes: Axes, shown: np.ndarray, image_hw: tuple[int, int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -14,13 +13,12 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import whole_pixels
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import ImageRecord, OpenImage
-from scalenet_ray.report.pictures import NEW, SEEN, crop, draw_objects
+from scalenet_ray.report.pictures import PICTURE_SIDE, crop, draw_objects, encoded
 
 __all__ = ["SavedPictures"]
 
 _THREADS = 2
 _MOST_WAITING = 32
-_PICTURE_SIDE = 4096
 _QUALITY = 90
 
 
@@ -110,15 +108,9 @@ class SavedPictures:
             for uri, box in zip(crops, found.boxes.tolist(), strict=True):
                 _write_jpeg(uri, Image.fromarray(crop(image, box)))
         if draws:
-            shown = Image.fromarray(whole_pixels(image, _PICTURE_SIDE))
-            colours = [NEW if depth else SEEN for depth in found.depth.tolist()]
-            names = (self._categories[label] for label in found.labels.tolist())
-            texts = [f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True)]
-            boxes = found.boxes * (shown.width / image.shape[1])
-            _write_jpeg(picture, draw_objects(shown, boxes, colours, texts))
+            shown = Image.fromarray(whole_pixels(image, PICTURE_SIDE))
+            _write_jpeg(picture, draw_objects(shown, image.shape[1], found, self._categories))
 
 
 def _write_jpeg(uri: str, picture: Image.Image) -> None:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=_QUALITY)
-    storage.write_bytes_atomic(uri, buffer.getvalue())
+    storage.write_bytes_atomic(uri, encoded(picture, "JPEG", quality=_QUALITY))

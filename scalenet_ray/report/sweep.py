@@ -10,7 +10,7 @@ from typing import Any
 from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.report.charts import MUTED, WARM, drawing, front_plot, label, quiet, themed, to_svg
 from scalenet_ray.report.html import cards, page, section, table
-from scalenet_ray.report.tables import is_known, origin_line, origin_section
+from scalenet_ray.report.tables import figure_cell, interval_cell, is_known, origin_line, origin_section
 from scalenet_ray.runs.documents import Interval, Metrics, PolicyMetrics, TrialRow
 
 __all__ = ["Contender", "contenders_of", "render_sweep", "sweep_verdict"]
@@ -199,20 +199,16 @@ def _beside(contenders: Sequence[Contender], splits: tuple[str, str]) -> str:
         return ""
     rows = []
     for contender in contenders:
-        tuned, reported, interval = contender.tuned or {}, contender.reported or {}, contender.difference
-        difference = "\N{EN DASH}"
-        if interval is not None and all(is_known(interval[end]) for end in ("low", "high")):
-            difference = (
-                f"{interval['difference']:+.1f} <small>[{interval['low']:+.1f}, {interval['high']:+.1f}]</small>"
-            )
+        tuned, reported = contender.tuned or {}, contender.reported or {}
         figures = (
             (tuned.get("AP_small"), 1),
             (tuned.get("passes"), 2),
             (reported.get("AP_small"), 1),
             (reported.get("detector_passes_per_image"), 2),
         )
-        cells = ["\N{EN DASH}" if value is None or value != value else f"{value:.{n}f}" for value, n in figures]
-        rows.append([html.escape(f"{contender.name}{' (start)' if contender.is_start else ''}"), *cells, difference])
+        cells = [figure_cell(value, digits) for value, digits in figures]
+        name = html.escape(f"{contender.name}{' (start)' if contender.is_start else ''}")
+        rows.append([name, *cells, interval_cell(contender.difference)])
     head = [f"{title}, {split}" for split in splits for title in ("AP small", "passes")]
     return table("The start beside the best", ["policy", *head, f"AP small to the start, {splits[1]}"], rows)
 

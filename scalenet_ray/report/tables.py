@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -13,6 +13,8 @@ from scalenet_ray.runs.documents import FailureList, Interval, Metrics, PolicyMe
 
 __all__ = [
     "failures_section",
+    "figure_cell",
+    "interval_cell",
     "is_known",
     "origin_line",
     "origin_section",
@@ -59,13 +61,13 @@ def reads_truth(name: str, row: PolicyMetrics) -> bool:
     return row.get("kind", name) == "oracle"
 
 
-def is_known(value: float | None) -> bool:
+def is_known(value: float | None) -> TypeGuard[float]:
     """Return True if a metric was measured: neither None nor NaN."""
     return value is not None and value == value
 
 
 def _known(value: float | None) -> float:
-    return value if value is not None and is_known(value) else -1.0
+    return value if is_known(value) else -1.0
 
 
 def policy_rows(document: Metrics) -> tuple[list[str], list[list[str]]]:
@@ -95,27 +97,30 @@ def policy_rows(document: Metrics) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, row in policies.items():
         is_oracle = reads_truth(name, row)
-        cells = [_cell(row.get(key), digits, None if is_oracle else best.get(key)) for _, key, digits in columns]
+        cells = [figure_cell(row.get(key), digits, None if is_oracle else best.get(key)) for _, key, digits in columns]
         if differences:
-            cells.insert(1, _interval(differences.get(name, {}).get("AP_small"), widest))
+            cells.insert(1, interval_cell(differences.get(name, {}).get("AP_small"), widest))
         rows.append([html.escape(name) + (" <small>(reads the ground truth)</small>" if is_oracle else ""), *cells])
     return head, rows
 
 
-def _cell(value: float | None, digits: int, best: float | None) -> str:
-    if value is None or not is_known(value):
+def figure_cell(value: float | None, digits: int, best: float | None = None) -> str:
+    """Render a metric, in bold if it is the best; a dash if it was not measured."""
+    if not is_known(value):
         return "\N{EN DASH}"
     text = f"{value:.{digits}f}"
     return f"<b>{text}</b>" if best is not None and value == best else text
 
 
-def _interval(interval: Interval | None, widest: float) -> str:
-    """Render a difference with its 95 % interval as text and as a bar around zero."""
+def interval_cell(interval: Interval | None, widest: float | None = None) -> str:
+    """Render a difference with its 95 % interval as text, and as a bar around zero if the widest of them is given."""
     if interval is None or not all(is_known(interval[end]) for end in ("low", "high")):
         return "\N{EN DASH}"
+    words = f"{interval['difference']:+.1f} <small>[{interval['low']:+.1f}, {interval['high']:+.1f}]</small>"
+    if widest is None:
+        return words
     scale = 46 / max(widest, 1e-9)
     low, high, middle = (50 + scale * interval[end] for end in ("low", "high", "difference"))
-    words = f"{interval['difference']:+.1f} <small>[{interval['low']:+.1f}, {interval['high']:+.1f}]</small>"
     return (
         f'<span class="interval">{words}<svg viewBox="0 0 100 12" aria-hidden="true"><path class="zero" d="M50 0V12"/>'
         f'<path class="range" d="M{low:.1f} 6H{high:.1f}"/><circle cx="{middle:.1f}" cy="6" r="3.4"/></svg></span>'

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -50,17 +50,7 @@ ExportFormat = Literal["coco", "coco-results", "parquet", "yolo", "voc", "superv
 EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 """The formats of `export_run`."""
 
-
-_PLACES = {
-    "coco": "{}.coco.json",
-    "coco-results": "{}.coco-results.json",
-    "parquet": "{}.parquet",
-    "yolo": "{}.yolo",
-    "voc": "{}.voc",
-    "supervision": "{}.supervision.csv",
-    "fiftyone": "{}.fiftyone",
-    "geojson": "{}.geojson",
-}
+_IMAGES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -88,8 +78,9 @@ class Exported:
 
 
 class _Source(NamedTuple):
-    """Input of a writer: the images, category id -> name, and the images' folder if their files are below it."""
+    """Input of a writer: policy, images, category id -> name, and the images' folder if their files are below it."""
 
+    policy: str
     images: Iterator[StoredImage]
     names: dict[int, str]
     folder: str | None
@@ -137,7 +128,8 @@ def export_run(
     if name not in named:
         msg = f"--policy must be one of the run's, {', '.join(named)}, got {name!r}"
         raise UserError(msg)
-    uri = output or storage.join(run_uri, "exports", _PLACES[to].format(name))
+    suffix, write = _WRITERS[to]
+    uri = output or storage.join(run_uri, "exports", f"{name}{suffix}")
     counts = {"images": 0, "detections": 0}
 
     def images() -> Iterator[StoredImage]:
@@ -148,7 +140,7 @@ def export_run(
             counts["detections"] += len(detections)
             yield image._replace(detections=detections)
 
-    _WRITERS[to](_Source(images(), *_names_and_folder(run, settings)), uri, name)
+    write(_Source(name, images(), *_names_and_folder(run, settings)), uri)
     done = run.table("images", name, ["image_id"]).num_rows
     return Exported(
         policy=name,
@@ -188,11 +180,10 @@ def _names_and_folder(run: RunFolder, settings: dict[str, Any]) -> tuple[dict[in
 # --- writers ----------------------------------------------------------------------------------------
 
 
-def _write_coco(source: _Source, uri: str, policy: str) -> None:
+def _write_coco(source: _Source, uri: str) -> None:
     """Write an instances file: images with their file names and sizes, categories, and the detections as objects."""
-    del policy
     images = list(source.images)
-    numbers, separator = itertools.count(1), "\n"
+    numbers, separator = count(1), "\n"
     with storage.atomic_writer(uri) as handle:
         handle.write(b'{"annotations": [')
         for image in images:
@@ -213,34 +204,22 @@ def _write_coco(source: _Source, uri: str, policy: str) -> None:
         handle.write(b"\n], " + json.dumps(rest).encode()[1:] + b"\n")
 
 
-def _write_coco_results(source: _Source, uri: str, policy: str) -> None:
-    del policy
+def _write_coco_results(source: _Source, uri: str) -> None:
     write_results(
         uri, (row for image in source.images for row in to_results(image.image_id, image.detections, image.hw))
     )
 
 
-def _write_parquet(source: _Source, uri: str, policy: str) -> None:
+def _write_parquet(source: _Source, uri: str) -> None:
     """Write schema DETECTIONS with the columns `category` (name) and `file`."""
     schema = DETECTIONS.append(pa.field("category", pa.string())).append(pa.field("file", pa.string()))
     with storage.atomic_writer(uri) as handle, pq.ParquetWriter(handle, schema) as writer:
-        for images in _batched(source.images):
-            rows = detections_table([_as_result(image) for image in images], policy)
+        while images := list(islice(source.images, _IMAGES_AT_ONCE)):
+            rows = detections_table([_as_result(image) for image in images], source.policy)
             files = np.repeat([image.file for image in images], [len(image.detections) for image in images])
             categories = [source.names[label] for label in rows.column("category_id").to_pylist()]
             columns = [*rows.columns, pa.array(categories, pa.string()), pa.array(files.tolist(), pa.string())]
             writer.write_table(pa.table(columns, schema=schema))
-
-
-def _batched(images: Iterator[StoredImage], count: int = 256) -> Iterator[list[StoredImage]]:
-    batch: list[StoredImage] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == count:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _as_result(image: StoredImage) -> ImageResult:
@@ -257,9 +236,8 @@ def _as_result(image: StoredImage) -> ImageResult:
     )
 
 
-def _write_supervision(source: _Source, uri: str, policy: str) -> None:
+def _write_supervision(source: _Source, uri: str) -> None:
     """Write the table of supervision's CSVSink, with the image's id and file as custom columns."""
-    del policy
     with storage.atomic_writer(uri) as handle:
         text = io.TextIOWrapper(handle, "utf-8", newline="")
         writer = csv.writer(text)
@@ -272,9 +250,8 @@ def _write_supervision(source: _Source, uri: str, policy: str) -> None:
         text.detach()
 
 
-def _write_yolo(source: _Source, uri: str, policy: str) -> None:
+def _write_yolo(source: _Source, uri: str) -> None:
     """Write labels/NAME.txt for every image, classes.txt and data.yaml."""
-    del policy
     _refuse_old_labels(storage.join(uri, "labels"))
     for stem, image in _by_stem(list(source.images)):
         lines = yolo_lines(image.detections, image.hw, source.positions)
@@ -286,9 +263,8 @@ def _write_yolo(source: _Source, uri: str, policy: str) -> None:
     storage.write_bytes_atomic(storage.join(uri, "data.yaml"), text.encode())
 
 
-def _write_voc(source: _Source, uri: str, policy: str) -> None:
+def _write_voc(source: _Source, uri: str) -> None:
     """Write Annotations/NAME.xml for every image."""
-    del policy
     _refuse_old_labels(storage.join(uri, "Annotations"))
     for stem, image in _by_stem(list(source.images)):
         file = stem + posixpath.splitext(image.file)[1]
@@ -302,9 +278,8 @@ def _refuse_old_labels(folder: str) -> None:
         raise FileExistsError(msg)
 
 
-def _write_fiftyone(source: _Source, uri: str, policy: str) -> None:
+def _write_fiftyone(source: _Source, uri: str) -> None:
     """Write labels.json of a FiftyOneImageDetectionDataset; the images are its data_path and are not copied."""
-    del policy
     labels = {
         stem: fiftyone_objects(image.detections, image.hw, source.positions)
         for stem, image in _by_stem(list(source.images))
@@ -313,9 +288,8 @@ def _write_fiftyone(source: _Source, uri: str, policy: str) -> None:
     storage.write_bytes_atomic(storage.join(uri, "labels.json"), text.encode())
 
 
-def _write_geojson(source: _Source, uri: str, policy: str) -> None:
+def _write_geojson(source: _Source, uri: str) -> None:
     """Write a FeatureCollection: in longitude and latitude if the images are georeferenced, else in image pixels."""
-    del policy
     georeferenced: dict[bool, str] = {}
     separator = "\n"
     with storage.atomic_writer(uri) as handle:
@@ -370,13 +344,14 @@ def _relative_files(images: Sequence[StoredImage]) -> list[str]:
     return files
 
 
-_WRITERS: dict[str, Callable[[_Source, str, str], None]] = {
-    "coco": _write_coco,
-    "coco-results": _write_coco_results,
-    "parquet": _write_parquet,
-    "yolo": _write_yolo,
-    "voc": _write_voc,
-    "supervision": _write_supervision,
-    "fiftyone": _write_fiftyone,
-    "geojson": _write_geojson,
+_WRITERS: dict[ExportFormat, tuple[str, Callable[[_Source, str], None]]] = {
+    "coco": (".coco.json", _write_coco),
+    "coco-results": (".coco-results.json", _write_coco_results),
+    "parquet": (".parquet", _write_parquet),
+    "yolo": (".yolo", _write_yolo),
+    "voc": (".voc", _write_voc),
+    "supervision": (".supervision.csv", _write_supervision),
+    "fiftyone": (".fiftyone", _write_fiftyone),
+    "geojson": (".geojson", _write_geojson),
 }
+"""Format -> what follows the policy's name in the default output, and the writer."""

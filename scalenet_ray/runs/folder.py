@@ -248,10 +248,6 @@ class ActiveRun:
         self._lock = lock
         self._is_new = is_new
 
-    def check(self) -> None:
-        """Raise `RuntimeError` if another driver has taken over."""
-        self._lock.check()
-
     def release(self) -> None:
         """Release the lock."""
         self._lock.release()

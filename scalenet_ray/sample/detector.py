@@ -20,7 +20,7 @@ from torchvision.ops import generalized_box_iou_loss
 
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.onnx_export import to_onnx
-from scalenet_ray.models.scale_net import load_state, read_checkpoint
+from scalenet_ray.models.scale_net import conv_block, load_state, read_checkpoint
 from scalenet_ray.models.weights import save_weights
 from scalenet_ray.sample.tiny import (
     FILL,
@@ -63,20 +63,12 @@ CENTRE_RADIUS = 1.5
 _WIDTHS = (24, 32, 64, 96, 128)
 
 
-def _block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )
-
-
 class _Residual(nn.Module):
     """Residual block of two 3 x 3 convolutions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = _block(channels, channels)
+        self.first = conv_block(channels, channels)
         self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,14 +98,14 @@ class TinyNet(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()
         stem, quarter, *deep = _WIDTHS
-        self.stem = nn.Sequential(_block(3, stem, 2), _block(stem, quarter, 2), _block(quarter, quarter))
+        self.stem = nn.Sequential(conv_block(3, stem, 2), conv_block(stem, quarter, 2), conv_block(quarter, quarter))
         widths = (quarter, *deep)
         self.stages = nn.ModuleList(
-            nn.Sequential(_block(before, width, 2), _Residual(width))
+            nn.Sequential(conv_block(before, width, 2), _Residual(width))
             for before, width in zip(widths, deep, strict=False)
         )
         self.laterals = nn.ModuleList(nn.Conv2d(width, NECK_CHANNELS, 1) for width in deep)
-        self.tower = nn.Sequential(_block(NECK_CHANNELS, NECK_CHANNELS), _block(NECK_CHANNELS, NECK_CHANNELS))
+        self.tower = nn.Sequential(conv_block(NECK_CHANNELS, NECK_CHANNELS), conv_block(NECK_CHANNELS, NECK_CHANNELS))
         self.quality = nn.Conv2d(NECK_CHANNELS, 1, 3, padding=1)
         self.classes = nn.Conv2d(NECK_CHANNELS, classes, 3, padding=1)
         self.sides = nn.Conv2d(NECK_CHANNELS, 4, 3, padding=1)

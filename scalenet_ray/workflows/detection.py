@@ -13,10 +13,7 @@ from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.report.gallery import PictureTask
 from scalenet_ray.runs.analysis import analyse_detections
 from scalenet_ray.runs.batch import PolicyRun, Progress
-from scalenet_ray.runs.documents import (
-    DetectionAnalysis,
-    Metrics,
-)
+from scalenet_ray.runs.documents import DetectionAnalysis, Metrics
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.inputs import keep_image_ids
 from scalenet_ray.runs.local import Session

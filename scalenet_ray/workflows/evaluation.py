@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.data.coco import (
-    oracle_from,
-)
+from scalenet_ray.data.coco import oracle_from
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.charts import policy_plot
 from scalenet_ray.report.gallery import PictureTask
 from scalenet_ray.runs.analysis import INTERVALS_UP_TO, analyse_run
 from scalenet_ray.runs.batch import PolicyRun, Progress
-from scalenet_ray.runs.documents import (
-    EvaluationAnalysis,
-    Metrics,
-)
+from scalenet_ray.runs.documents import EvaluationAnalysis, Metrics
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import Session
 from scalenet_ray.runs.summary import evaluate_policy
@@ -73,11 +68,7 @@ def evaluate_policies(
         figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
         metrics[policy.name] = {"kind": policy.kind, **figures.pop("bbox"), **figures}
     report("all images are done: comparing what was found, and writing the report")
-    document = write_summary(session, run, metrics, len(split.images))
-    if split.chosen is not None:
-        document["renamed_categories"] = split.chosen.renamed
-        document["left_out_categories"] = list(split.chosen.left_out)
-        run.write_json("metrics.json", document)
+    document = _summary(session, run, split, metrics)
     base = compare_with or _baseline(policies)
     intervals = compare_with is not None or len(ids) <= INTERVALS_UP_TO
     analysis: EvaluationAnalysis = session.call(
@@ -100,6 +91,16 @@ def evaluate_policies(
         progress=log,
         pictures=pictures,
     )
+    return document
+
+
+def _summary(session: Session, run: RunFolder, split: CocoSplit, metrics: Mapping[str, Mapping[str, Any]]) -> Metrics:
+    """The content of metrics.json, written; with the choice of categories, if one was made."""
+    document = write_summary(session, run, metrics, len(split.images))
+    if split.chosen is not None:
+        document["renamed_categories"] = split.chosen.renamed
+        document["left_out_categories"] = list(split.chosen.left_out)
+        run.write_json("metrics.json", document)
     return document
 
 

@@ -162,9 +162,7 @@ def prepare_run(
             raise UserError(msg)
         for remark in _remarks(images, detector):
             log(f"{images.source}: {remark}")
-        categories, unused = detector.categories, frozenset[int]()
-        if isinstance(images, CocoSplit):
-            categories, unused = images.categories, images.unused_categories
+        categories, unused = _categories_of(images, detector)
         first = images.images[:MOST_FAILED]
         session.call(networks.check, policies, categories, unused, first, images.open_image)
     return policies, detector
@@ -194,9 +192,7 @@ def settle_workers(
     """
     if isinstance(session, LocalSession):
         return networks.on_this_machine()
-    categories, unused = session.call(networks.describe_detector).categories, frozenset[int]()
-    if isinstance(images, CocoSplit):
-        categories, unused = images.categories, images.unused_categories
+    categories, unused = _categories_of(images, session.call(networks.describe_detector))
     trial = partial(
         try_networks,
         policies=policies,
@@ -206,6 +202,13 @@ def settle_workers(
         open_image=images.open_image,
     )
     return session.settle(networks, trial, log)
+
+
+def _categories_of(images: ImageSet, detector: DetectorInfo) -> tuple[dict[int, str], frozenset[int]]:
+    """(id -> name, ids without annotations) of the ground truth; where there is none, the detector's."""
+    if isinstance(images, CocoSplit):
+        return images.categories, images.unused_categories
+    return detector.categories, frozenset()
 
 
 def _remarks(images: ImageSet, detector: DetectorInfo) -> list[str]:

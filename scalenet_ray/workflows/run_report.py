@@ -10,9 +10,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, cast
 
-from scalenet_ray.data.coco import (
-    ImageRecord,
-)
+from scalenet_ray.data.coco import ImageRecord
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.gallery import PictureTask, choose_pictures
 from scalenet_ray.report.page import render_progress, render_report
