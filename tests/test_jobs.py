@@ -311,7 +311,7 @@ def test_detect_says_what_was_found(sample: Path, tmp_path: Path, capsys: pytest
     assert load_job("detect").main(detect_job(sample / "val2017", tmp_path / "run")) == 0
     metrics = read_json(tmp_path / "run" / "metrics.json")
     found, lines = metrics["found"], capsys.readouterr().out.splitlines()
-    assert lines[-3] == f"found {found['boxes']} boxes that score 0.3 or more, in {found['images']} of 8 images"
+    assert lines[-4] == f"found {found['boxes']} boxes that score 0.3 or more, in {found['images']} of 8 images"
     by_name = {metrics["categories"][str(row["label"])]: row for row in found["by_class"]}
     header = lines.index(next(line for line in lines if line.startswith("class ")))
     for line in lines[header + 1 : header + 1 + len(by_name)]:
@@ -319,13 +319,13 @@ def test_detect_says_what_was_found(sample: Path, tmp_path: Path, capsys: pytest
         row = by_name[name]
         assert [int(boxes), int(images), int(new)] == [row["boxes"], row["images"], row["new"]]
         assert float(side) == round(row["median_side"])
-    first = found["most"][0]
-    assert lines[-4].startswith(f"most boxes: {Path(first['file']).name} ({first['boxes']}), ")
+    assert max(map(len, lines[header:-1])) <= 80
+    most = ", ".join(f"{Path(row['file']).name} ({row['boxes']})" for row in found["most"][:3])
+    assert lines[-5] == f"most boxes: {most}"
     assert sum(row["boxes"] for row in found["most"]) == found["boxes"]
-    assert lines[-2].startswith(
-        f"{found['boxes'] - found['before']} more than the pass over the whole image alone finds ({found['before']}): "
-        f"{found['new']} new by looking closer, {found['lost']} lost"
-    )
+    more = found["boxes"] - found["before"]
+    assert lines[-3] == f"{more} more than the pass over the whole image alone finds ({found['before']}):"
+    assert lines[-2].startswith(f"{found['new']} new by looking closer, {found['lost']} lost")
     assert lines[-1].endswith(f"results in {tmp_path / 'run'} (open its report.html)")
 
 

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import yaml
 from s3fs import S3FileSystem
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import parse_policy
@@ -85,6 +87,20 @@ def trial_on(task: TrialSettings, config: dict[str, Any], cache_actor: Any = Non
     trial = RecursionTrial.__new__(RecursionTrial)
     trial.setup(config, task=task, cache_actor=cache_actor)
     return trial
+
+
+def hparams_of(folder: Path) -> dict[str, Any]:
+    """The values of a trial in its events: records of a length (8 bytes), its check sum (4), data, and theirs (4)."""
+    (path,) = folder.glob("events.out.tfevents.*")
+    content, at, found = path.read_bytes(), 0, {}
+    while at < len(content):
+        size = int.from_bytes(content[at : at + 8], "little")
+        for value in Event.FromString(content[at + 12 : at + 12 + size]).summary.value:
+            if value.metadata.plugin_data.plugin_name == "hparams":
+                started = HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
+                found |= {name: getattr(one, one.WhichOneof("kind")) for name, one in started.hparams.items()}
+        at += 16 + size
+    return found
 
 
 # --- one trial --------------------------------------------------------------------------------------
@@ -264,7 +280,9 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
     reported = json.loads((run / "report" / "metrics.json").read_text())
     assert list(reported["policies"]) == ["first-pass", "scalenet", "tuned"]
     assert reported["images"]["done"] == 4
-    assert list((run / "tune").glob("*/events.out.tfevents.*"))
+    assert {trial["trial"]: hparams_of(run / "tune" / trial["trial"]) for trial in trials} == {
+        trial["trial"]: pytest.approx(trial["values"]) for trial in trials
+    }
     assert (run / "front.svg").read_text().startswith("<svg")
     in_study = {
         (trial.user_attrs["trial"], trial.values[0])
@@ -306,11 +324,16 @@ def test_trials_that_fail_are_named_and_the_sweep_goes_on(
     assert load_job("tune_recursion").main(job) == 0
     trials = json.loads((tmp_path / "run" / "trials.json").read_text())
     assert sorted(trial["complete"] for trial in trials) == [False, False, True, True]
-    assert all("scale_range must be 0 < R_L <= R_H" in trial["error"] for trial in trials if not trial["complete"])
+    failed = [trial for trial in trials if not trial["complete"]]
+    assert all("scale_range must be 0 < R_L <= R_H" in trial["error"] for trial in failed)
+    assert [trial["values"]["recursion.scale_range.high"] for trial in failed] == [0.5, 0.5]
+    assert {trial["trial"] for trial in trials} == {path.name for path in (tmp_path / "run" / "tune").glob("*/")}
     reported = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
     assert reported["renamed_categories"] == {"asterisk": "star"}
     output = capsys.readouterr().out
     assert output.count("failed, the sweep goes on") == 2
+    # Nothing of Tune's own: it prints folders that Ray takes away.
+    assert not re.search("To visualize|View detailed|Error file", output)
     assert "failed: scale_range must be 0 < R_L <= R_H" in output
     assert read_policies(tmp_path / "run" / "best.yaml")[0].name == "front-1"
 

@@ -168,6 +168,5 @@ def main(job: DetectImages) -> int:
     if saved.failed:
         file, reason = saved.failed[0]
         say(f"pictures of {len(saved.failed)} images could not be written, the first: {file}: {reason}")
-    say(policy_table(document))
-    say(found_lines(document))
+    say(f"{policy_table(document)}\n\n{found_lines(document)}")
     return end_run(document, run.uri, job.max_failures)

@@ -98,6 +98,8 @@ def run_sweep(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     # Keep the signal handlers of the job.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    # Tune's newer output prints lines in spite of verbose=0, and names a folder of events that Ray takes away.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Save the state of the search often: a killed sweep loses a few seconds.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
     # Addresses may be relative to the working directory of the job.
@@ -109,7 +111,10 @@ def run_sweep(
     studies = [StudyFile(path, space, task.subsets[-1], single=task.ceiling is not None)] if path else []
     for study in studies:
         study.open()
-        say(f"to watch it: optuna-dashboard {path} (pip install optuna-dashboard)")
+        say(
+            f"to watch it: optuna-dashboard {path} (pip install optuna-dashboard), or "
+            f"tensorboard --logdir {storage.join(uri, _NAME)} (pip install tensorboard)"
+        )
     # The same file system as for all other files, with its retries, endpoint and credentials.
     file_system, folder = storage.as_arrow(uri)
     if resume and storage.exists(storage.join(uri, _NAME, "tuner.pkl")):
@@ -137,7 +142,9 @@ def run_sweep(
     with warnings.catch_warnings():
         # An interrupted trial starts again and reports results that the searcher knows.
         warnings.filterwarnings("ignore", "The reported value is ignored because this `step")
-        return [_row(result, task) for result in tuner.fit()]
+        results = tuner.fit()
+    values = tune.ExperimentAnalysis(storage.join(folder, _NAME), storage_filesystem=file_system).get_all_configs()
+    return [_row(result, values, task) for result in results]
 
 
 def best_trials(rows: Sequence[TrialRow], task: TrialSettings) -> dict[str, TrialRow]:
@@ -268,6 +275,7 @@ def _tune_config(space: SearchSpace, task: TrialSettings, sweep: Sweep) -> tune.
         num_samples=1 if sweep.searcher == "grid" else sweep.trials,
         max_concurrent_trials=sweep.at_once,
         reuse_actors=True,
+        trial_dirname_creator=_trial_id,
     )
 
 
@@ -285,12 +293,19 @@ class ResumableAsha(ASHAScheduler):
                 self.on_trial_result(tune_controller, trial, {self._time_attr: step, self._metric: score})
 
 
-def _row(result: Any, task: TrialSettings) -> TrialRow:
+def _trial_id(trial: Any) -> str:
+    """The name of a trial's folder: TensorBoard shows the beginning of it."""
+    return trial.trial_id
+
+
+def _row(result: Any, values: Mapping[str, Mapping[str, Any]], task: TrialSettings) -> TrialRow:
+    """The row of a trial; `values` by trial, as the results of one that failed may name another of its actor."""
     metrics = result.metrics or {}
+    trial = str(result.path).rstrip("/").rsplit("/", 1)[-1]
     names = ("AP", "AP_small", "AP_large", "passes", "score", "images", "images_failed", "hits", "misses")
     row = {
-        "trial": metrics.get("trial_id") or str(result.path).rstrip("/").rsplit("/", 1)[-1],
-        "values": dict(result.config or {}),
+        "trial": trial,
+        "values": dict(values[trial]),
         **{name: metrics.get(name, float("nan")) for name in names},
         "complete": result.error is None and metrics.get("images") == task.subsets[-1],
         "error": None if result.error is None else str(from_worker(result.error)),

@@ -36,6 +36,7 @@ _COLUMNS = (
 )
 
 _MOST_CLASSES = 20
+_MOST_IMAGES = 3
 
 
 def policy_table(document: Mapping[str, Any]) -> str:
@@ -66,7 +67,7 @@ def found_lines(document: Mapping[str, Any]) -> str:
             rows.append([name, str(row["boxes"]), str(row["images"]), *new, side])
         more = len(classes) - _MOST_CLASSES
         lines += [_aligned(rows), *([f"and {_counted(more, 'class', 'classes')} more"] if more > 0 else [])]
-        listed = (f"{row['file'].rpartition('/')[2]} ({row['boxes']})" for row in found["most"])
+        listed = (f"{row['file'].rpartition('/')[2]} ({row['boxes']})" for row in found["most"][:_MOST_IMAGES])
         lines.append(f"most boxes: {', '.join(listed)}")
     lines.append(
         f"found {_counted(found['boxes'], 'box', 'boxes')} that score {SHOWN_SCORE:g} or more, in {found['images']} of "
@@ -74,7 +75,8 @@ def found_lines(document: Mapping[str, Any]) -> str:
     )
     if found["compared"]:
         among = "" if found["compared"] == done else f"in {_counted(found['compared'], 'image')} with such a pass, "
-        lines.append(among + closer_look_in_words(found))
+        total, _, parts = closer_look_in_words(found).partition(": ")
+        lines += [f"{among}{total}:", parts]
     elif done:
         lines.append("nothing says which are new: there was no pass over the whole image alone to compare with")
     return "\n".join(lines)
