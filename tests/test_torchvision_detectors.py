@@ -18,7 +18,7 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
 from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.torchvision_builders import build_detector, detector_names, norm_eps
-from scalenet_ray.models.torchvision_detectors import TorchvisionDetector, save_detector
+from scalenet_ray.models.torchvision_detectors import TorchvisionDetector, _tensors, save_detector
 from scalenet_ray.models.weights import load_weights, save_weights
 from tests.float64 import in_float64
 
@@ -354,3 +354,24 @@ def test_without_a_network_a_path_is_suggested(tmp_path: Path, monkeypatch: pyte
 def test_a_device_that_torch_lacks_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match=f"device .*{device}"):
         TorchvisionDetector(build_detector(SMALL_SSD, 3), CATEGORIES, device=device)
+
+
+@pytest.mark.parametrize("name", [SMALL_RCNN, SMALL_SSD])
+def test_in_mixed_precision_anchors_and_boxes_are_computed_in_float32(name: str) -> None:
+    anchors: dict[bool, torch.Tensor] = {}
+    dtypes: set[torch.dtype] = set()
+    for mixed in (False, True):
+        torch.manual_seed(0)
+        detector = TorchvisionDetector(build_detector(name, 3), CATEGORIES, mixed_precision=mixed)
+        model = detector.model
+        stage, head = (model.rpn, model.roi_heads.box_predictor) if hasattr(model, "rpn") else (model, model.head)
+        stage.anchor_generator.register_forward_hook(
+            lambda _module, _inputs, output, at=mixed: anchors.update({at: output[0]})
+        )
+        head.register_forward_hook(
+            lambda _module, _inputs, output: dtypes.update(each.dtype for each in _tensors(output))
+        )
+        detector(make_tiles((200, 620)))
+    assert anchors[False].max() > 512
+    assert torch.equal(anchors[True], anchors[False])
+    assert dtypes == {torch.float32}

@@ -229,12 +229,15 @@ def test_a_tile_with_nan_fails_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["yolo26n", "yolo11n-seg", "rt-detr"])
 def test_mixed_precision_computes_in_bfloat16_and_answers_in_float32(kind: str, files: dict[str, str]) -> None:
     detector = loaded(files[kind], mixed_precision=True)
-    seen: set[torch.dtype] = set()
+    seen: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    in_head = set(detector.model.model[-1].modules())
     for module in detector.model.modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+            of_head = module in in_head
+            module.register_forward_hook(lambda _module, _inputs, output, at=of_head: seen[at].add(output.dtype))
     (found,) = detections(detector(make_tiles((64, 64))))
-    assert torch.bfloat16 in seen
+    # The head computes the boxes: bfloat16 has 8 bits for a coordinate.
+    assert seen == {True: {torch.float32}, False: {torch.bfloat16}}
     assert found.boxes.dtype == found.scores.dtype == np.float32
 
 

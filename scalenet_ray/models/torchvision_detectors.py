@@ -86,11 +86,13 @@ class TorchvisionDetector:
         if iou_threshold is not None:
             last_stage.nms_thresh = iou_threshold
         self.iou_threshold = float(last_stage.nms_thresh)
+        self._exact_boxes = _ExactBoxes(self.model)
         self._finite = _FiniteWatch(self.model)
 
     def release(self) -> Any:
         """Remove the hooks for inference and return the network, for training."""
         self._finite.stop()
+        self._exact_boxes.stop()
         return self.model
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
@@ -185,6 +187,41 @@ class _FixedSizeBoxes(nn.Module):
         """Scale [N, 4] xyxy boxes by `factor` around their centres."""
         centres, halves = (boxes[:, 2:] + boxes[:, :2]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * factor
         return torch.cat([centres - halves, centres + halves], dim=1)
+
+
+class _ExactBoxes:
+    """Forward hooks by which anchors and boxes are computed in float32 also under autocast.
+
+    Both take the type of the features: in bfloat16 a coordinate of 800 pixels is off by up to 2.
+    """
+
+    def __init__(self, model: Any) -> None:
+        two_stages = hasattr(model, "roi_heads")
+        heads = [model.rpn.head, model.roi_heads.box_predictor] if two_stages else [model.head]
+        generator = (model.rpn if two_stages else model).anchor_generator
+        self._hooks = [
+            *(head.register_forward_hook(lambda _module, _inputs, output: _in_float32(output)) for head in heads),
+            generator.register_forward_pre_hook(self._shapes_alone),
+        ]
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @staticmethod
+    def _shapes_alone(_module: nn.Module, inputs: tuple[ImageList, list[torch.Tensor]]) -> tuple[Any, ...]:
+        images, features = inputs
+        return images, [images.tensors.new_zeros(()).expand(level.shape) for level in features]
+
+
+def _in_float32(nested: Any) -> Any:
+    """Nested dicts, lists and tuples of tensors, those in bfloat16 as float32."""
+    if isinstance(nested, torch.Tensor):
+        return nested.float() if nested.dtype == torch.bfloat16 else nested
+    if isinstance(nested, dict):
+        return {key: _in_float32(value) for key, value in nested.items()}
+    return type(nested)(_in_float32(part) for part in nested)
 
 
 class _FiniteWatch:
