@@ -29,7 +29,8 @@ import tyro
 
 from bench.gpu_engine import measure_engine, measure_steps, measure_training
 from bench.gpu_large import measure_large, measure_shapes
-from bench.gpu_networks import FULL, TOY, Record, Setup, measure_networks, measure_recursion
+from bench.gpu_networks import FULL, TOY, Record, Setup, measure_networks
+from bench.gpu_recursion import measure_recursion
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.sample.scenes import write_sample
 

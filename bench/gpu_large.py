@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from bench.gpu_engine import full_engine, shared_resources
-from bench.gpu_networks import Record, Setup, compare, recurse
+from bench.gpu_networks import Record, Setup, compare
+from bench.gpu_recursion import recursion
 from bench.workloads import spread
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.engine.session import join_ray
@@ -66,7 +67,7 @@ def measure_large(setup: Setup) -> Iterator[Record]:
     ]
     images = [(setup.open_image(record), record.image_id) for record in setup.dataset.images]
     passes: dict[str, float] = {}
-    makers = {policy.name: partial(partial, recurse, images, policy, detector, None, passes) for policy in policies}
+    makers = {policy.name: partial(recursion, setup, images, policy, detector, None, passes) for policy in policies}
     for figures in compare(setup, makers, "images/s", engine="one image at a time"):
         yield {**figures, "passes": passes.get(figures["variant"])}
     join_ray()

@@ -16,10 +16,9 @@ import torch
 
 from bench.workloads import ratio, spread
 from scalenet_ray.core.errors import OutOfMemoryError, TileError
-from scalenet_ray.core.geometry import AnyImage, Tile
+from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.policy import Policy, parse_policy
-from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.data.coco import CocoDataset, GroundTruth, OpenImage, annotations_uri, read_annotations
 from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net, save_scale_net
@@ -30,6 +29,7 @@ from scalenet_ray.runs.batch import image_opener
 
 __all__ = [
     "FULL",
+    "MAIN_VARIANTS",
     "REPEAT",
     "SPLIT",
     "TOY",
@@ -43,8 +43,6 @@ __all__ = [
     "compare",
     "cuda_products",
     "measure_networks",
-    "measure_recursion",
-    "recurse",
 ]
 
 Record = dict[str, Any]
@@ -60,8 +58,6 @@ REPEAT = 10**9
 _CLASSES = 91
 _LONGEST_ERROR = 500
 _ROUNDS = 3
-_PAPER = {"whole": 6.9, "paper": 2.5}
-"""Images/s in the paper, of Faster R-CNN alone and with Recursive-Scale Net."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +266,8 @@ VARIANTS = {
 }
 """All variants by name."""
 
-_MAIN_VARIANTS = ("tf32", "bfloat16")
+MAIN_VARIANTS = ("tf32", "bfloat16")
+"""Those that are measured in all conditions."""
 
 
 def build_torchvision(setup: Setup, name: str, variant: Variant) -> TorchvisionDetector:
@@ -319,9 +316,9 @@ def measure_networks(setup: Setup) -> Iterator[Record]:
         yield from _network_speed(setup, name, first, tuple(title for title in VARIANTS if title not in compiled))
     for batch in rest:
         for name in both:
-            yield from _network_speed(setup, name, batch, _MAIN_VARIANTS)
+            yield from _network_speed(setup, name, batch, MAIN_VARIANTS)
     for name in sizes.others:
-        yield from _network_speed(setup, name, first, _MAIN_VARIANTS)
+        yield from _network_speed(setup, name, first, MAIN_VARIANTS)
     for name in both:
         yield from _network_speed(setup, name, first, ("bfloat16", *compiled))
 
@@ -358,37 +355,3 @@ class _ToldScaleNet:
 def build_told_scale_net(setup: Setup, variant: Variant) -> _ToldScaleNet:
     """A Scale Net with random weights that answers with the ground truth."""
     return _ToldScaleNet(_build_scale_net(setup, variant), setup.truth())
-
-
-def measure_recursion(setup: Setup) -> Iterator[Record]:
-    """Images/s of the plain detector and with recursion, one image at a time, decoded beforehand.
-
-    The windows of first-pass and of the region planner come from the ground truth as well: their own would need a
-    trained detector. They cost no network either.
-    """
-    policies = {name: setup.policy(name) for name in ("whole", "paper", "first-pass", "regions-oracle")}
-    policies["first-pass"] = replace(policies["first-pass"], kind="oracle")
-    images = [(setup.open_image(record), record.image_id) for record in setup.dataset.images[: setup.sizes.images]]
-    for title in _MAIN_VARIANTS:
-        variant, passes = VARIANTS[title], dict[str, float]()
-        detector = build_torchvision(setup, setup.sizes.detector, variant)
-        predictors = {"paper": build_told_scale_net(setup, variant)}
-        makers = {
-            name: partial(partial, recurse, images, policy, detector, predictors.get(name, setup.truth()), passes)
-            for name, policy in policies.items()
-        }
-        for figures in compare(setup, makers, "images/s", precision=title):
-            name = figures["variant"]
-            yield {**figures, "passes": passes.get(name), "images/s in the paper": _PAPER.get(name)}
-
-
-def recurse(
-    images: Sequence[tuple[AnyImage, int]], policy: Policy, detector: Any, predictor: Any, passes: dict[str, float]
-) -> int:
-    """Detect in (image, id) one by one, and note the mean number of passes under the policy's name."""
-    found = [
-        recursive_detect(image, image_id, policy, detect=detector, predict_scale=predictor)
-        for image, image_id in images
-    ]
-    passes[policy.name] = sum(each.detector_passes for each in found) / len(found)
-    return len(found)

@@ -149,7 +149,7 @@ def test_suppression_may_ask_no_class() -> None:
             ValueError,
             "a smallest object is for regions, got",
         ),
-        ({"batch_size": 8}, TypeError, "many images in batches: scalenet_ray.detect"),
+        ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
         ({"slices": 8}, TypeError, "no argument 'slices'$"),
         ({"perform_standard_pred": False}, ValueError, "perform_standard_pred must be True"),
         ({"postprocess_type": "GREEDYNMM"}, ValueError, "postprocess_type must be NMS, .* got 'GREEDYNMM'"),

@@ -35,7 +35,7 @@ from tests.faults import (
     records_of,
     reference,
 )
-from tests.oracles import RandomDetector, RandomScale
+from tests.oracles import CountingDetector, RandomDetector, RandomScale
 from tests.scripted_detector import RaisesOn
 
 POLICY = policy_of("scalenet")
@@ -109,6 +109,16 @@ def test_the_local_engine_is_the_reference(tmp_path: Path) -> None:
         assert [result.image_id for result in results] == [record.image_id for record in RECORDS]
         expected = reference(RECORDS, policy, nets, SCENES)
         assert {result.image_id: as_values(result) for result in results} == expected
+
+
+def test_the_local_engine_takes_an_images_windows_in_batches_where_the_networks_should_have_them() -> None:
+    calls = {}
+    for batch_size in (1, 4):
+        detector = CountingDetector(RandomDetector())
+        nets = NetworkFactories(Given(detector), batch_size=batch_size)
+        assert len(list(LocalStream(RECORDS, policy_of("grid-2"), nets, SCENES))) == len(RECORDS)
+        calls[batch_size] = detector.calls
+    assert calls == {1: 5 * len(RECORDS), 4: 2 * len(RECORDS)}
 
 
 @pytest.mark.parametrize(

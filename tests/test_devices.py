@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.models.devices import device_named, device_on_this_machine
+from scalenet_ray.models.devices import batch_size_on, device_named, device_on_this_machine
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from tests.job_scripts import load_job
 
@@ -49,3 +49,7 @@ def test_a_job_refuses_it_before_its_run_folder_begins(name: str, tmp_path: Path
     with pytest.raises(UserError, match=f"device '{NO_SUCH_DEVICE}' was wanted"):
         job.main(asked)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_takes_an_images_tiles_in_batches() -> None:
+    assert [batch_size_on(name) for name in ("cpu", "cuda", "cuda:1")] == [1, 16, 16]

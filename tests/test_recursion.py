@@ -30,6 +30,7 @@ from tests.oracles import (
     FailingDetector,
     OscillatingScale,
     PerfectDetector,
+    RandomDetector,
     RandomScale,
     SeeingScale,
     TruthOfSquares,
@@ -546,6 +547,42 @@ def test_zooming_finds_what_the_plain_detector_misses(seed: int) -> None:
         assert result.failure is None
         _assert_all_found_once(result.detections, boxes, labels)
         assert (result.detections.depth == 1).all()
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["whole", "grid-3", "first-pass", "scalenet", "regions"]),
+    st.integers(1, 40),
+    st.booleans(),
+)
+def test_batches_find_the_same_with_fewer_calls(seed: int, name: str, batch_size: int, breaks: bool) -> None:
+    image = np.random.default_rng(seed).integers(0, 100, (SIDE, SIDE + 40, 3), np.uint8)
+    if breaks:
+        image[:8, :8] = BREAKING
+    net = RandomScale()
+    policy = _image_policy(name)
+    counting = [CountingDetector(FailingDetector(RandomDetector(seed))) for _ in range(2)]
+    traces: list[list[Step]] = [[], []]
+    results = [
+        recursive_detect(image, 1, policy, detect=detect, predict_scale=net, observe=trace.append, batch_size=size)
+        for detect, trace, size in zip(counting, traces, (1, batch_size), strict=True)
+    ]
+    assert [step.tile for step in traces[0]] == [step.tile for step in traces[1]]
+    assert [step.result.failure for step in traces[0]] == [step.result.failure for step in traces[1]]
+    one, other = results
+    assert one.failure == other.failure
+    assert (one.failure is not None) == breaks
+    assert (one.tiles, one.detector_passes) == (other.tiles, pytest.approx(other.detector_passes))
+    np.testing.assert_array_equal(one.detections.boxes, other.detections.boxes)
+    np.testing.assert_array_equal(one.detections.scores, other.detections.scores)
+    assert counting[1].calls <= counting[0].calls
+
+
+def test_the_windows_of_a_depth_are_one_call() -> None:
+    detect = CountingDetector(PerfectDetector(12, input_side=SIDE))
+    image = np.zeros((SIDE, SIDE, 3), np.uint8)
+    recursive_detect(image, 1, _image_policy("grid-3"), detect=detect, batch_size=9)
+    assert (detect.calls, len(detect.sizes_hw)) == (2, 10)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.4, 0.5]))

@@ -27,6 +27,7 @@ from scalenet_ray.data.images import decode_image, to_rgb
 from scalenet_ray.data.rasters import open_raster
 from scalenet_ray.models.checked_detector import CheckedDetector
 from scalenet_ray.models.detectors import Detector, load_detector, takes_tiles
+from scalenet_ray.models.devices import batch_size_on
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.report.text import step_table
 
@@ -48,7 +49,6 @@ _OF_SLICING = {
     "slice_export_prefix": "pixels are cut in memory and never written; the windows are in the result's `steps`",
     "progress_bar": "give verbose=2 for each step",
     "progress_callback": "give verbose=2 for each step",
-    "batch_size": "one image's few windows run one after the other; many images in batches: scalenet_ray.detect",
     "force_postprocess_type": "what is asked for is what is done",
 }
 """Arguments of SAHI's `get_sliced_prediction` that have no meaning here, and what to do instead."""
@@ -67,6 +67,7 @@ def get_scaled_prediction(
     scale_net: str | AnyScalePredictor | None = None,
     confidence_threshold: float = 0.3,
     device: str = "cpu",
+    batch_size: int | None = None,
     perform_standard_pred: bool = True,
     postprocess_type: str = "NMS",
     postprocess_match_metric: str = "IOU",
@@ -97,6 +98,7 @@ def get_scaled_prediction(
         confidence_threshold: objects that score less are left out of the result. The detector itself runs with a
             threshold of 0.01: policy `regions` zooms in where it is unsure.
         device: torch device of networks given by name.
+        batch_size: tiles of a call of the networks, at most; None for 1, or 16 if `device` is a GPU.
         perform_standard_pred: must be True: the whole image is always detected.
         postprocess_type: NMS, SOFT-NMS-LINEAR or SOFT-NMS-GAUSSIAN.
         postprocess_match_metric: must be IOU.
@@ -115,7 +117,7 @@ def get_scaled_prediction(
         TypeError: if an argument has no meaning here.
         UserError: if a value is out of its range, the image cannot be decoded, or a network fails on it.
     """
-    _refuse(of_slicing, perform_standard_pred, postprocess_type, postprocess_match_metric)
+    _refuse(of_slicing, perform_standard_pred, postprocess_type, postprocess_match_metric, batch_size)
     pixels = _pixels(image)
     detector, predict_scale = _networks(detection_model, scale_net, device)
     if slice_height is not None or slice_width is not None:
@@ -124,7 +126,15 @@ def get_scaled_prediction(
     asked = _with_overlap(asked, overlap_height_ratio, overlap_width_ratio)
     steps: list[Step] = []
     begun = time.monotonic()
-    result = recursive_detect(pixels, 0, asked, detect=detector, predict_scale=predict_scale, observe=steps.append)
+    result = recursive_detect(
+        pixels,
+        0,
+        asked,
+        detect=detector,
+        predict_scale=predict_scale,
+        observe=steps.append,
+        batch_size=batch_size_on(device) if batch_size is None else batch_size,
+    )
     seconds = time.monotonic() - begun
     found = _detections(result)
     if postprocess_class_agnostic:
@@ -146,7 +156,9 @@ def _detections(result: ImageResult) -> Detections:
     return result.detections
 
 
-def _refuse(of_slicing: dict[str, Any], standard: bool, postprocess_type: str, metric: str) -> None:
+def _refuse(
+    of_slicing: dict[str, Any], standard: bool, postprocess_type: str, metric: str, batch_size: int | None
+) -> None:
     for name in of_slicing:
         why = _OF_SLICING.get(name)
         msg = f"get_scaled_prediction has no argument {name!r}" + (f": {why}" if why else "")
@@ -159,6 +171,9 @@ def _refuse(of_slicing: dict[str, Any], standard: bool, postprocess_type: str, m
             f"postprocess_type must be {', '.join(_SUPPRESSION)}, got {postprocess_type!r}: boxes are not averaged; "
             "fragments at a window's edge, which merging is for, are dropped there"
         )
+        raise UserError(msg)
+    if batch_size is not None and batch_size < 1:
+        msg = f"batch_size must be 1 or more, got {batch_size}"
         raise UserError(msg)
     if metric.upper() != "IOU":
         msg = f"postprocess_match_metric must be IOU, got {metric!r}: fragments, which IOS is for, are dropped before"

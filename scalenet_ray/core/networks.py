@@ -124,11 +124,13 @@ class NetworkFactories:
         detect: returns the detector, whose labels are category ids.
         predict_scale: returns Scale Net or the oracle; None if no policy needs one.
         reads_features: True if `predict_scale` returns a `FeatureScalePredictor`.
+        batch_size: tiles of an image in a call, at most, where one process works on an image at a time.
     """
 
     detect: Callable[[], Detect]
     predict_scale: Callable[[], AnyScalePredictor] | None = None
     reads_features: bool = False
+    batch_size: int = 1
 
     def one_actor_suffices(self, policy: Policy) -> bool:
         """True if the detector is the only network that runs on tiles, or the first: one actor then does all."""

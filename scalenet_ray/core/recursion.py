@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -52,8 +52,9 @@ def recursive_detect(
     detect: Detect,
     predict_scale: AnyScalePredictor | None = None,
     observe: Callable[[Step], None] | None = None,
+    batch_size: int = 1,
 ) -> ImageResult:
-    """Detect objects in one image, tile after tile, from the whole image to the windows cut from it.
+    """Detect objects in one image, batch after batch, from the whole image's tile to those cut from it.
 
     Args:
         image: [h, w, 3] uint8 RGB, or an image that is read by window.
@@ -62,6 +63,7 @@ def recursive_detect(
         detect: the frozen detector.
         predict_scale: Scale Net or the oracle, for policies that need one.
         observe: called with each step when it is done; a tile comes before those cut from it.
+        batch_size: tiles of a call of the networks, at most: on a GPU a call costs more than a tile.
 
     Returns:
         The merged detections in image pixels, and their cost. An unread window or a network's error fails the image.
@@ -69,33 +71,55 @@ def recursive_detect(
     queue = deque([policy.root(image_id, (image.shape[0], image.shape[1]))])
     steps: list[Step] = []
     while queue:
-        step = _process_tile(image, queue.popleft(), policy, detect, predict_scale)
-        queue.extend(step.children)
-        steps.append(step)
-        if observe is not None:
-            observe(step)
+        tiles = [queue.popleft() for _ in range(min(batch_size, len(queue)))]
+        for step in _process_tiles(image, tiles, policy, detect, predict_scale):
+            queue.extend(step.children)
+            steps.append(step)
+            if observe is not None:
+                observe(step)
     return merge_image([step.result for step in steps], policy.merging)
 
 
-def _process_tile(
-    image: AnyImage, tile: Tile, policy: Policy, detect: Detect, predict_scale: AnyScalePredictor | None
-) -> Step:
-    """Predict a tile's scales, cut windows by them, and detect the tile if the expansion says so."""
-    try:
-        pixels = [tile_pixels(image, tile)]
-    except TileError as error:
-        unread = TileResult(tile.image_id, tile.path, Fraction(0), failure=Failure("read", error.reason))
-        return Step(tile, None, (), unread)
-    seen = predict_scales(pixels, [tile], policy, detect=detect, predict_scale=predict_scale)[0]
-    look_pixels = predict_scale.input_pixels if seen.looked and predict_scale is not None else 0
-    result = TileResult(tile.image_id, tile.path, Fraction(0), look_pixels=look_pixels, image_hw=tile.image_hw)
-    if seen.failure is not None:
-        return Step(tile, None, (), dataclasses.replace(result, failure=Failure("look", seen.failure.reason)))
-    expansion = expand(tile, seen.evidence, policy)
-    result = dataclasses.replace(result, guards=expansion.guards)
-    if expansion.detect:
-        result = detect_tiles([result], [tile], pixels, [seen.detections], detect, policy.merging)[0]
-    return Step(tile, seen.scale_map, expansion.children, result)
+def _process_tiles(
+    image: AnyImage, tiles: Sequence[Tile], policy: Policy, detect: Detect, predict_scale: AnyScalePredictor | None
+) -> list[Step]:
+    """Predict the scales of tiles, cut windows by them, and detect the tiles of which the expansion says so."""
+    steps: dict[int, Step] = {}
+    pixels: dict[int, np.ndarray] = {}
+    for i, tile in enumerate(tiles):
+        try:
+            pixels[i] = tile_pixels(image, tile)
+        except TileError as error:
+            unread = TileResult(tile.image_id, tile.path, Fraction(0), failure=Failure("read", error.reason))
+            steps[i] = Step(tile, None, (), unread)
+    predicted = predict_scales(
+        list(pixels.values()), [tiles[i] for i in pixels], policy, detect=detect, predict_scale=predict_scale
+    )
+    seen = dict(zip(pixels, predicted, strict=True))
+    detected: list[int] = []
+    for i, scale in seen.items():
+        tile = tiles[i]
+        look_pixels = predict_scale.input_pixels if scale.looked and predict_scale is not None else 0
+        result = TileResult(tile.image_id, tile.path, Fraction(0), look_pixels=look_pixels, image_hw=tile.image_hw)
+        if scale.failure is not None:
+            failed = dataclasses.replace(result, failure=Failure("look", scale.failure.reason))
+            steps[i] = Step(tile, None, (), failed)
+            continue
+        expansion = expand(tile, scale.evidence, policy)
+        result = dataclasses.replace(result, guards=expansion.guards)
+        steps[i] = Step(tile, scale.scale_map, expansion.children, result)
+        if expansion.detect:
+            detected.append(i)
+    results = detect_tiles(
+        [steps[i].result for i in detected],
+        [tiles[i] for i in detected],
+        [pixels[i] for i in detected],
+        [seen[i].detections for i in detected],
+        detect,
+        policy.merging,
+    )
+    steps |= {i: steps[i]._replace(result=result) for i, result in zip(detected, results, strict=True)}
+    return [steps[i] for i in range(len(tiles))]
 
 
 class TracedTile(NamedTuple):

@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "batch_size_on",
     "device_named",
     "device_on_this_machine",
     "has_gpu_driver",
     "translate_oom",
 ]
+
+
+_TILES_ON_GPU = 16
 
 
 def has_gpu_driver() -> bool:
@@ -28,6 +32,11 @@ def has_gpu_driver() -> bool:
     except OSError:
         return Path("/dev/kfd").exists()
     return True
+
+
+def batch_size_on(device: str) -> int:
+    """Tiles of one image in a call of the networks on a device: on a GPU a call costs more than a tile."""
+    return _TILES_ON_GPU if device.startswith("cuda") else 1
 
 
 def device_named(name: str) -> torch.device:

@@ -124,7 +124,14 @@ class LocalStream:
                 failed = TileResult(record.image_id, (), Fraction(1), failure=Failure("read", error.reason))
                 yield merge_image([failed], policy.merging)
                 continue
-            yield recursive_detect(image, record.image_id, policy, detect=detect, predict_scale=predict_scale)
+            yield recursive_detect(
+                image,
+                record.image_id,
+                policy,
+                detect=detect,
+                predict_scale=predict_scale,
+                batch_size=self._networks.batch_size,
+            )
 
     def commit(self, image_ids: Iterable[int]) -> None:
         """Do nothing: no state is kept per image."""

@@ -9,6 +9,7 @@ from functools import partial
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
+from scalenet_ray.models.devices import batch_size_on
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.report.gallery import PictureTask
 from scalenet_ray.runs.analysis import analyse_detections
@@ -104,4 +105,8 @@ class DetectionRun:
 
 
 def _own_networks(networks: NetworkSpec, detector: DetectorInfo) -> NetworkFactories:
-    return NetworkFactories(partial(networks.load_detector, detector.categories), networks.load_scale_net)
+    return NetworkFactories(
+        partial(networks.load_detector, detector.categories),
+        networks.load_scale_net,
+        batch_size=batch_size_on(networks.device),
+    )

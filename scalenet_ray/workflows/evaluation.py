@@ -10,6 +10,7 @@ from typing import Any
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.coco import oracle_from
+from scalenet_ray.models.devices import batch_size_on
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.charts import policy_plot
 from scalenet_ray.report.gallery import PictureTask
@@ -108,6 +109,7 @@ def _split_networks(policy: Policy, networks: NetworkSpec, split: CocoSplit) -> 
     return NetworkFactories(
         partial(networks.load_detector, split.categories, split.unused_categories),
         partial(oracle_from, split.annotations) if policy.reads_truth else networks.load_scale_net,
+        batch_size=batch_size_on(networks.device),
     )
 
 
