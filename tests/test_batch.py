@@ -118,7 +118,8 @@ def test_the_local_engine_takes_an_images_windows_in_batches_where_the_networks_
         nets = NetworkFactories(Given(detector), batch_size=batch_size)
         assert len(list(LocalStream(RECORDS, policy_of("grid-2"), nets, SCENES))) == len(RECORDS)
         calls[batch_size] = detector.calls
-    assert calls == {1: 5 * len(RECORDS), 4: 2 * len(RECORDS)}
+    readable = len(RECORDS) - 1
+    assert calls == {1: 5 * readable, 4: 2 * readable}
 
 
 @pytest.mark.parametrize(
