@@ -212,7 +212,9 @@ class _ExactBoxes:
     @staticmethod
     def _shapes_alone(_module: nn.Module, inputs: tuple[ImageList, list[torch.Tensor]]) -> tuple[Any, ...]:
         images, features = inputs
-        return images, [images.tensors.new_zeros(()).expand(level.shape) for level in features]
+        # Of the features the generator reads the shape and the type.
+        wide = [level.new_zeros((), dtype=torch.float32).expand(level.shape) for level in features]
+        return images, wide if features[0].dtype == torch.bfloat16 else features
 
 
 def _in_float32(nested: Any) -> Any:
