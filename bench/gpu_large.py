@@ -23,7 +23,6 @@ _MISSING: Record = {"remark": "give a trained detector with --detector"}
 _TILES_HW = ((256, 352), (416, 288), (160, 544), (480, 384), (640, 640))
 """Sizes of tiles, in tile pixels, each on another canvas."""
 
-_BATCHES = (4, 8, 16)
 _LATER_CALLS = 8
 
 
@@ -48,7 +47,8 @@ def measure_shapes(setup: Setup) -> Iterator[Record]:
         return 1000 * (time.perf_counter() - start)
 
     milliseconds(1, (320, 320))  # The library itself is loaded in the first call of all.
-    for count, hw in [*((1, hw) for hw in _TILES_HW), *((count, _TILES_HW[-1]) for count in _BATCHES)]:
+    batches = sorted({*setup.sizes.batches} - {1})
+    for count, hw in [*((1, hw) for hw in _TILES_HW), *((count, _TILES_HW[-1]) for count in batches)]:
         first = milliseconds(count, hw)
         later = spread([milliseconds(count, hw) for _ in range(_LATER_CALLS)])
         yield {"tiles": count, "height": hw[0], "width": hw[1], "first call, ms": first, "later calls, ms": later}

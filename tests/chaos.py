@@ -220,6 +220,11 @@ def run_chaos(folder: Path, images: int, seed: int, *, deaths: int = 4, node_los
             driver.wait(timeout=120)
             driver = subprocess.Popen(command)
         code = driver.wait(timeout=300)
+        if code != 0 and _RAY_GAVE_UP in (folder / "run" / "error.txt").read_text():
+            # After the loss of a node, now and then. As its message says, the run is resumed.
+            _note(folder, "given up by Ray")
+            driver = subprocess.Popen(command)
+            code = driver.wait(timeout=300)
     finally:
         driver.kill()
         driver.wait()
@@ -228,6 +233,10 @@ def run_chaos(folder: Path, images: int, seed: int, *, deaths: int = 4, node_los
         msg = f"the last driver ended with {code}"
         raise RuntimeError(msg)
     return _outcome(folder, images)
+
+
+_RAY_GAVE_UP = "StreamingGeneratorReplayInconsistentError"
+"""Ray's error where a task of which an output was lost fails when Ray does it again."""
 
 
 def _done(folder: Path) -> int:

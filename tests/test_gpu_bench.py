@@ -40,6 +40,7 @@ def test_without_time_each_part_measures_its_first_figure_alone(tmp_path: Path) 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_whole_bench_runs_on_a_cpu_and_becomes_tables(idle_ray: None, tmp_path: Path) -> None:
     job = GpuBench(device="cpu", detector=SAMPLE_DETECTOR_WEIGHTS, output=tmp_path / "figures.jsonl")
     assert main(job) == 0
@@ -49,7 +50,7 @@ def test_the_whole_bench_runs_on_a_cpu_and_becomes_tables(idle_ray: None, tmp_pa
         "machine": 1,
         "recursion": 8,
         "networks": 2 * (len(VARIANTS) + 1) + 4 * (len(TOY.batches) - 1) + 2 * len(TOY.others),
-        "shapes": 8,
+        "shapes": 5 + len(TOY.batches) - 1,
         "large": 6,
         "engine": 3,
         "steps": 3,
