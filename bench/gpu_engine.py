@@ -129,7 +129,7 @@ def full_engine(
     scale_net: Callable[[], Any] | None,
     resources: Resources,
 ) -> Record:
-    """What the Ray engine does with a policy while it is full, on the setup's images over and over."""
+    """Figures of the Ray engine with a policy while it is full, on the setup's images over and over."""
     images, count = setup.dataset.images, setup.sizes.engine_images
     records = [
         replace(images[i % len(images)], image_id=i // len(images) * REPEAT + images[i % len(images)].image_id)

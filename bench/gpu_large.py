@@ -27,7 +27,7 @@ _LATER_CALLS = 8
 
 
 def _loader(setup: Setup) -> Callable[[], Any] | None:
-    """What loads the trained detector on the device; None where none was named."""
+    """Loader of the trained detector on the device; None where none was named."""
     return None if setup.detector is None else partial(load_detector, setup.detector, device=setup.device)
 
 
@@ -40,7 +40,7 @@ def measure_shapes(setup: Setup) -> Iterator[Record]:
     detector, rng = load(), np.random.default_rng(0)
 
     def milliseconds(count: int, hw: tuple[int, int]) -> float:
-        """Of a call with tiles of noise."""
+        """Duration of a call with tiles of noise."""
         tiles = [rng.integers(0, 256, (*hw, 3), np.uint8) for _ in range(count)]
         start = time.perf_counter()
         detector(tiles)

@@ -220,7 +220,8 @@ def run_chaos(folder: Path, images: int, seed: int, *, deaths: int = 4, node_los
             driver.wait(timeout=120)
             driver = subprocess.Popen(command)
         code = driver.wait(timeout=300)
-        if code != 0 and _RAY_GAVE_UP in (folder / "run" / "error.txt").read_text():
+        error = folder / "run" / "error.txt"
+        if code != 0 and error.exists() and _RAY_GAVE_UP in error.read_text():
             # After the loss of a node, now and then. As its message says, the run is resumed.
             _note(folder, "given up by Ray")
             driver = subprocess.Popen(command)

@@ -29,8 +29,12 @@ class AnnotatedData:
 
     @property
     def is_sample(self) -> bool:
-        """Whether no data set is named."""
+        """True if no data set is named."""
         return self.data is None and self.annotations is None and self.images is None
+
+    def named(self) -> dict[str, str | None]:
+        """The three flags, as the run folder's settings hold them."""
+        return {"data": self.data, "annotations": self.annotations, "images": self.images}
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,7 @@ def main(job: EvalCoco) -> int:
 
 def _settings(job: EvalCoco, policies: Sequence[Policy]) -> dict[str, Any]:
     return {
-        "data": job.data,
-        "annotations": job.annotations,
-        "images": job.images,
+        **job.named(),
         "split": job.split,
         "limit": job.limit,
         "max_image_megapixels": job.max_image_megapixels,

@@ -196,9 +196,7 @@ def main(job: TuneRecursion) -> int:
 
 def _report_settings(job: TuneRecursion, policies: list[Policy]) -> dict[str, Any]:
     return {
-        "data": job.data,
-        "annotations": job.annotations,
-        "images": job.images,
+        **job.named(),
         "split": job.report_split,
         "networks": job.networks.settings(),
         "policies": [policy_to_dict(policy) for policy in policies],

@@ -72,6 +72,20 @@ class Sweep:
                 raise UserError(msg)
 
 
+def _configure_tune() -> None:
+    """Set what Tune reads from the environment."""
+    # A failed trial's traceback is in its folder, and its error in the table of trials.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    # Keep the signal handlers of the job.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    # Tune's newer output prints lines in spite of verbose=0, and names a folder of events that Ray takes away.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Save the state of the search often: a killed sweep loses a few seconds.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
+    # Addresses may be relative to the working directory of the job.
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+
+
 def run_sweep(
     space: SearchSpace, task: TrialSettings, sweep: Sweep, uri: str, say: Callable[[str], None], *, resume: bool
 ) -> list[TrialRow]:
@@ -94,16 +108,7 @@ def run_sweep(
         UserError: if the searcher is grid and the space holds a range.
     """
     join_ray()
-    # A failed trial's traceback is in its folder, and its error in the table of trials.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    # Keep the signal handlers of the job.
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    # Tune's newer output prints lines in spite of verbose=0, and names a folder of events that Ray takes away.
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    # Save the state of the search often: a killed sweep loses a few seconds.
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
-    # Addresses may be relative to the working directory of the job.
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    _configure_tune()
     cache_actor: Any = CacheActor.remote() if sweep.keep else None
     resources = {"cpu": 1, "gpu": gpu_share(task.networks.device, sweep.at_once)}
     trainable = tune.with_resources(tune.with_parameters(RecursionTrial, task=task, cache_actor=cache_actor), resources)
