@@ -23,7 +23,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.geometry import cut_tile
 from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.recursion import recursive_detect
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.data.images import decode_image
 
 __all__ = ["CONTENDERS", "DETECTOR_ALONE", "Raced", "race"]

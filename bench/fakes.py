@@ -16,7 +16,7 @@ from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord
 
 __all__ = ["TILES_PER_IMAGE", "Looks", "Tally", "fake_networks", "grey_image", "records_of", "two_windows"]
 

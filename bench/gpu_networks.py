@@ -20,7 +20,8 @@ from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.data.coco import CocoDataset, GroundTruth, OpenImage, annotations_uri, read_annotations
+from scalenet_ray.data.coco import CocoDataset, GroundTruth, annotations_uri, read_annotations
+from scalenet_ray.data.image_records import OpenImage
 from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net, save_scale_net
 from scalenet_ray.models.scale_networks import PRESETS, ScaleNetConfig
 from scalenet_ray.models.torchvision_builders import build_detector

@@ -28,8 +28,9 @@ from scalenet_ray.core.detections import SHOWN_SCORE, Detections
 from scalenet_ray.core.geometry import iou_matrix
 from scalenet_ray.data.coco import objects_of
 from scalenet_ray.data.formats import to_results
-from scalenet_ray.evaluation.ap import match_results
-from scalenet_ray.evaluation.compare import ResampledAP, paired_intervals
+from scalenet_ray.evaluation.ap import summarize
+from scalenet_ray.evaluation.compare import paired_intervals
+from scalenet_ray.evaluation.matching import Matches, match_results
 from scalenet_ray.evaluation.tide import FOREGROUND_IOU
 from scalenet_ray.report.charts import drawing, quiet
 
@@ -38,7 +39,7 @@ __all__ = ["compare_large", "markdown"]
 _DETECTORS = {"yolo11n": "onnx:{models}/yolo11n.onnx", "yolox_nano": "yolox-onnx:{models}/yolox_nano.onnx"}
 _LEAST_OBJECTS = 20
 _OURS, _SLICES = "regions", "slices"
-_AREAS = {"AP": 0, "AP_small": 1}
+_METRICS = ("AP", "AP_small")
 _CONTENDERS = (
     "whole",
     _SLICES,
@@ -141,7 +142,11 @@ def _compare(workload: Workload, job: LargeImages, title: str, say: Callable[[st
             if round_:
                 continue
             hws = {record.image_id: record.hw for record in workload.records}
-            found = [row for image_id, each in raced.found.items() for row in to_results(image_id, each, hws[image_id])]
+            found = [
+                row
+                for image_id, each in sorted(raced.found.items())
+                for row in to_results(image_id, each, hws[image_id])
+            ]
             matched[contender] = match_results(dataset, found)
             rows[contender] = _percentages(matched[contender]) | {
                 "found": _found(workload, raced.found),
@@ -149,17 +154,17 @@ def _compare(workload: Workload, job: LargeImages, title: str, say: Callable[[st
             }
             say(f"{title}: {contender} {json.dumps(rows[contender])}")
     for other, differences in paired_intervals(matched, _SLICES).items() if _SLICES in matched else ():
-        rows[other]["over slices"] = {metric: differences[metric] for metric in _AREAS}
+        rows[other]["over slices"] = {metric: differences[metric] for metric in _METRICS}
     for contender in _TIMED if job.rounds and _OURS in rates else ():
         if contender in rates and contender != _OURS:
             rows[contender]["ours over it"] = ratio(rates[_OURS], rates[contender])
     return rows
 
 
-def _percentages(matched: Any) -> dict[str, float]:
+def _percentages(matches: Matches) -> dict[str, float]:
     """AP and AP_small in percent; NaN where there are no such objects."""
-    count = len(matched.params.imgIds)
-    return {name: ResampledAP(matched, area)(np.ones(count)) for name, area in _AREAS.items()}
+    figures = summarize(matches)
+    return {name: figures[name] for name in _METRICS}
 
 
 def _found(workload: Workload, detections: Mapping[int, Detections]) -> float:

@@ -23,8 +23,9 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.recursion import recursive_detect
-from scalenet_ray.data.coco import CocoDataset, ImageRecord, parse_annotations
+from scalenet_ray.data.coco import CocoDataset, parse_annotations
 from scalenet_ray.data.formats import to_results
+from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.data.images import decode_image
 from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.models.spec import NetworkSpec

@@ -31,7 +31,7 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.runs.batch import PolicyRun, Progress
 from scalenet_ray.runs.folder import RunFolder

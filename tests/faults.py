@@ -22,7 +22,7 @@ from scalenet_ray.core.networks import Detect, NetworkFactories, ScalePredictor
 from scalenet_ray.core.policy import Policy, Recursion, parse_policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from tests.oracles import OuterDetector, RandomDetector, RandomScale, TruthOfSquares, draw_squares, scattered_squares
 
 __all__ = [

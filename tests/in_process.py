@@ -20,7 +20,7 @@ from scalenet_ray.core.detections import Detections, ImageResult
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, ImageRecords, OpenImage
 from scalenet_ray.engine.frontier import Frontier
 from scalenet_ray.engine.pipeline import Assembler
 from scalenet_ray.engine.readers import TileSource
@@ -114,7 +114,7 @@ class InProcessEngine:
         self._look = _pass_on if together else ScaleStage(handle, policy, networks, retries)
         stage = ScaleAndDetectStage if together else DetectStage
         self._detect = stage(handle, policy, mortal, detector_batch_size, retries)
-        self._assembler = Assembler(policy.merging)
+        self._assembler = Assembler(policy.merging, ImageRecords.of(records))
         self._rows: list[pa.Table] = []
         self._looked: list[pa.Table] = []
         self._old_calls: list[pa.Table] = []

@@ -6,7 +6,7 @@ import numpy as np
 
 from bench.fakes import grey_image
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord
 
 __all__ = ["BAD_IMAGE", "open_but_one"]
 

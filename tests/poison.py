@@ -13,7 +13,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord
 from tests.faults import INPUT_SIDE, Scenes, WorkLog
 from tests.oracles import BREAKING, RandomDetector, RandomScale
 

@@ -16,7 +16,7 @@ from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.networks import NetworkFactories
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.models.checked_detector import CheckedDetector
 from scalenet_ray.runs.batch import PolicyRun, Progress, Stream, image_opener
@@ -135,7 +135,7 @@ def test_resuming_does_what_is_missing_and_ends_as_an_uninterrupted_run(
     with pytest.raises(KeyboardInterrupt):
         PolicyRun(RECORDS, POLICY.name, partial(start, log=before), run, stop_after(7)).finish()
     # All that were finished, with the one that waited for another to fill its shard.
-    written = set(run.finished(POLICY.name))
+    written = set(run.finished(POLICY.name).ids.tolist())
     assert len(written) == 7
     assert run.standing == "scalenet: 7 of 11 done"
     orphan = Path(run.uri, "detections", "scalenet-00004.parquet")
@@ -169,7 +169,7 @@ def test_images_are_committed_as_they_are_written(tmp_path: Path) -> None:
     class Committing(LocalStream):
         def commit(self, image_ids: Iterable[int]) -> None:
             committed.extend(image_ids)
-            assert set(committed) <= set(run.finished(POLICY.name))
+            assert set(committed) <= set(run.finished(POLICY.name).ids.tolist())
 
     PolicyRun(RECORDS, POLICY.name, lambda left: Committing(left, POLICY, networks(None), SCENES), run, ignore).finish()
     assert committed == [record.image_id for record in RECORDS]

@@ -21,15 +21,9 @@ from pycocotools.cocoeval import COCOeval
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.data.categories import map_categories, unknown_categories
-from scalenet_ray.data.coco import (
-    CocoDataset,
-    ImageRecord,
-    objects_of,
-    parse_annotations,
-    read_annotations,
-    safe_file_name,
-)
+from scalenet_ray.data.coco import CocoDataset, objects_of, parse_annotations, read_annotations, safe_file_name
 from scalenet_ray.data.formats import to_results, write_results
+from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.data.listings import find_images
 from scalenet_ray.data.storage import read_bytes, write_bytes_atomic
 from scalenet_ray.evaluation.ap import METRICS, evaluate
@@ -279,7 +273,7 @@ def test_a_folder_s_images_are_numbered_in_order(folder: str):
 def test_a_glob_and_an_s3_prefix_list_images(folder: str, s3_bucket: str):
     write_bytes_atomic(f"{s3_bucket}/in/x.jpg", b"")
     assert [record.file_name for record in find_images(f"{folder}/*.jpg").records] == [f"{folder}/b.jpg"]
-    assert find_images(f"{s3_bucket}/in/").records == [ImageRecord(1, f"{s3_bucket}/in/x.jpg")]
+    assert list(find_images(f"{s3_bucket}/in/").records) == [ImageRecord(1, f"{s3_bucket}/in/x.jpg")]
 
 
 @pytest.mark.parametrize("column", ["uri", "path"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from pycocotools.cocoeval import COCOeval
 
 from scalenet_ray.data.coco import CocoDataset, parse_annotations
-from scalenet_ray.evaluation.ap import evaluate, match_results
+from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.evaluation.compare import ResampledAP, paired_intervals
+from scalenet_ray.evaluation.matching import Matches, match_results
 
 
 def scenes(images: int, seed: int = 0) -> tuple[CocoDataset, list[dict]]:
@@ -40,7 +40,7 @@ def scenes(images: int, seed: int = 0) -> tuple[CocoDataset, list[dict]]:
     return parse_annotations(content), results
 
 
-def matched(dataset: CocoDataset, **results: list[dict]) -> dict[str, COCOeval]:
+def matched(dataset: CocoDataset, **results: list[dict]) -> dict[str, Matches]:
     return {name: match_results(dataset, rows) for name, rows in results.items()}
 
 

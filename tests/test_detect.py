@@ -179,7 +179,7 @@ def test_of_each_so_many_the_first_is_taken_and_keeps_its_number(folder: Path, k
         (name, boxes) for name, (_, boxes) in zip(names, found(detect([SCENES[0], SCENES[3]], DETECTOR)), strict=True)
     ]
     run = RunFolder(str(tmp_path / "run"))
-    assert run.finished("regions") == {1: names[0], 4: names[1]}
+    assert [(image.image_id, image.file_name) for image in run.finished("regions")] == [(1, names[0]), (4, names[1])]
     assert run.config()["settings"]["every"] == 3
 
 

@@ -21,8 +21,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from scalenet_ray.core.detections import Detections, Failure, ImageResult
-from scalenet_ray.data.coco import ImageRecord, read_annotations
+from scalenet_ray.data.coco import read_annotations
 from scalenet_ray.data.datasets import find_layout
+from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.runs.export import EXPORT_FORMATS, export_run
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.shard_writer import ShardWriter
@@ -43,7 +44,7 @@ def finished(image_id: int, boxes: np.ndarray, labels: Sequence[int], *, failed:
 def write_run(folder: Path, files: Sequence[str] = FILES, policies: Sequence[str] = ("whole", "grid-2")) -> str:
     run = RunFolder(str(folder))
     run.begin({"images": "/photos", "policies": [{"name": name} for name in policies]}, resume=False).release()
-    records = {i: ImageRecord(i, file) for i, file in enumerate(files, start=1)}
+    records = ImageRecords.listed(files)
     none = np.zeros((0, 4))
     for policy in policies:
         writer = ShardWriter(run, policy, records, lambda ids: None)
@@ -333,7 +334,7 @@ def test_a_run_that_is_no_detection_is_told_so(tmp_path: Path) -> None:
 def test_runs_are_exported_from_and_to_s3(s3_bucket: str) -> None:
     run = RunFolder(f"{s3_bucket}/run")
     run.begin({"images": "/photos", "policies": [{"name": "whole"}]}, resume=False).release()
-    writer = ShardWriter(run, "whole", {1: ImageRecord(1, FILES[0])}, lambda ids: None)
+    writer = ShardWriter(run, "whole", ImageRecords.listed(FILES[:1]), lambda ids: None)
     writer.add(finished(1, BOXES, [90, 3, 7]), 1.5)
     writer.flush()
     run.write_json("metrics.json", {"categories": NAMES})

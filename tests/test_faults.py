@@ -10,7 +10,7 @@ import ray
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.data.coco import OpenImage
+from scalenet_ray.data.image_records import OpenImage
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.runs.resources import AdvancedResources, Resources
 from tests.faults import (

@@ -13,7 +13,7 @@ import yaml
 from scalenet_ray.core.detections import Detections, Failure, ImageResult
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord, ImageRecords
 from scalenet_ray.data.schemas import DETECTIONS, IMAGES, detections_from_rows
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.shard_writer import ShardWriter
@@ -29,7 +29,7 @@ def result_of(image_id: int, scores: tuple[float, ...] = (0.9, 0.5), failure: Fa
 
 
 def writer_of(run: RunFolder, policy: str = "whole", committed: list[list[int]] | None = None) -> ShardWriter:
-    records = {i: ImageRecord(i, f"{i}.jpg") for i in range(100)}
+    records = ImageRecords.of(ImageRecord(i, f"{i}.jpg") for i in range(100))
     return ShardWriter(run, policy, records, (committed if committed is not None else []).append)
 
 
@@ -122,7 +122,10 @@ def test_detections_are_written_before_the_record_that_their_images_are_finished
 def test_images_are_committed_after_their_shard_is_there(run: RunFolder) -> None:
     seen: list[bool] = []
     writer = ShardWriter(
-        run, "whole", {1: ImageRecord(1, "1.jpg")}, lambda ids: seen.append(set(ids) <= set(run.finished("whole")))
+        run,
+        "whole",
+        ImageRecords.listed(["1.jpg"]),
+        lambda ids: seen.append(set(ids) <= set(run.finished("whole").ids.tolist())),
     )
     writer.add(result_of(1), 1.5)
     writer.flush()
@@ -142,7 +145,11 @@ def test_tables_are_in_order_of_image_id_with_the_best_detection_first(run: RunF
     write(run, 9, 2)
     write(run, 5)
     assert run.table("images", "whole").column("image_id").to_pylist() == [2, 5, 9]
-    assert run.finished("whole") == {2: "2.jpg", 5: "5.jpg", 9: "9.jpg"}
+    assert [(image.image_id, image.file_name) for image in run.finished("whole")] == [
+        (2, "2.jpg"),
+        (5, "5.jpg"),
+        (9, "9.jpg"),
+    ]
     table = run.table("detections", "whole")
     assert table.column("image_id").to_pylist() == [2, 2, 5, 5, 9, 9]
     assert table.column("score").to_pylist() == pytest.approx([0.9, 0.5] * 3)
@@ -153,7 +160,7 @@ def test_policies_with_a_common_beginning_are_kept_apart(run: RunFolder) -> None
     for i, policy in enumerate(["grid-2", "grid-20", "grid-2-00000", "whole@64", "whole"]):
         write(run, i, policy=policy)
     for i, policy in enumerate(["grid-2", "grid-20", "grid-2-00000", "whole@64", "whole"]):
-        assert list(run.finished(policy)) == [i]
+        assert run.finished(policy).ids.tolist() == [i]
         assert set(run.table("detections", policy).column("policy").to_pylist()) == {policy}
 
 
@@ -171,7 +178,7 @@ def test_a_shard_in_writing_is_no_shard(run: RunFolder) -> None:
     write(run, 1)
     Path(run.uri, "images", ".0123.part").write_bytes(b"half")
     Path(run.uri, "images", "whole-00001.parquet.part").write_bytes(b"half")
-    assert list(run.finished("whole")) == [1]
+    assert run.finished("whole").ids.tolist() == [1]
 
 
 def test_deleting_a_shard_makes_its_images_missing_and_harms_no_other(run: RunFolder) -> None:
@@ -179,15 +186,15 @@ def test_deleting_a_shard_makes_its_images_missing_and_harms_no_other(run: RunFo
     write(run, 2)
     write(run, 3)
     Path(run.uri, "images", "whole-00001.parquet").unlink()
-    assert list(run.finished("whole")) == [1, 3]
+    assert run.finished("whole").ids.tolist() == [1, 3]
     write(run, 2)
-    assert list(run.finished("whole")) == [1, 2, 3]
+    assert run.finished("whole").ids.tolist() == [1, 2, 3]
     assert run.table("detections", "whole").column("image_id").to_pylist() == [1, 1, 2, 2, 3, 3]
 
 
 def test_a_run_without_shards_has_tables_without_rows(run: RunFolder) -> None:
     run.begin(SETTINGS, resume=False).release()
-    assert run.finished("whole") == {}
+    assert not run.finished("whole")
     assert run.table("images", "whole").schema == IMAGES
     assert run.table("detections", "whole").schema == DETECTIONS
     assert run.table("images", "whole", ["image_id", "file"]).column_names == ["image_id", "file"]
@@ -197,7 +204,7 @@ def test_images_without_detections_are_finished_too(run: RunFolder) -> None:
     writer = writer_of(run)
     writer.add(result_of(1, scores=()), 1.5)
     writer.flush()
-    assert list(run.finished("whole")) == [1]
+    assert run.finished("whole").ids.tolist() == [1]
     assert run.table("detections", "whole").num_rows == 0
 
 
@@ -241,7 +248,7 @@ def test_a_run_folder_may_lie_on_s3(s3_bucket: str) -> None:
     write(run, 4, 1)
     write(run, 2)
     run.begin(SETTINGS, resume=True).release()
-    assert list(run.finished("whole")) == [1, 2, 4]
+    assert run.finished("whole").ids.tolist() == [1, 2, 4]
     assert run.shards("images", "whole") == [f"{run.uri}/images/whole-0000{i}.parquet" for i in range(2)]
     assert run.table("detections", "whole").num_rows == 6
     assert run.write_failures(["whole"]).num_rows == 0
@@ -261,7 +268,7 @@ def test_shards_of_any_number_are_read_and_the_next_number_is_one_more(run: RunF
     rename_shards(run, "00000", last)
     write(run, 2)
     write(run, 3)
-    assert list(run.finished("whole")) == [1, 2, 3]
+    assert run.finished("whole").ids.tolist() == [1, 2, 3]
     assert run.table("detections", "whole").column("image_id").to_pylist() == [1, 1, 2, 2, 3, 3]
     numbers = [int(uri.rsplit("-", 1)[-1].removesuffix(".parquet")) for uri in run.shards("images", "whole")]
     assert numbers == [int(last) + i for i in range(3)]

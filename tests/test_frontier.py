@@ -17,7 +17,7 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.expansion import Expansion
 from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.networks import NetworkFactories
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier, Lease, LeaseLimits, Work, child_credit
 from scalenet_ray.engine.quarantine import TileId
 from tests.faults import (

@@ -19,7 +19,7 @@ from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy, Recursion, parse_policy
 from scalenet_ray.core.recursion import Step
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.report.charts import drawing
 from scalenet_ray.report.gallery import PictureTask
 from scalenet_ray.report.recursion_figure import draw_look

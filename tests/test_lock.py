@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.lock import _StoreLock, lock_run
 from scalenet_ray.runs.shard_writer import ShardWriter
@@ -155,11 +155,11 @@ def test_a_driver_that_was_paused_writes_nothing_once_another_has_taken_over(
         run = RunFolder(uri)
         first = run.begin(SETTINGS, resume=False)
     with RunFolder(uri).begin(SETTINGS, resume=True):
-        writer = ShardWriter(run, "whole", {1: ImageRecord(1, "1.jpg")}, lambda ids: None)
+        writer = ShardWriter(run, "whole", ImageRecords.listed(["1.jpg"]), lambda ids: None)
         writer.add(result_of(1), 1.5)
         with pytest.raises(RuntimeError, match="another driver has taken over"):
             writer.flush()
-        assert run.finished("whole") == {}
+        assert not run.finished("whole")
         first.release()
         # It was not the first one's to delete.
         assert storage.exists(lock_of(uri))

@@ -12,7 +12,7 @@ import pytest
 
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.networks import NetworkTrial
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.models import network_trial
 from scalenet_ray.models.devices import has_gpu_driver
 from scalenet_ray.models.network_trial import try_networks

@@ -21,7 +21,7 @@ from scalenet_ray.core.detections import Detections, Failure, ImageResult, TileR
 from scalenet_ray.core.merge import Merging, merge_image
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, ImageRecords, OpenImage
 from scalenet_ray.engine.pipeline import Assembler, ImageStream
 from scalenet_ray.runs.resources import AdvancedResources, Resources, limits
 from tests.faults import (
@@ -241,6 +241,9 @@ def tree(draw: Callable[[st.SearchStrategy], Any], image_id: int) -> list[TileRe
     return results
 
 
+IMAGES = ImageRecords.of(ImageRecord(i, f"{i}.jpg") for i in range(8))
+
+
 @given(st.data())
 def test_images_finish_once_in_any_order_and_whatever_comes_twice(data: st.DataObject) -> None:
     images = {i: tree(data.draw, i) for i in range(data.draw(st.integers(0, 4)))}
@@ -249,7 +252,7 @@ def test_images_finish_once_in_any_order_and_whatever_comes_twice(data: st.DataO
     arriving = data.draw(st.permutations(doubled))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(arriving)), max_size=4)))
 
-    assembler = Assembler(Merging())
+    assembler = Assembler(Merging(), IMAGES)
     done = []
     for start, end in zip([0, *cuts], [*cuts, len(arriving)], strict=True):
         done += assembler.add(arriving[start:end])
@@ -263,7 +266,7 @@ def test_images_finish_once_in_any_order_and_whatever_comes_twice(data: st.DataO
 def test_an_image_is_not_finished_while_a_tile_is_missing(data: st.DataObject) -> None:
     tiles = tree(data.draw, 5)
     missing = data.draw(st.integers(0, len(tiles) - 1))
-    assembler = Assembler(Merging())
+    assembler = Assembler(Merging(), IMAGES)
     rest = tiles[:missing] + tiles[missing + 1 :]
     assert assembler.add(rest) == []
     assert assembler.unfinished == ([5] if rest else [])
@@ -272,7 +275,7 @@ def test_an_image_is_not_finished_while_a_tile_is_missing(data: st.DataObject) -
 
 
 def test_the_first_of_two_results_of_a_tile_counts() -> None:
-    assembler = Assembler(Merging())
+    assembler = Assembler(Merging(), IMAGES)
     child = TileResult(1, (0,), Fraction(1, 2))
     assembler.add([child, TileResult(1, (0,), Fraction(1, 2), failure=Failure("detect", "a retry broke"))])
     (result,) = assembler.add([TileResult(1, (), Fraction(1, 2))])
@@ -280,14 +283,14 @@ def test_the_first_of_two_results_of_a_tile_counts() -> None:
 
 
 def test_what_comes_after_an_image_is_finished_is_dropped() -> None:
-    assembler = Assembler(Merging())
+    assembler = Assembler(Merging(), IMAGES)
     assert len(assembler.add([TileResult(1, (), Fraction(1))])) == 1
     assert assembler.add([TileResult(1, (), Fraction(1)), TileResult(1, (0,), Fraction(1, 2))]) == []
     assert assembler.unfinished == []
 
 
 def test_tiles_worth_more_than_their_image_are_a_bug_that_is_named() -> None:
-    assembler = Assembler(Merging())
+    assembler = Assembler(Merging(), IMAGES)
     assembler.add([TileResult(7, (0,), Fraction(2, 3))])
     with pytest.raises(RuntimeError, match=r"image 7 has tiles worth 7/6 of it, more than 1: \[\(0,\), \(1,\)\]"):
         assembler.add([TileResult(7, (1,), Fraction(1, 2))])
@@ -295,7 +298,7 @@ def test_tiles_worth_more_than_their_image_are_a_bug_that_is_named() -> None:
 
 def test_a_failed_tile_fails_its_image_and_shows_none_of_its_boxes() -> None:
     found = Detections(np.array([[1, 1, 9, 9]]), np.array([0.9]), np.array([1]))
-    assembler = Assembler(Merging())
+    assembler = Assembler(Merging(), IMAGES)
     assembler.add([TileResult(1, (0,), Fraction(1, 2), found, image_hw=(20, 20))])
     (result,) = assembler.add([TileResult(1, (), Fraction(1, 2), failure=Failure("look", "NaN"))])
     assert result.failure == Failure("look", "NaN")

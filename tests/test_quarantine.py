@@ -13,7 +13,7 @@ from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.expansion import Expansion
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.data.coco import OpenImage
+from scalenet_ray.data.image_records import OpenImage
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.engine.quarantine import Attempts

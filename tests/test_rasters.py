@@ -24,7 +24,7 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import AnyImage, Tile, Window, cut_tile, tile_pixels, whole_pixels
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.data.images import decode_image
 from scalenet_ray.data.rasters import Raster, georeference_of, open_image, open_raster
 from scalenet_ray.models.spec import SAMPLE_DETECTOR

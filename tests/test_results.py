@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from scalenet_ray.core.detections import Detections, Failure, ImageResult
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord, ImageRecords
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.results import StoredImage, detections_by_image, image_results, tables_in_order
+from scalenet_ray.runs.results import StoredImage, image_results, rows_in_order, tables_in_order
 from scalenet_ray.runs.shard_writer import ShardWriter
 
 IDS = [7, 3, 2**40, 12, 1, 9, 40, 5, 33, 8, 21, 6]
@@ -33,7 +33,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     run = RunFolder(str(tmp_path / "run"))
     failed = {12: Failure("read", "damaged"), 33: Failure("detect", "NaN")}
     for results in ([result_of(each, failed.get(each)) for each in IDS], [result_of(12)]):
-        writer = ShardWriter(run, "whole", {each: ImageRecord(each, f"{each}.png") for each in IDS}, lambda ids: None)
+        writer = ShardWriter(
+            run, "whole", ImageRecords.of(ImageRecord(each, f"{each}.png") for each in IDS), lambda ids: None
+        )
         for result in results:
             writer.add(result, 1.0)
         writer.flush()
@@ -50,16 +52,17 @@ def test_images_sorted_by_way_of_the_disk_are_those_sorted_in_memory(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, per_bucket: int
 ) -> None:
     in_memory = [as_values(image) for image in image_results(run, "whole")]
-    by_image = [(image_id, found.boxes.tolist()) for image_id, found in detections_by_image(run, "whole")]
+    by_image = [(row, found.boxes.tolist()) for row, found in rows_in_order(run, "whole", ["image_id"])]
     assert [image[0] for image in in_memory] == sorted(set(IDS) - {33})
     assert in_memory[7][:2] == (12, "12.png")
     assert len(in_memory[7][3]) == 2
-    assert [image_id for image_id, _ in by_image] == sorted(set(IDS) - {33, 40})
+    assert [row["image_id"] for row, _ in by_image] == sorted(IDS)
 
     monkeypatch.setattr("scalenet_ray.runs.results._MOST_IN_MEMORY", 5)
     monkeypatch.setattr("scalenet_ray.runs.results._IMAGES_PER_BUCKET", per_bucket)
     assert [as_values(image) for image in image_results(run, "whole")] == in_memory
-    assert [(image_id, found.boxes.tolist()) for image_id, found in detections_by_image(run, "whole")] == by_image
+    again = [(row, found.boxes.tolist()) for row, found in rows_in_order(run, "whole", ["image_id"])]
+    assert again == by_image
 
 
 def test_more_images_than_fit_are_never_in_one_table(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

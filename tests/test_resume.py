@@ -123,7 +123,7 @@ def test_a_run_whose_driver_and_then_whose_head_was_killed_ends_as_an_uninterrup
     run = RunFolder(str(tmp_path / "run"))
 
     def written() -> set[int]:
-        return set(run.finished(POLICY.name))
+        return set(run.finished(POLICY.name).ids.tolist())
 
     killed = Driver(run, tmp_path / "killed", environment(folder))
     killed.until(14)

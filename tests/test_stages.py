@@ -13,7 +13,7 @@ import pytest
 from scalenet_ray.core.detections import Failure, TileResult
 from scalenet_ray.core.networks import NetworkFactories, ScalePredictor
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Frontier, Work
 from scalenet_ray.engine.readers import TileSource, _OpenedImages, cut_work
 from scalenet_ray.engine.rows import PackedTile, TileRow, pack, unpack, unpack_results

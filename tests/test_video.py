@@ -62,7 +62,10 @@ def test_every_nth_frame_has_the_id_of_its_number(film: Path, tmp_path: Path) ->
     )  # fmt: skip
     assert main(job) == 0
     run = RunFolder(str(tmp_path / "run"))
-    assert run.finished("whole") == {1: f"{film}/000000.png", 31: f"{film}/000030.png"}
+    assert [(image.image_id, image.file_name) for image in run.finished("whole")] == [
+        (1, f"{film}/000000.png"),
+        (31, f"{film}/000030.png"),
+    ]
     assert run.config()["settings"]["every"] == 30
 
 

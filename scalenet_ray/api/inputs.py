@@ -13,7 +13,7 @@ from PIL import Image
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import AnyImage
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, ImageRecords, OpenImage
 from scalenet_ray.data.images import decode_image, to_rgb
 from scalenet_ray.runs.batch import image_opener
 from scalenet_ray.runs.local import Session
@@ -111,7 +111,7 @@ def collect_images(images: Images, session: Session, column: str | None = None, 
     if not records:
         msg = "images must hold at least one image, got none: check what they come from"
         raise UserError(msg)
-    held = _HeldImages(_NAME, None, records, (), _MAX_PIXELS, session.hold(values), positions)
+    held = _HeldImages(_NAME, None, ImageRecords.of(records), (), _MAX_PIXELS, session.hold(values), positions)
     return InputImages(held, rows, resumable=not values)
 
 

@@ -312,13 +312,12 @@ def _predict(
         run = RunFolder(folder)
         stack.enter_context(run.begin(settings, resume=resume, workers=workers))
         work = start(run)
-        records = {record.image_id: record for record in work.records}
 
         def prediction(
             image_id: int, found: Detections, hw: tuple[int, int] | None, failure: Failure | None
         ) -> ImagePrediction:
             """The prediction of an image of the run."""
-            record = records[image_id]
+            record = work.records.by_id(image_id)
             read = partial(inputs.images.open_image, record)
             row = inputs.rows.get(image_id, {})
             return ImagePrediction(record.file_name, found, categories, hw or (0, 0), failure, row, read)
@@ -326,12 +325,9 @@ def _predict(
         yield None
         if run.resumed:
             for stored in image_results(run, policy):
-                if stored.image_id in records:
-                    yield prediction(stored.image_id, stored.detections, stored.hw, None)
+                yield prediction(stored.image_id, stored.detections, stored.hw, None)
             for row in run.find_failures([policy]).to_pylist():
-                if row["image_id"] in records:
-                    failure = Failure(row["stage"], row["reason"])
-                    yield prediction(row["image_id"], Detections.empty(), None, failure)
+                yield prediction(row["image_id"], Detections.empty(), None, Failure(row["stage"], row["reason"]))
         for result in work:
             yield prediction(result.image_id, result.detections, result.image_hw, result.failure)
         if output is not None:

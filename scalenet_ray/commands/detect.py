@@ -152,15 +152,13 @@ def main(job: DetectImages) -> int:
             crops=job.save_crops,
             min_score=job.min_score,
         )
-        records = {record.image_id: record for record in detection.records}
         with saved:
             if run.resumed and (job.save_images or job.save_crops):
                 for stored in image_results(run, policy.name):
-                    if stored.image_id in records:
-                        saved.add(records[stored.image_id], stored.detections)
+                    saved.add(detection.records.by_id(stored.image_id), stored.detections)
             for result in detection:
                 if result.failure is None:
-                    saved.add(records[result.image_id], result.detections)
+                    saved.add(detection.records.by_id(result.image_id), result.detections)
         document = detection.conclude(job.report_pictures)
     if job.csv:
         target = storage.join(run.uri, "detections.csv")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
@@ -15,19 +15,17 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from scalenet_ray.core.errors import TileError, UserError, abbreviated, repeated
-from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.masks import checked_segmentation
+from scalenet_ray.data.image_records import ImageRecord, ImageRecords
 from scalenet_ray.data.storage import Address, join, read_bytes
 
 __all__ = [
     "MAX_BYTES",
     "CocoDataset",
     "GroundTruth",
-    "ImageRecord",
     "Listing",
     "Objects",
-    "OpenImage",
     "annotations_uri",
     "images_and_categories",
     "is_text",
@@ -47,29 +45,6 @@ MAX_BYTES = 2 * 2**30
 # Of a coordinate or a side of a box.
 _MAX_COORDINATE = 1e9
 _MAX_AREA = _MAX_COORDINATE**2
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
-    """The entry of an image in a data set.
-
-    Attributes:
-        image_id: the image's id.
-        file_name: path as annotated, to be checked by `safe_file_name` before use; for an image listed by
-            `listings.find_images`, its address.
-        height: annotated height in image pixels, or None.
-        width: annotated width in image pixels, or None.
-    """
-
-    image_id: int
-    file_name: str
-    height: int | None = None
-    width: int | None = None
-
-    @property
-    def hw(self) -> tuple[int, int] | None:
-        """Annotated (height, width) in image pixels, or None."""
-        return None if self.height is None or self.width is None else (self.height, self.width)
 
 
 class Objects(NamedTuple):
@@ -107,7 +82,7 @@ class CocoDataset:
         damaged_masks: ids of the annotations with an invalid segmentation, which count by their boxes.
     """
 
-    images: tuple[ImageRecord, ...]
+    images: ImageRecords
     categories: dict[int, str]
     image_ids: np.ndarray
     boxes_xywh: np.ndarray
@@ -269,7 +244,7 @@ def parse_annotations(document: Mapping[str, Any], name: str = "the annotations"
     areas = [box[2] * box[3] if row.get("area") is None else row["area"] for box, row in zip(boxes, rows, strict=True)]
     sizes, damaged = {record.image_id: record.hw for record in images}, []
     return CocoDataset(
-        images=tuple(images),
+        images=ImageRecords.of(images),
         categories=names,
         image_ids=np.array([row["image_id"] for row in rows], np.int64),
         boxes_xywh=boxes,
@@ -306,7 +281,7 @@ def read_annotations(uri: Address) -> CocoDataset:
 class Listing(NamedTuple):
     """The fields of `CocoDataset` that a driver needs: all but the objects."""
 
-    images: tuple[ImageRecord, ...]
+    images: ImageRecords
     categories: dict[int, str]
     unused_categories: frozenset[int]
     remarks: tuple[str, ...]
@@ -340,12 +315,6 @@ def safe_file_name(name: str) -> str:
     return name
 
 
-# --- categories -------------------------------------------------------------------------------------
-
-
-# --- results ----------------------------------------------------------------------------------------
-
-
 class GroundTruth:
     """Lookup of the objects of an image in an instances file.
 
@@ -365,7 +334,3 @@ class GroundTruth:
 def oracle_from(annotations: str) -> OracleScalePredictor:
     """Build the oracle scale predictor from an instances file."""
     return OracleScalePredictor(GroundTruth(annotations))
-
-
-OpenImage = Callable[[ImageRecord], AnyImage]
-"""Opens an image: its record -> its pixels, or an image that is read by window; raises `TileError` if it cannot."""

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scalenet_ray.core.errors import UserError, abbreviated, repeated
-from scalenet_ray.data.coco import MAX_BYTES, ImageRecord, is_text
+from scalenet_ray.data.coco import MAX_BYTES, is_text
+from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.data.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from scalenet_ray.data.storage import Address, join, list_files, read_bytes
 from scalenet_ray.data.video import VIDEO_SUFFIXES, list_frames
@@ -26,7 +27,7 @@ class FoundImages(NamedTuple):
         remarks: numbers of skipped files by suffix, one line each.
     """
 
-    records: list[ImageRecord]
+    records: ImageRecords
     remarks: tuple[str, ...]
 
 
@@ -63,7 +64,7 @@ def find_images(uri: Address) -> FoundImages:
         remedy = "convert them" if skipped else "check the path, or quote a glob"
         msg = f"{uri} must hold at least one image ({wanted}), {got}: {remedy}"
         raise UserError(msg)
-    return FoundImages([ImageRecord(i, name) for i, name in enumerate(sorted(names), start=1)], tuple(remarks))
+    return FoundImages(ImageRecords.listed(sorted(names)), tuple(remarks))
 
 
 def _refuse_repeated(names: Sequence[str], where: str) -> None:

@@ -28,7 +28,7 @@ from scalenet_ray.core.detections import Failure
 from scalenet_ray.core.expansion import Expansion
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.engine.quarantine import Attempts, TileId
 
 __all__ = [

@@ -7,10 +7,10 @@ accelerators. Each image is processed by one pipeline, so pipelines share no sta
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError
 
@@ -19,7 +19,7 @@ from scalenet_ray.core.errors import WorkerError
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.timing import add_seconds, measured
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, ImageRecords, OpenImage
 from scalenet_ray.engine.pipeline import ImageStream, on_this_node
 from scalenet_ray.engine.worker_errors import from_worker
 from scalenet_ray.runs.batch import Stream
@@ -76,6 +76,7 @@ class ParallelStream:
         resources: Resources,
     ) -> None:
         shares = resources.per_pipeline
+        images = ImageRecords.of(images)
         # On the driver's node, like the queues. One thread runs the pipeline, the other one receives commits.
         actor: Any = PipelineActor.options(scheduling_strategy=on_this_node(), max_concurrency=2)
         parts = [images[i :: len(shares)] for i in range(len(shares))]
@@ -84,7 +85,7 @@ class ParallelStream:
             for part, share in zip(parts, shares, strict=True)
         ]
         self._queued = [0] * len(shares)
-        self._pipeline_of = {image.image_id: i for i, part in enumerate(parts) for image in part}
+        self._images = images
 
     def __iter__(self) -> Iterator[ImageResult]:
         """Yield the result of each image once.
@@ -123,11 +124,10 @@ class ParallelStream:
 
     def commit(self, image_ids: Iterable[int]) -> None:
         """Acknowledge that the results of these images are written, so that the queues can forget them."""
-        ids_of: defaultdict[int, list[int]] = defaultdict(list)
-        for image_id in image_ids:
-            ids_of[self._pipeline_of[image_id]].append(image_id)
-        for i, ids in ids_of.items():
-            self._pipelines[i].commit.remote(ids)
+        ids = np.array(list(image_ids), np.int64)
+        pipelines = self._images.positions(ids) % len(self._pipelines)
+        for i in np.unique(pipelines).tolist():
+            self._pipelines[i].commit.remote(ids[pipelines == i].tolist())
 
     def seconds_at_work(self) -> float:
         """Seconds since the first lease of any pipeline; 0 before, or if one died, which iteration reports."""

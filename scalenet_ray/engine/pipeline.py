@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayActorError
@@ -30,7 +31,7 @@ from scalenet_ray.core.merge import Merging, merge_image
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.timing import add_seconds, current_tally
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, ImageRecords, OpenImage
 from scalenet_ray.engine.frontier import FrontierActor, FrontierStatus, LeaseLimits
 from scalenet_ray.engine.metrics import RunMetrics
 from scalenet_ray.engine.placement import cpu_share, store_share
@@ -78,7 +79,7 @@ class ImageStream:
         resources: Resources,
         processes: int | None = None,
     ) -> None:
-        self._images = images
+        self._images = images = ImageRecords.of(images)
         self._policy = policy
         self._networks = networks
         self._open_image = open_image
@@ -89,7 +90,7 @@ class ImageStream:
         self._together = resources.scale_actors is None or networks.one_actor_suffices(policy)
         first_actors = resources.all_detectors if self._together else resources.scale_actors
         self._frontier = actor.remote(
-            list(images),
+            images,
             resources.open_images,
             LeaseLimits(
                 policy,
@@ -121,7 +122,7 @@ class ImageStream:
             RuntimeError: if a stage raised another error or the frontier died (as `WorkerError`), or the run ended
                 with images unfinished.
         """
-        assembler = Assembler(self._policy.merging)
+        assembler = Assembler(self._policy.merging, self._images)
         count = 0
         reported = -_SECONDS_BETWEEN_STATUS
         try:
@@ -252,15 +253,17 @@ class Assembler:
 
     Args:
         merging: parameters of the merge.
+        images: the images of the run.
     """
 
-    def __init__(self, merging: Merging) -> None:
+    def __init__(self, merging: Merging, images: ImageRecords) -> None:
         self._merging = merging
+        self._images = images
         self._tiles: defaultdict[int, dict[tuple[int, ...], TileResult]] = defaultdict(dict)
         self._credits: defaultdict[int, Fraction] = defaultdict(Fraction)
-        self._finished: set[int] = set()
+        self._finished = np.zeros(len(images), bool)
 
-    def add(self, results: Iterable[TileResult]) -> list[ImageResult]:
+    def add(self, results: Sequence[TileResult]) -> list[ImageResult]:
         """Add tile results.
 
         Returns:
@@ -270,8 +273,9 @@ class Assembler:
             RuntimeError: if an image's credits exceed 1, which is a bug: a tile was created twice.
         """
         done = []
-        for result in results:
-            if result.image_id in self._finished:
+        rows = self._images.positions([result.image_id for result in results]).tolist()
+        for row, result in zip(rows, results, strict=True):
+            if self._finished[row]:
                 continue
             tiles = self._tiles[result.image_id]
             if result.path in tiles:
@@ -283,7 +287,7 @@ class Assembler:
                 msg = f"image {result.image_id} has tiles worth {credit} of it, more than 1: {sorted(tiles)}"
                 raise RuntimeError(msg)
             if credit == 1:
-                self._finished.add(result.image_id)
+                self._finished[row] = True
                 del self._credits[result.image_id]
                 done.append(merge_image(list(self._tiles.pop(result.image_id).values()), self._merging))
         return done

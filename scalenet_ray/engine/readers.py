@@ -17,7 +17,7 @@ from scalenet_ray.core.expansion import Expansion, expand
 from scalenet_ray.core.geometry import AnyImage, Tile, tile_pixels
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.timing import timed
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Lease, Work, child_credit
 from scalenet_ray.engine.quarantine import GuardedCalls
 from scalenet_ray.engine.rows import GeneratorSource, PackedTile, TileRow, pack, timed_table

@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.networks import NetworkFactories, NetworkTrial
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.engine.parallel import image_stream
 from scalenet_ray.engine.pipeline import on_this_node
 from scalenet_ray.engine.placement import cluster_now

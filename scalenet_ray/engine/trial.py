@@ -14,8 +14,9 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.policy_form import changed_policy
 from scalenet_ray.core.recursion import recursive_detect
-from scalenet_ray.data.coco import CocoDataset, ImageRecord, oracle_from, read_annotations
+from scalenet_ray.data.coco import CocoDataset, oracle_from, read_annotations
 from scalenet_ray.data.formats import to_results
+from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.engine.prediction_cache import CachedDetector, CachedScalePredictor, PredictionCache
 from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.models.spec import NetworkSpec

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pycocotools.cocoeval import COCOeval
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import iou_matrix
+from scalenet_ray.evaluation.ap import AREAS, sampled_precision
+from scalenet_ray.evaluation.matching import Matches
 from scalenet_ray.evaluation.tide import FOREGROUND_IOU, Explained
 
 if TYPE_CHECKING:
@@ -35,95 +35,31 @@ __all__ = [
 RESAMPLES = 300
 """Bootstrap resamples of the images of an interval."""
 
-_AREAS = {"AP": 0, "AP_small": 1, "AP_large": 3}
-"""Metric -> index of pycocotools' area range."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Ranked:
-    """The detections of one category by descending score.
-
-    Attributes:
-        images: [N] indices of their images.
-        true_positive: [thresholds, N] bool, matched to an object that is not ignored.
-        false_positive: [thresholds, N] bool, unmatched and not ignored.
-        objects: [images] number of objects that are not ignored.
-    """
-
-    images: np.ndarray
-    true_positive: np.ndarray
-    false_positive: np.ndarray
-    objects: np.ndarray
+_INTERVALS = {"AP": "all", "AP_small": "small", "AP_large": "large"}
+"""Metric -> size of the objects."""
 
 
 class ResampledAP:
     """AP over resampled images, from one matching of the results.
 
     Args:
-        evaluation: from `match_results`.
-        area: index of the area range in its parameters.
+        matches: from `match_results`.
+        area: index of the range of areas, see `AREAS`.
     """
 
-    def __init__(self, evaluation: COCOeval, area: int) -> None:
-        params = evaluation.params
-        self._recalls = np.asarray(params.recThrs)
-        count = len(params.imgIds)
-        matches = np.array(evaluation.evalImgs, dtype=object).reshape(-1, len(params.areaRng), count)[:, area]
-        self._categories = [_ranked(row, params.maxDets[-1]) for row in matches]
+    def __init__(self, matches: Matches, area: int) -> None:
+        self._recalls = matches.recalls
+        self._categories = [matches.ranked(category, area) for category in matches.categories]
 
     def __call__(self, weights: np.ndarray) -> float:
         """Return AP in percent where image i counts `weights[i]` times; NaN if there are no objects."""
-        values = [self._ap(ranked, weights) for ranked in self._categories]
-        known = [value for value in values if value is not None]
+        sampled = (sampled_precision(ranked, self._recalls, weights) for ranked in self._categories)
+        known = [each[0].mean() for each in sampled if each is not None]
         return 100.0 * float(np.mean(known)) if known else float("nan")
-
-    def _ap(self, ranked: _Ranked, weights: np.ndarray) -> float | None:
-        objects = ranked.objects @ weights
-        if objects == 0:
-            return None
-        if not len(ranked.images):
-            return 0.0
-        count = weights[ranked.images]
-        true_positives = np.cumsum(ranked.true_positive * count, axis=1)
-        false_positives = np.cumsum(ranked.false_positive * count, axis=1)
-        recalls = true_positives / objects
-        precisions = true_positives / np.maximum(true_positives + false_positives, np.spacing(1.0))
-        # Interpolated precision: the maximum at this recall or above.
-        precisions = np.maximum.accumulate(precisions[:, ::-1], axis=1)[:, ::-1]
-        total = 0.0
-        for recall, precision in zip(recalls, precisions, strict=True):
-            at = np.searchsorted(recall, self._recalls, side="left")
-            total += precision[at[at < len(precision)]].sum() / len(self._recalls)
-        return total / len(recalls)
-
-
-def _ranked(matches: np.ndarray, max_detections: int) -> _Ranked:
-    scores, images, true_positive, false_positive = [], [], [], []
-    objects = np.zeros(len(matches))
-    for i, match in enumerate(matches):
-        if match is None:
-            continue
-        objects[i] = np.count_nonzero(~np.asarray(match["gtIgnore"], bool))
-        ignored = np.asarray(match["dtIgnore"], bool)[:, :max_detections]
-        matched = np.asarray(match["dtMatches"])[:, :max_detections] > 0
-        scores.append(np.asarray(match["dtScores"], np.float64)[:max_detections])
-        images.append(np.full(len(scores[-1]), i))
-        true_positive.append(matched & ~ignored)
-        false_positive.append(~matched & ~ignored)
-    if not scores:
-        empty = np.zeros((1, 0), bool)
-        return _Ranked(np.zeros(0, np.int64), empty, empty, objects)
-    order = np.argsort(-np.concatenate(scores), kind="stable")
-    return _Ranked(
-        np.concatenate(images)[order],
-        np.concatenate(true_positive, axis=1)[:, order],
-        np.concatenate(false_positive, axis=1)[:, order],
-        objects,
-    )
 
 
 def paired_intervals(
-    matched: Mapping[str, COCOeval], baseline: str, *, resamples: int | None = None, seed: int = 0
+    matched: Mapping[str, Matches], baseline: str, *, resamples: int | None = None, seed: int = 0
 ) -> Differences:
     """Compute paired bootstrap intervals of the differences of AP between policies and a baseline.
 
@@ -142,13 +78,15 @@ def paired_intervals(
     if baseline not in matched:
         msg = f"the policy to compare with must be one of {', '.join(matched)}, got {baseline!r}"
         raise UserError(msg)
-    count = len(matched[baseline].params.imgIds)
+    count = len(matched[baseline].image_ids)
     rng = np.random.default_rng(seed)
     indices = (rng.integers(count, size=count) for _ in range(resamples or RESAMPLES))
     draws = [np.ones(count), *(np.bincount(drawn, minlength=count) for drawn in indices)]
     samples = {
-        name: {metric: np.array([*map(ResampledAP(evaluation, area), draws)]) for metric, area in _AREAS.items()}
-        for name, evaluation in matched.items()
+        name: {
+            metric: np.array([*map(ResampledAP(matches, AREAS[size]), draws)]) for metric, size in _INTERVALS.items()
+        }
+        for name, matches in matched.items()
     }
     return {
         name: {metric: _interval(values - samples[baseline][metric]) for metric, values in by_metric.items()}

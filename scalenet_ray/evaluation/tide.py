@@ -7,7 +7,7 @@ detection is an error of one kind. The cost of a kind is the AP at that IoU gain
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,8 +24,10 @@ __all__ = [
     "KINDS",
     "Explained",
     "average_precision",
+    "best_rows",
     "error_breakdown",
     "explain",
+    "join",
 ]
 
 FOREGROUND_IOU = 0.5
@@ -43,20 +45,18 @@ _CORRECT, _CLASS, _LOCALISATION, _BOTH, _DUPLICATE, _BACKGROUND, _IGNORED = rang
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """Matching of one image: N detections, and M objects that are not crowds.
+    """Matching of one or more images: N detections, and M objects that are not crowds.
 
     Attributes:
-        kept: [N] int64 rows of the detections by descending score, at most 100 as in COCO.
-        scores: [N] scores.
-        labels: [N] int64 category ids.
-        kinds: [N] int64 indices into `KINDS`.
-        targets: [N] int64 indices of the objects matched, or matched once the error is corrected; -1 for none.
-        object_labels: [M] int64 category ids.
+        scores: [N] scores, in each image in descending order.
+        labels: [N] category ids.
+        kinds: [N] int8 indices into `KINDS`.
+        targets: [N] int32 indices of the objects matched, or matched once the error is corrected; -1 for none.
+        object_labels: [M] category ids.
         object_areas: [M] mask pixels.
-        found_at: [M] scores of the detections matched to the objects; -1 for none.
+        found_at: [M] float32 scores of the detections matched to the objects; -1 for none.
     """
 
-    kept: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
     kinds: np.ndarray
@@ -74,23 +74,42 @@ class Explained:
         return missed
 
 
+def best_rows(detections: Detections) -> np.ndarray:
+    """[N] rows of the best detections of an image by descending score, at most 100 as in COCO."""
+    return np.argsort(-detections.scores, kind="stable")[:_MAX_BOXES]
+
+
+def join(images: Sequence[Explained]) -> Explained:
+    """The matchings of several images as one."""
+    offsets = np.cumsum([0, *(len(image.object_labels) for image in images)])[:-1].tolist()
+    targets = [
+        np.where(image.targets < 0, -1, image.targets + offset) for image, offset in zip(images, offsets, strict=True)
+    ]
+    others = {
+        field.name: np.concatenate([getattr(image, field.name) for image in images])
+        for field in fields(Explained)
+        if field.name != "targets"
+    }
+    return Explained(targets=np.concatenate(targets).astype(np.int32), **others)
+
+
 def explain(detections: Detections, objects: Objects) -> Explained:
     """Match the detections of one image to its objects, and classify the unmatched ones.
 
     Args:
-        detections: in image pixels.
+        detections: in image pixels; the N of `best_rows` are matched.
         objects: of the same image.
     """
-    kept = np.argsort(-detections.scores, kind="stable")[:_MAX_BOXES]
+    kept = best_rows(detections)
     boxes, labels = detections.boxes[kept], detections.labels[kept]
     counted = ~objects.crowd
     object_labels = objects.labels[counted]
     iou = iou_matrix(boxes, objects.boxes[counted])
     same = labels[:, None] == object_labels[None, :]
     same_class_iou, other_class_iou = np.where(same, iou, 0.0), np.where(same, 0.0, iou)
-    kinds = np.full(len(kept), _BACKGROUND)
-    targets = np.full(len(kept), -1)
-    found_at = np.full(len(object_labels), -1.0)
+    kinds = np.full(len(kept), _BACKGROUND, np.int8)
+    targets = np.full(len(kept), -1, np.int32)
+    found_at = np.full(len(object_labels), -1.0, np.float32)
     in_crowd = _in_crowds(boxes, labels, objects)
     for i in range(len(kept) if len(object_labels) else 0):
         free = np.where(found_at < 0, same_class_iou[i], 0.0)
@@ -101,7 +120,7 @@ def explain(detections: Detections, objects: Objects) -> Explained:
             kinds[i], targets[i] = _kind_of_error(same_class_iou[i], other_class_iou[i])
     kinds[(kinds != _CORRECT) & in_crowd] = _IGNORED
     scores, areas = detections.scores[kept], objects.areas[counted]
-    return Explained(kept, scores, labels, kinds, targets, object_labels, areas, found_at)
+    return Explained(scores, labels, kinds, targets, object_labels, areas, found_at)
 
 
 def _kind_of_error(same_class_iou: np.ndarray, other_class_iou: np.ndarray) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from scalenet_ray.core.errors import OutOfMemoryError, TileError
 from scalenet_ray.core.geometry import Tile, tile_pixels
 from scalenet_ray.core.networks import FeatureScalePredictor, NetworkTrial, TrialCall
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.models.spec import NetworkSpec
 
 __all__ = ["try_networks"]

@@ -15,7 +15,7 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import whole_pixels
 from scalenet_ray.core.networks import FeatureScalePredictor
 from scalenet_ray.core.policy import Evidence, Policy
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector
 from scalenet_ray.models.detector_check import try_detector
 from scalenet_ray.models.detectors import Detector, DetectorInfo, declaration, load_detector

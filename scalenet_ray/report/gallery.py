@@ -23,14 +23,14 @@ from scalenet_ray.core.inference import needs_detector_first
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import TracedTile, trace_tiles
-from scalenet_ray.data.coco import CocoDataset, ImageRecord, OpenImage, objects_of, read_annotations
+from scalenet_ray.data.coco import CocoDataset, objects_of, read_annotations
+from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.evaluation.compare import SMALL_AREA, are_new
-from scalenet_ray.evaluation.tide import KINDS, explain
+from scalenet_ray.evaluation.tide import KINDS, best_rows, explain
 from scalenet_ray.report.pictures import encoded
-from scalenet_ray.runs.analysis import whole_passes
 from scalenet_ray.runs.documents import ImageChanges
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.results import detections_by_image
+from scalenet_ray.runs.results import detections_of, whole_passes_of
 
 __all__ = [
     "PictureTask",
@@ -146,8 +146,7 @@ class PictureTask:
         """Return policy -> image id -> detections, for all of the given images."""
         run = RunFolder(self.run_uri)
         return {
-            policy.name: dict.fromkeys(ids, Detections.empty())
-            | {image_id: found for image_id, found in detections_by_image(run, policy.name) if image_id in ids}
+            policy.name: dict.fromkeys(ids, Detections.empty()) | detections_of(run, policy.name, ids)
             for policy, _ in self.policies
         }
 
@@ -157,10 +156,7 @@ class PictureTask:
             base = self._boxes(ids)[self.compared_with]
             return {policy.name: base for policy, _ in self.policies}
         run = RunFolder(self.run_uri)
-        return {
-            policy.name: {image_id: found for image_id, found in whole_passes(run, policy.name) if image_id in ids}
-            for policy, _ in self.policies
-        }
+        return {policy.name: whole_passes_of(run, policy.name, ids) for policy, _ in self.policies}
 
     def _look(
         self,
@@ -216,7 +212,7 @@ def _box_rows(found: Detections, new: np.ndarray, dataset: CocoDataset | None, i
     kinds = [""] * len(found)
     if dataset is not None:
         explained = explain(found, objects_of(dataset, image_id))
-        for row, kind in zip(explained.kept, explained.kinds, strict=True):
+        for row, kind in zip(best_rows(found), explained.kinds, strict=True):
             kinds[row] = KINDS[kind]
     shown = [i for i in np.argsort(-found.scores, kind="stable") if found.scores[i] >= SHOWN_SCORE][:_MAX_BOXES]
     return [

@@ -12,7 +12,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import whole_pixels
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.report.pictures import PICTURE_SIDE, crop, draw_objects, encoded
 
 __all__ = ["SavedPictures"]

@@ -7,26 +7,28 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import cast
+from heapq import nlargest
+from itertools import islice
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from scalenet_ray.core.detections import SHOWN_SCORE, Detections
 from scalenet_ray.data.coco import CocoDataset, objects_of, read_annotations
 from scalenet_ray.data.schemas import detections_from_structs
-from scalenet_ray.evaluation.ap import match_results, precision_curves
+from scalenet_ray.evaluation.ap import precision_curves
 from scalenet_ray.evaluation.compare import are_new, found_and_lost, gained_and_lost, paired_intervals
-from scalenet_ray.evaluation.tide import Explained, error_breakdown, explain
-from scalenet_ray.runs.documents import ClassCounts, DetectionAnalysis, EvaluationAnalysis, FoundCounts, ImageChanges
+from scalenet_ray.evaluation.matching import match_results
+from scalenet_ray.evaluation.tide import Explained, error_breakdown, explain, join
+from scalenet_ray.runs.documents import DetectionAnalysis, EvaluationAnalysis, FoundCounts, ImageChanges
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.results import detections_by_image
+from scalenet_ray.runs.results import rows_in_order
 from scalenet_ray.runs.summary import coco_results
 
 __all__ = [
     "INTERVALS_UP_TO",
     "analyse_detections",
     "analyse_run",
-    "whole_passes",
 ]
 
 INTERVALS_UP_TO = 5000
@@ -35,15 +37,11 @@ INTERVALS_UP_TO = 5000
 
 _LISTED_IMAGES = 5000
 _MOST_LISTED = 10
-
-
-def _median_side(areas: Sequence[np.ndarray]) -> float | None:
-    """Median of the roots of areas, in image pixels; None without any."""
-    return round(float(np.median(np.sqrt(np.concatenate(areas)))), 1) if areas else None
+_IMAGES_AT_ONCE = 1000
 
 
 def analyse_run(
-    run_uri: str, policies: Sequence[str], baseline: str, annotations: str, image_ids: Sequence[int], intervals: bool
+    run_uri: str, policies: Sequence[str], baseline: str, annotations: str, image_ids: np.ndarray, intervals: bool
 ) -> EvaluationAnalysis:
     """Analyse the detections of all policies.
 
@@ -52,7 +50,7 @@ def analyse_run(
         policies: their names.
         baseline: the policy that the others are compared with.
         annotations: address of the instances file.
-        image_ids: the images to evaluate.
+        image_ids: [N] int64 the images to evaluate, in ascending order.
         intervals: whether to compute paired bootstrap intervals.
 
     Returns:
@@ -63,9 +61,9 @@ def analyse_run(
     """
     run, dataset = RunFolder(run_uri), read_annotations(annotations)
     matched = {name: match_results(dataset, coco_results(run, name), image_ids=image_ids) for name in policies}
-    curves = {name: precision_curves(evaluation) for name, evaluation in matched.items()}
+    curves = {name: precision_curves(matches) for name, matches in matched.items()}
     differences = paired_intervals(matched, baseline) if intervals and len(policies) > 1 else {}
-    explained = {name: _explain_all(run, name, dataset, image_ids) for name in policies}
+    explained, rows = _explain_all(run, policies, baseline, dataset, image_ids)
     changes = {
         name: gained_and_lost(explained[baseline], images, dataset.categories, SHOWN_SCORE)
         for name, images in explained.items()
@@ -77,64 +75,70 @@ def analyse_run(
         "curves": curves,
         "errors": {name: error_breakdown(images, SHOWN_SCORE) for name, images in explained.items()},
         "changes": changes,
-        "images": _with_costs(_image_rows(explained, baseline, image_ids), run, policies),
+        "images": rows,
     }
 
 
-def _explain_all(run: RunFolder, policy: str, dataset: CocoDataset, image_ids: Sequence[int]) -> list[Explained]:
-    found = dict(detections_by_image(run, policy))
-    return [explain(found.get(image_id, Detections.empty()), objects_of(dataset, image_id)) for image_id in image_ids]
+def _explain_all(
+    run: RunFolder, policies: Sequence[str], baseline: str, dataset: CocoDataset, image_ids: np.ndarray
+) -> tuple[dict[str, list[Explained]], list[ImageChanges]]:
+    """Policy -> matchings of groups of images, and the images that changed most."""
+    joined: dict[str, list[Explained]] = {name: [] for name in policies}
+    changed: list[ImageChanges] = []
+    by_image = zip(*(_explained(run, name, dataset, image_ids) for name in policies), strict=True)
+    for start in range(0, len(image_ids), _IMAGES_AT_ONCE):
+        ids = image_ids[start : start + _IMAGES_AT_ONCE].tolist()
+        group = [dict(zip(policies, images, strict=True)) for images in islice(by_image, len(ids))]
+        changed = _most_changed(
+            [*changed, *(_image_row(image_id, images, baseline) for image_id, images in zip(ids, group, strict=True))]
+        )
+        for name, parts in joined.items():
+            parts.append(join([images[name].explained for images in group]))
+    return joined, changed
 
 
-def _image_rows(
-    explained: Mapping[str, Sequence[Explained]], baseline: str, image_ids: Sequence[int]
-) -> list[ImageChanges]:
-    rows: list[ImageChanges] = []
-    for i, image_id in enumerate(image_ids):
-        before = explained[baseline][i]
-        by: dict[str, list[int | None]] = {}
-        for name, images in explained.items():
-            gained, lost = found_and_lost(before, images[i], SHOWN_SCORE)
-            by[name] = [int((images[i].found_at >= SHOWN_SCORE).sum()), int(gained.sum()), int(lost.sum())]
-        labels = np.unique(before.object_labels).tolist()
-        rows.append({"id": image_id, "objects": len(before.object_labels), "labels": labels, "by": by})
-    return _most_changed(rows)
+class _ExplainedImage(NamedTuple):
+    explained: Explained
+    cost: list[float] | None
 
 
-def _most_changed(rows: list[ImageChanges]) -> list[ImageChanges]:
+def _explained(run: RunFolder, policy: str, dataset: CocoDataset, image_ids: np.ndarray) -> Iterator[_ExplainedImage]:
+    """Match the detections of each of the images; those without a record have none."""
+    rows = rows_in_order(run, policy, ["image_id", "detector_pixels", "zoom"])
+    row, found = next(rows, ({}, Detections.empty()))
+    for image_id in image_ids.tolist():
+        while row and row["image_id"] < image_id:
+            row, found = next(rows, ({}, Detections.empty()))
+        is_there = bool(row) and row["image_id"] == image_id
+        explained = explain(found if is_there else Detections.empty(), objects_of(dataset, image_id))
+        yield _ExplainedImage(explained, _cost(row) if is_there else None)
+
+
+def _cost(row: Mapping[str, Any]) -> list[float] | None:
+    """The cost of an image by its record, see `ImageChanges`."""
+    return [round(row["detector_pixels"] / 1e6, 3), round(row["zoom"], 2)] if row["zoom"] else None
+
+
+def _image_row(image_id: int, images: Mapping[str, _ExplainedImage], baseline: str) -> ImageChanges:
+    before = images[baseline].explained
+    by: dict[str, list[int | None]] = {}
+    for name, (explained, _) in images.items():
+        gained, lost = found_and_lost(before, explained, SHOWN_SCORE)
+        by[name] = [int((explained.found_at >= SHOWN_SCORE).sum()), int(gained.sum()), int(lost.sum())]
+    labels = np.unique(before.object_labels).tolist()
+    cost = {name: image.cost for name, image in images.items()}
+    return {"id": image_id, "objects": len(before.object_labels), "labels": labels, "by": by, "cost": cost}
+
+
+def _most_changed(rows: Sequence[ImageChanges]) -> list[ImageChanges]:
     """The rows with the most changes under any policy, in the order of the images."""
-    by_change = sorted(
-        rows, key=lambda row: -max((gained or 0) + (lost or 0) for _, gained, lost in row["by"].values())
+    chosen = nlargest(
+        _LISTED_IMAGES, rows, lambda row: max((gained or 0) + (lost or 0) for _, gained, lost in row["by"].values())
     )
-    listed = {row["id"] for row in by_change[:_LISTED_IMAGES]}
-    return [row for row in rows if row["id"] in listed]
+    return sorted(chosen, key=lambda row: row["id"])
 
 
-def _with_costs(rows: list[ImageChanges], run: RunFolder, policies: Sequence[str]) -> list[ImageChanges]:
-    """The rows, with the cost of each image."""
-    costs = {}
-    for policy in policies:
-        table = run.table("images", policy, ["image_id", "detector_pixels", "zoom"])
-        columns = (table.column(name).to_pylist() for name in ("image_id", "detector_pixels", "zoom"))
-        costs[policy] = {
-            image_id: None if not zoom else [round(pixels / 1e6, 3), round(zoom, 2)]
-            for image_id, pixels, zoom in zip(*columns, strict=True)
-        }
-    return [{**row, "cost": {policy: costs[policy].get(row["id"]) for policy in policies}} for row in rows]
-
-
-def whole_passes(run: RunFolder, policy: str) -> Iterator[tuple[int, Detections]]:
-    """Iterate over (image id, detections of the pass over the whole image alone, `ImageResult.whole_pass`).
-
-    Images without such a pass, and images of older versions, are skipped.
-    """
-    table = run.table("images", policy, ["image_id", "whole_pass"])
-    for image_id, boxes in zip(table.column("image_id").to_pylist(), table.column("whole_pass"), strict=True):
-        if boxes.is_valid:
-            yield image_id, detections_from_structs(boxes.as_py())
-
-
-def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> DetectionAnalysis:
+def analyse_detections(run_uri: str, policy: str) -> DetectionAnalysis:
     """Compare a policy's detections with those of its pass over the whole image, without ground truth.
 
     A box is new if it does not match any box of the whole image's pass (`are_new`); a box of that pass is lost if no
@@ -143,27 +147,57 @@ def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> D
     Args:
         run_uri: the run folder, with the policy finished.
         policy: the policy's name.
-        image_ids: the images to analyse.
 
     Returns:
         "shown_score"; "images": rows as in `analyse_run`, where new boxes are gained, and gained and lost are None for
         an image without a pass over the whole image; "found": see `FoundCounts`, with the classes by descending number
         of boxes.
     """
-    run = RunFolder(run_uri)
-    whole = dict(whole_passes(run, policy))
-    found = {image_id: boxes[boxes.scores >= SHOWN_SCORE] for image_id, boxes in detections_by_image(run, policy)}
-    counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
-    areas: defaultdict[int, list[np.ndarray]] = defaultdict(list)
-    rows: list[ImageChanges] = []
-    for image_id in image_ids:
-        after, before = found.get(image_id, Detections.empty()), whole.get(image_id)
+    tally = _DetectionTally(policy)
+    columns = ["image_id", "whole_pass", "detector_pixels", "zoom"]
+    records = rows_in_order(RunFolder(run_uri), policy, columns)
+    changed: list[ImageChanges] = []
+    most: list[ImageChanges] = []
+    while rows := [tally.add(row, found) for row, found in islice(records, _IMAGES_AT_ONCE)]:
+        changed = _most_changed([*changed, *rows])
+        most = nlargest(_MOST_LISTED, [*most, *rows], key=lambda row: row["by"][policy][0] or 0)
+    boxes_of = [(row["id"], row["by"][policy][0]) for row in most]
+    return {
+        "shown_score": SHOWN_SCORE,
+        "images": changed,
+        "found": cast(
+            FoundCounts,
+            {**tally.counts(), "most": [{"id": image_id, "boxes": boxes} for image_id, boxes in boxes_of if boxes]},
+        ),
+    }
+
+
+class _DetectionTally:
+    """Counts of boxes by class, over images added one by one."""
+
+    _NAMES = ("boxes", "images", "after", "before", "new", "lost")
+
+    def __init__(self, policy: str) -> None:
+        self._policy = policy
+        self._by_class: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        self._areas: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+        self._images: Counter[str] = Counter()
+
+    def add(self, row: Mapping[str, Any], found: Detections) -> ImageChanges:
+        """Count an image, and return its row.
+
+        Args:
+            row: its record.
+            found: its detections.
+        """
+        after = found[found.scores >= SHOWN_SCORE]
         for label in np.unique(after.labels).tolist():
-            counts[label]["images"] += 1
-            areas[label].append(after.areas[after.labels == label])
+            self._by_class[label]["images"] += 1
+            self._areas[label].append(after.areas[after.labels == label])
         changes: list[int | None] = [None, None]
         shown = {"boxes": after}
-        if before is not None:
+        if row["whole_pass"] is not None:
+            before = detections_from_structs(row["whole_pass"])
             shown |= {
                 "after": after,
                 "before": before,
@@ -171,35 +205,33 @@ def analyse_detections(run_uri: str, policy: str, image_ids: Sequence[int]) -> D
                 "lost": before[are_new(before, after)],
             }
             changes = [len(shown["new"]), len(shown["lost"])]
+            self._images["compared"] += 1
         for name, boxes in shown.items():
             for label in boxes.labels.tolist():
-                counts[label][name] += 1
-        rows.append(
-            {
-                "id": image_id,
-                "objects": 0,
-                "labels": np.unique(after.labels).tolist(),
-                "by": {policy: [len(after), *changes]},
-            }
-        )
-    names = ("boxes", "images", "after", "before", "new", "lost")
-    by_class = [
-        cast(
-            ClassCounts,
-            {"label": label, **{name: count[name] for name in names}, "median_side": _median_side(areas[label])},
-        )
-        for label, count in counts.items()
-    ]
-    most = sorted(rows, key=lambda row: -(row["by"][policy][0] or 0))[:_MOST_LISTED]
-    found_counts = {
-        **{name: sum(count[name] for count in counts.values()) for name in names},
-        "images": sum(bool(row["by"][policy][0]) for row in rows),
-        "compared": len(whole.keys() & set(image_ids)),
-        "by_class": sorted(by_class, key=lambda row: (-row["boxes"], row["label"])),
-        "most": [{"id": row["id"], "boxes": row["by"][policy][0]} for row in most if row["by"][policy][0]],
-    }
-    return {
-        "shown_score": SHOWN_SCORE,
-        "images": _with_costs(_most_changed(rows), run, [policy]),
-        "found": cast(FoundCounts, found_counts),
-    }
+                self._by_class[label][name] += 1
+        self._images["images"] += bool(len(after))
+        return {
+            "id": row["image_id"],
+            "objects": 0,
+            "labels": np.unique(after.labels).tolist(),
+            "by": {self._policy: [len(after), *changes]},
+            "cost": {self._policy: _cost(row)},
+        }
+
+    def counts(self) -> dict[str, Any]:
+        """The fields of `FoundCounts` except "most"."""
+        by_class = [
+            {"label": label, **{name: count[name] for name in self._NAMES}, "median_side": self._median_side(label)}
+            for label, count in self._by_class.items()
+        ]
+        return {
+            **{name: sum(count[name] for count in self._by_class.values()) for name in self._NAMES},
+            "images": self._images["images"],
+            "compared": self._images["compared"],
+            "by_class": sorted(by_class, key=lambda row: (-row["boxes"], row["label"])),
+        }
+
+    def _median_side(self, label: int) -> float | None:
+        """Median of the roots of the boxes' areas, in image pixels; None without any."""
+        areas = self._areas[label]
+        return round(float(np.median(np.sqrt(np.concatenate(areas)))), 1) if areas else None

@@ -10,13 +10,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
+import numpy as np
+
 from scalenet_ray.core.answers import RaisedOn, fails_on_all
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.core.timing import Tally, measured
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import ImageRecord, OpenImage, safe_file_name
+from scalenet_ray.data.coco import safe_file_name
+from scalenet_ray.data.image_records import ImageRecord, ImageRecords, OpenImage
 from scalenet_ray.data.rasters import open_image
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.shard_writer import ShardWriter
@@ -135,16 +138,18 @@ def image_opener(folder: str | None, max_pixels: int) -> OpenImage:
     return partial(_open, folder=folder, max_pixels=max_pixels)
 
 
-def _check_same_files(records: Sequence[ImageRecord], written: Mapping[int, str]) -> None:
+def _check_same_files(records: ImageRecords, written: ImageRecords) -> None:
     """Check that each image id still refers to the same file."""
-    for record in records:
-        before = written.get(record.image_id, record.file_name)
-        if before != record.file_name:
-            msg = (
-                f"image {record.image_id} was {before} in the run to resume, is {record.file_name}: the images are "
-                "other ones by now; use another --output"
-            )
-            raise UserError(msg)
+    rows = records.positions(written.ids)
+    before, now = written.take(rows >= 0), records.take(rows[rows >= 0])
+    if before.files.equals(now.files):
+        return
+    then, since = next(pair for pair in zip(before, now, strict=True) if pair[0].file_name != pair[1].file_name)
+    msg = (
+        f"image {then.image_id} was {then.file_name} in the run to resume, is {since.file_name}: the images are other "
+        "ones by now; use another --output"
+    )
+    raise UserError(msg)
 
 
 class PolicyRun:
@@ -179,15 +184,15 @@ class PolicyRun:
         retry_failed: bool = False,
     ) -> None:
         self._begun = time.monotonic()
-        finished: dict[int, str] = {}
+        self._left = records = ImageRecords.of(records)
         if storage.exists(run.uri):
             run.check_shards(policy)
             finished = run.finished(policy)
             _check_same_files(records, finished)
+            done = finished.ids
             if retry_failed:
-                for image_id in run.find_failures([policy]).column("image_id").to_pylist():
-                    del finished[image_id]
-        self._left = [record for record in records if record.image_id not in finished]
+                done = np.setdiff1d(done, run.find_failures([policy]).column("image_id").to_numpy())
+            self._left = records.take(np.isin(records.ids, done, invert=True))
         self._start, self._run, self._report = start, run, report
         self.progress = Progress(policy, done=len(records) - len(self._left), total=len(records))
         run.standing = self.progress.standing(0)
@@ -220,8 +225,7 @@ class PolicyRun:
         policy, at_work = before.policy, run.seconds_at_work(before.policy)
         self._report(replace(before, elapsed=time.monotonic() - self._begun))
         stream = self._start(left)
-        records = {record.image_id: record for record in left}
-        writer = ShardWriter(run, policy, records, stream.commit)
+        writer = ShardWriter(run, policy, left, stream.commit)
         failed = came = 0
         tiles: Counter[int] = Counter()
         raised = RaisedOn()
@@ -233,7 +237,7 @@ class PolicyRun:
                     first, first_came = now - stream.seconds_at_work(), now
                     writer.work_began(at_work + first - self._begun)
                 writer.add(result, at_work + now - self._begun)
-                _log(result, policy, records[result.image_id].file_name)
+                _log(result, policy, left)
                 failed += result.failure is not None
                 tiles.update(result.tiles_by_depth)
                 if now - first_came < _FIRST_SECONDS:
@@ -273,8 +277,11 @@ def _stop_if_all_failed(raised: RaisedOn, run: RunFolder, policy: str) -> None:
         raise fails_on_all(raised.reason, raised.images)
 
 
-def _log(result: ImageResult, policy: str, file: str) -> None:
+def _log(result: ImageResult, policy: str, records: ImageRecords) -> None:
     """Log a failed image as a warning, and the limits that were hit at debug level."""
+    if result.failure is None and not result.guards:
+        return
+    file = records.by_id(result.image_id).file_name
     about = {"policy": policy, "image_id": result.image_id, "file": file}
     if result.failure is not None:
         stage, reason = result.failure

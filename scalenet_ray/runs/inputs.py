@@ -12,16 +12,16 @@ from __future__ import annotations
 import json
 import posixpath
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import count
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import ImageRecord, read_annotations
+from scalenet_ray.data.coco import read_annotations
+from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.tables import INPUTS
 
@@ -40,7 +40,7 @@ _CATEGORIES = b"categories"
 # --- images that are listed -------------------------------------------------------------------------
 
 
-def keep_image_ids(run: RunFolder, listed: Sequence[ImageRecord], images: str, policy: str) -> list[ImageRecord]:
+def keep_image_ids(run: RunFolder, listed: ImageRecords, images: str, policy: str) -> ImageRecords:
     """Assign ids to listed images, the same as before in a resumed run, and write them to inputs.parquet.
 
     Args:
@@ -54,27 +54,25 @@ def keep_image_ids(run: RunFolder, listed: Sequence[ImageRecord], images: str, p
         The images with their ids, in order of id.
     """
     folder, table = _folder_of(images), run.inputs()
-    if table is None:
-        known = {file: image_id for image_id, file in run.finished(policy).items()}
-    else:
-        known = dict(zip(table.column("file").to_pylist(), table.column("image_id").to_pylist(), strict=True))
+    known = run.finished(policy) if table is None else ImageRecords(table)
+    if table is not None:
         begun_in = _metadata_value(table, _FOLDER, f"{run.uri}/inputs.parquet")
         if begun_in != folder and not storage.exists(begun_in):
-            known = {_moved(file, begun_in, folder): image_id for file, image_id in known.items()}
-    files = {image_id: file for file, image_id in known.items()}
-    in_place = all(
-        known.get(record.file_name, record.image_id) == record.image_id
-        and files.get(record.image_id, record.file_name) == record.file_name
-        for record in listed
-    )
+            known = known.with_files([_moved(record.file_name, begun_in, folder) for record in known])
+    rows = pc.call_function("index_in", [listed.files], pc.SetLookupOptions(known.files)).to_numpy()
+    is_known = ~np.isnan(rows)
+    rows = rows[is_known].astype(np.int64)
+    ids = listed.ids.copy()
+    in_place = np.array_equal(known.ids[rows], ids[is_known]) and not np.any(known.positions(ids[~is_known]) >= 0)
     # In a new run, or in one of an older version whose folder is unchanged, the listed numbers are the ids.
     if table is not None or not in_place:
-        unused = count(max(files, default=0) + 1)
-        ids = (known[record.file_name] if record.file_name in known else next(unused) for record in listed)
-        listed = [replace(record, image_id=image_id) for record, image_id in zip(listed, ids, strict=True)]
-    gone = known.keys() - {record.file_name for record in listed}
-    _write_inputs(run, listed, [ImageRecord(known[file], file) for file in gone], {_FOLDER: folder.encode()})
-    return sorted(listed, key=lambda record: record.image_id)
+        unused = int(known.ids.max(initial=0)) + 1
+        ids[is_known] = known.ids[rows]
+        ids[~is_known] = np.arange(unused, unused + np.count_nonzero(~is_known))
+        listed = listed.with_ids(ids)
+    gone = known.take(np.isin(np.arange(len(known)), rows, invert=True))
+    _write_inputs(run, listed, gone, {_FOLDER: folder.encode()})
+    return listed.take(np.argsort(listed.ids, kind="stable"))
 
 
 def _folder_of(images: str) -> str:
@@ -91,39 +89,30 @@ def _moved(file: str, before: str, after: str) -> str:
     return f"{after}/{file.removeprefix(f'{before}/')}" if file.startswith(f"{before}/") else file
 
 
-def _write_inputs(
-    run: RunFolder, given: Iterable[ImageRecord], gone: Iterable[ImageRecord], metadata: Mapping[bytes, bytes]
-) -> None:
-    rows = [
-        {
-            "image_id": record.image_id,
-            "file": record.file_name,
-            "height": record.height,
-            "width": record.width,
-            "counts": is_input,
-        }
+def _write_inputs(run: RunFolder, given: ImageRecords, gone: ImageRecords, metadata: Mapping[bytes, bytes]) -> None:
+    parts = [
+        records.table.append_column("counts", pa.array(np.full(len(records), is_input)))
         for records, is_input in ((given, True), (gone, False))
-        for record in records
     ]
-    table = pa.Table.from_pylist(rows, INPUTS).sort_by("image_id")
+    table = pa.concat_tables(parts).cast(INPUTS).sort_by("image_id")
     run.write_table("inputs.parquet", table.replace_schema_metadata(dict(metadata)))
 
 
 # --- data sets with ground truth --------------------------------------------------------------------
 
 
-def annotation_digests(annotations: str, image_ids: Collection[int]) -> pa.Table:
+def annotation_digests(annotations: str, image_ids: np.ndarray) -> pa.Table:
     """Digests of the annotations of some images, 12 bytes per object.
 
     Args:
         annotations: address of the instances file; raises as `read_annotations` does.
-        image_ids: the images.
+        image_ids: [N] int64 ids of the images.
 
     Returns:
         "annotation_id" and "digest", in the file's order.
     """
     dataset = read_annotations(annotations)
-    rows = np.flatnonzero(np.isin(dataset.image_ids, list(image_ids)))
+    rows = np.flatnonzero(np.isin(dataset.image_ids, image_ids))
     whole = np.stack([dataset.image_ids[rows], dataset.labels[rows], dataset.crowd[rows]], axis=1)
     sizes = np.concatenate([dataset.boxes_xywh[rows], dataset.areas[rows, None]], axis=1)
     digests = [
@@ -133,9 +122,7 @@ def annotation_digests(annotations: str, image_ids: Collection[int]) -> pa.Table
     return pa.table({"annotation_id": dataset.annotation_ids[rows], "digest": pa.array(digests, pa.uint32())})
 
 
-def check_ground_truth(
-    run: RunFolder, images: Sequence[ImageRecord], categories: Mapping[int, str], digests: pa.Table
-) -> None:
+def check_ground_truth(run: RunFolder, images: ImageRecords, categories: Mapping[int, str], digests: pa.Table) -> None:
     """Check that a resumed run has the images, categories and annotations that it was begun with.
 
     A new run, and one of an older version that did not store them, stores them now.
@@ -153,7 +140,7 @@ def check_ground_truth(
     if before is None or then is None:
         names = {_CATEGORIES: json.dumps(list(categories.items())).encode()}
         run.write_table("annotations.parquet", digests.replace_schema_metadata(names))
-        _write_inputs(run, images, [], {})
+        _write_inputs(run, images, images[:0], {})
         return
     old_categories = dict(json.loads(_metadata_value(then, _CATEGORIES, f"{run.uri}/annotations.parquet")))
     difference = (
@@ -183,7 +170,9 @@ def _category_that_differs(then: Mapping[int, str], now: Mapping[int, str]) -> s
     return ""
 
 
-def _image_that_differs(then: pa.Table, now: Sequence[ImageRecord]) -> str:
+def _image_that_differs(then: pa.Table, now: ImageRecords) -> str:
+    if ImageRecords(then).table.equals(now.table):
+        return ""
     before = {row["image_id"]: (row["file"], row["height"], row["width"]) for row in then.to_pylist()}
     after = {record.image_id: (record.file_name, record.height, record.width) for record in now}
     for key in sorted({*before, *after}):

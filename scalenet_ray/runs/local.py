@@ -16,7 +16,7 @@ from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.timing import timed
-from scalenet_ray.data.coco import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.runs.batch import Stream
 
 __all__ = [

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.data.schemas import DETECTIONS, IMAGES, detections_from_rows
+from scalenet_ray.data.schemas import DETECTIONS, IMAGES, detections_from_rows, detections_from_structs
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.shards import CurrentRecords
 from scalenet_ray.runs.tables import in_image_order
 
 __all__ = [
     "StoredImage",
-    "detections_by_image",
+    "detections_of",
     "image_results",
+    "rows_in_order",
     "tables_in_order",
+    "whole_passes_of",
 ]
 
 _MOST_IN_MEMORY = 50_000
@@ -30,6 +32,9 @@ _MOST_IN_MEMORY = 50_000
 
 
 _IMAGES_PER_BUCKET = 10_000
+
+
+_ROWS_AT_ONCE = 256
 
 
 _MOST_BUCKETS = 256
@@ -59,24 +64,52 @@ def image_results(run: RunFolder, policy: str) -> Iterator[StoredImage]:
         run: the run folder.
         policy: the policy's name.
     """
-    for images, rows in tables_in_order(run, policy):
-        table = rows.combine_chunks()
-        ids = table.column("image_id").to_numpy()
-        for row in images.select(["image_id", "file", "height", "width", "failure_stage"]).to_pylist():
-            if row["failure_stage"] is None:
-                start, end = np.searchsorted(ids, [row["image_id"], row["image_id"] + 1]).tolist()
-                detections = detections_from_rows(table.slice(start, end - start))
-                yield StoredImage(row["image_id"], row["file"], (row["height"], row["width"]), detections)
+    for row, detections in rows_in_order(run, policy, ["image_id", "file", "height", "width", "failure_stage"]):
+        if row["failure_stage"] is None:
+            yield StoredImage(row["image_id"], row["file"], (row["height"], row["width"]), detections)
 
 
-def detections_by_image(run: RunFolder, policy: str) -> Iterator[tuple[int, Detections]]:
-    """Iterate over (image id, detections) of one policy by id; images without detections are skipped."""
-    for _, detections in tables_in_order(run, policy):
+def rows_in_order(run: RunFolder, policy: str, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], Detections]]:
+    """Iterate over a policy's image records by id, failed ones included, each with the image's detections.
+
+    Args:
+        run: the run folder.
+        policy: the policy's name.
+        columns: "image_id" and others of `IMAGES`.
+    """
+    for images, detections in tables_in_order(run, policy):
         table = detections.combine_chunks()
         ids = table.column("image_id").to_numpy()
-        _, starts = np.unique(ids, return_index=True)
-        for start, end in pairwise([*starts.tolist(), len(ids)]):
-            yield int(ids[start]), detections_from_rows(table.slice(start, end - start))
+        for batch in images.select(columns).to_batches(max_chunksize=_ROWS_AT_ONCE):
+            for row in batch.to_pylist():
+                start, end = np.searchsorted(ids, [row["image_id"], row["image_id"] + 1]).tolist()
+                yield row, detections_from_rows(table.slice(start, end - start))
+
+
+def detections_of(run: RunFolder, policy: str, image_ids: Collection[int]) -> dict[int, Detections]:
+    """The detections of some images: id -> detections, for those that have any."""
+    wanted = pc.field("image_id").isin(list(image_ids))
+    found = {}
+    for part in run.parts("detections", policy):
+        rows = part.filter(wanted)
+        for image_id in rows.column("image_id").unique().to_pylist():
+            found[image_id] = detections_from_rows(rows.filter(pc.field("image_id") == image_id).combine_chunks())
+    return found
+
+
+def whole_passes_of(run: RunFolder, policy: str, image_ids: Collection[int]) -> dict[int, Detections]:
+    """The detections of the passes over whole images alone, `ImageResult.whole_pass`, of some images.
+
+    Returns:
+        Image id -> detections. Images without such a pass, and images of older versions, are missing.
+    """
+    wanted = pc.field("image_id").isin(list(image_ids)) & pc.field("whole_pass").is_valid()
+    rows = [
+        row
+        for part in run.parts("images", policy, ["image_id", "whole_pass"])
+        for row in part.filter(wanted).to_pylist()
+    ]
+    return {row["image_id"]: detections_from_structs(row["whole_pass"]) for row in rows}
 
 
 def tables_in_order(run: RunFolder, policy: str) -> Iterator[tuple[pa.Table, pa.Table]]:

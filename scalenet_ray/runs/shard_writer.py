@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.timing import current_tally, timed
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.data.schemas import detections_table, images_table
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.shards import STAGE_SECONDS, WORK_SECONDS
@@ -26,7 +26,7 @@ class ShardWriter:
     Args:
         run: the run folder.
         policy: the policy's name.
-        records: image id -> its record.
+        records: the images of the run.
         committed: called with the ids of a shard's images once it is written.
     """
 
@@ -34,7 +34,7 @@ class ShardWriter:
         self,
         run: RunFolder,
         policy: str,
-        records: Mapping[int, ImageRecord],
+        records: ImageRecords,
         committed: Callable[[list[int]], None],
     ) -> None:
         self._run = run
@@ -93,7 +93,8 @@ class ShardWriter:
             metadata[WORK_SECONDS] = repr(finished_at[-1] - self._worked_until).encode()
             self._worked_until = finished_at[-1]
         with timed("write"):
-            files = [self._records[result.image_id].file_name for result in results]
+            rows = self._records.positions([result.image_id for result in results])
+            files = self._records.take(rows).files.to_pylist()
             images = images_table(results, self._policy, files, finished_at).replace_schema_metadata(metadata)
             storage.write_bytes_atomic(storage.join(self._run.uri, "images", name), parquet_bytes(images))
         self._pending, self._written, self._next = [], self._written + len(results), self._next + 1

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.timing import STAGES
 from scalenet_ray.data import storage
+from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.data.schemas import DETECTIONS, IMAGES
 from scalenet_ray.runs.tables import FAILURES, INPUTS, explain_damage, in_image_order, read_parquet
 
@@ -202,10 +203,9 @@ class ShardReader:
             parts = list(self.parts(kind, policy, columns))
         return in_image_order(pa.concat_tables([_schema(kind, columns).empty_table(), *parts]))
 
-    def finished(self, policy: str) -> dict[int, str]:
-        """Written images, failed ones included: id -> file."""
-        table = self.table("images", policy, ["image_id", "file"])
-        return dict(zip(table.column("image_id").to_pylist(), table.column("file").to_pylist(), strict=True))
+    def finished(self, policy: str) -> ImageRecords:
+        """Written images, failed ones included, by id; with the sizes that they had."""
+        return ImageRecords(self.table("images", policy, ["image_id", "file", "height", "width"]))
 
     def find_failures(self, policies: Sequence[str]) -> pa.Table:
         """Failed images (schema FAILURES), by policy, then image id."""

@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import read_annotations
 from scalenet_ray.data.formats import to_results, write_results
-from scalenet_ray.evaluation.ap import evaluate
+from scalenet_ray.evaluation.ap import summarize
+from scalenet_ray.evaluation.matching import match_results
 from scalenet_ray.runs.documents import FailureCount, PolicyCost
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.results import image_results
@@ -97,25 +99,31 @@ def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
     }
 
 
-def evaluate_policy(
-    run_uri: str, policy: str, annotations: str, image_ids: Sequence[int]
-) -> dict[str, dict[str, float]]:
+def evaluate_policy(run_uri: str, policy: str, annotations: str, image_ids: np.ndarray) -> dict[str, dict[str, float]]:
     """COCO metrics of one policy.
 
     Args:
         run_uri: the run folder.
         policy: the policy's name.
         annotations: address of the instances file.
-        image_ids: the images to evaluate; failed ones count as images without detections.
+        image_ids: [N] int64 the images to evaluate; failed ones count as images without detections.
 
     Returns:
         IoU type -> metric -> percent: "bbox", and "segm" if all detections have masks.
     """
     run = RunFolder(run_uri)
     dataset = read_annotations(annotations)
-    results = list(coco_results(run, policy))
-    iou_types = ("bbox", "segm") if results and all("segmentation" in row for row in results) else ("bbox",)
-    return {iou_type: evaluate(dataset, results, iou_type=iou_type, image_ids=image_ids) for iou_type in iou_types}
+    iou_types = ("bbox", "segm") if _all_have_masks(run, policy) else ("bbox",)
+    return {
+        iou_type: summarize(match_results(dataset, coco_results(run, policy), iou_type=iou_type, image_ids=image_ids))
+        for iou_type in iou_types
+    }
+
+
+def _all_have_masks(run: RunFolder, policy: str) -> bool:
+    """True if there are detections, and each has a mask."""
+    masks = [part.column("mask") for part in run.parts("detections", policy, ["image_id", "mask"])]
+    return any(map(len, masks)) and not any(column.null_count for column in masks)
 
 
 def failure_counts(failures: pa.Table) -> list[FailureCount]:

@@ -82,11 +82,9 @@ class DetectionRun:
         session, run, policy = self._session, self._run, self._policy
         document = write_summary(session, run, {policy.name: {"kind": policy.kind}}, len(self.records), name_files=True)
         document["categories"] = self._detector.categories
-        ids = [record.image_id for record in self.records]
-        analysis: DetectionAnalysis = session.call(analyse_detections, run.uri, policy.name, ids)
-        files = {record.image_id: record.file_name for record in self.records}
+        analysis: DetectionAnalysis = session.call(analyse_detections, run.uri, policy.name)
         for row in analysis["found"]["most"]:
-            row["file"] = files[row["id"]]
+            row["file"] = self.records.by_id(row["id"]).file_name
         document["found"] = analysis["found"]
         run.write_json("metrics.json", document)
         looks = [(policy, _own_networks(on_cpu(self._networks), self._detector))]

@@ -55,7 +55,7 @@ def evaluate_policies(
     Returns:
         The content of metrics.json.
     """
-    ids = [record.image_id for record in split.images]
+    ids = split.images.ids
     split = with_ground_truth(session, run, split)
     check_split(session, run, split)
     log = ProgressLog(report, run)

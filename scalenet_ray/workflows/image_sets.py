@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice, ChosenCategories, choose_categories, write_chosen
-from scalenet_ray.data.coco import ImageRecord, OpenImage
 from scalenet_ray.data.datasets import Layout, OpenedSplit, find_layout
+from scalenet_ray.data.image_records import ImageRecords, OpenImage
 from scalenet_ray.data.listings import FoundImages, find_images
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec
 from scalenet_ray.runs.batch import image_opener
@@ -57,7 +57,7 @@ class ImageSet:
 
     source: str
     folder: str | None
-    images: Sequence[ImageRecord]
+    images: ImageRecords
     remarks: tuple[str, ...]
     max_pixels: int
 
@@ -180,7 +180,7 @@ def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:
     Raises:
         UserError: if they differ.
     """
-    digests = session.call(annotation_digests, split.annotations, [record.image_id for record in split.images])
+    digests = session.call(annotation_digests, split.annotations, split.images.ids)
     check_ground_truth(run, split.images, split.categories, digests)
 
 

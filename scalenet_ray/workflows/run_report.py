@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, cast
 
-from scalenet_ray.data.coco import ImageRecord
+from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.gallery import PictureTask, choose_pictures
 from scalenet_ray.report.page import render_progress, render_report
@@ -136,7 +136,7 @@ def write_report(
     *,
     document: Metrics,
     analysis: EvaluationAnalysis | DetectionAnalysis,
-    images: Sequence[ImageRecord],
+    images: ImageRecords,
     categories: Mapping[int, str],
     make_pictures: PictureTask,
     progress: ProgressLog,
@@ -157,10 +157,9 @@ def write_report(
     """
     analysis["throughput"] = progress.points
     run.write_json("analysis.json", analysis)
-    by_id = {record.image_id: record for record in images}
     chosen = choose_pictures(analysis["images"], winner_of(document["policies"]) or "", pictures)
-    made = session.call(make_pictures, [(by_id[image_id], group) for image_id, group in chosen.items()])
-    files = {row["id"]: by_id[row["id"]].file_name for row in analysis["images"]}
+    made = session.call(make_pictures, [(images.by_id(image_id), group) for image_id, group in chosen.items()])
+    files = {row["id"]: images.by_id(row["id"]).file_name for row in analysis["images"]}
     details = {
         **analysis,
         "pictures": made,
