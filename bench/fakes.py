@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,16 @@ from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.data.image_records import ImageRecord
 
-__all__ = ["TILES_PER_IMAGE", "Looks", "Tally", "fake_networks", "grey_image", "records_of", "two_windows"]
+__all__ = [
+    "TILES_PER_IMAGE",
+    "Looks",
+    "SmallObjects",
+    "Tally",
+    "fake_networks",
+    "grey_image",
+    "records_of",
+    "two_windows",
+]
 
 Looks = Literal["scalenet", "first-pass"]
 
@@ -80,6 +90,16 @@ class _Detector:
         ones = np.ones(len(centres))
         boxes = np.concatenate([centres - self._half_side, centres + self._half_side], axis=1)
         return Detections(boxes, (0.9 * ones).astype(np.float32), ones.astype(np.int64))
+
+
+class SmallObjects(_Detector):
+    """Detector that costs nothing and finds two small objects in each tile, for `bench.fakes:SmallObjects`."""
+
+    iou_threshold = 0.5
+    categories = MappingProxyType({1: "object"})
+
+    def __init__(self) -> None:
+        super().__init__(0.0, None, in_corners=True)
 
 
 class _ScaleNet:

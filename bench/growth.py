@@ -1,11 +1,12 @@
-"""Growth: images a second and memory against the number of images, with networks that cost nothing.
+"""Growth: images a second and memory against the number of images, with a detector that costs nothing.
 
     make bench
-    .venv/bin/python -m bench.growth --sizes 500 5000 50000
+    .venv/bin/python -m bench.growth --sizes 5000 50000 200000
 
-Each size runs in a fresh process with a fresh Ray, into a run folder, with two windows to an image. The head is the
-driver, the frontier, and Ray's own head processes (GCS, raylet, dashboard); the peaks of their resident memory,
-together and some alone, and of the object store, are sampled from start to end.
+Each size is a whole `detect` on files of 64 pixels, in a fresh process with a fresh Ray: listing, the default policy,
+shards, results, analysis, report. The peaks of resident memory are sampled five times a second from start to end: of
+the driver, the frontier, GCS and Ray Data's statistics actor each, of the largest other worker of Ray, of the head
+(driver, frontier, GCS, raylet, dashboard) together, and of the object store.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ import threading
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import ray
 import tyro
+from PIL import Image
 from ray._private.internal_api import node_stats
 
-from bench.fakes import fake_networks, grey_image, records_of, two_windows
-from scalenet_ray.engine.session import RaySession
-from scalenet_ray.runs.batch import PolicyRun
-from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.resources import ResourceChoice
+from bench.fakes import grey_image
+from scalenet_ray.commands.detect import DetectImages
+from scalenet_ray.commands.detect import main as detect_images
+from scalenet_ray.data.image_records import ImageRecord
+from scalenet_ray.models.spec import NetworkSpec
+from scalenet_ray.report.pictures import encoded
 
 __all__ = ["CpuClock", "cpu_clocks", "growth", "spent_by_role"]
 
@@ -88,7 +90,8 @@ def spent_by_role(before: dict[int, CpuClock], after: dict[int, CpuClock]) -> di
 
 
 _HEAD = ("gcs_server", "raylet", "ray::FrontierActor", "dashboard")
-_ALONE = {"gcs_mb": "gcs_server", "frontier_mb": "ray::FrontierActor", "statistics_mb": "ray::_StatsActor"}
+_ALONE = {"gcs": "gcs_server", "frontier": "ray::FrontierActor", "statistics": "ray::_StatsActor"}
+_FILES_PER_FOLDER = 1000
 
 
 @dataclass(frozen=True)
@@ -113,17 +116,20 @@ class Peaks(threading.Thread):
 
     def run(self) -> None:
         """Sample."""
-        node = ray.nodes()[0]
         while not self._stop_asked.wait(0.2):
-            # Looked up each time: the frontier starts after this does.
+            # Looked up each time: processes start and end.
             below = _descendants(os.getpid())
             head = [os.getpid(), *(pid for pid in below if _is_one_of(pid, *_HEAD))]
-            stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats
-            self.store = max(self.store, stats.object_store_bytes_used)
             self.head = max(self.head, sum(map(_resident_bytes, head)))
-            self.alone |= {"driver_mb": _resident_bytes(os.getpid())}
-            for figure, name in _ALONE.items():
-                self.alone |= {figure: sum(_resident_bytes(pid) for pid in below if _is_one_of(pid, name))}
+            named = {name: [pid for pid in below if _is_one_of(pid, command)] for name, command in _ALONE.items()}
+            known = {*head, *(pid for pids in named.values() for pid in pids)}
+            workers = [pid for pid in below if pid not in known and _is_one_of(pid, "ray::")]
+            named |= {"driver": [os.getpid()], "worker": workers}
+            for name, pids in named.items():
+                self.alone |= {name: max(map(_resident_bytes, pids), default=0)}
+            if ray.is_initialized() and (nodes := ray.nodes()):
+                stats = node_stats(nodes[0]["NodeManagerAddress"], nodes[0]["NodeManagerPort"]).store_stats
+                self.store = max(self.store, stats.object_store_bytes_used)
 
     def stop(self) -> None:
         """Stop and wait for the last sample."""
@@ -145,6 +151,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _is_one_of(pid: int, *names: str) -> bool:
+    """Whether one of the first two words of a process's command line contains one of the names."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:2]
     except OSError:
@@ -160,22 +167,37 @@ def _resident_bytes(pid: int) -> int:
         return 0
 
 
+def _write_images(folder: Path, count: int) -> None:
+    """So many files of one image, in subfolders; links, which a file system has so many of for one file."""
+    content = encoded(Image.fromarray(grey_image(ImageRecord(1, ""))), "PNG")
+    for start in range(0, count, _FILES_PER_FOLDER):
+        part = folder / f"{start:07d}"
+        part.mkdir(parents=True)
+        first = part / "0000.png"
+        first.write_bytes(content)
+        for i in range(1, min(_FILES_PER_FOLDER, count - start)):
+            (part / f"{i:04d}.png").hardlink_to(first)
+
+
 def _measure(images: int) -> dict[str, float]:
     """One run."""
-    session = RaySession(ResourceChoice())
-    policy = two_windows()
-    start = partial(session.start, policy=policy, networks=fake_networks(), open_image=grey_image)
     peaks = Peaks()
-    with TemporaryDirectory() as output:
+    with TemporaryDirectory() as folder:
+        _write_images(Path(folder, "images"), images)
+        run = Path(folder, "run")
+        networks = NetworkSpec(detector="bench.fakes:SmallObjects")
         peaks.start()
-        progress = PolicyRun(records_of(images), policy.name, start, RunFolder(output), lambda _: None).finish()
+        detect_images(DetectImages(images=f"{folder}/images", output=str(run), networks=networks))
         peaks.stop()
+        metrics = json.loads((run / "metrics.json").read_text())
     ray.shutdown()
+    (policy,) = metrics["policies"].values()
     return {
-        "images_per_second": progress.images_per_second,
+        "images_per_second": policy["images_per_second"],
+        "tiles_per_image": policy["tiles_per_image"],
         "object_store_mb": peaks.store / 2**20,
         "head_mb": peaks.head / 2**20,
-        **{figure: peak / 2**20 for figure, peak in peaks.alone.items()},
+        **{f"{name}_mb": peak / 2**20 for name, peak in peaks.alone.items()},
     }
 
 
@@ -183,7 +205,7 @@ def growth(sizes: tuple[int, ...]) -> dict[str, Any]:
     """Each size in a process of its own.
 
     Returns:
-        Number of images -> images_per_second; peaks of object_store_mb, head_mb, and of some processes alone.
+        Number of images -> images_per_second, tiles_per_image; peaks of object_store_mb, head_mb and of processes.
     """
     rows = {}
     for size in sizes:
@@ -202,7 +224,9 @@ def main(job: Growth) -> None:
     first, *others = growth(job.sizes).items()
     for size, row in others:
         ratios = {name: round(value / first[1][name], 3) for name, value in row.items()}
-        print(f"{size} images over {first[0]}: {ratios}")
+        more = int(size) - int(first[0])
+        grown = {name: round((row[name] - first[1][name]) * 2**20 / more) for name in row if name.endswith("_mb")}
+        print(f"{size} images over {first[0]}: {ratios}; bytes for each further image: {grown}")
 
 
 if __name__ == "__main__":

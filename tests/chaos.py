@@ -31,8 +31,9 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.data.image_records import ImageRecord
+from scalenet_ray.data.image_records import ImageRecord, ImageRecords
 from scalenet_ray.engine.pipeline import ImageStream
+from scalenet_ray.engine.restarts import RestartingStream
 from scalenet_ray.runs.batch import PolicyRun, Progress
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import LocalStream
@@ -146,9 +147,12 @@ def _drive(folder: Path, images: int, deaths: int, address: str) -> None:
     run = RunFolder(str(folder / "run"))
     streams: list[ImageStream] = []
 
-    def start(records: Sequence[ImageRecord]) -> ImageStream:
+    def start_part(records: ImageRecords) -> ImageStream:
         streams.append(ImageStream(records, _POLICY, networks, _Open(kinds["reader"]), _RESOURCES))
         return streams[-1]
+
+    def start(records: Sequence[ImageRecord]) -> RestartingStream:
+        return RestartingStream(ImageRecords.of(records), start_part)
 
     def report(progress: Progress) -> None:
         (folder / "done").write_text(str(progress.done))
@@ -220,12 +224,6 @@ def run_chaos(folder: Path, images: int, seed: int, *, deaths: int = 4, node_los
             driver.wait(timeout=120)
             driver = subprocess.Popen(command)
         code = driver.wait(timeout=300)
-        error = folder / "run" / "error.txt"
-        if code != 0 and error.exists() and _RAY_GAVE_UP in error.read_text():
-            # After the loss of a node, now and then. As its message says, the run is resumed.
-            _note(folder, "given up by Ray")
-            driver = subprocess.Popen(command)
-            code = driver.wait(timeout=300)
     finally:
         driver.kill()
         driver.wait()
@@ -234,10 +232,6 @@ def run_chaos(folder: Path, images: int, seed: int, *, deaths: int = 4, node_los
         msg = f"the last driver ended with {code}"
         raise RuntimeError(msg)
     return _outcome(folder, images)
-
-
-_RAY_GAVE_UP = "StreamingGeneratorReplayInconsistentError"
-"""Ray's error where a task of which an output was lost fails when Ray does it again."""
 
 
 def _done(folder: Path) -> int:

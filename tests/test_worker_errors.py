@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
+from ray.exceptions import ActorDiedError, RayTaskError, StreamingGeneratorReplayInconsistentError, UserCodeException
 
 from scalenet_ray.core.errors import TileError, UserError, WorkerError
-from scalenet_ray.engine.worker_errors import from_worker, with_message, workers_errors
+from scalenet_ray.engine.worker_errors import RowsLostError, from_worker, with_message, workers_errors
 from tests.job_scripts import REPOSITORY
 from tests.ray_fixture import own_ray_environment
 
@@ -46,6 +46,11 @@ def test_a_users_error_comes_back_as_itself(error: Exception) -> None:
         (task_error("FileNotFoundError: no a", UserCodeException(), DATA), OSError, "no a"),
         (ActorDiedError(task_error("KeyError: 'x'", KeyError("x"))), WorkerError, "KeyError: 'x' in a worker"),
         (ActorDiedError(task_error(f"{USER}: no device", UserError("no device"))), UserError, "no device"),
+        (
+            StreamingGeneratorReplayInconsistentError("3 objects, then 0"),
+            RowsLostError,
+            "StreamingGeneratorReplayInconsistentError of Ray",
+        ),
         (
             ActorDiedError(),
             WorkerError,

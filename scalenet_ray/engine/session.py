@@ -22,10 +22,11 @@ from ray.exceptions import RayError
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.networks import NetworkFactories, NetworkTrial
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.data.image_records import ImageRecord, OpenImage
+from scalenet_ray.data.image_records import ImageRecord, ImageRecords, OpenImage
 from scalenet_ray.engine.parallel import image_stream
 from scalenet_ray.engine.pipeline import on_this_node
 from scalenet_ray.engine.placement import cluster_now
+from scalenet_ray.engine.restarts import RestartingStream
 from scalenet_ray.engine.worker_errors import workers_errors
 from scalenet_ray.models.spec import AUTO, NetworkSpec
 from scalenet_ray.runs.automatic import choose_resources, in_words
@@ -240,4 +241,9 @@ class RaySession:
         self, images: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage
     ) -> Stream:
         """Start to process images."""
-        return image_stream(images, policy, networks, open_image, self._resources)
+
+        def start(images: ImageRecords) -> Stream:
+            """Start to process some of the images."""
+            return image_stream(images, policy, networks, open_image, self._resources)
+
+        return RestartingStream(ImageRecords.of(images), start)

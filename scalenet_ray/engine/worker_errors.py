@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, StreamingGeneratorReplayInconsistentError
 
 from scalenet_ray.core.errors import UserError, WorkerError
 
-__all__ = ["from_worker", "with_message", "workers_errors"]
+__all__ = ["RowsLostError", "from_worker", "with_message", "workers_errors"]
 
 _CHAINED = re.compile(
     r"^(?:The above exception was the direct cause of the following exception|"
@@ -21,6 +21,10 @@ _CHAINED = re.compile(
 _LAST_LINE = re.compile(r"^(?P<name>[A-Za-z_][\w.]*)(?:: (?P<message>.*))?$")
 _COLOUR = re.compile(r"\x1b\[\d*m")
 _USER_ERRORS = {f"{UserError.__module__}.{name}" for name in ("UserError", "TileError")}
+
+
+class RowsLostError(WorkerError):
+    """Rows were lost with a node, and Ray failed to make them again."""
 
 
 @contextmanager
@@ -39,7 +43,8 @@ def from_worker(error: Exception) -> Exception:
         error: the error that Ray raised.
 
     Returns:
-        The `UserError` or `OSError` that the worker raised, else a `WorkerError` with its traceback.
+        The `UserError` or `OSError` that the worker raised, else a `WorkerError` with its traceback: a `RowsLostError`
+        if Ray failed, and no worker.
     """
     cause = error
     while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
@@ -47,6 +52,8 @@ def from_worker(error: Exception) -> Exception:
     if isinstance(cause, (UserError, OSError, WorkerError)) and not isinstance(cause, RayError):
         return cause
     trace = _COLOUR.sub("", str(error)).strip()
+    if isinstance(cause, StreamingGeneratorReplayInconsistentError):
+        return RowsLostError(f"{type(cause).__name__} of Ray", trace)
     raised = _raised(trace)
     if raised is None:
         return WorkerError(f"{type(error).__name__}: {trace.splitlines()[-1] if trace else ''}", trace)
