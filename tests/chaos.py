@@ -32,8 +32,8 @@ from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.data.image_records import ImageRecord, ImageRecords
+from scalenet_ray.engine.parallel import RestartingStream
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.restarts import RestartingStream
 from scalenet_ray.runs.batch import PolicyRun, Progress
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import LocalStream

@@ -10,7 +10,7 @@ import pytest
 from scalenet_ray.core.detections import Detections, ImageResult
 from scalenet_ray.core.errors import WorkerError
 from scalenet_ray.data.image_records import ImageRecord, ImageRecords
-from scalenet_ray.engine.restarts import RestartingStream
+from scalenet_ray.engine.parallel import RestartingStream
 from scalenet_ray.engine.worker_errors import RowsLostError
 
 IMAGES = ImageRecords.of(ImageRecord(i, f"{i}.jpg") for i in (2, 4, 6, 8))

@@ -23,10 +23,9 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.networks import NetworkFactories, NetworkTrial
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.image_records import ImageRecord, ImageRecords, OpenImage
-from scalenet_ray.engine.parallel import image_stream
+from scalenet_ray.engine.parallel import RestartingStream, image_stream
 from scalenet_ray.engine.pipeline import on_this_node
 from scalenet_ray.engine.placement import cluster_now
-from scalenet_ray.engine.restarts import RestartingStream
 from scalenet_ray.engine.worker_errors import workers_errors
 from scalenet_ray.models.spec import AUTO, NetworkSpec
 from scalenet_ray.runs.automatic import choose_resources, in_words
