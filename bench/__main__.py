@@ -66,7 +66,7 @@ _PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "scale-out": _scale_out,
     "scale-out-first-pass": _scale_out_first_pass,
     "straggler": _straggler,
-    "growth": lambda: {"growth": growth((500, 5000, 50_000))},
+    "growth": lambda: {"growth": growth((5000, 50_000, 200_000))},
 }
 
 

@@ -102,7 +102,7 @@ class Growth:
         sizes: how many images; more than one are compared with the first.
     """
 
-    sizes: tuple[int, ...] = (500, 5000, 50_000)
+    sizes: tuple[int, ...] = (5000, 50_000, 200_000)
 
 
 class Peaks(threading.Thread):

@@ -188,6 +188,7 @@ def test_of_each_so_many_the_first_is_taken_and_keeps_its_number(folder: Path, k
     [
         (3, {}, "images must be an address, an image, or an iterable of them, got int"),
         ([3], {}, "an image must be an address, .* got int as number 0"),
+        (["a\udc80.jpg"], {}, r"names of files must be UTF-8, got .*udc80"),
         ([], {}, "images must hold at least one image, got none"),
         ([np.zeros((4, 4), np.uint8)], {}, r"an image must be \[h, w, 3\] uint8 RGB, got shape \[4, 4\]"),
         ([{"picture": SCENES[0]}], {}, "rows must have a column one of image, .* got picture: give column"),

@@ -17,7 +17,7 @@ import numpy as np
 from scalenet_ray.core.errors import TileError, UserError, abbreviated, repeated
 from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.core.masks import checked_segmentation
-from scalenet_ray.data.image_records import ImageRecord, ImageRecords
+from scalenet_ray.data.image_records import ImageRecord, ImageRecords, is_text
 from scalenet_ray.data.storage import Address, join, read_bytes
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "Objects",
     "annotations_uri",
     "images_and_categories",
-    "is_text",
     "objects_of",
     "oracle_from",
     "parse_annotations",
@@ -145,11 +144,6 @@ def _is_number(value: object) -> bool:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 3]}..."
-
-
-def is_text(value: object) -> bool:
-    """True for text without lone surrogates, which JSON allows and UTF-8 does not."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _rows(document: Mapping[str, Any], section: str, keys: Sequence[str], name: str) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +11,11 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
+from scalenet_ray.core.errors import UserError, abbreviated
 from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.data.schemas import from_ipc, to_ipc
 
-__all__ = ["ImageRecord", "ImageRecords", "OpenImage"]
+__all__ = ["ImageRecord", "ImageRecords", "OpenImage", "is_text"]
 
 _RECORDS_AT_ONCE = 1000
 
@@ -50,6 +52,9 @@ class ImageRecords(Sequence[ImageRecord]):
 
     Args:
         table: columns of `SCHEMA`; each id once.
+
+    Raises:
+        UserError: if a file's name is not UTF-8.
     """
 
     SCHEMA = pa.schema(
@@ -65,16 +70,16 @@ class ImageRecords(Sequence[ImageRecord]):
         if isinstance(records, ImageRecords):
             return records
         rows = [(record.image_id, record.file_name, record.height, record.width) for record in records]
-        columns = zip(*rows, strict=True) if rows else ([], [], [], [])
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, cls.SCHEMA, strict=True)]
-        return cls(pa.table(arrays, schema=cls.SCHEMA))
+        ids, files, heights, widths = zip(*rows, strict=True) if rows else ([], [], [], [])
+        sizes = (pa.array(sides, pa.int32()) for sides in (heights, widths))
+        return cls(pa.table([pa.array(ids, pa.int64()), _file_column(files), *sizes], schema=cls.SCHEMA))
 
     @classmethod
     def listed(cls, files: Sequence[str]) -> ImageRecords:
         """Records of files, with ids from 1 in their order, of unknown size."""
         count = len(files)
         unknown = pa.nulls(count, pa.int32())
-        columns = [pa.array(np.arange(1, count + 1)), pa.array(files, pa.large_string()), unknown, unknown]
+        columns = [pa.array(np.arange(1, count + 1)), _file_column(files), unknown, unknown]
         return cls(pa.table(columns, schema=cls.SCHEMA))
 
     @property
@@ -125,7 +130,7 @@ class ImageRecords(Sequence[ImageRecord]):
 
     def with_files(self, files: Sequence[str]) -> ImageRecords:
         """The records with other file names."""
-        return ImageRecords(self.table.set_column(1, "file", pa.array(files, pa.large_string())))
+        return ImageRecords(self.table.set_column(1, "file", _file_column(files)))
 
     def positions(self, image_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """[M] int64 positions of the images with these ids; -1 for ids of no image."""
@@ -158,6 +163,20 @@ class ImageRecords(Sequence[ImageRecord]):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the columns."""
         return _from_ipc, (to_ipc(self.table),)
+
+
+def _file_column(files: Sequence[str]) -> pa.Array:
+    try:
+        return pa.array(files, pa.large_string())
+    except UnicodeEncodeError as error:
+        wrong = [repr(name) for name in files if not is_text(name)]
+        msg = f"names of files must be UTF-8, got {abbreviated(wrong)}: rename them"
+        raise UserError(msg) from error
+
+
+def is_text(value: object) -> bool:
+    """True for text without lone surrogates, which JSON allows and UTF-8 does not."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _from_ipc(data: bytes) -> ImageRecords:

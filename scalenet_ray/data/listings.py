@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scalenet_ray.core.errors import UserError, abbreviated, repeated
-from scalenet_ray.data.coco import MAX_BYTES, is_text
+from scalenet_ray.data.coco import MAX_BYTES
 from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.data.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from scalenet_ray.data.storage import Address, join, list_files, read_bytes
@@ -52,9 +52,6 @@ def find_images(uri: Address) -> FoundImages:
     if not names and (videos := [name for name in files if name.lower().endswith(VIDEO_SUFFIXES)]):
         names = [frame for video in videos for frame in list_frames(video)]
         skipped = Counter({suffix: count for suffix, count in skipped.items() if suffix not in VIDEO_SUFFIXES})
-    if not_utf8 := [repr(name) for name in names if not is_text(name)]:
-        msg = f"names of files must be UTF-8, got {abbreviated(not_utf8)}: rename them"
-        raise UserError(msg)
     remarks = [
         f"{count} files skipped: {suffix} is not read{' beside images' if suffix in VIDEO_SUFFIXES else ''}"
         for suffix, count in sorted(skipped.items())

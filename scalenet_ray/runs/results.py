@@ -27,7 +27,7 @@ __all__ = [
     "whole_passes_of",
 ]
 
-_MOST_IN_MEMORY = 50_000
+_MOST_IN_MEMORY = 10_000
 """Results of at most this many images are sorted in memory."""
 
 
@@ -115,7 +115,7 @@ def whole_passes_of(run: RunFolder, policy: str, image_ids: Collection[int]) -> 
 def tables_in_order(run: RunFolder, policy: str) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Iterate over a policy's image records and detections in order of image id, in groups of images.
 
-    Beyond 50,000 images, rows are partitioned by ranges of image ids into files on the local disk (`TMPDIR`) and
+    Beyond 10,000 images, rows are partitioned by ranges of image ids into files on the local disk (`TMPDIR`) and
     sorted file by file, so that memory does not grow with the run.
 
     Args:
