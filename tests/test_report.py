@@ -198,6 +198,7 @@ def test_the_page_says_what_was_run() -> None:
         "settings": {
             "data": "s3://bucket/data",
             "split": "val2017",
+            "classes": ["cat", "dog"],
             "networks": {"detector": "tiny:a.safetensors", "score_threshold": 0.01},
             "policies": [{"name": "mine", "kind": "grid"}],
         },
@@ -214,6 +215,7 @@ def test_the_page_says_what_was_run() -> None:
         "torch 2.0",
         "engine local",
         "name: mine",
+        "<dt>classes</dt><dd>cat, dog</dd>",
         "2026-11-26 23:00:00",
     ):
         assert text in page
