@@ -95,6 +95,7 @@ def test_every_way_to_hand_over_images_finds_the_same(folder: Path, kind: str) -
 
 
 def test_one_image_is_a_list_of_one() -> None:
+    assert repr(detect(SCENES[0], DETECTOR)) == "Predictions(1 image)"
     (prediction,) = detect(SCENES[0], DETECTOR)
     assert len(prediction.detections) == COUNTS[0]
 

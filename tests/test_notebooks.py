@@ -22,6 +22,8 @@ def test_the_notebooks_are_those_that_the_documentation_names() -> None:
 def test_outputs_are_small_and_no_errors(path: Path) -> None:
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert path.stat().st_size < 500_000
+    # Cells that only define something print nothing.
+    assert sum(bool(cell.outputs) for cell in cells) > len(cells) / 2
     assert [output for cell in cells for output in cell.outputs if output.output_type == "error"] == []
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
+import subprocess
 import time
 import urllib.request
 from dataclasses import replace
@@ -12,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bench.fakes import TILES_PER_IMAGE, fake_networks, records_of, two_windows
 from scalenet_ray.console import JsonLines, log_to_stderr
@@ -96,6 +99,20 @@ def test_the_dashboard_tells_apart_by_tags_that_there_are() -> None:
             tags = {tag for name in names for tag in METRICS[name].tags} | ({"instance"} if not names else set())
             by = re.findall(r"by \(([^)]*)\)", target["expr"])
             assert {tag.strip() for group in by for tag in group.split(",")} <= tags
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool: install prometheus (Debian: apt)")
+def test_prometheus_reads_every_query_of_the_dashboard(tmp_path: Path) -> None:
+    queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    # Grafana fills in its variables before it asks.
+    filled = [query.replace("$__rate_interval", "1m").replace("$policy", ".*") for query in queries]
+    rules = [{"record": f"panel:{i}", "expr": query} for i, query in enumerate(filled)]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    checked = subprocess.run(
+        ["promtool", "check", "rules", str(tmp_path / "rules.yml")], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert not [query for query in filled if "$" in query]
 
 
 def test_the_page_explains_each_metric_stage_and_limit() -> None:

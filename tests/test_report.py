@@ -198,6 +198,7 @@ def test_the_page_says_what_was_run() -> None:
         "settings": {
             "data": "s3://bucket/data",
             "split": "val2017",
+            "classes": ["cat", "dog"],
             "networks": {"detector": "tiny:a.safetensors", "score_threshold": 0.01},
             "policies": [{"name": "mine", "kind": "grid"}],
         },
@@ -214,6 +215,7 @@ def test_the_page_says_what_was_run() -> None:
         "torch 2.0",
         "engine local",
         "name: mine",
+        "<dt>classes</dt><dd>cat, dog</dd>",
         "2026-11-26 23:00:00",
     ):
         assert text in page
@@ -243,7 +245,7 @@ def test_a_sweep_has_its_front_and_all_trials() -> None:
     assert re.findall(r'<th scope="row">([^<]*)</th>', page) == ["d (front)", "a (front)", "b", "c"]
     assert "&lt;b&gt;broke&lt;/b&gt;" in page
     assert "3 of 4 trials saw all images; 1 failed." in page
-    assert "recursion.price" in page
+    assert '<th scope="col">price</th>' in page
     # The best at the price that was asked for.
     assert "<strong>20.0</strong>" in page
     assert "0 of 0 trials" in render_sweep([], None)

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from scalenet_ray.commands.tune import SPACE
+from scalenet_ray.data.policy_files import Choice, read_space
 from scalenet_ray.report.page import render_report
+from scalenet_ray.report.sweep import render_sweep
 from tests.browser import CHROMIUM, browser
 from tests.report_fakes import big_page
 
@@ -169,6 +172,16 @@ def test_a_wide_table_of_policies_is_cut_by_no_edge_but_its_own(visit: Any, widt
     last = page.evaluate("document.querySelector('#policies thead th:last-child').getBoundingClientRect().right")
     assert last <= right + 1
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_trials_of_the_default_space_fit_a_screen_of_1000_pixels(visit: Any) -> None:
+    values: dict[str, Any] = {"policy": "first-pass"}
+    for path, field in read_space(SPACE).fields.items():
+        values[path] = field.options[-1] if isinstance(field, Choice) else 2 if field.whole else 0.0123456
+    row = {"passes": 2.34567, "AP_small": 28.5, "AP": 40.1, "complete": True, "error": None, "values": values}
+    page = visit(render_sweep([row | {"trial": "99c8abaf"}], 2.5), viewport={"width": 1000, "height": 700})
+    hidden = "(holder => holder.scrollWidth - holder.clientWidth)(document.querySelector('#trials .scroll'))"
+    assert page.evaluate(hidden) <= 0
 
 
 def test_boxes_carry_their_class_and_score(visit: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from scalenet_ray import UserError, get_scaled_prediction, load_detector, wrap_sahi, wrap_supervision
 from scalenet_ray.core.detections import Detections
+from tests.job_scripts import REPOSITORY
 from tests.oracles import PerfectDetector, draw_squares
 from tests.test_torchvision_detectors import detections, make_tiles
 
@@ -197,6 +200,27 @@ def test_supervisions_own_detections_are_read() -> None:
     assert len(detections(detector([np.zeros((30, 30, 3), np.uint8)]))[0]) == 0
     empty = wrap_supervision(lambda _: supervision.Detections.empty(), NAMES, input_side=128)
     assert len(detections(empty([TILE]))[0]) == 0
+
+
+def test_supervision_draws_a_result_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervision = pytest.importorskip("supervision", reason=PEERS)
+    page = (REPOSITORY / "docs" / "how_to" / "python.md").read_text()
+    (block,) = re.findall(r"```python\n(import supervision as sv\n.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    pixels = draw_squares((400, 640), np.array([[40, 60, 160, 180], [300, 200, 500, 360]]), [1, 2])
+    result = get_scaled_prediction(pixels, PerfectDetector(input_side=640), policy="whole")
+    exec(block, {"result": result})
+    with Image.open("annotated.png") as picture:
+        drawn = np.asarray(picture)
+    assert drawn.shape == pixels.shape
+    assert len(result.detections) == 2
+    for box, label in zip(result.detections.boxes.round().astype(int).tolist(), result.detections.labels, strict=True):
+        x0, _, x1, y1 = box
+        # Red would be blue if supervision took the pixels for BGR.
+        colour = supervision.ColorPalette.DEFAULT.by_idx(int(label)).as_rgb()
+        assert (drawn[y1 - 1 : y1 + 2, x0:x1] == colour).all(axis=2).any(axis=0).all()
+        inside = np.s_[y1 - 20 : y1 - 3, x0 + 3 : x1 - 3]
+        np.testing.assert_array_equal(drawn[inside], pixels[inside])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -110,6 +110,10 @@ class Predictions:
         """The iterator itself: each prediction is yielded once."""
         return self
 
+    def __repr__(self) -> str:
+        """One line: the number of images."""
+        return f"Predictions({self.total} image{'' if self.total == 1 else 's'})"
+
     def __next__(self) -> ImagePrediction:
         """The next image's prediction; waits until it is done."""
         return next(self._predictions)

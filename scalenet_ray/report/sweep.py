@@ -267,10 +267,11 @@ def _trials(rows: Sequence[TrialRow], paths: Sequence[str], best: Sequence[Trial
         ]
         for row in ordered
     ]
-    return table("Trials", ["trial", "AP small", "passes", "AP", "state", *paths], cells)
+    fields = (path.rpartition(".")[2].replace("_", " ") for path in paths)
+    return table("Trials", ["trial", "AP small", "passes", "AP", "state", *fields], cells)
 
 
 def _number(value: Any) -> str:
     if value is None or value != value:
         return "\N{EN DASH}"
-    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
+    return f"{value:.3g}" if isinstance(value, float) else html.escape(str(value))

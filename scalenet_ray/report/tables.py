@@ -132,6 +132,8 @@ _SETTINGS = (
     ("split", "split"),
     ("images", "images"),
     ("limit", "limit"),
+    ("every", "every"),
+    ("classes", "classes"),
     ("detector", "detector"),
     ("scale_net", "Scale Net"),
     ("score_threshold", "score threshold"),
@@ -144,7 +146,8 @@ _SETTINGS = (
 def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a run, including those of its networks, in one mapping."""
     settings = dict(run.get("settings") or {})
-    return {**(settings.pop("networks", None) or {}), **settings}
+    classes = ", ".join(settings.pop("classes", None) or ())
+    return {**(settings.pop("networks", None) or {}), **settings, "classes": classes}
 
 
 def origin_line(run: Mapping[str, Any] | None) -> str:

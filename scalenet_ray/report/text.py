@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ _COLUMNS = (
 )
 
 _MOST_CLASSES = 20
-_MOST_IMAGES = 3
+_COLUMNS_OF_TEXT = 80
 
 
 def policy_table(document: Mapping[str, Any]) -> str:
@@ -67,8 +68,14 @@ def found_lines(document: Mapping[str, Any]) -> str:
             rows.append([name, str(row["boxes"]), str(row["images"]), *new, side])
         more = len(classes) - _MOST_CLASSES
         lines += [_aligned(rows), *([f"and {_counted(more, 'class', 'classes')} more"] if more > 0 else [])]
-        listed = (f"{row['file'].rpartition('/')[2]} ({row['boxes']})" for row in found["most"][:_MOST_IMAGES])
-        lines.append(f"most boxes: {', '.join(listed)}")
+        listed = ", ".join(f"{row['file'].rpartition('/')[2]} ({row['boxes']})" for row in found["most"])
+        lines += textwrap.wrap(
+            f"most boxes: {listed}",
+            _COLUMNS_OF_TEXT,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     lines.append(
         f"found {_counted(found['boxes'], 'box', 'boxes')} that score {SHOWN_SCORE:g} or more, in {found['images']} of "
         f"{_counted(done, 'image')}"
