@@ -167,6 +167,21 @@ def test_canvases_beyond_the_engine_run_on_cuda_which_is_said_once(
     ]
 
 
+@pytest.mark.gpu
+def test_a_real_engine_finds_what_the_cpu_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = export(tmp_path / "net.onnx", "yolov8")
+    try:
+        detector = load_detector(f"onnx:{path}", device="tensorrt")
+    except UserError as error:
+        pytest.skip(str(error))
+    tiles = [black(64, 64, green=(i, 1)) for i in range(3)]
+    for one, other in zip(detector(tiles), load_detector(f"onnx:{path}")(tiles), strict=True):
+        np.testing.assert_allclose(one.boxes, other.boxes, atol=0.1)
+        np.testing.assert_allclose(one.scores, other.scores, atol=0.01)
+    assert list(tmp_path.rglob("*.engine"))
+
+
 # --- names of the device ---------------------------------------------------------------------------------
 
 
