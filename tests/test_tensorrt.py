@@ -174,6 +174,8 @@ def test_a_real_engine_finds_what_the_cpu_finds(tmp_path: Path, monkeypatch: pyt
     try:
         detector = load_detector(f"onnx:{path}", device="tensorrt")
     except UserError as error:
+        if not any(missing in str(error) for missing in ("needs onnxruntime-gpu", "Please install TensorRT libraries")):
+            raise
         pytest.skip(str(error))
     tiles = [black(64, 64, green=(i, 1)) for i in range(3)]
     for one, other in zip(detector(tiles), load_detector(f"onnx:{path}")(tiles), strict=True):
