@@ -122,6 +122,12 @@ def test_a_visdrone_data_set_is_read(tmp_path: Path):
     assert {record.hw for record in dataset.images} == {HW}
 
 
+def test_one_folder_of_visdrones_is_read_itself(tmp_path: Path):
+    layout = find_layout("val2017", data=str(Path(write_visdrone(tmp_path)) / "val"))
+    assert layout.form == "visdrone"
+    assert found_in(layout.read("val2017")) == wanted("", ".jpg", ["pedestrian", "people"])
+
+
 def test_all_layouts_are_read_from_a_store(tmp_path: Path, s3_bucket: str):
     for write, name in ((write_yolo, "yolo"), (write_voc, "voc"), (write_visdrone, "drone")):
         data = write(tmp_path / name)

@@ -326,7 +326,7 @@ def test_a_whole_number_does_for_a_real_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "a policy file must say version: 1, got 2: write it anew with this release"),
+        ({"version": 2}, "a policy file must say version: 1, got 2: add it, or write the file anew"),
         ({"version": None}, "a policy file must say version: 1, got None"),
         ({"version": "1"}, "a policy file must say version: 1, got '1'"),
         ({"version": True}, "a policy file must say version: 1, got True"),

@@ -189,7 +189,7 @@ def test_names_and_thresholds_are_the_models_and_the_users(tmp_path: Path) -> No
     assert len(found) == len(all_) - 10
 
 
-@pytest.mark.parametrize("kind", ["deformable_detr", "detr", "rt_detr", "yolos"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_mixed_precision_computes_in_bfloat16_and_answers_in_float32(kind: str) -> None:
     detector = TransformersDetector(build(kind), processor_of(kind), score_threshold=0.0, mixed_precision=True)
     seen: set[torch.dtype] = set()
@@ -199,6 +199,40 @@ def test_mixed_precision_computes_in_bfloat16_and_answers_in_float32(kind: str) 
     (found,) = detections(detector(make_tiles((64, 64))))
     assert torch.bfloat16 in seen
     assert found.boxes.dtype == found.scores.dtype == np.float32
+
+
+def boxes_of_quiet_network(kind: str, *, mixed_precision: bool) -> torch.Tensor:
+    """All boxes [queries, 4] xyxy, in shares of a tile, of a network in which features hardly move boxes."""
+    model = build(kind)
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            torch.nn.init.xavier_normal_(module.weight, gain=1.0 if isinstance(module, torch.nn.Conv2d) else 0.3)
+            if len(module.weight) == 4 and module.bias is not None:
+                torch.nn.init.normal_(module.bias)
+    model = TransformersDetector(model, processor_of(kind), mixed_precision=mixed_precision).model
+    pixels = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)) - 0.5
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
+        boxes = model(pixel_values=pixels).pred_boxes[0].float()
+    centres, halves = boxes[:, :2], boxes[:, 2:] / 2
+    return torch.cat([centres - halves, centres + halves], dim=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_are_computed_in_float32_under_mixed_precision(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.Tensor] = []
+    topk = torch.topk
+
+    def the_same_again(values: torch.Tensor, count: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # Which cells become boxes is a matter of scores, which nearly tie.
+        chosen.append(chosen[-1] if chosen else topk(values, count, dim).indices)
+        return values.gather(dim, chosen[-1]), chosen[-1]
+
+    monkeypatch.setattr(torch, "topk", the_same_again)
+    plain, mixed = (boxes_of_quiet_network(kind, mixed_precision=each) for each in (False, True))
+    assert plain.std() > 0.01
+    # 0.4 pixels of 640: in bfloat16 shares over a half are multiples of 1/256.
+    assert (mixed - plain).abs().max() < 0.4 / 640
 
 
 def test_a_folder_in_s3_is_loaded(tmp_path: Path, s3_bucket: str) -> None:

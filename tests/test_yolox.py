@@ -322,7 +322,7 @@ def test_a_device_that_onnxruntime_lacks_is_refused(net: str, monkeypatch: pytes
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ValueError, match=r"device 'cuda:1' needs onnxruntime-gpu, got one with \['CPU"):
         load_detector(f"yolox-onnx:{net}", device="cuda:1")
-    with pytest.raises(ValueError, match="device must be cpu, cuda or cuda:INDEX, got 'tpu'"):
+    with pytest.raises(ValueError, match="device must be cpu, cuda, cuda:INDEX, tensorrt or tensorrt:INDEX, got 'tpu'"):
         load_detector(f"yolox-onnx:{net}", device="tpu")
 
 

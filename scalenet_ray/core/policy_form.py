@@ -122,7 +122,7 @@ def policy_from_dict(values: dict[str, Any], named: NamedPolicy | None = None) -
     version = rest.pop("version", None)
     _require(
         type(version) is int and version == POLICY_VERSION,
-        f"a policy file must say version: {POLICY_VERSION}, got {version!r}: write it anew with this release",
+        f"a policy file must say version: {POLICY_VERSION}, got {version!r}: add it, or write the file anew",
     )
     base = rest.pop("base", None)
     wanted = ["name", "kind" if base is None else "base", *(["input_side"] if named is None else [])]

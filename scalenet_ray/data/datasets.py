@@ -3,7 +3,7 @@
 COCO        DIR/annotations/instances_SPLIT.json and DIR/SPLIT/; or any instances file and a folder of images
 YOLO        data.yaml, which names folders or lists of images; labels/ beside images/
 VOC         DIR/ImageSets/Main/SPLIT.txt, DIR/Annotations/NAME.xml, DIR/JPEGImages/; or folders of .xml and images
-VisDrone    DIR/SPLIT/annotations/NAME.txt, DIR/SPLIT/images/; or folders of .txt and images
+VisDrone    annotations/NAME.txt and images/, in DIR/SPLIT/ or in DIR/; or folders of .txt and images
 """
 
 from __future__ import annotations
@@ -155,15 +155,15 @@ def find_layout(
 
 def _layout_of_folder(data: str, split: str) -> Layout:
     if data.lower().endswith((".yaml", ".yml")):
-        root = str(_read_data_yaml(data).get("path") or ".")
-        return Layout("yolo", data, _absolute(os.path.dirname(data) or ".", root))
+        return Layout("yolo", data, _absolute(os.path.dirname(data) or ".", _read_data_yaml(data).get("path") or "."))
     coco = Layout("coco", annotations_uri(data, _SPLIT), join(data, _SPLIT))
     if storage.exists(coco.annotations_of(split)):
         return coco
     if storage.exists(lists := join(data, "ImageSets", "Main")):
         return Layout("voc", join(data, "Annotations"), join(data, "JPEGImages"), join(lists, f"{_SPLIT}.txt"))
-    if storage.exists(join(data, split, "annotations")):
-        return Layout("visdrone", join(data, _SPLIT, "annotations"), join(data, _SPLIT, "images"))
+    for folder, found in ((join(data, _SPLIT), join(data, split)), (data, data)):
+        if storage.exists(join(found, "images")) and storage.list_files(join(found, "annotations", "*.txt")):
+            return Layout("visdrone", join(folder, "annotations"), join(folder, "images"))
     in_folder = join(data, "data.yaml")
     return _layout_of_folder(in_folder, split) if storage.exists(in_folder) else coco
 

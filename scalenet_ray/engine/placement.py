@@ -13,6 +13,7 @@ import yaml
 from ray._private.state import state
 
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.models.devices import is_gpu
 from scalenet_ray.runs.automatic import Cluster
 
 __all__ = [
@@ -100,7 +101,7 @@ def store_share(parts: int, nodes: Sequence[tuple[float, float]] | None = None) 
 
 
 def gpu_share(device: str, processes: int, gpus: Sequence[float] | None = None) -> float:
-    """GPUs per process: 0 unless the device is cuda; else 1, or a fraction if there are fewer GPUs than processes.
+    """GPUs per process: 0 unless the device is a GPU; else 1, or a fraction if there are fewer GPUs than processes.
 
     Args:
         device: the torch device of the networks.
@@ -110,7 +111,7 @@ def gpu_share(device: str, processes: int, gpus: Sequence[float] | None = None) 
     Raises:
         UserError: if Ray runs on this machine alone and it has no GPU.
     """
-    if not device.startswith("cuda"):
+    if not is_gpu(device):
         return 0.0
     found = [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]] if gpus is None else gpus
     if not sum(found):

@@ -27,6 +27,7 @@ from scalenet_ray.engine.parallel import RestartingStream, image_stream
 from scalenet_ray.engine.pipeline import on_this_node
 from scalenet_ray.engine.placement import cluster_now
 from scalenet_ray.engine.worker_errors import workers_errors
+from scalenet_ray.models.devices import is_gpu
 from scalenet_ray.models.spec import AUTO, NetworkSpec
 from scalenet_ray.runs.automatic import choose_resources, in_words
 from scalenet_ray.runs.batch import Stream
@@ -185,9 +186,9 @@ class RaySession:
         # A client of ray:// has no node.
         if dashboard := getattr(worker._global_node, "webui_url", None):
             log(f"Ray's dashboard: http://{dashboard}")
-        on_cuda = networks.device.startswith("cuda")
+        on_gpu = is_gpu(networks.device)
         if self._choice.is_complete and networks.device != AUTO:
-            self._resources = self._choice.completed(gpus_per_detector_actor=float(on_cuda))
+            self._resources = self._choice.completed(gpus_per_detector_actor=float(on_gpu))
             return networks
         cluster = cluster_now()
         tried = None
@@ -199,7 +200,7 @@ class RaySession:
         if tried is None:
             networks = networks if networks.device != AUTO else replace(networks, device="cpu")
             # Not every autoscaler tells which nodes it may add.
-            with_gpu = on_cuda and (cluster.may_have_gpus or "RAY_ADDRESS" in os.environ)
+            with_gpu = on_gpu and (cluster.may_have_gpus or "RAY_ADDRESS" in os.environ)
             tried = self._try_on_gpu(networks, trial, log) if with_gpu else self.call(trial, networks)
         cluster = cluster_now()  # The trial may have brought a node.
         self._resources = choose_resources(self._choice, cluster, tried)

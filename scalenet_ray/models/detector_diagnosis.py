@@ -16,6 +16,7 @@ from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.models.checked_detector import CheckedDetector
 from scalenet_ray.models.detector_check import batch_fault, detect_alone, repeat_fault, size_fault, whole_tile
 from scalenet_ray.models.detectors import Detector
+from scalenet_ray.models.devices import is_gpu
 
 __all__ = ["Diagnosis", "advise_batch", "diagnose", "unnamed"]
 
@@ -90,7 +91,7 @@ def diagnose(load: Load, name: str, image: np.ndarray, *, score_threshold: float
         f"time per tile on {device}: "
         + ", ".join(f"{1000 * each:.0f} ms in a batch of {size}" for size, each in seconds.items())
     )
-    advice, fault = advise_batch(seconds, on_gpu=device.startswith("cuda"))
+    advice, fault = advise_batch(seconds, on_gpu=is_gpu(device))
     facts.append(f"use input_side {detector.input_side} and {advice}")
     return Diagnosis(tuple(facts), tuple(faults if fault is None else [*faults, fault]))
 

@@ -15,6 +15,7 @@ import numpy as np
 from scalenet_ray.core.errors import EXTRAS, UserError, needs_extra
 from scalenet_ray.core.networks import Detect, DetectWithFeatures
 from scalenet_ray.core.policy import LARGEST_SIDE
+from scalenet_ray.models.devices import is_tensorrt
 from scalenet_ray.models.own_detectors import load_own, names_own, quoting
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ShowsFeatures",
     "canvas_of",
     "check_detector",
+    "check_kind_on",
     "declaration",
     "load_detector",
     "takes_tiles",
@@ -107,7 +109,7 @@ def load_detector(
             the next three arguments by name; or `module:NAME` or `module:NAME@ARGUMENT`, a class or a function of your
             own that is called with the argument and with what it takes of the next four, or an object. A path may be
             local or a store's address.
-        device: torch device.
+        device: torch device; or tensorrt or tensorrt:INDEX, for networks in ONNX only.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS within each class; None for the detector's own.
         mixed_precision: run under bfloat16 autocast; for networks in torch only.
@@ -128,6 +130,7 @@ def load_detector(
         "score_threshold": score_threshold,
         "iou_threshold": iou_threshold,
     }
+    check_kind_on(device, spec)
     added = _added_kind(kind)
     own = added is None and kind not in _LOADERS and names_own(spec)
     if kind in _OF_TORCH or own:
@@ -155,6 +158,17 @@ def load_detector(
         msg = f"{_wanted()}, got {spec!r}: there is no module {error.name!r} here or among the installed ones"
         raise UserError(msg) from error
     return check_detector(made, spec)
+
+
+def check_kind_on(device: str, spec: str) -> None:
+    """Refuse a network in torch on a device of TensorRT.
+
+    Raises:
+        UserError: if the kind of a detector does not run there.
+    """
+    if is_tensorrt(device) and spec.partition(":")[0] in _OF_TORCH:
+        msg = f"device {device!r} is for detectors in ONNX, such as onnx:PATH, got {spec!r}: use device cuda"
+        raise UserError(msg)
 
 
 def _added_kind(kind: str) -> EntryPoint | None:

@@ -18,6 +18,8 @@ __all__ = [
     "device_named",
     "device_on_this_machine",
     "has_gpu_driver",
+    "is_gpu",
+    "is_tensorrt",
     "translate_oom",
 ]
 
@@ -34,9 +36,19 @@ def has_gpu_driver() -> bool:
     return True
 
 
+def is_tensorrt(device: str) -> bool:
+    """True for tensorrt and tensorrt:INDEX: a GPU on which detectors in ONNX run in TensorRT."""
+    return device.partition(":")[0] == "tensorrt"
+
+
+def is_gpu(device: str) -> bool:
+    """True for the name of a GPU, in torch (cuda, cuda:INDEX) or in TensorRT."""
+    return device.partition(":")[0] == "cuda" or is_tensorrt(device)
+
+
 def batch_size_on(device: str) -> int:
     """Tiles of one image in a call of the networks on a device: on a GPU a call costs more than a tile."""
-    return _TILES_ON_GPU if device.startswith("cuda") else 1
+    return _TILES_ON_GPU if is_gpu(device) else 1
 
 
 def device_named(name: str) -> torch.device:
@@ -45,6 +57,9 @@ def device_named(name: str) -> torch.device:
     Raises:
         UserError: if the name is not valid in torch, or torch is not installed.
     """
+    if is_tensorrt(name):
+        msg = f"device {name!r} is for networks in ONNX, got one in torch: use device cuda, or export it to ONNX"
+        raise UserError(msg)
     with needs_extra():
         import torch
     try:

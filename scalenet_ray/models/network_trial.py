@@ -73,7 +73,7 @@ def try_networks(
         return NetworkTrial("cpu", calls, read_seconds, process_bytes)
     in_use, total = _gpu_memory()
     # A class of the user's may have no use for a GPU.
-    device = networks.device if in_use > used_before else "cpu"
+    device = networks.device if in_use > used_before or not total else "cpu"
     return NetworkTrial(device, calls, read_seconds, process_bytes, total)
 
 
@@ -111,10 +111,12 @@ def _timed_calls(run: Callable[[int], None], device: str) -> tuple[TrialCall, ..
 
 
 def _gpu_memory() -> tuple[int, int]:
-    """Bytes in use and in all of the GPU of this process; (0, 0) without torch."""
+    """Bytes in use and in all of the GPU of this process; (0, 0) if there is no torch to tell."""
     try:
         import torch
     except ModuleNotFoundError:
+        return 0, 0
+    if not torch.cuda.is_available():
         return 0, 0
     free, total = torch.cuda.mem_get_info()
     return total - free, total

@@ -17,10 +17,11 @@ from scalenet_ray.core.merge import nms
 from scalenet_ray.data.policy_files import read_yaml
 from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.class_names import classes_of
+from scalenet_ray.models.devices import is_tensorrt
 from scalenet_ray.models.onnx_graph import resizes_input
 from scalenet_ray.models.onnx_layouts import DECODED_YOLOX, YOLOX, Layout
 from scalenet_ray.models.onnx_network import OnnxNetwork, free_network
-from scalenet_ray.models.onnx_session import on_gpu, open_session, tiles_at_once
+from scalenet_ray.models.onnx_session import on_gpu, open_session, tiles_at_once, with_engine
 from scalenet_ray.models.padding import STRIDE, detect_by_canvas, fixed_canvas, padded, stride_canvas
 from scalenet_ray.models.yolox import YoloxDetector
 
@@ -151,7 +152,7 @@ def load_onnx_detector(
         what: PATH or PATH@FILE: the ONNX file, and a text file with its classes' names, one a line, or a YAML file that
             gives metadata: `names`, `mean`, `std`, `channel_order`, `padding`, `imgsz`. Without names they come from
             the metadata, or are COCO's 80. Local paths or a store's addresses.
-        device: "cpu", "cuda" or "cuda:1". On the CPU, OMP_NUM_THREADS sets the number of threads.
+        device: as for `onnx_session.providers_of`. On the CPU, OMP_NUM_THREADS sets the number of threads.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS; None for that of the kind.
 
@@ -180,8 +181,10 @@ def load_onnx_detector(
         detector = YoloxDetector.load(path, device=device, categories=categories, **thresholds)
         axes = ""
     else:
-        network = free_network(network, data, layout, metadata, device)
+        network, data = free_network(network, data, layout, metadata, device)
         detector = OnnxDetector(network, layout, categories, input_side=input_side, **thresholds)
+        if is_tensorrt(device):
+            network.session = with_engine(network.session, data, path, device, detector.canvas_hw, detector.input_side)
         axes = f"; {_axes(network)}"
     detector.description = f"{layout.family}, {layout.shapes}{axes}; classes: {source}"
     _LOG.info("%s was taken for %s", path, detector.description)

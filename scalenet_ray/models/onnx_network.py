@@ -15,7 +15,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # type: i
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.models.onnx_graph import free_axes
 from scalenet_ray.models.onnx_layouts import Layout, recognise
-from scalenet_ray.models.onnx_session import providers_of, session_options
+from scalenet_ray.models.onnx_session import EngineSession, providers_of, session_options
 from scalenet_ray.models.padding import PADDING_GREY
 
 __all__ = ["OnnxNetwork", "free_network", "noise"]
@@ -58,7 +58,7 @@ class OnnxNetwork:
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, metadata: Mapping[str, str]) -> None:
-        self.session = session
+        self.session: onnxruntime.InferenceSession | EngineSession = session
         image, *others = session.get_inputs()
         shape = image.shape
         batch, channels, *sides = shape if len(shape) == 4 else [1, *shape]
@@ -206,7 +206,7 @@ def noise(canvas: HW, seed: int = 0) -> np.ndarray:
 
 def free_network(
     network: OnnxNetwork, data: bytes, layout: Layout, metadata: Mapping[str, str], device: str
-) -> OnnxNetwork:
+) -> tuple[OnnxNetwork, bytes]:
     """Make batch and size of a network dynamic, or the batch alone, as far as it gives the same outputs.
 
     Args:
@@ -214,27 +214,27 @@ def free_network(
         data: content of its ONNX file.
         layout: that of its outputs.
         metadata: the file's metadata.
-        device: "cpu", "cuda" or "cuda:1".
+        device: as for `providers_of`.
 
     Returns:
-        The network with free axes if two canvases of noise have the outputs together that each had alone. The size is
-        freed only where rows belong to cells, and boxes follow them at other sizes too. Else the network itself.
+        The network with free axes, and the content of its file, if two canvases of noise have the outputs together that
+        each had alone. The size is freed only where rows belong to cells, and boxes follow them at other sizes too.
+        Else the network itself.
     """
     if not (network.batched and layout.batched):
-        return network
+        return network, data
     choices = [True] if network.fixed_hw is not None and layout.on_cells else []
     choices += [False] if network.batch is not None else []
     for sizes in choices:
         try:
-            session = onnxruntime.InferenceSession(
-                free_axes(data, sizes=sizes), _quiet(session_options()), providers=providers_of(device)
-            )
+            content = free_axes(data, sizes=sizes)
+            session = onnxruntime.InferenceSession(content, _quiet(session_options()), providers=providers_of(device))
             freed = OnnxNetwork(session, metadata)
             if (not sizes or freed.layout() == layout) and _is_same(network, freed):
-                return freed
+                return freed, content
         except (*_RUN_ERRORS, UserError):
             continue
-    return network
+    return network, data
 
 
 def _is_same(network: OnnxNetwork, freed: OnnxNetwork) -> bool:

@@ -18,8 +18,9 @@ from scalenet_ray.core.policy import Evidence, Policy
 from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector
 from scalenet_ray.models.detector_check import try_detector
-from scalenet_ray.models.detectors import Detector, DetectorInfo, declaration, load_detector
-from scalenet_ray.models.devices import device_named, device_on_this_machine, has_gpu_driver
+from scalenet_ray.models.detectors import Detector, DetectorInfo, check_kind_on, declaration, load_detector
+from scalenet_ray.models.devices import device_named, device_on_this_machine, has_gpu_driver, is_tensorrt
+from scalenet_ray.models.onnx_session import providers_of
 from scalenet_ray.models.scale_networks import HeadConfig
 from scalenet_ray.models.scale_predictors import OnnxScaleHead, OnnxScaleNet, load_predictor
 
@@ -89,7 +90,8 @@ class NetworkSpec:
         detector: kind:what, e.g. onnx:PATH, ultralytics:PATH, torchvision:NAME, module:Class. Without
             --data: the embedded sample's.
         scale_net: weights of Scale Net, a local path or a store's address. Without --data: the embedded sample's.
-        device: torch device of the networks; auto: a GPU if there is one and they run on it, else the CPU.
+        device: torch device of the networks; auto: a GPU if there is one and they run on it, else the CPU; tensorrt: a
+            GPU, a detector in ONNX in TensorRT.
         mixed_precision: run Scale Net and torch detectors under bfloat16 autocast: faster on GPUs and on CPUs with AMX
             or AVX-512 BF16, many times slower on other CPUs. Scores change slightly.
         score_threshold: minimum score of a detection.
@@ -132,8 +134,14 @@ class NetworkSpec:
             here: also check that this machine has it, and not only the workers.
 
         Raises:
-            UserError: if the name is not valid in torch, or this machine lacks the device.
+            UserError: if the name is not valid in torch, or this machine lacks the device, or the detector does not
+                run on it.
         """
+        if is_tensorrt(self.device):
+            check_kind_on(self.device, str(self.detector))
+            if here:
+                providers_of(self.device)
+            return
         if self.device in ("cpu", AUTO) or find_spec("torch") is None:
             # Without torch all networks run on onnxruntime, which refuses a device itself.
             return
@@ -252,7 +260,8 @@ class NetworkSpec:
 
     def _runnable(self, network: str) -> str:
         """The sample's networks as safetensors where torch must run them: on a GPU, or under autocast."""
-        return _IN_TORCH.get(network, network) if self._device != "cpu" or self.mixed_precision else network
+        in_torch = self.mixed_precision or not (self._device == "cpu" or is_tensorrt(self._device))
+        return _IN_TORCH.get(network, network) if in_torch else network
 
     def load_scale_net(self) -> ScaleNet | ScaleHead:
         """Load Scale Net or a scale head.

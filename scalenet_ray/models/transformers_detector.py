@@ -7,8 +7,9 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ _IOU_THRESHOLD = 0.7
 _FINEST_STRIDE = 8
 _ON_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 """NAME or OWNER/NAME."""
+
+_OF_BOXES = re.compile(
+    r"(^|\.)(bbox_predictor|bbox_embed\.\d+|(enc|pre)_bbox_head|integral|reference_points|ref_point_head)$"
+)
+"""Names of the modules that compute boxes or reference points from features."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -90,6 +96,8 @@ class TransformersDetector:
             raise UserError(msg)
         self.categories = {int(index): str(name) for index, name in config.id2label.items()}
         self.input_side = _side_of(processor)
+        if mixed_precision:
+            _keep_boxes_exact(self.model)
         self._least = _least_side(config) if self._type in _MASKED else 1
         self._few_to = self.input_side if self._device.type == "cuda" else None
         self._mean, self._deviation = _normalization(processor, self._device)
@@ -155,6 +163,36 @@ class TransformersDetector:
         found = Detections(np.clip(boxes[kept], 0, [width, height, width, height]), scores[kept], labels[kept])
         # Boxes in the padding are empty after clipping.
         return found[found.areas > 0]
+
+
+def _keep_boxes_exact(model: Any) -> None:
+    """Compute boxes, reference points and anchors of a network in float32 also under autocast; it is changed in place.
+
+    In bfloat16 a coordinate of 640 pixels is off by up to 2.
+    """
+    for name, module in model.named_modules():
+        if _OF_BOXES.search(name):
+            module.forward = partial(_in_float32, module.forward)
+        if hasattr(module, "generate_anchors"):
+            module.generate_anchors = partial(_anchors_in_float32, module.generate_anchors)
+        if hasattr(module, "gen_encoder_output_proposals"):
+            module.gen_encoder_output_proposals = partial(_of_wide_features, module.gen_encoder_output_proposals)
+
+
+def _in_float32(forward: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+    """Call a module outside of autocast."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return forward(*(tensor.float() for tensor in tensors))
+
+
+def _anchors_in_float32(generate: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """Call a generator of anchors, which would give them in the type of the features."""
+    return generate(*args, **{**settings, "dtype": torch.float32})
+
+
+def _of_wide_features(propose: Callable[..., Any], features: torch.Tensor, *others: Any) -> Any:
+    """Call a generator of first boxes, which gives them in the type of the features."""
+    return propose(features.float(), *others)
 
 
 def _side_of(processor: Any) -> int:

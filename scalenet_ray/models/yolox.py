@@ -22,8 +22,17 @@ from scalenet_ray.core.merge import nms
 from scalenet_ray.core.networks import DetectionsWithFeatures
 from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+from scalenet_ray.models.devices import is_tensorrt
 from scalenet_ray.models.onnx_graph import expose_features, free_axes
-from scalenet_ray.models.onnx_session import on_gpu, open_session, providers_of, session_options, tiles_at_once
+from scalenet_ray.models.onnx_session import (
+    EngineSession,
+    on_gpu,
+    open_session,
+    providers_of,
+    session_options,
+    tiles_at_once,
+    with_engine,
+)
 from scalenet_ray.models.padding import STRIDE, detect_by_canvas, fixed_canvas, padded, stride_canvas
 
 __all__ = ["YoloxDetector"]
@@ -67,7 +76,7 @@ class YoloxDetector:
         exported_side: int | None = None,
         open_features: Callable[[], onnxruntime.InferenceSession] | None = None,
     ) -> None:
-        self.session = session
+        self.session: onnxruntime.InferenceSession | EngineSession = session
         self._open_features = open_features
         self.score_threshold = score_threshold
         self.iou_threshold = _DEFAULT_IOU_THRESHOLD if iou_threshold is None else iou_threshold
@@ -93,7 +102,7 @@ class YoloxDetector:
 
         Args:
             path: local path or a store's address.
-            device: "cpu", "cuda" or "cuda:1". On the CPU, OMP_NUM_THREADS sets the number of threads.
+            device: as for `onnx_session.providers_of`. On the CPU, OMP_NUM_THREADS sets the number of threads.
             score_threshold: minimum score of a detection.
             iou_threshold: IoU threshold of NMS within each class; None for YOLOX's 0.65.
             categories: class id -> name; None for those of the metadata, else COCO's.
@@ -108,7 +117,7 @@ class YoloxDetector:
         try:
             exported = cls(session, score_threshold=score_threshold, iou_threshold=iou_threshold, categories=categories)
             freed, data = _free_session(session, data, options, providers)
-            return cls(
+            detector = cls(
                 freed,
                 score_threshold=score_threshold,
                 iou_threshold=iou_threshold,
@@ -116,6 +125,9 @@ class YoloxDetector:
                 exported_side=exported.input_side,
                 open_features=functools.partial(_feature_session, data, options, providers),
             )
+            if is_tensorrt(device):
+                detector.session = with_engine(freed, data, path, device, detector.canvas_hw, detector.input_side)
+            return detector
         except ValueError as error:
             msg = f"{path}: {error}"
             raise UserError(msg) from error
@@ -180,7 +192,7 @@ class YoloxDetector:
         ]
 
     def _run_all(
-        self, session: onnxruntime.InferenceSession, tiles: list[np.ndarray], canvas: tuple[int, int]
+        self, session: onnxruntime.InferenceSession | EngineSession, tiles: list[np.ndarray], canvas: tuple[int, int]
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """Output of each tile, [rows, 5 + classes], followed by its feature maps if the session has them."""
         at_once = 1 if self._one_by_one else tiles_at_once(session, len(tiles))
