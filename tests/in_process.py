@@ -104,7 +104,13 @@ class InProcessEngine:
         handle = Handle(self.frontier, self._dies)
         retries = RetryPolicy(max_tries=max_tries)
         source = TileSource(
-            handle, policy, self._mortal(open_image), readers=readers, lease_size=lease_size, retries=retries
+            handle,
+            policy,
+            self._mortal(open_image),
+            readers=readers,
+            lease_size=lease_size,
+            open_images=max_open_images,
+            retries=retries,
         )
         self._tasks = source.get_read_tasks(1)
         self._readers = [_Replaying(task) for task in self._tasks]

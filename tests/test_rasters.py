@@ -187,7 +187,7 @@ def test_readers_keep_images_that_are_read_by_window_by_what_they_hold(monkeypat
         opened.append(record.image_id)
         return WindowedScenes()(record)
 
-    images = _OpenedImages(counted)
+    images = _OpenedImages(counted, 8)
     for image_id in (1, 2, 1, 3, 1, 2):
         images(ImageRecord(image_id, f"{image_id}.png"))
     assert opened == [1, 2, 3, 2]

@@ -126,10 +126,23 @@ def test_decoded_images_are_kept_up_to_a_limit_the_last_used_longest(monkeypatch
         return np.zeros((10, 10, 3), np.uint8)
 
     monkeypatch.setattr("scalenet_ray.engine.readers._CACHE_BYTES", 2 * 300)
-    images = _OpenedImages(counted)
+    images = _OpenedImages(counted, 8)
     for image_id in (1, 2, 1, 3, 1, 2):
         images(ImageRecord(image_id, "x.png"))
     assert decoded == [1, 2, 3, 2]
+
+
+def test_no_more_decoded_images_are_kept_than_may_be_in_progress() -> None:
+    decoded: list[int] = []
+
+    def counted(record: ImageRecord) -> np.ndarray:
+        decoded.append(record.image_id)
+        return np.zeros((1, 1, 3), np.uint8)
+
+    images = _OpenedImages(counted, 2)
+    for image_id in (1, 2, 3, 2, 1):
+        images(ImageRecord(image_id, "x.png"))
+    assert decoded == [1, 2, 3, 1]
 
 
 def test_an_image_larger_than_the_cache_is_kept_until_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +153,7 @@ def test_an_image_larger_than_the_cache_is_kept_until_the_next(monkeypatch: pyte
         decoded.append(record.image_id)
         return Scenes()(record)
 
-    images = _OpenedImages(counted)
+    images = _OpenedImages(counted, 8)
     for image_id in (1, 1, 2, 2, 1):
         images(ImageRecord(image_id, "x.png"))
     assert decoded == [1, 2, 1]
@@ -152,7 +165,7 @@ def test_a_lease_of_written_images_is_an_empty_row_that_keeps_the_positions() ->
     networks = random_networks(policy)
 
     def read() -> Iterable[pa.Table]:
-        return TileSource(handle, policy, Scenes(), readers=1, lease_size=1).get_read_tasks(1)[0]()
+        return TileSource(handle, policy, Scenes(), readers=1, lease_size=1, open_images=8).get_read_tasks(1)[0]()
 
     stage = ScaleStage(handle, policy, networks)
     rows = []
@@ -172,9 +185,9 @@ def test_a_lease_of_written_images_is_an_empty_row_that_keeps_the_positions() ->
 def test_a_readers_leases_double_up_to_a_limit() -> None:
     policy, frontier = policy_of("whole"), Frontier(records_of(30), 30)
     stage = ScaleStage(Handle(frontier), policy, random_networks(policy))
-    (read,) = TileSource(Handle(frontier), policy, Scenes(), readers=1, lease_size=2, max_lease_size=10).get_read_tasks(
-        1
-    )
+    (read,) = TileSource(
+        Handle(frontier), policy, Scenes(), readers=1, lease_size=2, open_images=8, max_lease_size=10
+    ).get_read_tasks(1)
     sizes = []
     for row in read():
         sizes.append(len(opened(row).tiles))
@@ -183,7 +196,7 @@ def test_a_readers_leases_double_up_to_a_limit() -> None:
 
 
 def test_a_data_set_gets_as_many_read_tasks_as_readers_whatever_ray_data_would_like() -> None:
-    source = TileSource(None, policy_of("whole"), Scenes(), readers=3, lease_size=1)
+    source = TileSource(None, policy_of("whole"), Scenes(), readers=3, lease_size=1, open_images=8)
     assert len(source.get_read_tasks(200)) == 3
     assert source.estimate_inmemory_data_size() is None
 
@@ -202,7 +215,7 @@ def test_a_reader_waits_for_work_that_is_still_out_and_each_time_a_little_longer
             stage(rows[-1])
 
     monkeypatch.setattr("scalenet_ray.engine.readers.time.sleep", sleep)
-    (read,) = TileSource(Handle(frontier), policy, Scenes(), readers=1, lease_size=1).get_read_tasks(1)
+    (read,) = TileSource(Handle(frontier), policy, Scenes(), readers=1, lease_size=1, open_images=8).get_read_tasks(1)
     for table in read():
         rows.append(table)
     assert [len(opened(table).tiles) for table in rows] == [1, 1]

@@ -211,6 +211,7 @@ class ImageStream:
             self._open_image,
             readers=resources.readers,
             lease_size=max(1, batch_size // per_lease),
+            open_images=resources.open_images,
             max_lease_size=max(1, max(ROW_TILES, batch_size) // per_lease),
             retries=resources.advanced.retries,
         )

@@ -39,10 +39,16 @@ _ROW_BYTES = 128 * 2**20
 
 
 class _OpenedImages:
-    """LRU cache of opened images, bounded in bytes: an image's windows are cut soon after the image itself."""
+    """LRU cache of opened images: an image's windows are cut soon after the image itself.
 
-    def __init__(self, open_image: OpenImage) -> None:
+    Args:
+        open_image: opens an image.
+        most: number of images kept; as many as may be in progress, so that finished ones do not stay.
+    """
+
+    def __init__(self, open_image: OpenImage, most: int) -> None:
         self._open_image = open_image
+        self._most = most
         self._images: OrderedDict[int, AnyImage] = OrderedDict()
         self._bytes = 0
 
@@ -54,7 +60,7 @@ class _OpenedImages:
             image = self._open_image(record)
         self._images[record.image_id] = image
         self._bytes += image.nbytes
-        while self._bytes > _CACHE_BYTES and len(self._images) > 1:
+        while len(self._images) > 1 and (self._bytes > _CACHE_BYTES or len(self._images) > self._most):
             self._bytes -= self._images.popitem(last=False)[1].nbytes
         return image
 
@@ -68,6 +74,7 @@ class TileSource(GeneratorSource):
         open_image: opens an image.
         readers: number of readers.
         lease_size: maximum pieces of work of a reader's first lease.
+        open_images: maximum number of images in progress.
         max_lease_size: maximum pieces of work of a lease, which doubles from lease to lease; by default `lease_size`.
         retries: timeout and retries for images that hang or crash their reader.
     """
@@ -80,6 +87,7 @@ class TileSource(GeneratorSource):
         *,
         readers: int,
         lease_size: int,
+        open_images: int,
         max_lease_size: int | None = None,
         retries: RetryPolicy = DEFAULT_RETRIES,
     ) -> None:
@@ -89,11 +97,12 @@ class TileSource(GeneratorSource):
         self._open_image = open_image
         self._lease_size = lease_size
         self._max_lease_size = max_lease_size or lease_size
+        self._open_images = open_images
         self._calls = GuardedCalls("read", frontier, retries)
 
     def read(self, reader: int) -> Iterator[pa.Table]:
         """Yield a table per lease; a replay yields the same tables, except for the seconds column."""
-        images = _OpenedImages(self._open_image)
+        images = _OpenedImages(self._open_image, self._open_images)
         sequence = 0
         wait = _WAIT_SECONDS
         while True:
