@@ -63,7 +63,7 @@ def test_a_run_with_everything_on_s3_survives_failing_requests(
         ),
     )
     monkeypatch.setattr(stores, "_S3_TIMEOUTS", {"connect_timeout": 5, "read_timeout": 2})
-    with faulty_s3(os.environ["AWS_ENDPOINT_URL"], [*ANSWERS, *BREAKS], every=6) as server:
+    with faulty_s3(os.environ["AWS_ENDPOINT_URL"], [*ANSWERS, *BREAKS], every=10) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
         S3FileSystem.clear_instance_cache()
         assert module.main(away) == 0
