@@ -29,8 +29,6 @@ from scalenet_ray.core.masks import mask_of_segmentation
 from scalenet_ray.data.coco import objects_of, parse_annotations, read_annotations
 from scalenet_ray.data.images import decode_image
 
-__all__ = ["DECODED", "DOCUMENTS", "MAX_PIXELS", "NAMES", "PICTURES", "READ", "SEGMENTATIONS", "document", "mutated"]
-
 DECODED = READ = None
 """In place of the error's text: it is no error."""
 
@@ -282,6 +280,12 @@ SEGMENTATIONS: dict[str, tuple[Any, str | None]] = {
     "polygon: no points": ([[]], _POLYGON),
     "no polygon": ([], "a segmentation must be polygons or"),
     "polygon: NaN": ([[2, 3, float("nan"), 3, 12, 10]], _POLYGON),
+    "polygon: infinity": ([[2, 3, float("inf"), 3, 12, 10]], _POLYGON),
+    "polygon: a number without end": ([[2, 3, 10**400, 3, 12, 10]], _POLYGON),
+    "polygon: null": ([[2, 3, None, 3, 12, 10]], _POLYGON),
+    "polygon: pairs": ([[[2, 3], [12, 3], [12, 10]]], _POLYGON),
+    "polygon: pairs of different lengths": ([[[2, 3], [12], 10]], _POLYGON),
+    "polygon: one good and one bad": ([[2, 3, 12, 3, 12, 10], [1, 2]], _POLYGON),
     "polygon: text": ([["2", "3", "12", "3", "12", "10"]], _POLYGON),
     "polygon: not in a list": ([2, 3, 12, 3, 12, 10], _POLYGON),
     "polygon: a point at 1e200": ([[2, 3, 1e200, 3, 12, 10]], READ),
@@ -289,12 +293,17 @@ SEGMENTATIONS: dict[str, tuple[Any, str | None]] = {
     "runs: good": ({"size": [24, 36], "counts": [100, 20, 744]}, READ),
     "runs: past the end": ({"size": [24, 36], "counts": [100, 2**31, 744]}, _RUNS),
     "runs: too few": ({"size": [24, 36], "counts": [100, 20]}, _RUNS),
+    "runs: none": ({"size": [24, 36], "counts": []}, _RUNS),
+    "runs: huge": ({"size": [24, 36], "counts": [2**62, 2**62]}, _RUNS),
+    "runs: of a size as text": ({"size": ["24", "36"], "counts": [864]}, "a segmentation must be polygons or"),
     "runs: negative": ({"size": [24, 36], "counts": [900, -36]}, _RUNS),
     "runs: fractions": ({"size": [24, 36], "counts": [100.5, 763.5]}, _RUNS),
     "runs: of another size": ({"size": [36, 24], "counts": [100, 20, 744]}, "a segmentation must be polygons or"),
     "runs: of no size": ({"counts": [100, 20, 744]}, "a segmentation must be polygons or"),
     "compressed: good": ({"size": [24, 36], "counts": COMPRESSED}, READ),
     "compressed: cut": ({"size": [24, 36], "counts": COMPRESSED[:-1]}, _RUNS),
+    "compressed: too few": ({"size": [24, 36], "counts": "11"}, _RUNS),
+    "compressed: empty": ({"size": [24, 36], "counts": ""}, _RUNS),
     "compressed: rubbish": ({"size": [24, 36], "counts": "rubbish \u00e9\ud800"}, _RUNS),
     "compressed: without end": ({"size": [24, 36], "counts": "o" * 1000}, _RUNS),
     "a number": (7, "a segmentation must be polygons or"),

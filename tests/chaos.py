@@ -41,8 +41,6 @@ from scalenet_ray.runs.resources import AdvancedResources, Resources
 from tests.faults import Given, Scenes, WorkLog, policy_of, random_networks, records_of
 from tests.oracles import RandomDetector, RandomScale
 
-__all__ = ["run_chaos"]
-
 _STORE_BYTES = 80 * 2**20
 _NOTICE_LOSSES_SOON = {"health_check_period_ms": 1000, "health_check_failure_threshold": 4}
 _POLICY = policy_of("scalenet")

@@ -17,8 +17,6 @@ from torch import nn
 
 from scalenet_ray.models.onnx_export import to_onnx
 
-__all__ = ["KINDS", "ColourNet", "export", "noisy_tile", "seen_in"]
-
 CELL = 8
 KINDS: dict[str, tuple[str, ...]] = {
     "yolov8": ("output0",),

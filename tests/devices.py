@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-__all__ = ["DEVICES", "ON_GPU"]
-
 ON_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),

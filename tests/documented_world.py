@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import shutil
 import stat
 import subprocess
@@ -35,11 +34,9 @@ from tests.colour_exports import export
 from tests.job_scripts import REPOSITORY
 from tests.ray_fixture import RAY_ENVIRONMENT
 
-__all__ = ["World", "build_world"]
-
 _SHORTER_BY_COMMAND = {
-    "eval": "--engine local",
-    "detect": "--engine local",
+    "eval": "--engine local --report-pictures 1",
+    "detect": "--engine local --report-pictures 1 --limit 3",
     "train": "--epochs 1 --limit 2 --batch-size 2 --workers 1 --gpus-per-worker 0 --input-side 32",
     "finetune": "--epochs 1 --limit 1 --batch-size 1 --input-side 64",
     "tune": "--trials 2 --subsets 1",
@@ -53,12 +50,9 @@ _JOBS = {
     "finetune": "finetune_detector",
     "tune": "tune_recursion",
 }
-_EXPERIMENT = "--seeds 1 --train-limit 20 --test-limit 10"
 SHORTER = {
     **_SHORTER_BY_COMMAND,
     **{f"jobs/{job}.py": _SHORTER_BY_COMMAND[command] for command, job in _JOBS.items()},
-    "jobs/eval_digits.py": _EXPERIMENT,
-    "jobs/eval_cifar.py": _EXPERIMENT,
 }
 """The same by a command's name, or by the path of its script."""
 
@@ -124,8 +118,6 @@ def build_world(folder: Path, s3_endpoint: str) -> Iterator[World]:
     film.release()
     _write_coco(folder / "DIR")
     _write_yolo(folder / "yolo")
-    _write_mnist(folder / "DIR" / "MNIST" / "raw")
-    _write_cifar(folder / "DIR" / "cifar-10-batches-py")
     _write_yolox(folder / "yolox_nano.onnx")
     export(folder / "yolo11n.onnx", "yolov8")
     (folder / "names.txt").write_text("\n".join(COCO_CATEGORIES.values()))
@@ -255,44 +247,6 @@ def _write_yolo(folder: Path) -> None:
     names = [COCO_CATEGORIES[category_id] for category_id in _COLOURS]
     content = {"train": "images/train", "val": "images/val", "names": names}
     (folder / "data.yaml").write_text(json.dumps(content))
-
-
-def _write_mnist(raw: Path) -> None:
-    """Random pictures in MNIST's files."""
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for name, count in {"train": 40, "t10k": 20}.items():
-        pixels = rng.integers(0, 256, (count, 28, 28), np.uint8)
-        labels = rng.integers(0, 10, count).astype(np.uint8)
-        for kind, array in {"images-idx3": pixels, "labels-idx1": labels}.items():
-            sides = b"".join(side.to_bytes(4, "big") for side in array.shape)
-            (raw / f"{name}-{kind}-ubyte").write_bytes(bytes([0, 0, 8, array.ndim]) + sides + array.tobytes())
-
-
-def _write_cifar(folder: Path) -> None:
-    """Random pictures in CIFAR-10's files."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-        rows = rng.integers(0, 256, (20, 3072), np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": rng.integers(0, 10, 20).tolist()}))
-    (folder / "batches.meta").write_bytes(_cifar_names())
-
-
-def _cifar_names() -> bytes:
-    """The names of the classes to the byte as they are published, which torchvision checks: a pickle of Python 2."""
-    memo = iter(range(1, 256))
-
-    def put(pickled: bytes) -> bytes:
-        return pickled + b"q" + bytes([next(memo)])
-
-    def text(word: str) -> bytes:
-        return put(b"U" + bytes([len(word)]) + word.encode())
-
-    words = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    head = b"\x80\x02" + put(b"}") + b"(" + text("num_cases_per_batch") + b"M\x10'"
-    names = text("label_names") + put(b"]") + b"(" + b"".join(map(text, words)) + b"e"
-    return head + names + text("num_vis") + b"M\x00\x0cu."
 
 
 def _write_yolox(path: Path) -> None:

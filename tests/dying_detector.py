@@ -11,8 +11,6 @@ import numpy as np
 
 from scalenet_ray.core.detections import Detections
 
-__all__ = ["DIED", "Dying"]
-
 DIED = "DIED_FILE"
 """The environment variable with the file that says that it has happened."""
 

@@ -25,28 +25,6 @@ from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from tests.oracles import OuterDetector, RandomDetector, RandomScale, TruthOfSquares, draw_squares, scattered_squares
 
-__all__ = [
-    "INPUT_SIDE",
-    "BuggyScale",
-    "Fault",
-    "FaultyDetector",
-    "FaultyOpen",
-    "FaultyScale",
-    "FlatImages",
-    "Given",
-    "Scenes",
-    "SlowDetector",
-    "SlowImages",
-    "StuckDetector",
-    "WhimsicalScale",
-    "WorkLog",
-    "as_values",
-    "policy_of",
-    "random_networks",
-    "records_of",
-    "reference",
-]
-
 INPUT_SIDE = 64
 _SIZES_HW = ((96, 128), (128, 96), (64, 64), (100, 40))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["in_float64"]
-
 
 def in_float64(model: Any, entrance: str = "") -> Any:
     """The same network, computing in float64 from its part `entrance` on; changed in place.

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-__all__ = ["DATASET", "hub_server"]
-
 DATASET = "owner/photos"
 _ID = {"oid": "0" * 40}
 

@@ -28,8 +28,6 @@ from scalenet_ray.engine.rows import unpack_results
 from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage
 from scalenet_ray.runs.resources import RetryPolicy
 
-__all__ = ["Died", "Handle", "InProcessEngine"]
-
 
 class Died(BaseException):
     """A process ended; no stage may catch it."""
@@ -70,7 +68,6 @@ class InProcessEngine:
         seed: of the order of things and of the faults.
         death_rate: how likely each step of a reader or a stage is to die.
         rerun_rate: how likely, at each step, an old row is made and sent again.
-        frontier_class: the queue.
         readers: how many.
         lease_size: work to a lease.
         detector_batch_size: tiles to a call of the detector.
@@ -88,7 +85,6 @@ class InProcessEngine:
         seed: int = 0,
         death_rate: float = 0.0,
         rerun_rate: float = 0.0,
-        frontier_class: type[Frontier] = Frontier,
         readers: int = 2,
         lease_size: int = 3,
         detector_batch_size: int = 4,
@@ -100,7 +96,7 @@ class InProcessEngine:
         self._records = records
         self._max_open_images = max_open_images
         self._lease_size = lease_size
-        self.frontier = frontier_class(records, max_open_images)
+        self.frontier = Frontier(records, max_open_images)
         handle = Handle(self.frontier, self._dies)
         retries = RetryPolicy(max_tries=max_tries)
         source = TileSource(

@@ -20,8 +20,6 @@ from scalenet_ray.runs.resources import AdvancedResources, ResourceChoice
 from tests.faults import FaultyScale, Given, Scenes, SlowDetector, WorkLog, policy_of, records_of
 from tests.oracles import RandomScale
 
-__all__ = ["OPEN_IMAGES", "POLICY", "RECORDS", "SCENES", "SHARD"]
-
 RECORDS = records_of(48)
 SCENES = Scenes(unreadable={7})
 POLICY = policy_of("scalenet")

@@ -8,8 +8,6 @@ from bench.fakes import grey_image
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.data.image_records import ImageRecord
 
-__all__ = ["BAD_IMAGE", "open_but_one"]
-
 BAD_IMAGE = 3
 
 

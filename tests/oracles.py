@@ -22,30 +22,6 @@ from scalenet_ray.core.networks import Detect, ScalePredictor
 from scalenet_ray.core.policy import Recursion
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap, ScaleRange, scale_map_of_boxes
 
-__all__ = [
-    "BREAKING",
-    "CATEGORIES",
-    "COLOURS",
-    "BrokenScale",
-    "ConstantScale",
-    "CountingDetector",
-    "FailingDetector",
-    "FixedScale",
-    "OscillatingScale",
-    "PerfectDetector",
-    "RandomDetector",
-    "RandomScale",
-    "SeeingScale",
-    "TruthOfSquares",
-    "clustered_squares",
-    "components",
-    "draw_squares",
-    "iou_of_boxes",
-    "rules_of",
-    "scattered_squares",
-    "tile_of",
-]
-
 COLOURS = {1: (255, 0, 0), 2: (0, 255, 0), 3: (0, 0, 255)}
 """Category id -> the colour of its squares."""
 
@@ -190,14 +166,12 @@ def components(mask: np.ndarray) -> np.ndarray:
 
 
 class PerfectDetector:
-    """Finds every square whose longer side in tile pixels is in a range, to the pixel, and nothing else.
+    """Finds every square whose longer side in tile pixels is not too small, to the pixel, and nothing else.
 
     Args:
         min_side: smaller ones it cannot see, in tile pixels.
-        max_side: larger ones it cannot see, in tile pixels.
         sure_side: what is smaller than this it sees with a score of 0.1 and not 0.9, in tile pixels.
         input_side: the longer side of a whole image's tile, in tile pixels.
-        stride: its canvas is a square of a multiple of this, in tile pixels.
         with_masks: whether it gives masks.
     """
 
@@ -207,20 +181,17 @@ class PerfectDetector:
     def __init__(
         self,
         min_side: float = 12.0,
-        max_side: float = math.inf,
         *,
         sure_side: float = 0.0,
         input_side: int = 64,
-        stride: int = 32,
         with_masks: bool = False,
     ) -> None:
         self.input_side = input_side
-        self._min_side, self._max_side, self._sure_side = min_side, max_side, sure_side
-        self._stride, self._with_masks = stride, with_masks
+        self._min_side, self._sure_side, self._with_masks = min_side, sure_side, with_masks
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """The square that a tile of `hw` is padded to."""
-        side = math.ceil(max(hw) / self._stride) * self._stride
+        side = math.ceil(max(hw) / 32) * 32
         return (side, side)
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
@@ -232,7 +203,7 @@ class PerfectDetector:
             mask = ((pixels > 127) == (np.array(colour) > 127)).all(axis=2)
             for x0, y0, x1, y1 in components(mask).tolist():
                 side = max(x1 - x0, y1 - y0)
-                if not self._min_side <= side <= self._max_side:
+                if side < self._min_side:
                     continue
                 boxes.append((x0, y0, x1, y1))
                 scores.append(0.9 if side >= self._sure_side else 0.1)
@@ -323,18 +294,9 @@ class CountingDetector(OuterDetector):
 
 
 class SeeingScale:
-    """A Scale Net that sees every square in the pixels, however small: no ground truth is asked.
-
-    Args:
-        unit_side: None for a map of scale classes; else a regression map of the longer side over this, in
-            tile pixels.
-        hw: the grid's (height, width) in cells.
-    """
+    """A Scale Net that sees every square in the pixels, however small: no ground truth is asked."""
 
     input_pixels = 64 * 64
-
-    def __init__(self, unit_side: float | None = None, hw: tuple[int, int] = (32, 32)) -> None:
-        self._unit_side, self._hw = unit_side, hw
 
     def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
         del tiles
@@ -342,17 +304,9 @@ class SeeingScale:
 
     def _map(self, pixels: np.ndarray) -> ScaleMap:
         lit = components(pixels.max(axis=2) > 100)
-        sides = (lit[:, 2:] - lit[:, :2]).astype(np.float64)
-        tile_hw = (pixels.shape[0], pixels.shape[1])
-        prob = scale_map_of_boxes(lit, np.prod(sides, axis=1), np.ones(len(lit)), tile_hw, self._hw).prob
-        if self._unit_side is None:
-            return ScaleMap(prob=prob)
-        scale = np.zeros(self._hw, np.float32)
-        for (x0, y0, x1, y1), side in zip(lit.tolist(), sides.max(axis=1, initial=0), strict=True):
-            rows = slice(y0 * self._hw[0] // tile_hw[0], math.ceil(y1 * self._hw[0] / tile_hw[0]))
-            columns = slice(x0 * self._hw[1] // tile_hw[1], math.ceil(x1 * self._hw[1] / tile_hw[1]))
-            scale[rows, columns] = side / self._unit_side
-        return ScaleMap(scale=scale)
+        areas = np.prod((lit[:, 2:] - lit[:, :2]).astype(np.float64), axis=1)
+        implied = scale_map_of_boxes(lit, areas, np.ones(len(lit)), (pixels.shape[0], pixels.shape[1]), (32, 32))
+        return ScaleMap(prob=implied.prob)
 
 
 class RandomScale:
@@ -478,3 +432,9 @@ def equal_detections(one: Detections, other: Detections) -> bool:
     arrays = ("boxes", "scores", "labels", "depth", "windows")
     same = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
     return same and one.masks == other.masks
+
+
+def detections(found: list[Detections | TileError]) -> list[Detections]:
+    """Answers none of which is an error."""
+    assert all(isinstance(each, Detections) for each in found), found
+    return found  # type: ignore[return-value]

@@ -17,8 +17,6 @@ from scalenet_ray.data.image_records import ImageRecord
 from tests.faults import INPUT_SIDE, Scenes, WorkLog
 from tests.oracles import BREAKING, RandomDetector, RandomScale
 
-__all__ = ["Exit", "Hang", "HangOnce", "PoisonDetector", "PoisonOpen", "PoisonScale", "PoisonScenes"]
-
 
 class Exit:
     """Ends its process each time.

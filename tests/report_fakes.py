@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-__all__ = ["big_page", "photo"]
-
 
 def photo(seed: int, hw: tuple[int, int] = (120, 160)) -> str:
     """A JPEG of noise as a data URI."""

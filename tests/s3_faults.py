@@ -15,8 +15,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["ANSWERS", "BREAKS", "FaultyS3", "faulty_s3"]
-
 ANSWERS = {"internal error": (500, "InternalError"), "slow down": (503, "SlowDown")}
 """Faults that S3 tells of."""
 

@@ -10,8 +10,6 @@ import numpy as np
 
 from scalenet_ray.core.detections import Detections
 
-__all__ = ["SCRIPTED", "RaisesOn", "Scripted", "answering", "one_box", "scripted"]
-
 SCRIPTED = "tests.scripted_detector:Scripted"
 
 

@@ -13,8 +13,6 @@ from PIL import Image
 
 from scalenet_ray.core.detections import Detections
 
-__all__ = ["STALLED", "Stalling", "write_grey_images"]
-
 SIDE = 64
 STALLED = "STALLED_FILE"
 """The environment variable with the file that says that it has happened."""

@@ -9,8 +9,6 @@ from typing import Any
 
 import ray
 
-__all__ = ["add", "broken", "die_once", "node_id", "raise_it"]
-
 
 def add(one: int, other: int, log: Path, name: str = "", needs: Sequence[str] = ()) -> dict[str, Any]:
     done = log.read_text().splitlines() if log.exists() else []

@@ -256,39 +256,6 @@ def test_an_exception_on_every_image_is_refused_before_the_run(
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        (lambda tiles: [], "the detector must answer each tile: got 0 answers to 1"),
-        (lambda tiles: [one_box(tile).with_scores(np.array([90])) for tile in tiles], "divide percentages by 100"),
-    ],
-)
-def test_a_broken_promise_is_refused_before_the_run(
-    pictures: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    answer: Callable[[Sequence[np.ndarray]], Any],
-    message: str,
-) -> None:
-    with answering(answer):
-        assert f"detector '{SCRIPTED}'" in (line := refused(pictures, tmp_path / "run", capsys))
-    assert message in line
-
-
-@pytest.mark.parametrize(
-    ("declared", "message"),
-    [
-        ({"categories": {"person": 0}}, "class ids of detector"),
-        ({"canvas": staticmethod(lambda hw: 64)}, "canvas_hw of detector"),
-    ],
-)
-def test_a_wrong_declaration_is_refused_before_the_run(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], declared: dict[str, Any], message: str
-) -> None:
-    with answering(lambda tiles: [one_box(tile) for tile in tiles], **declared):
-        assert message in refused(pictures, tmp_path / "run", capsys)
-
-
-@pytest.mark.parametrize(
     ("policy", "message"),
     [
         ("whole@100000", "wants tiles of 100000 pixels a side, at most 16384 are computed: choose a smaller one"),

@@ -32,7 +32,6 @@ from tests.bad_files import (
     MAX_PIXELS,
     NAMES,
     PICTURES,
-    PNG,
     SEGMENTATIONS,
     document,
     mutated,
@@ -134,18 +133,6 @@ def test_settings_that_are_no_yaml_are_refused(text: str, tmp_path: Path):
 
 
 # --- mutated ----------------------------------------------------------------------------------------
-
-
-@settings(max_examples=400)
-@given(st.sampled_from([JPEG, PNG]), st.integers(0, 2**32 - 1))
-def test_mutated_jpegs_and_pngs_give_pixels_or_a_tile_error(data: bytes, seed: int):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            pixels = decode_image(mutated(data, random.Random(seed)), max_pixels=MAX_PIXELS)
-        except TileError:
-            return
-    assert (pixels.ndim, pixels.dtype) == (3, np.uint8)
 
 
 @settings(max_examples=400)

@@ -149,12 +149,6 @@ def test_resuming_does_what_is_missing_and_ends_as_an_uninterrupted_run(
     assert tables(run) == tables(whole_run(tmp_path / "whole"))
 
 
-def test_a_finished_run_starts_nothing_again(tmp_path: Path) -> None:
-    run = whole_run(tmp_path / "run")
-    progress = PolicyRun(RECORDS, POLICY.name, lambda records: pytest.fail("started"), run, ignore).finish()
-    assert (progress.done, progress.images) == (11, 0)
-
-
 def test_images_that_became_other_files_are_not_resumed(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "run")
     one_more = [ImageRecord(i, f"{i - 1}.png") for i in range(1, 13)]

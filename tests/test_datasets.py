@@ -380,15 +380,6 @@ def test_an_instances_file_and_a_folder_of_images_are_a_data_set(
     assert "4 images, 10 categories" in capsys.readouterr().out
 
 
-def test_a_refused_label_leaves_no_run_folder(sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = sample_as_yolo(sample, tmp_path / "yolo")
-    label = next((tmp_path / "yolo" / "labels" / "val").glob("*.txt"))
-    label.write_text("0 0.5 0.5 0.1 0.1 0.9")
-    assert evaluate(tmp_path / "run", "--data", data, "--split", "val") == 2
-    assert f"{label} line 1 must have 5 columns" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_training_images_are_the_same_in_either_layout(sample: Path, tmp_path: Path) -> None:
     data = sample_as_yolo(sample, tmp_path / "yolo")
     images = TrainingImages(data, "train", "val").in_coco_form(str(tmp_path / "run"))

@@ -154,15 +154,6 @@ def test_the_page_follows_the_run_until_it_ends(folder: Path, tmp_path: Path, mo
     assert "What was found" in page.read_text()
 
 
-def test_an_interrupted_iteration_releases_the_run(folder: Path, tmp_path: Path) -> None:
-    predictions = detect(folder, DETECTOR, output=str(tmp_path / "run"))
-    next(predictions)
-    with pytest.raises(FileExistsError):
-        detect(folder, DETECTOR, output=str(tmp_path / "run"))
-    del predictions
-    assert RunFolder(str(tmp_path / "run")).finished("regions")
-
-
 def test_progress_is_reported(folder: Path) -> None:
     seen = []
     list(detect(folder, DETECTOR, progress=seen.append))

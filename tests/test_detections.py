@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -158,8 +157,3 @@ def test_masks_survive_joining_only_if_every_part_with_boxes_has_them() -> None:
 def test_areas_are_of_boxes_and_never_negative() -> None:
     found = Detections([[0, 0, 2, 3], [5, 5, 4, 9], [1, 1, 1, 9]], [1, 1, 1], [1, 1, 1])  # type: ignore[arg-type]
     assert found.areas.tolist() == [6.0, 0.0, 0.0]
-
-
-def test_they_travel_between_processes_unchanged() -> None:
-    for found in (_some(3, masks=True), _some(3), Detections.empty()):
-        assert equal_detections(pickle.loads(pickle.dumps(found)), found)

@@ -31,8 +31,9 @@ from scalenet_ray.training.detector_recipe import (
 from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.recipe import Batch, Row
 from tests.job_scripts import load_job
+from tests.oracles import detections
 from tests.test_datasets import sample_as_yolo
-from tests.test_torchvision_detectors import CATEGORIES, assert_same, detections, lively_model, make_tiles
+from tests.test_torchvision_detectors import CATEGORIES, assert_same, lively_model, make_tiles
 
 SMALL_RCNN, SMALL_SSD = "fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"
 HW = (48, 64)
@@ -345,15 +346,6 @@ def test_images_without_any_object_are_nothing_to_learn_from(tmp_path: Path) -> 
         plan_fine_tuning(images, f"untrained:{SMALL_RCNN}")
 
 
-def test_an_empty_train_set_is_refused(tmp_path: Path) -> None:
-    images = write_data(tmp_path, [{"bbox": [1, 1, 5, 5], "category_id": 1}], {1: "cat"})
-    path = tmp_path / "annotations" / "instances_train2017.json"
-    document = json.loads(path.read_text())
-    path.write_text(json.dumps(document | {"images": [], "annotations": []}))
-    with pytest.raises(ValueError, match="at least one image, got none"):
-        plan_fine_tuning(images, f"untrained:{SMALL_RCNN}")
-
-
 def test_splits_of_other_categories_are_refused(tmp_path: Path) -> None:
     images = write_data(tmp_path, [{"bbox": [1, 1, 5, 5], "category_id": 1}], {1: "cat"})
     path = tmp_path / "annotations" / "instances_val2017.json"
@@ -378,11 +370,6 @@ def job_on(data: str | None, output: Path, **changes: Any) -> Any:
         data=data, detector=f"untrained:{SMALL_RCNN}", input_side=64, output=str(output), training=training
     )
     return replace(job, **changes)
-
-
-def test_data_of_ones_own_needs_a_detector(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--detector must name what is fine-tuned on your data"):
-        load_job("finetune_detector").main(job_on("anywhere", tmp_path, detector=None))
 
 
 @pytest.mark.ray

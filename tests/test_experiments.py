@@ -82,7 +82,21 @@ def test_scikit_learns_digits_are_split_and_enlarged() -> None:
     assert not {picture.tobytes() for picture in train_set.pixels} & {picture.tobytes() for picture in test_set.pixels}
 
 
-def test_mnist_is_read_as_torchvision_lays_it_out() -> None:
+def test_mnist_is_read_as_torchvision_lays_it_out(tmp_path: Path) -> None:
+    raw, rng = tmp_path / "MNIST" / "raw", np.random.default_rng(0)
+    raw.mkdir(parents=True)
+    for part, count in (("train", 4), ("t10k", 2)):
+        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            array = rng.integers(0, 10, shape, np.uint8)
+            sides = b"".join(side.to_bytes(4, "big") for side in shape)
+            (raw / f"{part}-{kind}-ubyte").write_bytes(bytes([0, 0, 8, array.ndim]) + sides + array.tobytes())
+    tested = load_pictures("mnist", str(tmp_path), train=False)
+    assert tested.pixels[..., 2].tobytes() == (raw / "t10k-images-idx3-ubyte").read_bytes()[16:]
+    assert tested.labels.tolist() == list((raw / "t10k-labels-idx1-ubyte").read_bytes()[8:])
+    assert len(load_pictures("mnist", str(tmp_path), train=True).labels) == 4
+
+
+def test_packed_mnist_is_read_and_nothing_is_written_beside_it() -> None:
     data = os.environ.get("SCALENET_RAY_DATA")
     if not data:
         pytest.skip("set SCALENET_RAY_DATA to a folder with mnist/MNIST/raw")
@@ -304,10 +318,10 @@ def test_the_job_on_small_digits_zooms_rightly_and_resumes(
     idle_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = load_job("eval_digits")
-    job = module.EvalDigits(seeds=1, test_limit=150, output=str(tmp_path / "run"))
+    job = module.EvalDigits(seeds=1, test_limit=90, output=str(tmp_path / "run"))
     assert module.main(job) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert (metrics["trained_on"], metrics["tested_on"], metrics["seeds"]) == (1198, 150, 1)
+    assert (metrics["trained_on"], metrics["tested_on"], metrics["seeds"]) == (1198, 90, 1)
     scores = {method: {name: row["mean"] for name, row in rows.items()} for method, rows in metrics["digits"].items()}
     assert scores["classifier"]["validation"] > 90
     assert scores["classifier"]["56"] < 50 < 90 < scores["scalenet"]["56"]
@@ -318,7 +332,7 @@ def test_the_job_on_small_digits_zooms_rightly_and_resumes(
     for name in ("response.svg", "steps.svg", "weights/net-s0.safetensors", "units/scalenet--56--s0.json"):
         assert (tmp_path / "run" / name).exists()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("trained on 1198, tested on 150 pictures, 1 seeds")
+    assert lines[-1].startswith("trained on 1198, tested on 90 pictures, 1 seeds")
 
     (tmp_path / "run" / "units" / "scalenet--56--s0.json").unlink()
     assert module.main(replace(job, resume=True)) == 0

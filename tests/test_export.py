@@ -286,10 +286,6 @@ def test_geojson_refuses_boxes_where_the_reference_system_does_not_hold(tmp_path
         export_run(run, "geojson")
 
 
-def test_what_scores_less_is_left_out(run: str) -> None:
-    assert export_run(run, "coco", score_threshold=0.5).detections == 3
-
-
 def test_an_evaluation_names_its_categories_by_its_annotations(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", ("one.jpg", "two.jpg", "broken.jpg", "empty.jpg"))
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())

@@ -56,22 +56,11 @@ def test_a_run_notes_all_that_is_needed_to_run_it_again(run: RunFolder) -> None:
     assert {"python", "scalenet-ray", "ray", "torch", "numpy"} <= set(config["versions"])
 
 
-def test_a_run_that_is_there_is_not_overwritten(run: RunFolder) -> None:
-    run.begin(SETTINGS, resume=False).release()
-    with pytest.raises(FileExistsError, match="holds a run already: add --resume to go on with it"):
-        run.begin(SETTINGS, resume=False)
-
-
 def test_resuming_with_the_same_settings_and_other_workers_goes_on(run: RunFolder) -> None:
     run.begin(SETTINGS, resume=False, workers={"engine": "ray"}).release()
     before = Path(run.uri, "config.yaml").read_bytes()
     run.begin(dict(reversed(SETTINGS.items())), resume=True, workers={"engine": "local"}).release()
     assert Path(run.uri, "config.yaml").read_bytes() == before
-
-
-def test_resuming_what_never_began_begins_it(run: RunFolder) -> None:
-    run.begin(SETTINGS, resume=True).release()
-    assert Path(run.uri, "config.yaml").exists()
 
 
 @pytest.mark.parametrize(
@@ -117,19 +106,6 @@ def test_detections_are_written_before_the_record_that_their_images_are_finished
     assert committed == [[5]]
     writer.flush()
     assert len(written) == 2
-
-
-def test_images_are_committed_after_their_shard_is_there(run: RunFolder) -> None:
-    seen: list[bool] = []
-    writer = ShardWriter(
-        run,
-        "whole",
-        ImageRecords.listed(["1.jpg"]),
-        lambda ids: seen.append(set(ids) <= set(run.finished("whole").ids.tolist())),
-    )
-    writer.add(result_of(1), 1.5)
-    writer.flush()
-    assert seen == [True]
 
 
 def test_a_full_shard_is_written_at_once(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,14 +174,6 @@ def test_a_run_without_shards_has_tables_without_rows(run: RunFolder) -> None:
     assert run.table("images", "whole").schema == IMAGES
     assert run.table("detections", "whole").schema == DETECTIONS
     assert run.table("images", "whole", ["image_id", "file"]).column_names == ["image_id", "file"]
-
-
-def test_images_without_detections_are_finished_too(run: RunFolder) -> None:
-    writer = writer_of(run)
-    writer.add(result_of(1, scores=()), 1.5)
-    writer.flush()
-    assert run.finished("whole").ids.tolist() == [1]
-    assert run.table("detections", "whole").num_rows == 0
 
 
 # --- the end ------------------------------------------------------------------------------------------------

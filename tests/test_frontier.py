@@ -243,26 +243,6 @@ def test_deepest_tiles_come_first_then_the_oldest_image() -> None:
     assert three.id == (3, ())
 
 
-def test_a_lease_is_of_windows_or_of_whole_images_where_either_fill_it() -> None:
-    frontier = Frontier(records_of(9), max_open_images=5)
-    first = frontier.lease(0, 0, 2)
-    assert first is not None
-    frontier.complete([completion(first.work[0], 1)])
-    assert ids_of(frontier.lease(0, 1, 2)) == [(3, ()), (4, ())]
-    # One more may be open: that is no lease.
-    assert ids_of(frontier.lease(0, 2, 3)) == [(1, (0,)), (5, ())]
-
-
-def test_a_reader_gets_the_windows_of_the_images_that_it_opened() -> None:
-    frontier = Frontier(records_of(9), max_open_images=2)
-    opened = [frontier.lease(reader, 0, 1) for reader in (0, 1)]
-    for lease in opened:
-        assert lease is not None
-        frontier.complete([completion(lease.work[0], 2)])
-    assert ids_of(frontier.lease(1, 1, 2)) == [(2, (0,)), (2, (1,))]
-    assert ids_of(frontier.lease(0, 1, 2)) == [(1, (0,)), (1, (1,))]
-
-
 def test_a_reader_without_work_takes_what_is_more_than_another_can() -> None:
     frontier = Frontier(records_of(1), max_open_images=1)
     lease = frontier.lease(0, 0, 1)
@@ -271,14 +251,6 @@ def test_a_reader_without_work_takes_what_is_more_than_another_can() -> None:
     assert ids_of(frontier.lease(1, 0, 2)) == [(1, (0,)), (1, (1,))]
     assert ids_of(frontier.lease(1, 1, 3)) == []
     assert ids_of(frontier.lease(0, 1, 3)) == [(1, (2,)), (1, (3,)), (1, (4,))]
-
-
-def test_a_reader_that_never_comes_back_holds_nothing_up() -> None:
-    frontier = Frontier(records_of(1), max_open_images=1)
-    lease = frontier.lease(0, 0, 1)
-    assert lease is not None
-    frontier.complete([completion(lease.work[0], 1)])
-    assert ids_of(frontier.lease(1, 0, 8)) == [(1, (0,))]
 
 
 def limited(count: int, *, shares: int = 1, max_bytes: int = 10**9, policy: str = "scalenet") -> Frontier:
@@ -334,49 +306,6 @@ def test_no_image_is_opened_while_there_is_enough_to_do() -> None:
     assert frontier.status().admitted == 3
 
 
-def test_admission_waits_for_completions_and_not_for_commits() -> None:
-    frontier = Frontier(records_of(3), max_open_images=1)
-    for sequence in range(3):
-        lease = frontier.lease(0, sequence, 5)
-        assert lease is not None
-        assert len(lease.work) == 1
-        wait = frontier.lease(1, 0, 5)
-        assert wait is not None
-        assert wait.work == ()
-        frontier.complete([completion(lease.work[0])])
-    assert frontier.lease(1, 0, 5) is None
-
-
-def test_a_wait_takes_no_sequence_number() -> None:
-    frontier = Frontier(records_of(1), max_open_images=1)
-    lease = frontier.lease(0, 0, 1)
-    assert lease is not None
-    assert frontier.lease(1, 0, 1) == frontier.lease(1, 0, 1)
-    frontier.complete([completion(lease.work[0], 1)])
-    child = frontier.lease(1, 0, 1)
-    assert child is not None
-    assert [work.id for work in child.work] == [(1, (0,))]
-    again = frontier.lease(1, 0, 1)
-    assert again is not None
-    assert (child.work, child.suspect) == (again.work, not again.suspect)
-
-
-def test_a_lease_of_written_and_unwritten_images_is_kept_whole() -> None:
-    frontier = Frontier(records_of(2), max_open_images=2)
-    lease = frontier.lease(0, 0, 2)
-    assert lease is not None
-    frontier.complete([completion(work) for work in lease.work])
-    frontier.commit([1])
-    kept = frontier.lease(0, 0, 2)
-    assert kept is not None
-    assert kept.work == lease.work
-    frontier.commit([2])
-    again = frontier.lease(0, 0, 2)
-    assert again is not None
-    assert again.forgotten
-    assert again.work == ()
-
-
 def test_what_is_remembered_does_not_grow_with_the_images() -> None:
     frontier = Frontier(records_of(300), max_open_images=4)
     sequences = [0, 0]
@@ -397,25 +326,11 @@ def test_what_is_remembered_does_not_grow_with_the_images() -> None:
     assert most < 60
 
 
-def test_an_image_that_failed_is_over_and_worth_all_of_itself() -> None:
-    frontier = Frontier(records_of(1), max_open_images=1)
-    lease = frontier.lease(0, 0, 1)
-    assert lease is not None
-    (counts,) = frontier.complete([completion(lease.work[0], failed=True)])
-    assert counts.failure == Failure("look", "NaN")
-    assert child_credit(lease.work[0].credit, counts.expansion) == 1
-    assert frontier.lease(0, 1, 1) is None
-
-
 def test_a_tile_that_was_never_leased_cannot_be_completed() -> None:
     frontier = Frontier(records_of(1), max_open_images=1)
     frontier.lease(0, 0, 1)
     with pytest.raises(KeyError):
         frontier.complete([Completion(1, (5,), decision_of((1, (5,)), 0))])
-
-
-def test_no_images_are_over_at_once() -> None:
-    assert Frontier([], max_open_images=1).lease(0, 0, 8) is None
 
 
 def test_a_queue_that_may_open_no_image_is_refused() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -61,11 +59,6 @@ def test_boxes_are_carried_as_worked_by_hand() -> None:
     np.testing.assert_array_equal(boxes_to_tile(np.array([[12, 32, 14, 34]]), tile), [[4, 6, 8, 12]])
 
 
-def test_boxes_outside_the_window_leave_the_tile() -> None:
-    tile = Tile(7, (0,), (100, 100), Window(10, 30, 50, 50), 60, 80)
-    np.testing.assert_array_equal(boxes_to_tile(np.array([[0, 0, 60, 60]]), tile), [[-20, -90, 100, 90]])
-
-
 def test_no_boxes_stay_no_boxes_of_four() -> None:
     tile = Tile(7, (), (10, 10), Window(0, 0, 10, 10), 20, 20)
     for carry in (boxes_to_image, boxes_to_tile):
@@ -114,12 +107,6 @@ def test_a_tile_whose_window_leaves_the_image_is_refused(window: Window) -> None
 def test_a_tile_without_pixels_is_refused(hw: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="a tile must be at least 1 x 1 pixels, got "):
         Tile(1, (), (20, 10), Window(0, 0, 10, 20), *hw)
-
-
-def test_depth_is_the_length_of_the_path() -> None:
-    root = Tile(1, (), (20, 10), Window(0, 0, 10, 20), 5, 5)
-    assert root.depth == 0
-    assert dataclasses.replace(root, path=(0, 2)).depth == 2
 
 
 def test_edges_inside_the_image_are_those_that_cut_through_it() -> None:

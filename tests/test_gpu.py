@@ -38,8 +38,8 @@ from scalenet_ray.sample.scenes import make_scene, write_sample
 from tests.devices import DEVICES, ON_GPU
 from tests.float64 import in_float64
 from tests.job_scripts import load_job
-from tests.oracles import tile_of
-from tests.test_torchvision_detectors import CATEGORIES, SMALL_RCNN, SMALL_SSD, detections, make_tiles
+from tests.oracles import detections, tile_of
+from tests.test_torchvision_detectors import CATEGORIES, SMALL_RCNN, SMALL_SSD, make_tiles
 
 DTYPES = {"bfloat16": torch.bfloat16, "half": torch.float16}
 SMALL = (SMALL_RCNN, SMALL_SSD)

@@ -23,10 +23,16 @@ from tests.training_fakes import SmallRecipe
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-@pytest.mark.parametrize(("device", "images"), [("cpu", 4), pytest.param("cuda", 100, marks=ON_GPU)])
-@pytest.mark.parametrize("policy", ["scalenet", "first-pass"])
+@pytest.mark.parametrize(
+    ("policy", "device", "images"),
+    [
+        ("scalenet", "cpu", 4),
+        pytest.param("scalenet", "cuda", 100, marks=ON_GPU),
+        pytest.param("first-pass", "cuda", 100, marks=ON_GPU),
+    ],
+)
 def test_two_actors_that_share_a_gpu_find_what_one_process_finds_on_the_cpu(
-    idle_ray: None, device: str, images: int, policy: str, tmp_path: Path
+    idle_ray: None, policy: str, device: str, images: int, tmp_path: Path
 ) -> None:
     module = load_job("eval_coco")
     write_sample(tmp_path / "sample", train=1, val=images)
@@ -61,13 +67,13 @@ def test_two_actors_that_share_a_gpu_find_what_one_process_finds_on_the_cpu(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_worker_on_a_gpu_trains_the_same_weights(idle_ray: None, device: str, tmp_path: Path) -> None:
-    settings = Training(batch_size=4, epochs=2, keep=1)
+    settings = Training(batch_size=4, epochs=1, keep=1)
     weights = {}
     for name, gpus in (("cpu", 0.0), (device, 1.0 if device == "cuda" else 0.0)):
         rows: list[dict[str, Any]] = []
         folder = tmp_path / f"{len(weights)}-{name}"
         train(SmallRecipe(), replace(settings, gpus_per_worker=gpus), str(folder), rows.append)
-        assert [row["epoch"] for row in rows] == [1, 2]
+        assert [row["epoch"] for row in rows] == [1]
         weights[folder] = load_file(folder / SmallRecipe.file_name)
     expected, found = weights.values()
     for name, value in expected.items():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile, cut_tile
+from scalenet_ray.core.geometry import Tile, Window, cut_tile
 from scalenet_ray.data.coco import read_annotations
 from scalenet_ray.data.images import MAX_PIXELS, decode_image, file_hw, read_image
 from scalenet_ray.data.storage import read_bytes
@@ -378,16 +378,6 @@ def test_pixels_and_boxes_go_the_same_way(window_height: int, window_width: int,
     assert np.abs(pixels[0, :, 0] - 4.0 * centres).max() <= 1.0
     centres = np.clip((np.arange(height) + 0.5) * window_height / height - 0.5, 0, window_height - 1) + 9
     assert np.abs(pixels[:, 0, 1] - 4.0 * centres).max() <= 1.0
-
-
-def test_a_square_is_where_its_box_says_in_a_zoomed_tile():
-    image = np.zeros((64, 64, 3), np.uint8)
-    image[20:28, 30:46] = 255
-    tile = tile_of(Window(16, 12, 48, 44), (64, 64), (64, 64))
-    x0, y0, x1, y1 = boxes_to_tile(np.array([[30, 20, 46, 28]]), tile)[0].astype(int)
-    lit = cut_tile(image, tile)[:, :, 0] > 127
-    assert lit[y0:y1, x0:x1].all()
-    assert lit.sum() == (y1 - y0) * (x1 - x0)
 
 
 def test_shrinking_up_to_2_is_bilinear_and_not_antialiased():

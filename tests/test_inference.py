@@ -20,7 +20,6 @@ from scalenet_ray.core.scale import ScaleMap
 from tests.oracles import (
     BREAKING,
     BrokenScale,
-    ConstantScale,
     CountingDetector,
     FailingDetector,
     FixedScale,
@@ -137,9 +136,6 @@ def test_a_net_that_answers_for_fewer_tiles_is_a_bug() -> None:
         predict_scales(pixels, tiles, _policy("scalenet"), predict_scale=Short())
 
 
-# --- the fakes themselves -----------------------------------------------------------------------------
-
-
 # --- who breaks -------------------------------------------------------------------------------------
 
 
@@ -205,12 +201,6 @@ def test_fused_is_the_mean_of_both_on_the_finer_grid() -> None:
     assert seen.scale_map.prob[:2, 6, 6].tolist() == [0.5, 0.5]
     assert seen.scale_map.prob[:3, 15, 25].tolist() == [0.5, 0.0, 0.5]
     assert seen.scale_map.prob[0, 60, 60] == 1.0
-
-
-def test_a_regression_net_cannot_be_fused() -> None:
-    pixels, tiles = _batch()
-    with pytest.raises(ValueError, match="only class maps can be fused"):
-        predict_scales(pixels, tiles, _policy("fused"), detect=PerfectDetector(1), predict_scale=ConstantScale(1.0))
 
 
 # --- the oracle -------------------------------------------------------------------------------------
@@ -295,14 +285,6 @@ def test_what_the_detector_has_seen_it_is_not_asked_again() -> None:
     assert [r.detections.labels.tolist() for r in results] == [[1], [2], [1]]
     # It was computed once, and is counted here.
     assert [r.detector_passes for r in results] == [1.0, 1.0, 1.0]
-
-
-def test_passes_are_padded_pixels_over_those_of_the_whole_image() -> None:
-    # The detector's side is 64 and its stride 32: a 48 x 64 image fits 64 x 64; a tile of 65 pixels pads to 96.
-    tile = _tile(1, (0,), (48, 64), height=20, width=65)
-    (result,) = _detect([tile], [np.zeros((20, 65, 3), np.uint8)], PerfectDetector(1))
-    assert result.detector_pixels == 96 * 96
-    assert result.detector_passes == pytest.approx(2.25)
 
 
 def test_a_canvas_need_not_be_square() -> None:

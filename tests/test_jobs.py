@@ -10,11 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tyro
 import yaml
 from PIL import Image
 from pycocotools.coco import COCO
@@ -158,17 +156,6 @@ def test_results_are_what_pycocotools_reads(sample: Path, tmp_path: Path) -> Non
     loaded = truth.loadRes(str(tmp_path / "run" / "results.json"))
     assert set(loaded.getImgIds()) == set(truth.getImgIds())
     assert {row["category_id"] for row in loaded.loadAnns(loaded.getAnnIds())} <= set(truth.getCatIds())
-
-
-def test_resuming_a_finished_run_does_nothing_again_and_says_the_same(sample: Path, tmp_path: Path) -> None:
-    job = eval_job(sample, tmp_path / "run", "scalenet", limit=3)
-    run_eval(job)
-    before = read_json(tmp_path / "run" / "results.json")
-    shard = tmp_path / "run" / "images" / "scalenet-00000.parquet"
-    written = shard.stat().st_mtime_ns
-    assert run_eval(replace(job, resume=True)) == 0
-    assert read_json(tmp_path / "run" / "results.json") == before
-    assert shard.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(
@@ -379,15 +366,6 @@ def test_detect_has_no_ground_truth_for_an_oracle(
     assert "has no ground truth" in error_of(job, capsys, "detect")
 
 
-def test_a_policy_file_says_exactly_what_to_do(sample: Path, tmp_path: Path) -> None:
-    text = "version: 1\nname: mine\nkind: grid\ninput_side: 192\ngrid: 3\noverlap: 0.0\n"
-    (tmp_path / "mine.yaml").write_text(text)
-    job = eval_job(sample, tmp_path / "run", "whole", limit=2, policy_file=str(tmp_path / "mine.yaml"))
-    run_eval(job)
-    figures = read_json(tmp_path / "run" / "metrics.json")["policies"]
-    assert figures["mine"]["detector_passes_per_image"] == 10
-
-
 def test_what_reads_the_ground_truth_never_wins_whatever_its_name(sample: Path, tmp_path: Path) -> None:
     named = {"whole": "oracle", "plain": "whole"}
     entries = [{"version": 1, "name": name, "kind": kind, "input_side": 192} for name, kind in named.items()]
@@ -397,36 +375,3 @@ def test_what_reads_the_ground_truth_never_wins_whatever_its_name(sample: Path, 
     assert kinds == named
     assert read_json(tmp_path / "run" / "analysis.json")["compared_with"] == "plain"
     assert '<tr class=best><th scope="row">plain' in (tmp_path / "run" / "report.html").read_text()
-
-
-def test_a_policy_file_of_another_version_is_refused(
-    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "old.yaml").write_text("version: 0\nname: mine\nkind: whole\ninput_side: 192\n")
-    job = eval_job(sample, tmp_path / "run", policy_file=str(tmp_path / "old.yaml"))
-    assert "must say version: 1, got 0" in error_of(job, capsys)
-
-
-def test_data_and_run_folder_may_lie_in_s3(sample: Path, tmp_path: Path, s3_bucket: str) -> None:
-    store = fsspec.filesystem("s3")
-    store.put(str(sample), f"{s3_bucket}/sample", recursive=True)
-    assert run_eval(eval_job(f"{s3_bucket}/sample", f"{s3_bucket}/run", "scalenet", limit=3)) == 0
-    run_eval(eval_job(sample, tmp_path / "run", "scalenet", limit=3))
-    there = json.loads(store.cat(f"{s3_bucket}/run/results.json"))
-    assert there == read_json(tmp_path / "run" / "results.json")
-    assert store.exists(f"{s3_bucket}/run/report.html")
-
-
-def test_the_flags_are_those_that_users_call() -> None:
-    words = (
-        "--data d --split s --detector yolox-onnx:p --policies whole grid-2 --scale-net n --policy-file y --limit 3 "
-        "--output o --resume --scale-actors 2 --detector-actors 3 --max-failures 1"
-    )
-    job = tyro.cli(load_job("eval_coco").EvalCoco, args=words.split())
-    assert job.policies == ("whole", "grid-2")
-    assert job.networks.detector == "yolox-onnx:p"
-    assert job.resources.scale_actors == 2
-    assert tyro.cli(load_job("eval_coco").EvalCoco, args=[]).policies is None
-    words = "--images i --detector a:B --policy scalenet --output o --scale-actors 1 4"
-    job = tyro.cli(load_job("detect").DetectImages, args=words.split())
-    assert job.resources.scale_actors == (1, 4)

@@ -46,10 +46,6 @@ def job_on(data: Path, output: Path, engine: str, **changes: Any) -> Any:
     [
         ResourceChoice(),
         pytest.param(
-            ResourceChoice(scale_actors=3, detector_actors=2, scale_batch_size=3, detector_batch_size=7),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
             ResourceChoice(
                 readers=2,
                 detector_actors=(1, 2),
@@ -64,7 +60,7 @@ def job_on(data: Path, output: Path, engine: str, **changes: Any) -> Any:
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["defaults", "three scale actors", "single tiles and a growing pool", "two pipelines"],
+    ids=["defaults", "single tiles and a growing pool", "two pipelines"],
 )
 def test_real_networks_on_ray_find_what_the_reference_finds(
     ray_session: None, data: Path, tmp_path: Path, expected: list[dict[str, Any]], resources: ResourceChoice

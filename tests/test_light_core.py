@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,10 @@ import pytest
 from scalenet_ray.core.errors import EXTRAS, UserError, needs_extra
 from tests.job_scripts import REPOSITORY
 from tests.test_repository import project
+from tests.test_yolox import colour_net
 
 # In `sys.modules` None stands for a module that cannot be imported.
 HIDE = "import sys; sys.modules.update(dict.fromkeys(('ray', 'torch', 'torchvision', 'segmentation_models_pytorch')))\n"
-YOLOX = Path(os.environ.get("SCALENET_RAY_DATA", "")) / "models" / "yolox_nano.onnx"
 
 
 def without_extras(script: str) -> subprocess.CompletedProcess[str]:
@@ -33,12 +32,12 @@ def test_one_image_of_the_sample() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(not YOLOX.exists(), reason="SCALENET_RAY_DATA has no yolox_nano.onnx")
-def test_one_image_with_a_yolox() -> None:
+def test_one_image_with_a_yolox(tmp_path: Path) -> None:
+    net = colour_net(tmp_path / "net.onnx", (1, 3, 64, 64))
     done = without_extras(
         "import numpy as np\n"
         "from scalenet_ray import get_scaled_prediction\n"
-        f"get_scaled_prediction(np.zeros((90, 120, 3), np.uint8), {f'yolox-onnx:{YOLOX}'!r})"
+        f"get_scaled_prediction(np.zeros((90, 120, 3), np.uint8), {f'yolox-onnx:{net}'!r})"
     )
     assert done.returncode == 0, done.stderr
 

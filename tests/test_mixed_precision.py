@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.geometry import iou_matrix
-from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
 from scalenet_ray.models.scale_predictors import load_predictor
@@ -64,33 +62,15 @@ def test_torchvisions_detectors_compute_in_it_where_asked_and_answer_in_float32(
     assert found.boxes.dtype == found.scores.dtype == np.float32
 
 
-def test_the_samples_detector_finds_the_same_in_bfloat16() -> None:
-    # Nothing is suppressed: which of two boxes that nearly tie is kept depends on rounding, and bfloat16's is coarse.
-    detectors: list[Any] = [
-        load_detector(SAMPLE_DETECTOR_WEIGHTS, mixed_precision=mixed, iou_threshold=1.0) for mixed in (False, True)
-    ]
-    seen = dtypes_seen(detectors[1].model)
-    pixels = scenes(6)
-    compared = 0
-    for plain, mixed in zip(*(detector(pixels) for detector in detectors), strict=True):
-        for box, score, label in zip(plain.boxes, plain.scores, plain.labels, strict=True):
-            if score < 0.3:
-                continue
-            same = (iou_matrix(box[None], mixed.boxes)[0] > 0.9) & (mixed.labels == label)
-            assert np.abs(mixed.scores[same] - score).min() < 0.03
-            compared += 1
-    assert compared > 10
-    assert seen == {torch.bfloat16}
-
-
-def test_scale_net_says_nearly_the_same_in_bfloat16() -> None:
-    predictors: list[Any] = [load_predictor(SAMPLE_SCALE_NET_WEIGHTS, mixed_precision=mixed) for mixed in (False, True)]
-    seen = dtypes_seen(predictors[1].model)
-    for plain, mixed in zip(*(predictor(scenes(3)) for predictor in predictors), strict=True):
-        assert isinstance(mixed, ScaleMap)
-        assert mixed.prob is not None
-        assert mixed.prob.dtype == np.float32
-        assert 0 < np.abs(mixed.prob - plain.prob).mean() < 0.005
+# tests/test_gpu.py bounds what this changes in their answers.
+@pytest.mark.parametrize(
+    ("load", "name"), [(load_detector, SAMPLE_DETECTOR_WEIGHTS), (load_predictor, SAMPLE_SCALE_NET_WEIGHTS)]
+)
+def test_the_samples_networks_compute_in_it_and_answer_in_float32(load: Any, name: str) -> None:
+    network, pixels = load(name, mixed_precision=True), scenes(1)
+    seen = dtypes_seen(network.model)
+    (found,) = network(pixels, [tile_of(pixels[0].shape[:2])]) if load is load_predictor else network(pixels)
+    assert (found.prob if load is load_predictor else found.boxes).dtype == np.float32
     assert seen == {torch.bfloat16}
 
 

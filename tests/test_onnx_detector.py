@@ -21,6 +21,7 @@ from scalenet_ray.models.onnx_detector import OnnxDetector
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.models.yolox import YoloxDetector
 from tests.colour_exports import KINDS, ColourNet, export, noisy_tile, seen_in
+from tests.oracles import detections
 from tests.test_yolox import black, colour_net
 
 SUPPORTED = sorted(KINDS.keys() - {"yolox-decoded"})
@@ -32,11 +33,6 @@ def load(path: str | Path, **settings: Any) -> OnnxDetector:
     detector = load_detector(f"onnx:{path}", **settings)
     assert isinstance(detector, OnnxDetector)
     return detector
-
-
-def detections(found: list[Detections | TileError]) -> list[Detections]:
-    assert all(isinstance(each, Detections) for each in found), found
-    return found  # type: ignore[return-value]
 
 
 def in_order(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -78,14 +74,6 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 # --- what is found -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", SUPPORTED)
-def test_each_kind_finds_what_is_in_a_tile_of_its_canvas_size(exports: dict[str, str], kind: str) -> None:
-    tile = noisy_tile((96, 160))
-    detector = load(exports[kind])
-    assert detector.canvas_hw((96, 96)) == (96, 96)
-    assert_sees(detector([tile])[0], tile, kind)
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -16,7 +16,8 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.models.detectors import load_detector
 from tests.colour_exports import KINDS, ColourNet, export
-from tests.test_onnx_detector import detections, load
+from tests.oracles import detections
+from tests.test_onnx_detector import load
 from tests.test_yolox import black, colour_net
 
 # --- names of classes ----------------------------------------------------------------------------------

@@ -304,19 +304,6 @@ def test_the_unusual_policies_have_no_field_left_at_its_default() -> None:
             assert getattr(one, field.name) != getattr(other, field.name), field.name
 
 
-def test_reading_a_policy_leaves_the_values_alone() -> None:
-    plain = policy_to_dict(UNUSUAL)
-    before = json.dumps(plain)
-    policy_from_dict(plain)
-    assert json.dumps(plain) == before
-
-
-def test_absent_fields_take_their_defaults() -> None:
-    assert policy_from_dict(BASE | {"recursion": {"window": 0.4}}) == Policy(
-        "mine", "scalenet", 416, Recursion(window=0.4)
-    )
-
-
 def test_a_whole_number_does_for_a_real_one() -> None:
     recursion = policy_from_dict(BASE | {"recursion": {"zoom": 3, "window": 1}}).recursion
     assert (recursion.zoom, recursion.window) == (3.0, 1.0)
@@ -371,12 +358,6 @@ def test_what_a_file_must_give_is_named() -> None:
 def test_a_file_that_is_no_mapping_is_refused(values: Any) -> None:
     with pytest.raises(ValueError, match="a policy file must map names to values, got "):
         policy_from_dict(values)
-
-
-def test_a_policy_can_be_a_key_and_does_not_change() -> None:
-    assert len({_named("scalenet"), _named("scalenet"), _named("oracle")}) == 2
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        _named("whole").seed = 3  # type: ignore[misc]
 
 
 # --- windows of the user's own ----------------------------------------------------------------------

@@ -145,14 +145,6 @@ def test_a_wrong_setting_names_the_field_its_type_and_near_ones(setting: str, me
         set_fields([NAMED("regions")], [setting])
 
 
-def test_the_shipped_space_is_one() -> None:
-    shipped = read_space(SHIPPED_SPACE)
-    for path, field in shipped.fields.items():
-        ends = field.options if isinstance(field, Choice) else (field.low, field.high)
-        for value in ends:
-            changed_policy(POLICY, "p", {path: value})
-
-
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -196,13 +188,6 @@ def test_what_no_sweep_can_search_is_refused(tmp_path: Path, path: str, value: A
 def test_what_is_no_space_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_space(written(tmp_path, content))
-
-
-def test_a_space_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "space.yaml"
-    path.write_text("a: [")
-    with pytest.raises(ValueError, match="must be YAML, got something else"):
-        read_space(path)
 
 
 def test_a_policy_changes_where_it_is_told_and_nowhere_else() -> None:
@@ -249,12 +234,6 @@ def test_a_policy_that_lies_in_a_space_is_one_of_its_points(tmp_path: Path) -> N
 
 
 # --- the front --------------------------------------------------------------------------------------
-
-
-def test_the_front_has_what_nothing_beats() -> None:
-    points = [(2.0, 20.0), (1.0, 10.0), (3.0, 20.0), (2.0, 19.0), (4.0, 30.0), (4.0, 30.0), (5.0, 5.0)]
-    assert pareto_front(points) == [1, 0, 4]
-    assert pareto_front([]) == []
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))

@@ -16,7 +16,6 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.image_records import OpenImage
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.engine.quarantine import Attempts
 from scalenet_ray.runs.resources import AdvancedResources, Resources, RetryPolicy
 from tests.faults import Given, WorkLog, as_values, policy_of, random_networks, records_of, reference
 from tests.in_process import Died, InProcessEngine
@@ -127,17 +126,6 @@ def test_a_lease_is_suspect_if_its_reader_died_over_it_and_not_if_it_went_on() -
     # It ends what it was told to do piece by piece.
     frontier.end("read", [(3, ()), (4, ())])
     assert [suspect(0), suspect(1)] == [False, False]
-
-
-def test_what_ended_or_is_written_is_not_remembered() -> None:
-    attempts = Attempts()
-    attempts.begin("look", [(1, ()), (2, ())])
-    attempts.begin_alone("look", (2, ()), 2)
-    attempts.end_together("look", [(1, ()), (2, ())])
-    assert attempts.begin("look", [(1, ())])
-    assert not attempts.begin("look", [(2, ())])
-    attempts.forget(2)
-    assert attempts.begin("look", [(2, ())])
 
 
 @pytest.mark.parametrize(

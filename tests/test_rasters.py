@@ -626,8 +626,8 @@ sys.exit(code)
 
 
 @pytest.mark.slow
-def test_forty_thousand_pixels_squared_are_detected_in_less_than_a_gigabyte(rasterio: Any, tmp_path: Path) -> None:
-    write_large(tmp_path / "large.tif", 40_000)
+def test_a_run_over_a_tiff_of_1200_megabytes_takes_less_than_a_gigabyte(rasterio: Any, tmp_path: Path) -> None:
+    write_large(tmp_path / "large.tif", 20_000)
     arguments = ["detect", "--images", str(tmp_path / "*.tif"), "--engine", "local", "--policy", "grid-4"]
     named = ["--detector", SAMPLE_DETECTOR, "--report-pictures", "0", "--output", str(tmp_path / "run")]
     command = [sys.executable, "-c", RUN_AND_MEMORY, *arguments, *named]

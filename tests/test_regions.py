@@ -413,11 +413,6 @@ def test_a_first_look_that_saw_nothing_is_said_and_all_that_is_textured_looked_a
     assert blank.tiles == 1
 
 
-def test_an_empty_large_image_costs_its_first_look() -> None:
-    _, _, steps = _found(_image((3000, 4000), []), _policy())
-    assert [step.tile.path for step in steps] == [()]
-
-
 @pytest.mark.parametrize("budget", [0.0, 0.1, 0.3, 1.0])
 def test_no_image_costs_more_than_its_first_look_and_its_budget(budget: float) -> None:
     rng = np.random.default_rng(1)

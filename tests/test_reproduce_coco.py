@@ -75,7 +75,7 @@ def test_it_evaluates_all_methods_at_both_sizes_and_resumes(tmp_path: Path, caps
 @pytest.mark.slow
 def test_it_trains_scale_net_where_none_is_given(idle_ray: None, tmp_path: Path) -> None:
     detector, _ = make_networks(tmp_path, SAMPLE_CATEGORIES)
-    data = write_sample(tmp_path / "sample", train=40, val=2)
+    data = write_sample(tmp_path / "sample", train=8, val=1)
     job = job_of(
         data=str(data),
         detectors=(detector,),
@@ -83,6 +83,7 @@ def test_it_trains_scale_net_where_none_is_given(idle_ray: None, tmp_path: Path)
         training=Training(epochs=1, batch_size=4),
         output=str(tmp_path / "run"),
     )
+    job = replace(job, sides=(60,))
     assert run(job) == 0
     weights = tmp_path / "run" / "scale_net" / "scale_net.safetensors"
     written = weights.stat().st_mtime_ns
@@ -94,13 +95,13 @@ def test_it_trains_scale_net_where_none_is_given(idle_ray: None, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_it_runs_on_twenty_photographs(real_data: Path, tmp_path: Path) -> None:
+def test_it_runs_on_photographs_with_two_detectors(real_data: Path, tmp_path: Path) -> None:
     detector, scale_net = make_networks(tmp_path, COCO_CATEGORIES)
     job = job_of(
         data=str(real_data / "coco"),
         detectors=(detector, f"{SMALL}@{detector}"),
         scale_net=scale_net,
-        limit=20,
+        limit=3,
         output=str(tmp_path / "run"),
     )
     assert run(job) == 0

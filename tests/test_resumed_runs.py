@@ -164,14 +164,6 @@ def test_trying_failed_images_again_without_a_run_to_resume_is_refused(job: str,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_an_older_version_goes_on_with_its_ids(pics: Path) -> None:
-    detect()
-    Path("run/inputs.parquet").unlink()
-    write_image(pics / "a.png", 32)
-    assert detect(resume=True) == 0
-    assert found() == {"b": (1, 34), "c": (2, 36), "d": (3, 38), "a": (4, 32)}
-
-
 def test_a_new_file_never_gets_the_id_of_one_that_an_older_version_worked_on(pics: Path) -> None:
     detect()
     Path("run/inputs.parquet").unlink()

@@ -57,13 +57,6 @@ def test_packing_and_unpacking_is_the_identity(tiles: list[PackedTile]) -> None:
     assert all(np.array_equal(one, other) for one, other in zip(batch.pixels, pixels, strict=True))
 
 
-def test_an_empty_micro_batch_is_one_row_still() -> None:
-    table = pack(TileRow([], [], []))
-    assert table.num_rows == 1
-    (batch,) = unpack(table)
-    assert batch == TileRow([], [], [])
-
-
 def test_results_with_and_without_masks_and_failures_travel_along() -> None:
     failed = TileResult(3, (), Fraction(1), failure=Failure("read", "truncated"))
     (batch,) = unpack(pack(TileRow([], [], [found(1, with_masks=True), found(2), failed])))

@@ -183,12 +183,6 @@ def test_the_gain_of_a_cell_is_that_of_its_own_class() -> None:
     assert both.gain[0, :2].tolist() == [5.0, 1.0]
 
 
-def test_no_boxes_imply_background() -> None:
-    nothing = scale_map_of_boxes(np.zeros((0, 4)), np.zeros(0), np.zeros(0), (8, 16))
-    assert nothing.hw == (64, 64)
-    assert nothing.classes.max() == 0
-
-
 @given(st.integers(0, 2**32 - 1))
 def test_the_worth_of_boxes_inside_the_tile_is_neither_lost_nor_doubled(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -212,11 +206,6 @@ def test_fused_maps_are_the_mean_on_the_finer_grid_along_each_axis() -> None:
     assert fused.hw == (4, 2)
     assert fused.prob is not None
     np.testing.assert_allclose(fused.prob, (np.repeat(tall, 2, axis=2) + np.repeat(wide, 4, axis=1)) / 2)
-
-
-def test_a_map_fused_with_itself_stays_what_it_is() -> None:
-    one = ScaleMap(prob=np.random.default_rng(1).random((6, 5, 9)))
-    np.testing.assert_array_equal(fuse_maps(one, one).prob, one.prob)
 
 
 def test_fused_gains_are_the_mean_of_what_both_expect_of_the_same_place() -> None:

@@ -119,10 +119,6 @@ def test_crowds_are_ignored() -> None:
     assert set(np.unique(target)) == {0, IGNORE}
 
 
-def test_an_image_without_objects_is_all_background() -> None:
-    assert not window_target(_objects(), (64, 64), WHOLE, (16, 16)).any()
-
-
 # --- views and examples ---------------------------------------------------------------------------------------
 
 

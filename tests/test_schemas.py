@@ -101,14 +101,6 @@ def test_tile_results_are_read_from_slices_and_chunks() -> None:
     assert all(same_result(one, other) for one, other in zip(results[1:], back, strict=True))
 
 
-def test_masks_of_no_detection_are_not_no_masks() -> None:
-    nothing = replace(Detections.empty(), masks=())
-    results = [TileResult(1, (), Fraction(1), nothing), TileResult(2, (), Fraction(1))]
-    with_masks, without = tile_results_from_table(tile_results_table(results))
-    assert with_masks.detections.masks == ()
-    assert without.detections.masks is None
-
-
 image_results = st.builds(
     ImageResult,
     image_ids,

@@ -24,12 +24,6 @@ def photograph(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_without_a_command_the_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command() == 0
-    said = capsys.readouterr().out
-    assert {"show", "export"} <= set(re.findall(r"\w+", said))
-
-
 def test_show_prints_each_step_and_what_came_of_it(
     photograph: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,7 +59,6 @@ def test_every_policy_can_be_shown(policy: str, photograph: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere.jpg",), "cannot read nowhere.jpg: there is no such file"),
         (("--output", "steps.bmp"), "a picture is written as .png, .svg or .pdf, got '.bmp'"),
         (("--policy", "oracle"), "policy oracle reads the ground truth"),
         (("--detector", "tiny:nowhere.safetensors"), "nowhere.safetensors"),

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from scalenet_ray.core.detections import Failure, TileResult
+from scalenet_ray.core.detections import TileResult
 from scalenet_ray.core.networks import NetworkFactories, ScalePredictor
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.image_records import ImageRecord, OpenImage
@@ -73,17 +73,6 @@ def detected(policy: Policy, networks: NetworkFactories, *rows: pa.Table, batch_
 
 
 # --- reading ------------------------------------------------------------------------------------------------
-
-
-def test_an_image_that_cannot_be_read_travels_on_as_a_failure_with_its_credit() -> None:
-    frontier = Frontier(records_of(3), 3)
-    batch = cut_work(leased(frontier, 3), policy_of("grid-2"), Scenes(unreadable={2}))
-    assert [packed.tile.image_id for packed in batch.tiles] == [1] * 5 + [3] * 5
-    (failed,) = batch.results
-    assert (failed.image_id, failed.path, failed.credit) == (2, (), 1)
-    assert failed.failure == Failure("read", "image 2 cannot be read")
-    shares = {i: sum((p.credit for p in batch.tiles if p.tile.image_id == i), Fraction(0)) for i in (1, 3)}
-    assert shares == {1: 1, 3: 1}
 
 
 def test_an_image_that_changed_since_its_tiles_were_planned_fails_and_is_named() -> None:
@@ -272,19 +261,6 @@ def test_an_image_that_could_be_read_once_keeps_its_credits_when_the_retry_canno
     assert frontier.status().ready == children
 
 
-def test_nan_for_one_tile_fails_its_image_alone() -> None:
-    policy, frontier = policy_of("scalenet"), Frontier(records_of(3), 3)
-    row = row_of(frontier, policy, Scenes(), 3)
-    batch = opened(ScaleStage(Handle(frontier), policy, looking_networks(BrokenScale(RandomScale(), 2)))(row))
-    assert [packed.tile.image_id for packed in batch.tiles] == [1, 3]
-    (failed,) = batch.results
-    assert failed.image_id == 2
-    assert failed.failure is not None
-    assert failed.failure.stage == "look"
-    assert "NaN or infinite" in failed.failure.reason
-    assert {work.image.image_id for work in leased(frontier, 99, sequence=1)} <= {1, 3}
-
-
 def test_a_bug_in_a_network_is_let_through_and_nothing_is_decided() -> None:
     policy, frontier = policy_of("scalenet"), Frontier(records_of(2), 2)
     row = row_of(frontier, policy, Scenes(), 2)
@@ -304,45 +280,6 @@ def test_policies_that_need_no_look_never_come_back_to_the_frontier(name: str, t
     results = detected(policy, networks, row)
     credits = {i: sum((r.credit for r in results if r.image_id == i), Fraction(0)) for i in (1, 2)}
     assert credits == {1: 1, 2: 1}
-
-
-@pytest.mark.parametrize("name", ["first-pass", "fused"])
-def test_the_detector_sees_no_tile_twice(name: str) -> None:
-    policy, records = policy_of(name), records_of(6)
-    counting = CountingDetector(RandomDetector())
-    engine = InProcessEngine(records, policy, looking_networks(RandomScale(), counting), Scenes())
-    results = engine.run()
-    tiles = sum(result.tiles for result in results)
-    assert tiles > len(records)
-    assert len(counting.sizes_hw) == tiles
-
-
-def test_nothing_is_looked_at_any_more_at_the_last_depth() -> None:
-    policy, records = policy_of("scalenet", max_depth=1), records_of(4)
-    depths: list[int] = []
-
-    class Noting(RandomScale):
-        def __call__(self, pixels: Any, tiles: Any) -> Any:
-            depths.extend(tile.depth for tile in tiles)
-            return super().__call__(pixels, tiles)
-
-    results = InProcessEngine(records, policy, looking_networks(Noting()), Scenes()).run()
-    assert sum(result.tiles for result in results) > len(records)
-    assert depths == [0] * len(records)
-
-
-def test_scale_net_sees_a_whole_micro_batch_at_once() -> None:
-    policy, frontier = policy_of("scalenet"), Frontier(records_of(3), 3)
-    batches: list[int] = []
-
-    class Noting(RandomScale):
-        def __call__(self, pixels: Any, tiles: Any) -> Any:
-            batches.append(len(tiles))
-            return super().__call__(pixels, tiles)
-
-    row = row_of(frontier, policy, Scenes(), 3)
-    ScaleStage(Handle(frontier), policy, looking_networks(Noting()))(row)
-    assert batches == [3]
 
 
 def test_a_row_of_many_tiles_is_looked_at_in_batches() -> None:

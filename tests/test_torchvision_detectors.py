@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -21,6 +20,7 @@ from scalenet_ray.models.torchvision_builders import build_detector, detector_na
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector, _tensors, save_detector
 from scalenet_ray.models.weights import load_weights, save_weights
 from tests.float64 import in_float64
+from tests.oracles import detections
 
 SMALL_RCNN, SMALL_SSD = "fasterrcnn_mobilenet_v3_large_fpn", "ssdlite320_mobilenet_v3_large"
 CATEGORIES = {1: "cat", 2: "dog"}
@@ -62,11 +62,6 @@ def make_tiles(*sizes: tuple[int, int]) -> list[np.ndarray]:
     blocks = [rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3)) for height, width in sizes]
     large = [block.repeat(8, 0).repeat(8, 1).astype(np.uint8) for block in blocks]
     return [tile[:height, :width] for tile, (height, width) in zip(large, sizes, strict=True)]
-
-
-def detections(found: list[Detections | TileError]) -> list[Detections]:
-    assert all(isinstance(each, Detections) for each in found), found
-    return found  # type: ignore[return-value]
 
 
 def inputs_seen(model: nn.Module) -> list[torch.Tensor]:
@@ -317,14 +312,6 @@ def test_weights_of_another_detector_are_refused(tmp_path: Path) -> None:
     save_weights(tensors, {**metadata, "num_classes": "4"}, path)
     with pytest.raises(ValueError, match=f"are not those of a {SMALL_SSD} with 4 classes"):
         load_detector(f"torchvision:{path}")
-
-
-def test_the_categories_stand_in_the_file(tmp_path: Path) -> None:
-    path = str(tmp_path / "net.safetensors")
-    save_detector(build_detector(SMALL_SSD, 3), SMALL_SSD, CATEGORIES, path)
-    metadata = load_weights(path)[1]
-    assert metadata["detector"] == SMALL_SSD
-    assert json.loads(metadata["categories"]) == {"1": "cat", "2": "dog"}
 
 
 @pytest.mark.parametrize("spec", ["torchvision:yolo", "torchvision:keypointrcnn_resnet50_fpn", "torchvision:yolo@{}"])

@@ -19,7 +19,8 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.models.detectors import load_detector
 from tests.devices import DEVICES
 from tests.job_scripts import REPOSITORY
-from tests.test_torchvision_detectors import detections, make_tiles
+from tests.oracles import detections
+from tests.test_torchvision_detectors import make_tiles
 
 pytest.importorskip("transformers", reason="needs the extra transformers: pip install -e '.[transformers]'")
 

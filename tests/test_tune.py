@@ -70,7 +70,7 @@ def job_on(data: Path, folder: Path, **changes: Any) -> Any:
         ceiling=4.0,
         output=str(folder / "run"),
         networks=NETWORKS,
-        sweep=Sweep(trials=8, at_once=1),
+        sweep=Sweep(trials=6, at_once=1),
     )
     return replace(job, **changes)
 
@@ -266,14 +266,14 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
     job = job_on(data, tmp_path / "whole")
     assert module.main(job) == 0
     output = capsys.readouterr().out
-    assert "trial 8 of 8: AP_small" in output
+    assert "trial 6 of 6: AP_small" in output
     assert "difference to first-pass" in output
     assert re.search("nothing beat the start on train2017|which the sweep started from", output)
     assert re.search("(no sure gain|a gain|a loss) on val2017: tuned has AP_small", output)
     assert "The start beside the best" in (tmp_path / "whole" / "run" / "report.html").read_text()
     run = tmp_path / "whole" / "run"
     trials = json.loads((run / "trials.json").read_text())
-    assert len(trials) == 8
+    assert len(trials) == 6
     assert sum(trial["hits"] for trial in trials) > 0
     (best,) = read_policies(run / "best.yaml")
     assert best.name == "tuned"
@@ -286,7 +286,7 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
     assert (run / "front.svg").read_text().startswith("<svg")
     in_study = {
         (trial.user_attrs["trial"], trial.values[0])
-        for trial in StudyFile(str(run / "study.log"), read_space(space_file(tmp_path)), 8, single=True).open().trials
+        for trial in StudyFile(str(run / "study.log"), read_space(space_file(tmp_path)), 6, single=True).open().trials
         if trial.values
     }
     assert in_study == {(trial["trial"], trial["score"]) for trial in trials if trial["complete"]}
@@ -297,15 +297,15 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
     killed = job_on(data, tmp_path / "killed")
     command = [sys.executable, "jobs/tune_recursion.py", "--data", str(data), "--space", killed.space]
     command += ["--ceiling", "4", "--output", killed.output, "--detector", SAMPLE_DETECTOR]
-    command += ["--scale-net", SAMPLE_SCALE_NET, "--trials", "8", "--at-once", "1"]
+    command += ["--scale-net", SAMPLE_SCALE_NET, "--trials", "6", "--at-once", "1"]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert any(line.startswith("trial 3 of 8") for line in process.stdout)
+        assert any(line.startswith("trial 3 of 6") for line in process.stdout)
         process.send_signal(signal.SIGKILL)
     assert not Path(killed.output, "best.yaml").exists()
     assert module.main(replace(killed, resume=True)) == 0
-    assert len(json.loads(Path(killed.output, "trials.json").read_text())) == 8
+    assert len(json.loads(Path(killed.output, "trials.json").read_text())) == 6
     assert read_policies(Path(killed.output, "best.yaml")) == [best]
 
 

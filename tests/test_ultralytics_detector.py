@@ -21,7 +21,8 @@ from scalenet_ray.models.coco_categories import COCO_CATEGORIES
 from scalenet_ray.models.detector_check import whole_tile
 from scalenet_ray.models.detectors import load_detector
 from tests.devices import DEVICES
-from tests.test_torchvision_detectors import assert_same, detections, make_tiles
+from tests.oracles import detections
+from tests.test_torchvision_detectors import assert_same, make_tiles
 
 pytest.importorskip("ultralytics", reason="needs the extra ultralytics: pip install -e '.[ultralytics]'")
 

@@ -21,11 +21,6 @@ def test_safetensors_give_back_tensors_and_metadata(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
-def test_a_file_address_is_read_like_its_path(tmp_path: Path) -> None:
-    save_weights({"a": torch.ones(2)}, {}, f"file://{tmp_path}/net.safetensors")
-    assert load_weights(str(tmp_path / "net.safetensors"))[0]["a"].tolist() == [1, 1]
-
-
 def test_weights_go_to_s3_and_come_back(s3_bucket: str) -> None:
     save_weights({"a": torch.ones(2)}, {"detector": "x"}, f"{s3_bucket}/nets/net.safetensors")
     loaded, metadata = load_weights(f"{s3_bucket}/nets/net.safetensors")
@@ -75,17 +70,10 @@ def test_a_truncated_file_is_named(tmp_path: Path, suffix: str) -> None:
     else:
         torch.save({"a": torch.ones(1000)}, path)
     whole = path.read_bytes()
-    for length in (len(whole) - 500, len(whole) // 2, 100, 9, 1):
+    for length in (len(whole) - 500, len(whole) // 2, 100, 9, 1, 0):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=rf"net\{suffix} must .*whole"):
             load_weights(str(path))
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_an_empty_file_is_named(tmp_path: Path, suffix: str) -> None:
-    (tmp_path / f"net{suffix}").touch()
-    with pytest.raises(ValueError, match=rf"net\{suffix} must .*whole"):
-        load_weights(str(tmp_path / f"net{suffix}"))
 
 
 @pytest.mark.parametrize("content", [{"model": {"a": torch.ones(1)}, "epoch": 3}, [torch.ones(1)]])

@@ -163,20 +163,7 @@ def test_the_weights_of_the_caller_are_left_alone() -> None:
     assert weights.sum() == 16
 
 
-def test_no_limit_no_windows() -> None:
-    assert plan_windows(np.ones((4, 4)), (2, 2), limit=0) == []
-
-
 # --- TopK -------------------------------------------------------------------------------------------
-
-
-def test_top_k_is_the_mean_of_the_largest_share_worked_by_hand() -> None:
-    scales = np.array([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 0]], np.float32)
-    # Ten scales above 0. k = .15 takes ceil(1.5) = 2 of them: (10 + 9) / 2.
-    assert top_k_mean(scales, 0.15) == 9.5
-    assert top_k_mean(scales, 0.1) == 10.0
-    assert top_k_mean(scales, 0.3) == 9.0
-    assert top_k_mean(scales, 1.0) == 5.5
 
 
 def test_background_does_not_count_and_nothing_at_all_is_zero() -> None:

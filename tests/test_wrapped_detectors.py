@@ -16,8 +16,8 @@ from pycocotools import mask as coco_mask
 from scalenet_ray import UserError, get_scaled_prediction, load_detector, wrap_sahi, wrap_supervision
 from scalenet_ray.core.detections import Detections
 from tests.job_scripts import REPOSITORY
-from tests.oracles import PerfectDetector, draw_squares
-from tests.test_torchvision_detectors import detections, make_tiles
+from tests.oracles import PerfectDetector, detections, draw_squares
+from tests.test_torchvision_detectors import make_tiles
 
 NAMES = ["N/A", "square", "disc"]
 TILE = draw_squares((60, 100), np.array([[8, 8, 40, 44], [50, 12, 90, 50]]), [1, 2])

@@ -11,8 +11,6 @@ import sys
 from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
-__all__ = ["free_port"]
-
 _STORE_BYTES = 80 * 2**20
 
 

@@ -19,8 +19,6 @@ from torch import nn
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.training.recipe import Batch, Recipe, Row
 
-__all__ = ["Faulty", "SmallRecipe"]
-
 
 @dataclass(frozen=True)
 class SmallRecipe:

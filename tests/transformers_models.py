@@ -8,8 +8,6 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["KINDS", "SIDE", "build", "processor_of", "save"]
-
 SIDE = 96
 """Side of the tiles that the image processors make."""
 

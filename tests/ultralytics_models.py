@@ -16,8 +16,6 @@ from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, Segmentat
 
 from scalenet_ray.models.coco_categories import COCO_CATEGORIES
 
-__all__ = ["KINDS", "NAMES", "SIDE", "build", "save", "trained"]
-
 NAMES = {0: "cat", 1: "dog", 2: "kite"}
 SIDE = 128
 """Side that the files name as that of their training."""
