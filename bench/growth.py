@@ -3,8 +3,8 @@
     make bench
     .venv/bin/python -m bench.growth --sizes 5000 50000 200000
 
-Each size is a whole `detect` on files of 64 pixels, in a fresh process with a fresh Ray: listing, the default policy,
-shards, results, analysis, report. The peaks of resident memory are sampled five times a second from start to end: of
+Each size is a whole `detect` on files of 64 pixels, in a fresh process with a fresh Ray: listing, a first pass and two
+windows, shards, results, analysis, report. The peaks of resident memory are sampled five times a second from start to end: of
 the driver, the frontier, GCS and Ray Data's statistics actor each, of the largest other worker of Ray, of the head
 (driver, frontier, GCS, raylet, dashboard) together, and of the object store.
 """
@@ -99,7 +99,7 @@ class Growth:
     """Cost against the number of images.
 
     Attributes:
-        sizes: how many images; more than one are compared with the first.
+        sizes: how many images, 1,000 or more for a rate; more than one are compared with the first.
     """
 
     sizes: tuple[int, ...] = (5000, 50_000, 200_000)
@@ -187,7 +187,7 @@ def _measure(images: int) -> dict[str, float]:
         run = Path(folder, "run")
         networks = NetworkSpec(detector="bench.fakes:SmallObjects")
         peaks.start()
-        detect_images(DetectImages(images=f"{folder}/images", output=str(run), networks=networks))
+        detect_images(DetectImages(images=f"{folder}/images", output=str(run), policy="first-pass", networks=networks))
         peaks.stop()
         metrics = json.loads((run / "metrics.json").read_text())
     ray.shutdown()
