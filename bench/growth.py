@@ -4,9 +4,9 @@
     .venv/bin/python -m bench.growth --sizes 5000 50000 200000
 
 Each size is a whole `detect` on files of 64 pixels, in a fresh process with a fresh Ray: listing, a first pass and two
-windows, shards, results, analysis, report. The peaks of resident memory are sampled five times a second from start to end: of
-the driver, the frontier, GCS and Ray Data's statistics actor each, of the largest other worker of Ray, of the head
-(driver, frontier, GCS, raylet, dashboard) together, and of the object store.
+windows, shards, results, analysis, report. The peaks of resident memory are sampled five times a second from start to
+end: of the driver, the frontier, GCS and Ray Data's statistics actor each, of the largest other worker of Ray, of the
+head (driver, frontier, GCS, raylet, dashboard) together, and of the object store.
 """
 
 from __future__ import annotations

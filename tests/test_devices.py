@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,19 @@ def test_a_job_refuses_it_before_its_run_folder_begins(name: str, tmp_path: Path
 
 def test_a_gpu_takes_an_images_tiles_in_batches() -> None:
     assert [batch_size_on(name) for name in ("cpu", "cuda", "cuda:1")] == [1, 16, 16]
+
+
+def test_detectors_in_onnx_ask_onnxruntime_for_a_gpu_and_not_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    networks = NetworkSpec(detector="onnx:a.onnx", device="cuda")
+    with pytest.raises(UserError, match="device 'cuda' needs onnxruntime-gpu, got one with"):
+        networks.check_device(here=True)
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+    networks.check_device(here=True)
+    NetworkSpec(detector="yolox-onnx:a.onnx", scale_net="head.onnx", device="cuda:1").check_device(here=True)
+    for other in (NetworkSpec(detector="onnx:a.onnx", scale_net="head.safetensors"), NetworkSpec(SAMPLE_DETECTOR)):
+        with pytest.raises(UserError, match="device 'cuda' was wanted, torch finds 0 CUDA devices"):
+            replace(other, device="cuda").check_device(here=True)
+    with pytest.raises(UserError, match="device must be one that torch knows"):
+        replace(networks, device="gpu").check_device(here=False)

@@ -20,6 +20,7 @@ from scalenet_ray.models.own_detectors import load_own, names_own, quoting
 
 __all__ = [
     "DETECTOR_GROUP",
+    "IN_ONNX",
     "Detector",
     "DetectorInfo",
     "ShowsFeatures",
@@ -46,6 +47,9 @@ _LOADERS = {
 
 _OF_TORCH = ("tiny", "torchvision", "transformers", "ultralytics")
 """Kinds that support bfloat16 autocast."""
+
+IN_ONNX = ("onnx", "yolox-onnx")
+"""Kinds that run in onnxruntime."""
 
 _LARGEST_CANVAS = 2 * LARGEST_SIDE
 _MEMBERS = ("input_side", "categories", "iou_threshold", "canvas_hw", "__call__")

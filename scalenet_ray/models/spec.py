@@ -18,11 +18,11 @@ from scalenet_ray.core.policy import Evidence, Policy
 from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector
 from scalenet_ray.models.detector_check import try_detector
-from scalenet_ray.models.detectors import Detector, DetectorInfo, check_kind_on, declaration, load_detector
+from scalenet_ray.models.detectors import IN_ONNX, Detector, DetectorInfo, check_kind_on, declaration, load_detector
 from scalenet_ray.models.devices import device_named, device_on_this_machine, has_gpu_driver, is_tensorrt
 from scalenet_ray.models.onnx_session import providers_of
 from scalenet_ray.models.scale_networks import HeadConfig
-from scalenet_ray.models.scale_predictors import OnnxScaleHead, OnnxScaleNet, load_predictor
+from scalenet_ray.models.scale_predictors import ONNX_SUFFIX, OnnxScaleHead, OnnxScaleNet, load_predictor
 
 __all__ = [
     "AUTO",
@@ -137,15 +137,21 @@ class NetworkSpec:
             UserError: if the name is not valid in torch, or this machine lacks the device, or the detector does not
                 run on it.
         """
+        if self.device in ("cpu", AUTO):
+            return
         if is_tensorrt(self.device):
             check_kind_on(self.device, str(self.detector))
-            if here:
-                providers_of(self.device)
-            return
-        if self.device in ("cpu", AUTO) or find_spec("torch") is None:
-            # Without torch all networks run on onnxruntime, which refuses a device itself.
-            return
-        (device_on_this_machine if here else device_named)(self.device)
+        elif find_spec("torch") is not None:
+            # onnxruntime has a build of its own for GPUs, whatever torch finds.
+            (device_on_this_machine if here and not self._in_onnx else device_named)(self.device)
+        if here and (is_tensorrt(self.device) or self._in_onnx):
+            providers_of(self.device)
+
+    @property
+    def _in_onnx(self) -> bool:
+        """True if all networks run in onnxruntime on the device."""
+        detector, scale_net = (self._runnable(name or "") for name in (self.detector, self.scale_net))
+        return detector.partition(":")[0] in IN_ONNX and (not scale_net or scale_net.endswith(ONNX_SUFFIX))
 
     def check(
         self,
