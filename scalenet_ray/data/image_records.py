@@ -104,11 +104,9 @@ class ImageRecords(Sequence[ImageRecord]):
 
     def __getitem__(self, at: int | slice) -> ImageRecord | ImageRecords:
         """One record, or some of them, copied."""
-        everything = range(len(self))
         if isinstance(at, slice):
-            rows = everything[at]
-            return self if rows == everything else self.take(np.array(rows, np.int64))
-        row = everything[at]
+            return self.take(np.arange(len(self))[at])
+        row = range(len(self))[at]
         return ImageRecord(*(column[row].as_py() for column in self.table.columns))
 
     def __iter__(self) -> Iterator[ImageRecord]:
@@ -122,7 +120,8 @@ class ImageRecords(Sequence[ImageRecord]):
         Args:
             rows: [M] int64 positions, or [N] bool.
         """
-        return ImageRecords(self.table.take(pa.array(np.flatnonzero(rows) if rows.dtype == bool else rows)))
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        return self if np.array_equal(rows, np.arange(len(self))) else ImageRecords(self.table.take(pa.array(rows)))
 
     def with_ids(self, ids: np.ndarray) -> ImageRecords:
         """The records with other ids, [N] int64."""

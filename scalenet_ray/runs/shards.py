@@ -64,7 +64,7 @@ class CurrentRecords(NamedTuple):
 
     ids: np.ndarray
     shards: np.ndarray
-    files: pa.Array | None
+    files: pa.ChunkedArray | None
 
     def rows(self, table: pa.Table, shard: int) -> pa.Table:
         """Rows of `table`, the images or the detections of the shard at index `shard`, whose record is in use."""
@@ -157,10 +157,10 @@ class ShardReader:
         inputs = self.inputs()
         if inputs is None:
             return CurrentRecords(unique, indices, None)
-        given = inputs.filter(pc.field("counts")).sort_by("image_id").combine_chunks()
-        ids = given.column("image_id").to_numpy()
-        is_input = np.isin(unique, ids)
-        files = given.column("file").combine_chunks().take(pa.array(np.searchsorted(ids, unique[is_input])))
+        given = ImageRecords(inputs.filter(pc.field("counts")))
+        rows = given.positions(unique)
+        is_input = rows >= 0
+        files = given.take(rows[is_input]).files
         return CurrentRecords(unique[is_input], indices[is_input], files)
 
     def parts(

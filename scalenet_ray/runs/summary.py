@@ -70,21 +70,27 @@ def write_policy_results(run_uri: str, policy: str, names: Sequence[str], name_f
 
 def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
     """Cost of one policy: means over the images that did not fail, and counts."""
-    current = run.current_records(policy)
     guards: Counter[str] = Counter()
-    for part in run.parts("images", policy, ["image_id", "guards", "failure_stage"], current):
-        for text in part.filter(pc.field("failure_stage").is_null()).column("guards").to_pylist():
-            guards.update(json.loads(text))
     measured = ["tiles", "detector_passes", "detector_pixels", "scalenet_pixels", "zoom"]
-    table = run.table("images", policy, ["image_id", "failure_stage", *measured])
-    done = table.filter(pc.field("failure_stage").is_null())
+    parts: list[pa.Table] = []
+    failed = 0
+    for part in run.parts("images", policy, ["image_id", "guards", "failure_stage", *measured]):
+        done = part.filter(pc.field("failure_stage").is_null())
+        failed += part.num_rows - done.num_rows
+        for text in done.column("guards").to_pylist():
+            guards.update(json.loads(text))
+        parts.append(done.select(measured))
+
+    def values(column: str) -> np.ndarray:
+        """A column of the images that did not fail, without null."""
+        return np.concatenate([np.zeros(0), *(part.column(column).drop_null().to_numpy() for part in parts)])
 
     def mean(column: str, unit: float = 1.0) -> float:
         """Mean of a column over the images that did not fail, in multiples of `unit`; 0 without images."""
-        values = done.column(column).to_numpy()
-        return float(values.mean() / unit) if len(values) else 0.0
+        found = values(column)
+        return float(found.mean() / unit) if len(found) else 0.0
 
-    zooms = done.column("zoom").drop_null().to_numpy()
+    zooms = values("zoom")
     return {
         "tiles_per_image": mean("tiles"),
         "detector_passes_per_image": mean("detector_passes"),
@@ -94,8 +100,8 @@ def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
         "guards": dict(sorted(guards.items())),
         "images_reduced": int((zooms < _REDUCED).sum()),
         "most_reduced": float(1.0 / zooms.min()) if len(zooms) and zooms.min() > 0 else 1.0,
-        "images_done": done.num_rows,
-        "images_failed": table.num_rows - done.num_rows,
+        "images_done": sum(part.num_rows for part in parts),
+        "images_failed": failed,
     }
 
 
