@@ -94,7 +94,9 @@ def _write_inputs(run: RunFolder, given: ImageRecords, gone: ImageRecords, metad
         records.table.append_column("counts", pa.array(np.full(len(records), is_input)))
         for records, is_input in ((given, True), (gone, False))
     ]
-    table = pa.concat_tables(parts).cast(INPUTS).sort_by("image_id")
+    table = pa.concat_tables(parts).cast(INPUTS)
+    if np.any(np.diff(table.column("image_id").to_numpy()) < 0):
+        table = table.sort_by("image_id")
     run.write_table("inputs.parquet", table.replace_schema_metadata(dict(metadata)))
 
 

@@ -59,7 +59,8 @@ class CurrentRecords(NamedTuple):
     Attributes:
         ids: [N] int64, the images, in ascending order.
         shards: [N] int64, the index of each image's record among the policy's shards.
-        files: N files, as the run was last given them; None for a run of an older version.
+        files: N files, as the run was last given them; None if they were not asked for, or for a run of an older
+            version.
     """
 
     ids: np.ndarray
@@ -90,22 +91,26 @@ class ShardReader:
     def __init__(self, uri: str) -> None:
         self.uri = uri
 
-    def inputs(self) -> pa.Table | None:
+    def inputs(self, columns: Sequence[str] | None = None) -> pa.Table | None:
         """inputs.parquet (schema INPUTS); None for a run of an older version.
+
+        Args:
+            columns: the columns to read; None for all.
 
         Raises:
             UserError: if it is damaged, or another table.
         """
-        table = self.read_table("inputs.parquet")
-        if table is not None and (missing := [name for name in INPUTS.names if name not in table.column_names]):
+        table = self.read_table("inputs.parquet", columns)
+        wanted = INPUTS.names if columns is None else columns
+        if table is not None and (missing := [name for name in wanted if name not in table.column_names]):
             msg = f"{self.uri}/inputs.parquet must list a run's images, got no {missing[0]}: give another --output"
             raise UserError(msg)
         return table
 
-    def read_table(self, name: str) -> pa.Table | None:
-        """A Parquet file of the folder; None if it does not exist."""
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table | None:
+        """A Parquet file of the folder, or some columns of it; None if it does not exist."""
         uri = storage.join(self.uri, name)
-        return read_parquet(uri, "give another --output") if storage.exists(uri) else None
+        return read_parquet(uri, "give another --output", columns) if storage.exists(uri) else None
 
     def shards(self, kind: str, policy: str) -> list[str]:
         """Addresses of the finished shards of one policy, by number.
@@ -139,29 +144,36 @@ class ShardReader:
             if (path := storage.local_path(uri)) is not None:
                 explain_damage(uri, _remedy(uri), lambda path=path: pq.read_metadata(path))
 
-    def current_records(self, policy: str) -> CurrentRecords:
+    def current_records(self, policy: str, *, with_files: bool = True) -> CurrentRecords:
         """The records of one policy that are in use.
+
+        Args:
+            policy: the policy's name.
+            with_files: also read the images' files.
 
         Raises:
             FileNotFoundError: if there is no such run folder.
         """
         self._require_folder()
-        return self._current([self._read("images", uri, ["image_id"]) for uri in self.shards("images", policy)])
+        shards = [self._read("images", uri, ["image_id"]) for uri in self.shards("images", policy)]
+        return self._current(shards, with_files=with_files)
 
-    def _current(self, shards: Sequence[pa.Table]) -> CurrentRecords:
+    def _current(self, shards: Sequence[pa.Table], *, with_files: bool) -> CurrentRecords:
         indices = np.repeat(np.arange(len(shards)), [table.num_rows for table in shards])
         ids = np.concatenate([np.zeros(0, np.int64), *(table.column("image_id").to_numpy() for table in shards)])
         # The last record of each image is the first one in reverse order.
         unique, first = np.unique(ids[::-1], return_index=True)
         indices = indices[::-1][first]
-        inputs = self.inputs()
+        inputs = self.inputs(None if with_files else ["image_id", "counts"])
         if inputs is None:
             return CurrentRecords(unique, indices, None)
-        given = ImageRecords(inputs.filter(pc.field("counts")))
-        rows = given.positions(unique)
-        is_input = rows >= 0
-        files = given.take(rows[is_input]).files
-        return CurrentRecords(unique[is_input], indices[is_input], files)
+        inputs = inputs.filter(pc.field("counts"))
+        is_input = np.isin(unique, inputs.column("image_id").to_numpy())
+        ids, indices = unique[is_input], indices[is_input]
+        if not with_files:
+            return CurrentRecords(ids, indices, None)
+        given = ImageRecords(inputs)
+        return CurrentRecords(ids, indices, given.take(given.positions(ids)).files)
 
     def parts(
         self, kind: str, policy: str, columns: Sequence[str] | None = None, current: CurrentRecords | None = None
@@ -178,7 +190,7 @@ class ShardReader:
             FileNotFoundError: if there is no such run folder.
             UserError: if a shard is damaged, or lacks its other half; it is named.
         """
-        current = current or self.current_records(policy)
+        current = current or self.current_records(policy, with_files=_with_files(columns))
         for i, uri in enumerate(self.shards(kind, policy)):
             yield current.rows(self._read(kind, uri, columns), i)
 
@@ -197,7 +209,7 @@ class ShardReader:
         if kind == "images":
             self._require_folder()
             shards = [self._read(kind, uri, columns) for uri in self.shards(kind, policy)]
-            current = self._current(shards)
+            current = self._current(shards, with_files=_with_files(columns))
             parts = [current.rows(table, i) for i, table in enumerate(shards)]
         else:
             parts = list(self.parts(kind, policy, columns))
@@ -212,6 +224,9 @@ class ShardReader:
         columns = ["policy", "image_id", "file", "failure_stage", "failure_reason"]
         tables = [FAILURES.empty_table()]
         for policy in policies:
+            stages = (part.column("failure_stage") for part in self.parts("images", policy, ["image_id", columns[3]]))
+            if all(column.null_count == len(column) for column in stages):
+                continue
             parts = [_schema("images", columns).empty_table()]
             for part in self.parts("images", policy, columns):
                 parts.append(part.filter(pc.field("failure_stage").is_valid()))
@@ -277,6 +292,10 @@ class ShardReader:
             for field in schema
         ]
         return pa.table(values, schema=schema)
+
+
+def _with_files(columns: Sequence[str] | None) -> bool:
+    return columns is None or "file" in columns
 
 
 def _schema(kind: str, columns: Sequence[str] | None) -> pa.Schema:
