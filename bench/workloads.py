@@ -48,7 +48,7 @@ _MOSAIC_HW = (4480, 6400)
 _WALL_CELL = (480, 640)
 _CELL = 640
 
-_FOR_PHOTOGRAPHS = Resources(detector_batch_size=16, advanced=AdvancedResources(max_open_images=128))
+_FOR_PHOTOGRAPHS = Resources(detector_batch_size=16, advanced=AdvancedResources(max_open_images=384))
 
 
 def data_folder() -> Path:
