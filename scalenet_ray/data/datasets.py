@@ -31,9 +31,8 @@ __all__ = ["Layout", "OpenedSplit", "find_layout"]
 Form = Literal["coco", "yolo", "voc", "visdrone"]
 
 _SPLIT = "{split}"
-_THREADS = 16
+_THREADS, _MOST_NAMES = 16, 10
 _MAX_BYTES = 2**26
-_MOST_NAMES = 10
 
 
 class OpenedSplit(NamedTuple):
@@ -155,7 +154,8 @@ def find_layout(
 
 def _layout_of_folder(data: str, split: str) -> Layout:
     if data.lower().endswith((".yaml", ".yml")):
-        return Layout("yolo", data, _absolute(os.path.dirname(data) or ".", _read_data_yaml(data).get("path") or "."))
+        root = str(_read_data_yaml(data).get("path") or ".")
+        return Layout("yolo", data, _absolute(os.path.dirname(data) or ".", root))
     coco = Layout("coco", annotations_uri(data, _SPLIT), join(data, _SPLIT))
     if storage.exists(coco.annotations_of(split)):
         return coco
