@@ -37,7 +37,7 @@ _SCALE_OUT = {1: (8.0, _ROUNDS), 4: (8.0, _ROUNDS), 16: (8.0, _ROUNDS), 64: (32.
 
 
 def _engine() -> dict[str, Any]:
-    return compare_engine(photographs(), "first-pass", _ROUNDS, repeats=6)
+    return compare_engine(photographs(), "first-pass", _ROUNDS, repeats=15)
 
 
 def _scale_out() -> dict[str, Any]:

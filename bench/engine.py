@@ -44,7 +44,7 @@ class EngineOverLoop:
     """
 
     rounds: int = 5
-    repeats: int = 6
+    repeats: int = 15
     policy: str = "first-pass"
 
 
