@@ -27,6 +27,7 @@ from bench.fakes import TILES_PER_IMAGE, Looks, Tally, fake_networks, grey_image
 from bench.growth import cpu_clocks, spent_by_role
 from bench.workloads import spread
 from scalenet_ray.engine.parallel import image_stream
+from scalenet_ray.runs.automatic import TILES_PER_SECOND_OF_A_PIPELINE
 from scalenet_ray.runs.batch import Stream
 from scalenet_ray.runs.resources import AdvancedResources, Resources
 
@@ -35,7 +36,7 @@ __all__ = ["ScaleOut", "scale_out"]
 _SCALE_NET_SHARE = 0.32
 _DETECTORS_PER_NODE = 16
 _TILES_PER_DETECTOR = 160
-_OPEN_IMAGES_PER_DETECTOR = 24
+_OPEN_IMAGES_PER_DETECTOR = 64
 _SINGLE = ("driver", "PipelineActor", "FrontierActor")
 """Of which there is one, or a few, however many detectors there are."""
 
@@ -85,7 +86,11 @@ def scale_out(
         readers=scale_actors,
         scale_actors=scale_actors,
         detector_actors=detectors,
-        advanced=AdvancedResources(max_open_images=max(64, _OPEN_IMAGES_PER_DETECTOR * detectors)),
+        advanced=AdvancedResources(
+            max_open_images=_OPEN_IMAGES_PER_DETECTOR * detectors,
+            # As many as a run chooses for accelerators that are not slowed.
+            pipelines=min(scale_actors, math.ceil(detectors / seconds / TILES_PER_SECOND_OF_A_PIPELINE)),
+        ),
     )
     with_detector = detectors + (scale_actors if policy == "first-pass" else 0)
     count = math.ceil(_TILES_PER_DETECTOR * detectors / TILES_PER_IMAGE) + 2 * resources.open_images

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from scalenet_ray.core.networks import NetworkTrial, TrialCall
 from scalenet_ray.runs.resources import PoolSize, ResourceChoice, Resources, limits
 
-__all__ = ["Cluster", "choose_resources", "in_words"]
+__all__ = ["TILES_PER_SECOND_OF_A_PIPELINE", "Cluster", "choose_resources", "in_words"]
 
 _TILES_PER_IMAGE = 2
 """Tiles for which an image is read once, about."""
 
-_TILES_PER_SECOND_OF_A_PIPELINE = 2000
+TILES_PER_SECOND_OF_A_PIPELINE = 2000
 """Tiles that a driver and its queue pass on in half of a core's time each (docs/results.md)."""
 
 _WORTH_A_LARGER_BATCH = 0.95
@@ -97,7 +97,7 @@ def choose_resources(choice: ResourceChoice, cluster: Cluster, trial: NetworkTri
     pipelines = choice.advanced.pipelines
     if pipelines is None:
         others = [limits(choice.scale_actors)[0]] if choice.scale_actors is not None else []
-        wanted = math.ceil(rate / _TILES_PER_SECOND_OF_A_PIPELINE)
+        wanted = math.ceil(rate / TILES_PER_SECOND_OF_A_PIPELINE)
         pipelines = max(1, min(wanted, cpus // _CPUS_PER_PIPELINE, readers, most, *others))
     readers = choice.readers or max(readers, pipelines)
     if choice.detector_actors is None:
