@@ -90,6 +90,8 @@ def test_a_signal_before_the_run_says_that_nothing_is_done(
     number: signal.Signals, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    # A shell's background job starts with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def main(job: object) -> int:
         signal.raise_signal(number)
