@@ -47,8 +47,9 @@ def test_a_mask_seen_in_a_zoomed_tile_is_the_same_mask_in_the_image(seed: int, z
     in_tile = _ellipse((tile.height, tile.width), tuple(centre_in_tile), tuple(radii * [zoom_y, zoom_x]))
     in_window = mask_of_window(_encode(in_tile), tile)
     back = _decode(mask_of_image(in_window, window, image_hw), image_hw)
-    # The image takes the tile pixel under each centre, so only the outline may differ.
-    assert _iou(back, truth) > 0.85
+    # The image takes the tile pixel under each centre, so only the outline may differ, by half a pixel: of 12 pixels
+    # across, a sixth of the area.
+    assert _iou(back, truth) > 0.8
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 4), st.integers(0, 2**32 - 1))
