@@ -151,7 +151,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _is_one_of(pid: int, *names: str) -> bool:
-    """Whether one of the first two words of a process's command line contains one of the names."""
+    """True if one of the first two words of a process's command line contains one of the names."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:2]
     except OSError:
@@ -168,7 +168,7 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _write_images(folder: Path, count: int) -> None:
-    """So many files of one image, in subfolders; links, which a file system has so many of for one file."""
+    """Write so many files of one image, in subfolders; hard links to one for each, as a file takes a limited number."""
     content = encoded(Image.fromarray(grey_image(ImageRecord(1, ""))), "PNG")
     for start in range(0, count, _FILES_PER_FOLDER):
         part = folder / f"{start:07d}"

@@ -31,8 +31,9 @@ __all__ = ["Layout", "OpenedSplit", "find_layout"]
 Form = Literal["coco", "yolo", "voc", "visdrone"]
 
 _SPLIT = "{split}"
-_THREADS, _MOST_NAMES = 16, 10
+_THREADS = 16
 _MAX_BYTES = 2**26
+_MOST_NAMES = 10
 
 
 class OpenedSplit(NamedTuple):
@@ -164,8 +165,7 @@ def _layout_of_folder(data: str, split: str) -> Layout:
     for folder, found in ((join(data, _SPLIT), join(data, split)), (data, data)):
         if storage.exists(join(found, "images")) and storage.list_files(join(found, "annotations", "*.txt")):
             return Layout("visdrone", join(folder, "annotations"), join(folder, "images"))
-    in_folder = join(data, "data.yaml")
-    return _layout_of_folder(in_folder, split) if storage.exists(in_folder) else coco
+    return _layout_of_folder(in_folder, split) if storage.exists(in_folder := join(data, "data.yaml")) else coco
 
 
 # --- all forms ---------------------------------------------------------------------------------------

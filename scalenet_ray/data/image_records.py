@@ -127,7 +127,7 @@ class ImageRecords(Sequence[ImageRecord]):
         """The records with other ids, [N] int64."""
         return ImageRecords(self.table.set_column(0, "image_id", pa.array(ids)))
 
-    def with_files(self, files: Sequence[str]) -> ImageRecords:
+    def with_names(self, files: Sequence[str]) -> ImageRecords:
         """The records with other file names."""
         return ImageRecords(self.table.set_column(1, "file", _file_column(files)))
 

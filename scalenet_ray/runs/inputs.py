@@ -58,7 +58,7 @@ def keep_image_ids(run: RunFolder, listed: ImageRecords, images: str, policy: st
     if table is not None:
         begun_in = _metadata_value(table, _FOLDER, f"{run.uri}/inputs.parquet")
         if begun_in != folder and not storage.exists(begun_in):
-            known = known.with_files([_moved(record.file_name, begun_in, folder) for record in known])
+            known = known.with_names([_moved(record.file_name, begun_in, folder) for record in known])
     rows = pc.call_function("index_in", [listed.files], pc.SetLookupOptions(known.files)).to_numpy()
     is_known = ~np.isnan(rows)
     rows = rows[is_known].astype(np.int64)
