@@ -364,7 +364,7 @@ def _parts() -> list[TileResult]:
     return detect_tiles(results, tiles, pixels, [None] * 5, RandomDetector(1), MERGING)
 
 
-@pytest.mark.parametrize("method", ["nms", "soft-nms-linear", "soft-nms-gaussian"])
+@pytest.mark.parametrize("method", ["consensus", "nms", "soft-nms-linear", "soft-nms-gaussian"])
 def test_the_whole_pass_is_what_policy_whole_shows(method: Any) -> None:
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, 40, (60, 2))
@@ -385,9 +385,10 @@ def test_the_whole_pass_is_what_policy_whole_shows(method: Any) -> None:
 
 def test_the_whole_pass_keeps_what_a_window_suppresses() -> None:
     def found(path: tuple[int, ...], score: float) -> TileResult:
-        return _result(_tile(1, path), detections=Detections([[0, 0, 9, 9]], [score], [1]), detector_pixels=1)
+        tile, detections = _tile(1, path), Detections([[0, 0, 9, 9]], [score], [1])
+        return _result(tile, detections=detections, detector_pixels=1, view=tile)
 
-    merged = merge_image([found((), 0.5), found((0,), 0.9)], MERGING)
+    merged = merge_image([found((), 0.5), found((0,), 0.9)], dataclasses.replace(MERGING, method="nms"))
     assert merged.detections.scores.tolist() == pytest.approx([0.9])
     assert merged.whole_pass is not None
     assert merged.whole_pass.scores.tolist() == pytest.approx([0.5])

@@ -1,9 +1,11 @@
-"""Merging of tiles: edge filter, NMS, and independence of the order."""
+"""Merging of tiles: edge filter, NMS, votes of the tiles, and independence of the order."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.geometry import AreaRange, Tile, Window, iou_matrix
+from scalenet_ray.core.detections import Detections, TileResult
+from scalenet_ray.core.geometry import AreaRange, Tile, Window, boxes_to_tile, iou_matrix
 from scalenet_ray.core.merge import Merging, carry_to_image, merge_detections, nms, soft_nms
 from tests.oracles import equal_detections, iou_of_boxes
 
 MERGING = Merging(iou_threshold=0.65, score_threshold=0.01, edge_margin=2.0)
+HARD = dataclasses.replace(MERGING, method="nms")
 LINEAR = Merging(method="soft-nms-linear", iou_threshold=0.3, score_threshold=0.0)
 GAUSSIAN = Merging(method="soft-nms-gaussian", sigma=0.5, score_threshold=0.0)
 
@@ -35,6 +38,24 @@ def _spans(*spans: tuple[float, float]) -> np.ndarray:
     return np.array([[x0, 0, x1, 1] for x0, x1 in spans], np.float32)
 
 
+IMAGE_HW = (40, 40)
+VIEWS = (
+    Tile(5, (), IMAGE_HW, Window(0, 0, 40, 40), 40, 40),
+    Tile(5, (0,), IMAGE_HW, Window(0, 0, 20, 20), 60, 60, valid_area=AreaRange(0.0, 80.0)),
+    Tile(5, (1,), IMAGE_HW, Window(3, 0, 33, 30), 60, 60),
+)
+"""The whole image, a part enlarged threefold for boxes up to 80 pixels, and a part enlarged twofold."""
+
+
+def _merged(found: Detections, merging: Merging) -> Detections:
+    """The detections of one tile, merged."""
+    return merge_detections([_result(found, VIEWS[0])], merging)
+
+
+def _result(found: Detections, view: Tile) -> TileResult:
+    return TileResult(view.image_id, view.path, Fraction(0), found, view=view)
+
+
 @st.composite
 def heaps(draw: st.DrawFn, most: int = 25) -> Detections:
     """Boxes that overlap a lot, with ties in scores and places, some of them empty."""
@@ -42,17 +63,17 @@ def heaps(draw: st.DrawFn, most: int = 25) -> Detections:
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     corners = rng.integers(0, 12, (count, 2))
     boxes = np.hstack([corners, corners + rng.integers(0, 9, (count, 2))])
-    windows = np.array([[0, 0, 9, 9], [0, 0, 30, 30]])[rng.integers(0, 2, count)]
+    windows = np.array([[0, 0, 22, 22], [0, 0, 30, 30]])[rng.integers(0, 2, count)]
     return _found(boxes, rng.integers(0, 6, count) / 5, rng.integers(1, 4, count), windows=windows)
 
 
 # --- overlap ----------------------------------------------------------------------------------------
 
 
-@given(heaps(), st.sampled_from([MERGING, LINEAR]), st.integers(1, 9))
+@given(heaps(), st.sampled_from([MERGING, HARD, LINEAR]), st.integers(1, 9))
 def test_max_detections_keeps_the_best(found: Detections, merging: Merging, most: int) -> None:
-    everything = merge_detections([found], merging)
-    kept = merge_detections([found], dataclasses.replace(merging, max_detections=most))
+    everything = _merged(found, merging)
+    kept = _merged(found, dataclasses.replace(merging, max_detections=most))
     assert equal_detections(kept, everything[np.arange(min(most, len(everything)))])
 
 
@@ -140,41 +161,134 @@ def test_a_score_of_just_the_threshold_is_decayed_like_any_other() -> None:
     # float32 holds .01 as .0099999998; it must not fall out of the race and be kept whole in the end.
     merging = Merging(method="soft-nms-linear", iou_threshold=0.3, score_threshold=0.01)
     found = _found(_spans((0, 10), (50, 60), (50, 60)), [0.9, 0.01, 0.01])
-    assert merge_detections([found], merging).boxes.tolist() == [[0, 0, 10, 1], [50, 0, 60, 1]]
+    assert _merged(found, merging).boxes.tolist() == [[0, 0, 10, 1], [50, 0, 60, 1]]
 
 
 # --- merging ----------------------------------------------------------------------------------------
 
 
-@given(heaps(), st.sampled_from([Merging(score_threshold=0.0), LINEAR, GAUSSIAN]), st.randoms(use_true_random=False))
-def test_no_order_of_parts_or_of_rows_matters(found: Detections, merging: Merging, random: Any) -> None:
-    wanted = merge_detections([found], merging)
-    order = list(range(len(found)))
-    random.shuffle(order)
-    cuts = sorted(random.randint(0, len(order)) for _ in range(3))
-    shuffled = found[np.array(order, np.int64)]
-    parts = [shuffled[np.arange(a, b)] for a, b in zip([0, *cuts], [*cuts, len(order)], strict=True)]
-    random.shuffle(parts)
-    assert equal_detections(merge_detections(parts, merging), wanted)
+@given(heaps(), st.sampled_from([MERGING, HARD, LINEAR, GAUSSIAN]), st.randoms(use_true_random=False))
+def test_no_order_of_tiles_or_of_rows_matters(found: Detections, merging: Merging, random: Any) -> None:
+    parts = [found[np.arange(i, len(found), 3)] for i in range(3)]
+    wanted = merge_detections([_result(part, view) for part, view in zip(parts, VIEWS, strict=True)], merging)
+    shuffled = [part[np.array(random.sample(range(len(part)), len(part)), np.int64)] for part in parts]
+    results = [_result(part, view) for part, view in zip(shuffled, VIEWS, strict=True)]
+    random.shuffle(results)
+    assert equal_detections(merge_detections(results, merging), wanted)
+    assert (np.diff(wanted.scores) <= 0).all()
 
 
-@given(heaps(), st.sampled_from([Merging(score_threshold=0.0), LINEAR, GAUSSIAN]))
-def test_the_best_come_first(found: Detections, merging: Merging) -> None:
-    scores = merge_detections([found], merging).scores
-    assert (np.diff(scores) <= 0).all()
+# --- votes of the tiles -----------------------------------------------------------------------------
+
+
+def _written_out(parts: Sequence[Detections], merging: Merging) -> list[tuple[float, list[float]]]:
+    """The definition of a consensus, box by box: (score, box) by descending score."""
+    rows = [(float(s), i, box, int(label), tuple(window)) for i, part in enumerate(parts)
+            for s, box, label, window in zip(part.scores, part.boxes.tolist(), part.labels, part.windows.tolist(),
+                                             strict=True)]  # fmt: skip
+    rows.sort(key=lambda row: (-row[0], row[3], row[2][::-1], row[4][::-1], row[1]))
+    groups: list[list] = []
+    for row in rows:
+        rivals = (group for group in groups if group[0][3] == row[3])
+        group = next((g for g in rivals if iou_of_boxes(g[0][2], row[2]) > merging.iou_threshold), None)
+        groups.append([row]) if group is None else group.append(row)
+    merged = []
+    for group in groups:
+        score, _, box, _, window = group[0]
+        area = max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
+        votes: dict[int, float] = {}
+        pulls, sums = 0.0, np.zeros(4)
+        for i, view in enumerate(VIEWS):
+            clear = min(max(math.sqrt(area) * max(view.zoom_xy) / 64, 1e-6), 1.0)
+            mine = next((row for row in group if row[1] == i), None)
+            if mine is not None:
+                pulls, sums = pulls + mine[0] * clear**2, sums + mine[0] * clear**2 * np.array(mine[2])
+            x0, y0, x1, y1 = boxes_to_tile(np.array([box]), view)[0].tolist()
+            m, (height, width) = merging.edge_margin, IMAGE_HW
+            cut = (
+                (view.window.x0 > 0 and x0 < m) or (view.window.x1 < width and x1 > view.width - m)
+                or (view.window.y0 > 0 and y0 < m) or (view.window.y1 < height and y1 > view.height - m)
+            )  # fmt: skip
+            if mine is not None or (not cut and view.valid_area.low <= area < view.valid_area.high):
+                votes[i] = clear
+        scores = {i: next((row[0] for row in group if row[1] == i), 0.0) for i in votes}
+        if len(votes) > 1:
+            mean = sum(votes[i] * scores[i] for i in votes) / sum(votes.values())
+            score = ((score + mean) / 2) ** (7 / 8)
+        corners = np.clip(sums / pulls, [*window[:2]] * 2, [*window[2:]] * 2)
+        merged.append((score, corners.tolist()))
+    return sorted(merged, key=lambda row: -row[0])
+
+
+@given(heaps())
+def test_a_consensus_equals_its_definition(found: Detections) -> None:
+    found = found[found.scores > 0]
+    parts = [found[np.arange(i, len(found), 3)] for i in range(3)]
+    merged = merge_detections([_result(part, view) for part, view in zip(parts, VIEWS, strict=True)], MERGING)
+    wanted = _written_out(parts, MERGING)
+    assert merged.scores.tolist() == pytest.approx([score for score, _ in wanted], rel=1e-5)
+    distances = np.abs(merged.boxes[:, None] - np.array([box for _, box in wanted]).reshape(1, -1, 4)).max(axis=2)
+    assert (distances.min(axis=0, initial=9) < 1e-3).all()
+    assert (distances.min(axis=1, initial=9) < 1e-3).all()
+
+
+def _votes(*spans_and_scores: tuple[Any, float | None], views: Sequence[Tile] = VIEWS) -> Detections:
+    """A box in each tile, or none, merged: all are 8 pixels high."""
+    results = [
+        _result(_found([]) if score is None else _found([[span[0], 4, span[1], 12]], [score],
+                windows=[view.window.xyxy]), view)
+        for (span, score), view in zip(spans_and_scores, views, strict=False)
+    ]  # fmt: skip
+    return merge_detections(results, MERGING)
+
+
+def test_tiles_that_agree_raise_a_score_and_one_that_finds_nothing_lowers_it() -> None:
+    span = (5, 13)
+    alone, agreed, doubted = (_votes((span, 0.5), (span, other)) for other in (None, 0.5, 0.1))
+    clear, coarse = 8 * 3 / 64, 8 / 64
+    assert agreed.scores.tolist() == pytest.approx([0.5 ** (7 / 8)])
+    assert alone.scores.tolist() == pytest.approx([((0.5 + 0.5 * coarse / (clear + coarse)) / 2) ** (7 / 8)])
+    assert alone.scores[0] < doubted.scores[0] < 0.5 < agreed.scores[0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        dataclasses.replace(VIEWS[1], window=Window(0, 0, 13, 40)),
+        dataclasses.replace(VIEWS[1], valid_area=AreaRange(0.0, 60.0)),
+        dataclasses.replace(VIEWS[1], window=Window(20, 20, 40, 40)),
+    ],
+)
+def test_a_tile_that_cuts_an_object_or_may_not_keep_its_size_has_no_vote(other: Tile) -> None:
+    assert _votes(((5, 13), 0.5), (None, None), views=(VIEWS[0], other)).scores.tolist() == [0.5]
+
+
+def test_a_tile_that_shows_an_object_larger_decides_more_on_its_sides() -> None:
+    merged = _votes(((4, 12), 0.5), ((5, 13), 0.5))
+    # The squares of 1 and 3 tile pixels for an image pixel.
+    assert merged.boxes.tolist() == [pytest.approx([4.9, 4, 12.9, 12])]
+    assert len(_votes(((4, 12), 0.5), ((8, 16), 0.5))) == 2
+
+
+@given(heaps())
+def test_what_one_tile_alone_shows_is_merged_as_by_nms(found: Detections) -> None:
+    assert equal_detections(_merged(found, MERGING), _merged(found, HARD))
+    elsewhere = _result(Detections.empty(), Tile(5, (3,), IMAGE_HW, Window(39, 39, 40, 40), 64, 64))
+    merged = merge_detections([_result(found, VIEWS[0]), elsewhere], MERGING)
+    assert equal_detections(merged, _merged(found, HARD))
 
 
 def test_soft_nms_ranks_by_the_decayed_scores_and_drops_what_falls_under_the_threshold() -> None:
     merging = dataclasses.replace(LINEAR, score_threshold=0.1)
-    merged = merge_detections([_found(_spans((0, 10), (0, 8), (4, 10)), [0.9, 0.8, 0.7])], merging)
+    merged = _merged(_found(_spans((0, 10), (0, 8), (4, 10)), [0.9, 0.8, 0.7]), merging)
     assert merged.scores.tolist() == pytest.approx([0.9, 0.28])
     assert merged.boxes[:, 0].tolist() == [0, 4]
 
 
-@pytest.mark.parametrize("merging", [MERGING, LINEAR, GAUSSIAN])
+@pytest.mark.parametrize("merging", [MERGING, HARD, LINEAR, GAUSSIAN])
 @pytest.mark.parametrize("parts", [[], [Detections.empty()], [Detections.empty()] * 3])
 def test_nothing_merged_is_nothing_of_four_columns(merging: Merging, parts: list) -> None:
-    merged = merge_detections(parts, merging)
+    merged = merge_detections([_result(part, view) for part, view in zip(parts, VIEWS, strict=False)], merging)
     assert merged.boxes.shape == (0, 4)
     assert merged.windows.shape == (0, 4)
     assert merged.labels.dtype == np.int64
@@ -182,7 +296,7 @@ def test_nothing_merged_is_nothing_of_four_columns(merging: Merging, parts: list
 
 def test_masks_stay_with_their_boxes() -> None:
     found = _found(_spans((0, 10), (0, 9), (20, 30)), [0.5, 0.9, 0.7], masks=(b"a", b"b", b"c"))
-    assert merge_detections([found], MERGING).masks == (b"b", b"c")
+    assert _merged(found, MERGING).masks == (b"b", b"c")
 
 
 # --- carrying back ----------------------------------------------------------------------------------

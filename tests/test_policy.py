@@ -56,7 +56,8 @@ def test_every_name_gives_its_kind_and_takes_the_detectors_own_side_and_threshol
         assert (policy.regions is not None) == name.startswith("regions")
         assert policy.input_side == (640 if name == "whole@640" else 416)
         assert (policy.merging.iou_threshold, policy.merging.score_threshold) == (0.6, 0.02)
-        assert policy.merging.method == ("soft-nms-linear" if name == "pyramid" else "nms")
+        methods = {"pyramid": "soft-nms-linear", "paper": "nms"}
+        assert policy.merging.method == methods.get(name, "consensus")
     assert (_named("grid-2").grid, _named("grid-3").grid) == (2, 3)
     assert _named("pyramid").pyramid == DEFAULT_PYRAMID
     assert _named("slices@512").slice_side == 512
@@ -232,7 +233,7 @@ def test_a_pyramid_without_sizes_would_find_nothing_and_is_refused() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "hard", "method must be nms, soft-nms-linear or soft-nms-gaussian, got 'hard'"),
+        ("method", "hard", "method must be one of consensus, nms, soft-nms-linear, soft-nms-gaussian, got 'hard'"),
         ("iou_threshold", 1.5, "iou_threshold must be between 0 and 1, got 1.5"),
         ("score_threshold", math.nan, "score_threshold must be between 0 and 1, got nan"),
         ("sigma", 0.0, "sigma must be above 0 and edge_margin not below, got 0.0 and "),

@@ -617,6 +617,10 @@ def test_a_detector_that_is_unsure_of_small_things_finds_them_by_its_own_first_p
         policy = _image_policy(name, method="confidence")
         result = recursive_detect(image, 1, policy, detect=detect, predict_scale=ConstantScale(scale_class=0))
         _assert_all_found_once(result.detections, boxes, labels)
+        # The whole image's tile, which is unsure, has a vote.
+        assert (result.detections.scores > 0.5).all()
+        policy = dataclasses.replace(policy, merging=dataclasses.replace(policy.merging, method="nms"))
+        result = recursive_detect(image, 1, policy, detect=detect, predict_scale=ConstantScale(scale_class=0))
         assert result.detections.scores.min() == pytest.approx(0.9)
 
 
@@ -652,6 +656,7 @@ def test_a_window_does_not_answer_for_what_is_larger_than_it_was_cut_for() -> No
     # Class 1 ends at 2592 * 128^2 / 512^2 = 162 pixels; the large one has 484, under 8 times that and over 2.
     for keep_factor, depth, score in ((8.0, 1, 0.9), (2.0, 0, 0.1)):
         policy = _image_policy("oracle", keep_factor=keep_factor)
+        policy = dataclasses.replace(policy, merging=dataclasses.replace(policy.merging, method="nms"))
         found = recursive_detect(image, 1, policy, detect=detect, predict_scale=net).detections
         (at,) = np.flatnonzero(found.labels == 1)
         assert (found.depth[at], found.scores[at]) == (depth, pytest.approx(score))

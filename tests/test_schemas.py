@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import fields, replace
 from fractions import Fraction
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalenet_ray.core.detections import Detections, Failure, ImageResult, TileResult
+from scalenet_ray.core.geometry import AreaRange, Tile, Window
 from scalenet_ray.data.schemas import (
     DETECTIONS,
     IMAGES,
@@ -52,7 +54,20 @@ failures = st.none() | st.builds(Failure, st.sampled_from(["read", "look", "dete
 sizes = st.none() | st.tuples(st.integers(1, 9999), st.integers(1, 9999))
 image_ids = st.integers(-(2**63), 2**63 - 1)
 
-tile_results = st.builds(
+
+@st.composite
+def results_of_tiles(draw: st.DrawFn) -> TileResult:
+    result = draw(_bare_results)
+    if result.image_hw is None or not draw(st.booleans()):
+        return result
+    height, width = result.image_hw
+    window = Window(width // 3, height // 3, width, height)
+    hw = draw(st.tuples(st.integers(1, 999), st.integers(1, 999)))
+    valid_area = AreaRange(draw(st.floats(0, 100)), draw(st.floats(100, math.inf)))
+    return replace(result, view=Tile(result.image_id, result.path, result.image_hw, window, *hw, valid_area))
+
+
+_bare_results = st.builds(
     TileResult,
     image_ids,
     st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple),
@@ -62,7 +77,7 @@ tile_results = st.builds(
     st.integers(0, 2**62),
     st.integers(0, 2**62),
     st.floats(0, 1e6),
-    st.floats(0, 100),
+    st.none(),
     st.lists(st.sampled_from(["max_depth", "no_change"]), max_size=3).map(tuple),
     sizes,
 )
@@ -81,7 +96,7 @@ def same_result(one: TileResult, other: TileResult) -> bool:
     return values and same_detections(one.detections, other.detections)
 
 
-@given(st.lists(tile_results, max_size=4))
+@given(st.lists(results_of_tiles(), max_size=4))
 def test_tile_results_survive_the_way_through_bytes(results: list[TileResult]) -> None:
     table = tile_results_table(results)
     assert table.schema == TILE_RESULTS

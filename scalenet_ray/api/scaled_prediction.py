@@ -314,5 +314,5 @@ class ScaledPrediction(Prediction):
         """
         whole = (0, 0, self.image_width, self.image_height)
         passes = [step for step in self.steps if step.result.detector_pixels and step.tile.window.xyxy == whole]
-        found = merge_detections([step.result.detections for step in passes[:1]], self.policy.merging)
+        found = merge_detections([step.result for step in passes[:1]], self.policy.merging)
         return found[found.scores >= confidence_threshold]

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from scalenet_ray.core.geometry import Tile
+
 __all__ = [
     "SHOWN_SCORE",
     "Detections",
@@ -239,7 +241,7 @@ class TileResult:
         look_pixels: number of pixels computed by Scale Net.
         detector_pixels: number of pixels computed by the detector.
         detector_passes: `detector_pixels` over the pixels of a whole image at the detector's input side.
-        zoom: the tile's zoom if the detector ran on it, in tile pixels for an image pixel; else 0.
+        view: the tile, if the detector ran on it; else None.
         guards: names of the limits hit.
         image_hw: (height, width) of the image, in image pixels; None if it could not be opened.
     """
@@ -252,9 +254,14 @@ class TileResult:
     look_pixels: int = 0
     detector_pixels: int = 0
     detector_passes: float = 0.0
-    zoom: float = 0.0
+    view: Tile | None = None
     guards: tuple[str, ...] = ()
     image_hw: tuple[int, int] | None = None
+
+    @property
+    def zoom(self) -> float:
+        """The tile's zoom if the detector ran on it, in tile pixels for an image pixel; else 0."""
+        return 0.0 if self.view is None else max(self.view.zoom_xy)
 
 
 @dataclass(frozen=True, eq=False)

@@ -318,7 +318,7 @@ def _with_detections(
         return dataclasses.replace(result, failure=Failure("detect", str(error)))
     pixels = canvas[0] * canvas[1]
     passes = pixels / (whole[0] * whole[1])
-    result = dataclasses.replace(result, detector_pixels=pixels, detector_passes=passes, zoom=max(tile.zoom_xy))
+    result = dataclasses.replace(result, detector_pixels=pixels, detector_passes=passes, view=tile)
     if isinstance(found, TileError):
         return dataclasses.replace(result, failure=Failure("detect", found.reason))
     assert found is not None

@@ -1,8 +1,9 @@
 """Merging of the detections of an image's tiles: mapping to the image, filters by size and window edge, NMS.
 
 As in the paper's section 'Recursive-Scale Net', a box is dropped if its scale is not the scale that its window was cut
-for, or if it touches a window edge inside the image. The others go through NMS or soft-NMS (Bodla et al., ICCV 2017).
-The result does not depend on the order of the tiles.
+for, or if it touches a window edge inside the image. The others go through NMS or soft-NMS (Bodla et al., ICCV 2017),
+or through NMS and a vote of the tiles that show an object, in the manner of Weighted Boxes Fusion (Solovyev et al.,
+2021). The result does not depend on the order of the tiles.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from scalenet_ray.core.detections import SHOWN_SCORE, Detections, ImageResult, TileResult
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.geometry import Tile, boxes_to_image, edges_inside_image, iou, iou_matrix
+from scalenet_ray.core.geometry import Tile, boxes_to_image, boxes_to_tile, edges_inside_image, iou, iou_matrix
 from scalenet_ray.core.masks import mask_of_window
 from scalenet_ray.core.timing import timed
 
@@ -32,7 +33,9 @@ __all__ = [
     "soft_nms",
 ]
 
-SuppressionMethod = Literal["nms", "soft-nms-linear", "soft-nms-gaussian"]
+SuppressionMethod = Literal["consensus", "nms", "soft-nms-linear", "soft-nms-gaussian"]
+
+_METHODS = get_args(SuppressionMethod)
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class Merging:
     """Settings of the merging of an image's tiles.
 
     Attributes:
-        method: hard NMS, or soft-NMS with linear or Gaussian decay.
-        iou_threshold: IoU above which a box is suppressed (NMS, linear soft-NMS).
+        method: NMS with a vote of the tiles (`consensus`), NMS alone, or soft-NMS with linear or Gaussian decay.
+        iou_threshold: IoU above which a box is suppressed (all but Gaussian soft-NMS).
         sigma: width of the Gaussian decay (Gaussian soft-NMS).
-        score_threshold: minimum score, before and after suppression.
+        score_threshold: minimum score in a tile, and after soft-NMS. A consensus may be lower.
         edge_margin: distance in tile pixels within which a box touches a window edge inside the image.
         match_size: drop boxes whose area is outside their tile's `valid_area`.
         max_detections: boxes of an image that are kept, those that score most; None for all.
@@ -52,7 +55,7 @@ class Merging:
         UserError: if a value is out of range.
     """
 
-    method: SuppressionMethod = "nms"
+    method: SuppressionMethod = "consensus"
     iou_threshold: float = 0.65
     sigma: float = 0.5
     score_threshold: float = 0.01
@@ -61,8 +64,8 @@ class Merging:
     max_detections: int | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in ("nms", "soft-nms-linear", "soft-nms-gaussian"):
-            msg = f"method must be nms, soft-nms-linear or soft-nms-gaussian, got {self.method!r}"
+        if self.method not in _METHODS:
+            msg = f"method must be one of {', '.join(_METHODS)}, got {self.method!r}"
             raise UserError(msg)
         for name in ("iou_threshold", "score_threshold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
@@ -79,6 +82,15 @@ class Merging:
 _PAIRS_AT_ONCE = 2**12
 """Pairs of boxes per step of the IoU computation, about half a MB."""
 
+_CLEAR_SIDE = 64.0
+"""Side of an object, in tile pixels, from which a larger view of it shows no more."""
+
+_CALIBRATION = 7 / 8
+"""Exponent of the scores of a consensus: a mean is lower than the best score, and thresholds are made for the latter.
+
+With it about as many objects of train photographs score 0.3 or more as with NMS.
+"""
+
 
 def carry_to_image(found: Detections, tile: Tile, merging: Merging) -> Detections:
     """Map a tile's detections to its image and apply the filters of `merging`.
@@ -93,14 +105,7 @@ def carry_to_image(found: Detections, tile: Tile, merging: Merging) -> Detection
         on the window. Boxes outside the window are dropped.
     """
     window = tile.window
-    touches = np.zeros(len(found), bool)
-    margin, size = merging.edge_margin, (tile.width, tile.height)
-    cut_left, cut_top, cut_right, cut_bottom = edges_inside_image(tile)
-    for axis, cut_low, cut_high in ((0, cut_left, cut_right), (1, cut_top, cut_bottom)):
-        if cut_low:
-            touches |= found.boxes[:, axis] < margin
-        if cut_high:
-            touches |= found.boxes[:, axis + 2] > size[axis] - margin
+    whole = ~_touches_edge(found.boxes, tile, merging.edge_margin)
     boxes = boxes_to_image(found.boxes, tile)
     boxes = np.clip(boxes, [window.x0, window.y0] * 2, [window.x1, window.y1] * 2)
     carried = Detections(
@@ -111,12 +116,29 @@ def carry_to_image(found: Detections, tile: Tile, merging: Merging) -> Detection
         np.tile(window.xyxy, (len(found), 1)),
         found.masks,
     )
-    fits = (carried.areas >= tile.valid_area.low) & (carried.areas < tile.valid_area.high)
-    keep = ~touches & (found.scores >= merging.score_threshold) & (carried.areas > 0)
-    carried = carried[keep & fits if merging.match_size else keep]
+    keep = whole & (found.scores >= merging.score_threshold) & (carried.areas > 0)
+    carried = carried[keep & _matches_size(carried.areas, tile, merging)]
     if carried.masks is None:
         return carried
     return replace(carried, masks=tuple(mask_of_window(counts, tile) for counts in carried.masks))
+
+
+def _touches_edge(boxes_in_tile: np.ndarray, tile: Tile, margin: float) -> np.ndarray:
+    """[N] bool: boxes [N, 4], in tile pixels, within a margin of a window edge inside the image, or beyond it."""
+    touches = np.zeros(len(boxes_in_tile), bool)
+    cut_left, cut_top, cut_right, cut_bottom = edges_inside_image(tile)
+    for axis, cut_low, cut_high, size in ((0, cut_left, cut_right, tile.width), (1, cut_top, cut_bottom, tile.height)):
+        if cut_low:
+            touches |= boxes_in_tile[:, axis] < margin
+        if cut_high:
+            touches |= boxes_in_tile[:, axis + 2] > size - margin
+    return touches
+
+
+def _matches_size(areas: np.ndarray, tile: Tile, merging: Merging) -> np.ndarray:
+    """[N] bool: areas, in square image pixels, that a tile may keep."""
+    fits = (areas >= tile.valid_area.low) & (areas < tile.valid_area.high)
+    return fits if merging.match_size else np.ones(len(areas), bool)
 
 
 def nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np.ndarray:
@@ -131,6 +153,16 @@ def nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold
     Returns:
         [K] int64 positions of the kept boxes by descending score; equal scores keep their order.
     """
+    return _suppressors(boxes, scores, labels, iou_threshold)[0]
+
+
+def _suppressors(
+    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """NMS as `nms`: [K] positions of the kept boxes, and [N] for each box the place among them that suppresses it.
+
+    A kept box has its own place.
+    """
     order = np.argsort(-scores, kind="stable")
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order))
@@ -139,12 +171,15 @@ def nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, iou_threshold
     pairs.sort(axis=1)
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
     better, starts = np.unique(pairs[:, 0], return_index=True)
-    dropped = np.zeros(len(order), bool)
+    suppressor = np.arange(len(order))
     bounds = pairwise([*starts.tolist(), len(pairs)])
     for best, (start, end) in zip(better.tolist(), bounds, strict=True):
-        if not dropped[best]:
-            dropped[pairs[start:end, 1]] = True
-    return order[~dropped]
+        if suppressor[best] == best:
+            others = pairs[start:end, 1]
+            # Of several the best: those that are kept come in the order of their scores.
+            suppressor[others[suppressor[others] == others]] = best
+    kept = np.flatnonzero(suppressor == np.arange(len(order)))
+    return order[kept], np.searchsorted(kept, suppressor)[rank]
 
 
 def _overlapping_pairs(boxes: np.ndarray, labels: np.ndarray, iou_threshold: float) -> np.ndarray:
@@ -210,29 +245,92 @@ def soft_nms(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, merging:
     return decayed.astype(np.float32)
 
 
-def _in_canonical_order(detections: Detections) -> Detections:
-    """Sort by score, then by all other columns, so that ties do not depend on the order of the tiles."""
+def _canonical_order(detections: Detections) -> np.ndarray:
+    """[N] positions by score, then by all other columns, so that ties do not depend on the order of the tiles."""
     columns = (*detections.windows.T, *detections.boxes.T, detections.depth, detections.labels, -detections.scores)
-    return detections[np.lexsort(columns)]
+    return np.lexsort(columns)
 
 
-def merge_detections(parts: Sequence[Detections], merging: Merging) -> Detections:
-    """Merge the detections of the tiles of one image.
+def merge_detections(results: Sequence[TileResult], merging: Merging) -> Detections:
+    """Merge the detections of tiles of one image.
 
     Args:
-        parts: detections in image pixels (`carry_to_image`), in any order.
+        results: the tiles' results, with detections in image pixels (`carry_to_image`), in any order.
         merging: method, thresholds and the most boxes.
 
     Returns:
-        Detections in image pixels by descending score; the same for any order of `parts`.
+        Detections in image pixels by descending score; the same for any order of `results`.
     """
-    found = _in_canonical_order(Detections.concatenate(parts))
-    if merging.method == "nms":
-        kept = nms(found.boxes, found.scores, found.labels, merging.iou_threshold)
-        return found[kept[: merging.max_detections]]
-    decayed = found.with_scores(soft_nms(found.boxes, found.scores, found.labels, merging))
-    ordered = _in_canonical_order(decayed[decayed.scores >= merging.score_threshold])
-    return ordered[np.arange(len(ordered))[: merging.max_detections]]
+    results = sorted(results, key=lambda result: result.path)
+    found = Detections.concatenate([result.detections for result in results])
+    order = _canonical_order(found)
+    found = found[order]
+    if merging.method in ("nms", "consensus"):
+        kept, suppressor = _suppressors(found.boxes, found.scores, found.labels, merging.iou_threshold)
+        if merging.method == "nms" or len(results) == 1:
+            return found[kept[: merging.max_detections]]
+        tile_of = np.repeat(np.arange(len(results)), [len(result.detections) for result in results])[order]
+        merged = _consensus(found, kept, suppressor, tile_of, [result.view for result in results], merging)
+    else:
+        decayed = found.with_scores(soft_nms(found.boxes, found.scores, found.labels, merging))
+        merged = decayed[decayed.scores >= merging.score_threshold]
+    return merged[_canonical_order(merged)[: merging.max_detections]]
+
+
+def _consensus(
+    found: Detections,
+    kept: np.ndarray,
+    suppressor: np.ndarray,
+    tile_of: np.ndarray,
+    views: Sequence[Tile | None],
+    merging: Merging,
+) -> Detections:
+    """The kept boxes with sides and scores that the tiles agree on.
+
+    Each tile that shows an object whole has a vote: the best box that it found of it, or none. It weighs as much as the
+    tile resolves the object: its side in tile pixels over `_CLEAR_SIDE`, at most 1. The sides are means of the boxes,
+    by score and the square of that weight: those of a coarse view are far off. The score is the mean of the best one
+    and of the votes' weighted mean, in which a tile that found nothing counts as 0, raised to `_CALIBRATION`. What only
+    one tile shows stays as it is.
+
+    Args:
+        found: N detections in image pixels, by descending score.
+        kept: [K] positions of those that NMS keeps.
+        suppressor: [N] place in `kept` of the box that suppresses each.
+        tile_of: [N] position in `views` of the tile that each was found in.
+        views: tiles; None for one that the detector did not run on.
+        merging: what a tile may show.
+    """
+    best = found[kept]
+    sides, areas = np.sqrt(best.areas), best.areas
+    # The first of a tile is its best.
+    votes = np.unique(suppressor * len(views) + tile_of, return_index=True)[1]
+    object_of, tile_of, scores = suppressor[votes], tile_of[votes], found.scores[votes].astype(np.float64)
+    zooms = np.array([0.0 if view is None else max(view.zoom_xy) for view in views])
+    clear = np.clip(sides[object_of] * zooms[tile_of] / _CLEAR_SIDE, 1e-6, 1.0)
+    weights, voters = np.zeros(len(best)), np.zeros(len(best), np.int64)
+    for i, view in enumerate(views):
+        if view is None:
+            continue
+        shows = ~_touches_edge(boxes_to_tile(best.boxes, view), view, merging.edge_margin)
+        shows &= _matches_size(areas, view, merging)
+        shows[object_of[tile_of == i]] = True
+        weights += shows * np.clip(sides * zooms[i] / _CLEAR_SIDE, 1e-6, 1.0)
+        voters += shows
+
+    def summed(values: np.ndarray) -> np.ndarray:
+        """Sum over the votes for each object."""
+        return np.bincount(object_of, values, len(best))
+
+    means = summed(scores * clear) / weights
+    pulls = np.maximum(scores, 1e-6) * clear**2
+    boxes = np.stack([summed(pulls * column) for column in found.boxes[votes].T], axis=1) / summed(pulls)[:, None]
+    corners = np.tile(best.windows[:, :2], 2), np.tile(best.windows[:, 2:], 2)
+    return dataclasses.replace(
+        best,
+        boxes=np.clip(boxes, *corners).astype(np.float32),
+        scores=np.where(voters > 1, ((best.scores + means) / 2) ** _CALIBRATION, best.scores).astype(np.float32),
+    )
 
 
 @timed("merge")
@@ -259,10 +357,9 @@ def merge_image(results: Sequence[TileResult], merging: Merging) -> ImageResult:
     for result in ordered:
         guards.update(result.guards)
     depths = [len(result.path) for result in ordered if result.look_pixels or result.detector_pixels]
-    parts = [] if failure else [result.detections for result in ordered]
     return ImageResult(
         ordered[0].image_id,
-        merge_detections(parts, merging),
+        merge_detections([] if failure else ordered, merging),
         failure,
         tiles=len(depths),
         look_pixels=sum(result.look_pixels for result in ordered),
@@ -282,6 +379,6 @@ def _whole_pass(results: Sequence[TileResult], merging: Merging) -> Detections |
     if whole is None:
         return None
     # Only better boxes suppress a box: boxes below the shown score have no influence.
-    found = whole.detections[whole.detections.scores >= SHOWN_SCORE]
-    merged = merge_detections([dataclasses.replace(found, masks=None)], merging)
+    found = dataclasses.replace(whole.detections[whole.detections.scores >= SHOWN_SCORE], masks=None)
+    merged = merge_detections([dataclasses.replace(whole, detections=found)], merging)
     return merged[merged.scores >= SHOWN_SCORE]

@@ -362,7 +362,8 @@ def parse_policy(
         )
         return Policy(name, _REGION_KINDS[name], input_side, merging=merging, regions=regions)
     if name == "paper":
-        return Policy(name, "scalenet", input_side, Recursion(), merging)
+        # As printed: NMS alone.
+        return Policy(name, "scalenet", input_side, Recursion(), dataclasses.replace(merging, method="nms"))
     if match := re.fullmatch(r"slices@(\d+)", name):
         return Policy(name, "slices", input_side, merging=merging, slice_side=int(match[1]))
     if match := re.fullmatch(r"[A-Za-z_][\w.]*:([A-Za-z_]\w*)", name):

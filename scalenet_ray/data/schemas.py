@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from scalenet_ray.core.detections import Detections, Failure, ImageResult, TileResult
+from scalenet_ray.core.geometry import AreaRange, Tile, Window
 
 __all__ = [
     "DETECTIONS",
@@ -35,7 +37,8 @@ TILE_RESULTS = pa.schema(
         ("look_pixels", pa.int64()),
         ("detector_pixels", pa.int64()),
         ("detector_passes", pa.float64()),
-        ("zoom", pa.float64()),
+        ("view", pa.list_(pa.int32(), 6)),
+        ("valid_area", pa.list_(pa.float64(), 2)),
         ("guards", pa.list_(pa.string())),
         ("image_hw", pa.list_(pa.int32())),
         ("boxes", pa.list_(pa.float32())),
@@ -46,7 +49,10 @@ TILE_RESULTS = pa.schema(
         ("masks", pa.list_(pa.binary())),
     ]
 )
-"""One row per tile; boxes and windows are flattened to [4N], xyxy in image pixels; masks is null without masks."""
+"""One row per tile; boxes and windows are flattened to [4N], xyxy in image pixels; masks is null without masks.
+
+view is the window (x0, y0, x1, y1) in image pixels and the tile's height and width; null if the detector did not run.
+"""
 
 
 DETECTIONS = pa.schema(
@@ -111,7 +117,7 @@ _NUMBERS = {"boxes": 4, "scores": 1, "labels": 1, "depth": 1, "windows": 4}
 
 def tile_results_table(results: Sequence[TileResult]) -> pa.Table:
     """Convert tile results to an Arrow table of schema `TILE_RESULTS`."""
-    found = [result.detections for result in results]
+    found, views = [result.detections for result in results], [result.view for result in results]
     columns = {
         "image_id": [result.image_id for result in results],
         "path": [list(result.path) for result in results],
@@ -121,7 +127,8 @@ def tile_results_table(results: Sequence[TileResult]) -> pa.Table:
         "look_pixels": [result.look_pixels for result in results],
         "detector_pixels": [result.detector_pixels for result in results],
         "detector_passes": [result.detector_passes for result in results],
-        "zoom": [result.zoom for result in results],
+        "view": [tile and (*tile.window.xyxy, tile.height, tile.width) for tile in views],
+        "valid_area": [tile and tile.valid_area for tile in views],
         "guards": [list(result.guards) for result in results],
         "image_hw": [result.image_hw for result in results],
         "masks": [None if detections.masks is None else list(detections.masks) for detections in found],
@@ -163,12 +170,21 @@ def tile_results_from_table(table: pa.Table) -> list[TileResult]:
                 row["look_pixels"],
                 row["detector_pixels"],
                 row["detector_passes"],
-                row["zoom"],
+                _view(row),
                 tuple(row["guards"]),
                 tuple(row["image_hw"]) if row["image_hw"] else None,
             )
         )
     return results
+
+
+def _view(row: Mapping[str, Any]) -> Tile | None:
+    """The tile of a row of schema `TILE_RESULTS`, if the detector ran on it."""
+    if row["view"] is None:
+        return None
+    *window, height, width = row["view"]
+    valid_area = AreaRange(*row["valid_area"])
+    return Tile(row["image_id"], tuple(row["path"]), tuple(row["image_hw"]), Window(*window), height, width, valid_area)
 
 
 def detections_table(results: Sequence[ImageResult], policy: str) -> pa.Table:

@@ -63,8 +63,9 @@ def coco_policies(sides: Sequence[int], *, iou_threshold: float, score_threshold
                 iou_threshold=iou_threshold,
                 score_threshold=score_threshold,
             )
-            if method.endswith("-soft"):
-                policy = replace(policy, merging=replace(policy.merging, method="soft-nms-linear"))
+            if method != "first-pass":
+                suppression = "soft-nms-linear" if method.endswith("-soft") else "nms"
+                policy = replace(policy, merging=replace(policy.merging, method=suppression))
             policies.append(replace(policy, name=f"{method}@{side}"))
     return policies
 
