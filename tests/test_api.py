@@ -47,7 +47,7 @@ def test_objects_are_read_as_sahi_users_read_them() -> None:
     assert (prediction.image_width, prediction.image_height) == prediction.image.size == (SIDE, SIDE)
     one = prediction.object_prediction_list[0]
     assert one.category.name == CATEGORIES[one.category.id]
-    assert one.score.value == pytest.approx(0.9)
+    assert one.score.value == pytest.approx(float(prediction.detections.scores[0]))
     assert one.bbox.to_xyxy() == pytest.approx([one.bbox.minx, one.bbox.miny, one.bbox.maxx, one.bbox.maxy])
     assert one.depth == 1
     assert prediction.durations_in_seconds["prediction"] > 0
@@ -152,7 +152,7 @@ def test_suppression_may_ask_no_class() -> None:
         ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
         ({"slices": 8}, TypeError, "no argument 'slices'$"),
         ({"perform_standard_pred": False}, ValueError, "perform_standard_pred must be True"),
-        ({"postprocess_type": "GREEDYNMM"}, ValueError, "postprocess_type must be NMS, .* got 'GREEDYNMM'"),
+        ({"postprocess_type": "GREEDYNMM"}, ValueError, "postprocess_type must be CONSENSUS, NMS, .* got 'GREEDYNMM'"),
         ({"postprocess_match_metric": "IOS"}, ValueError, "must be IOU, got 'IOS'"),
         ({"policy": "oracle"}, ValueError, "policy oracle reads the ground truth"),
         ({"policy": "magic"}, ValueError, "there is no policy 'magic'"),

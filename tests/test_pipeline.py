@@ -18,6 +18,7 @@ from ray.data import DataContext
 from ray.exceptions import RayActorError
 
 from scalenet_ray.core.detections import Detections, Failure, ImageResult, TileResult
+from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.merge import Merging, merge_image
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.core.policy import Policy
@@ -235,9 +236,10 @@ def tree(draw: Callable[[st.SearchStrategy], Any], image_id: int) -> list[TileRe
         credit /= 1 + children
         waiting += [((*path, i), credit) for i in range(children)]
         box = np.array([[len(path), len(results), 9 + len(results), 9]])
-        found = Detections(box, np.array([draw(st.integers(1, 3)) / 4]), np.array([1]))
+        found = Detections(box, np.array([draw(st.integers(1, 3)) / 4]), [1], windows=[[0, 0, 99, 99]])
         failure = Failure("detect", "NaN") if draw(st.integers(0, 9)) == 0 else None
-        results.append(TileResult(image_id, path, credit, found, failure, 5, 7, 0.5, ("max_depth",), (99, 99)))
+        view = Tile(image_id, path, (99, 99), Window(0, 0, 99, 99), 64, 64)
+        results.append(TileResult(image_id, path, credit, found, failure, 5, 7, 0.5, view, ("max_depth",), (99, 99)))
     return results
 
 

@@ -36,6 +36,7 @@ __all__ = ["ScaledPrediction", "get_scaled_prediction", "ready_policy"]
 T = TypeVar("T")
 
 _SUPPRESSION: dict[str, SuppressionMethod] = {
+    "CONSENSUS": "consensus",
     "NMS": "nms",
     "SOFT-NMS-LINEAR": "soft-nms-linear",
     "SOFT-NMS-GAUSSIAN": "soft-nms-gaussian",
@@ -69,7 +70,7 @@ def get_scaled_prediction(
     device: str = "cpu",
     batch_size: int | None = None,
     perform_standard_pred: bool = True,
-    postprocess_type: str = "NMS",
+    postprocess_type: str | None = None,
     postprocess_match_metric: str = "IOU",
     postprocess_match_threshold: float | None = None,
     postprocess_class_agnostic: bool = False,
@@ -100,7 +101,7 @@ def get_scaled_prediction(
         device: torch device of networks given by name.
         batch_size: tiles of a call of the networks, at most; None for 1, or 16 if `device` is a GPU.
         perform_standard_pred: must be True: the whole image is always detected.
-        postprocess_type: NMS, SOFT-NMS-LINEAR or SOFT-NMS-GAUSSIAN.
+        postprocess_type: CONSENSUS, NMS, SOFT-NMS-LINEAR or SOFT-NMS-GAUSSIAN; None for the policy's own.
         postprocess_match_metric: must be IOU.
         postprocess_match_threshold: overlap above which a box is suppressed; None for the detector's own.
         postprocess_class_agnostic: after suppression within each class, suppress across classes.
@@ -157,7 +158,7 @@ def _detections(result: ImageResult) -> Detections:
 
 
 def _refuse(
-    of_slicing: dict[str, Any], standard: bool, postprocess_type: str, metric: str, batch_size: int | None
+    of_slicing: dict[str, Any], standard: bool, postprocess_type: str | None, metric: str, batch_size: int | None
 ) -> None:
     for name in of_slicing:
         why = _OF_SLICING.get(name)
@@ -166,10 +167,10 @@ def _refuse(
     if not standard:
         msg = "perform_standard_pred must be True: the whole image is always detected too, it finds the large objects"
         raise UserError(msg)
-    if postprocess_type.upper() not in _SUPPRESSION:
+    if postprocess_type is not None and postprocess_type.upper() not in _SUPPRESSION:
         msg = (
-            f"postprocess_type must be {', '.join(_SUPPRESSION)}, got {postprocess_type!r}: boxes are not averaged; "
-            "fragments at a window's edge, which merging is for, are dropped there"
+            f"postprocess_type must be {', '.join(_SUPPRESSION)}, got {postprocess_type!r}: fragments at a window's "
+            "edge, which merging is for, are dropped there"
         )
         raise UserError(msg)
     if batch_size is not None and batch_size < 1:
@@ -208,7 +209,7 @@ def _policy(
     policy: str | Policy | None,
     detector: CheckedDetector,
     predict_scale: AnyScalePredictor | None,
-    postprocess_type: str,
+    postprocess_type: str | None,
     iou_threshold: float | None,
     smallest_object: float | None,
 ) -> Policy:
@@ -221,6 +222,9 @@ def _policy(
             else "scalenet"
         )
     if isinstance(policy, Policy):
+        if not (postprocess_type is None and iou_threshold is None):
+            msg = "postprocess_type and postprocess_match_threshold are for policies by name: set policy.merging"
+            raise UserError(msg)
         return ready_policy(policy, smallest_object)
     named = parse_policy(
         policy,
@@ -233,6 +237,8 @@ def _policy(
     if named.reads_truth:
         msg = f"policy {named.name} reads the ground truth, which one image has not: give another one"
         raise UserError(msg)
+    if postprocess_type is None:
+        return named
     return replace(named, merging=replace(named.merging, method=_SUPPRESSION[postprocess_type.upper()]))
 
 

@@ -307,16 +307,21 @@ def _consensus(
     votes = np.unique(suppressor * len(views) + tile_of, return_index=True)[1]
     object_of, tile_of, scores = suppressor[votes], tile_of[votes], found.scores[votes].astype(np.float64)
     zooms = np.array([0.0 if view is None else max(view.zoom_xy) for view in views])
-    clear = np.clip(sides[object_of] * zooms[tile_of] / _CLEAR_SIDE, 1e-6, 1.0)
+    clear = _clearness(sides[object_of] * zooms[tile_of])
     weights, voters = np.zeros(len(best)), np.zeros(len(best), np.int64)
+    by_tile = np.argsort(tile_of, kind="stable")
+    ends = np.searchsorted(tile_of[by_tile], np.arange(len(views) + 1))
+    by_left = np.argsort(best.boxes[:, 0], kind="stable")
+    lefts = best.boxes[by_left, 0]
     for i, view in enumerate(views):
-        if view is None:
-            continue
-        shows = ~_touches_edge(boxes_to_tile(best.boxes, view), view, merging.edge_margin)
-        shows &= _matches_size(areas, view, merging)
-        shows[object_of[tile_of == i]] = True
-        weights += shows * np.clip(sides * zooms[i] / _CLEAR_SIDE, 1e-6, 1.0)
-        voters += shows
+        shown = object_of[by_tile[ends[i] : ends[i + 1]]]
+        if view is not None:
+            # Only a box whose left side lies in the window can be whole in it.
+            near = by_left[slice(*np.searchsorted(lefts, (view.window.x0, view.window.x1)))]
+            whole = ~_touches_edge(boxes_to_tile(best.boxes[near], view), view, merging.edge_margin)
+            shown = np.union1d(shown, near[whole & _matches_size(areas[near], view, merging)])
+        weights[shown] += _clearness(sides[shown] * zooms[i])
+        voters[shown] += 1
 
     def summed(values: np.ndarray) -> np.ndarray:
         """Sum over the votes for each object."""
@@ -331,6 +336,11 @@ def _consensus(
         boxes=np.clip(boxes, *corners).astype(np.float32),
         scores=np.where(voters > 1, ((best.scores + means) / 2) ** _CALIBRATION, best.scores).astype(np.float32),
     )
+
+
+def _clearness(sides: np.ndarray) -> np.ndarray:
+    """How well a tile resolves objects of so many tile pixels: above 0, at most 1."""
+    return np.clip(sides / _CLEAR_SIDE, 1e-6, 1.0)
 
 
 @timed("merge")
