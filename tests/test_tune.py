@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
 from s3fs import S3FileSystem
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
@@ -33,7 +35,7 @@ from scalenet_ray.engine.prediction_cache import CacheActor
 from scalenet_ray.engine.starts import STARTS, evaluate_starts, read_starts, start_ceilings
 from scalenet_ray.engine.study import StudyFile
 from scalenet_ray.engine.trial import RecursionTrial, TrialSettings
-from scalenet_ray.engine.tune import ResumableAsha, Sweep, best_policies
+from scalenet_ray.engine.tune import PruningOptuna, ResumableAsha, Sweep, best_policies
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.sample.scenes import write_sample
@@ -245,6 +247,22 @@ def test_what_reads_the_ground_truth_is_never_the_best(data: Path) -> None:
 def test_a_sweep_whose_trials_all_failed_says_why(data: Path) -> None:
     with pytest.raises(ValueError, match="no trial of 1 saw all images to its end: the reason"):
         best_policies([row(2.0, 10.0, complete=False, error="the reason")], task_on(data))
+
+
+def test_the_searcher_learns_no_score_of_a_trial_that_was_stopped() -> None:
+    space = {"window": FloatDistribution(0.0, 1.0)}
+    searcher = PruningOptuna(steps=2, space=space, metric="score", mode="max", seed=0)
+    for trial, scores in {"stopped": [99.0], "whole": [20.0, 21.0]}.items():
+        searcher.suggest(trial)
+        results = [{"training_iteration": step, "score": score} for step, score in enumerate(scores, start=1)]
+        for result in results:
+            searcher.on_trial_result(trial, result)
+        searcher.on_trial_complete(trial, results[-1])
+    searcher.suggest("failed")
+    searcher.on_trial_complete("failed", error=True)
+    stopped, whole, failed = searcher._ot_study.trials
+    assert [stopped.state, whole.state, failed.state] == [TrialState.PRUNED, TrialState.COMPLETE, TrialState.FAIL]
+    assert searcher._ot_study.best_value == whole.value == 21.0
 
 
 def test_after_a_resume_trials_are_stopped_as_they_would_have_been() -> None:

@@ -29,6 +29,7 @@ from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.runs.documents import TrialRow
 
 __all__ = [
+    "PruningOptuna",
     "ResumableAsha",
     "Sweep",
     "best_policies",
@@ -259,7 +260,7 @@ def _tune_config(space: SearchSpace, task: TrialSettings, sweep: Sweep) -> tune.
     front_objective: dict[str, Any] = {"metric": ["AP_small", "passes"], "mode": ["max", "min"]}
     if sweep.searcher == "optuna":
         goals = {} if single else front_objective
-        searcher: Any = OptunaSearch(points_to_evaluate=points, seed=sweep.seed, **goals)
+        searcher: Any = PruningOptuna(steps=steps, points_to_evaluate=points, seed=sweep.seed, **goals)
     else:
         first = [] if sweep.searcher == "grid" else points
         searcher = BasicVariantGenerator(first, max_concurrent=sweep.at_once, random_state=sweep.seed)
@@ -273,6 +274,24 @@ def _tune_config(space: SearchSpace, task: TrialSettings, sweep: Sweep) -> tune.
         reuse_actors=True,
         trial_dirname_creator=_trial_id,
     )
+
+
+class PruningOptuna(OptunaSearch):
+    """Optuna, told that trials which were stopped early are pruned: their AP is of fewer images.
+
+    Args:
+        steps: number of steps of a trial that was not stopped.
+        **settings: those of `OptunaSearch`.
+    """
+
+    def __init__(self, *, steps: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._steps = steps
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Pass the result of a whole trial on to the study, and none of another."""
+        whole = result is not None and result["training_iteration"] == self._steps
+        super().on_trial_complete(trial_id, result if whole else None, error)
 
 
 class ResumableAsha(ASHAScheduler):
