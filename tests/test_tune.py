@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from optuna.distributions import FloatDistribution
@@ -25,23 +22,18 @@ from s3fs import S3FileSystem
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice
-from scalenet_ray.data.coco import images_and_categories
 from scalenet_ray.data.policy_files import read_policies, read_space
-from scalenet_ray.engine.prediction_cache import CacheActor
-from scalenet_ray.engine.starts import STARTS, evaluate_starts, read_starts, start_ceilings
+from scalenet_ray.engine.starts import STARTS
 from scalenet_ray.engine.study import StudyFile
-from scalenet_ray.engine.trial import RecursionTrial, TrialSettings
+from scalenet_ray.engine.trial import TrialSettings
 from scalenet_ray.engine.tune import PruningOptuna, ResumableAsha, Sweep, best_policies
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
-from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import REPOSITORY, load_job
 from tests.ray_fixture import own_ray_environment
-from tests.scripted_detector import SCRIPTED, answering
 from tests.test_datasets import sample_as_yolo
 
 NETWORKS = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
@@ -88,12 +80,6 @@ def task_on(data: Path, policy: str = "first-pass", **changes: Any) -> TrialSett
     return replace(task, **changes)
 
 
-def trial_on(task: TrialSettings, config: dict[str, Any], cache_actor: Any = None) -> Any:
-    trial = RecursionTrial.__new__(RecursionTrial)
-    trial.setup(config, task=task, cache_actor=cache_actor)
-    return trial
-
-
 def hparams_of(folder: Path) -> dict[str, Any]:
     """The values of a trial in its events: records of a length (8 bytes), its check sum (4), data, and theirs (4)."""
     (path,) = folder.glob("events.out.tfevents.*")
@@ -106,97 +92,6 @@ def hparams_of(folder: Path) -> dict[str, Any]:
                 found |= {name: getattr(one, one.WhichOneof("kind")) for name, one in started.hparams.items()}
         at += 16 + size
     return found
-
-
-# --- one trial --------------------------------------------------------------------------------------
-
-
-@pytest.mark.ray
-def test_a_trial_adds_images_step_by_step_and_begins_anew_on_another(ray_session: None, data: Path) -> None:
-    cache_actor: Any = CacheActor.remote()
-    trial = trial_on(task_on(data), {"policy": "first-pass", "recursion.window": 0.4}, cache_actor)
-    first, last = trial.step(), trial.step()
-    assert (first["images"], last["images"]) == (4, 8)
-    assert last["images_failed"] == 0
-    assert first["misses"] > 4
-    assert last["score"] == last["AP_small"]
-    assert trial.reset_config({"policy": "first-pass", "recursion.window": 0.4})
-    again = [trial.step(), trial.step()]
-    assert [row["misses"] for row in again] == [0, 0]
-    assert [row["AP_small"] for row in again] == [first["AP_small"], last["AP_small"]]
-    assert [row["passes"] for row in again] == [first["passes"], last["passes"]]
-
-
-def test_what_exceeds_the_ceiling_of_its_images_scores_below_all_that_does_not(data: Path) -> None:
-    trial = trial_on(task_on(data, ceilings=(9.0, 1.5)), {"policy": "first-pass", "recursion.max_windows": 6})
-    first, last = trial.step(), trial.step()
-    assert first["score"] == first["AP_small"]
-    assert last["passes"] > 1.5
-    assert last["score"] == pytest.approx(1.5 - last["passes"])
-
-
-def test_an_image_that_cannot_be_read_costs_itself_alone(data: Path, tmp_path: Path) -> None:
-    images = images_and_categories(data / "annotations" / "instances_train2017.json").images
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for record in images[1:]:
-        (folder / record.file_name).write_bytes((data / "train2017" / record.file_name).read_bytes())
-    trial = trial_on(task_on(data, folder=str(folder)), {"policy": "first-pass"})
-    assert [trial.step()["images_failed"], trial.step()["images_failed"]] == [1, 1]
-
-
-def test_a_trial_whose_detector_raises_on_every_image_ends_with_its_text(data: Path) -> None:
-    def broken(tiles: Sequence[np.ndarray]) -> list[Any]:
-        msg = "no kernel"
-        raise RuntimeError(msg)
-
-    task = task_on(data, networks=NetworkSpec(detector=SCRIPTED))
-    with answering(broken, categories=NETWORKS.describe_detector().categories):
-        trial = trial_on(task, {"policy": "first-pass"})
-        trial.step()
-        with pytest.raises(
-            UserError, match="the detector raised RuntimeError: no kernel: so on each of the first 8 images"
-        ):
-            trial.step()
-
-
-# --- the starts -------------------------------------------------------------------------------------
-
-
-@pytest.mark.ray
-def test_the_trials_find_what_the_starts_have_computed_and_may_take_as_much(ray_session: None, data: Path) -> None:
-    cache_actor: Any = CacheActor.remote()
-    first_pass = task_on(data).policies["first-pass"]
-    # It takes fewer passes.
-    cheaper = replace(first_pass, name="cheaper", kind="whole")
-    task = task_on(data, policies={"cheaper": cheaper, "first-pass": first_pass}, ceilings=None)
-    starts = evaluate_starts(task, cache_actor, at_once=1)
-    assert [step["passes"] for step in starts["cheaper"]] == [1.0, 1.0]
-    trial = trial_on(
-        replace(task, ceilings=tuple(start_ceilings(starts))), {"policy": "first-pass"}, cache_actor=cache_actor
-    )
-    for began in starts["first-pass"]:
-        step = trial.step()
-        assert step["misses"] == 0
-        assert (step["images"], step["passes"], step["score"]) == (began["images"], began["passes"], began["AP_small"])
-
-
-def test_the_ceiling_of_each_subset_is_what_the_dearest_start_takes_there() -> None:
-    starts: Any = {"one": [{"passes": 1.2345}, {"passes": 2.31}], "other": [{"passes": 1.5}, {"passes": 2.0}]}
-    assert start_ceilings(starts) == [1.5, 2.31]
-    assert start_ceilings({"one": starts["one"]}) == [1.24, 2.31]
-
-
-def test_a_sweep_reads_its_starts_back(tmp_path: Path) -> None:
-    assert read_starts(str(tmp_path)) is None
-    written = {"ceilings": [1.24, 2.31], "policies": {"one": [{"AP_small": math.nan}, {"AP_small": 9.5}]}}
-    RunFolder(str(tmp_path)).write_json(STARTS, written)
-    read: Any = read_starts(str(tmp_path))
-    assert read["ceilings"] == [1.24, 2.31]
-    assert [step["AP_small"] for step in read["policies"]["one"]] == [pytest.approx(math.nan, nan_ok=True), 9.5]
-    (tmp_path / STARTS).write_text("{")
-    with pytest.raises(UserError, match=r"must be what the sweep wrote, got .*: remove it"):
-        read_starts(str(tmp_path))
 
 
 # --- what is chosen ---------------------------------------------------------------------------------
