@@ -17,9 +17,8 @@ import tyro
 
 from bench.workloads import photographs, ratio
 from scalenet_ray.data.policy_files import read_space
-from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.trial import TrialSettings
-from scalenet_ray.engine.tune import Sweep, run_sweep
+from scalenet_ray.engine.tune import Sweep, open_cache, run_sweep
 from scalenet_ray.models.spec import NetworkSpec
 
 _SPACE = Path(__file__).parents[1] / "scalenet_ray" / "commands" / "tune_recursion.yaml"
@@ -49,14 +48,13 @@ def main(job: SweepCost) -> None:
     task = TrialSettings(
         policies, networks, str(workload.annotations), str(workload.folder), (job.images,), None, 10**8
     )
-    join_ray()
     rates: dict[str, list[float]] = defaultdict(list)
     for _ in range(job.rounds):
         for name, (keep, at_once) in _WAYS.items():
             sweep = Sweep("random", job.trials, at_once, keep=keep)
             with TemporaryDirectory() as folder:
                 start = time.perf_counter()
-                run_sweep(space, task, sweep, folder, lambda _: None, resume=False)
+                run_sweep(space, task, sweep, folder, lambda _: None, cache_actor=open_cache(sweep), resume=False)
                 rates[name].append(60 * job.trials / (time.perf_counter() - start))
             print(f"{name}: {rates[name][-1]:.1f} trials a minute", flush=True)
     ray.shutdown()

@@ -111,6 +111,7 @@ def test_what_may_be_none_still_takes_its_values():
     job: Any = parse_arguments(load_job("tune_recursion").TuneRecursion, words.split())
     assert (job.ceiling, job.limit, job.networks.iou_threshold, job.output) == (3.0, 5, 0.5, "runs/x")
     assert job.resources.scale_actors == (1, 2)
+    assert parse_arguments(load_job("tune_recursion").TuneRecursion, ["--ceiling", "start"]).ceiling == "start"
 
 
 def test_a_tuple_that_may_be_none_takes_many_words_or_none():

@@ -12,6 +12,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scalenet_ray.commands.detect import DetectImages
+from scalenet_ray.commands.tune import SPACE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy, Recursion, parse_policy
 from scalenet_ray.core.policy_form import changed_policy
@@ -29,7 +31,6 @@ from scalenet_ray.data.policy_files import (
 from scalenet_ray.evaluation.compare import pareto_front
 
 POLICY = parse_policy("first-pass", input_side=416, iou_threshold=0.65)
-SHIPPED_SPACE = Path(__file__).parents[1] / "scalenet_ray" / "commands" / "tune_recursion.yaml"
 
 
 def written(folder: Path, content: Any) -> Path:
@@ -263,8 +264,16 @@ def test_values_that_no_policy_may_have_are_refused_before_the_trials(path: str,
         check_values(SearchSpace((POLICY.name,), {path: field}), [POLICY])
 
 
-def test_the_shipped_space_and_values_that_go_together_pass() -> None:
-    check_values(read_space(SHIPPED_SPACE), [POLICY])
+@pytest.mark.parametrize("iou_threshold", [0.5, 0.6, 0.65, 0.7])
+def test_the_shipped_space_holds_the_default_policy_whatever_the_detector(iou_threshold: float) -> None:
+    space = read_space(SPACE)
+    assert space.policies == (DetectImages.policy,)
+    policy = parse_policy(DetectImages.policy, input_side=640, iou_threshold=iou_threshold)
+    check_values(space, [policy])
+    assert start_values(policy, space) is not None
+
+
+def test_values_that_go_together_pass() -> None:
     check_values(SearchSpace((POLICY.name,), {"recursion.scale_range.low": Range(0.5, 1.2)}), [POLICY])
 
 

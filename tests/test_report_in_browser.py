@@ -175,7 +175,7 @@ def test_a_wide_table_of_policies_is_cut_by_no_edge_but_its_own(visit: Any, widt
 
 
 def test_the_trials_of_the_default_space_fit_a_screen_of_1000_pixels(visit: Any) -> None:
-    values: dict[str, Any] = {"policy": "first-pass"}
+    values: dict[str, Any] = {"policy": "regions"}
     for path, field in read_space(SPACE).fields.items():
         values[path] = field.options[-1] if isinstance(field, Choice) else 2 if field.whole else 0.0123456
     row = {"passes": 2.34567, "AP_small": 28.5, "AP": 40.1, "complete": True, "error": None, "values": values}

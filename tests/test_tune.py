@@ -9,34 +9,31 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
 from s3fs import S3FileSystem
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
-from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice
-from scalenet_ray.data.coco import images_and_categories
-from scalenet_ray.data.policy_files import read_policies, read_space, start_values
-from scalenet_ray.engine.prediction_cache import CacheActor
+from scalenet_ray.data.policy_files import read_policies, read_space
+from scalenet_ray.engine.starts import STARTS
 from scalenet_ray.engine.study import StudyFile
-from scalenet_ray.engine.trial import RecursionTrial, TrialSettings
-from scalenet_ray.engine.tune import ResumableAsha, Sweep, best_policies, start_trials
+from scalenet_ray.engine.trial import TrialSettings
+from scalenet_ray.engine.tune import PruningOptuna, ResumableAsha, Sweep, best_policies
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import REPOSITORY, load_job
 from tests.ray_fixture import own_ray_environment
-from tests.scripted_detector import SCRIPTED, answering
 from tests.test_datasets import sample_as_yolo
 
 NETWORKS = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
@@ -79,14 +76,8 @@ def task_on(data: Path, policy: str = "first-pass", **changes: Any) -> TrialSett
     info = NETWORKS.describe_detector()
     start = parse_policy(policy, input_side=info.input_side, iou_threshold=info.iou_threshold)
     annotations = str(data / "annotations" / "instances_train2017.json")
-    task = TrialSettings({policy: start}, NETWORKS, annotations, str(data / "train2017"), (4, 8), 4.0, 10**8)
+    task = TrialSettings({policy: start}, NETWORKS, annotations, str(data / "train2017"), (4, 8), (4.0, 4.0), 10**8)
     return replace(task, **changes)
-
-
-def trial_on(task: TrialSettings, config: dict[str, Any], cache_actor: Any = None) -> Any:
-    trial = RecursionTrial.__new__(RecursionTrial)
-    trial.setup(config, task=task, cache_actor=cache_actor)
-    return trial
 
 
 def hparams_of(folder: Path) -> dict[str, Any]:
@@ -103,57 +94,7 @@ def hparams_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-# --- one trial --------------------------------------------------------------------------------------
-
-
-@pytest.mark.ray
-def test_a_trial_adds_images_step_by_step_and_begins_anew_on_another(ray_session: None, data: Path) -> None:
-    cache_actor: Any = CacheActor.remote()
-    trial = trial_on(task_on(data), {"policy": "first-pass", "recursion.window": 0.4}, cache_actor)
-    first, last = trial.step(), trial.step()
-    assert (first["images"], last["images"]) == (4, 8)
-    assert last["images_failed"] == 0
-    assert first["misses"] > 4
-    assert last["score"] == last["AP_small"]
-    assert trial.reset_config({"policy": "first-pass", "recursion.window": 0.4})
-    again = [trial.step(), trial.step()]
-    assert [row["misses"] for row in again] == [0, 0]
-    assert [row["AP_small"] for row in again] == [first["AP_small"], last["AP_small"]]
-    assert [row["passes"] for row in again] == [first["passes"], last["passes"]]
-
-
-def test_what_exceeds_the_ceiling_scores_below_all_that_does_not(data: Path) -> None:
-    result = trial_on(task_on(data, ceiling=1.5), {"policy": "first-pass", "recursion.max_windows": 6}).step()
-    assert result["passes"] > 1.5
-    assert result["score"] == pytest.approx(1.5 - result["passes"])
-
-
-def test_an_image_that_cannot_be_read_costs_itself_alone(data: Path, tmp_path: Path) -> None:
-    images = images_and_categories(data / "annotations" / "instances_train2017.json").images
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for record in images[1:]:
-        (folder / record.file_name).write_bytes((data / "train2017" / record.file_name).read_bytes())
-    trial = trial_on(task_on(data, folder=str(folder)), {"policy": "first-pass"})
-    assert [trial.step()["images_failed"], trial.step()["images_failed"]] == [1, 1]
-
-
 # --- what is chosen ---------------------------------------------------------------------------------
-
-
-def test_a_trial_whose_detector_raises_on_every_image_ends_with_its_text(data: Path) -> None:
-    def broken(tiles: Sequence[np.ndarray]) -> list[Any]:
-        msg = "no kernel"
-        raise RuntimeError(msg)
-
-    task = task_on(data, networks=NetworkSpec(detector=SCRIPTED))
-    with answering(broken, categories=NETWORKS.describe_detector().categories):
-        trial = trial_on(task, {"policy": "first-pass"})
-        trial.step()
-        with pytest.raises(
-            UserError, match="the detector raised RuntimeError: no kernel: so on each of the first 8 images"
-        ):
-            trial.step()
 
 
 def row(passes: float, ap_small: float, **changes: Any) -> dict[str, Any]:
@@ -173,7 +114,7 @@ def test_the_best_is_chosen_under_the_ceiling_or_the_whole_front(data: Path) -> 
     rows = [row(1.0, 10.0), row(3.0, 20.0), row(3.5, 19.0), row(5.0, 30.0), row(2.0, 90.0, complete=False)]
     (best,) = best_policies(rows, task_on(data))
     assert (best.name, best.recursion.window) == ("tuned", 0.3)
-    chosen = best_policies(rows, task_on(data, ceiling=None))
+    chosen = best_policies(rows, task_on(data, ceilings=None))
     assert [(policy.name, policy.recursion.window) for policy in chosen] == [
         ("front-1", 0.1),
         ("front-2", 0.3),
@@ -184,40 +125,39 @@ def test_the_best_is_chosen_under_the_ceiling_or_the_whole_front(data: Path) -> 
 def test_a_ceiling_that_no_trial_stays_under_is_said(data: Path) -> None:
     message = "no trial of 2 stays at 1.5 passes an image or under, the cheapest takes 2.00: raise the ceiling"
     with pytest.raises(ValueError, match=message):
-        best_policies([row(2.0, 10.0), row(3.0, 20.0)], task_on(data, ceiling=1.5))
+        best_policies([row(2.0, 10.0), row(3.0, 20.0)], task_on(data, ceilings=(1.5, 1.5)))
 
 
 def test_what_reads_the_ground_truth_is_never_the_best(data: Path) -> None:
     policies = dict(task_on(data).policies)
     task = task_on(data, policies={**policies, "mine": replace(policies["first-pass"], name="mine", kind="oracle")})
     knowing = row(3.0, 90.0, values={"policy": "mine"})
-    for ceiling in (4.0, None):
-        (best,) = best_policies([knowing, row(3.0, 20.0)], replace(task, ceiling=ceiling))
+    for ceilings in ((4.0, 4.0), None):
+        (best,) = best_policies([knowing, row(3.0, 20.0)], replace(task, ceilings=ceilings))
         assert best.kind == "first-pass"
     with pytest.raises(ValueError, match="read the ground truth: let the sweep start from a policy that reads none"):
         best_policies([knowing], task)
 
 
-def test_the_start_is_the_trial_with_its_own_values(data: Path, tmp_path: Path) -> None:
-    task, space = task_on(data, "scalenet"), read_space(space_file(tmp_path))
-    start = start_values(task.policies["scalenet"], space)
-    assert start is not None
-    # As a searcher may hand it back, through a logarithm.
-    wanted = {"policy": "scalenet", **start, "recursion.window": np.nextafter(start["recursion.window"], 1.0).item()}
-    other = row(1.0, 9.0, values={**wanted, "recursion.window": 0.55})
-    own = row(2.0, 10.0, values=wanted)
-    assert start_trials([other, own], task, space) == {"scalenet": own}
-    assert start_trials([other, own | {"complete": False}], task, space) == {"scalenet": None}
-
-
-def test_a_start_outside_the_space_has_no_trial(data: Path, tmp_path: Path) -> None:
-    # It may have six windows, and the space ends at four.
-    assert start_trials([row(2.0, 10.0)], task_on(data), read_space(space_file(tmp_path))) == {"first-pass": None}
-
-
 def test_a_sweep_whose_trials_all_failed_says_why(data: Path) -> None:
     with pytest.raises(ValueError, match="no trial of 1 saw all images to its end: the reason"):
         best_policies([row(2.0, 10.0, complete=False, error="the reason")], task_on(data))
+
+
+def test_the_searcher_learns_no_score_of_a_trial_that_was_stopped() -> None:
+    space = {"window": FloatDistribution(0.0, 1.0)}
+    searcher = PruningOptuna(steps=2, space=space, metric="score", mode="max", seed=0)
+    for trial, scores in {"stopped": [99.0], "whole": [20.0, 21.0]}.items():
+        searcher.suggest(trial)
+        results = [{"training_iteration": step, "score": score} for step, score in enumerate(scores, start=1)]
+        for result in results:
+            searcher.on_trial_result(trial, result)
+        searcher.on_trial_complete(trial, results[-1])
+    searcher.suggest("failed")
+    searcher.on_trial_complete("failed", error=True)
+    stopped, whole, failed = searcher._ot_study.trials
+    assert [stopped.state, whole.state, failed.state] == [TrialState.PRUNED, TrialState.COMPLETE, TrialState.FAIL]
+    assert searcher._ot_study.best_value == whole.value == 21.0
 
 
 def test_after_a_resume_trials_are_stopped_as_they_would_have_been() -> None:
@@ -263,10 +203,11 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
 ) -> None:
     module = load_job("tune_recursion")
     (tmp_path / "whole").mkdir()
-    job = job_on(data, tmp_path / "whole")
+    job = job_on(data, tmp_path / "whole", ceiling="start")
     assert module.main(job) == 0
     output = capsys.readouterr().out
     assert "trial 6 of 6: AP_small" in output
+    assert re.search(r"ceiling: [\d.]+ detector passes an image, what (first-pass|scalenet) takes on train2017", output)
     assert "difference to first-pass" in output
     assert re.search("nothing beat the start on train2017|which the sweep started from", output)
     assert re.search("(no sure gain|a gain|a loss) on val2017: tuned has AP_small", output)
@@ -275,6 +216,10 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
     trials = json.loads((run / "trials.json").read_text())
     assert len(trials) == 6
     assert sum(trial["hits"] for trial in trials) > 0
+    starts = json.loads((run / "starts.json").read_text())
+    assert list(starts["policies"]) == ["first-pass", "scalenet"]
+    assert [len(steps) for steps in (starts["ceilings"], *starts["policies"].values())] == [3, 3, 3]
+    assert f"The ceiling is {starts['ceilings'][-1]:g} detector passes an image." in (run / "report.html").read_text()
     (best,) = read_policies(run / "best.yaml")
     assert best.name == "tuned"
     reported = json.loads((run / "report" / "metrics.json").read_text())
@@ -294,9 +239,9 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
     import ray
 
     (tmp_path / "killed").mkdir()
-    killed = job_on(data, tmp_path / "killed")
+    killed = job_on(data, tmp_path / "killed", ceiling="start")
     command = [sys.executable, "jobs/tune_recursion.py", "--data", str(data), "--space", killed.space]
-    command += ["--ceiling", "4", "--output", killed.output, "--detector", SAMPLE_DETECTOR]
+    command += ["--output", killed.output, "--detector", SAMPLE_DETECTOR]
     command += ["--scale-net", SAMPLE_SCALE_NET, "--trials", "6", "--at-once", "1"]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -304,6 +249,8 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_same_best(
         assert any(line.startswith("trial 3 of 6") for line in process.stdout)
         process.send_signal(signal.SIGKILL)
     assert not Path(killed.output, "best.yaml").exists()
+    # It keeps the ceilings that it began with, whatever its starts would take now.
+    assert json.loads(Path(killed.output, STARTS).read_text()) == starts
     assert module.main(replace(killed, resume=True)) == 0
     assert len(json.loads(Path(killed.output, "trials.json").read_text())) == 6
     assert read_policies(Path(killed.output, "best.yaml")) == [best]
@@ -330,7 +277,12 @@ def test_trials_that_fail_are_named_and_the_sweep_goes_on(
     assert {trial["trial"] for trial in trials} == {path.name for path in (tmp_path / "run" / "tune").glob("*/")}
     reported = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
     assert reported["renamed_categories"] == {"asterisk": "star"}
+    # The start has more windows than the space, and is evaluated all the same.
+    starts = json.loads((tmp_path / "run" / STARTS).read_text())
+    assert starts["ceilings"] is None
     output = capsys.readouterr().out
+    assert "no ceiling: the sweep searches the front of AP_small and passes" in output
+    assert f"first-pass: AP_small {starts['policies']['first-pass'][-1]['AP_small']:.1f} at" in output
     assert output.count("failed, the sweep goes on") == 2
     # Nothing of Tune's own: it prints folders that Ray takes away.
     assert not re.search("To visualize|View detailed|Error file", output)

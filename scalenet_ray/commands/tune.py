@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
@@ -18,12 +18,14 @@ from scalenet_ray.core.policy_form import check_names, policy_to_dict
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.data.policy_files import SearchSpace, check_values, read_space
+from scalenet_ray.engine.starts import STARTS, evaluate_starts, read_starts, start_ceilings
 from scalenet_ray.engine.trial import TrialSettings
-from scalenet_ray.engine.tune import Sweep, best_policies, best_trials, run_sweep, start_trials
+from scalenet_ray.engine.tune import Sweep, best_policies, best_trials, check_searcher, open_cache, run_sweep
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.report.charts import front_plot
 from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
 from scalenet_ray.report.text import difference_table, policy_table, trial_table
+from scalenet_ray.runs.documents import Starts
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import Session
 from scalenet_ray.runs.resources import ResourceChoice
@@ -59,7 +61,8 @@ class TuneRecursion(AnnotatedData):
         split: the split to tune on.
         report_split: the split to report on.
         space: YAML of the search space: policies, and the fields to vary.
-        ceiling: maximise AP_small at no more detector passes an image than this; none: the Pareto front of both.
+        ceiling: maximise AP_small at no more detector passes an image than this. start: than the policies of the space
+            take as they are, the dearest of them; none: the Pareto front of both.
         limit: tune on the first so many images only.
         subsets: growing shares of the images; after each, trials that do badly are stopped.
         output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/tune_recursion.
@@ -71,7 +74,7 @@ class TuneRecursion(AnnotatedData):
     split: str = "train2017"
     report_split: str = "val2017"
     space: str = str(SPACE)
-    ceiling: float | None = 2.5
+    ceiling: float | Literal["start"] | None = "start"
     limit: Annotated[int, ONE_OR_MORE] | None = None
     subsets: tuple[float, ...] = (0.25, 0.5, 1.0)
     output: str | None = None
@@ -105,19 +108,45 @@ def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> Trial
         wanted = f"at most {_MOST_STEPS} growing shares of the images that end at 1, e.g. 0.25 0.5 1"
         msg = f"--subsets must be {wanted}, got {list(shares)}"
         raise UserError(msg)
-    if job.ceiling is not None and job.ceiling < 1:
+    if isinstance(job.ceiling, float | int) and job.ceiling < 1:
         msg = f"--ceiling must be 1 pass an image, which the whole image takes, or more, got {job.ceiling}"
         raise UserError(msg)
     sizes = sorted({max(1, round(share * len(split.images))) for share in shares})
+    ceilings = (float(job.ceiling),) * len(sizes) if isinstance(job.ceiling, float | int) else None
     return TrialSettings(
         {policy.name: policy for policy in policies},
         job.networks,
         split.annotations,
         split.folder,
         tuple(sizes),
-        job.ceiling,
+        ceilings,
         split.max_pixels,
     )
+
+
+def _evaluated_starts(job: TuneRecursion, run: RunFolder, task: TrialSettings, cache_actor: Any) -> Starts:
+    """The starting policies on all images, and the ceilings; a resumed sweep keeps those that it began with."""
+    starts = read_starts(run.uri) if job.resume else None
+    if starts is None:
+        say("evaluating the policies that the sweep starts from")
+        policies = evaluate_starts(task, cache_actor, job.sweep.at_once)
+        given = None if task.ceilings is None else list(task.ceilings)
+        ceilings = start_ceilings(policies) if job.ceiling == "start" else given
+        starts = Starts(ceilings=ceilings, policies=policies)
+        run.write_json(STARTS, starts)
+    for name, steps in starts["policies"].items():
+        last = steps[-1]
+        say(f"{name}: AP_small {last['AP_small']:.1f} at {last['passes']:.2f} passes on {last['images']} images")
+    if starts["ceilings"] is None:
+        say("no ceiling: the sweep searches the front of AP_small and passes")
+    else:
+        source = f"what {_dearest(starts)} takes on {job.split}" if job.ceiling == "start" else "from --ceiling"
+        say(f"ceiling: {starts['ceilings'][-1]:g} detector passes an image, {source}")
+    return starts
+
+
+def _dearest(starts: Starts) -> str:
+    return max(starts["policies"], key=lambda name: starts["policies"][name][-1]["passes"])
 
 
 def _open_splits(job: TuneRecursion, session: Session) -> list[CocoSplit]:
@@ -143,10 +172,11 @@ def _open_splits(job: TuneRecursion, session: Session) -> list[CocoSplit]:
 def main(job: TuneRecursion) -> int:
     """Tune, then evaluate the best policies on the other split. Returns the exit status.
 
-    Writes trials.json, front.svg, report.html, best.yaml, tune/ for TensorBoard, study.log for optuna-dashboard, and
-    report/.
+    Writes starts.json, trials.json, front.svg, report.html, best.yaml, tune/ for TensorBoard, study.log for
+    optuna-dashboard, and report/.
     """
     space = read_space(job.space)
+    check_searcher(space, job.sweep)
     if job.is_sample:
         data, networks = sample_inputs(job.networks)
         job = replace(job, data=data, networks=networks)
@@ -162,13 +192,16 @@ def main(job: TuneRecursion) -> int:
         tuned_on = with_ground_truth(session, run, tuned_on)
         task = replace(task, annotations=tuned_on.annotations)
         check_split(session, run, tuned_on)
+        cache_actor = open_cache(job.sweep)
+        starts = _evaluated_starts(job, run, task, cache_actor)
+        task = replace(task, ceilings=None if starts["ceilings"] is None else tuple(starts["ceilings"]))
         run.standing = "the trials that ended are kept"
-        rows = run_sweep(space, task, job.sweep, run.uri, say, resume=job.resume)
+        rows = run_sweep(space, task, job.sweep, run.uri, say, cache_actor=cache_actor, resume=job.resume)
         run.write_json("trials.json", rows)
-        run.write_text("front.svg", front_plot(rows, job.ceiling))
-        run.write_text("report.html", render_sweep(rows, job.ceiling))
+        run.write_text("front.svg", front_plot(rows, task.ceiling))
+        run.write_text("report.html", render_sweep(rows, task.ceiling))
         say(trial_table(rows))
-        best, starts, found = best_policies(rows, task), start_trials(rows, task, space), best_trials(rows, task)
+        best, found = best_policies(rows, task), best_trials(rows, task)
         run.write_text("best.yaml", yaml.safe_dump([policy_to_dict(policy) for policy in best], sort_keys=False))
 
     report = RunFolder(storage.join(run.uri, "report"), run.uri)
@@ -186,9 +219,10 @@ def main(job: TuneRecursion) -> int:
     say(f"tuned on {job.split}, {len(tuned_on.images)} images; on {job.report_split}:")
     say(policy_table(document))
     say(difference_table(document))
-    names, compared = (job.split, job.report_split), contenders_of(starts, found, document)
-    run.write_text("report.html", render_sweep(rows, job.ceiling, compared, names, run.config()))
-    for line in sweep_verdict(compared, job.ceiling, names):
+    began = {name: steps[-1] for name, steps in starts["policies"].items()}
+    names, compared = (job.split, job.report_split), contenders_of(began, found, document)
+    run.write_text("report.html", render_sweep(rows, task.ceiling, compared, names, run.config()))
+    for line in sweep_verdict(compared, task.ceiling, names):
         say(line)
     say(f"the best policy: {storage.join(run.uri, 'best.yaml')}, for --policy-file")
     return end_run(document, report.uri, job.max_failures)

@@ -103,13 +103,12 @@ def read_space(uri: str | Path) -> SearchSpace:
 
     ```yaml
     version: 1
-    policies: [first-pass]
+    policies: [regions]
     search:
-      recursion.window: {from: 0.3, to: 0.6}
-      recursion.price: {from: 0.02, to: 1.0, log: true}
-      recursion.max_windows: {from: 1, to: 8}
+      regions.target: {of: [32, 48, 64]}
+      regions.price: {from: 0.1, to: 10.0, log: true}
+      regions.max_depth: {from: 1, to: 2}
       merging.method: {of: [nms, soft-nms-linear]}
-      recursion.scale_range.high: {from: 1.0, to: 1.3}
     ```
 
     Raises:
@@ -128,10 +127,10 @@ def read_space(uri: str | Path) -> SearchSpace:
         raise UserError(msg)
     policies, search = content.get("policies"), content.get("search")
     if not isinstance(policies, list) or not policies or not all(isinstance(name, str) for name in policies):
-        msg = f"{uri} must list the policies to start from, e.g. policies: [first-pass], got {policies!r}"
+        msg = f"{uri} must list the policies to start from, e.g. policies: [regions], got {policies!r}"
         raise UserError(msg)
     if not isinstance(search, dict) or not search:
-        wanted = "what may change, e.g. recursion.window: {from: 0.3, to: 0.6}"
+        wanted = "what may change, e.g. regions.price: {from: 0.1, to: 10}"
         msg = f"{uri} must say under search {wanted}, got {search!r}"
         raise UserError(msg)
     return SearchSpace(tuple(policies), {path: _field(str(path), value, uri) for path, value in search.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,8 +22,9 @@ from scalenet_ray.engine.prediction_cache import CachedDetector, CachedScalePred
 from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.batch import image_opener
+from scalenet_ray.runs.documents import TrialMetrics
 
-__all__ = ["RecursionTrial", "TrialSettings"]
+__all__ = ["Evaluation", "RecursionTrial", "TrialSettings"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class TrialSettings:
         annotations: address of the instances file.
         folder: folder of the images.
         subsets: number of images after each step, in ascending order; a trial that is stopped early saw fewer.
-        ceiling: maximum number of detector passes per image; None to search the whole Pareto front.
+        ceilings: maximum number of detector passes per image after each step; None to search the whole Pareto front.
         max_pixels: larger images are refused before they are decoded.
     """
 
@@ -44,41 +46,46 @@ class TrialSettings:
     annotations: str
     folder: str
     subsets: tuple[int, ...]
-    ceiling: float | None
+    ceilings: tuple[float, ...] | None
     max_pixels: int
 
+    @property
+    def ceiling(self) -> float | None:
+        """Maximum number of detector passes per image over all images; None without a limit."""
+        return None if self.ceilings is None else self.ceilings[-1]
 
-class RecursionTrial(tune.Trainable):
-    """Tune trainable that evaluates a policy; each step adds images and reports metrics over all images so far.
 
-    Metrics: "AP_small", "AP", "AP_large" in percent, "passes" per image, "images", "images_failed", "score" (AP_small,
-    or the ceiling minus the passes if these exceed it), "hits" and "misses" of the prediction cache.
+class Evaluation:
+    """Evaluation of one policy after another in one process, step by step on growing subsets of the images.
+
+    Args:
+        task: settings of the sweep.
+        cache_actor: the sweep's `CacheActor`; None to start each policy with an empty cache.
     """
 
-    # `tune.with_parameters` passes the arguments after `config`.
-    def setup(self, config: dict[str, Any], task: TrialSettings, cache_actor: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Load the data set and the networks, which the actor reuses for its next trials."""
+    def __init__(self, task: TrialSettings, cache_actor: Any) -> None:
         self._task = task
         self._cache = PredictionCache(cache_actor)
         self._dataset: CocoDataset = read_annotations(task.annotations)
         self._detector = task.networks.load_detector(self._dataset.categories, self._dataset.unused_categories)
         self._open_image = image_opener(task.folder, task.max_pixels)
-        self.reset_config(config)
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Start another trial in this actor."""
-        self.config = new_config
-        values = {path: value for path, value in new_config.items() if path != "policy"}
-        self._policy = changed_policy(self._task.policies[new_config["policy"]], "trial", values)
+    def begin(self, policy: str, values: Mapping[str, Any]) -> None:
+        """Begin with another policy.
+
+        Args:
+            policy: name of the policy that it modifies.
+            values: its own values by path.
+        """
+        self._policy = changed_policy(self._task.policies[policy], "trial", values)
         self._cache.begin()
         self._results: list[dict[str, Any]] = []
         self._passes = 0.0
         self._failed = self._done = 0
         self._raised = RaisedOn()
-        return True
 
-    def step(self) -> dict[str, Any]:
-        """Process the images up to the end of the next subset."""
+    def step(self) -> TrialMetrics:
+        """Process the images up to the end of the next subset; return the metrics over all images so far."""
         self._cache.fetch()
         end = next((size for size in self._task.subsets if size > self._done), self._task.subsets[-1])
         for images, record in enumerate(self._dataset.images[self._done : end], start=self._done + 1):
@@ -88,22 +95,19 @@ class RecursionTrial(tune.Trainable):
         ids = [record.image_id for record in self._dataset.images[:end]]
         metrics = evaluate(self._dataset, self._results, image_ids=ids)
         passes = self._passes / max(1, end - self._failed)
-        ceiling = self._task.ceiling
+        ceilings = self._task.ceilings
+        ceiling = math.inf if ceilings is None else ceilings[self._task.subsets.index(end)]
         return {
-            **{name: metrics[name] for name in ("AP", "AP_small", "AP_large")},
+            "AP": metrics["AP"],
+            "AP_small": metrics["AP_small"],
+            "AP_large": metrics["AP_large"],
             "passes": passes,
-            "score": metrics["AP_small"] if ceiling is None or passes <= ceiling else ceiling - passes,
+            "score": metrics["AP_small"] if passes <= ceiling else ceiling - passes,
             "images": end,
             "images_failed": self._failed,
             "hits": self._cache.hits,
             "misses": self._cache.misses,
         }
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Do nothing: an interrupted trial starts again, with the cached predictions."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Do nothing; see `save_checkpoint`."""
 
     def _process(self, record: ImageRecord, *, no_more: bool) -> None:
         try:
@@ -138,3 +142,30 @@ class RecursionTrial(tune.Trainable):
     @cached_property
     def _scale_net(self) -> CachedScalePredictor:
         return CachedScalePredictor(self._task.networks.load_scale_net(), self._detector, self._cache)
+
+
+class RecursionTrial(tune.Trainable):
+    """Tune trainable that evaluates a policy; the next trials of its actor reuse its data set and networks."""
+
+    # `tune.with_parameters` passes the arguments after `config`.
+    def setup(self, config: dict[str, Any], task: TrialSettings, cache_actor: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Load the data set and the networks."""
+        self._evaluation = Evaluation(task, cache_actor)
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Start another trial in this actor."""
+        self.config = new_config
+        values = {path: value for path, value in new_config.items() if path != "policy"}
+        self._evaluation.begin(new_config["policy"], values)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Add the images of the next subset."""
+        return {**self._evaluation.step()}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Do nothing: an interrupted trial starts again, with the cached predictions."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Do nothing; see `save_checkpoint`."""

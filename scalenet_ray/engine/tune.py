@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -30,12 +29,14 @@ from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.runs.documents import TrialRow
 
 __all__ = [
+    "PruningOptuna",
     "ResumableAsha",
     "Sweep",
     "best_policies",
     "best_trials",
+    "check_searcher",
+    "open_cache",
     "run_sweep",
-    "start_trials",
 ]
 
 Searcher = Literal["optuna", "random", "grid"]
@@ -86,8 +87,35 @@ def _configure_tune() -> None:
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 
 
+def check_searcher(space: SearchSpace, sweep: Sweep) -> None:
+    """Check that the searcher of a sweep can work through a space.
+
+    Raises:
+        UserError: if it is grid and the space holds a range.
+    """
+    ranges = [path for path, field in space.fields.items() if isinstance(field, Range)]
+    if sweep.searcher == "grid" and ranges:
+        msg = (
+            f"a grid wants lists, {{of: [VALUE, ...]}}, got ranges for {', '.join(ranges)}: list values, or use optuna"
+        )
+        raise UserError(msg)
+
+
+def open_cache(sweep: Sweep) -> Any:
+    """The cache of network outputs that all trials of a sweep share; None if it keeps none."""
+    join_ray()
+    return CacheActor.remote() if sweep.keep else None
+
+
 def run_sweep(
-    space: SearchSpace, task: TrialSettings, sweep: Sweep, uri: str, say: Callable[[str], None], *, resume: bool
+    space: SearchSpace,
+    task: TrialSettings,
+    sweep: Sweep,
+    uri: str,
+    say: Callable[[str], None],
+    *,
+    cache_actor: Any,
+    resume: bool,
 ) -> list[TrialRow]:
     """Run the trials of a sweep.
 
@@ -98,18 +126,14 @@ def run_sweep(
         uri: the run folder, local, s3://, gs:// or az://; TensorBoard reads Tune's own folder in it, tune/, and
             optuna-dashboard the file study.log, which a local one has.
         say: called with a line of text when a trial ends.
+        cache_actor: from `open_cache`.
         resume: resume an existing sweep.
 
     Returns:
-        A row per trial: "trial", its "values" by path, the metrics of `RecursionTrial`, "complete" (whether it saw all
+        A row per trial: "trial", its "values" by path, the metrics of `Evaluation`, "complete" (whether it saw all
         images), and "error", the reason of its failure, or None.
-
-    Raises:
-        UserError: if the searcher is grid and the space holds a range.
     """
-    join_ray()
     _configure_tune()
-    cache_actor: Any = CacheActor.remote() if sweep.keep else None
     resources = {"cpu": 1, "gpu": gpu_share(task.networks.device, sweep.at_once)}
     trainable = tune.with_resources(tune.with_parameters(RecursionTrial, task=task, cache_actor=cache_actor), resources)
     path = storage.local_path(storage.join(uri, "study.log"))
@@ -199,36 +223,10 @@ def best_policies(rows: Sequence[TrialRow], task: TrialSettings) -> list[Policy]
     return [_policy(row, task, name) for name, row in best_trials(rows, task).items()]
 
 
-def start_trials(rows: Sequence[TrialRow], task: TrialSettings, space: SearchSpace) -> dict[str, TrialRow | None]:
-    """Find the trials of the unmodified policies that a sweep starts from.
-
-    Args:
-        rows: from `run_sweep`.
-        task: settings of the trials.
-        space: the search space.
-
-    Returns:
-        Name -> its row; None for a policy outside the space, or whose trial did not see all images.
-    """
-    trials: dict[str, TrialRow | None] = dict.fromkeys(task.policies)
-    for start in _start_points(task, space):
-        same = (row for row in rows if row["complete"] and _same_values(row["values"], start))
-        trials[start["policy"]] = next(same, None)
-    return trials
-
-
 def _start_points(task: TrialSettings, space: SearchSpace) -> list[dict[str, Any]]:
     """The unmodified policies inside the search space, as points of Tune's parameter space."""
     starts = [(name, start_values(policy, space)) for name, policy in task.policies.items()]
     return [{"policy": name, **values} for name, values in starts if values is not None]
-
-
-def _same_values(values: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Compare the values of two trials; floats with a tolerance, as searchers may transform them by a logarithm."""
-    return values.keys() == wanted.keys() and all(
-        math.isclose(value, wanted[path]) if isinstance(value, float) else value == wanted[path]
-        for path, value in values.items()
-    )
 
 
 def _policy(row: TrialRow, task: TrialSettings, name: str) -> Policy:
@@ -241,12 +239,6 @@ def _param_space(space: SearchSpace, sweep: Sweep) -> dict[str, Any]:
     fields: dict[str, Range | Choice] = {"policy": Choice(space.policies), **space.fields}
     if sweep.searcher != "grid":
         return {path: _domain(field) for path, field in fields.items()}
-    ranges = [path for path, field in fields.items() if isinstance(field, Range)]
-    if ranges:
-        msg = (
-            f"a grid wants lists, {{of: [VALUE, ...]}}, got ranges for {', '.join(ranges)}: list values, or use optuna"
-        )
-        raise UserError(msg)
     return {path: tune.grid_search(list(field.options)) for path, field in fields.items() if isinstance(field, Choice)}
 
 
@@ -263,15 +255,15 @@ def _domain(field: Range | Choice) -> Any:
 def _tune_config(space: SearchSpace, task: TrialSettings, sweep: Sweep) -> tune.TuneConfig:
     """Searcher and scheduler; the unmodified policies are the first trials, except in a grid."""
     points = _start_points(task, space)
-    single = task.ceiling is not None
+    single, steps = task.ceiling is not None, len(task.subsets)
     objective: dict[str, Any] = {"metric": "score", "mode": "max"}
     front_objective: dict[str, Any] = {"metric": ["AP_small", "passes"], "mode": ["max", "min"]}
     if sweep.searcher == "optuna":
-        searcher: Any = OptunaSearch(points_to_evaluate=points, seed=sweep.seed, **({} if single else front_objective))
+        goals = {} if single else front_objective
+        searcher: Any = PruningOptuna(steps=steps, points_to_evaluate=points, seed=sweep.seed, **goals)
     else:
         first = [] if sweep.searcher == "grid" else points
         searcher = BasicVariantGenerator(first, max_concurrent=sweep.at_once, random_state=sweep.seed)
-    steps = len(task.subsets)
     stops = single and sweep.stop_early and steps > 1
     return tune.TuneConfig(
         **(objective if single else {}),
@@ -282,6 +274,24 @@ def _tune_config(space: SearchSpace, task: TrialSettings, sweep: Sweep) -> tune.
         reuse_actors=True,
         trial_dirname_creator=_trial_id,
     )
+
+
+class PruningOptuna(OptunaSearch):
+    """Optuna, told that trials which were stopped early are pruned: their AP is of fewer images.
+
+    Args:
+        steps: number of steps of a trial that was not stopped.
+        **settings: those of `OptunaSearch`.
+    """
+
+    def __init__(self, *, steps: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._steps = steps
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Pass the result of a whole trial on to the study, and none of another."""
+        whole = result is not None and result["training_iteration"] == self._steps
+        super().on_trial_complete(trial_id, result if whole else None, error)
 
 
 class ResumableAsha(ASHAScheduler):

@@ -11,7 +11,7 @@ from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.report.charts import MUTED, WARM, drawing, front_plot, label, quiet, themed, to_svg
 from scalenet_ray.report.html import cards, page, section, table
 from scalenet_ray.report.tables import figure_cell, interval_cell, is_known, origin_line, origin_section
-from scalenet_ray.runs.documents import Interval, Metrics, PolicyMetrics, TrialRow
+from scalenet_ray.runs.documents import Interval, Metrics, PolicyMetrics, TrialMetrics, TrialRow
 
 __all__ = ["Contender", "contenders_of", "render_sweep", "sweep_verdict"]
 
@@ -25,27 +25,27 @@ class Contender:
     Attributes:
         name: name of the policy in best.yaml and in the report.
         is_start: whether it is a starting policy.
-        tuned: its trial on the tuning split; None without a trial that saw all images.
+        tuned: its metrics on the tuning split.
         reported: its row of metrics.json on the reporting split; None before that evaluation.
         difference: difference of AP_small on the reporting split from the starting policy; None if not measured.
     """
 
     name: str
     is_start: bool
-    tuned: TrialRow | None
+    tuned: TrialMetrics
     reported: PolicyMetrics | None = None
     difference: Interval | None = None
 
 
 def contenders_of(
-    starts: Mapping[str, TrialRow | None],
-    best: Mapping[str, TrialRow],
+    starts: Mapping[str, TrialMetrics],
+    best: Mapping[str, TrialMetrics],
     document: Metrics | None = None,
 ) -> list[Contender]:
     """Return the starting policies followed by the best.
 
     Args:
-        starts: from `start_trials`.
+        starts: the metrics of the starting policies on all images of the tuning split.
         best: from `best_trials`.
         document: metrics.json on the reporting split; None before that evaluation.
     """
@@ -76,13 +76,15 @@ def sweep_verdict(contenders: Sequence[Contender], ceiling: float | None, splits
         if contender.difference is not None
     ]
     for contender in best:
-        if ceiling is None or contender.tuned is None or contender.reported is None:
+        if ceiling is None or contender.reported is None:
             continue
         passes = contender.reported["detector_passes_per_image"]
         if passes > ceiling:
+            start = starts[0].reported
+            beside = "" if start is None else f"; {starts[0].name} takes {start['detector_passes_per_image']:.2f} there"
             sentences.append(
                 f"{contender.name}: {passes:.2f} passes on {reported_on} exceed the ceiling of {ceiling:g}, which held "
-                f"on {tuned_on} ({contender.tuned['passes']:.2f})"
+                f"on {tuned_on} ({contender.tuned['passes']:.2f}){beside}"
             )
     return sentences
 
@@ -91,15 +93,9 @@ def _start_sentences(
     starts: Sequence[Contender], best: Sequence[Contender], ceiling: float | None, split: str
 ) -> list[str]:
     """Compare the best with the start on the tuning split."""
-    sentences = [
-        f"{contender.name}, which the sweep started from, has no trial that saw all images of {split}: it lies outside "
-        "the space, or was ended early"
-        for contender in starts
-        if contender.tuned is None
-    ]
-    tried = [(contender.name, contender.tuned) for contender in starts if contender.tuned is not None]
+    tried = [(contender.name, contender.tuned) for contender in starts]
     limit = float("inf") if ceiling is None else ceiling
-    sentences += [
+    sentences = [
         f"{name}, which the sweep started from, takes {row['passes']:.2f} passes on {split}, over the ceiling of "
         f"{ceiling:g}: what was found is cheaper"
         for name, row in tried
@@ -111,8 +107,7 @@ def _start_sentences(
     name, start = max(affordable, key=lambda pair: pair[1]["AP_small"])
     # Without a ceiling, the start's own passes are the limit.
     limit = start["passes"] if ceiling is None else ceiling
-    tuned = [(contender.name, contender.tuned) for contender in best if contender.tuned is not None]
-    found = [(found_name, row) for found_name, row in tuned if row["passes"] <= limit]
+    found = [(contender.name, contender.tuned) for contender in best if contender.tuned["passes"] <= limit]
     won, row = max(found, key=lambda pair: pair[1]["AP_small"], default=("", start))
     figures = f"AP_small {start['AP_small']:.1f} at {start['passes']:.2f} passes"
     if row["AP_small"] > start["AP_small"]:
@@ -187,6 +182,8 @@ def render_sweep(
         origin_section(run),
     ]
     state = f"{len(complete)} of {len(rows)} trials saw all images; {sum(bool(row['error']) for row in rows)} failed."
+    if ceiling is not None:
+        state += f" The ceiling is {ceiling:g} detector passes an image."
     said = "".join(
         f'<p class="{"lead" if i == 0 else "state"}">{html.escape(line[:1].upper() + line[1:])}.</p>'
         for i, line in enumerate(sweep_verdict(contenders, ceiling, splits) if contenders else [])
@@ -199,10 +196,10 @@ def _beside(contenders: Sequence[Contender], splits: tuple[str, str]) -> str:
         return ""
     rows = []
     for contender in contenders:
-        tuned, reported = contender.tuned or {}, contender.reported or {}
+        reported = contender.reported or {}
         figures = (
-            (tuned.get("AP_small"), 1),
-            (tuned.get("passes"), 2),
+            (contender.tuned["AP_small"], 1),
+            (contender.tuned["passes"], 2),
             (reported.get("AP_small"), 1),
             (reported.get("detector_passes_per_image"), 2),
         )

@@ -25,6 +25,8 @@ __all__ = [
     "PolicyCost",
     "PolicyMetrics",
     "ReportDetails",
+    "Starts",
+    "TrialMetrics",
     "TrialRow",
 ]
 
@@ -281,15 +283,13 @@ class ReportDetails(TypedDict):
     run: NotRequired[dict[str, Any]]
 
 
-class TrialRow(TypedDict):
-    """One trial of a sweep.
+class TrialMetrics(TypedDict):
+    """What a policy of a sweep came to on the images that it saw.
 
-    `values` maps a field's path to the value tried; metrics are NaN for a trial that failed before it measured any.
-    `complete` is true if the trial saw all images.
+    AP, AP_small and AP_large in percent, detector passes per image, images and those that failed, hits and misses of
+    the cache of network outputs. `score` is AP_small, or the ceiling minus the passes if these exceed it.
     """
 
-    trial: str
-    values: dict[str, Any]
     AP: float
     AP_small: float
     AP_large: float
@@ -299,5 +299,26 @@ class TrialRow(TypedDict):
     images_failed: float
     hits: float
     misses: float
+
+
+class TrialRow(TrialMetrics):
+    """One trial of a sweep.
+
+    `values` maps a field's path to the value tried; metrics are NaN for a trial that failed before it measured any.
+    `complete` is true if the trial saw all images.
+    """
+
+    trial: str
+    values: dict[str, Any]
     complete: bool
     error: str | None
+
+
+class Starts(TypedDict):
+    """starts.json: the policies that a sweep starts from, by name, with the metrics after each subset of the images.
+
+    `ceilings` holds the most detector passes per image for the trials, after each subset; None without a limit.
+    """
+
+    ceilings: list[float] | None
+    policies: dict[str, list[TrialMetrics]]
