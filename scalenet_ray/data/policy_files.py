@@ -108,7 +108,7 @@ def read_space(uri: str | Path) -> SearchSpace:
       regions.target: {of: [32, 48, 64]}
       regions.price: {from: 0.1, to: 10.0, log: true}
       regions.max_depth: {from: 1, to: 2}
-      merging.method: {of: [nms, soft-nms-linear]}
+      merging.method: {of: [consensus, nms]}
     ```
 
     Raises:
