@@ -41,7 +41,7 @@ _LOADERS = {
     "torchvision": "scalenet_ray.models.torchvision_detectors:load_torchvision",
     "transformers": "scalenet_ray.models.transformers_detector:load_transformers",
     "ultralytics": "scalenet_ray.models.ultralytics_detector:load_ultralytics",
-    "yolox-onnx": "scalenet_ray.models.yolox:YoloxDetector.load",
+    "yolox-onnx": "scalenet_ray.models.onnx_detector:load_yolox",
 }
 """Kind -> loader, imported on demand: an ONNX detector does not import torch."""
 
