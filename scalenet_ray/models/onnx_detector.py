@@ -31,7 +31,7 @@ from scalenet_ray.models.onnx_session import (
     tiles_at_once,
     with_engine,
 )
-from scalenet_ray.models.padding import STRIDE, detect_by_canvas, fixed_canvas, padded, stride_canvas
+from scalenet_ray.models.padding import STRIDE, detect_by_canvas, fixed_canvas, in_tile, padded, stride_canvas
 
 __all__ = ["OnnxDetector", "YoloxDetector", "load_onnx_detector", "load_yolox"]
 
@@ -147,10 +147,7 @@ class OnnxDetector:
         if not self._layout.suppressed:
             kept = nms(boxes, scores, classes, self.iou_threshold)
             boxes, scores, classes = boxes[kept], scores[kept], classes[kept]
-        height, width = tile_hw
-        found = Detections(np.clip(boxes, 0, [width, height, width, height]), scores, classes)
-        # Boxes in the padding are empty after clipping.
-        return found[found.areas > 0]
+        return in_tile(Detections(boxes, scores, classes), tile_hw)
 
 
 class YoloxDetector(OnnxDetector):
