@@ -15,7 +15,7 @@ from PIL import Image
 from scalenet_ray.commands.check import CheckInputs, main
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+from scalenet_ray.models.class_names import COCO_CATEGORIES
 from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.onnx_detector import OnnxDetector
 from scalenet_ray.models.spec import NetworkSpec

@@ -14,7 +14,7 @@ from torch import nn
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+from scalenet_ray.models.class_names import COCO_CATEGORIES
 from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.torch_detector import tensors_in
 from scalenet_ray.models.torchvision_builders import build_detector, detector_names, norm_eps

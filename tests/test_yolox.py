@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+from scalenet_ray.models.class_names import COCO_CATEGORIES
 from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.padding import padded
 from tests.colour_exports import export

@@ -199,14 +199,9 @@ class NetworkSpec:
             if policy.needs_network and policy.recursion.method == "gain" and head is None:
                 msg = f"a policy that goes by the gain needs a scale head, got {self.scale_net}: train --preset head"
                 raise UserError(msg)
-            if policy.needs_first_pass and policy.needs_network and regression:
-                msg = f"policy {policy.name} fuses class maps, got {self.scale_net} with regression maps: give another"
-                raise UserError(msg)
-            if policy.regions is not None and policy.needs_network and regression:
-                msg = (
-                    f"policy {policy.name} plans regions from class maps, got {self.scale_net} with regression maps: "
-                    "give another"
-                )
+            use = "fuses" if policy.needs_first_pass else "plans regions from" if policy.regions is not None else None
+            if use is not None and policy.needs_network and regression:
+                msg = f"policy {policy.name} {use} class maps, got {self.scale_net} with regression maps: give another"
                 raise UserError(msg)
             if (
                 policy.uses_evidence

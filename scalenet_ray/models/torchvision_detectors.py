@@ -18,7 +18,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.masks import encode_mask
-from scalenet_ray.models.coco_categories import COCO_CATEGORIES, COCO_NUM_CLASSES
+from scalenet_ray.models.class_names import COCO_CATEGORIES, COCO_NUM_CLASSES
 from scalenet_ray.models.padding import square_canvas, stride_canvas
 from scalenet_ray.models.torch_detector import ReadTile, TorchDetector, TorchSettings, finite_rows, in_float32
 from scalenet_ray.models.torchvision_builders import (
