@@ -7,6 +7,7 @@ counted in the picture, without the network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "yolov8": ("output0",),
     "yolov5": ("output",),
     "yolov6": ("outputs",),
+    "yolox": ("output",),
     "yolox-decoded": ("output",),
     "end-to-end": ("output0",),
     "rtdetr-rows": ("output0",),
@@ -67,6 +69,8 @@ class ColourNet(nn.Module):
     def forward(self, images: torch.Tensor, sizes: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         if self.kind == "torchvision":
             images = images[None]
+        if self.kind == "yolox":
+            images = images.flip(1) / 255
         scores, centres, sides = [], [], []
         for stride, conv in zip(self.strides, self.levels, strict=True):
             found = conv(images).relu()
@@ -89,6 +93,12 @@ class ColourNet(nn.Module):
 
     def _yolov6(self, boxes, score, images, sizes):
         return (torch.cat([boxes, score[:, :1] * 0 + 1, score], 1).transpose(1, 2),)
+
+    def _yolox(self, boxes, score, images, sizes):
+        """Its input is BGR in 0..255; boxes are relative to their cells, with logarithms of the sides."""
+        none = score[:, :1] * 0
+        parts = [none + 0.5, none + 0.5, none + math.log(self.box_cells), none + math.log(self.box_cells), none + 0.9]
+        return (torch.cat([*parts, score / 0.9], 1).transpose(1, 2),)
 
     def _yolox_decoded(self, boxes, score, images, sizes):
         return (torch.cat([boxes, score[:, :1] * 0 + 0.9, score / 0.9], 1).transpose(1, 2),)

@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from scalenet_ray.models.coco_categories import COCO_CATEGORIES, COCO_NUM_CLASSES
+from scalenet_ray.models.class_names import COCO_CATEGORIES, COCO_NUM_CLASSES
 from scalenet_ray.models.torchvision_builders import build_detector
 from tests.colour_exports import export
 from tests.job_scripts import REPOSITORY

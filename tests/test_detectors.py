@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.models.detectors import canvas_of, check_detector, declaration, load_detector
+from scalenet_ray.models.detectors import canvas_of, declaration, load_detector
 from tests.scripted_detector import Scripted, scripted
 
 OWN = """
@@ -110,7 +110,7 @@ def test_classes_in_a_list_are_known_by_their_place(names: Any) -> None:
 )
 def test_other_categories_are_refused_by_name(declared: Any, said: str) -> None:
     with pytest.raises(UserError) as error:
-        check_detector(scripted(categories=declared), "mine:Net")
+        declaration(scripted(categories=declared), "mine:Net")
     assert said in str(error.value)
 
 
@@ -127,13 +127,13 @@ NO_NUMBERS = [None, "64", True, np.bool_(True), float("nan"), float("inf"), -1, 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, 0, 64.5])
 def test_a_side_that_is_no_number_of_pixels_is_refused(value: Any) -> None:
     with pytest.raises(UserError, match="input_side of detector 'mine:Net' must be a whole number of pixels, got"):
-        check_detector(scripted(input_side=value), "mine:Net")
+        declaration(scripted(input_side=value), "mine:Net")
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, 1.5])
 def test_a_threshold_that_is_no_share_is_refused(value: Any) -> None:
     with pytest.raises(UserError, match="iou_threshold of detector 'mine:Net' must be between 0 and 1, got"):
-        check_detector(scripted(iou_threshold=value), "mine:Net")
+        declaration(scripted(iou_threshold=value), "mine:Net")
 
 
 @pytest.mark.parametrize("sides", [(64, 96), [64, 96], np.array([64, 96]), torch.tensor([64, 96]), (64.0, np.int8(96))])
@@ -148,18 +148,18 @@ def test_a_canvas_is_two_whole_numbers_of_any_kind(sides: Any) -> None:
 )
 def test_a_canvas_of_another_form_is_refused(sides: Any) -> None:
     with pytest.raises(UserError, match="canvas_hw of detector 'mine:Net' must"):
-        check_detector(scripted(canvas=lambda hw: sides), "mine:Net")
+        declaration(scripted(canvas=lambda hw: sides), "mine:Net")
 
 
 def test_a_canvas_smaller_than_its_tile_is_refused() -> None:
-    detector = check_detector(scripted(canvas=lambda hw: (64, 64)), "mine:Net")
+    detector = scripted(canvas=lambda hw: (64, 64))
     with pytest.raises(UserError, match="got 64 x 64 for a tile of 64 x 96: a detector that shrinks its tiles undoes"):
         canvas_of(detector, (64, 96), "mine:Net")
 
 
 def test_a_class_in_place_of_a_detector_is_refused() -> None:
     with pytest.raises(UserError, match="must be an object that can be called, got type: make one of it"):
-        check_detector(Scripted, "Scripted")
+        declaration(Scripted, "Scripted")
 
 
 def test_a_class_that_is_not_there_is_named(own_module: str) -> None:

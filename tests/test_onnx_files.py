@@ -14,11 +14,10 @@ from torch import nn
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.models.detectors import load_detector
 from tests.colour_exports import KINDS, ColourNet, export
 from tests.oracles import detections
 from tests.test_onnx_detector import load
-from tests.test_yolox import black, colour_net
+from tests.test_yolox import black
 
 # --- names of classes ----------------------------------------------------------------------------------
 
@@ -52,13 +51,6 @@ def test_a_file_of_names_comes_first(tmp_path: Path, kind: str, first: int) -> N
     assert detector.description.endswith(f"classes: {tmp_path / 'n@mes.txt'}")
     (found,) = detections(detector([black(64, 64, green=(1, 1))]))
     assert found.labels.tolist() == [first + 1]
-
-
-def test_yolox_takes_a_file_of_names_too(tmp_path: Path) -> None:
-    path = colour_net(tmp_path / "net.onnx", classes=3)
-    (tmp_path / "names.txt").write_text("red\ngreen\nblue")
-    detector = load_detector(f"onnx:{path}@{tmp_path / 'names.txt'}")
-    assert detector.categories == {0: "red", 1: "green", 2: "blue"}
 
 
 @pytest.mark.parametrize(

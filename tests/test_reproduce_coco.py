@@ -13,7 +13,7 @@ import yaml
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.experiments.coco import coco_policies, coco_table, expected_hours, tile_side
-from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+from scalenet_ray.models.class_names import COCO_CATEGORIES
 from scalenet_ray.models.scale_net import build_scale_net, save_scale_net
 from scalenet_ray.models.scale_networks import PRESETS
 from scalenet_ray.models.torchvision_builders import build_detector

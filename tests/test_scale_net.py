@@ -11,14 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import Tile, Window
+from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net, load_scale_net, normalised, save_scale_net
 from scalenet_ray.models.scale_networks import PRESETS, ScaleNetConfig, squashed
-from scalenet_ray.models.spec import SAMPLE_SCALE_NET_WEIGHTS
+from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET_WEIGHTS, NetworkSpec
 from scalenet_ray.models.weights import save_weights
-from scalenet_ray.sample.scenes import make_scene
+from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene
 from scalenet_ray.training.scale_recipe import load_encoder_weights
 from tests.float64 import in_float64
 
@@ -262,3 +263,16 @@ def test_a_net_that_pads_its_input_says_the_same_of_an_object_in_a_wider_black_b
         seen = net(normalised(torch.from_numpy(narrow), config))[0, 1:7, 1:7]
         seen_in_wide = net(normalised(torch.from_numpy(wide), config))[0, 7:13, 7:13]
     torch.testing.assert_close(seen, seen_in_wide)
+
+
+@pytest.mark.parametrize(("name", "use"), [("fused", "fuses"), ("regions-scalenet", "plans regions from")])
+def test_a_regression_is_refused_by_policies_that_read_classes(tmp_path: Path, name: str, use: str) -> None:
+    path, config = tmp_path / "net.safetensors", PRESETS["fcn-digits"]
+    save_scale_net(build_scale_net(config), config, path)
+    networks = NetworkSpec(SAMPLE_DETECTOR, str(path))
+    networks.check([parse_policy("scalenet", input_side=192, iou_threshold=0.6)], dict(SAMPLE_CATEGORIES))
+    policy = parse_policy(name, input_side=192, iou_threshold=0.6)
+    with pytest.raises(
+        UserError, match=f"policy {name} {use} class maps, got {path} with regression maps: give another"
+    ):
+        networks.check([policy], dict(SAMPLE_CATEGORIES))

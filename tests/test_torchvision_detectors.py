@@ -14,10 +14,11 @@ from torch import nn
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+from scalenet_ray.models.class_names import COCO_CATEGORIES
 from scalenet_ray.models.detectors import load_detector
+from scalenet_ray.models.torch_detector import tensors_in
 from scalenet_ray.models.torchvision_builders import build_detector, detector_names, norm_eps
-from scalenet_ray.models.torchvision_detectors import TorchvisionDetector, _tensors, save_detector
+from scalenet_ray.models.torchvision_detectors import TorchvisionDetector, save_detector
 from scalenet_ray.models.weights import load_weights, save_weights
 from tests.float64 import in_float64
 from tests.oracles import detections
@@ -356,7 +357,7 @@ def test_in_mixed_precision_anchors_and_boxes_are_computed_in_float32(name: str)
             lambda _module, _inputs, output, at=mixed: anchors.update({at: output[0]})
         )
         head.register_forward_hook(
-            lambda _module, _inputs, output: dtypes.update(each.dtype for each in _tensors(output))
+            lambda _module, _inputs, output: dtypes.update(each.dtype for each in tensors_in(output))
         )
         detector(make_tiles((200, 620)))
     assert anchors[False].max() > 512

@@ -17,7 +17,7 @@ from torch import nn
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.data.images import read_image
-from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+from scalenet_ray.models.class_names import COCO_CATEGORIES
 from scalenet_ray.models.detector_check import whole_tile
 from scalenet_ray.models.detectors import load_detector
 from tests.devices import DEVICES

@@ -1,9 +1,8 @@
-"""The YOLOX adapter, on a hand-made network whose answers follow from the tile's colours."""
+"""YOLOX in ONNX, on a hand-made network whose answers follow from the tile's colours, and on trained weights."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,11 +16,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from scalenet_ray.core.errors import TileError
-from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.models.class_names import COCO_CATEGORIES
 from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.padding import padded
-from scalenet_ray.models.yolox import YoloxDetector
+from tests.colour_exports import export
 from tests.oracles import detections
 
 FREE = ("batch", 3, "height", "width")
@@ -31,24 +30,23 @@ PERSON, BICYCLE, CAR = 1, 2, 3
 def colour_net(
     path: Path,
     shape: tuple = FREE,
-    classes: int = 80,
-    box_cells: float = 1.0,
-    metadata: dict[str, str] | None = None,
+    *,
+    log_cells: float = 0.0,
     flat_batch: int = 0,
 ) -> str:
     """Write a network with YOLOX's input and output: it sees a box in each cell of 8 pixels that isn't black.
 
-    Its classes 0, 1 and 2 score 0.9 times the cell's mean red, green and blue, over 256. The boxes are `box_cells`
-    cells wide and high, round the cell's centre. The cells of 16 and 32 pixels see nothing. `flat_batch` 1 is what
-    YOLOX's exporter writes, and holds for a batch of 1 alone.
+    Its classes 0, 1 and 2 score 0.9 times the cell's mean red, green and blue, over 256. The boxes lie round the cell's
+    centre, e to the power of `log_cells` cells wide and high. The cells of 16 and 32 pixels see nothing. `flat_batch`
+    1 is what YOLOX's exporter writes, and holds for a batch of 1 alone.
 
     All weights are 0 or a power of two, so that float32 holds each sum exactly: whatever the order in which a CPU adds,
     the answers are the same to the bit, and cells that tie do so everywhere.
     """
-    nodes, parts, weights = [], [], {"flat": np.array([flat_batch, 5 + classes, -1], np.int64)}
+    nodes, parts, weights = [], [], {"flat": np.array([flat_batch, 85, -1], np.int64)}
     for stride in (8, 16, 32):
-        weight, bias = np.zeros((5 + classes, 3, stride, stride), np.float32), np.zeros(5 + classes, np.float32)
-        bias[:5] = [0.5, 0.5, math.log(box_cells), math.log(box_cells), 0.9 if stride == 8 else 0.0]
+        weight, bias = np.zeros((85, 3, stride, stride), np.float32), np.zeros(85, np.float32)
+        bias[:5] = [0.5, 0.5, log_cells, log_cells, 0.9 if stride == 8 else 0.0]
         for column, channel in ((5, 2), (6, 1), (7, 0)):
             weight[column, channel] = 1 / (256 * stride * stride)
         weights |= {f"w{stride}": weight, f"b{stride}": bias}
@@ -68,11 +66,10 @@ def colour_net(
         nodes,
         "colours",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("output", TensorProto.FLOAT, (shape[0], rows, 5 + classes))],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, (shape[0], rows, 85))],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=7)
-    helper.set_model_props(model, metadata or {})
     path.write_bytes(model.SerializeToString())
     return str(path)
 
@@ -83,24 +80,6 @@ def black(height: int, width: int, **cells: tuple[int, int]) -> np.ndarray:
     for colour, (row, column) in cells.items():
         tile[row * 8 : row * 8 + 8, column * 8 : column * 8 + 8, ("red", "green", "blue").index(colour)] = 255
     return tile
-
-
-def count_calls(detector: YoloxDetector, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the batches that the session is given from now on."""
-    shapes: list[tuple[int, ...]] = []
-    run = detector.session.run
-
-    def counted(names: Any, feed: dict[str, np.ndarray]) -> Any:
-        shapes.append(feed["images"].shape)
-        return run(names, feed)
-
-    monkeypatch.setattr(detector.session, "run", counted)
-    return shapes
-
-
-def pretend_gpu(detector: YoloxDetector, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The session says that it works on a GPU, where tiles are worth batching."""
-    monkeypatch.setattr(detector.session, "get_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
 
 
 @pytest.fixture
@@ -123,7 +102,7 @@ def test_nothing_is_found_in_the_padding(net: str) -> None:
 
 
 def test_boxes_are_clipped_to_the_tile(tmp_path: Path) -> None:
-    detector = load_detector(f"yolox-onnx:{colour_net(tmp_path / 'net.onnx', box_cells=3.0)}")
+    detector = load_detector(f"yolox-onnx:{colour_net(tmp_path / 'net.onnx', log_cells=math.log(3))}")
     (found,) = detections(detector([black(20, 12, red=(0, 0))]))
     np.testing.assert_allclose(found.boxes[0], [0, 0, 12, 16], atol=1e-4)
 
@@ -135,28 +114,6 @@ def test_a_tile_of_one_pixel_and_no_tile_at_all_work(net: str) -> None:
     assert found.boxes.tolist() == [[0, 0, 1, 1]]
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_tiles_of_one_canvas_are_one_call_on_a_gpu_and_equal_one_by_one(
-    net: str, monkeypatch: pytest.MonkeyPatch, gpu: bool
-) -> None:
-    rng = np.random.default_rng(0)
-    sizes = [(64, 64), (20, 33), (40, 64), (32, 32), (64, 33), (1, 1), (60, 50), (64, 64)]
-    tiles = [rng.integers(0, 256, (*hw, 3)).astype(np.uint8) for hw in sizes]
-    detector = YoloxDetector.load(net, iou_threshold=0.3)
-    alone = [detections(detector([tile]))[0] for tile in tiles]
-    shapes = count_calls(detector, monkeypatch)
-    if gpu:
-        pretend_gpu(detector, monkeypatch)
-    together = detections(detector(tiles))
-    batches = [(5, 3, 64, 64), (1, 3, 32, 64), (2, 3, 32, 32)]
-    assert shapes == (batches if gpu else [(1, *shape) for count, *shape in batches for _ in range(count)])
-    for one, other in zip(alone, together, strict=True):
-        # Of this network to the bit, even in a batch.
-        np.testing.assert_array_equal(one.labels, other.labels)
-        np.testing.assert_array_equal(one.boxes, other.boxes)
-        np.testing.assert_array_equal(one.scores, other.scores)
-
-
 @pytest.mark.parametrize(
     ("hw", "canvas"), [((1, 1), (32, 32)), ((32, 7), (32, 32)), ((33, 32), (64, 32)), ((416, 312), (416, 320))]
 )
@@ -164,107 +121,29 @@ def test_the_canvas_is_the_smallest_of_whole_strides(net: str, hw: tuple[int, in
     assert load_detector(f"yolox-onnx:{net}").canvas_hw(hw) == canvas
 
 
-def test_what_an_export_fixed_is_freed_so_that_tiles_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    detector = YoloxDetector.load(colour_net(tmp_path / "net.onnx", (1, 3, 96, 96), flat_batch=1))
-    shapes = count_calls(detector, monkeypatch)
-    pretend_gpu(detector, monkeypatch)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_what_an_export_fixed_is_freed(tmp_path: Path, batch: int) -> None:
+    detector = load_detector(f"yolox-onnx:{colour_net(tmp_path / 'net.onnx', (batch, 3, 96, 96), flat_batch=batch)}")
     found = detections(detector([black(8, 8, red=(0, 0)), black(16, 32, blue=(1, 2)), black(128, 64, green=(15, 1))]))
-    assert shapes == [(2, 3, 32, 32), (1, 3, 128, 64)]
     np.testing.assert_allclose([each.boxes[0] for each in found], [[0, 0, 8, 8], [16, 8, 24, 16], [8, 120, 16, 128]])
+    assert "batch free, size free" in detector.description
     # What it was exported for is still the size of a whole image.
     assert detector.input_side == 96
 
 
-@pytest.fixture
-def unfreeable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the size were fixed in a place where it is not looked for."""
-    monkeypatch.setattr("scalenet_ray.models.yolox.free_axes", lambda data: data)
+def test_a_box_of_infinite_size_costs_its_tile(tmp_path: Path) -> None:
+    (found,) = load_detector(f"yolox-onnx:{colour_net(tmp_path / 'net.onnx', log_cells=1000.0)}")(
+        [black(32, 32, red=(0, 0))]
+    )
+    assert isinstance(found, TileError)
+    assert found.reason == "the detector gave boxes of infinite size: check its weights and precision"
 
 
-@pytest.mark.usefixtures("unfreeable")
-def test_a_fixed_input_takes_tiles_one_by_one_on_its_own_canvas(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    detector = YoloxDetector.load(colour_net(tmp_path / "net.onnx", (1, 3, 64, 96)))
-    shapes = count_calls(detector, monkeypatch)
-    found = detections(detector([black(8, 8, red=(0, 0)), black(64, 96, blue=(7, 11))]))
-    assert shapes == [(1, 3, 64, 96)] * 2
-    np.testing.assert_allclose(found[1].boxes, [[88, 56, 96, 64]], atol=1e-4)
-    assert detector.input_side == 64
-    assert detector.canvas_hw((8, 8)) == (64, 96)
-
-
-@pytest.mark.usefixtures("unfreeable")
-def test_a_tile_over_the_fixed_input_is_refused(tmp_path: Path) -> None:
-    detector = YoloxDetector.load(colour_net(tmp_path / "net.onnx", (1, 3, 64, 64)))
-    with pytest.raises(ValueError, match="a tile of 65 x 10 does not fit this network's fixed input of 64 x 64"):
-        detector([black(65, 10)])
-
-
-def test_overlapping_boxes_of_one_class_are_suppressed_and_of_two_are_not(tmp_path: Path) -> None:
-    # Boxes of 80 pixels round cells 8 apart: an overlap of 72 / 88 = 0.82.
-    path = colour_net(tmp_path / "net.onnx", box_cells=10.0)
-    two_classes = black(128, 128, red=(8, 8), green=(8, 9))
-    one_class = black(128, 128, red=(8, 8))
-    one_class[64:72, 72:80, 0] = 200
-    by_default, loosely = YoloxDetector.load(path), YoloxDetector.load(path, iou_threshold=0.9)
-    assert (by_default.iou_threshold, loosely.iou_threshold) == (0.65, 0.9)
-    assert [len(each) for each in detections(by_default([one_class, two_classes]))] == [1, 2]
-    assert [len(each) for each in detections(loosely([one_class, two_classes]))] == [2, 2]
-
-
-def test_boxes_under_the_score_threshold_are_dropped(net: str) -> None:
-    tile = black(32, 32, red=(1, 1))
-    tile[8:16, 16:24, 1] = 100
-    assert len(detections(YoloxDetector.load(net, score_threshold=0.3)([tile]))[0]) == 2
-    assert len(detections(YoloxDetector.load(net, score_threshold=0.4)([tile]))[0]) == 1
-
-
-@pytest.mark.parametrize(("column", "value"), [(4, np.nan), (60, np.inf), (0, np.nan), (2, 1000.0)])
-def test_a_network_that_breaks_on_a_tile_costs_that_tile_alone(
-    net: str, monkeypatch: pytest.MonkeyPatch, column: int, value: float
-) -> None:
-    detector = YoloxDetector.load(net)
-    run = detector.session.run
-
-    def broken(names: Any, feed: dict[str, np.ndarray]) -> Any:
-        output = np.array(run(names, feed)[0])
-        output[1, 0, column] = value
-        return [output]
-
-    monkeypatch.setattr(detector.session, "run", broken)
-    pretend_gpu(detector, monkeypatch)
-    first, second, third = detector([black(32, 32, red=(0, 0))] * 3)
-    assert isinstance(second, TileError)
-    assert "infinite" in second.reason
-    assert [len(each) for each in detections([first, third])] == [1, 1]
-
-
-def test_other_classes_are_named_in_the_files_metadata(tmp_path: Path) -> None:
-    metadata = {"categories": json.dumps({"30": "blue", "10": "red", "20": "green"})}
-    detector = load_detector(f"yolox-onnx:{colour_net(tmp_path / 'net.onnx', classes=3, metadata=metadata)}")
-    assert detector.categories == {10: "red", 20: "green", 30: "blue"}
-    assert detections(detector([black(32, 32, green=(0, 0))]))[0].labels.tolist() == [20]
-
-
-def test_other_classes_without_names_are_refused(tmp_path: Path) -> None:
-    path = colour_net(tmp_path / "net.onnx", classes=3)
-    with pytest.raises(ValueError, match=r"net\.onnx: the output must be \[batch, rows, 85\] for 80 .* metadata"):
+def test_another_kind_of_network_is_refused(tmp_path: Path) -> None:
+    path = export(tmp_path / "net.onnx", "yolov8", classes=3, metadata={"names": "['red', 'green', 'blue']"})
+    said = rf"yolox-onnx:{path} must hold a YOLOX .*, got YOLOv8, 11 or 12, \[batch, 7, cells\].*: use onnx:PATH"
+    with pytest.raises(UserError, match=said):
         load_detector(f"yolox-onnx:{path}")
-
-
-@pytest.mark.parametrize("shape", [(8, 3, 64, 64), (1, 3, 64, "width"), (1, 3, 40, 40)])
-def test_an_input_that_is_not_yoloxs_is_refused(tmp_path: Path, shape: tuple) -> None:
-    path = colour_net(tmp_path / "net.onnx", shape)
-    with pytest.raises(ValueError, match=r"the input must be \[batch, 3, height, width\], .*, got \["):
-        load_detector(f"yolox-onnx:{path}")
-
-
-def test_rows_that_are_not_of_the_three_strides_are_refused(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    detector = YoloxDetector.load(net)
-    monkeypatch.setattr(detector.session, "run", lambda *_: [np.zeros((1, 5, 85), np.float32)])
-    with pytest.raises(ValueError, match=r"must answer \[1, 3, 32, 32\] with \[1, 21, 85\], .* got \[1, 5, 85\]"):
-        detector([black(32, 32)])
 
 
 def test_pixels_that_are_no_rgb_bytes_are_refused(net: str) -> None:
@@ -284,9 +163,13 @@ def test_a_device_that_onnxruntime_lacks_is_refused(net: str, monkeypatch: pytes
 
 def test_the_network_takes_as_many_threads_as_the_process_is_given(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert YoloxDetector.load(net).session.get_session_options().intra_op_num_threads == 3
+    assert threads_of(load_detector(f"yolox-onnx:{net}")) == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert YoloxDetector.load(net).session.get_session_options().intra_op_num_threads == 0
+    assert threads_of(load_detector(f"yolox-onnx:{net}")) == 0
+
+
+def threads_of(detector: Any) -> int:
+    return detector._network.session.get_session_options().intra_op_num_threads
 
 
 def _whole_tiles(coco: COCO, folder: Path, side: int) -> dict[int, np.ndarray]:

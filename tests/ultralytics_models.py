@@ -14,7 +14,7 @@ from onnx import load, numpy_helper
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel, RTDETRDetectionModel, SegmentationModel
 
-from scalenet_ray.models.coco_categories import COCO_CATEGORIES
+from scalenet_ray.models.class_names import COCO_CATEGORIES
 
 NAMES = {0: "cat", 1: "dog", 2: "kite"}
 SIDE = 128

@@ -185,14 +185,7 @@ def _check_readable(images: ImageSet) -> None:
 
 
 def _detector_lines(networks: NetworkSpec, info: DetectorInfo, images: ImageSet) -> Sequence[str]:
-    detector = replace(networks, device="cpu").load_detector(info.categories)
-    height, width = detector.canvas_hw((info.input_side, info.input_side))
-    side = f"input side {info.input_side}, canvas {height} x {width}"
-    lines = [
-        f"detector {networks.detector}: {side}, NMS at IoU {info.iou_threshold:g}, {len(info.categories)} categories"
-    ]
-    if detector.checked.description:
-        lines.append(f"taken for {detector.checked.description}")
+    lines = replace(networks, device="cpu").load_detector(info.categories).in_words()
     if not isinstance(images, CocoSplit) or images.categories == info.categories:
         return [*lines, "categories: the detector's own"]
     mapping = map_categories(info.categories, images.categories, images.unused_categories)

@@ -17,10 +17,7 @@ from scalenet_ray.data.categories import map_categories
 from scalenet_ray.models.detectors import Detector, ShowsFeatures, canvas_of, declaration
 from scalenet_ray.models.devices import translate_oom
 
-__all__ = [
-    "CheckedDetector",
-    "MappedDetector",
-]
+__all__ = ["CheckedDetector", "MappedDetector", "failure_of"]
 
 T = TypeVar("T")
 
@@ -58,6 +55,15 @@ class CheckedDetector:
         self.description = str(getattr(detector, "description", ""))
         self._class_ids = np.array(sorted(self.categories), np.int64)
 
+    def in_words(self) -> list[str]:
+        """Lines on what it is: sizes, threshold and number of classes, and what it says about itself."""
+        height, width = self.canvas_hw((self.input_side, self.input_side))
+        line = (
+            f"detector {self.name}: input side {self.input_side}, canvas {height} x {width}, NMS at IoU "
+            f"{self.iou_threshold:g}, {len(self.categories)} categories"
+        )
+        return [line, f"taken for {self.description}"] if self.description else [line]
+
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """Canvas size of a tile of (height, width), at least as large as the tile."""
         return canvas_of(self._detector, hw, self.name)
@@ -77,9 +83,7 @@ class CheckedDetector:
             UserError: if the outputs have the wrong number or type.
             OutOfMemoryError: if the batch does not fit the device's memory.
         """
-        if not len(pixels):
-            return []
-        answers = translate_oom(lambda: listed_answers(self._detector(list(pixels)), len(pixels)))
+        answers = _answers(self._detector, pixels)
         return [self._checked(answer, tile) for answer, tile in zip(answers, pixels, strict=True)]
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
@@ -107,10 +111,7 @@ class CheckedDetector:
         return self._feature_detector().feature_stride
 
     def _ask_for_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
-        detector = self._feature_detector()
-        if not len(pixels):
-            return []
-        outputs = translate_oom(lambda: listed_answers(detector.with_features(list(pixels)), len(pixels)))
+        outputs = _answers(self._feature_detector().with_features, pixels)
         for output in outputs:
             if not isinstance(output, DetectionsWithFeatures):
                 msg = "with_features must answer with a DetectionsWithFeatures for each tile, got "
@@ -143,18 +144,28 @@ class CheckedDetector:
             return ask(pixels)
         except OutOfMemoryError:
             raise
-        except UserError as error:
-            if len(pixels) == 1:
-                return [failed(error if isinstance(error, TileError) else answered_wrongly(error))]
         except (Exception, SystemExit) as error:
-            _LOG.warning("the detector raised an exception on %d tiles", len(pixels), exc_info=True)
+            if not isinstance(error, UserError):
+                _LOG.warning("the detector raised an exception on %d tiles", len(pixels), exc_info=True)
             if len(pixels) == 1:
-                return [failed(raised(error))]
+                return [failed(failure_of(error))]
         # Outside of the except block: the traceback's frames hold the batch's tensors on the device.
         return [answer for tile in pixels for answer in self._tile_by_tile_if_it_fails([tile], ask, failed)]
 
 
-class MappedDetector:
+def _answers(detect: Callable[[list[np.ndarray]], Any], pixels: Sequence[np.ndarray]) -> list[Any]:
+    """Answers of a detector's method, one for each tile; it is not called without tiles."""
+    return translate_oom(lambda: listed_answers(detect(list(pixels)), len(pixels))) if len(pixels) else []
+
+
+def failure_of(error: BaseException) -> TileError:
+    """The failure of a tile on which a detector, or the check of its answer, raised an exception."""
+    if isinstance(error, TileError):
+        return error
+    return answered_wrongly(error) if isinstance(error, UserError) else raised(error)
+
+
+class MappedDetector(CheckedDetector):
     """Checked detector whose labels are mapped by name to category ids; classes without a category are dropped.
 
     If `categories` equal the detector's, labels are not mapped, since two of its classes may have the same name.
@@ -164,9 +175,6 @@ class MappedDetector:
         categories: category id of the data set -> name.
         unused: ids of categories without an annotation, which the detector may lack.
         name: name of the detector in messages; None for the name of its class.
-
-    Attributes:
-        checked: the detector with its own labels.
 
     Raises:
         UserError: if the detector lacks a category of the data set or is invalid.
@@ -180,38 +188,15 @@ class MappedDetector:
         *,
         name: str | None = None,
     ) -> None:
-        self.checked = CheckedDetector(detector, name or type(detector).__name__)
-        self.input_side = self.checked.input_side
-        own = self.checked.categories
+        super().__init__(detector, name or type(detector).__name__)
+        own = self.categories
         same = dict(categories) == own
         mapping = {class_id: class_id for class_id in own} if same else map_categories(own, categories, unused)
         self._classes = np.array(sorted(mapping), np.int64)
         self._category_ids = np.array([mapping[class_id] for class_id in sorted(mapping)], np.int64)
 
-    def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """Canvas size of a tile of (height, width), at least as large as the tile."""
-        return self.checked.canvas_hw(hw)
-
-    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """Detect on tiles, [h, w, 3] uint8 RGB each; labels are category ids. Raises as `CheckedDetector` does."""
-        return [self._mapped(found) for found in self.checked(pixels)]
-
-    def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
-        """Detect on tiles, [h, w, 3] uint8 RGB each, with feature maps. Raises as `CheckedDetector` does."""
-        outputs = self.checked.with_features(pixels)
-        return [output._replace(detections=self._mapped(output.detections)) for output in outputs]
-
-    @property
-    def feature_channels(self) -> tuple[int, ...]:
-        """Channels of the feature maps, finest first; raises as `with_features` does."""
-        return self.checked.feature_channels
-
-    @property
-    def feature_stride(self) -> int:
-        """Cell side of the finest feature map in tile pixels; raises as `with_features` does."""
-        return self.checked.feature_stride
-
-    def _mapped(self, found: Detections | TileError) -> Detections | TileError:
+    def _checked(self, answer: Any, tile: np.ndarray) -> Detections | TileError:
+        found = super()._checked(answer, tile)
         if isinstance(found, TileError):
             return found
         found = found[np.isin(found.labels, self._classes)]

@@ -9,11 +9,29 @@ from typing import Any
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data.storage import read_bytes
-from scalenet_ray.models.coco_categories import COCO_CATEGORIES
 
-__all__ = ["classes_of", "read_names"]
+__all__ = ["COCO_CATEGORIES", "COCO_NUM_CLASSES", "classes_of", "read_names"]
 
 Categories = dict[int, str]
+
+COCO_NUM_CLASSES = 91
+"""Number of outputs of a network whose class index is the category id: 0 is background, ids in gaps are unused."""
+
+_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+_COCO_NAMES = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
+    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
+    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, "
+    "laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, "
+    "scissors, teddy bear, hair drier, toothbrush"
+)
+
+COCO_CATEGORIES: Categories = dict(
+    zip((id_ for id_ in range(1, COCO_NUM_CLASSES) if id_ not in _UNUSED_IDS), _COCO_NAMES.split(", "), strict=True)
+)
+"""The 80 categories of COCO's detection task."""
 
 _REMEDY = "name them in a file, one a line, as onnx:PATH@FILE"
 

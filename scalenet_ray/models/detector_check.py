@@ -9,11 +9,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from scalenet_ray.core.answers import ANSWERED_WRONGLY, MOST_FAILED, answered_wrongly, fails_on_all, raised
+from scalenet_ray.core.answers import ANSWERED_WRONGLY, MOST_FAILED, fails_on_all
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.geometry import Tile, Window, cut_tile, fit_longer_side, iou_matrix
-from scalenet_ray.models.checked_detector import CheckedDetector
+from scalenet_ray.models.checked_detector import CheckedDetector, failure_of
+from scalenet_ray.models.padding import PADDING_GREY, padded
 
 __all__ = [
     "Agreement",
@@ -27,9 +28,6 @@ __all__ = [
     "try_detector",
     "whole_tile",
 ]
-
-_GREY = 114
-"""Padding and blank tiles."""
 
 _MAX_COMPARED = 3
 """Images whose views are compared."""
@@ -137,7 +135,7 @@ def batch_fault(detector: CheckedDetector, image: np.ndarray) -> str | None:
         UserError: if the answer to the blank tile is invalid.
     """
     tile = whole_tile(image, max(1, detector.input_side // 2))
-    blank = np.full_like(tile, _GREY)
+    blank = np.full_like(tile, PADDING_GREY)
     alone = detect_alone(detector, tile)
     nothing = detect_alone(detector, blank)
     if isinstance(nothing, TileError) and nothing.reason.startswith(ANSWERED_WRONGLY):
@@ -179,11 +177,11 @@ def size_fault(detector: CheckedDetector, images: Iterable[np.ndarray]) -> str |
         views = three_views(image, detector.input_side)
         if views is None:
             return None
-        small, padded, enlarged = (detect_alone(detector, view) for view in views)
-        if isinstance(small, TileError) or isinstance(padded, TileError) or isinstance(enlarged, TileError):
+        small, more_grey, enlarged = (detect_alone(detector, view) for view in views)
+        if isinstance(small, TileError) or isinstance(more_grey, TileError) or isinstance(enlarged, TileError):
             continue
-        compared.append((small, padded, enlarged))
-        evidence = evidence.plus(agreement(small, padded))
+        compared.append((small, more_grey, enlarged))
+        evidence = evidence.plus(agreement(small, more_grey))
         if evidence.total >= _ENOUGH_EVIDENCE:
             break
     found = follows_size(compared)
@@ -209,17 +207,17 @@ def follows_size(views: Sequence[tuple[Detections, Detections, Detections]]) -> 
     Returns:
         Agreement of the padded view with the small one, and of the enlarged view with the small one.
     """
-    padded = grown = enlarged = Agreement()
+    to_padded = grown = to_enlarged = Agreement()
     for detections in views:
         small, more_padding, larger = map(_without_full, detections)
-        padded = padded.plus(agreement(small, more_padding))
+        to_padded = to_padded.plus(agreement(small, more_padding))
         grown = grown.plus(agreement(small, more_padding, zoom=2.0))
-        enlarged = enlarged.plus(agreement(small, larger, zoom=2.0))
-    if min(padded.total, enlarged.total) < _MIN_EVIDENCE or padded.distance < _MIN_DISTANCE:
+        to_enlarged = to_enlarged.plus(agreement(small, larger, zoom=2.0))
+    if min(to_padded.total, to_enlarged.total) < _MIN_EVIDENCE or to_padded.distance < _MIN_DISTANCE:
         return None
     if grown.distance < _MIN_GROWN_DISTANCE:
         return None
-    return (padded, enlarged) if enlarged.distance * _TIMES_NEARER < padded.distance else None
+    return (to_padded, to_enlarged) if to_enlarged.distance * _TIMES_NEARER < to_padded.distance else None
 
 
 def _without_full(found: Detections) -> Detections:
@@ -245,14 +243,8 @@ def three_views(image: np.ndarray, input_side: int) -> tuple[np.ndarray, np.ndar
     if half < _MIN_VIEW_SIDE:
         return None
     content = whole_tile(image, int(input_side * _CONTENT_SHARE))
-    small, padded = _on_grey(content, half), _on_grey(content, input_side)
-    return small, padded, cv2.resize(small, (2 * half, 2 * half), interpolation=cv2.INTER_LINEAR)
-
-
-def _on_grey(content: np.ndarray, side: int) -> np.ndarray:
-    square = np.full((side, side, 3), _GREY, np.uint8)
-    square[: content.shape[0], : content.shape[1]] = content
-    return square
+    small, more_grey = (padded([content], (side, side))[0] for side in (half, input_side))
+    return small, more_grey, cv2.resize(small, (2 * half, 2 * half), interpolation=cv2.INTER_LINEAR)
 
 
 def whole_tile(image: np.ndarray, side: int) -> np.ndarray:
@@ -300,7 +292,5 @@ def _detect(detector: CheckedDetector, tiles: list[np.ndarray]) -> list[Detectio
         return detector.ask(tiles)
     except OutOfMemoryError:
         raise
-    except UserError as error:
-        return [error if isinstance(error, TileError) else answered_wrongly(error)] * len(tiles)
     except (Exception, SystemExit) as error:  # The detector may be the user's own code.
-        return [raised(error)] * len(tiles)
+        return [failure_of(error)] * len(tiles)

@@ -68,9 +68,7 @@ def diagnose(load: Load, name: str, image: np.ndarray, *, score_threshold: float
     """
     raw = load(score_threshold, None)
     detector = CheckedDetector(raw, name)
-    facts = [_what_it_is(detector)]
-    if detector.description:
-        facts.append(f"taken for {detector.description}")
+    facts = detector.in_words()
     faults = _name_faults(detector)
     tile = whole_tile(image, detector.input_side)
     facts.append(_reduction(image, tile))
@@ -94,15 +92,6 @@ def diagnose(load: Load, name: str, image: np.ndarray, *, score_threshold: float
     advice, fault = advise_batch(seconds, on_gpu=is_gpu(device))
     facts.append(f"use input_side {detector.input_side} and {advice}")
     return Diagnosis(tuple(facts), tuple(faults if fault is None else [*faults, fault]))
-
-
-def _what_it_is(detector: CheckedDetector) -> str:
-    side = detector.input_side
-    height, width = detector.canvas_hw((side, side))
-    return (
-        f"detector {detector.name}: input side {side}, canvas {height} x {width}, NMS at IoU "
-        f"{detector.iou_threshold:g}, {len(detector.categories)} categories"
-    )
 
 
 def _reduction(image: np.ndarray, tile: np.ndarray) -> str:

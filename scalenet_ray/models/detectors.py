@@ -25,7 +25,6 @@ __all__ = [
     "DetectorInfo",
     "ShowsFeatures",
     "canvas_of",
-    "check_detector",
     "check_kind_on",
     "declaration",
     "load_detector",
@@ -41,7 +40,7 @@ _LOADERS = {
     "torchvision": "scalenet_ray.models.torchvision_detectors:load_torchvision",
     "transformers": "scalenet_ray.models.transformers_detector:load_transformers",
     "ultralytics": "scalenet_ray.models.ultralytics_detector:load_ultralytics",
-    "yolox-onnx": "scalenet_ray.models.yolox:YoloxDetector.load",
+    "yolox-onnx": "scalenet_ray.models.onnx_detector:load_yolox",
 }
 """Kind -> loader, imported on demand: an ONNX detector does not import torch."""
 
@@ -148,20 +147,21 @@ def load_detector(
     if added is not None and what:
         with quoting(spec):
             made = added.load()(what, **settings)
-        return check_detector(made, spec)
-    if kind in _LOADERS and what:
+    elif kind in _LOADERS and what:
         with needs_extra(EXTRAS.get(kind)):
             load = pkgutil.resolve_name(_LOADERS[kind])
-        return check_detector(load(what, **settings), spec)
-    if not own:
+        made = load(what, **settings)
+    elif own:
+        try:
+            made = load_own(spec, settings)
+        except ModuleNotFoundError as error:
+            msg = f"{_wanted()}, got {spec!r}: there is no module {error.name!r} here or among the installed ones"
+            raise UserError(msg) from error
+    else:
         msg = f"{_wanted()}, got {spec!r}"
         raise UserError(msg)
-    try:
-        made = load_own(spec, settings)
-    except ModuleNotFoundError as error:
-        msg = f"{_wanted()}, got {spec!r}: there is no module {error.name!r} here or among the installed ones"
-        raise UserError(msg) from error
-    return check_detector(made, spec)
+    declaration(made, spec)
+    return made
 
 
 def check_kind_on(device: str, spec: str) -> None:
@@ -205,12 +205,6 @@ class DetectorInfo(NamedTuple):
     iou_threshold: float
     categories: dict[int, str]
     takes_larger: bool = True
-
-
-def check_detector(detector: Any, name: str) -> Detector:
-    """Validate the attributes of a detector and return it; arguments and errors as for `declaration`."""
-    declaration(detector, name)
-    return detector
 
 
 def declaration(detector: Any, name: str) -> DetectorInfo:

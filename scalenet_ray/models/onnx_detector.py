@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,25 @@ import onnxruntime
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.merge import nms
+from scalenet_ray.core.networks import DetectionsWithFeatures
 from scalenet_ray.data.policy_files import read_yaml
 from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.class_names import classes_of
 from scalenet_ray.models.devices import is_tensorrt
-from scalenet_ray.models.onnx_graph import resizes_input
-from scalenet_ray.models.onnx_layouts import DECODED_YOLOX, YOLOX, Layout
+from scalenet_ray.models.onnx_graph import expose_features, resizes_input
+from scalenet_ray.models.onnx_layouts import ANSWER_MAPS, DECODED_YOLOX, YOLOX, Layout, yolox_answer_maps
 from scalenet_ray.models.onnx_network import OnnxNetwork, free_network
-from scalenet_ray.models.onnx_session import on_gpu, open_session, tiles_at_once, with_engine
-from scalenet_ray.models.padding import STRIDE, detect_by_canvas, fixed_canvas, padded, stride_canvas
-from scalenet_ray.models.yolox import YoloxDetector
+from scalenet_ray.models.onnx_session import (
+    on_gpu,
+    open_session,
+    providers_of,
+    session_options,
+    tiles_at_once,
+    with_engine,
+)
+from scalenet_ray.models.padding import STRIDE, detect_by_canvas, fixed_canvas, in_tile, padded, stride_canvas
 
-__all__ = ["OnnxDetector", "load_onnx_detector"]
+__all__ = ["OnnxDetector", "YoloxDetector", "load_onnx_detector", "load_yolox"]
 
 _WITH_FILE = re.compile(r"(.+\.onnx)@(.+)", re.DOTALL)
 _GIVEN = ("names", "categories", "mean", "std", "channel_order", "padding", "imgsz")
@@ -37,12 +45,12 @@ _LOG = logging.getLogger(__name__)
 class OnnxDetector:
     """`Detector` with a network in ONNX of one of the kinds of `onnx_layouts`.
 
-    Tiles are padded with grey to their canvas and given as RGB in 0..1, with the mean and standard deviation of the
-    file's metadata if it has them.
+    Tiles are padded with grey to their canvas and given as RGB in 0..1, or as YOLOX takes them, with the mean and
+    standard deviation of the file's metadata if it has them.
 
     Attributes:
         input_side: longer side of a whole image's tile: that of a fixed input, else the metadata's `imgsz`, else that
-            of the export, else 640, or 800 of torchvision's.
+            of the export, else 640, or 800 of torchvision's, 416 of YOLOX.
         categories: class id -> name.
         score_threshold: minimum score of a detection.
         iou_threshold: IoU threshold of NMS.
@@ -77,7 +85,7 @@ class OnnxDetector:
         self.description = ""
         self._fixed_hw = network.fixed_hw
         canvases, stride = network.trial_canvases
-        self._least_side, self._stride_factor = min(canvases[0]), max(1, stride // STRIDE)
+        self._least_side, self._stride_factor = layout.least_side or min(canvases[0]), max(1, stride // STRIDE)
         self.input_side = min(self._fixed_hw) if self._fixed_hw else input_side
         self._few_to = self.input_side // self._stride_factor if on_gpu(network.session) else None
 
@@ -99,16 +107,19 @@ class OnnxDetector:
         return detect_by_canvas(pixels, self.canvas_hw, self._detect_group, self._few_to is not None)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
-        found = []
-        at_once = self._network.batch or tiles_at_once(self._network.session, len(tiles))
+        answers = self._run(self._network, self._layout.outputs, tiles, canvas)
+        return [self._decode(outputs, canvas, tile.shape[:2]) for tile, outputs in zip(tiles, answers, strict=True)]
+
+    def _run(
+        self, network: OnnxNetwork, positions: Sequence[int], tiles: list[np.ndarray], canvas: tuple[int, int]
+    ) -> Iterator[Sequence[np.ndarray]]:
+        """The outputs at these positions for each tile, in as many calls as the device takes."""
+        at_once = network.batch or tiles_at_once(network.session, len(tiles))
         at_once = at_once if self._layout.batched else 1
         for start in range(0, len(tiles), at_once):
-            batch = tiles[start : start + at_once]
-            outputs = self._network(padded(batch, canvas, self._network.padding))
-            chosen = [_in_float32(outputs[i]) for i in self._layout.outputs]
-            rows = zip(*chosen, strict=True) if self._layout.batched else [chosen]
-            found += [self._decode(row, canvas, tile.shape[:2]) for tile, row in zip(batch, rows, strict=True)]
-        return found
+            outputs = network(padded(tiles[start : start + at_once], canvas, network.padding))
+            chosen = [_in_float32(outputs[i]) for i in positions]
+            yield from zip(*chosen, strict=True) if self._layout.batched else [chosen]
 
     def _decode(
         self, outputs: Sequence[np.ndarray], canvas: tuple[int, int], tile_hw: tuple[int, int]
@@ -120,6 +131,8 @@ class OnnxDetector:
                 f"the detector gave {bad} values that are NaN or infinite: check its weights and precision"
             )
         boxes, scores, classes = self._layout.decode(outputs, canvas, self.score_threshold)
+        if not np.isfinite(boxes).all():
+            return TileError("the detector gave boxes of infinite size: check its weights and precision")
         if self._layout.gives_ids:
             known = np.isin(classes, self._class_ids)
             boxes, scores, classes = boxes[known], scores[known], classes[known]
@@ -134,15 +147,65 @@ class OnnxDetector:
         if not self._layout.suppressed:
             kept = nms(boxes, scores, classes, self.iou_threshold)
             boxes, scores, classes = boxes[kept], scores[kept], classes[kept]
-        height, width = tile_hw
-        found = Detections(np.clip(boxes, 0, [width, height, width, height]), scores, classes)
-        # Boxes in the padding are empty after clipping.
-        return found[found.areas > 0]
+        return in_tile(Detections(boxes, scores, classes), tile_hw)
+
+
+class YoloxDetector(OnnxDetector):
+    """`OnnxDetector` with a YOLOX, which provides feature maps for a scale head.
+
+    Args:
+        network: the network.
+        layout: its kind.
+        categories: class id -> name.
+        open_features: makes the network with a feature map of each level as further outputs, finest first.
+        settings: further arguments of `OnnxDetector`.
+    """
+
+    feature_stride = 8
+
+    def __init__(
+        self,
+        network: OnnxNetwork,
+        layout: Layout,
+        categories: Mapping[int, str],
+        open_features: Callable[[], OnnxNetwork],
+        **settings: Any,
+    ) -> None:
+        super().__init__(network, layout, categories, **settings)
+        self._featured = functools.cache(open_features)
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels of the feature maps of strides 8, 16 and 32, including those of the output.
+
+        Raises:
+            UserError: if the network does not have YOLOX's structure.
+        """
+        _, *maps = self._featured().session.get_outputs()
+        return tuple(output.shape[1] + ANSWER_MAPS for output in maps)
+
+    def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
+        """Detect on tiles, [h, w, 3] uint8 RGB each, with feature maps; see `DetectWithFeatures`.
+
+        A level's feature map is the common input of its box and class branches, with `yolox_answer_maps` appended.
+        """
+        return detect_by_canvas(pixels, self.canvas_hw, self._features_group, self._few_to is not None)
+
+    def _features_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[DetectionsWithFeatures]:
+        network = self._featured()
+        positions = range(len(network.session.get_outputs()))
+        return [
+            DetectionsWithFeatures(
+                self._decode([rows], canvas, tile.shape[:2]),
+                tuple(np.concatenate(level) for level in zip(maps, yolox_answer_maps(rows, canvas), strict=True)),
+            )
+            for tile, (rows, *maps) in zip(tiles, self._run(network, positions, tiles, canvas), strict=True)
+        ]
 
 
 def load_onnx_detector(
     what: str, *, device: str = "cpu", score_threshold: float = 0.01, iou_threshold: float | None = None
-) -> OnnxDetector | YoloxDetector:
+) -> OnnxDetector:
     """Load a detector in ONNX, of whatever kind its outputs show.
 
     What it was taken for is logged, and in the detector's `description`. A fixed batch and size are made dynamic where
@@ -168,7 +231,6 @@ def load_onnx_detector(
     metadata = session.get_modelmeta().custom_metadata_map
     if names_file is not None and names_file.lower().endswith((".yaml", ".yml", ".json")):
         metadata, names_file = metadata | _given_metadata(names_file), None
-    thresholds: Any = {"score_threshold": score_threshold, "iou_threshold": iou_threshold}
     try:
         network, layout = _recognised(session, data, metadata)
         categories, source = classes_of(layout.classes, metadata, names_file, first_id=layout.first_id)
@@ -176,19 +238,37 @@ def load_onnx_detector(
     except UserError as error:
         msg = f"{path}: {error}"
         raise UserError(msg) from error
-    detector: OnnxDetector | YoloxDetector
+    network, data = free_network(network, data, layout, device)
+    settings: Any = {"input_side": input_side, "score_threshold": score_threshold, "iou_threshold": iou_threshold}
     if layout.family == YOLOX:
-        detector = YoloxDetector.load(path, device=device, categories=categories, **thresholds)
-        axes = ""
+        open_features = functools.partial(_open_features, network, data, device)
+        detector = YoloxDetector(network, layout, categories, open_features, **settings)
     else:
-        network, data = free_network(network, data, layout, metadata, device)
-        detector = OnnxDetector(network, layout, categories, input_side=input_side, **thresholds)
-        if is_tensorrt(device):
-            network.session = with_engine(network.session, data, path, device, detector.canvas_hw, detector.input_side)
-        axes = f"; {_axes(network)}"
-    detector.description = f"{layout.family}, {layout.shapes}{axes}; classes: {source}"
+        detector = OnnxDetector(network, layout, categories, **settings)
+    if is_tensorrt(device):
+        network.session = with_engine(network.session, data, path, device, detector.canvas_hw, detector.input_side)
+    detector.description = f"{layout.family}, {layout.shapes}; {_axes(network)}; classes: {source}"
     _LOG.info("%s was taken for %s", path, detector.description)
     return detector
+
+
+def load_yolox(what: str, **settings: Any) -> YoloxDetector:
+    """Load a YOLOX in ONNX: arguments and errors of `load_onnx_detector`, which refuses no other kind.
+
+    Raises:
+        UserError: if the network is of another kind.
+    """
+    detector = load_onnx_detector(what, **settings)
+    if not isinstance(detector, YoloxDetector):
+        msg = f"yolox-onnx:{what} must hold a YOLOX without decoding, got {detector.description}: use onnx:PATH"
+        raise UserError(msg)
+    return detector
+
+
+def _open_features(network: OnnxNetwork, data: bytes, device: str) -> OnnxNetwork:
+    """A network, of which `data` is the ONNX file, with its feature maps as additional outputs."""
+    content = expose_features(data)
+    return network.on(onnxruntime.InferenceSession(content, session_options(), providers=providers_of(device)))
 
 
 def _given_metadata(uri: str) -> dict[str, str]:
@@ -223,6 +303,7 @@ def _recognised(
             "--decode_in_inference, or use a class of your own"
         )
         raise UserError(msg)
+    network.bgr_bytes = layout.bgr_bytes
     return network, layout
 
 

@@ -6,6 +6,7 @@ boxes lie where the cells of their rows are. All boxes are xyxy in canvas pixels
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.models.padding import STRIDE
 
-__all__ = ["DECODED_YOLOX", "YOLOX", "Found", "Layout", "recognise"]
+__all__ = ["ANSWER_MAPS", "DECODED_YOLOX", "YOLOX", "Found", "Layout", "recognise", "yolox_answer_maps"]
 
 HW = tuple[int, int]
 
@@ -44,6 +46,8 @@ class Layout:
         first_id: id of the first class, where a file lists the names.
         gives_ids: True if the network gives class ids, False if it gives their positions in ascending order.
         input_side: longer side of a whole image's tile, if the file does not say.
+        least_side: side of the smallest canvas; None for that of the smallest on which the network was tried.
+        bgr_bytes: True if it takes BGR in 0..255, False for RGB in 0..1.
     """
 
     family: str
@@ -58,10 +62,15 @@ class Layout:
     first_id: int = 0
     gives_ids: bool = False
     input_side: int = 640
+    least_side: int | None = None
+    bgr_bytes: bool = False
 
 
 YOLOX = "YOLOX"
 DECODED_YOLOX = "YOLOX with decoded boxes"
+
+ANSWER_MAPS = 5
+"""Maps of a level by `yolox_answer_maps`."""
 
 _KNOWN = (
     "[batch, 4 + classes, cells] (YOLOv8, 11, 12), [batch, 3 x cells, 5 + classes] (YOLOv5, 7), "
@@ -71,7 +80,7 @@ _KNOWN = (
 )
 
 _LEVELS = ((8, 16, 32), (8, 16, 32, 64), (4, 8, 16, 32), (16, 32))
-"""Strides of the levels of YOLO networks."""
+"""Strides of the levels of YOLO networks, the first those of YOLOX."""
 
 _FOLLOWS = 0.25
 """Least slope of the boxes' centres over the cells' for boxes that are decoded. Of YOLO11n it is 0.68 on a canvas of
@@ -122,8 +131,18 @@ def _of_rows(output: np.ndarray, canvas: HW) -> Layout | None:
         family = "YOLOv6" if (first[:, 4] == 1).all() else DECODED_YOLOX
         return Layout(family, f"[batch, cells, {columns}]", (0,), _decode_rows, classes=columns - 5, on_cells=True)
     if columns > 5 and _cells(rows, canvas, 1, _LEVELS[:1]) is not None:
-        # Its own adapter decodes it.
-        return Layout(YOLOX, f"[batch, cells, {columns}]", (0,), _decode_rows, classes=columns - 5, on_cells=True)
+        return Layout(
+            YOLOX,
+            f"[batch, cells, {columns}]",
+            (0,),
+            _decode_cells,
+            classes=columns - 5,
+            on_cells=True,
+            iou_threshold=0.65,
+            input_side=416,
+            least_side=STRIDE,
+            bgr_bytes=True,
+        )
     if columns > 4 and (first >= 0).all() and (first <= 1).all():
         shapes = f"[batch, queries, {columns}]: cxcywh in 0..1, scores"
         return Layout("RT-DETR", shapes, (0,), _decode_query_rows, classes=columns - 4, suppressed=True)
@@ -189,14 +208,21 @@ def _of_boxes(names: Sequence[str], outputs: Sequence[np.ndarray]) -> Layout | N
 def _cells(count: int, canvas: HW, anchors: int, levels_of: Sequence[tuple[int, ...]] = _LEVELS) -> np.ndarray | None:
     """Centres of the cells of a canvas, [count, 2] xy in canvas pixels; None if no levels have so many rows."""
     for strides in levels_of:
-        sides = [(-(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in strides]
-        if anchors * sum(h * w for h, w in sides) == count:
-            levels = []
-            for stride, (h, w) in zip(strides, sides, strict=True):
-                y, x = np.mgrid[:h, :w]
-                levels += [(np.stack([x.ravel(), y.ravel()], axis=1) + 0.5) * stride] * anchors
-            return np.concatenate(levels)
+        cells, sides = _grid(canvas, strides, anchors)
+        if len(cells) == count:
+            return (cells + 0.5) * sides
     return None
+
+
+@functools.lru_cache(maxsize=16)
+def _grid(canvas: HW, strides: tuple[int, ...], anchors: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Cells (x, y) [rows, 2] and strides [rows, 1] of a canvas's rows, float32."""
+    cells, sides = [], []
+    for stride in strides:
+        y, x = np.mgrid[: -(-canvas[0] // stride), : -(-canvas[1] // stride)]
+        cells += [np.stack([x.ravel(), y.ravel()], axis=1)] * anchors
+        sides += [np.full((x.size, 1), stride)] * anchors
+    return np.concatenate(cells).astype(np.float32), np.concatenate(sides).astype(np.float32)
 
 
 def _slope(centres: np.ndarray, cells: np.ndarray) -> float:
@@ -232,12 +258,48 @@ def _decode_columns(outputs: Sequence[np.ndarray], canvas: HW, threshold: float)
 def _decode_rows(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
     """[N, 5 + C]: cxcywh, objectness, class scores; the best class of each row."""
     (rows,) = outputs
+    kept, scores, classes = _best_rows(rows, threshold)
+    return Found(_corners(rows[kept, :4]), scores, classes)
+
+
+def _decode_cells(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:
+    """[N, 5 + C]: centre in its cell, logarithms of width and height in cells, objectness, class scores."""
+    (rows,) = outputs
+    cells, strides = _grid(canvas, _LEVELS[0])
+    kept, scores, classes = _best_rows(rows, threshold)
+    with np.errstate(over="ignore"):
+        boxes = np.concatenate([rows[kept, :2] + cells[kept], np.exp(rows[kept, 2:4])], axis=1) * strides[kept]
+    return Found(_corners(boxes), scores, classes)
+
+
+def _best_rows(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[N, 5 + C]: box, objectness, class scores -> indices, scores and best classes of the rows over the threshold."""
     # Class scores are at most 1: rows with a low objectness can't reach the threshold.
-    rows = rows[rows[:, 4] >= threshold]
+    likely = np.flatnonzero(rows[:, 4] >= threshold)
+    rows = rows[likely]
     classes = rows[:, 5:].argmax(axis=1)
     scores = rows[:, 4] * rows[np.arange(len(rows)), 5 + classes]
     kept = scores >= threshold
-    return Found(_corners(rows[kept, :4]), scores[kept], classes[kept])
+    return likely[kept], scores[kept], classes[kept]
+
+
+def yolox_answer_maps(rows: np.ndarray, canvas: HW) -> list[np.ndarray]:
+    """Output of YOLOX for a tile, as maps of its levels for a scale head.
+
+    Args:
+        rows: [N, 5 + C], as `_decode_cells` takes them.
+        canvas: (height, width).
+
+    Returns:
+        [`ANSWER_MAPS`, h, w] float32 each, finest first: logits of the objectness, of the best class and of their
+        product, and the logarithms of width and height in cells.
+    """
+    found, best = rows[:, 4], rows[:, 5:].max(axis=1)
+    chances = np.clip(np.stack([found, best, found * best]), 1e-4, 1 - 1e-4)
+    maps = np.concatenate([np.log(chances / (1 - chances)), rows[:, 2:4].T])
+    sides = [(canvas[0] // stride, canvas[1] // stride) for stride in _LEVELS[0]]
+    ends = np.cumsum([h * w for h, w in sides])[:-1]
+    return [level.reshape(ANSWER_MAPS, *hw) for level, hw in zip(np.split(maps, ends, axis=1), sides, strict=True)]
 
 
 def _decode_best(outputs: Sequence[np.ndarray], canvas: HW, threshold: float) -> Found:

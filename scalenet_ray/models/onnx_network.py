@@ -45,9 +45,11 @@ class OnnxNetwork:
         metadata: metadata of the ONNX file: `mean` and `std`, JSON lists of a number for red, green and blue each, for
             pixels in 0..1, without which the input is not normalised; `channel_order`, RGB or BGR; `padding`, the grey
             level beside a tile, 114 by default.
+        bgr_bytes: without `mean` and `std` pixels are in 0..255 and not in 0..1, without `channel_order` they are BGR.
 
     Attributes:
         session: the session.
+        bgr_bytes: see there.
         batch: fixed batch size; None if it is free. 1 if the input has no batch axis.
         fixed_hw: fixed (height, width); None if they are free.
         batched: False if the input has no batch axis.
@@ -57,8 +59,12 @@ class OnnxNetwork:
         UserError: if the input is not an image's, or the metadata is invalid.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, metadata: Mapping[str, str], *, bgr_bytes: bool = False
+    ) -> None:
         self.session: onnxruntime.InferenceSession | EngineSession = session
+        self.bgr_bytes = bgr_bytes
+        self._metadata = metadata
         image, *others = session.get_inputs()
         shape = image.shape
         batch, channels, *sides = shape if len(shape) == 4 else [1, *shape]
@@ -84,8 +90,8 @@ class OnnxNetwork:
         self._normalisation = None
         if "mean" in metadata or "std" in metadata:
             self._normalisation = _three_numbers(metadata, "mean", 0), _three_numbers(metadata, "std", 1)
-        self._order = metadata.get("channel_order", "RGB")
-        if self._order not in ("RGB", "BGR"):
+        self._order = metadata.get("channel_order")
+        if self._order not in (None, "RGB", "BGR"):
             msg = f"metadata 'channel_order' must be RGB or BGR, got {self._order[:80]!r}"
             raise UserError(msg)
         grey = metadata.get("padding", str(PADDING_GREY))
@@ -93,6 +99,10 @@ class OnnxNetwork:
             msg = f"metadata 'padding' must be a grey level from 0 to 255, got {grey[:80]!r}"
             raise UserError(msg)
         self.padding = int(grey)
+
+    def on(self, session: onnxruntime.InferenceSession) -> OnnxNetwork:
+        """The same network in another session."""
+        return OnnxNetwork(session, self._metadata, bgr_bytes=self.bgr_bytes)
 
     def __call__(self, pixels: np.ndarray, *, quiet: bool = False) -> list[np.ndarray]:
         """All outputs for [B, H, W, 3] uint8 RGB. A batch smaller than the fixed one is filled up with grey.
@@ -106,11 +116,12 @@ class OnnxNetwork:
             blank = np.full((self.batch - count, height, width, 3), PADDING_GREY, np.uint8)
             pixels = np.concatenate([pixels, blank])
         images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
-        images /= 255
         if self._normalisation is not None:
             mean, deviation = self._normalisation
-            images = (images - mean) / deviation
-        if self._order == "BGR":
+            images = (images / 255 - mean) / deviation
+        elif not self.bgr_bytes:
+            images /= 255
+        if (self._order or ("BGR" if self.bgr_bytes else "RGB")) == "BGR":
             images = np.ascontiguousarray(images[:, ::-1])
         images = images.astype(self._dtype, copy=False)
         feed: dict[str, Any] = {self._image: images if self.batched else images[0]}
@@ -204,16 +215,13 @@ def noise(canvas: HW, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (1, *canvas, 3), dtype=np.uint8)
 
 
-def free_network(
-    network: OnnxNetwork, data: bytes, layout: Layout, metadata: Mapping[str, str], device: str
-) -> tuple[OnnxNetwork, bytes]:
+def free_network(network: OnnxNetwork, data: bytes, layout: Layout, device: str) -> tuple[OnnxNetwork, bytes]:
     """Make batch and size of a network dynamic, or the batch alone, as far as it gives the same outputs.
 
     Args:
         network: the network.
         data: content of its ONNX file.
         layout: that of its outputs.
-        metadata: the file's metadata.
         device: as for `providers_of`.
 
     Returns:
@@ -229,7 +237,7 @@ def free_network(
         try:
             content = free_axes(data, sizes=sizes)
             session = onnxruntime.InferenceSession(content, _quiet(session_options()), providers=providers_of(device))
-            freed = OnnxNetwork(session, metadata)
+            freed = network.on(session)
             if (not sizes or freed.layout() == layout) and _is_same(network, freed):
                 return freed, content
         except (*_RUN_ERRORS, UserError):

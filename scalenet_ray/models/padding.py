@@ -1,12 +1,14 @@
-"""Padding of tiles to canvases, and batches of tiles with equal canvases."""
+"""Padding of tiles to canvases, batches of tiles with equal canvases, and boxes without the padding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 
+from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.rectangles import STRIDE
 
@@ -15,6 +17,7 @@ __all__ = [
     "STRIDE",
     "detect_by_canvas",
     "fixed_canvas",
+    "in_tile",
     "padded",
     "square_canvas",
     "stride_canvas",
@@ -54,10 +57,10 @@ def _few(side: int, whole: int) -> int:
     return min(least, whole) if side <= whole else least
 
 
-def square_canvas(hw: HW, least: int, stride: int = STRIDE) -> HW:
+def square_canvas(hw: HW, least: int) -> HW:
     """The smallest square canvas of a tile of (height, width), of at least `least` tile pixels a side."""
     side = max(*hw, least)
-    return stride_canvas((side, side), stride)
+    return stride_canvas((side, side))
 
 
 def fixed_canvas(hw: HW, fixed_hw: HW, remedy: str = "or export it with free height and width") -> HW:
@@ -81,6 +84,13 @@ def padded(tiles: Sequence[np.ndarray], canvas: HW, grey: int = PADDING_GREY) ->
     for i, tile in enumerate(tiles):
         batch[i, : tile.shape[0], : tile.shape[1]] = tile
     return batch
+
+
+def in_tile(found: Detections, tile_hw: HW) -> Detections:
+    """Detections on a canvas, clipped to the tile in its corner; those in the padding are dropped."""
+    height, width = tile_hw
+    inside = replace(found, boxes=np.clip(found.boxes, 0, [width, height, width, height]))
+    return inside[inside.areas > 0]
 
 
 def detect_by_canvas(

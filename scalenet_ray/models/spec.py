@@ -176,7 +176,8 @@ class NetworkSpec:
                 policy needs.
         """
         here = self._on_cpu()
-        detector = here.load_detector(categories, unused)
+        loaded = here._load()
+        detector = MappedDetector(loaded, categories, unused, name=self.detector)
         for policy in policies:
             detector.canvas_hw((policy.largest_side, policy.largest_side))
         needed = any(policy.needs_network for policy in policies)
@@ -184,7 +185,7 @@ class NetworkSpec:
         if predictor is not None:
             predictor.check(detector)
         if open_image is not None:
-            try_detector(detector.checked, _readable(images, open_image))
+            try_detector(CheckedDetector(loaded, detector.name), _readable(images, open_image))
 
     def _check_maps(self, policies: Sequence[Policy], predictor: ScaleNet | ScaleHead | None) -> ScaleHead | None:
         """Check that the policies support the predictor's maps; returns the predictor if it is a scale head."""
@@ -198,14 +199,9 @@ class NetworkSpec:
             if policy.needs_network and policy.recursion.method == "gain" and head is None:
                 msg = f"a policy that goes by the gain needs a scale head, got {self.scale_net}: train --preset head"
                 raise UserError(msg)
-            if policy.needs_first_pass and policy.needs_network and regression:
-                msg = f"policy {policy.name} fuses class maps, got {self.scale_net} with regression maps: give another"
-                raise UserError(msg)
-            if policy.regions is not None and policy.needs_network and regression:
-                msg = (
-                    f"policy {policy.name} plans regions from class maps, got {self.scale_net} with regression maps: "
-                    "give another"
-                )
+            use = "fuses" if policy.needs_first_pass else "plans regions from" if policy.regions is not None else None
+            if use is not None and policy.needs_network and regression:
+                msg = f"policy {policy.name} {use} class maps, got {self.scale_net} with regression maps: give another"
                 raise UserError(msg)
             if (
                 policy.uses_evidence

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.models.coco_categories import COCO_CATEGORIES, COCO_NUM_CLASSES
-from scalenet_ray.models.devices import device_on_this_machine
-from scalenet_ray.models.padding import detect_by_canvas, square_canvas, stride_canvas
+from scalenet_ray.core.masks import encode_mask
+from scalenet_ray.models.class_names import COCO_CATEGORIES, COCO_NUM_CLASSES
+from scalenet_ray.models.padding import square_canvas, stride_canvas
+from scalenet_ray.models.torch_detector import ReadTile, TorchDetector, TorchSettings, finite_rows, in_float32
 from scalenet_ray.models.torchvision_builders import (
     build_detector,
     fetch_detector,
@@ -31,10 +32,10 @@ from scalenet_ray.models.weights import SUFFIXES, load_weights, save_weights
 
 __all__ = ["TorchvisionDetector", "load_torchvision", "save_detector"]
 
-CanvasOf = Callable[[tuple[int, int]], tuple[int, int]]
+HW = tuple[int, int]
 
 
-class TorchvisionDetector:
+class TorchvisionDetector(TorchDetector):
     """`Detector` with a torchvision network; Mask R-CNN also returns masks.
 
     Attributes:
@@ -45,84 +46,61 @@ class TorchvisionDetector:
         canvas_hw: (height, width) of a tile -> (height, width) of its canvas.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        categories: Mapping[int, str],
-        *,
-        device: str = "cpu",
-        score_threshold: float = 0.01,
-        iou_threshold: float | None = None,
-        mixed_precision: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, categories: Mapping[int, str], **settings: Unpack[TorchSettings]) -> None:
         """Prepare a model for inference on tiles.
 
         Args:
             model: the model; changed in place (evaluation mode, device, channels last, thresholds, no resizing).
             categories: class id -> name.
-            device: torch device.
-            score_threshold: minimum score of a detection.
-            iou_threshold: IoU threshold of NMS within each class; None for the model's own.
-            mixed_precision: run under bfloat16 autocast.
+            settings: device, thresholds and precision.
 
         Raises:
             UserError: if the device is not available.
         """
-        self._device = device_on_this_machine(device)
-        self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=mixed_precision)
+        last_stage: Any = model.roi_heads if hasattr(model, "roi_heads") else model
+        super().__init__(float(last_stage.nms_thresh), **settings)
+        last_stage.score_thresh, last_stage.nms_thresh = self.score_threshold, self.iou_threshold
         self.model: Any = model.eval().to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.categories = dict(categories)
         resizing = self.model.transform
         self.input_side = int(resizing.min_size[-1])
-        self._on_gpu = self._device.type == "cuda"
-        self.canvas_hw: CanvasOf = partial(stride_canvas, few_to=self.input_side if self._on_gpu else None)
+        self.canvas_hw = partial(stride_canvas, few_to=self.input_side if self._on_gpu else None)
         if resizing.fixed_size:
             # An SSD's coarsest feature maps and default boxes are designed for one square input.
             self.canvas_hw = partial(square_canvas, least=self.input_side)
             self.model.anchor_generator = _FixedSizeBoxes(self.model.anchor_generator, self.input_side)
         self.model.transform = _OnCanvas(resizing, self.canvas_hw)
-        last_stage = self.model.roi_heads if hasattr(model, "roi_heads") else self.model
-        last_stage.score_thresh = score_threshold
-        if iou_threshold is not None:
-            last_stage.nms_thresh = iou_threshold
-        self.iou_threshold = float(last_stage.nms_thresh)
-        self._exact_boxes = _ExactBoxes(self.model)
-        self._finite = _FiniteWatch(self.model)
+        self._finite = _FiniteWatch()
+        self._hooks = [*_keep_boxes_exact(self.model), *self._finite.hooks_of(self.model)]
 
     def release(self) -> Any:
         """Remove the hooks for inference and return the network, for training."""
-        self._finite.stop()
-        self._exact_boxes.stop()
+        for hook in self._hooks:
+            hook.remove()
         return self.model
 
-    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """Detect on tiles; see `Detector`."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group, self._on_gpu)
-
-    def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
+    def _forward(self, tiles: list[np.ndarray], canvas: HW) -> list[dict[str, torch.Tensor]]:
         del canvas  # `_OnCanvas` pads to the same size.
-        with torch.inference_mode():
-            with self._autocast:
-                outputs = _on_cpu(self.model([self._on_device(tile) for tile in tiles]))
-            finite = self._finite.tiles.tolist()
-            return [self._read(*tile_output) for tile_output in zip(outputs, finite, tiles, strict=True)]
+        return self.model([self._on_device(tile) for tile in tiles])
+
+    def _reader(
+        self, outputs: list[dict[str, torch.Tensor]], tiles: list[np.ndarray], canvas: HW
+    ) -> tuple[torch.Tensor, ReadTile]:
+        read = _on_cpu(outputs)
+        return self._finite.tiles, lambda i: self._read(read[i], tiles[i].shape[:2])
 
     def _on_device(self, tile: np.ndarray) -> torch.Tensor:
         """[h, w, 3] uint8 -> [3, h, w] float32 in 0..1 on the device; a copy to a GPU is not waited for."""
         # A copy also on a CPU: torch warns about read-only arrays.
-        copied = torch.empty(tile.shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        copied = torch.empty(tile.shape, dtype=torch.uint8, pin_memory=self._on_gpu)
         copied.numpy()[:] = tile
         return copied.to(self._device, non_blocking=True).permute(2, 0, 1).float() / 255
 
-    def _read(self, output: dict[str, torch.Tensor], finite: bool, tile: np.ndarray) -> Detections | TileError:
-        arrays = {key: output[key].numpy() for key in ("boxes", "scores", "labels")}
-        masks = output.get("masks")
-        if not finite or not all(np.isfinite(array).all() for array in arrays.values()):
-            return TileError("the detector gave values that are NaN or infinite: check its weights and precision")
-        if masks is not None and not masks.isfinite().all():
-            return TileError("the detector gave masks that are NaN or infinite: check its weights and precision")
-        encoded = None if masks is None else _encode_masks(masks, output["boxes"], tile.shape[:2])
-        found = Detections(**arrays, masks=encoded)
+    def _read(self, output: dict[str, torch.Tensor], tile_hw: HW) -> Detections | TileError:
+        if bad := next((key for key, values in output.items() if not values.isfinite().all()), None):
+            return TileError(f"the detector gave {bad} that are NaN or infinite: check its weights and precision")
+        masks = _encode_masks(output["masks"], output["boxes"], tile_hw) if "masks" in output else None
+        found = Detections(*(output[key].numpy() for key in ("boxes", "scores", "labels")), masks=masks)
         return found[np.isin(found.labels, list(self.categories)) & (found.areas > 0)]
 
 
@@ -139,7 +117,7 @@ def _on_cpu(outputs: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tens
 class _OnCanvas(GeneralizedRCNNTransform):
     """torchvision's transform without resizing: tiles are normalized and padded to their canvas."""
 
-    def __init__(self, resizing: GeneralizedRCNNTransform, canvas_hw: CanvasOf) -> None:
+    def __init__(self, resizing: GeneralizedRCNNTransform, canvas_hw: Callable[[HW], HW]) -> None:
         super().__init__(0, 0, resizing.image_mean, resizing.image_std)
         self._canvas_hw = canvas_hw
 
@@ -189,41 +167,25 @@ class _FixedSizeBoxes(nn.Module):
         return torch.cat([centres - halves, centres + halves], dim=1)
 
 
-class _ExactBoxes:
-    """Forward hooks by which anchors and boxes are computed in float32 also under autocast.
+def _keep_boxes_exact(model: Any) -> list[RemovableHandle]:
+    """Compute anchors and boxes of a network in float32 also under autocast; returns the hooks.
 
     Both take the type of the features: in bfloat16 a coordinate of 800 pixels is off by up to 2.
     """
-
-    def __init__(self, model: Any) -> None:
-        two_stages = hasattr(model, "roi_heads")
-        heads = [model.rpn.head, model.roi_heads.box_predictor] if two_stages else [model.head]
-        generator = (model.rpn if two_stages else model).anchor_generator
-        self._hooks = [
-            *(head.register_forward_hook(lambda _module, _inputs, output: _in_float32(output)) for head in heads),
-            generator.register_forward_pre_hook(self._shapes_alone),
-        ]
-
-    def stop(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
-
-    @staticmethod
-    def _shapes_alone(_module: nn.Module, inputs: tuple[ImageList, list[torch.Tensor]]) -> tuple[Any, ...]:
-        images, features = inputs
-        # Of the features the generator reads the shape and the type.
-        wide = [level.new_zeros((), dtype=torch.float32).expand(level.shape) for level in features]
-        return images, wide if features[0].dtype == torch.bfloat16 else features
+    two_stages = hasattr(model, "roi_heads")
+    heads = [model.rpn.head, model.roi_heads.box_predictor] if two_stages else [model.head]
+    generator = (model.rpn if two_stages else model).anchor_generator
+    return [
+        *(head.register_forward_hook(lambda _module, _inputs, output: in_float32(output)) for head in heads),
+        generator.register_forward_pre_hook(_shapes_alone),
+    ]
 
 
-def _in_float32(nested: Any) -> Any:
-    """Nested dicts, lists and tuples of tensors, those in bfloat16 as float32."""
-    if isinstance(nested, torch.Tensor):
-        return nested.float() if nested.dtype == torch.bfloat16 else nested
-    if isinstance(nested, dict):
-        return {key: _in_float32(value) for key, value in nested.items()}
-    return type(nested)(_in_float32(part) for part in nested)
+def _shapes_alone(_module: nn.Module, inputs: tuple[ImageList, list[torch.Tensor]]) -> tuple[Any, ...]:
+    """Images and features for a generator of anchors, which reads the shape and the type of the features."""
+    images, features = inputs
+    wide = [level.new_zeros((), dtype=torch.float32).expand(level.shape) for level in features]
+    return images, wide if features[0].dtype == torch.bfloat16 else features
 
 
 class _FiniteWatch:
@@ -235,45 +197,29 @@ class _FiniteWatch:
         tiles: [B] bool, for the last batch.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self) -> None:
         self.tiles = torch.zeros(0, dtype=torch.bool)
         self._proposals: list[int] = []
-        if hasattr(model, "roi_heads"):
-            self._hooks = [
-                model.rpn.head.register_forward_hook(self._see_tiles),
-                model.rpn.register_forward_hook(self._count_proposals),
-                model.roi_heads.box_predictor.register_forward_hook(self._see_proposals),
-            ]
-        else:
-            self._hooks = [model.head.register_forward_hook(self._see_tiles)]
 
-    def stop(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
+    def hooks_of(self, model: Any) -> list[RemovableHandle]:
+        """Register the hooks with a network."""
+        if not hasattr(model, "roi_heads"):
+            return [model.head.register_forward_hook(self._see_tiles)]
+        return [
+            model.rpn.head.register_forward_hook(self._see_tiles),
+            model.rpn.register_forward_hook(self._count_proposals),
+            model.roi_heads.box_predictor.register_forward_hook(self._see_proposals),
+        ]
 
     def _see_tiles(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self.tiles = torch.stack([_finite_rows(tensor) for tensor in _tensors(output)]).all(0)
+        self.tiles = finite_rows(output)
 
     def _count_proposals(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._proposals = [len(boxes) for boxes in output[0]]
 
     def _see_proposals(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        rows = torch.stack([_finite_rows(tensor) for tensor in output]).all(0)
-        self.tiles = self.tiles & torch.stack([part.all() for part in rows.split(self._proposals)])
-
-
-def _finite_rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.isfinite().flatten(1).all(1)
-
-
-def _tensors(nested: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested dicts, lists and tuples."""
-    if isinstance(nested, torch.Tensor):
-        yield nested
-    else:
-        for part in nested.values() if isinstance(nested, dict) else nested:
-            yield from _tensors(part)
+        parts = finite_rows(output).split(self._proposals)
+        self.tiles = self.tiles & torch.stack([part.all() for part in parts])
 
 
 def _encode_masks(masks: torch.Tensor, boxes: torch.Tensor, tile_hw: tuple[int, int]) -> tuple[bytes, ...]:
@@ -281,27 +227,17 @@ def _encode_masks(masks: torch.Tensor, boxes: torch.Tensor, tile_hw: tuple[int, 
     counts = []
     for mask, box in zip(masks, boxes, strict=True):
         pasted = paste_masks_in_image(mask[None], box[None], tile_hw)[0, 0].numpy() > 0.5
-        counts.append(coco_mask.encode(np.asfortranarray(pasted, np.uint8))["counts"])
+        counts.append(encode_mask(np.asfortranarray(pasted, np.uint8)))
     return tuple(counts)
 
 
-def load_torchvision(
-    what: str,
-    *,
-    device: str = "cpu",
-    score_threshold: float = 0.01,
-    iou_threshold: float | None = None,
-    mixed_precision: bool = False,
-) -> TorchvisionDetector:
+def load_torchvision(what: str, **settings: Unpack[TorchSettings]) -> TorchvisionDetector:
     """Load a torchvision detector.
 
     Args:
         what: NAME (torchvision's default weights, downloaded or cached), NAME@PATH, or PATH of a file of
             `save_detector` or of torchvision's weights under their original file name.
-        device: torch device.
-        score_threshold: minimum score of a detection.
-        iou_threshold: IoU threshold of NMS within each class; None for the model's own.
-        mixed_precision: run under bfloat16 autocast.
+        settings: device, thresholds and precision.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -315,14 +251,7 @@ def load_torchvision(
         model, categories = _from_file(what, None)
     else:
         model, categories = fetch_detector(what), COCO_CATEGORIES
-    return TorchvisionDetector(
-        model,
-        categories,
-        device=device,
-        score_threshold=score_threshold,
-        iou_threshold=iou_threshold,
-        mixed_precision=mixed_precision,
-    )
+    return TorchvisionDetector(model, categories, **settings)
 
 
 def save_detector(model: nn.Module, name: str, categories: Mapping[int, str], path: str) -> None:

@@ -7,11 +7,11 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from torch import nn
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError, needs_extra
 from scalenet_ray.data.storage import list_files, local_path, read_bytes
-from scalenet_ray.models.devices import device_on_this_machine
-from scalenet_ray.models.padding import detect_by_canvas, square_canvas, stride_canvas
+from scalenet_ray.models.padding import in_tile, square_canvas, stride_canvas
+from scalenet_ray.models.torch_detector import ReadTile, TorchDetector, TorchSettings, finite_rows, without_autocast
 
 __all__ = ["TransformersDetector", "load_transformers"]
 
@@ -49,7 +49,7 @@ _OF_BOXES = re.compile(
 _LOG = logging.getLogger(__name__)
 
 
-class TransformersDetector:
+class TransformersDetector(TorchDetector):
     """`Detector` with a network of transformers, run on padded tiles.
 
     Attributes:
@@ -61,31 +61,18 @@ class TransformersDetector:
         description: what the network is, in words.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        processor: Any,
-        *,
-        device: str = "cpu",
-        score_threshold: float = 0.01,
-        iou_threshold: float | None = None,
-        mixed_precision: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, processor: Any, **settings: Unpack[TorchSettings]) -> None:
         """Prepare a model for inference on tiles.
 
         Args:
             model: a model of `AutoModelForObjectDetection`; changed in place (evaluation mode, device).
             processor: its image processor, whose normalization and decoding of outputs are used.
-            device: torch device.
-            score_threshold: minimum score of a detection.
-            iou_threshold: IoU threshold of NMS between tiles; None for 0.7.
-            mixed_precision: run under bfloat16 autocast.
+            settings: device, thresholds and precision; the IoU threshold is 0.7 by default.
 
         Raises:
             UserError: if the model is of an unknown type, names too few classes, or the device is not available.
         """
-        self._device = device_on_this_machine(device)
-        self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=mixed_precision)
+        super().__init__(_IOU_THRESHOLD, **settings)
         self.model: Any = model.eval().requires_grad_(False).to(self._device)  # type: ignore[call-overload]
         config = self.model.config
         self._processor = processor
@@ -96,13 +83,10 @@ class TransformersDetector:
             raise UserError(msg)
         self.categories = {int(index): str(name) for index, name in config.id2label.items()}
         self.input_side = _side_of(processor)
-        if mixed_precision:
+        if settings.get("mixed_precision"):
             _keep_boxes_exact(self.model)
         self._least = _least_side(config) if self._type in _MASKED else 1
-        self._few_to = self.input_side if self._device.type == "cuda" else None
         self._mean, self._deviation = _normalization(processor, self._device)
-        self.score_threshold = score_threshold
-        self.iou_threshold = _IOU_THRESHOLD if iou_threshold is None else iou_threshold
         padding = "with a mask of its padding" if self._type in _MASKED else "without a mask"
         self.description = f"{type(model).__name__} of transformers, {padding}, without NMS"
 
@@ -110,31 +94,22 @@ class TransformersDetector:
         """Canvas (height, width) of a tile of (height, width)."""
         if self._type in _SQUARE:
             return square_canvas(hw, self.input_side)
-        return stride_canvas((max(hw[0], self._least), max(hw[1], self._least)), few_to=self._few_to)
+        least = max(hw[0], self._least), max(hw[1], self._least)
+        return stride_canvas(least, few_to=self.input_side if self._on_gpu else None)
 
-    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """Detect on tiles; see `Detector`."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group, self._few_to is not None)
+    def _forward(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> Any:
+        return self.model(**self._inputs(tiles, canvas))
 
-    def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
-        with torch.inference_mode():
-            inputs = self._inputs(tiles, canvas)
-            with self._autocast:
-                outputs = self.model(**inputs)
-            outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
-            finite = [part.isfinite().flatten(1).all(1) for part in (outputs.logits, outputs.pred_boxes)]
-            frames = [tile.shape[:2] if self._type in _MASKED else canvas for tile in tiles]
-            found = self._processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=frames)
-            # One copy for the batch: without a threshold all tiles have as many boxes.
-            boxes, scores, labels = (
-                torch.stack([each[key] for each in found]).cpu().numpy() for key in ("boxes", "scores", "labels")
-            )
-        return [
-            self._read(boxes[i], scores[i], labels[i], tile.shape[:2])
-            if whole
-            else TileError("the detector gave values that are NaN or infinite: check its weights and precision")
-            for i, (tile, whole) in enumerate(zip(tiles, (finite[0] & finite[1]).tolist(), strict=True))
-        ]
+    def _reader(self, outputs: Any, tiles: list[np.ndarray], canvas: tuple[int, int]) -> tuple[torch.Tensor, ReadTile]:
+        outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
+        frames = [tile.shape[:2] if self._type in _MASKED else canvas for tile in tiles]
+        found = self._processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=frames)
+        # One copy for the batch: without a threshold all tiles have as many boxes.
+        boxes, scores, labels = (
+            torch.stack([each[key] for each in found]).cpu().numpy() for key in ("boxes", "scores", "labels")
+        )
+        finite = finite_rows([outputs.logits, outputs.pred_boxes])
+        return finite, lambda i: self._read(boxes[i], scores[i], labels[i], tiles[i].shape[:2])
 
     def _inputs(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Normalized tiles on canvases of zeros, as image processors pad, and the mask where the model takes one."""
@@ -159,30 +134,18 @@ class TransformersDetector:
                 f"the detector gave class {min(strange)}, its config.id2label names {len(self.categories)} classes: "
                 "name all of them there"
             )
-        height, width = tile_hw
-        found = Detections(np.clip(boxes[kept], 0, [width, height, width, height]), scores[kept], labels[kept])
-        # Boxes in the padding are empty after clipping.
-        return found[found.areas > 0]
+        return in_tile(Detections(boxes[kept], scores[kept], labels[kept]), tile_hw)
 
 
 def _keep_boxes_exact(model: Any) -> None:
-    """Compute boxes, reference points and anchors of a network in float32 also under autocast; it is changed in place.
-
-    In bfloat16 a coordinate of 640 pixels is off by up to 2.
-    """
+    """Compute boxes, reference points and anchors of a network outside of autocast; it is changed in place."""
     for name, module in model.named_modules():
         if _OF_BOXES.search(name):
-            module.forward = partial(_in_float32, module.forward)
+            module.forward = partial(without_autocast, module.forward)
         if hasattr(module, "generate_anchors"):
             module.generate_anchors = partial(_anchors_in_float32, module.generate_anchors)
         if hasattr(module, "gen_encoder_output_proposals"):
             module.gen_encoder_output_proposals = partial(_of_wide_features, module.gen_encoder_output_proposals)
-
-
-def _in_float32(forward: Callable[..., Any], *tensors: torch.Tensor) -> Any:
-    """Call a module outside of autocast."""
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        return forward(*(tensor.float() for tensor in tensors))
 
 
 def _anchors_in_float32(generate: Callable[..., Any], *args: Any, **settings: Any) -> Any:
@@ -221,23 +184,13 @@ def _normalization(processor: Any, device: torch.device) -> tuple[torch.Tensor, 
     return tuple(torch.tensor(part, device=device).reshape(shape) * scale for part in (mean, deviation))  # type: ignore[return-value]
 
 
-def load_transformers(
-    what: str,
-    *,
-    device: str = "cpu",
-    score_threshold: float = 0.01,
-    iou_threshold: float | None = None,
-    mixed_precision: bool = False,
-) -> TransformersDetector:
+def load_transformers(what: str, **settings: Unpack[TorchSettings]) -> TransformersDetector:
     """Load a detector of transformers.
 
     Args:
         what: a folder of `save_pretrained`, with the model's and the image processor's configuration and the weights:
             local path or a store's address; or a model's name on the Hugging Face Hub, downloaded or cached.
-        device: torch device.
-        score_threshold: minimum score of a detection.
-        iou_threshold: IoU threshold of NMS between tiles; None for 0.7.
-        mixed_precision: run under bfloat16 autocast.
+        settings: device, thresholds and precision; the IoU threshold is 0.7 by default.
 
     Raises:
         FileNotFoundError: if the path does not exist.
@@ -261,14 +214,7 @@ def load_transformers(
             raise UserError(_does_not_load(what, transformers.__version__, error)) from error
     _check_weights(what, f"{type(model).__name__} of transformers {transformers.__version__}", report)
     try:
-        detector = TransformersDetector(
-            model,
-            processor,
-            device=device,
-            score_threshold=score_threshold,
-            iou_threshold=iou_threshold,
-            mixed_precision=mixed_precision,
-        )
+        detector = TransformersDetector(model, processor, **settings)
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
     _LOG.info("%s was taken for %s", what, detector.description)

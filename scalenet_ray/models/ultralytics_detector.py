@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import nn
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.masks import encode_mask
 from scalenet_ray.core.merge import nms
-from scalenet_ray.models.devices import device_on_this_machine
-from scalenet_ray.models.padding import STRIDE, detect_by_canvas, padded, square_canvas, stride_canvas
+from scalenet_ray.models.padding import STRIDE, in_tile, padded, square_canvas, stride_canvas
+from scalenet_ray.models.torch_detector import ReadTile, TorchDetector, TorchSettings, finite_rows, without_autocast
 from scalenet_ray.models.ultralytics_weights import import_ultralytics, load_checkpoint
 
 __all__ = ["UltralyticsDetector", "load_ultralytics"]
@@ -35,7 +34,7 @@ _MASKS_AT_ONCE = 16
 _LOG = logging.getLogger(__name__)
 
 
-class UltralyticsDetector:
+class UltralyticsDetector(TorchDetector):
     """`Detector` with a network of Ultralytics, run on padded tiles; segmentation networks also return masks.
 
     A YOLO has rectangular canvases. RT-DETR, which was trained on squares of one size and predicts boxes as shares of
@@ -50,46 +49,30 @@ class UltralyticsDetector:
         description: what the network is, in words.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        input_side: int = _INPUT_SIDE,
-        device: str = "cpu",
-        score_threshold: float = 0.01,
-        iou_threshold: float | None = None,
-        mixed_precision: bool = False,
-    ) -> None:
+    def __init__(self, model: nn.Module, *, input_side: int = _INPUT_SIDE, **settings: Unpack[TorchSettings]) -> None:
         """Prepare a model for inference on tiles.
 
         Args:
             model: a detection or segmentation model of `ultralytics.nn.tasks`; changed in place (evaluation mode,
                 fused, device).
             input_side: longer side of a whole image's tile.
-            device: torch device.
-            score_threshold: minimum score of a detection.
-            iou_threshold: IoU threshold of NMS within each class; None for Ultralytics' 0.7.
-            mixed_precision: run under bfloat16 autocast.
+            settings: device, thresholds and precision; the IoU threshold is 0.7 by default.
 
         Raises:
             UserError: if the model does another task, its names are not those of its classes, or the device is not
                 available.
         """
-        self._device = device_on_this_machine(device)
-        self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=mixed_precision)
+        super().__init__(_IOU_THRESHOLD, **settings)
         self.model: Any = model
         head = self.model.model[-1]
-        # It computes the boxes: in bfloat16 they would be off by up to 2 pixels at 640.
-        head.forward = partial(_in_float32, head.forward, self._device.type)
+        # It computes the boxes.
+        head.forward = partial(without_autocast, head.forward)
         self._queries, self._masks = _kind_of(head)
         self.categories = _names(self.model.names, head.nc)
         self.model.eval().requires_grad_(False).fuse(verbose=False).to(self._device)
         self._suppressed = self._queries or bool(self.model.end2end)
         self._stride = max(STRIDE, int(max(self.model.stride)))
         self.input_side = input_side
-        self._few_to = input_side if self._device.type == "cuda" else None
-        self.score_threshold = score_threshold
-        self.iou_threshold = _IOU_THRESHOLD if iou_threshold is None else iou_threshold
         kind = "RT-DETR" if self._queries else "YOLO with masks" if self._masks else "YOLO"
         self.description = f"{kind} of Ultralytics, {'without' if self._suppressed else 'with'} NMS"
 
@@ -97,29 +80,20 @@ class UltralyticsDetector:
         """Canvas (height, width) of a tile of (height, width)."""
         if self._queries:
             return square_canvas(hw, self.input_side)
-        return stride_canvas(hw, self._stride, self._few_to)
+        return stride_canvas(hw, self._stride, self.input_side if self._on_gpu else None)
 
-    def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """Detect on tiles; see `Detector`."""
-        return detect_by_canvas(pixels, self.canvas_hw, self._detect_group, self._few_to is not None)
+    def _forward(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> Any:
+        return self.model(torch.from_numpy(padded(tiles, canvas)).to(self._device).permute(0, 3, 1, 2).float() / 255)[0]
 
-    def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
-        with torch.inference_mode():
-            batch = torch.from_numpy(padded(tiles, canvas)).to(self._device).permute(0, 3, 1, 2).float() / 255
-            with self._autocast:
-                answer = self.model(batch)[0]
-            output, prototypes = answer if self._masks else (answer, None)
-            finite = output.isfinite().flatten(1).all(1).tolist()
-            rows = self._rows(output.float(), canvas)
-            kept = rows[..., 4] >= self.score_threshold
-            # One copy for the batch, not for each tile.
-            parts = rows[kept].cpu().split(kept.sum(1).tolist())
-            return [
-                self._read(parts[i], canvas, tile.shape[:2], None if prototypes is None else prototypes[i])
-                if finite[i]
-                else TileError("the detector gave values that are NaN or infinite: check its weights and precision")
-                for i, tile in enumerate(tiles)
-            ]
+    def _reader(self, outputs: Any, tiles: list[np.ndarray], canvas: tuple[int, int]) -> tuple[torch.Tensor, ReadTile]:
+        output, prototypes = outputs if self._masks else (outputs, None)
+        rows = self._rows(output.float(), canvas)
+        kept = rows[..., 4] >= self.score_threshold
+        # One copy for the batch, not for each tile.
+        parts = rows[kept].cpu().split(kept.sum(1).tolist())
+        return finite_rows(output), lambda i: self._read(
+            parts[i], canvas, tiles[i].shape[:2], None if prototypes is None else prototypes[i]
+        )
 
     def _rows(self, output: torch.Tensor, canvas: tuple[int, int]) -> torch.Tensor:
         """A batch's output -> [B, N, 6 or more]: xyxy in canvas pixels, score, class, coefficients of the mask."""
@@ -142,22 +116,12 @@ class UltralyticsDetector:
         if not self._suppressed:
             chosen = nms(boxes, scores, classes, self.iou_threshold)
             rows, boxes, scores, classes = rows[chosen], boxes[chosen], scores[chosen], classes[chosen]
-        height, width = tile_hw
         masks = None
-        inside = np.clip(boxes, 0, [width, height, width, height])
-        # Boxes in the padding are empty after clipping.
-        shown = np.flatnonzero((inside[:, 2:] > inside[:, :2]).all(axis=1))
         if prototypes is not None:
-            masks, seen = _encode_masks(prototypes, rows[shown], canvas, tile_hw)
-            shown = shown[seen]
-        return Detections(inside[shown], scores[shown], classes[shown], masks=masks)
-
-
-def _in_float32(forward: Callable[..., Any], device_type: str, features: list[torch.Tensor], *others: Any) -> Any:
-    """Call a network's head outside of autocast."""
-    exact = [level.float() if level.dtype == torch.bfloat16 else level for level in features]
-    with torch.autocast(device_type, enabled=False):
-        return forward(exact, *others)
+            # Those in the padding have none.
+            masks, seen = _encode_masks(prototypes, rows, canvas, tile_hw)
+            boxes, scores, classes = boxes[seen], scores[seen], classes[seen]
+        return in_tile(Detections(boxes, scores, classes, masks=masks), tile_hw)
 
 
 def _corners(boxes: torch.Tensor) -> torch.Tensor:
@@ -216,22 +180,12 @@ def _names(names: Any, count: int) -> dict[int, str]:
     return {int(index): str(name) for index, name in named.items()}
 
 
-def load_ultralytics(
-    what: str,
-    *,
-    device: str = "cpu",
-    score_threshold: float = 0.01,
-    iou_threshold: float | None = None,
-    mixed_precision: bool = False,
-) -> UltralyticsDetector:
+def load_ultralytics(what: str, **settings: Unpack[TorchSettings]) -> UltralyticsDetector:
     """Load a detector of Ultralytics, and try it on an empty canvas.
 
     Args:
         what: a .pt file of Ultralytics: local path or a store's address.
-        device: torch device.
-        score_threshold: minimum score of a detection.
-        iou_threshold: IoU threshold of NMS within each class; None for Ultralytics' 0.7.
-        mixed_precision: run under bfloat16 autocast.
+        settings: device, thresholds and precision; the IoU threshold is 0.7 by default.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -241,16 +195,10 @@ def load_ultralytics(
     model, rest = load_checkpoint(what)
     side = (rest.get("train_args") or {}).get("imgsz", _INPUT_SIDE)
     try:
-        detector = UltralyticsDetector(
-            model.float(),
-            input_side=max(side) if isinstance(side, list | tuple) else int(side),
-            device=device,
-            score_threshold=score_threshold,
-            iou_threshold=iou_threshold,
-            mixed_precision=mixed_precision,
-        )
+        input_side = max(side) if isinstance(side, list | tuple) else int(side)
+        detector = UltralyticsDetector(model.float(), input_side=input_side, **settings)
         with torch.inference_mode():
-            detector.model(torch.zeros(1, 3, _TRIED_SIDE, _TRIED_SIDE, device=device))
+            detector.model(torch.zeros(1, 3, _TRIED_SIDE, _TRIED_SIDE, device=settings.get("device", "cpu")))
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
     except Exception as error:  # A model of another version lacks what this one reads.

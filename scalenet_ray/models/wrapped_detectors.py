@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.masks import encode_mask
-from scalenet_ray.models.padding import fixed_canvas, padded
+from scalenet_ray.models.padding import fixed_canvas, in_tile, padded
 
 __all__ = ["WrappedDetector", "wrap_sahi", "wrap_supervision"]
 
@@ -72,14 +73,10 @@ class WrappedDetector:
         (canvas,) = padded([tile], self.canvas_hw((height, width)))
         boxes, scores, labels, masks = self._detect(canvas)
         found = Detections(boxes, scores, labels)
-        inside = np.clip(found.boxes, 0, [width, height, width, height])
-        # Boxes in the padding are empty after clipping.
-        shown = np.flatnonzero((inside[:, 2:] > inside[:, :2]).all(axis=1))
-        if masks is None or not len(found):
-            return Detections(inside, found.scores, found.labels)[shown]
-        cut = np.asarray(masks)[shown, :height, :width].astype(bool)
-        counts = tuple(encode_mask(np.asfortranarray(mask, np.uint8)) for mask in cut)
-        return Detections(inside[shown], found.scores[shown], found.labels[shown], masks=counts)
+        if masks is not None and len(found):
+            cut = np.asarray(masks)[:, :height, :width].astype(bool)
+            found = replace(found, masks=tuple(encode_mask(np.asfortranarray(mask, np.uint8)) for mask in cut))
+        return in_tile(found, (height, width))
 
 
 def wrap_supervision(

@@ -20,16 +20,15 @@ from torchvision.ops import generalized_box_iou_loss
 
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.onnx_export import to_onnx
+from scalenet_ray.models.padding import PADDING_GREY, padded
 from scalenet_ray.models.scale_net import conv_block, load_state, read_checkpoint
 from scalenet_ray.models.weights import save_weights
 from scalenet_ray.sample.tiny import (
-    FILL,
     NECK_CHANNELS,
     STRIDES,
     TINY_DETECTOR,
     TinyDetectorBase,
     TinyNetConfig,
-    canvas_batch,
     tiny_config,
 )
 
@@ -114,7 +113,7 @@ class TinyNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> Answers:
         """[B, 3, S, S] in 0..255 -> output per cell."""
-        x = self.stem((images - FILL) / 64.0)
+        x = self.stem((images - PADDING_GREY) / 64.0)
         features = []
         for stage in self.stages:
             x = stage(x)
@@ -223,7 +222,7 @@ def detection_loss(answers: Answers, targets: Targets) -> torch.Tensor:
 
 def pack_tiles(tiles: Sequence[np.ndarray], canvas: tuple[int, int]) -> torch.Tensor:
     """Tiles of [h, w, 3] uint8 -> [B, 3, H, W] float32 in 0..255, padded at the right and below."""
-    return torch.from_numpy(canvas_batch(tiles, canvas)).permute(0, 3, 1, 2).float()
+    return torch.from_numpy(padded(tiles, canvas)).permute(0, 3, 1, 2).float()
 
 
 def save_tiny_detector(model: TinyNet, config: TinyNetConfig, path: str | Path) -> None:

@@ -15,30 +15,24 @@ from scalenet_ray.core.errors import TileError, UserError, needs_extra
 from scalenet_ray.core.merge import nms
 from scalenet_ray.core.networks import DetectionsWithFeatures
 from scalenet_ray.models.onnx_session import on_gpu, open_network
-from scalenet_ray.models.padding import detect_by_canvas, stride_canvas
+from scalenet_ray.models.padding import detect_by_canvas, padded, stride_canvas
 from scalenet_ray.models.scale_predictors import ONNX_SUFFIX
 
 if TYPE_CHECKING:
     from scalenet_ray.sample.detector import TinyDetector
 
 __all__ = [
-    "FILL",
     "NECK_CHANNELS",
     "STRIDES",
     "TINY_DETECTOR",
     "OnnxTinyDetector",
     "TinyDetectorBase",
     "TinyNetConfig",
-    "canvas_batch",
     "load_tiny_detector",
     "tiny_config",
 ]
 
 STRIDES = (8, 16, 32)
-
-
-FILL = 114
-"""Value of the canvas beside a tile."""
 
 
 NECK_CHANNELS = 64
@@ -71,14 +65,6 @@ class TinyNetConfig:
 def tiny_config(fields: Mapping[str, Any]) -> TinyNetConfig:
     """The configuration from what a file holds under `TINY_DETECTOR`."""
     return TinyNetConfig(**{**fields, "category_ids": tuple(fields["category_ids"]), "names": tuple(fields["names"])})
-
-
-def canvas_batch(tiles: Sequence[np.ndarray], canvas: tuple[int, int]) -> np.ndarray:
-    """Tiles of [h, w, 3] uint8 -> [B, H, W, 3] uint8, each in the top left corner of its canvas."""
-    batch = np.full((len(tiles), *canvas, 3), FILL, np.uint8)
-    for i, tile in enumerate(tiles):
-        batch[i, : tile.shape[0], : tile.shape[1]] = tile
-    return batch
 
 
 class TinyDetectorBase:
@@ -184,7 +170,7 @@ class OnnxTinyDetector(TinyDetectorBase):
 
     def _run(self, tiles: list[np.ndarray], canvas: tuple[int, int], *, features: bool) -> list[np.ndarray]:
         outputs = self._output_names if features else self._output_names[:2]
-        answer = self._session.run(outputs, {self._input_name: canvas_batch(tiles, canvas)})
+        answer = self._session.run(outputs, {self._input_name: padded(tiles, canvas)})
         return [np.asarray(output) for output in answer]
 
 
