@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import ray
@@ -39,13 +39,17 @@ class EngineOverLoop:
 
     Attributes:
         rounds: how often each runs.
-        repeats: the images so many times over.
+        repeats: the images so many times over; more than twice as many as are open.
         policy: how to zoom.
+        detector: kind:what; None for YOLOX-nano of SCALENET_RAY_DATA.
+        open_images: images in flight.
     """
 
     rounds: int = 5
     repeats: int = 15
     policy: str = "first-pass"
+    detector: str | None = None
+    open_images: int = 384
 
 
 class EngineRace(NamedTuple):
@@ -128,7 +132,14 @@ def compare_engine(workload: Workload, policy_name: str, rounds: int, repeats: i
 def main(job: EngineOverLoop) -> None:
     """Print the figures."""
     os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
-    print(json.dumps(compare_engine(photographs(), job.policy, job.rounds, job.repeats), indent=1))
+    workload = photographs()
+    advanced = replace(workload.resources.advanced, max_open_images=job.open_images)
+    workload = replace(
+        workload,
+        detector=job.detector or workload.detector,
+        resources=replace(workload.resources, advanced=advanced),
+    )
+    print(json.dumps(compare_engine(workload, job.policy, job.rounds, job.repeats), indent=1))
 
 
 if __name__ == "__main__":
