@@ -307,7 +307,7 @@ def _consensus(
     votes = np.unique(suppressor * len(views) + tile_of, return_index=True)[1]
     object_of, tile_of, scores = suppressor[votes], tile_of[votes], found.scores[votes].astype(np.float64)
     zooms = np.array([0.0 if view is None else max(view.zoom_xy) for view in views])
-    clear = _clearness(sides[object_of] * zooms[tile_of])
+    clear = _vote_weights(sides[object_of] * zooms[tile_of])
     weights, voters = np.zeros(len(best)), np.zeros(len(best), np.int64)
     by_tile = np.argsort(tile_of, kind="stable")
     ends = np.searchsorted(tile_of[by_tile], np.arange(len(views) + 1))
@@ -324,7 +324,7 @@ def _consensus(
             missed = near[whole & _matches_size(areas[near], view, merging) & ~found_here[near]]
             found_here[shown] = False
             shown = np.concatenate([shown, missed])
-        weights[shown] += _clearness(sides[shown] * zooms[i])
+        weights[shown] += _vote_weights(sides[shown] * zooms[i])
         voters[shown] += 1
 
     def summed(values: np.ndarray) -> np.ndarray:
@@ -340,8 +340,8 @@ def _consensus(
     return Detections.of_columns(boxes, scores, best.labels, best.depth, best.windows, best.masks)
 
 
-def _clearness(sides: np.ndarray) -> np.ndarray:
-    """How well a tile resolves objects of so many tile pixels: above 0, at most 1."""
+def _vote_weights(sides: np.ndarray) -> np.ndarray:
+    """Weight of a tile's vote on objects whose sides have so many tile pixels: above 0, at most 1."""
     # np.clip is several times as slow for a few numbers.
     return np.minimum(np.maximum(sides / _CLEAR_SIDE, 1e-6), 1.0)
 

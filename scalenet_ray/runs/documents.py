@@ -284,7 +284,7 @@ class ReportDetails(TypedDict):
 
 
 class TrialMetrics(TypedDict):
-    """What a policy of a sweep came to on the images that it saw.
+    """Metrics of a policy of a sweep on the images that it saw.
 
     AP, AP_small and AP_large in percent, detector passes per image, images and those that failed, hits and misses of
     the cache of network outputs. `score` is AP_small, or the ceiling minus the passes if these exceed it.
