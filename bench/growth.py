@@ -4,9 +4,10 @@
     .venv/bin/python -m bench.growth --sizes 5000 50000 200000
 
 Each size is a whole `detect` on files of 64 pixels, in a fresh process with a fresh Ray: listing, a first pass and two
-windows, shards, results, analysis, report. The peaks of resident memory are sampled five times a second from start to
-end: of the driver, the frontier, GCS and Ray Data's statistics actor each, of the largest other worker of Ray, of the
-head (driver, frontier, GCS, raylet, dashboard) together, and of the object store.
+windows, shards, results, analysis, report. The peaks of each process's own memory, without code and the object store,
+are sampled five times a second from start to end: of the driver, the frontier, GCS and Ray Data's statistics actor
+each, of the largest other worker of Ray, of the head (driver, frontier, GCS, raylet, dashboard) together, and of the
+object store.
 """
 
 from __future__ import annotations
@@ -120,13 +121,13 @@ class Peaks(threading.Thread):
             # Looked up each time: processes start and end.
             below = _descendants(os.getpid())
             head = [os.getpid(), *(pid for pid in below if _is_one_of(pid, *_HEAD))]
-            self.head = max(self.head, sum(map(_resident_bytes, head)))
+            self.head = max(self.head, sum(map(_own_bytes, head)))
             named = {name: [pid for pid in below if _is_one_of(pid, command)] for name, command in _ALONE.items()}
             known = {*head, *(pid for pids in named.values() for pid in pids)}
             workers = [pid for pid in below if pid not in known and _is_one_of(pid, "ray::")]
             named |= {"driver": [os.getpid()], "worker": workers}
             for name, pids in named.items():
-                self.alone |= {name: max(map(_resident_bytes, pids), default=0)}
+                self.alone |= {name: max(map(_own_bytes, pids), default=0)}
             if ray.is_initialized() and (nodes := ray.nodes()):
                 stats = node_stats(nodes[0]["NodeManagerAddress"], nodes[0]["NodeManagerPort"]).store_stats
                 self.store = max(self.store, stats.object_store_bytes_used)
@@ -159,9 +160,11 @@ def _is_one_of(pid: int, *names: str) -> bool:
     return any(name.encode() in word for name in names for word in words)
 
 
-def _resident_bytes(pid: int) -> int:
+def _own_bytes(pid: int) -> int:
+    """Resident memory of a process, without what it shares: code, and the object store, which is counted once."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        _, resident, shared, *_ = Path(f"/proc/{pid}/statm").read_text().split()
+        return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         # It ended since it was listed.
         return 0

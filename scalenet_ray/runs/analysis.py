@@ -5,8 +5,10 @@ Needs the run folder and the annotations only; runs as a Ray task.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from heapq import nlargest
 from itertools import islice
 from typing import Any, NamedTuple, cast
@@ -180,7 +182,8 @@ class _DetectionTally:
     def __init__(self, policy: str) -> None:
         self._policy = policy
         self._by_class: defaultdict[int, Counter[str]] = defaultdict(Counter)
-        self._areas: defaultdict[int, list[np.ndarray]] = defaultdict(list)
+        # Flat, since an array for each image would take more than its boxes.
+        self._areas: defaultdict[int, array[float]] = defaultdict(partial(array, "f"))
         self._images: Counter[str] = Counter()
 
     def add(self, row: Mapping[str, Any], found: Detections) -> ImageChanges:
@@ -193,7 +196,7 @@ class _DetectionTally:
         after = found[found.scores >= SHOWN_SCORE]
         for label in np.unique(after.labels).tolist():
             self._by_class[label]["images"] += 1
-            self._areas[label].append(after.areas[after.labels == label])
+            self._areas[label].extend(after.areas[after.labels == label].tolist())
         changes: list[int | None] = [None, None]
         shown = {"boxes": after}
         if row["whole_pass"] is not None:
@@ -234,4 +237,4 @@ class _DetectionTally:
     def _median_side(self, label: int) -> float | None:
         """Median of the roots of the boxes' areas, in image pixels; None without any."""
         areas = self._areas[label]
-        return round(float(np.median(np.sqrt(np.concatenate(areas)))), 1) if areas else None
+        return round(float(np.median(np.sqrt(areas))), 1) if areas else None

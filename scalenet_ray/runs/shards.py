@@ -159,8 +159,11 @@ class ShardReader:
         return self._current(shards, with_files=with_files)
 
     def _current(self, shards: Sequence[pa.Table], *, with_files: bool) -> CurrentRecords:
+        if not shards:
+            empty = np.zeros(0, np.int64)
+            return CurrentRecords(empty, empty, ImageRecords.listed([]).files if with_files else None)
         indices = np.repeat(np.arange(len(shards)), [table.num_rows for table in shards])
-        ids = np.concatenate([np.zeros(0, np.int64), *(table.column("image_id").to_numpy() for table in shards)])
+        ids = np.concatenate([table.column("image_id").to_numpy() for table in shards])
         # The last record of each image is the first one in reverse order.
         unique, first = np.unique(ids[::-1], return_index=True)
         indices = indices[::-1][first]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -70,27 +71,28 @@ def write_policy_results(run_uri: str, policy: str, names: Sequence[str], name_f
 
 def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
     """Cost of one policy: means over the images that did not fail, and counts."""
-    guards: Counter[str] = Counter()
     measured = ["tiles", "detector_passes", "detector_pixels", "scalenet_pixels", "zoom"]
-    parts: list[pa.Table] = []
-    failed = 0
+    guards: Counter[str] = Counter()
+    sums: Counter[str] = Counter()
+    known: Counter[str] = Counter()
+    finished = failed = reduced = 0
+    smallest = math.inf
     for part in run.parts("images", policy, ["image_id", "guards", "failure_stage", *measured]):
         done = part.filter(pc.field("failure_stage").is_null())
         failed += part.num_rows - done.num_rows
         for text in done.column("guards").to_pylist():
             guards.update(json.loads(text))
-        parts.append(done.select(measured))
-
-    def values(column: str) -> np.ndarray:
-        """A column of the images that did not fail, without null."""
-        return np.concatenate([np.zeros(0), *(part.column(column).drop_null().to_numpy() for part in parts)])
+        finished += done.num_rows
+        values = {name: done.column(name).drop_null().to_numpy() for name in measured}
+        sums.update({name: float(column.sum()) for name, column in values.items()})
+        known.update({name: len(column) for name, column in values.items()})
+        reduced += int((values["zoom"] < _REDUCED).sum())
+        smallest = min(smallest, float(values["zoom"].min(initial=math.inf)))
 
     def mean(column: str, unit: float = 1.0) -> float:
         """Mean of a column over the images that did not fail, in multiples of `unit`; 0 without images."""
-        found = values(column)
-        return float(found.mean() / unit) if len(found) else 0.0
+        return sums[column] / known[column] / unit if known[column] else 0.0
 
-    zooms = values("zoom")
     return {
         "tiles_per_image": mean("tiles"),
         "detector_passes_per_image": mean("detector_passes"),
@@ -98,9 +100,9 @@ def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
         "scalenet_megapixels_per_image": mean("scalenet_pixels", 1e6),
         "seconds_by_stage": run.seconds_by_stage(policy),
         "guards": dict(sorted(guards.items())),
-        "images_reduced": int((zooms < _REDUCED).sum()),
-        "most_reduced": float(1.0 / zooms.min()) if len(zooms) and zooms.min() > 0 else 1.0,
-        "images_done": sum(part.num_rows for part in parts),
+        "images_reduced": reduced,
+        "most_reduced": 1.0 / smallest if 0 < smallest < math.inf else 1.0,
+        "images_done": finished,
         "images_failed": failed,
     }
 

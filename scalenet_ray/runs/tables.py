@@ -47,6 +47,11 @@ INPUTS = pa.schema(
 `height` and `width` are those of the annotations, or null.
 """
 
+_ROWS_PER_GROUP = 10_000
+
+_ENCODINGS = {"image_id": "DELTA_BINARY_PACKED", "file": "DELTA_BYTE_ARRAY"}
+"""Ids and names of files ascend and do not repeat: a dictionary of them would take much memory and save nothing."""
+
 
 def read_parquet(uri: str, remedy: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a Parquet file.
@@ -79,9 +84,15 @@ def explain_damage(uri: str, remedy: str, read: Callable[[], Any]) -> Any:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as the content of a Parquet file."""
+    """A table as the content of a Parquet file, written in row groups so that a long one takes little memory."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=_ROWS_PER_GROUP,
+        use_dictionary=[name for name in table.column_names if name not in _ENCODINGS],
+        column_encoding={name: _ENCODINGS[name] for name in table.column_names if name in _ENCODINGS},
+    )
     return sink.getvalue().to_pybytes()
 
 
