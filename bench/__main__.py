@@ -1,4 +1,4 @@
-"""Measurements, one after the other; what they come to in bench/results.json.
+"""Measurements, one after the other; their figures, with commit, date and machine, in bench/results.json.
 
     SCALENET_RAY_DATA=DATA make bench
     SCALENET_RAY_DATA=DATA PYTHONPATH=.venv/peers .venv/bin/python -m bench --parts engine growth
@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +27,15 @@ from bench.gpu import GpuBench, measure
 from bench.growth import growth
 from bench.large import LargeImages, compare_large
 from bench.overhead import Overhead, overhead
-from bench.scale_out import scale_out
+from bench.scale_out import ScaleOut, scale_out
 from bench.slicing import compare
 from bench.workloads import photographs
 
 _RESULTS = Path(__file__).parent / "results.json"
 _ROUNDS = 3
 
-# How many times slower than an accelerator networks are for so many, that a few cores can do the rest; and the rounds,
-# of which one takes ten minutes at 32.
-_SCALE_OUT = {1: (8.0, _ROUNDS), 4: (8.0, _ROUNDS), 16: (8.0, _ROUNDS), 64: (32.0, 1)}
+_SCALE_OUT = (ScaleOut((1, 4), 8.0, seconds=0.002), ScaleOut((16,), 32.0, seconds=0.002), ScaleOut((64,), 16.0))
+"""As many times slower than accelerators as a few cores need, to do the rest of the work for so many; a round each."""
 
 
 def _engine() -> dict[str, Any]:
@@ -41,7 +43,14 @@ def _engine() -> dict[str, Any]:
 
 
 def _scale_out() -> dict[str, Any]:
-    return {"scale_out": {str(n): scale_out(n, slower, 1.0, rounds) for n, (slower, rounds) in _SCALE_OUT.items()}}
+    figures = {
+        f"{count} of {1000 * job.seconds:g} ms, {job.slower:g} times slower": scale_out(
+            count, job.slower, job.straggles, 1, seconds=job.seconds
+        )
+        for job in _SCALE_OUT
+        for count in job.detectors
+    }
+    return {"scale_out": figures}
 
 
 def _scale_out_first_pass() -> dict[str, Any]:
@@ -103,7 +112,19 @@ def main(job: Bench) -> None:
         print(f"{part}:", flush=True)
         figures = _PARTS[part]()
         results = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
+        results["measured"] = results.get("measured", {}) | {part: _about()}
         _RESULTS.write_text(json.dumps(results | figures, indent=1) + "\n")
+
+
+def _about() -> dict[str, Any]:
+    """The commit, date and machine of a measurement."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    return {
+        "commit": commit.stdout.strip(),
+        "date": f"{date.today()}",
+        "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in ("ray", "torch", "onnxruntime")},
+    }
 
 
 if __name__ == "__main__":

@@ -48,23 +48,23 @@ class Tally:
         self._calls: list[tuple[float, float, int]] = []
 
     def enter(self) -> int:
-        """How many came before."""
+        """Register a caller, and return how many came before it."""
         self._detectors += 1
         return self._detectors - 1
 
     def add(self, start: float, end: float, tiles: int) -> None:
-        """A call with so many tiles."""
+        """Record one call of a detector."""
         self._calls.append((start, end, tiles))
 
     def between(self, start: float, end: float) -> tuple[float, float]:
-        """(detectors that were busy, tiles of a call), the means over that time."""
+        """Mean number of busy detectors, and mean number of tiles of a call, between two times."""
         busy = sum(max(0.0, min(end, to) - max(start, since)) for since, to, _ in self._calls)
         within = [tiles for since, to, tiles in self._calls if to > start and since < end]
         return busy / (end - start), sum(within) / max(len(within), 1)
 
 
 class _Detector:
-    """Finds an object in the middle of every tile, or in two of its corners, after a sleep for each."""
+    """Detector that sleeps for each tile, and finds an object in its middle or in two of its corners."""
 
     input_side = _SIDE
 
@@ -74,11 +74,11 @@ class _Detector:
         self._places, self._half_side = ((1, 7), 2) if in_corners else ((4,), 4)
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
-        """Tiles are computed as they are."""
+        """The tile's own (height, width): tiles are not padded."""
         return hw
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[Detections | TileError]:
-        """[h, w, 3] uint8 RGB each -> detections each."""
+        """Detections of tiles, [h, w, 3] uint8 RGB each."""
         start = time.time()
         time.sleep(self._seconds * len(pixels))
         if self._tally is not None:
@@ -103,7 +103,7 @@ class SmallObjects(_Detector):
 
 
 class _ScaleNet:
-    """Sees a small object in two corners of every tile, after a sleep for each."""
+    """Scale predictor that sleeps for each tile, and sees a small object in two of its corners."""
 
     input_pixels = _SIDE**2
 
@@ -116,7 +116,7 @@ class _ScaleNet:
         self._map = ScaleMap(prob=prob)
 
     def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
-        """Their maps."""
+        """Scale maps of the tiles."""
         del tiles
         time.sleep(self._seconds * len(pixels))
         return [self._map] * len(pixels)
@@ -150,7 +150,7 @@ def fake_networks(
     straggles: float = 1.0,
     in_corners: bool = False,
 ) -> NetworkFactories:
-    """Networks that sleep.
+    """Factories of networks that sleep for each tile.
 
     Args:
         detector: seconds a tile.
@@ -168,10 +168,10 @@ def grey_image(record: ImageRecord) -> np.ndarray:
 
 
 def records_of(count: int) -> list[ImageRecord]:
-    """So many images."""
+    """Records of `count` images of no file."""
     return [ImageRecord(i, f"{i}.jpg", _SIDE, _SIDE) for i in range(1, count + 1)]
 
 
 def two_windows(kind: Looks = "scalenet") -> Policy:
-    """Two windows to an image, where Scale Net or the detector's first pass says so."""
+    """Policy that cuts two windows from each image, where Scale Net or the detector's first pass sees objects."""
     return Policy(kind, kind, _SIDE, Recursion(max_depth=1, max_windows=TILES_PER_IMAGE - 1))

@@ -52,7 +52,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class CpuClock(NamedTuple):
-    """A process's.
+    """CPU time of a process.
 
     Attributes:
         role: what it does now; "other" if that is none of ours.
@@ -64,7 +64,7 @@ class CpuClock(NamedTuple):
 
 
 def cpu_clocks() -> dict[int, CpuClock]:
-    """The clock of this process and of each below it, by process id."""
+    """CPU time of this process and of each one below it, by process id."""
     parents, clocks = {}, {}
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
@@ -82,7 +82,10 @@ def cpu_clocks() -> dict[int, CpuClock]:
 
 
 def spent_by_role(before: dict[int, CpuClock], after: dict[int, CpuClock]) -> dict[str, float]:
-    """CPU seconds between two readings, the most first; a process that was idle at the second counts by the first."""
+    """CPU seconds of each role between two readings, in descending order.
+
+    A process that was idle at the second reading counts for its role at the first.
+    """
     spent: dict[str, float] = defaultdict(float)
     for process, (role, seconds) in after.items():
         earlier = before.get(process, CpuClock(role, 0.0))
@@ -116,7 +119,7 @@ class Peaks(threading.Thread):
         self._stop_asked = threading.Event()
 
     def run(self) -> None:
-        """Sample."""
+        """Sample until `stop` is called."""
         while not self._stop_asked.wait(0.2):
             # Looked up each time: processes start and end.
             below = _descendants(os.getpid())
@@ -139,7 +142,7 @@ class Peaks(threading.Thread):
 
 
 def _descendants(pid: int) -> list[int]:
-    """The processes below one: Ray's are all below the driver that started it."""
+    """Ids of the processes below one: Ray's are all below the driver that started it."""
     parents = {}
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
@@ -171,7 +174,7 @@ def _own_bytes(pid: int) -> int:
 
 
 def _write_images(folder: Path, count: int) -> None:
-    """Write so many files of one image, in subfolders; hard links to one for each, as a file takes a limited number."""
+    """Write `count` image files in subfolders: hard links to one file of each, since a file takes a limited number."""
     content = encoded(Image.fromarray(grey_image(ImageRecord(1, ""))), "PNG")
     for start in range(0, count, _FILES_PER_FOLDER):
         part = folder / f"{start:07d}"
@@ -183,7 +186,7 @@ def _write_images(folder: Path, count: int) -> None:
 
 
 def _measure(images: int) -> dict[str, float]:
-    """One run."""
+    """Rate and peaks of memory of one run."""
     peaks = Peaks()
     with TemporaryDirectory() as folder:
         _write_images(Path(folder, "images"), images)
@@ -205,7 +208,7 @@ def _measure(images: int) -> dict[str, float]:
 
 
 def growth(sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Each size in a process of its own.
+    """Measure each size in a process of its own.
 
     Returns:
         Number of images -> images_per_second, tiles_per_image; peaks of object_store_mb, head_mb and of processes.

@@ -57,7 +57,7 @@ def node_kill(images: int, rounds: int) -> dict[str, Any]:
 
 
 def _seconds(count: int, *, loses: bool) -> float:
-    """From the first finished image to the last."""
+    """Seconds from the first finished image to the last."""
     # The head has no CPUs: whatever works is on a node that may be lost.
     cluster = Cluster(
         initialize_head=True,

@@ -36,7 +36,7 @@ _IMAGES_PER_SHARD = 256
 
 @dataclass(frozen=True)
 class Overhead:
-    """Tiles a second of free networks.
+    """Settings of the comparison.
 
     Attributes:
         images: of a run.
@@ -56,7 +56,7 @@ class Overhead:
 
 
 def overhead(job: Overhead) -> dict[str, Any]:
-    """Run the rounds on a Ray of its own.
+    """Rates and CPU times of the loop and the engine in paired rounds, on a Ray of its own.
 
     Returns:
         `tiles_per_second` of the engine and the loop, `engine_over_loop`, and `cpu_ms_per_tile` of the engine's
@@ -94,7 +94,7 @@ class _Run(NamedTuple):
 
 
 def _measured(stream: Stream, images: int) -> _Run:
-    """A run from its first quarter on."""
+    """Rate and CPU times of a run, its first quarter left out."""
     at, clocks, written = [], [], []
     for done, result in enumerate(stream, start=1):
         if done in (images // 4, images):

@@ -70,7 +70,7 @@ def scale_out(
     policy: Looks = "scalenet",
     seconds: float = 0.025,
 ) -> dict[str, Any]:
-    """Runs on a cluster of its own, with as many nodes as it takes.
+    """Efficiency of the engine with simulated accelerators, on a cluster of its own.
 
     Returns:
         While the pipeline is full, and as spreads of rounds: `efficiency`, the share of the time in which detectors are

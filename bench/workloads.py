@@ -114,7 +114,7 @@ class Workload:
         return list(self.dataset.images)
 
     def repeated(self, times: int) -> list[ImageRecord]:
-        """The images so many times over, with ids of their own."""
+        """The images repeated `times` times, each time with other ids."""
         return [
             replace(record, image_id=round_ * 10**9 + record.image_id)
             for round_ in range(times)

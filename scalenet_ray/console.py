@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import Any, TextIO, TypeVar
 
+from scalenet_ray.core.detections import SHOWN_SCORE
 from scalenet_ray.core.errors import UserError, WorkerError
 from scalenet_ray.runs.batch import Progress
 
@@ -140,14 +141,14 @@ def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple
 
 
 def resolution_lines(document: Mapping[str, Any]) -> str:
-    """Return a line for each policy that never looked closely at images, or whose first look at images saw nothing.
+    """Return a line for each policy that never looked closely at images, or whose first look at images found nothing.
 
     Args:
         document: contents of metrics.json.
     """
     blind = "".join(
-        f"{name}: the first look saw nothing in {row['guards']['nothing_seen']} images; all that is textured in them "
-        "was looked at again\n"
+        f"{name}: the first look found nothing that scores {SHOWN_SCORE} or more in {row['guards']['nothing_seen']} "
+        "images; all that is textured in them was looked at again\n"
         for name, row in document["policies"].items()
         if row.get("guards", {}).get("nothing_seen")
     )

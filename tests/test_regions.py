@@ -413,6 +413,18 @@ def test_a_first_look_that_saw_nothing_is_said_and_all_that_is_textured_looked_a
     assert blank.tiles == 1
 
 
+@pytest.mark.parametrize(("score", "looks_again"), [(0.1, True), (0.29, True), (0.3, False)])
+def test_uncertain_boxes_alone_do_not_keep_an_image_from_being_looked_at_again(score: float, looks_again: bool) -> None:
+    policy = _policy()
+    root = policy.root(1, (600, 800))
+    boxes = np.array([[100.0, 100.0, 103.0, 103.0], [200.0, 100.0, 203.0, 103.0]])
+    found = candidates_of_detections(Detections(boxes, np.array([score, 0.05]), np.array([1, 1])), root)
+    pixels = cut_tile(_image((600, 800), [(700, 500, 6)]), root)
+    evidence = policy.regions.evidence(found, pixels, root, policy.input_side)
+    assert (evidence.textured is not None) == looks_again
+    assert expand(root, evidence, policy).guards == (("nothing_seen",) if looks_again else ())
+
+
 @pytest.mark.parametrize("budget", [0.0, 0.1, 0.3, 1.0])
 def test_no_image_costs_more_than_its_first_look_and_its_budget(budget: float) -> None:
     rng = np.random.default_rng(1)

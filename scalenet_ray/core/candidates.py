@@ -49,7 +49,7 @@ class RegionEvidence(NamedTuple):
     Attributes:
         candidates: its objects.
         textured: [h, w] bool, cells of a whole image's tile (`textured_cells`) that shows the smallest objects too
-            small, or in which nothing was seen; else None.
+            small, or in which nothing scores `SHOWN_SCORE`; else None.
     """
 
     candidates: Candidates

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scalenet_ray.core.candidates import TEXTURE_CELL, Candidates, RegionEvidence, textured_cells
+from scalenet_ray.core.detections import SHOWN_SCORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.rectangles import STRIDE, costs, joined, split_into_tiles
@@ -126,7 +127,7 @@ class Regions:
 
     @property
     def second_look_zoom(self) -> float:
-        """Zoom of the look at an image in which the first one saw nothing: twice that, at most native."""
+        """Zoom of the look at an image in which the first one saw no object clearly: twice that, at most native."""
         return min(2.0 * self.look_zoom, 1.0)
 
     def first_side(self, longer_side: int, input_side: int) -> int:
@@ -147,10 +148,18 @@ class Regions:
             tile: the tile.
             input_side: the detector's, in tile pixels.
         """
-        empty = not tile.depth and not (self.zooms_and_weights(candidates, tile)[1] >= self.min_score).any()
-        if self.looks_again(tile, input_side) or (empty and max(tile.zoom_xy) * _LEAST_ZOOM < self.second_look_zoom):
+        if self.looks_again(tile, input_side) or self._looks_twice(candidates, tile):
             return RegionEvidence(candidates, textured_cells(pixels, self.min_contrast))
         return RegionEvidence(candidates)
+
+    def _looks_twice(self, candidates: Candidates, tile: Tile) -> bool:
+        """True for a whole image's tile in which nothing is seen clearly, if it has the first look's zoom and no more.
+
+        Boxes under `SHOWN_SCORE` are as often mistakes as small objects, and tell too little of where to look.
+        """
+        zoom = max(tile.zoom_xy)
+        shows_enough = zoom >= _LEAST_ZOOM * self.look_zoom or zoom * _LEAST_ZOOM >= self.second_look_zoom
+        return not (tile.depth or shows_enough or (candidates.scores >= SHOWN_SCORE).any())
 
     def looks_again(self, tile: Tile, input_side: int) -> bool:
         """True for a whole image's tile that is too small for the smallest object, so that looks are cut from it."""
@@ -200,7 +209,8 @@ class Regions:
 def plan_looks(textured: np.ndarray, tile: Tile, rules: Regions, input_side: int) -> list[Region]:
     """Plan looks at all that is textured in a whole image's tile.
 
-    Their zoom is that of the first look; where the tile has it already, and nothing was seen, that of the second.
+    Their zoom is that of the first look; where the tile has it already, and nothing was seen clearly, that of the
+    second.
 
     Args:
         textured: [h, w] bool, cells of the tile (`textured_cells`).

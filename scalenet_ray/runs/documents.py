@@ -153,7 +153,7 @@ class FoundCounts(TypedDict):
 
 
 class Metrics(TypedDict):
-    """metrics.json.
+    """Content of metrics.json.
 
     `compared_with` and `differences` are written by evaluations that measured intervals, `categories` and `found` by
     detection runs. Evaluations with a choice of categories write `renamed_categories`, name in the annotations ->

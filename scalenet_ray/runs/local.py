@@ -67,7 +67,7 @@ class LocalSession:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """None."""
+        """Empty: this process has no actors or batches to record."""
         return {}
 
     def settle(self, networks: Any, trial: Callable[[Any], Any], log: Callable[[str], None]) -> Any:
