@@ -113,7 +113,9 @@ def main(job: Bench) -> None:
         figures = _PARTS[part]()
         results = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
         results["measured"] = results.get("measured", {}) | {part: _about()}
-        _RESULTS.write_text(json.dumps(results | figures, indent=1) + "\n")
+        # JSON has no NaN, which stands for an AP without objects.
+        document = json.loads(json.dumps(results | figures), parse_constant=lambda _: None)
+        _RESULTS.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _about() -> dict[str, Any]:

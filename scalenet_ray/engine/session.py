@@ -64,8 +64,8 @@ def join_ray() -> None:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        # Ray's default of 100,000 takes 0.2 GB. They are what its dashboard lists.
-        os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")  # noqa: SIM112 - Ray's own spelling
+        # The tasks that the dashboard lists. Ray's default of 100,000 takes 0.2 GB.
+        os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
     else:
         _check_answers(address)
     for handler in logging.getLogger("ray.data").handlers:

@@ -86,11 +86,13 @@ def explain_damage(uri: str, remedy: str, read: Callable[[], Any]) -> Any:
 def parquet_bytes(table: pa.Table) -> bytes:
     """A table as the content of a Parquet file, written in row groups so that a long one takes little memory."""
     sink = pa.BufferOutputStream()
+    # Names of columns are allowed, which pyarrow's stubs do not say.
+    with_dictionary: Any = [name for name in table.column_names if name not in _ENCODINGS]
     pq.write_table(
         table,
         sink,
         row_group_size=_ROWS_PER_GROUP,
-        use_dictionary=[name for name in table.column_names if name not in _ENCODINGS],
+        use_dictionary=with_dictionary,
         column_encoding={name: _ENCODINGS[name] for name in table.column_names if name in _ENCODINGS},
     )
     return sink.getvalue().to_pybytes()
