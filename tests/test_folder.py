@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -312,3 +313,18 @@ def test_a_run_may_begin_where_the_working_directory_is_gone(tmp_path: Path, mon
         assert run.config()["directory"] == ""
     with RunFolder(run.uri).begin(SETTINGS, resume=True):
         pass
+
+
+def test_a_long_table_is_written_in_row_groups_without_a_dictionary_of_its_names(run: RunFolder) -> None:
+    count = 25_000
+    files = [f"/photographs/{i // 1000:03d}/{i:07d}.jpg" for i in range(count)]
+    table = pa.table(
+        {"image_id": np.arange(count), "file": pa.array(files, pa.large_string()), "counts": [True] * count}
+    )
+    run.write_table("inputs.parquet", table)
+    file = pq.ParquetFile(Path(run.uri, "inputs.parquet"))
+    assert file.read() == table
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    assert max(group.num_rows for group in groups) <= 10_000
+    assert not any(group.column(column).has_dictionary_page for group in groups for column in (0, 1))
+    assert sum(group.column(1).total_uncompressed_size for group in groups) < len("".join(files)) / 4

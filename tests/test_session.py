@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -70,6 +71,22 @@ def test_what_ray_says_when_it_cannot_start_is_the_users_to_correct(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with patch.object(ray, "init", side_effect=error), pytest.raises(UserError, match=f"not be started: {error}"):
         join_ray()
+
+
+@pytest.mark.parametrize(("own", "used"), [(None, "10000"), ("77", "77")])
+def test_a_ray_of_its_own_remembers_few_tasks_unless_told_otherwise(
+    no_ray: None, monkeypatch: pytest.MonkeyPatch, own: str | None, used: str
+) -> None:
+    name = "RAY_task_events_max_num_task_in_gcs"
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # Set before it is deleted, so that the test leaves it as it was.
+    monkeypatch.setenv(name, own or "")
+    if own is None:
+        monkeypatch.delenv(name)
+    with patch.object(ray, "init") as init:
+        init.side_effect = lambda *args, **kwargs: init.seen(os.environ.get(name))
+        join_ray()
+    init.seen.assert_called_once_with(used)
 
 
 def test_joining_leaves_the_handler_of_sigterm_as_it_was(no_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
