@@ -102,6 +102,7 @@ def main(job: Bench) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     # Ray's workers would give way to everything else on the machine, which the loops written by hand do not.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
+    about = _about()
     for part in job.parts:
         if part in _OF_PHOTOGRAPHS and "SCALENET_RAY_DATA" not in os.environ:
             print(f"{part} is left out: SCALENET_RAY_DATA is not set, and it needs the real photographs")
@@ -112,15 +113,15 @@ def main(job: Bench) -> None:
         print(f"{part}:", flush=True)
         figures = _PARTS[part]()
         results = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
-        results["measured"] = results.get("measured", {}) | {part: _about()}
+        results["measured"] = results.get("measured", {}) | {part: about}
         # JSON has no NaN, which stands for an AP without objects.
         document = json.loads(json.dumps(results | figures), parse_constant=lambda _: None)
         _RESULTS.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _about() -> dict[str, Any]:
-    """The commit, date and machine of a measurement."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    """The commit, date and machine of the measurements; a commit ends in -dirty if files differ from it."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     return {
         "commit": commit.stdout.strip(),
         "date": f"{date.today()}",

@@ -425,6 +425,16 @@ def test_uncertain_boxes_alone_do_not_keep_an_image_from_being_looked_at_again(s
     assert expand(root, evidence, policy).guards == (("nothing_seen",) if looks_again else ())
 
 
+@pytest.mark.parametrize(("longer_side", "looks"), [(500, 1), (560, 2)])
+def test_an_image_that_the_first_look_shows_nearly_at_native_is_not_looked_at_twice(
+    longer_side: int, looks: int
+) -> None:
+    # The first look has 320 pixels: 0.64 and 0.57 of native.
+    image = _image((400, longer_side), [(100, 100, 2)])
+    result = recursive_detect(image, 1, _policy(), detect=SquareDetector())
+    assert result.tiles == looks
+
+
 @pytest.mark.parametrize("budget", [0.0, 0.1, 0.3, 1.0])
 def test_no_image_costs_more_than_its_first_look_and_its_budget(budget: float) -> None:
     rng = np.random.default_rng(1)

@@ -50,7 +50,7 @@ INPUTS = pa.schema(
 _ROWS_PER_GROUP = 10_000
 
 _ENCODINGS = {"image_id": "DELTA_BINARY_PACKED", "file": "DELTA_BYTE_ARRAY"}
-"""Ids and names of files ascend and do not repeat: a dictionary of them would take much memory and save nothing."""
+"""Ids ascend, and names of files begin alike: differences are short, where a dictionary would hold each of them."""
 
 
 def read_parquet(uri: str, remedy: str, columns: Sequence[str] | None = None) -> pa.Table:
