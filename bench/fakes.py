@@ -56,11 +56,15 @@ class Tally:
         """Record one call of a detector."""
         self._calls.append((start, end, tiles))
 
-    def between(self, start: float, end: float) -> tuple[float, float]:
-        """Mean number of busy detectors, and mean number of tiles of a call, between two times."""
-        busy = sum(max(0.0, min(end, to) - max(start, since)) for since, to, _ in self._calls)
-        within = [tiles for since, to, tiles in self._calls if to > start and since < end]
-        return busy / (end - start), sum(within) / max(len(within), 1)
+    def between(self, start: float, end: float) -> tuple[float, float, float]:
+        """Mean number of busy detectors, tiles of a call, and tiles a second, between two times.
+
+        A call that lies in the time only in part counts for as much of its tiles.
+        """
+        shares = [(max(0.0, min(end, to) - max(start, since)), to - since, tiles) for since, to, tiles in self._calls]
+        within = [(inside, inside / whole * tiles, tiles) for inside, whole, tiles in shares if inside]
+        busy, detected, of_calls = (sum(column) for column in zip(*within, strict=True)) if within else (0.0, 0.0, 0)
+        return busy / (end - start), of_calls / max(len(within), 1), detected / (end - start)
 
 
 class _Detector:

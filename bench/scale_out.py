@@ -110,14 +110,14 @@ def scale_out(
             )
             before = cpu_clocks()
             stream = image_stream(records_of(count), two_windows(policy), networks, grey_image, resources)
-            start, end, images = _steady(count, stream, resources.open_images)
+            start, end = _steady(count, stream, resources.open_images)
             # Its processes are still there.
             for role, of_role in spent_by_role(before, cpu_clocks()).items():
                 spent[role] += of_role
-            detectors_busy, tiles_per_call = ray.get(tally.between.remote(start, end))
+            detectors_busy, tiles_per_call, tiles_per_second = ray.get(tally.between.remote(start, end))
             busy.append(detectors_busy / with_detector)
             fills.append(tiles_per_call / resources.detector_batch_size)
-            rates.append(TILES_PER_IMAGE * images / (end - start))
+            rates.append(tiles_per_second)
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -131,14 +131,13 @@ def scale_out(
     }
 
 
-def _steady(count: int, stream: Stream, open_images: int) -> tuple[float, float, int]:
-    """(start, end, finished images) of the time in which the pipeline is full."""
+def _steady(count: int, stream: Stream, open_images: int) -> tuple[float, float]:
+    """(start, end) of the time in which the pipeline is full."""
     ends = []
     for result in stream:
         ends.append(time.time())
         stream.commit([result.image_id])
-    full, dry = open_images, count - open_images
-    return ends[full - 1], ends[dry - 1], dry - full
+    return ends[open_images - 1], ends[count - open_images - 1]
 
 
 def main(job: ScaleOut) -> None:
