@@ -141,14 +141,14 @@ def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple
 
 
 def resolution_lines(document: Mapping[str, Any]) -> str:
-    """Return a line for each policy that never looked closely at images, or whose first look at images found nothing.
+    """Return a line for each policy that never looked closely at images, or that looked twice where it found nothing.
 
     Args:
         document: contents of metrics.json.
     """
     blind = "".join(
-        f"{name}: the first look found nothing that scores {SHOWN_SCORE} or more in {row['guards']['nothing_seen']} "
-        "images; all that is textured in them was looked at again\n"
+        f"{name}: {row['guards']['nothing_seen']} looks (an image, or a part of a large one) found nothing that scores "
+        f"{SHOWN_SCORE} or more; all that is textured in them was looked at again\n"
         for name, row in document["policies"].items()
         if row.get("guards", {}).get("nothing_seen")
     )

@@ -413,6 +413,19 @@ def test_a_first_look_that_saw_nothing_is_said_and_all_that_is_textured_looked_a
     assert blank.tiles == 1
 
 
+def test_of_an_image_too_large_for_one_look_the_parts_in_which_nothing_was_seen_are_looked_at_again() -> None:
+    # The looks have half of native. Two squares of 6 pixels, one of them 300 pixels beside one of 40, which is seen.
+    unseen, seen, beside_it = (300, 300, 6), (3400, 2500, 40), (3700, 2500, 6)
+    steps: list[Step] = []
+    result = recursive_detect(
+        _image((3000, 4000), [unseen, seen, beside_it]), 1, _policy(), detect=SquareDetector(), observe=steps.append
+    )
+    assert result.guards == {"nothing_seen": 1}
+    assert sorted(result.detections.boxes[:, 0].round().tolist()) == [300, 3400]
+    second = [step.tile for step in steps if step.tile.depth == 2 and step.tile.window.x0 < 600]
+    assert [max(tile.zoom_xy) for tile in second] == [pytest.approx(1.0, rel=0.02)]
+
+
 @pytest.mark.parametrize(("score", "looks_again"), [(0.1, True), (0.29, True), (0.3, False)])
 def test_uncertain_boxes_alone_do_not_keep_an_image_from_being_looked_at_again(score: float, looks_again: bool) -> None:
     policy = _policy()

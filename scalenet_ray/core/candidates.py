@@ -48,8 +48,8 @@ class RegionEvidence(NamedTuple):
 
     Attributes:
         candidates: its objects.
-        textured: [h, w] bool, cells of a whole image's tile (`textured_cells`) that shows the smallest objects too
-            small, or in which nothing scores `SHOWN_SCORE`; else None.
+        textured: [h, w] bool, cells (`textured_cells`) of a tile that shows the smallest objects too small, or of a
+            look in which nothing scores `SHOWN_SCORE`; else None.
     """
 
     candidates: Candidates

@@ -127,7 +127,7 @@ class Regions:
 
     @property
     def second_look_zoom(self) -> float:
-        """Zoom of the look at an image in which the first one saw no object clearly: twice that, at most native."""
+        """Zoom of a closer look where the first look saw no object clearly: twice that, at most native."""
         return min(2.0 * self.look_zoom, 1.0)
 
     def first_side(self, longer_side: int, input_side: int) -> int:
@@ -148,18 +148,19 @@ class Regions:
             tile: the tile.
             input_side: the detector's, in tile pixels.
         """
-        if self.looks_again(tile, input_side) or self._looks_twice(candidates, tile):
+        if self.looks_again(tile, input_side) or self._looks_twice(candidates, tile, input_side):
             return RegionEvidence(candidates, textured_cells(pixels, self.min_contrast))
         return RegionEvidence(candidates)
 
-    def _looks_twice(self, candidates: Candidates, tile: Tile) -> bool:
-        """True for a whole image's tile in which nothing is seen clearly, if it has the first look's zoom and no more.
+    def _looks_twice(self, candidates: Candidates, tile: Tile, input_side: int) -> bool:
+        """True for a look in which nothing is seen clearly, if it has the first look's zoom and no more.
 
         Boxes under `SHOWN_SCORE` are as often mistakes as small objects, and tell too little of where to look.
         """
         zoom = max(tile.zoom_xy)
         shows_enough = zoom >= _LEAST_ZOOM * self.look_zoom or zoom * _LEAST_ZOOM >= self.second_look_zoom
-        return not (tile.depth or shows_enough or (candidates.scores >= SHOWN_SCORE).any())
+        is_look = tile.depth == self._depth_of_looks(tile, input_side)
+        return is_look and not shows_enough and not (candidates.scores >= SHOWN_SCORE).any()
 
     def looks_again(self, tile: Tile, input_side: int) -> bool:
         """True for a whole image's tile that is too small for the smallest object, so that looks are cut from it."""
@@ -173,8 +174,12 @@ class Regions:
         if self.looks_again(tile, input_side):
             return True
         # Looks are part of seeing the whole image: regions are counted from there.
-        depth = tile.depth - self._needs_looks(max(tile.image_hw), input_side)
+        depth = tile.depth - self._depth_of_looks(tile, input_side)
         return depth < self.max_depth and self.shows_more(max(tile.zoom_xy))
+
+    def _depth_of_looks(self, tile: Tile, input_side: int) -> int:
+        """Depth of the looks at the tile's image: 0 if one tile is its look, 1 if looks are cut from that tile."""
+        return int(self._needs_looks(max(tile.image_hw), input_side))
 
     def shows_more(self, zoom: float) -> bool:
         """True if a region cut from a tile of this zoom may have a higher one."""
@@ -207,10 +212,10 @@ class Regions:
 
 
 def plan_looks(textured: np.ndarray, tile: Tile, rules: Regions, input_side: int) -> list[Region]:
-    """Plan looks at all that is textured in a whole image's tile.
+    """Plan looks at all that is textured in a tile.
 
-    Their zoom is that of the first look; where the tile has it already, and nothing was seen clearly, that of the
-    second.
+    Of a whole image's tile that is too small for the smallest object, they have the first look's zoom; of a look in
+    which nothing was seen clearly, the second look's.
 
     Args:
         textured: [h, w] bool, cells of the tile (`textured_cells`).
