@@ -23,7 +23,7 @@ import tyro
 from matplotlib.ticker import LogLocator, NullLocator
 
 from bench.contenders import race
-from bench.workloads import Workload, data_folder, mosaics, ratio, wall
+from bench.workloads import Workload, data_folder, mosaics, ratio, tiled, wall
 from scalenet_ray.core.detections import SHOWN_SCORE, Detections
 from scalenet_ray.core.geometry import iou_matrix
 from scalenet_ray.data.coco import objects_of
@@ -62,7 +62,8 @@ class LargeImages:
     """AP, pixels and rates of policies and peers on large images.
 
     Attributes:
-        sets: which: street, road, drone, mosaic-100, mosaic-30, mosaic-10, coco, coco_boxes, and wall, a hundred
+        sets: which: street, road, drone, mosaic-100, mosaic-30, mosaic-10, coco, coco_boxes; street-tiled, road-tiled,
+            drone-tiled, the set's images side by side in pictures of up to 7,680 x 4,320 pixels; and wall, a hundred
             photographs as one picture, whose objects are those that the detector finds in them one by one.
         detectors: yolo11n, yolox_nano.
         contenders: whole, slices (of the input side, at native), slices x1.5, first-pass, regions, regions-oracle, sahi
@@ -87,6 +88,8 @@ def _workload(name: str, detector: str, folder: Path) -> Workload:
     kind = _DETECTORS[detector].format(models=data / "models")
     if name.startswith("mosaic-"):
         return mosaics(folder / name, kind, fill=int(name.removeprefix("mosaic-")) / 100)
+    if name.endswith("-tiled"):
+        return tiled(folder / name, _workload(name.removesuffix("-tiled"), detector, folder))
     if name == "wall":
         return wall(folder / f"wall-{detector}", kind)
     if name == "coco":

@@ -31,7 +31,7 @@ from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.resources import AdvancedResources, Resources
 
-__all__ = ["Workload", "data_folder", "detector_name", "mosaics", "photographs", "ratio", "spread"]
+__all__ = ["Workload", "data_folder", "detector_name", "mosaics", "photographs", "ratio", "spread", "tiled", "wall"]
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
@@ -46,6 +46,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 _MOSAIC_HW = (4480, 6400)
 _WALL_CELL = (480, 640)
+_TILED_HW = (4320, 7680)
 _CELL = 640
 
 _FOR_PHOTOGRAPHS = Resources(detector_batch_size=16, advanced=AdvancedResources(max_open_images=384))
@@ -252,4 +253,42 @@ def wall(folder: Path, detector: str, least_score: float = 0.4) -> Workload:
     image = {"id": 1, "file_name": "001.png", "height": 10 * height, "width": 10 * width}
     categories = json.loads(source.annotations.read_text())["categories"]
     annotations.write_text(json.dumps({"images": [image], "annotations": objects, "categories": categories}))
+    return made
+
+
+def tiled(folder: Path, source: Workload) -> Workload:
+    """A set's images side by side, as many in a picture as about 7,680 x 4,320 pixels hold; written if not there.
+
+    Args:
+        folder: where they are written.
+        source: the set, whose images are about equally large.
+    """
+    annotations = folder / "instances_val.json"
+    made = replace(source, folder=folder, annotations=annotations)
+    if annotations.exists():
+        return made
+    folder.mkdir(parents=True, exist_ok=True)
+    document = json.loads(source.annotations.read_text())
+    height, width = (max(image[side] for image in document["images"]) for side in ("height", "width"))
+    columns = round(_TILED_HW[1] / width)
+    per_picture = columns * round(_TILED_HW[0] / height)
+    places, pictures = {}, []
+    for start in range(0, len(document["images"]), per_picture):
+        images = document["images"][start : start + per_picture]
+        rows = math.ceil(len(images) / columns)
+        canvas = np.full((rows * height, columns * width, 3), 114, np.uint8)
+        picture = {"id": len(pictures) + 1, "height": canvas.shape[0], "width": canvas.shape[1]}
+        for i, image in enumerate(images):
+            y, x = i // columns * height, i % columns * width
+            pixels = decode_image((source.folder / image["file_name"]).read_bytes())
+            canvas[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
+            places[image["id"]] = (picture["id"], x, y)
+        pictures.append(picture | {"file_name": f"{picture['id']:03}.png"})
+        Image.fromarray(canvas).save(folder / pictures[-1]["file_name"], compress_level=1)
+    objects = []
+    for each in document["annotations"]:
+        picture_id, x, y = places[each["image_id"]]
+        left, top, *size = each["bbox"]
+        objects.append(each | {"image_id": picture_id, "bbox": [left + x, top + y, *size], "segmentation": []})
+    annotations.write_text(json.dumps(document | {"images": pictures, "annotations": objects}))
     return made

@@ -43,8 +43,8 @@ _LARGE_SCORE = 0.5
 _SMALLEST_OBJECT = 12.0
 _CROPS = 4
 _CROP_HW = (255, 340)
-_WINDOWS = {1: "#56b4e9", 2: "#ffb000"}
-"""Depth of a window -> its colour."""
+_LOOK, _REGION = "#56b4e9", "#ffb000"
+"""Colours of windows."""
 
 _LETTER: dict[str, Any] = {
     "color": "white",
@@ -128,9 +128,17 @@ def _draw_windows(axes: Axes, scene: LargeScene, steps: Sequence[Step]) -> None:
     height, width = LARGE_HW
     axes.imshow(cv2.resize(scene.pixels, (1024, 768), interpolation=cv2.INTER_AREA), extent=(0, width, height, 0))
     axes.set_axis_off()
+    looks = _looks(steps)
     for step in steps:
         if step.tile.depth:
-            _outline(axes, step.tile.window.xyxy, edgecolor=_WINDOWS[step.tile.depth], linewidth=0.8)
+            colour = _LOOK if step.tile.path in looks else _REGION
+            _outline(axes, step.tile.window.xyxy, edgecolor=colour, linewidth=0.8)
+
+
+def _looks(steps: Sequence[Step]) -> set[tuple[int, ...]]:
+    """Paths of the tiles that were cut to look at all that is textured, rather than around an object."""
+    blind = [step for step in steps if not step.tile.depth or "nothing_seen" in step.result.guards]
+    return {child.path for step in blind for child in step.children}
 
 
 def _draw_large_scene(scene: LargeScene, whole: ScaledPrediction, zoomed: ScaledPrediction) -> None:
@@ -140,7 +148,7 @@ def _draw_large_scene(scene: LargeScene, whole: ScaledPrediction, zoomed: Scaled
     small = (found.boxes[:, 2:] - found.boxes[:, :2]).max(axis=1) < _CROP_HW[0] / 3
     crops = _densest_crops(found.boxes[are_new(found, before) & small])
     in_whole, in_all = _count(scene, whole), _count(scene, zoomed)
-    asked = [sum(step.tile.depth == depth for step in zoomed.steps) for depth in (1, 2)]
+    looks = len(_looks(zoomed.steps))
     width, crop_width = 6.4, 2 * 6.4 / _CROPS
     heights = (width * LARGE_HW[0] / LARGE_HW[1] + 0.3, crop_width * _CROP_HW[0] / _CROP_HW[1])
     with drawing(2 * width, sum(heights)) as figure:
@@ -151,7 +159,7 @@ def _draw_large_scene(scene: LargeScene, whole: ScaledPrediction, zoomed: Scaled
         _draw_found(left, shown, before, before, (0, 0, LARGE_HW[1], LARGE_HW[0]), 1.8)
         left.set_title(f"What the detector sees of the whole image: {in_whole['found']} of {len(scene.boxes)} found")
         _draw_windows(right, scene, zoomed.steps)
-        windows = f"{asked[0]} looks (blue), {asked[1]} regions (orange)"
+        windows = f"{looks} looks (blue), {len(zoomed.steps) - looks - 1} regions (orange)"
         right.set_title(f"{windows}: {in_all['found']} found, {in_all['wrong']} wrong")
         for i, crop in enumerate(crops):
             axes, letter = figure.add_subplot(grid[1, 2 * i : 2 * i + 2]), "abcdefgh"[i]
