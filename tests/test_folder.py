@@ -83,6 +83,28 @@ def test_resuming_with_other_settings_is_refused_and_they_are_named(
         run.begin({**SETTINGS, **changes}, resume=True)
 
 
+def test_an_output_that_no_run_can_begin_in_is_refused_before_the_work(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunFolder.check_output(None, resume=False)
+    RunFolder.check_output(str(tmp_path / "new" / "run"), resume=False)
+    assert list(tmp_path.iterdir()) == []
+    run.begin(SETTINGS, resume=False).release()
+    RunFolder.check_output(run.uri, resume=True)
+    with pytest.raises(FileExistsError, match="run holds a run already: add --resume"):
+        RunFolder.check_output(run.uri, resume=False)
+    with pytest.raises(UserError, match="got no --output: name the run's folder"):
+        RunFolder.check_output(None, resume=True)
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(NotADirectoryError, match=r"must be a folder, got .*file is a file: give another --output"):
+            RunFolder.check_output(str(output), resume=False)
+    # A superuser may write everywhere.
+    monkeypatch.setattr("os.access", lambda path, mode: path != str(tmp_path))
+    with pytest.raises(PermissionError, match=f"cannot write .*new/run: access is denied in {tmp_path}; check"):
+        RunFolder.check_output(str(tmp_path / "new" / "run"), resume=False)
+
+
 # --- shards -------------------------------------------------------------------------------------------------
 
 

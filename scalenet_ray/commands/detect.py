@@ -108,6 +108,7 @@ def _policies(job: DetectImages, detector: DetectorInfo) -> list[Policy]:
 def main(job: DetectImages) -> int:
     """Detect objects, and write COCO results, Parquet shards and the report. Returns the exit status."""
     check_retry(job.retry_failed, resume=job.resume)
+    RunFolder.check_output(job.output, resume=job.resume)
     if job.images is None:
         data, networks = sample_inputs(job.networks)
         job = replace(job, images=storage.join(data, "val2017"), networks=networks)

@@ -84,6 +84,7 @@ class EvalCoco(AnnotatedData):
 def main(job: EvalCoco) -> int:
     """Run and evaluate all policies, and print their metrics as a table. Returns the exit status."""
     check_retry(job.retry_failed, resume=job.resume)
+    RunFolder.check_output(job.output, resume=job.resume)
     if job.is_sample:
         data, networks = sample_inputs(job.networks)
         job = replace(job, data=data, networks=networks)

@@ -51,6 +51,7 @@ def main(job: FinetuneDetector) -> int:
     if job.detector is None and not job.is_sample:
         msg = "--detector must name what is fine-tuned on your data, torchvision:NAME or torchvision:PATH, got none"
         raise UserError(msg)
+    RunFolder.check_output(job.output, resume=job.resume)
     job = replace(job, data=SAMPLE if job.is_sample else job.data, detector=job.detector or SAMPLE_START)
     images = job.training_images()
     recipe = plan_fine_tuning(images, str(job.detector), input_side=job.input_side, seed=job.training.seed)

@@ -89,6 +89,7 @@ def _head_recipe(job: TrainScaleNet, images: TrainingImages, run: RunFolder) -> 
 
 def main(job: TrainScaleNet) -> int:
     """Train, validate after each epoch, and write metrics.json and scale_net.safetensors. Returns the exit status."""
+    RunFolder.check_output(job.output, resume=job.resume)
     if job.is_sample:
         job = replace(job, data=SAMPLE, detector=job.detector or SAMPLE_DETECTOR)
     images = job.training_images()

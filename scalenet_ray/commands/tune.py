@@ -96,7 +96,8 @@ def _policies(job: TuneRecursion, space: SearchSpace, detector: DetectorInfo) ->
     return policies
 
 
-def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> TrialSettings:
+def _check_steps(job: TuneRecursion) -> None:
+    """Refuse shares of the images that do not grow to 1, and a ceiling below 1; raises `UserError`."""
     shares = job.subsets
     if (
         not shares
@@ -111,7 +112,10 @@ def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> Trial
     if isinstance(job.ceiling, float | int) and job.ceiling < 1:
         msg = f"--ceiling must be 1 pass an image, which the whole image takes, or more, got {job.ceiling}"
         raise UserError(msg)
-    sizes = sorted({max(1, round(share * len(split.images))) for share in shares})
+
+
+def _task(job: TuneRecursion, policies: list[Policy], split: CocoSplit) -> TrialSettings:
+    sizes = sorted({max(1, round(share * len(split.images))) for share in job.subsets})
     ceilings = (float(job.ceiling),) * len(sizes) if isinstance(job.ceiling, float | int) else None
     return TrialSettings(
         {policy.name: policy for policy in policies},
@@ -175,6 +179,8 @@ def main(job: TuneRecursion) -> int:
     Writes starts.json, trials.json, front.svg, report.html, best.yaml, tune/ for TensorBoard, study.log for
     optuna-dashboard, and report/.
     """
+    RunFolder.check_output(job.output, resume=job.resume)
+    _check_steps(job)
     space = read_space(job.space)
     check_searcher(space, job.sweep)
     if job.is_sample:

@@ -48,6 +48,8 @@ _INITIAL_FILES = (CONFIG, GROUND_TRUTH, "inputs.parquet", "annotations.parquet")
 
 _ERROR = "error.txt"
 
+_NO_OUTPUT = "--resume goes on with the run in --output, got no --output: name the run's folder"
+
 
 class RunFolder(ShardReader):
     """A run's folder.
@@ -86,8 +88,7 @@ class RunFolder(ShardReader):
         if output is not None:
             return cls(output)
         if resume:
-            msg = "--resume goes on with the run in --output, got no --output: name the run's folder"
-            raise UserError(msg)
+            raise UserError(_NO_OUTPUT)
         moment = time.strftime("%Y%m%d-%H%M%S")
         for count in itertools.count(1):
             run = cls(f"runs/{job}/{moment}" + (f"-{count}" if count > 1 else ""))
@@ -101,6 +102,35 @@ class RunFolder(ShardReader):
             run._created_folders = missing
             return run
         raise AssertionError
+
+    @classmethod
+    def check_output(cls, output: str | None, *, resume: bool) -> None:
+        """Refuse an --output that `begin` would refuse whatever the settings, before there is any work.
+
+        Args:
+            output: the value of --output.
+            resume: whether --resume was given.
+
+        Raises:
+            FileExistsError: if the folder holds a run and `resume` is false.
+            NotADirectoryError: if there is a file.
+            PermissionError: if a local folder may not be written.
+            UserError: if a run is to be resumed and no folder is named.
+        """
+        if output is None:
+            if resume:
+                raise UserError(_NO_OUTPUT)
+            return
+        path = storage.local_path(output)
+        if path is not None:
+            there = os.path.dirname(missing[-1]) if (missing := _missing_folders(path)) else path
+            if not os.path.isdir(there):
+                msg = f"the output must be a folder, got {output}, where {there} is a file: give another --output"
+                raise NotADirectoryError(msg)
+            if not os.access(there, os.W_OK | os.X_OK):
+                msg = f"cannot write {output}: access is denied in {there}; check its owner and mode, and its disk"
+                raise PermissionError(msg)
+        _refuse_run(output, resume=resume)
 
     def begin(
         self, settings: Mapping[str, Any], *, resume: bool, workers: Mapping[str, Any] | None = None
@@ -139,10 +169,7 @@ class RunFolder(ShardReader):
 
     def _create_or_resume(self, settings: Mapping[str, Any], workers: Mapping[str, Any], *, resume: bool) -> bool:
         """Write config.yaml, or check it against the settings; return whether the run is new."""
-        if storage.exists(storage.join(self.uri, CONFIG)):
-            if not resume:
-                msg = f"{self.uri} holds a run already: add --resume to go on with it, or give another --output"
-                raise FileExistsError(msg)
+        if _refuse_run(self.uri, resume=resume):
             check_settings(self.uri, settings, workers)
             self.resumed = True
             if storage.exists(storage.join(self.uri, _ERROR)):
@@ -267,6 +294,16 @@ class ActiveRun:
                 self._run.add_notes(error)
         finally:
             self.release()
+
+
+def _refuse_run(uri: str, *, resume: bool) -> bool:
+    """Whether the folder holds a run, which is to be resumed; raises `FileExistsError` if it is not to be."""
+    if not storage.exists(storage.join(uri, CONFIG)):
+        return False
+    if not resume:
+        msg = f"{uri} holds a run already: add --resume to go on with it, or give another --output"
+        raise FileExistsError(msg)
+    return True
 
 
 def _missing_folders(path: str) -> list[str]:
