@@ -59,7 +59,11 @@ def test_every_policy_can_be_shown(policy: str, photograph: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--output", "steps.bmp"), "a picture is written as .png, .svg or .pdf, got '.bmp'"),
+        # Before the detector is loaded.
+        (
+            ("--output", "steps.bmp", "--detector", "tiny:nowhere.safetensors"),
+            "a picture is written as .png, .svg or .pdf, got '.bmp'",
+        ),
         (("--policy", "oracle"), "policy oracle reads the ground truth"),
         (("--detector", "tiny:nowhere.safetensors"), "nowhere.safetensors"),
     ],

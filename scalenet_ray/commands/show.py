@@ -12,7 +12,7 @@ from scalenet_ray.api import get_scaled_prediction
 from scalenet_ray.console import say
 from scalenet_ray.core.bounds import SHARE
 from scalenet_ray.data import storage
-from scalenet_ray.report.recursion_figure import picture_bytes, recursion_figure
+from scalenet_ray.report.recursion_figure import picture_bytes, picture_kind, recursion_figure
 from scalenet_ray.report.text import step_table
 from scalenet_ray.sample.scenes import sample_scene
 
@@ -50,7 +50,7 @@ class Show:
 
 def main(job: Show) -> int:
     """Print the steps of one recursion and draw them. Returns the exit status."""
-    suffix = PurePosixPath(job.output).suffix
+    kind = picture_kind(PurePosixPath(job.output).suffix)
     image = job.image if job.image is not None else sample_scene("val2017", _SCENE).pixels
     if job.detector is None:
         say("no --detector: the embedded sample's networks, which know its ten shapes and nothing else")
@@ -68,7 +68,7 @@ def main(job: Show) -> int:
     figure = recursion_figure(
         prediction.pixels, prediction.steps, prediction.policy, before, after, prediction.categories
     )
-    storage.write_bytes_atomic(job.output, picture_bytes(figure, suffix))
+    storage.write_bytes_atomic(job.output, picture_bytes(figure, kind))
     say(f"merged: {len(after)} objects that score {job.shown_score} or more, {len(before)} in the whole image alone")
     say(f"{prediction.detector_passes:.2f} detector passes, picture in {job.output}")
     return 0

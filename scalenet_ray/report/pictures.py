@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import AnyImage, Window, window_pixels
 
 __all__ = ["NEW", "PICTURE_SIDE", "SEEN", "crop", "draw_objects", "encoded"]
@@ -93,7 +94,14 @@ def encoded(picture: Image.Image, image_format: str, **options: Any) -> bytes:
         picture: the picture.
         image_format: its format, as Pillow names it.
         **options: those of the format.
+
+    Raises:
+        UserError: if Pillow writes no such format.
     """
     sink = io.BytesIO()
-    picture.save(sink, image_format, **options)
+    try:
+        picture.save(sink, image_format, **options)
+    except KeyError as error:
+        msg = f"a picture must have a format that Pillow writes, e.g. png or jpg, got {image_format!r}: give another"
+        raise UserError(msg) from error
     return sink.getvalue()

@@ -155,6 +155,15 @@ def _labels(found: Detections, names: Mapping[int, str] | None) -> list[str]:
     return [] if names is None else [names[label] for label in found.labels.tolist()]
 
 
+def picture_kind(suffix: str) -> str:
+    """The kind of a picture, png, svg or pdf, by its suffix with or without its dot; raises `UserError` for others."""
+    kind = suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        msg = f"a picture is written as .png, .svg or .pdf, got {suffix!r}: name the output so"
+        raise UserError(msg)
+    return kind
+
+
 def picture_bytes(figure: Figure, suffix: str, dots_per_inch: float = 110.0) -> bytes:
     """Render a figure to the bytes of a file.
 
@@ -166,10 +175,7 @@ def picture_bytes(figure: Figure, suffix: str, dots_per_inch: float = 110.0) -> 
     Raises:
         UserError: for another suffix.
     """
-    kind = suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg", "pdf"):
-        msg = f"a picture is written as .png, .svg or .pdf, got {suffix!r}: name the output so"
-        raise UserError(msg)
+    kind = picture_kind(suffix)
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, dpi=dots_per_inch, metadata={"CreationDate": None} if kind == "pdf" else None)
     return drawn.getvalue()
