@@ -18,8 +18,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from scalenet_ray.console import run_job
+from scalenet_ray.core.detections import Detections
+from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
+from scalenet_ray.report.saved_pictures import SavedPictures
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
 
@@ -341,6 +344,18 @@ def test_detect_writes_pictures_crops_and_a_csv_of_what_scores_enough(sample: Pa
     pictures[0].unlink()
     assert load_job("detect").main(replace(job, resume=True)) == 0
     assert sorted((tmp_path / "run" / "pictures").iterdir()) == pictures
+
+
+@pytest.mark.parametrize(("category", "folder"), [("car", "car"), ("..", "_"), (".car", "_car"), ("a/../b", "a_.._b")])
+def test_a_crop_stays_in_the_run_folder_whatever_its_class_is(category: str, folder: str, tmp_path: Path) -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    saved = SavedPictures(
+        str(tmp_path / "run"), lambda record: pixels, {1: category}, pictures=False, crops=True, min_score=0.5
+    )
+    with saved:
+        saved.add(ImageRecord(3, "/in/a.jpg"), Detections([[0, 0, 4, 4]], [0.9], [1]))
+    written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.jpg")]
+    assert written == [Path("run", "crops", folder, "000003-a-0.jpg")]
 
 
 def test_a_picture_that_cannot_be_read_again_is_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -95,7 +96,7 @@ class SavedPictures:
         name = f"{record.image_id:06d}-{stem}"
         picture = storage.join(self._run_uri, "pictures", f"{name}.jpg")
         crops = [
-            storage.join(self._run_uri, "crops", self._categories[label].replace("/", "_"), f"{name}-{i}.jpg")
+            storage.join(self._run_uri, "crops", _folder_of(self._categories[label]), f"{name}-{i}.jpg")
             for i, label in enumerate(found.labels.tolist())
         ]
         draws = self._pictures and not storage.exists(picture)
@@ -110,6 +111,11 @@ class SavedPictures:
         if draws:
             shown = Image.fromarray(whole_pixels(image, PICTURE_SIDE))
             _write_jpeg(picture, draw_objects(shown, image.shape[1], found, self._categories))
+
+
+def _folder_of(category: str) -> str:
+    """A folder's name for a category: without slashes, and without the dots that would hide it or lead out."""
+    return re.sub(r"^\.+|[/\0]", "_", category)
 
 
 def _write_jpeg(uri: str, picture: Image.Image) -> None:
