@@ -253,8 +253,11 @@ class _Output(io.FileIO):
             return memoryview(data).nbytes
 
 
-def _lenient(stream: TextIO) -> TextIO:
+def _lenient(stream: TextIO | None) -> TextIO:
     """A standard stream that fails neither for unknown characters nor for a closed pipe; others are returned as is."""
+    if stream is None:
+        # Closed by the shell (`>&-`).
+        return open(os.devnull, "w", encoding="utf-8")
     try:
         file = _Output(stream.fileno(), "w", closefd=False)
     except (AttributeError, OSError):

@@ -154,6 +154,17 @@ def test_work_goes_on_when_nobody_reads_the_output(tmp_path: Path) -> None:
     assert (tmp_path / "done").exists()
 
 
+def test_work_goes_on_when_the_output_is_closed(tmp_path: Path) -> None:
+    script = SPEAKER.format(lines=1, done=str(tmp_path / "done")) + "\n"
+    script = script.replace("def main", "from scalenet_ray.runs.batch import Progress\ndef main")
+    script = script.replace("    open(", "    say(Progress('whole', 1, 1))\n    open(")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, script]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "done").exists()
+
+
 def test_capturing_streams_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run_job(lambda job: say("heard") or 0, None)
