@@ -26,7 +26,7 @@ from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.data import storage
 from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.data.images import decode_image
-from scalenet_ray.data.rasters import Raster, georeference_of, open_image, open_raster
+from scalenet_ray.data.rasters import Raster, georeference_of, open_image, open_raster, size_by_window
 from scalenet_ray.models.spec import SAMPLE_DETECTOR
 from scalenet_ray.runs.local import LocalStream
 from tests.faults import Scenes, as_values, policy_of, random_networks, records_of, reference
@@ -261,6 +261,32 @@ def test_of_bands_without_colours_the_first_three_are_shown(tmp_path: Path) -> N
     raster = open_raster(path)
     assert raster is not None
     assert np.array_equal(raster.read(Window(0, 0, 240, 160), 1), PIXELS)
+
+
+EIGHT = np.concatenate([BANDS, BANDS, BANDS[:2]])
+OF_MANY_BANDS = {
+    "8 bits, no colours": (BANDS, {"photometric": "minisblack"}),
+    "16 bits, no colours": (WITH_FOURTH.astype(np.uint16) * 256, {"photometric": "minisblack"}),
+    "two of 16 bits": (BANDS[:2].astype(np.uint16) * 257, {"photometric": "minisblack"}),
+    "eight of 8 bits": (EIGHT, RGB | {"alpha": "unspecified"}),
+    "eight of 16 bits": (EIGHT.astype(np.uint16) * 256, RGB | {"alpha": "unspecified"}),
+}
+
+
+@pytest.mark.parametrize("kind", OF_MANY_BANDS)
+def test_a_small_tiff_of_bands_that_pillow_does_not_know_is_read_too(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bands, options = OF_MANY_BANDS[kind]
+    path = write_tiff(tmp_path / "image.tif", bands, **options)
+    image = open_image(path)
+    assert isinstance(image, Raster)
+    shown = PIXELS if len(bands) > 2 else np.repeat(PIXELS[:, :, :1], 3, axis=2)
+    assert np.array_equal(image.read(Window(0, 0, 240, 160), 1), shown)
+    assert size_by_window(path) == HW
+    monkeypatch.setattr("scalenet_ray.data.rasters.find_spec", lambda name: None)
+    with pytest.raises(TileError, match=rf"of {len(bands)} bands must be .* without rasterio, which reads it: pip"):
+        open_image(path)
 
 
 @pytest.mark.usefixtures("every_tiff_is_large")

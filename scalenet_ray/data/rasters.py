@@ -1,8 +1,9 @@
 """Large TIFF images that are read by window, without decoding the rest.
 
 A TIFF of more than `WINDOWED_PIXELS` pixels is read so, where rasterio is installed (`pip install
-'scalenet-ray[geo]'`). It must have tiles or narrow strips, 8 or 16 bits a sample, and grey or RGB colours, upright;
-GeoTIFF and COG are such files. On S3 only the bytes of these tiles are fetched.
+'scalenet-ray[geo]'`), and a smaller one if it has bands that Pillow does not know, as multispectral images do. It must
+have tiles or narrow strips, 8 or 16 bits a sample, and grey or RGB colours, upright; GeoTIFF and COG are such files. On
+S3 only the bytes of these tiles are fetched.
 
 - Coarse looks read the file's overviews. Without overviews every pixel under the look is decoded, but not kept.
 - Of several bands the first three are red, green and blue. Parts that a band of opacity leaves transparent show white.
@@ -37,6 +38,7 @@ __all__ = [
     "georeference_of",
     "open_image",
     "open_raster",
+    "size_by_window",
 ]
 
 WINDOWED_PIXELS = 50_000_000
@@ -86,7 +88,7 @@ def open_image(uri: Address, *, expect_hw: tuple[int, int] | None = None, max_pi
 def open_raster(
     uri: Address, *, expect_hw: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS
 ) -> Raster | None:
-    """Open a large TIFF to be read by window; None if the image is to be decoded as a whole.
+    """Open a TIFF to be read by window, see the module; None if the image is to be decoded as a whole.
 
     Args:
         uri: a local path or a store's address.
@@ -97,15 +99,17 @@ def open_raster(
         TileError: if it can neither be read by window nor decoded as a whole, or has not the annotated size.
     """
     tags = _tags(uri)
-    if tags is None or tags.height * tags.width <= WINDOWED_PIXELS:
+    pixels = 0 if tags is None else tags.height * tags.width
+    if tags is None or (pixels <= WINDOWED_PIXELS and not tags.has_bands):
         return None
     obstacle = tags.obstacle
     if obstacle is not None:
-        if tags.height * tags.width <= max_pixels:
+        if pixels <= max_pixels and not tags.has_bands:
             return None
+        which = f"of more than {max_pixels} pixels" if pixels > max_pixels else f"of {len(tags.bits)} bands"
         msg = (
-            f"an image of more than {max_pixels} pixels must be a TIFF that can be read by window, got "
-            f"{tags.height} x {tags.width} pixels {obstacle}"
+            f"an image {which} must be a TIFF that can be read by window, got {tags.height} x {tags.width} pixels "
+            f"{obstacle}"
         )
         raise TileError(msg)
     if expect_hw is not None and (int(expect_hw[0]), int(expect_hw[1])) != (tags.height, tags.width):
@@ -115,6 +119,12 @@ def open_raster(
         )
         raise TileError(msg)
     return Raster(uri, tags)
+
+
+def size_by_window(uri: Address) -> tuple[int, int] | None:
+    """(height, width) of a TIFF with bands that Pillow does not know; None for anything else."""
+    tags = _tags(uri)
+    return (tags.height, tags.width) if tags is not None and tags.has_bands else None
 
 
 # --- what a file's header says ----------------------------------------------------------------------
@@ -133,6 +143,13 @@ class _Tags(NamedTuple):
     orientation: int
     is_planar: bool
     extras: tuple[int, ...]
+
+    @property
+    def has_bands(self) -> bool:
+        """True for bands that Pillow does not know: several of grey, or more than it decodes beside RGB."""
+        if self.colours == _GREY:
+            return len(self.bits) > (1 if max(self.bits) > 8 else 2)
+        return self.colours == _RGB and len(self.bits) > (4 if max(self.bits) > 8 else 6)
 
     @property
     def bands(self) -> list[int]:
@@ -167,8 +184,8 @@ class _Tags(NamedTuple):
 
 
 # Values of tags: grey, RGB and YCbCr; JPEG compression, of which GDAL makes RGB; kinds of further bands.
-_COLOURS = (1, 2, 6)
-_YCBCR, _JPEG = 6, 7
+_COLOURS = _GREY, _RGB, _YCBCR = 1, 2, 6
+_JPEG = 7
 _PREMULTIPLIED, _OPACITY = 1, 2
 
 
