@@ -302,6 +302,20 @@ def test_pictures_and_videos_that_are_not_read_are_counted(tmp_path: Path):
     assert found.remarks == ("2 files skipped: .avif is not read", "1 files skipped: .mp4 is not read beside images")
 
 
+def test_a_link_to_a_folder_is_named(tmp_path: Path):
+    write_bytes_atomic(tmp_path / "photos" / "a.jpg", b"")
+    write_bytes_atomic(tmp_path / "in" / "sub" / "b.jpg", b"")
+    (tmp_path / "in" / "sub" / "more").symlink_to(tmp_path / "photos")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "photos").symlink_to(tmp_path / "photos")
+    assert find_images(tmp_path / "in").remarks == (
+        f"1 links to folders are not followed: {tmp_path / 'in' / 'sub' / 'more'}",
+    )
+    with pytest.raises(ValueError, match=r"got none; 1 links to folders .*links/photos: name that folder"):
+        find_images(tmp_path / "links")
+    assert len(find_images(tmp_path / "links" / "photos").records) == 1
+
+
 def test_a_folder_of_what_is_not_read_says_what_to_do(tmp_path: Path):
     write_bytes_atomic(tmp_path / "in" / "photo.heic", b"")
     for place in (tmp_path / "in", tmp_path / "in" / "photo.heic"):
@@ -519,6 +533,10 @@ def test_what_can_not_be_measured_is_said() -> None:
     }
     assert parse_annotations(document).remarks == (
         "no annotation is of an object that counts (crowds do not): there is no AP to measure",
+    )
+    twice = [document["images"][0], {**document["images"][0], "id": 2}]
+    assert parse_annotations(document | {"images": twice}).remarks[0] == (
+        "files listed as several images, which count as often: 1 (a.png)"
     )
     boxes = [[10, 10, 20, 20], [500, 10, 5, 5], [10, 10, 0, 5]]
     rows = [{"id": i, "image_id": 1, "category_id": 1, "bbox": box} for i, box in enumerate(boxes, start=1)]

@@ -241,6 +241,16 @@ def test_two_images_with_one_label_file_are_refused(tmp_path: Path):
         find_layout("val", data=uri).read("val")
 
 
+def test_an_image_that_a_split_lists_twice_is_refused(tmp_path: Path):
+    uri = write_yolo(tmp_path / "y", val=["images/val", "images/val"])
+    with pytest.raises(UserError, match=r"must be listed once, got the same for images/val/a.png, images/val/a.png"):
+        find_layout("val", data=uri).read("val")
+    data = write_voc(tmp_path / "v")
+    write_text(tmp_path / "v" / "ImageSets" / "Main" / "val.txt", "a\nsub/b\na\n")
+    with pytest.raises(UserError, match="split val must list each image once, got a twice: remove it"):
+        find_layout("val", data=data).read("val")
+
+
 # --- images ------------------------------------------------------------------------------------------
 
 

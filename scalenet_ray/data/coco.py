@@ -104,6 +104,9 @@ class CocoDataset:
         if self.damaged_masks:
             count, ids = len(self.damaged_masks), abbreviated(self.damaged_masks)
             lines.append(f"annotations with a segmentation that is no mask: {count}, counted by their boxes (id {ids})")
+        if twice := repeated(self.images.files.to_pylist()):
+            count, names = len(twice), abbreviated(twice)
+            lines.append(f"files listed as several images, which count as often: {count} ({names})")
         if self.crowd.all():
             lines.append("no annotation is of an object that counts (crowds do not): there is no AP to measure")
         empty = self.annotation_ids[self._outside_image & ~self.crowd].tolist()

@@ -11,19 +11,19 @@ from __future__ import annotations
 import json
 import os
 import posixpath
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.errors import TileError, UserError, abbreviated, repeated
 from scalenet_ray.data import storage
 from scalenet_ray.data.coco import CocoDataset, Listing, annotations_uri, parse_annotations, read_annotations
 from scalenet_ray.data.images import IMAGE_SUFFIXES, file_hw
 from scalenet_ray.data.label_files import VISDRONE_CATEGORIES, LabelledObject, parse_visdrone, parse_voc, parse_yolo
 from scalenet_ray.data.policy_files import read_yaml
+from scalenet_ray.data.rasters import size_by_window
 from scalenet_ray.data.storage import join
 
 __all__ = ["Layout", "OpenedSplit", "find_layout"]
@@ -33,7 +33,6 @@ Form = Literal["coco", "yolo", "voc", "visdrone"]
 _SPLIT = "{split}"
 _THREADS = 16
 _MAX_BYTES = 2**26
-_MOST_NAMES = 10
 
 
 class OpenedSplit(NamedTuple):
@@ -189,10 +188,10 @@ def _images_by_stem(files: Sequence[str], folder: str) -> dict[str, str]:
     if elsewhere := [file for file, name in zip(files, names, strict=True) if file == name]:
         msg = f"the images must lie in {start}, got {elsewhere[0]}: move them, or correct path in data.yaml"
         raise UserError(msg)
-    stems = Counter(posixpath.splitext(name)[0] for name in names)
-    if repeated := [stem for stem, count in stems.items() if count > 1]:
-        both = ", ".join(name for name in names if posixpath.splitext(name)[0] == repeated[0])
-        msg = f"each image of {folder} must have a label file of its own, got the same for {both}: rename one"
+    if shared := repeated(posixpath.splitext(name)[0] for name in names):
+        both = [name for name in names if posixpath.splitext(name)[0] == shared[0]]
+        wanted = "have a label file of its own" if len(set(both)) > 1 else "be listed once"
+        msg = f"each image of {folder} must {wanted}, got the same for {', '.join(both)}: rename or remove one"
         raise UserError(msg)
     return {posixpath.splitext(name)[0]: name for name in sorted(names)}
 
@@ -200,7 +199,7 @@ def _images_by_stem(files: Sequence[str], folder: str) -> dict[str, str]:
 def _hw_of(uri: str) -> tuple[int, int] | None:
     """(height, width) from an image's header; None if it cannot be read: then it fails in the run, and is counted."""
     try:
-        return file_hw(uri)
+        return size_by_window(uri) or file_hw(uri)
     except TileError:
         return None
 
@@ -221,8 +220,7 @@ def _read_all(read: Callable[[str], _Labelled], names: Sequence[str], where: str
         UserError: if there is no image, or none has a label file.
     """
     if not names:
-        msg = f"{where} must have at least one image ({', '.join(IMAGE_SUFFIXES)}), got none: check the path"
-        raise UserError(msg)
+        raise UserError(f"{where} must have at least one image ({', '.join(IMAGE_SUFFIXES)}), got none: check the path")
     with ThreadPoolExecutor(_THREADS) as threads:
         images = list(threads.map(read, names))
     if all(image.objects is None for image in images):
@@ -345,6 +343,8 @@ def _read_voc(layout: Layout, split: str) -> tuple[dict, tuple]:
     stems = list(images)
     if layout.listed is not None:
         stems = [line.split()[0] for line in _listed(layout.listed, split) if line.strip()]
+        if twice := repeated(stems):
+            raise UserError(f"split {split} must list each image once, got {twice[0]} twice: remove it from the list")
         if lost := [stem for stem in stems if stem not in images]:
             msg = f"{folder} must have the images of split {split}, got no {lost[0]}: correct the list, or add it"
             raise UserError(msg)
@@ -371,7 +371,7 @@ def _listed(uri: str, split: str) -> list[str]:
     except FileNotFoundError:
         folder = posixpath.dirname(uri)
         splits = [posixpath.basename(name).removesuffix(".txt") for name in storage.list_files(folder, (".txt",))]
-        msg = f"{folder} must list split {split}, got {', '.join(splits[:_MOST_NAMES])}: give --split NAME"
+        msg = f"{folder} must list split {split}, got {abbreviated(splits, 10)}: give --split NAME"
         raise UserError(msg) from None
 
 

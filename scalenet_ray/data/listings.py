@@ -13,7 +13,7 @@ from scalenet_ray.core.errors import UserError, abbreviated, repeated
 from scalenet_ray.data.coco import MAX_BYTES
 from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.data.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
-from scalenet_ray.data.storage import Address, join, list_files, read_bytes
+from scalenet_ray.data.storage import Address, join, linked_folders, list_files, read_bytes
 from scalenet_ray.data.video import VIDEO_SUFFIXES, list_frames
 
 __all__ = ["FoundImages", "find_images"]
@@ -24,7 +24,7 @@ class FoundImages(NamedTuple):
 
     Attributes:
         records: with ids 1 to N in the order of the sorted addresses, of unknown size.
-        remarks: numbers of skipped files by suffix, one line each.
+        remarks: numbers of skipped files by suffix, one line each; and links to folders, which are not followed.
     """
 
     records: ImageRecords
@@ -56,9 +56,11 @@ def find_images(uri: Address) -> FoundImages:
         f"{count} files skipped: {suffix} is not read{' beside images' if suffix in VIDEO_SUFFIXES else ''}"
         for suffix, count in sorted(skipped.items())
     ]
+    if links := linked_folders(uri):
+        remarks.append(f"{len(links)} links to folders are not followed: {abbreviated(links)}")
     if not names:
         wanted, got = ", ".join(IMAGE_SUFFIXES), "; ".join(["got none", *remarks])
-        remedy = "convert them" if skipped else "check the path, or quote a glob"
+        remedy = "convert them" if skipped else "name that folder" if links else "check the path, or quote a glob"
         msg = f"{uri} must hold at least one image ({wanted}), {got}: {remedy}"
         raise UserError(msg)
     return FoundImages(ImageRecords.listed(sorted(names)), tuple(remarks))

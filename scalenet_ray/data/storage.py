@@ -43,6 +43,7 @@ __all__ = [
     "delete",
     "exists",
     "join",
+    "linked_folders",
     "list_files",
     "local_path",
     "read_bytes",
@@ -331,6 +332,15 @@ def _local_files(path: str) -> list[str]:
     if not os.path.isdir(path):
         return [path] if os.path.lexists(path) else []
     return [f"{folder}/{name}" for folder, _, files in os.walk(path, onerror=fail) for name in files]
+
+
+def linked_folders(uri: Address) -> list[str]:
+    """Links to folders below a local folder, which `list_files` does not follow: sorted paths. [] in a store."""
+    path = local_path(uri)
+    if path is None:
+        return []
+    found = [f"{folder}/{name}" for folder, folders, _ in os.walk(path) for name in folders]
+    return sorted(name for name in found if os.path.islink(name) and _is_listed(name, path, ()))
 
 
 def _is_listed(name: str, base: str, suffixes: tuple[str, ...]) -> bool:
