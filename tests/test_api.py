@@ -113,11 +113,16 @@ def test_a_policy_may_be_given_whole() -> None:
     assert len(predict(policy=policy).steps) == 17
 
 
-def test_excluded_categories_are_left_out() -> None:
+def test_excluded_categories_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {one.category.name for one in predict().object_prediction_list}
     left = predict(exclude_classes_by_name=[sorted(names)[0]]).object_prediction_list
     assert {one.category.name for one in left} == names - {sorted(names)[0]}
     assert predict(exclude_classes_by_id=list(CATEGORIES)).object_prediction_list == []
+    one = sorted(names)[0]
+    left = predict(exclude_classes_by_name=one).object_prediction_list
+    assert {found.category.name for found in left} == names - {one}
+    # Before the work.
+    monkeypatch.setattr("scalenet_ray.api.scaled_prediction.recursive_detect", None)
     with pytest.raises(ValueError, match="among the detector's 3 categories, got zebra"):
         predict(exclude_classes_by_name=["zebra"])
 
@@ -150,6 +155,9 @@ def test_suppression_may_ask_no_class() -> None:
             "a smallest object is for regions, got",
         ),
         ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
+        ({"confidence_threshold": 30}, ValueError, "between 0 and 1, got 30: divide percentages by 100"),
+        ({"confidence_threshold": float("nan")}, ValueError, "confidence_threshold must be between 0 and 1, got nan"),
+        ({"image": [SCENE]}, ValueError, r"image must be an address, .* got list: .* give many images to detect"),
         ({"slices": 8}, TypeError, "no argument 'slices'$"),
         ({"perform_standard_pred": False}, ValueError, "perform_standard_pred must be True"),
         ({"postprocess_type": "GREEDYNMM"}, ValueError, "postprocess_type must be CONSENSUS, NMS, .* got 'GREEDYNMM'"),

@@ -111,6 +111,14 @@ def test_a_bad_image_costs_itself_alone(folder: Path) -> None:
     assert "failed:" in repr(predictions[2])
 
 
+def test_a_pillow_image_that_is_cut_short_costs_itself_alone() -> None:
+    cut = Image.open(io.BytesIO(png(SCENES[0])[:-60]))
+    broken, whole = detect([cut, SCENES[1]], DETECTOR)
+    assert broken.failure is not None
+    assert broken.failure.reason.startswith("the image cannot be decoded")
+    assert len(whole.detections) == COUNTS[1]
+
+
 def test_a_scale_net_object_and_a_policy_object_are_used() -> None:
     scene, net = SCENES[2], OracleScalePredictor(TruthOfSquares({1: SQUARES[2][0]}))
     policy = scalenet_ray.parse_policy("scalenet", input_side=SIDE, iou_threshold=DETECTOR.iou_threshold)
@@ -124,6 +132,7 @@ def test_classes_and_the_threshold_choose(folder: Path) -> None:
     everything = [p.detections.labels.tolist() for p in detect(folder, DETECTOR)]
     assert red == [[label for label in labels if label == 1] for labels in everything]
     assert any(red)
+    assert red == [p.detections.labels.tolist() for p in detect(folder, DETECTOR, classes="red")]
     assert not any(len(p.detections) for p in detect(folder, DETECTOR, confidence_threshold=0.99))
 
 
@@ -139,6 +148,9 @@ def test_the_run_folder_is_a_detection_run_and_can_be_resumed(folder: Path, tmp_
     assert {"metrics.json", "report.html", "results.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
     assert found(resumed) == found(detect(folder, DETECTOR))
     assert found(detect(folder, DETECTOR, output=output, resume=True)) == found(resumed)
+    # Before the detector is looked at.
+    with pytest.raises(FileExistsError, match="holds a run already: add --resume"):
+        detect(folder, "magic:detector", output=output)
 
 
 def test_the_page_follows_the_run_until_it_ends(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -190,6 +202,8 @@ def test_of_each_so_many_the_first_is_taken_and_keeps_its_number(folder: Path, k
         (SCENES, {"resume": True}, "got no output: leave resume out"),
         (SCENES, {"resume": True, "output": "runs/x"}, "got images without addresses: leave resume out"),
         (SCENES, {"classes": ["purple"]}, "purple"),
+        (SCENES, {"confidence_threshold": 30}, "between 0 and 1, got 30: divide percentages by 100"),
+        (SCENES, {"engine": "lokal"}, "engine must be ray or local, got 'lokal'"),
         (SCENES, {"every": 0}, "every must be 1, for all images, or more, got 0: 10 takes each tenth"),
         (SCENES, {"policy": "sideways"}, "sideways"),
         (SCENES, {"policy": "oracle"}, "policy oracle reads the ground truth"),
@@ -218,6 +232,8 @@ def test_a_prediction_gives_crops_pictures_and_one_line(folder: Path, tmp_path: 
     written = prediction.export_visuals(str(tmp_path), file_name="drawn", export_format="jpg")
     with Image.open(written) as picture:
         assert picture.format == "JPEG"
+    with pytest.raises(UserError, match=r"a format that Pillow writes, .*, got 'tuff': give another"):
+        prediction.export_visuals(str(tmp_path), export_format="tuff")
 
 
 @pytest.mark.ray

@@ -19,7 +19,7 @@ from scalenet_ray.runs.batch import image_opener
 from scalenet_ray.runs.local import Session
 from scalenet_ray.workflows import ImageSet, open_images
 
-__all__ = ["Images", "InputImages", "checked_pixels", "collect_images"]
+__all__ = ["Images", "InputImages", "check_threshold", "checked_pixels", "collect_images"]
 
 OneImage = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
 Images = OneImage | Iterable[OneImage | Mapping[str, Any] | Sequence[Any]]
@@ -150,6 +150,13 @@ def _value(item: Any, image_id: int, column: str | None) -> tuple[Any, Mapping[s
         f"as number {image_id - 1}: convert it"
     )
     raise UserError(msg)
+
+
+def check_threshold(confidence_threshold: float) -> None:
+    """Refuse a threshold outside of [0, 1], e.g. in percent, above which nothing scores; raises `UserError`."""
+    if not 0.0 <= confidence_threshold <= 1.0:
+        msg = f"confidence_threshold must be between 0 and 1, got {confidence_threshold}: divide percentages by 100"
+        raise UserError(msg)
 
 
 def checked_pixels(pixels: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
-from scalenet_ray.api.inputs import Images, InputImages, collect_images
+from scalenet_ray.api.inputs import Images, InputImages, check_threshold, collect_images
 from scalenet_ray.api.prediction import Prediction
 from scalenet_ray.api.scaled_prediction import ready_policy
 from scalenet_ray.core.detections import Detections, Failure
@@ -300,6 +300,10 @@ def detect(
         UserError: if an argument, the images or the networks cannot be used, with what to do.
         FileNotFoundError: if there are no such images.
     """
+    check_threshold(confidence_threshold)
+    if output is not None:
+        RunFolder.check_output(output, resume=resume)
+    classes = [classes] if isinstance(classes, str) else classes
     networks = _networks(detector, scale_net, device)
     chosen_engine = _engine(engine, images)
     session = start_session(chosen_engine, resources or ResourceChoice(), networks)

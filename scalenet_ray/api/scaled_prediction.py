@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from scalenet_ray.api.inputs import checked_pixels
+from scalenet_ray.api.inputs import check_threshold, checked_pixels
 from scalenet_ray.api.prediction import Prediction
 from scalenet_ray.console import say
 from scalenet_ray.core.detections import Detections, ImageResult
@@ -119,8 +119,10 @@ def get_scaled_prediction(
         UserError: if a value is out of its range, the image cannot be decoded, or a network fails on it.
     """
     _refuse(of_slicing, perform_standard_pred, postprocess_type, postprocess_match_metric, batch_size)
+    check_threshold(confidence_threshold)
     pixels = _pixels(image)
     detector, predict_scale = _networks(detection_model, scale_net, device)
+    excluded = _excluded(detector, exclude_classes_by_name, exclude_classes_by_id)
     if slice_height is not None or slice_width is not None:
         policy = _slices(policy, slice_height, slice_width)
     asked = _policy(policy, detector, predict_scale, postprocess_type, postprocess_match_threshold, smallest_object)
@@ -140,7 +142,7 @@ def get_scaled_prediction(
     found = _detections(result)
     if postprocess_class_agnostic:
         found = found[nms(found.boxes, found.scores, np.zeros(len(found)), asked.merging.iou_threshold)]
-    found = _wanted(found, detector, confidence_threshold, exclude_classes_by_name, exclude_classes_by_id)
+    found = found[(found.scores >= confidence_threshold) & ~np.isin(found.labels, excluded)]
     if verbose > 1:
         say(step_table(steps, asked))
     if verbose:
@@ -184,10 +186,16 @@ def _refuse(
 def _pixels(image: str | os.PathLike[str] | np.ndarray | Image.Image) -> AnyImage:
     if isinstance(image, Image.Image):
         return to_rgb(image)
-    if not isinstance(image, np.ndarray):
-        raster = open_raster(image)
-        return decode_image(storage.read_bytes(image)) if raster is None else raster
-    return checked_pixels(image)
+    if isinstance(image, np.ndarray):
+        return checked_pixels(image)
+    if not isinstance(image, str | os.PathLike):
+        msg = (
+            f"image must be an address, [h, w, 3] uint8 RGB or a Pillow image, got {type(image).__name__}: convert it, "
+            "or give many images to detect"
+        )
+        raise UserError(msg)
+    raster = open_raster(image)
+    return decode_image(storage.read_bytes(image)) if raster is None else raster
 
 
 def _networks(
@@ -277,17 +285,15 @@ def _equal(name: str, height: T | None, width: T | None) -> T:
     return given[0]
 
 
-def _wanted(
-    found: Detections, detector: Detector, threshold: float, names: Collection[str], ids: Collection[int]
-) -> Detections:
-    """The detections that score enough, without those of excluded categories."""
+def _excluded(detector: Detector, names: Collection[str], ids: Collection[int]) -> list[int]:
+    """The class ids of excluded categories; raises `UserError` for a name that is none of the detector's."""
+    names = [names] if isinstance(names, str) else names
     known = set(detector.categories.values())
     lost = [name for name in names if name not in known]
     if lost:
         msg = f"exclude_classes_by_name must be among the detector's {len(known)} categories, got {', '.join(lost)}"
         raise UserError(msg)
-    excluded = [label for label, name in detector.categories.items() if name in names or label in ids]
-    return found[(found.scores >= threshold) & ~np.isin(found.labels, excluded)]
+    return [label for label, name in detector.categories.items() if name in names or label in ids]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

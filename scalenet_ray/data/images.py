@@ -313,11 +313,14 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Convert a loaded image of any mode to [h, w, 3] uint8 RGB; EXIF orientation is not applied.
+    """Convert an image of any mode to [h, w, 3] uint8 RGB; EXIF orientation is not applied.
 
     Raises:
-        TileError: if it has 32-bit integers or floats.
+        TileError: if it has 32-bit integers or floats, or its pixels cannot be loaded.
     """
+    # One that was opened is decoded now.
+    with _guarded():
+        image.load()
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
         return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.errors import UserError, needs_extra
@@ -43,8 +43,12 @@ def start_session(engine: EngineName, resources: ResourceChoice, networks: Netwo
         networks: the networks of the run. A local engine must have their device, a cluster's head need not.
 
     Raises:
-        UserError: if Ray is not installed, or can be neither joined nor started, or there is no such device.
+        UserError: if there is no such engine, Ray is not installed, or can be neither joined nor started, or there is
+            no such device.
     """
+    if engine not in get_args(EngineName):
+        msg = f"engine must be {' or '.join(get_args(EngineName))}, got {engine!r}: correct it"
+        raise UserError(msg)
     session: Session = LocalSession()
     if engine == "ray":
         with needs_extra():
