@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -36,12 +35,15 @@ _ENOUGH_EVIDENCE = 2.0
 """Total score of the compared detections after which no further image is compared."""
 
 _MAX_DISTANCE = 0.05
-"""Distance between two calls on the same tile above which a warning is logged."""
+"""Distance between two calls on the same tile above which there is a warning."""
 
 _CONTENT_SHARE = 3 / 8
 """Longer side of the image in a view as a share of the input side, so that every view has padding."""
 
 _MIN_VIEW_SIDE = 32
+
+_DARK = 32
+"""Brightest value of images, of 255, that is too dark to see objects: so 12 bits in 16 are read."""
 
 _SURE, _UNSURE = 0.3, 0.1
 """Scores of detections that must have a partner, and minimum score of a partner."""
@@ -53,8 +55,6 @@ _MIN_DISTANCE = 0.01
 _TIMES_NEARER = 1.5
 _MIN_GROWN_DISTANCE = 0.5
 _FULL_SHARE = 0.98
-
-_LOG = logging.getLogger(__name__)
 
 
 class Agreement(NamedTuple):
@@ -78,31 +78,39 @@ class Agreement(NamedTuple):
         return 1.0 - self.shared / self.total if self.total else 0.0
 
 
-def try_detector(detector: CheckedDetector, images: Iterable[np.ndarray]) -> None:
+def try_detector(detector: CheckedDetector, images: Iterable[np.ndarray]) -> list[str]:
     """Run a detector on images until one succeeds, and check its outputs on views of the first three.
-
-    A tile that does not fit this machine's memory is only logged: the run may use other machines.
 
     Args:
         detector: the detector.
         images: [h, w, 3] uint8 RGB each; read lazily.
 
+    Returns:
+        Warnings, a line each: also of a tile that does not fit this machine's memory, since the run may use others.
+
     Raises:
         UserError: if the detector fails on all images (at most `MOST_FAILED`), returns an invalid output for a blank
             tile, or resizes its tiles.
     """
+    warnings: list[str] = []
     try:
         images = _first_detected(detector, images)
         if not images:
-            return
+            return []
+        if (brightest := max(int(image.max()) for image in images)) < _DARK:
+            warnings.append(
+                f"the first images are nearly black, their brightest value is {brightest} of 255: of 16 bits 65535 is "
+                "white; stretch them, e.g. with gdal_translate -scale -ot Byte"
+            )
         if fault := batch_fault(detector, images[0]):
-            _LOG.warning(fault)
+            warnings.append(fault)
         if fault := repeat_fault(detector, images[0]):
-            _LOG.warning(fault)
+            warnings.append(fault)
         elif fault := size_fault(detector, images):
             raise UserError(fault)
     except OutOfMemoryError as error:
-        _LOG.warning("the detector could not be tried before the run: a tile does not fit the memory (%s)", error)
+        warnings.append(f"the detector could not be tried before the run: a tile does not fit the memory ({error})")
+    return warnings
 
 
 def _first_detected(detector: CheckedDetector, images: Iterable[np.ndarray]) -> list[np.ndarray]:

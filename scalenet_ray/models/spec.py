@@ -160,7 +160,7 @@ class NetworkSpec:
         unused: Collection[int] = (),
         images: Sequence[ImageRecord] = (),
         open_image: OpenImage | None = None,
-    ) -> None:
+    ) -> list[str]:
         """Load and test the networks of the policies on the CPU, before a run starts.
 
         Args:
@@ -169,6 +169,9 @@ class NetworkSpec:
             unused: ids of categories without an annotation, which the detector may lack.
             images: images to test the detector on, see `try_detector`.
             open_image: opens an image, or raises `TileError`.
+
+        Returns:
+            Warnings of `try_detector`, a line each.
 
         Raises:
             UserError: if the detector lacks a category, does not support a policy's tile size or fails `try_detector`;
@@ -184,8 +187,9 @@ class NetworkSpec:
         predictor = self._check_maps(policies, here.load_scale_net() if needed else None)
         if predictor is not None:
             predictor.check(detector)
-        if open_image is not None:
-            try_detector(CheckedDetector(loaded, detector.name), _readable(images, open_image))
+        if open_image is None:
+            return []
+        return try_detector(CheckedDetector(loaded, detector.name), _readable(images, open_image))
 
     def _check_maps(self, policies: Sequence[Policy], predictor: ScaleNet | ScaleHead | None) -> ScaleHead | None:
         """Check that the policies support the predictor's maps; returns the predictor if it is a scale head."""

@@ -148,7 +148,7 @@ def prepare_run(
         networks: the detector and Scale Net.
         image_sets: the images of the run; several for a run over several splits.
         choose: the detector's declaration -> the policies.
-        log: takes a line for each deviation between the files and their use.
+        log: takes a line for each deviation between the files and their use, and each warning about the networks.
 
     Returns:
         The policies, and the detector's declaration.
@@ -168,7 +168,8 @@ def prepare_run(
             log(f"{images.source}: {remark}")
         categories, unused = _categories_of(images, detector)
         first = images.images[:MOST_FAILED]
-        session.call(networks.check, policies, categories, unused, first, images.open_image)
+        for warning in session.call(networks.check, policies, categories, unused, first, images.open_image):
+            log(f"warning: {warning}")
     return policies, detector
 
 
