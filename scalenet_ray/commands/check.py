@@ -12,14 +12,16 @@ from scalenet_ray.console import say
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.bounds import MEGAPIXELS
 from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.geometry import whole_pixels
 from scalenet_ray.core.networks import FeatureScalePredictor
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice, map_categories
-from scalenet_ray.data.images import read_image
+from scalenet_ray.data.rasters import open_image
 from scalenet_ray.models.detector_diagnosis import diagnose
 from scalenet_ray.models.detectors import Detector, load_detector
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
+from scalenet_ray.report.pictures import PICTURE_SIDE
 from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.sample.scenes import sample_scene
 from scalenet_ray.workflows import (
@@ -142,9 +144,10 @@ def _look_at_detector(job: CheckInputs, name: str) -> int:
 
     max_pixels = round(job.max_image_megapixels * 1e6)
     image = (
-        sample_scene("val2017", _SCENE).pixels if job.image is None else read_image(job.image, max_pixels=max_pixels)
+        sample_scene("val2017", _SCENE).pixels if job.image is None else open_image(job.image, max_pixels=max_pixels)
     )
-    diagnosis = diagnose(load, name, image, score_threshold=networks.score_threshold, device=networks.device)
+    pixels = whole_pixels(image, PICTURE_SIDE)
+    diagnosis = diagnose(load, name, pixels, score_threshold=networks.score_threshold, device=networks.device)
     for line in diagnosis.facts:
         say(line)
     for line in diagnosis.faults:
