@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import weakref
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -120,3 +121,28 @@ def test_shows_picture_is_bright_where_it_was_zoomed_alone(changes: dict[str, An
     # Well inside both objects: at their borders the map is smoothed.
     assert shown[4, 4, 0] > 200
     assert shown[60, 60].max() < 40
+
+
+def test_a_page_of_large_photographs_does_not_hold_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies = [
+        (replace(policy_with({}), name=name), NetworkFactories(Given(PerfectDetector()), Given(Sees(scale_map()))))
+        for name in ("one", "two")
+    ]
+    alive: list[weakref.ref[np.ndarray]] = []
+    most = 0
+
+    def opened(record: ImageRecord) -> np.ndarray:
+        nonlocal most
+        alive.append(weakref.ref(image := np.full((64, 64, 3), record.image_id, np.uint8)))
+        most = max(most, sum(each() is not None for each in alive))
+        return image
+
+    task = PictureTask(str(tmp_path), policies, opened)
+    chosen = [(ImageRecord(i, f"{i}.png", 64, 64), "random") for i in range(6)]
+    held = task(chosen)
+    assert (len(alive), most) == (6, 6)
+    monkeypatch.setattr("scalenet_ray.report.gallery._HELD_BYTES", 2 * 64 * 64 * 3)
+    alive, most = [], 0
+    assert task(chosen) == held
+    # Two are held; one is being opened while those before it are still named.
+    assert (len(alive), most) == (6 + 2 * 4, 5)

@@ -43,6 +43,9 @@ _MAX_BYTES = 16_000_000
 _MAX_BOXES = 80
 _MAP_SIDE = 96
 
+_HELD_BYTES = 2**29
+"""Images that are kept for the policies' looks; beyond these they are opened again for each policy."""
+
 _MAP_COLOUR = (230, 159, 0)
 """Orange of Okabe and Ito's palette, as the page draws new boxes."""
 
@@ -113,8 +116,8 @@ class PictureTask:
         ids = {record.image_id for record, _ in chosen}
         boxes, before = self._boxes(ids), self._before(ids)
         pictures: list[dict[str, Any]] = []
-        opened: list[AnyImage] = []
-        left = _MAX_BYTES
+        opened: list[tuple[ImageRecord, AnyImage | None]] = []
+        held, left = 0, _MAX_BYTES
         for record, group in chosen:
             try:
                 image = self.open_image(record)
@@ -124,7 +127,8 @@ class PictureTask:
             left -= len(photo)
             if left < 0:
                 break
-            opened.append(image)
+            held += image.nbytes
+            opened.append((record, image if held <= _HELD_BYTES else None))
             pictures.append(
                 {
                     "id": record.image_id,
@@ -162,14 +166,15 @@ class PictureTask:
         self,
         policy: Policy,
         networks: NetworkFactories,
-        images: Sequence[AnyImage],
+        images: Sequence[tuple[ImageRecord, AnyImage | None]],
         pictures: Sequence[dict[str, Any]],
     ) -> None:
         needs_map = policy.needs_predictor
         predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
         detect = networks.detect() if needs_detector_first(policy, predict_scale) else None
-        for image, picture in zip(images, pictures, strict=True):
+        for (record, held), picture in zip(images, pictures, strict=True):
             try:
+                image = self.open_image(record) if held is None else held
                 looked = trace_tiles(image, picture["id"], policy, detect=detect, predict_scale=predict_scale)
             except TileError:
                 continue
