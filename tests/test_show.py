@@ -56,6 +56,14 @@ def test_every_policy_can_be_shown(policy: str, photograph: str, tmp_path: Path)
         assert picture.width > 1000
 
 
+@pytest.mark.parametrize("hw", [(6000, 1), (1, 6000)])
+def test_a_strip_of_one_pixel_is_shown(hw: tuple[int, int], tmp_path: Path) -> None:
+    Image.fromarray(np.full((*hw, 3), 90, np.uint8)).save(tmp_path / "strip.png")
+    assert run_command("show", str(tmp_path / "strip.png"), "--output", str(tmp_path / "steps.png")) == 0
+    with Image.open(tmp_path / "steps.png") as picture:
+        assert max(picture.size) < 4000
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -34,6 +34,8 @@ _DIMMED = 0.35
 _LONGEST_SIDE = 1200
 _PANEL_INCHES = 4.2
 _TEXT_POINTS = 7.0
+_TALLEST = 4.0
+"""Most height of a panel, in its width: of a tall strip it leaves the sides empty."""
 
 
 def draw_look(axes: Axes, image: AnyImage, steps: Sequence[Step], policy: Policy) -> None:
@@ -127,7 +129,7 @@ def recursion_figure(
     """
     depths = sorted({step.tile.depth for step in steps if step.scale_map is not None or step.children})
     count = len(depths) + 3
-    aspect = image.shape[0] / image.shape[1]
+    aspect = min(image.shape[0] / image.shape[1], _TALLEST)
     rows = 1 if count <= 4 else 2
     columns = -(-count // rows)
     with drawing(_PANEL_INCHES * columns, (_PANEL_INCHES * aspect + 0.4) * rows) as figure:
