@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import traceback
@@ -50,6 +51,13 @@ def test_a_failed_local_write_leaves_no_scratch_file(tmp_path: Path):
     with pytest.raises(OSError, match="taken"):
         write_bytes_atomic(tmp_path / "taken", b"a file where a folder stands")
     assert os.listdir(tmp_path) == ["taken"]
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path):
+    with pytest.raises(OSError, match="No space left") as error, atomic_writer(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.filename == str(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_large_s3_file_is_written_in_parts_and_appears_whole(s3_bucket: str):

@@ -5,6 +5,7 @@ Files appear complete or not at all, on a disk as in a store.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import posixpath
@@ -54,6 +55,9 @@ __all__ = [
 
 _SPOOLED_BYTES = 2**24
 """A file for an object store stays in memory up to this size."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the errors of a disk, or a user's share of it, that is full."""
 
 _LOST_RACES = ("PreconditionFailed", "ConditionalRequestConflict")
 """S3's error codes for a conditional write that lost against another writer."""
@@ -219,8 +223,11 @@ def _local_writer(uri: Address, store: AbstractFileSystem, path: str) -> Iterato
             yield handle
         with explained("write", uri, store):
             os.replace(scratch, path)
-    except BaseException:
+    except BaseException as error:
         Path(scratch).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            # A write does not say of which file it is.
+            error.filename = path
         raise
 
 
