@@ -213,7 +213,10 @@ def test_labels_may_lie_beside_the_images(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"names": None}, r"data.yaml must have names, .*got None: add the classes' names"),
+        ({"names": None}, r"data.yaml must have names, .*got None: name each, 'no' in quotes"),
+        # As YAML reads an unquoted no, and null.
+        ({"names": ["yes", False]}, r"data.yaml must have names, .*False\]: name each, 'no' in quotes"),
+        ({"names": ["kite", None]}, r"data.yaml must have names, .*None\]: name each"),
         ({"names": {0: "kite", 7: "person"}}, "must have names"),
         ({"nc": 3}, "as many names as nc says, got 2 names and nc: 3"),
         ({"val": None, "test": "images/val"}, r"must name split val, got test: give --split NAME"),

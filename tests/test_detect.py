@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -196,12 +197,18 @@ def test_of_each_so_many_the_first_is_taken_and_keeps_its_number(folder: Path, k
         ([3], {}, "an image must be an address, .* got int as number 0"),
         (["a\udc80.jpg"], {}, r"names of files must be UTF-8, got .*udc80"),
         ([], {}, "images must hold at least one image, got none"),
+        (
+            pd.DataFrame({"path": ["a.jpg"]}),
+            {},
+            "must be rows, got a DataFrame of columns: give its to_dict",
+        ),
         ([np.zeros((4, 4), np.uint8)], {}, r"an image must be \[h, w, 3\] uint8 RGB, got shape \[4, 4\]"),
         ([{"picture": SCENES[0]}], {}, "rows must have a column one of image, .* got picture: give column"),
         ([{"image": SCENES[0]}], {"column": "photo"}, "rows must have a column photo with the image, got image"),
         (SCENES, {"resume": True}, "got no output: leave resume out"),
         (SCENES, {"resume": True, "output": "runs/x"}, "got images without addresses: leave resume out"),
         (SCENES, {"classes": ["purple"]}, "purple"),
+        (SCENES, {"classes": []}, "--classes must name at least one class, got none: leave it out for all"),
         (SCENES, {"confidence_threshold": 30}, "between 0 and 1, got 30: divide percentages by 100"),
         (SCENES, {"engine": "lokal"}, "engine must be ray or local, got 'lokal'"),
         (SCENES, {"every": 0}, "every must be 1, for all images, or more, got 0: 10 takes each tenth"),
@@ -226,6 +233,8 @@ def test_a_prediction_gives_crops_pictures_and_one_line(folder: Path, tmp_path: 
         assert abs(crop.shape[1] - width) <= 2
         middle = crop[crop.shape[0] // 2, crop.shape[1] // 2]
         assert ["red", "green", "blue"][middle.argmax()] == CATEGORIES[label]
+    with pytest.raises(UserError, match="margin must be 0 or more"):
+        prediction.crops(margin=-0.9)
     wider = prediction.crops(margin=0.5)
     assert all(more.size > less.size for more, less in zip(wider, prediction.crops(), strict=True))
     assert Image.open(io.BytesIO(prediction._repr_png_())).size == (SIDE, SIDE)

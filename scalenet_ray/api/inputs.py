@@ -120,6 +120,10 @@ def _items(images: Any) -> Iterator[Any]:
         return iter([images])
     if hasattr(images, "iter_rows"):
         return iter(images.iter_rows())
+    if hasattr(images, "columns") and hasattr(images, "to_dict"):
+        # The names of its columns, which it iterates over, would be taken for addresses.
+        msg = f"images must be rows, got a {type(images).__name__} of columns: give its to_dict('records')"
+        raise UserError(msg)
     if isinstance(images, Mapping) or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
         msg = f"images must be an address, an image, or an iterable of them, got {type(images).__name__}"
         raise UserError(msg)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from scalenet_ray.core.detections import Detections
+from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import AnyImage, whole_pixels
 from scalenet_ray.data import storage
 from scalenet_ray.data.formats import decoded_masks, to_results, to_supervision
@@ -155,7 +156,13 @@ class Prediction:
 
         Args:
             margin: added on every side, as a share of the box's side; clipped at the image's border.
+
+        Raises:
+            UserError: if the margin is negative.
         """
+        if not margin >= 0:
+            msg = f"margin must be 0 or more, got {margin}: crops hold their objects whole"
+            raise UserError(msg)
         pixels = self.pixels
         return [crop(pixels, box, margin) for box in self.detections.boxes.tolist()]
 

@@ -118,10 +118,13 @@ def classes_named(categories: Mapping[int, str], classes: Collection[str] | None
     """The categories of some names, or all for None; names are compared as in `choose_categories`.
 
     Raises:
-        UserError: if there is no category of a name.
+        UserError: if there is no category of a name, or no name.
     """
     if classes is None:
         return dict(categories)
+    if not classes:
+        msg = "--classes must name at least one class, got none: leave it out for all"
+        raise UserError(msg)
     wanted = _among(classes, categories.values(), "--classes")
     return {category_id: name for category_id, name in categories.items() if normalised_name(name) in wanted}
 

@@ -278,8 +278,8 @@ def _yolo_names(content: dict[str, Any], uri: str) -> list[str]:
     names = content.get("names")
     if isinstance(names, dict) and sorted(map(str, names)) == sorted(map(str, range(len(names)))):
         names = [names[key] for key in sorted(names, key=int)]
-    if not isinstance(names, list) or not names:
-        msg = f"{uri} must have names, a list or a number from 0 on for each, got {names!r}: add the classes' names"
+    if not isinstance(names, list) or not names or not all(type(name) in (str, int, float) for name in names):
+        msg = f"{uri} must have names, a list or a number from 0 on for each, got {names!r}: name each, 'no' in quotes"
         raise UserError(msg)
     if content.get("nc", len(names)) != len(names):
         msg = f"{uri} must have as many names as nc says, got {len(names)} names and nc: {content['nc']}: correct it"
