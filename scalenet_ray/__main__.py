@@ -53,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
-        sys.stdout.write(_help())
+        print(_help(), end="")  # noqa: T201 - the standard output may be closed
         sys.exit(0)
     if name == "--version":
-        sys.stdout.write(f"{_PROGRAM} {__version__}\n")
+        print(f"{_PROGRAM} {__version__}")  # noqa: T201
         sys.exit(0)
     if name not in COMMANDS:
         sys.stderr.write(f"error: the command must be one of {', '.join(COMMANDS)}, got {name!r}: see --help\n")
