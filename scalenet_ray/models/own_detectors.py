@@ -88,7 +88,7 @@ def _arguments(kind: Any, argument: str | None, settings: Mapping[str, Any], spe
         msg = (
             f"detector {spec!r} must name a class or a function that is called with the ARGUMENT of "
             f"module:NAME@ARGUMENT and with {', '.join(settings)} by name, as far as it takes them, got one with "
-            f"{error}: give its other arguments defaults"
+            f"{error}: give its other arguments defaults, or, if it is to detect itself, write a class around it"
         )
         raise UserError(msg) from None
     return given
