@@ -52,6 +52,15 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"scalenet-ray {scalenet_ray.__version__}\n"
 
 
+def test_the_help_is_no_error_where_the_output_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As of `>&-`.
+    monkeypatch.setattr("sys.stdout", None)
+    for flag in ("--help", "--version"):
+        with pytest.raises(SystemExit) as end:
+            program.main([flag])
+        assert end.value.code == 0
+
+
 def test_an_unknown_command_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("evaluate") == 2
     printed = capsys.readouterr()

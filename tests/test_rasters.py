@@ -284,6 +284,7 @@ def test_a_small_tiff_of_bands_that_pillow_does_not_know_is_read_too(
     shown = PIXELS if len(bands) > 2 else np.repeat(PIXELS[:, :, :1], 3, axis=2)
     assert np.array_equal(image.read(Window(0, 0, 240, 160), 1), shown)
     assert size_by_window(path) == HW
+    assert run_command("check", SAMPLE_DETECTOR, str(path)) in (0, 1)
     monkeypatch.setattr("scalenet_ray.data.rasters.find_spec", lambda name: None)
     with pytest.raises(TileError, match=rf"of {len(bands)} bands must be .* without rasterio, which reads it: pip"):
         open_image(path)
