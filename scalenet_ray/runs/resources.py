@@ -9,13 +9,12 @@ from typing import Any
 from scalenet_ray.core.errors import UserError
 
 __all__ = [
-    "DEFAULT_RETRIES",
+    "DEFAULT_ADVANCED",
     "ROW_TILES",
     "AdvancedResources",
     "PoolSize",
     "ResourceChoice",
     "Resources",
-    "RetryPolicy",
     "limits",
 ]
 
@@ -28,33 +27,6 @@ _DETECTORS_PER_PIPELINE = 4
 
 ROW_TILES = 128
 """Tiles that travel together through the pipeline where there are many: several batches of the networks."""
-
-
-@dataclass(frozen=True)
-class RetryPolicy:
-    """Timeout and retries of calls to networks and image readers.
-
-    Attributes:
-        call_seconds: a call that takes longer is stopped with its process, and its work retried in a new one.
-        max_tries: a tile fails if it has ended its process this often while processed alone.
-
-    Raises:
-        UserError: if a number is out of range.
-    """
-
-    call_seconds: float = 300.0
-    max_tries: int = 3
-
-    def __post_init__(self) -> None:
-        if self.call_seconds <= 0:
-            msg = f"call_seconds must be above 0, got {self.call_seconds}"
-            raise UserError(msg)
-        if self.max_tries < 1:
-            msg = f"max_tries must be 1 or more, got {self.max_tries}"
-            raise UserError(msg)
-
-
-DEFAULT_RETRIES = RetryPolicy()
 
 
 @dataclass(frozen=True)
@@ -75,22 +47,20 @@ class AdvancedResources:
 
     max_open_images: int | None = None
     pipelines: int | None = None
-    call_seconds: float = DEFAULT_RETRIES.call_seconds
-    max_tries: int = DEFAULT_RETRIES.max_tries
+    call_seconds: float = 300.0
+    max_tries: int = 3
     no_progress_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        for name in ("max_open_images", "pipelines"):
+        for name in ("max_open_images", "pipelines", "max_tries"):
             _check_count(name, getattr(self, name))
-        if self.no_progress_seconds <= 0:
-            msg = f"no_progress_seconds must be above 0, got {self.no_progress_seconds}"
-            raise UserError(msg)
-        _ = self.retries
+        for name in ("call_seconds", "no_progress_seconds"):
+            if getattr(self, name) <= 0:
+                msg = f"{name} must be above 0, got {getattr(self, name)}"
+                raise UserError(msg)
 
-    @property
-    def retries(self) -> RetryPolicy:
-        """The retry policy of all stages."""
-        return RetryPolicy(self.call_seconds, self.max_tries)
+
+DEFAULT_ADVANCED = AdvancedResources()
 
 
 @dataclass(frozen=True)
