@@ -30,14 +30,8 @@ from scalenet_ray.runs.batch import Progress
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.runs.results import image_results
-from scalenet_ray.workflows import (
-    DetectionRun,
-    EngineName,
-    named_policies,
-    prepare_run,
-    settle_workers,
-    start_session,
-)
+from scalenet_ray.workflows.detection import DetectionRun
+from scalenet_ray.workflows.preparation import EngineName, named_policies, prepare_run, settle_workers, start_session
 
 if TYPE_CHECKING:
     import ray.data

@@ -22,17 +22,15 @@ from scalenet_ray.models.detectors import Detector, load_detector
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.sample.scenes import sample_scene
-from scalenet_ray.workflows import (
+from scalenet_ray.workflows.image_sets import (
     CocoSplit,
     ImageSet,
-    choose_policies,
     open_images,
     open_split,
-    prepare_run,
     sample_inputs,
-    start_session,
     with_categories,
 )
+from scalenet_ray.workflows.preparation import choose_policies, prepare_run, start_session
 
 __all__ = ["CheckInputs", "main"]
 

@@ -23,18 +23,17 @@ from scalenet_ray.runs.export import export_run
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.runs.results import image_results
-from scalenet_ray.workflows import (
-    PICTURES,
-    DetectionRun,
+from scalenet_ray.workflows.detection import DetectionRun
+from scalenet_ray.workflows.image_sets import open_images, sample_inputs
+from scalenet_ray.workflows.preparation import (
     EngineName,
     file_policies,
     named_policies,
-    open_images,
     prepare_run,
-    sample_inputs,
     settle_workers,
     start_session,
 )
+from scalenet_ray.workflows.run_report import PICTURES
 
 __all__ = ["DetectImages", "main"]
 

@@ -20,18 +20,10 @@ from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.text import difference_table, policy_table
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import ResourceChoice
-from scalenet_ray.workflows import (
-    PICTURES,
-    EngineName,
-    choose_policies,
-    evaluate_policies,
-    open_split,
-    prepare_run,
-    sample_inputs,
-    settle_workers,
-    start_session,
-    with_categories,
-)
+from scalenet_ray.workflows.evaluation import evaluate_policies
+from scalenet_ray.workflows.image_sets import open_split, sample_inputs, with_categories
+from scalenet_ray.workflows.preparation import EngineName, choose_policies, prepare_run, settle_workers, start_session
+from scalenet_ray.workflows.run_report import PICTURES
 
 __all__ = ["EvalCoco", "main"]
 

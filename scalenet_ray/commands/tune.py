@@ -29,19 +29,16 @@ from scalenet_ray.runs.documents import Starts
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import Session
 from scalenet_ray.runs.resources import ResourceChoice
-from scalenet_ray.workflows import (
+from scalenet_ray.workflows.evaluation import evaluate_policies
+from scalenet_ray.workflows.image_sets import (
     CocoSplit,
     check_split,
-    evaluate_policies,
-    named_policies,
     open_split,
-    prepare_run,
     sample_inputs,
-    settle_workers,
-    start_session,
     with_categories,
     with_ground_truth,
 )
+from scalenet_ray.workflows.preparation import named_policies, prepare_run, settle_workers, start_session
 
 __all__ = ["SPACE", "TuneRecursion", "main"]
 
