@@ -18,8 +18,7 @@ from scalenet_ray.core.policy_form import check_names, policy_to_dict
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.data.policy_files import SearchSpace, check_values, read_space
-from scalenet_ray.engine.starts import STARTS, evaluate_starts, read_starts, start_ceilings
-from scalenet_ray.engine.trial import TrialSettings
+from scalenet_ray.engine.trial import STARTS, TrialSettings, evaluate_starts, read_starts, start_ceilings
 from scalenet_ray.engine.tune import Sweep, best_policies, best_trials, check_searcher, open_cache, run_sweep
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.report.charts import front_plot
