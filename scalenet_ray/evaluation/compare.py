@@ -14,7 +14,7 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import iou_matrix
 from scalenet_ray.evaluation.ap import AREAS, sampled_precision
 from scalenet_ray.evaluation.matching import Matches
-from scalenet_ray.evaluation.tide import FOREGROUND_IOU, Explained
+from scalenet_ray.evaluation.tide import FOREGROUND_IOU, Explained, join
 
 if TYPE_CHECKING:
     from scalenet_ray.runs.documents import Changes, ChangesRow, Differences, FoundCounts, Interval
@@ -161,11 +161,11 @@ def closer_look_in_words(found: FoundCounts) -> str:
 
 
 def found_and_lost(before: Explained, after: Explained, shown_score: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return masks of the objects of one image that only `after` finds, and that only `before` finds: [M] bool each.
+    """Return masks of the objects that only `after` finds, and that only `before` finds: [M] bool each.
 
     Args:
-        before: the image under the baseline policy.
-        after: the same image under another policy.
+        before: images under the baseline policy.
+        after: the same images under another policy.
         shown_score: minimum score of the detection of a found object.
     """
     found_before, found_after = before.found_at >= shown_score, after.found_at >= shown_score
@@ -186,12 +186,9 @@ def gained_and_lost(
     Returns:
         Small objects by class, and all objects by range of sides; rows without objects are omitted.
     """
-    changes = [found_and_lost(*pair, shown_score) for pair in zip(before, after, strict=True)]
-    gained = np.concatenate([*(gain for gain, _ in changes), np.zeros(0, bool)])
-    lost = np.concatenate([*(loss for _, loss in changes), np.zeros(0, bool)])
-    found = np.concatenate([*(image.found_at >= shown_score for image in before), np.zeros(0, bool)])
-    labels = np.concatenate([*(image.object_labels for image in before), np.zeros(0, np.int64)])
-    areas = np.concatenate([*(image.object_areas for image in before), np.zeros(0)])
+    baseline = join(before)
+    gained, lost = found_and_lost(baseline, join(after), shown_score)
+    found, labels, areas = baseline.found_at >= shown_score, baseline.object_labels, baseline.object_areas
 
     def counted(name: str, chosen: np.ndarray) -> ChangesRow:
         """Count over the chosen objects, [M] bool."""
