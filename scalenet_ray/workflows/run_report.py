@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +19,6 @@ from scalenet_ray.runs.batch import Progress
 from scalenet_ray.runs.documents import (
     DetectionAnalysis,
     EvaluationAnalysis,
-    FailureCount,
     FailureList,
     FailureRow,
     Metrics,
@@ -176,10 +175,6 @@ def _failures(run: RunFolder, document: Metrics) -> FailureList:
     policies: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
     for row in run.failures().to_pylist():
         policies[row["file"], row["stage"], row["reason"]].append(row["policy"])
-    counts = Counter((stage, reason) for _, stage, reason in policies)
-    reasons: list[FailureCount] = [
-        {"stage": stage, "reason": reason, "count": count} for (stage, reason), count in counts.most_common()
-    ]
     rows: list[FailureRow] = [
         {"file": file, "stage": stage, "reason": reason, "policies": names}
         for (file, stage, reason), names in list(policies.items())[:_MOST_FAILURES]
@@ -187,7 +182,7 @@ def _failures(run: RunFolder, document: Metrics) -> FailureList:
     return {
         "total": document["images"]["failed"],
         "listed": len(policies),
-        "reasons": (document.get("failures") or reasons)[:_MOST_FAILURES],
+        "reasons": document["failures"],
         "rows": rows,
     }
 
