@@ -156,7 +156,7 @@ def write_report(
     """
     analysis["throughput"] = progress.points
     run.write_json("analysis.json", analysis)
-    chosen = choose_pictures(analysis["images"], winner_of(document["policies"]) or "", pictures)
+    chosen = choose_pictures(analysis["images"], winner_of(document["policies"]), pictures)
     made = session.call(make_pictures, [(images.by_id(image_id), group) for image_id, group in chosen.items()])
     files = {row["id"]: images.by_id(row["id"]).file_name for row in analysis["images"]}
     details = {
