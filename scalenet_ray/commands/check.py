@@ -87,12 +87,12 @@ def main(job: CheckInputs) -> int:
     if job.data is not None or job.annotations is not None:
         images = open_split(
             session,
-            job.data,
             job.split,
-            limit=None,
-            max_megapixels=job.max_image_megapixels,
+            data=job.data,
             annotations=job.annotations,
             images=job.images,
+            limit=None,
+            max_megapixels=job.max_image_megapixels,
         )
         images = with_categories(session, images, job.networks, job.categories, log=say)
     else:

@@ -82,13 +82,7 @@ def main(job: EvalCoco) -> int:
     session = start_session(job.engine, job.resources, job.networks)
     say("checking the images and the networks")
     split = open_split(
-        session,
-        job.data,
-        job.split,
-        limit=job.limit,
-        max_megapixels=job.max_image_megapixels,
-        annotations=job.annotations,
-        images=job.images,
+        session, job.split, **job.named(), limit=job.limit, max_megapixels=job.max_image_megapixels
     )
     split = with_categories(session, split, job.networks, job.categories, log=say)
     choose = partial(

@@ -151,15 +151,7 @@ def _open_splits(job: TuneRecursion, session: Session) -> list[CocoSplit]:
         msg = f"--annotations must name two splits, as in 'labels/{{split}}.json', got {job.annotations}: add {{split}}"
         raise UserError(msg)
     opened = [
-        open_split(
-            session,
-            job.data,
-            split,
-            limit=limit,
-            max_megapixels=job.max_image_megapixels,
-            annotations=job.annotations,
-            images=job.images,
-        )
+        open_split(session, split, **job.named(), limit=limit, max_megapixels=job.max_image_megapixels)
         for split, limit in ((job.split, job.limit), (job.report_split, None))
     ]
     return [with_categories(session, split, job.networks, job.categories, log=say) for split in opened]
