@@ -303,7 +303,7 @@ def detect(
     choose = partial(_policies, policy, networks, smallest_object)
     (chosen,), info = prepare_run(session, networks, [inputs.images], choose, partial(warnings.warn, stacklevel=3))
     info = info._replace(categories=classes_named(info.categories, classes))
-    networks = settle_workers(session, networks, [chosen], inputs.images, log=lambda line: None)
+    networks = settle_workers(session, networks, info, [chosen], inputs.images, log=lambda line: None)
     workers = {"engine": chosen_engine, "device": networks.device, **session.settings}
     settings = {
         "images": inputs.images.source,

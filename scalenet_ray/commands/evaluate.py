@@ -95,12 +95,12 @@ def main(job: EvalCoco) -> int:
         settings=job.set,
         log=say,
     )
-    policies, _ = prepare_run(session, job.networks, [split], choose, log=say)
+    policies, detector = prepare_run(session, job.networks, [split], choose, log=say)
     if job.compare_with is not None and job.compare_with not in [policy.name for policy in policies]:
         msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
         raise UserError(msg)
     run = RunFolder.of_job(job.output, "eval_coco", resume=job.resume)
-    job = replace(job, networks=settle_workers(session, job.networks, policies, split, log=say))
+    job = replace(job, networks=settle_workers(session, job.networks, detector, policies, split, log=say))
     workers = {"engine": job.engine, "device": job.networks.device, **session.settings}
     with run.begin(_settings(job, policies), resume=job.resume, workers=workers):
         say(f"results go to {run.uri}; its report.html shows the progress")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -171,8 +172,8 @@ def main(job: TuneRecursion) -> int:
     session = start_session("ray", job.resources, job.networks)
     say("checking the images and the networks")
     splits = tuned_on, reported_on = _open_splits(job, session)
-    policies, _ = prepare_run(session, job.networks, splits, lambda detector: _policies(job, space, detector), log=say)
-    job = replace(job, networks=settle_workers(session, job.networks, policies, tuned_on, log=say))
+    policies, detector = prepare_run(session, job.networks, splits, partial(_policies, job, space), log=say)
+    job = replace(job, networks=settle_workers(session, job.networks, detector, policies, tuned_on, log=say))
     task = _task(job, policies, tuned_on)
     run = RunFolder.of_job(job.output, "tune_recursion", resume=job.resume)
     workers = {"device": job.networks.device, **session.settings}

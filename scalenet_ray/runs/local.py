@@ -71,9 +71,9 @@ class LocalSession:
         return {}
 
     def settle(self, networks: Any, trial: Callable[[Any], Any], log: Callable[[str], None]) -> Any:
-        """Return the networks as they are: there are no actors to choose."""
+        """Choose the device alone: this process has no actors or batches."""
         del trial, log
-        return networks
+        return networks.on_this_machine()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function."""

@@ -171,6 +171,7 @@ def prepare_run(
 def settle_workers(
     session: Session,
     networks: NetworkSpec,
+    detector: DetectorInfo,
     policies: Sequence[Policy],
     images: ImageSet,
     log: Callable[[str], None],
@@ -180,6 +181,7 @@ def settle_workers(
     Args:
         session: the engine.
         networks: the networks.
+        detector: the detector's declaration.
         policies: policies of the run.
         images: images of the run.
         log: takes a line that says what was chosen.
@@ -190,9 +192,7 @@ def settle_workers(
     Raises:
         UserError: if the networks do not run on the user's device.
     """
-    if isinstance(session, LocalSession):
-        return networks.on_this_machine()
-    categories, unused = _categories_of(images, session.call(networks.describe_detector))
+    categories, unused = _categories_of(images, detector)
     trial = partial(
         try_networks,
         policies=policies,
