@@ -62,14 +62,9 @@ class PipelineActor:
 
 
 class ParallelStream:
-    """Stream of image results from several pipelines, for more actors than one driver can feed.
+    """Stream of image results from several `ImageStream`s, for more actors than one driver can feed.
 
-    Args:
-        images: the images, assigned to the pipelines in turn.
-        policy: the policy.
-        networks: factories of the networks, called in the actors.
-        open_image: opens an image, called in the readers.
-        resources: resources of all pipelines together.
+    Its arguments are those of `ImageStream`: the images are assigned to the pipelines in turn, which share the resources.
     """
 
     def __init__(

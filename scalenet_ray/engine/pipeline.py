@@ -105,13 +105,7 @@ class ImageStream:
         self._status_at_end: FrontierStatus | None = None
 
     def __iter__(self) -> Iterator[ImageResult]:
-        """Yield the result of each image once.
-
-        Raises:
-            UserError: if a stage raised it.
-            RuntimeError: if a stage raised another error or the frontier died (as `WorkerError`), or the run ended
-                with images unfinished.
-        """
+        """Yield the result of each image once; raises as `groups`."""
         return (result for results in self.groups() for result in results)
 
     def groups(self) -> Iterator[list[ImageResult]]:

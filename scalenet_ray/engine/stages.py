@@ -231,12 +231,7 @@ class DetectStage:
 class ScaleAndDetectStage:
     """Both stages in one actor, so that no tile is sent between actors; both use the same detector.
 
-    Args:
-        frontier: the queue's actor.
-        policy: the policy.
-        networks: factories of the networks; each is called once.
-        batch_size: maximum number of tiles of a call of the networks.
-        advanced: timeout and tries of tiles that hang or crash the process.
+    Its arguments are theirs; each network is made once.
     """
 
     def __init__(

@@ -185,11 +185,11 @@ def _found(details: ReportDetails) -> str:
     found = details.get("found")
     if not found or not found["by_class"]:
         return ""
-    names = {str(label): name for label, name in details.get("categories", {}).items()}
+    names = details.get("categories", {})
     known = bool(found["compared"])
     rows = [
         [
-            html.escape(str(names.get(str(row["label"]), f"category {row['label']}"))),
+            html.escape(names.get(row["label"], f"category {row['label']}")),
             str(row["boxes"]),
             str(row["images"]),
             *([str(row[key]) for key in ("before", "new", "lost")] if known else []),

@@ -197,6 +197,11 @@ class RunFolder(ShardReader):
         """
         return read_config(self.uri)
 
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file; None if it does not exist."""
+        uri = storage.join(self.uri, name)
+        return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as JSON under `name`; NaN, which JSON lacks, becomes null."""
         text = json.dumps(_without_nan(value), indent=1, allow_nan=False)
