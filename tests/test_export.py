@@ -27,7 +27,7 @@ from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.runs.export import EXPORT_FORMATS, export_run
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.shard_writer import ShardWriter
-from tests.test_show import run_command
+from tests.job_scripts import run_command
 
 # Ids with gaps, as COCO's have: positions and ids must not be mixed up.
 NAMES = {3: "kite", 7: "person", 90: "tooth brush"}

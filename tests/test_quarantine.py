@@ -54,17 +54,12 @@ def assert_it_failed_alone(results: list[ImageResult], policy: Policy, stage: st
 # --- without Ray --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.engine.stages.ray.get", lambda answer: answer)
-
-
 @pytest.mark.parametrize(
     ("stage", "name"),
     [("read", "grid-2"), ("read", "scalenet"), ("look", "scalenet"), ("look", "fused"), ("detect", "whole")],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_a_poison_image_is_put_aside_and_no_other(no_ray: None, stage: str, name: str, seed: int) -> None:
+def test_a_poison_image_is_put_aside_and_no_other(without_ray: None, stage: str, name: str, seed: int) -> None:
     deaths = 0
 
     def strike() -> None:
@@ -126,14 +121,6 @@ def test_a_lease_is_suspect_if_its_reader_died_over_it_and_not_if_it_went_on() -
     # It ends what it was told to do piece by piece.
     frontier.end("read", [(3, ()), (4, ())])
     assert [suspect(0), suspect(1)] == [False, False]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"), [({"call_seconds": 0.0}, "call_seconds must be above 0"), ({"max_tries": 0}, "1 or more")]
-)
-def test_patience_refuses_what_makes_no_sense(wrong: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AdvancedResources(**wrong)
 
 
 HANGS = """

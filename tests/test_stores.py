@@ -28,7 +28,7 @@ from scalenet_ray.data.stores import locate
 from scalenet_ray.models.spec import SAMPLE_DETECTOR
 from scalenet_ray.runs.folder import RunFolder
 from tests.hub_server import DATASET, hub_server
-from tests.test_show import run_command
+from tests.job_scripts import run_command
 
 
 class _Handler(SimpleHTTPRequestHandler):

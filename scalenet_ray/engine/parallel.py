@@ -64,7 +64,7 @@ class PipelineActor:
 class ParallelStream:
     """Stream of image results from several `ImageStream`s, for more actors than one driver can feed.
 
-    Its arguments are those of `ImageStream`: the images are assigned to the pipelines in turn, which share the resources.
+    Its arguments are those of `ImageStream`; the images are assigned to the pipelines in turn.
     """
 
     def __init__(
