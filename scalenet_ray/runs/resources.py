@@ -65,19 +65,10 @@ DEFAULT_ADVANCED = AdvancedResources()
 
 @dataclass(frozen=True)
 class Resources:
-    """Actors, GPUs and batch sizes; the same options on one node and on many.
+    """Actors, GPUs and batch sizes of a run: the fields of `ResourceChoice`, all chosen.
 
-    Attributes:
-        readers: number of read tasks, which decode images and cut tiles.
-        scale_actors: number of Scale Net actors, or (minimum, maximum). For a policy without a Scale Net, or with one
-            on the detector's features, they are additional detector actors if both have the same GPUs. None: each
-            detector actor also runs Scale Net.
-        detector_actors: number of detector actors, or (minimum, maximum).
-        gpus_per_scale_actor: GPUs of each Scale Net actor; a fraction shares one.
-        gpus_per_detector_actor: GPUs of each detector actor; a fraction shares one.
-        scale_batch_size: tiles per call of Scale Net.
-        detector_batch_size: tiles per call of the detector.
-        advanced: limits and timeouts.
+    For a policy without a Scale Net, or with one on the detector's features, Scale Net's actors are additional detector
+    actors if both have the same GPUs. With None for them each detector actor also runs Scale Net.
 
     Raises:
         UserError: if a number is out of range.
