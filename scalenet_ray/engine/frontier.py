@@ -131,7 +131,6 @@ class FrontierStatus:
     ready: int
     outstanding: int
     conflicts: int
-    redelivered: int
 
 
 @dataclass
@@ -175,7 +174,6 @@ class Frontier:
         self._attempts = Attempts()
         self._admitted = 0
         self._conflicts = 0
-        self._redelivered = 0
         self._began: float | None = None
 
     def lease(self, reader: int, sequence: int, count: int) -> Lease | None:
@@ -200,7 +198,6 @@ class Frontier:
         at = sequence - journal.first
         self._acknowledge(journal, at - 1)
         if at < len(journal.entries):
-            self._redelivered += 1
             entry = journal.entries[at] if at >= 0 else None
             return Lease(forgotten=True) if entry is None else self._start_reading(entry)
         work = self._take(reader, count)
@@ -278,7 +275,6 @@ class Frontier:
             ready=self._waiting,
             outstanding=len(self._out) + self._waiting,
             conflicts=self._conflicts,
-            redelivered=self._redelivered,
         )
 
     def seconds_at_work(self) -> float:

@@ -23,13 +23,13 @@ __all__ = [
     "RESAMPLES",
     "SIDE_BOUNDS",
     "SMALL_AREA",
-    "ResampledAP",
     "are_new",
     "closer_look_in_words",
     "found_and_lost",
     "gained_and_lost",
     "paired_intervals",
     "pareto_front",
+    "resampled_ap",
 ]
 
 RESAMPLES = 300
@@ -39,23 +39,25 @@ _INTERVALS = {"AP": "all", "AP_small": "small", "AP_large": "large"}
 """Metric -> size of the objects."""
 
 
-class ResampledAP:
-    """AP over resampled images, from one matching of the results.
+def resampled_ap(matches: Matches, area: int, draws: Sequence[np.ndarray]) -> np.ndarray:
+    """Compute AP over resampled images, from one matching of the results.
 
     Args:
         matches: from `match_results`.
         area: index of the range of areas, see `AREAS`.
+        draws: D resamples, each of which counts image i `draw[i]` times.
+
+    Returns:
+        [D] AP in percent; NaN if there are no objects.
     """
+    categories = [matches.ranked(category, area) for category in matches.categories]
 
-    def __init__(self, matches: Matches, area: int) -> None:
-        self._recalls = matches.recalls
-        self._categories = [matches.ranked(category, area) for category in matches.categories]
-
-    def __call__(self, weights: np.ndarray) -> float:
-        """Return AP in percent where image i counts `weights[i]` times; NaN if there are no objects."""
-        sampled = (sampled_precision(ranked, self._recalls, weights) for ranked in self._categories)
+    def ap(draw: np.ndarray) -> float:
+        sampled = (sampled_precision(ranked, matches.recalls, draw) for ranked in categories)
         known = [each[0].mean() for each in sampled if each is not None]
         return 100.0 * float(np.mean(known)) if known else float("nan")
+
+    return np.array([ap(draw) for draw in draws])
 
 
 def paired_intervals(
@@ -83,9 +85,7 @@ def paired_intervals(
     indices = (rng.integers(count, size=count) for _ in range(resamples or RESAMPLES))
     draws = [np.ones(count), *(np.bincount(drawn, minlength=count) for drawn in indices)]
     samples = {
-        name: {
-            metric: np.array([*map(ResampledAP(matches, AREAS[size]), draws)]) for metric, size in _INTERVALS.items()
-        }
+        name: {metric: resampled_ap(matches, AREAS[size], draws) for metric, size in _INTERVALS.items()}
         for name, matches in matched.items()
     }
     return {
