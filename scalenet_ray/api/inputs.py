@@ -19,8 +19,6 @@ from scalenet_ray.runs.batch import image_opener
 from scalenet_ray.runs.local import Session
 from scalenet_ray.workflows.image_sets import ImageSet, open_images
 
-__all__ = ["Images", "InputImages", "checked_pixels", "collect_images"]
-
 OneImage = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
 Images = OneImage | Iterable[OneImage | Mapping[str, Any] | Sequence[Any]]
 """Images of `scalenet_ray.detect`; also data sets of torch, and `ray.data.Dataset`."""

@@ -36,8 +36,6 @@ from scalenet_ray.workflows.preparation import EngineName, named_policies, prepa
 if TYPE_CHECKING:
     import ray.data
 
-__all__ = ["ImagePrediction", "Predictions", "detect"]
-
 _IMAGES_PER_TABLE = 256
 
 

@@ -32,8 +32,6 @@ from scalenet_ray.workflows.image_sets import (
 )
 from scalenet_ray.workflows.preparation import choose_policies, prepare_run, start_session
 
-__all__ = ["CheckInputs", "main"]
-
 _MOST_NAMES = 5
 _SCENE = 7
 

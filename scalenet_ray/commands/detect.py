@@ -36,8 +36,6 @@ from scalenet_ray.workflows.preparation import (
 )
 from scalenet_ray.workflows.run_report import PICTURES
 
-__all__ = ["DetectImages", "main"]
-
 
 @dataclass(frozen=True)
 class DetectImages:

@@ -25,8 +25,6 @@ from scalenet_ray.workflows.image_sets import open_split, sample_inputs, with_ca
 from scalenet_ray.workflows.preparation import EngineName, choose_policies, prepare_run, settle_workers, start_session
 from scalenet_ray.workflows.run_report import PICTURES
 
-__all__ = ["EvalCoco", "main"]
-
 
 @dataclass(frozen=True)
 class EvalCoco(AnnotatedData):

@@ -40,8 +40,6 @@ from scalenet_ray.workflows.image_sets import (
 )
 from scalenet_ray.workflows.preparation import named_policies, prepare_run, settle_workers, start_session
 
-__all__ = ["SPACE", "TuneRecursion", "main"]
-
 SPACE = Path(__file__).with_name("tune_recursion.yaml")
 """The default search space."""
 

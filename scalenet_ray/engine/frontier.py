@@ -31,18 +31,6 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.engine.quarantine import Attempts, TileId
 
-__all__ = [
-    "Completion",
-    "Decision",
-    "Frontier",
-    "FrontierActor",
-    "FrontierStatus",
-    "Lease",
-    "LeaseLimits",
-    "Work",
-    "child_credit",
-]
-
 
 def child_credit(credit: Fraction, expansion: Expansion) -> Fraction:
     """The credit of a tile after its expansion, and of each of its children: equal shares of the tile's credit."""

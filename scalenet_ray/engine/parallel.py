@@ -27,12 +27,6 @@ from scalenet_ray.engine.worker_errors import RowsLostError, from_worker
 from scalenet_ray.runs.batch import Stream
 from scalenet_ray.runs.resources import Resources
 
-__all__ = [
-    "ParallelStream",
-    "RestartingStream",
-    "image_stream",
-]
-
 _LOG = logging.getLogger(__name__)
 
 _BUFFERED_GROUPS = 8

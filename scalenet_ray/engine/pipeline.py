@@ -41,12 +41,6 @@ from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleSt
 from scalenet_ray.engine.worker_errors import workers_errors
 from scalenet_ray.runs.resources import ROW_TILES, PoolSize, Resources, limits
 
-__all__ = [
-    "Assembler",
-    "ImageStream",
-    "on_this_node",
-]
-
 _SECONDS_BETWEEN_STATUS = 2.0
 
 _ROW_BYTES = 64 * 2**20

@@ -12,12 +12,6 @@ import ray
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.runs.resources import AdvancedResources
 
-__all__ = [
-    "Attempts",
-    "GuardedCalls",
-    "TileId",
-]
-
 T = TypeVar("T")
 
 

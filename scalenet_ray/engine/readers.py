@@ -23,8 +23,6 @@ from scalenet_ray.engine.quarantine import GuardedCalls
 from scalenet_ray.engine.rows import GeneratorSource, PackedTile, TileRow, pack, timed_table
 from scalenet_ray.runs.resources import DEFAULT_ADVANCED, AdvancedResources
 
-__all__ = ["TileSource", "cut_together", "cut_work"]
-
 # Short compared with a batch on an accelerator, long compared with a request, which takes about a millisecond.
 _WAIT_SECONDS, _MAX_WAIT_SECONDS = 0.05, 0.2
 

@@ -34,12 +34,6 @@ from scalenet_ray.engine.rows import (
 )
 from scalenet_ray.runs.resources import DEFAULT_ADVANCED, AdvancedResources
 
-__all__ = [
-    "DetectStage",
-    "ScaleAndDetectStage",
-    "ScaleStage",
-]
-
 
 class ScaleStage:
     """Predicts scales of the tiles of a row, completes them in the frontier, and emits tiles to detect.

@@ -29,16 +29,6 @@ from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.batch import image_opener
 from scalenet_ray.runs.documents import Starts, TrialMetrics
 
-__all__ = [
-    "STARTS",
-    "Evaluation",
-    "RecursionTrial",
-    "TrialSettings",
-    "evaluate_starts",
-    "read_starts",
-    "start_ceilings",
-]
-
 STARTS = "starts.json"
 """The starting policies of a sweep and its ceilings (`Starts`), which it keeps when it is resumed."""
 

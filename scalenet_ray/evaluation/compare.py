@@ -19,19 +19,6 @@ from scalenet_ray.evaluation.tide import FOREGROUND_IOU, Explained, join
 if TYPE_CHECKING:
     from scalenet_ray.runs.documents import Changes, ChangesRow, Differences, FoundCounts, Interval
 
-__all__ = [
-    "RESAMPLES",
-    "SIDE_BOUNDS",
-    "SMALL_AREA",
-    "are_new",
-    "closer_look_in_words",
-    "found_and_lost",
-    "gained_and_lost",
-    "paired_intervals",
-    "pareto_front",
-    "resampled_ap",
-]
-
 RESAMPLES = 300
 """Bootstrap resamples of the images of an interval."""
 

@@ -19,17 +19,6 @@ from scalenet_ray.data.coco import Objects
 if TYPE_CHECKING:
     from scalenet_ray.runs.documents import ErrorCost
 
-__all__ = [
-    "FOREGROUND_IOU",
-    "KINDS",
-    "Explained",
-    "average_precision",
-    "best_rows",
-    "error_breakdown",
-    "explain",
-    "join",
-]
-
 FOREGROUND_IOU = 0.5
 """Minimum IoU of a match."""
 

@@ -14,8 +14,6 @@ from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.worker_errors import from_worker, with_message
 from scalenet_ray.runs.folder import RunFolder
 
-__all__ = ["Task", "run_tasks"]
-
 
 @dataclass(frozen=True)
 class Task:

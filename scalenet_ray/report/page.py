@@ -31,8 +31,6 @@ from scalenet_ray.report.tables import (
 from scalenet_ray.runs.batch import Progress
 from scalenet_ray.runs.documents import Changes, Metrics, ReportDetails
 
-__all__ = ["render_progress", "render_report"]
-
 _MAX_CHANGED_CLASSES = 16
 _POLICIES = "Every way to zoom, on the same images with the same frozen detector."
 _BEST = " The marked one finds most small objects without reading the ground truth."

@@ -11,18 +11,6 @@ import yaml
 from scalenet_ray.report.html import section, table
 from scalenet_ray.runs.documents import FailureList, Interval, Metrics, PolicyMetrics
 
-__all__ = [
-    "failures_section",
-    "figure_cell",
-    "interval_cell",
-    "is_known",
-    "origin_line",
-    "origin_section",
-    "policy_rows",
-    "reads_truth",
-    "winner_of",
-]
-
 _FIGURES = (
     ("AP small", "AP_small", 1),
     ("AP", "AP", 1),

@@ -12,15 +12,6 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Step
 from scalenet_ray.evaluation.compare import closer_look_in_words, pareto_front
 
-__all__ = [
-    "accuracy_table",
-    "difference_table",
-    "found_lines",
-    "policy_table",
-    "step_table",
-    "trial_table",
-]
-
 _COLUMNS = (
     ("AP", "AP"),
     ("AP50", "AP50"),

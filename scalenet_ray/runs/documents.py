@@ -4,33 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict
 
-__all__ = [
-    "Analysis",
-    "Changes",
-    "ChangesRow",
-    "ClassCounts",
-    "Curves",
-    "DetectionAnalysis",
-    "Differences",
-    "ErrorCost",
-    "EvaluationAnalysis",
-    "FailureCount",
-    "FailureList",
-    "FailureRow",
-    "FoundCounts",
-    "ImageChanges",
-    "ImageCounts",
-    "Interval",
-    "Metrics",
-    "MostBoxes",
-    "PolicyCost",
-    "PolicyMetrics",
-    "ReportDetails",
-    "Starts",
-    "TrialMetrics",
-    "TrialRow",
-]
-
 
 class ImageCounts(TypedDict):
     """Numbers of images of a run."""

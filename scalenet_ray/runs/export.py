@@ -37,13 +37,6 @@ from scalenet_ray.data.schemas import DETECTIONS, detections_table
 from scalenet_ray.runs.folder import GROUND_TRUTH, RunFolder
 from scalenet_ray.runs.results import StoredImage, image_results
 
-__all__ = [
-    "EXPORT_FORMATS",
-    "ExportFormat",
-    "Exported",
-    "export_run",
-]
-
 ExportFormat = Literal["coco", "coco-results", "parquet", "yolo", "voc", "supervision", "fiftyone", "geojson"]
 
 

@@ -36,8 +36,6 @@ from scalenet_ray.runs.settings import CONFIG, check_settings, read_config, writ
 from scalenet_ray.runs.shards import ShardReader
 from scalenet_ray.runs.tables import parquet_bytes, read_parquet
 
-__all__ = ["GROUND_TRUTH", "RunFolder"]
-
 GROUND_TRUTH = "ground_truth.json"
 """The ground truth that a run measures against, where the annotations are not COCO's or categories were chosen."""
 

@@ -19,12 +19,6 @@ from scalenet_ray.core.timing import timed
 from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.runs.batch import Stream
 
-__all__ = [
-    "LocalSession",
-    "LocalStream",
-    "Session",
-]
-
 
 class Session(Protocol):
     """An engine that is ready for work: `LocalSession`, or `RaySession` of `scalenet_ray.engine.session`."""

@@ -27,8 +27,6 @@ from uuid import uuid4
 
 from scalenet_ray.data import storage
 
-__all__ = ["LOCK", "RunLock", "lock_run"]
-
 LOCK = "driver.lock"
 """The file or object that is locked."""
 

@@ -8,16 +8,6 @@ from typing import Any
 
 from scalenet_ray.core.errors import UserError
 
-__all__ = [
-    "DEFAULT_ADVANCED",
-    "ROW_TILES",
-    "AdvancedResources",
-    "PoolSize",
-    "ResourceChoice",
-    "Resources",
-    "limits",
-]
-
 PoolSize = int | tuple[int, int]
 """Number of actors, or (minimum, maximum) of an autoscaling pool."""
 

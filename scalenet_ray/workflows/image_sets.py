@@ -18,17 +18,6 @@ from scalenet_ray.runs.inputs import annotation_digests, check_ground_truth
 from scalenet_ray.runs.local import Session
 from scalenet_ray.sample.scenes import SAMPLE
 
-__all__ = [
-    "CocoSplit",
-    "ImageSet",
-    "check_split",
-    "open_images",
-    "open_split",
-    "sample_inputs",
-    "with_categories",
-    "with_ground_truth",
-]
-
 
 def sample_inputs(networks: NetworkSpec) -> tuple[str, NetworkSpec]:
     """The embedded sample and its networks.

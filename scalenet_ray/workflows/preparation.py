@@ -18,16 +18,6 @@ from scalenet_ray.runs.local import LocalSession, Session
 from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.workflows.image_sets import CocoSplit, ImageSet
 
-__all__ = [
-    "EngineName",
-    "choose_policies",
-    "file_policies",
-    "named_policies",
-    "prepare_run",
-    "settle_workers",
-    "start_session",
-]
-
 EngineName = Literal["ray", "local"]
 """ray: actors on this machine or a cluster; local: this process, for small jobs and notebooks."""
 

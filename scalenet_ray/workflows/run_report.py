@@ -29,8 +29,6 @@ from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import Session
 from scalenet_ray.runs.summary import failure_counts, policy_cost, write_policy_results
 
-__all__ = ["PICTURES", "ProgressLog", "on_cpu", "write_report", "write_summary"]
-
 PICTURES = 24
 """Default number of photographs in a report, which keeps it at a few megabytes."""
 
