@@ -299,7 +299,8 @@ def test_shards_that_say_nothing_of_their_time_count_neither_images_nor_seconds(
 
 def test_results_without_their_config_are_no_run_to_go_on_with(run: RunFolder) -> None:
     write(run, 1, 2)
-    with pytest.raises(UserError, match=r"holds results of a run whose config.yaml is lost: give another --output"), RunFolder(run.uri).begin({"split": "other"}, resume=True):
+    message = r"holds results of a run whose config.yaml is lost: give another --output"
+    with pytest.raises(UserError, match=message), RunFolder(run.uri).begin({"split": "other"}, resume=True):
         pass
 
 

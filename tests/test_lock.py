@@ -66,7 +66,8 @@ def wait_until(holds: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_second_driver_is_refused_and_told_who_is_at_work(uri: str, resume: bool) -> None:
     with RunFolder(uri).begin(SETTINGS, resume=False):
-        with pytest.raises(FileExistsError, match=rf"process \d+ on \S+ is at work in {uri}.*--resume"), RunFolder(uri).begin(SETTINGS, resume=resume):
+        message = rf"process \d+ on \S+ is at work in {uri}.*--resume"
+        with pytest.raises(FileExistsError, match=message), RunFolder(uri).begin(SETTINGS, resume=resume):
             pass
         assert storage.exists(lock_of(uri))
 
