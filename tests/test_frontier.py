@@ -33,7 +33,6 @@ from tests.faults import (
 from tests.in_process import InProcessEngine
 from tests.oracles import RandomDetector
 
-
 pytestmark = pytest.mark.usefixtures("without_ray")
 
 

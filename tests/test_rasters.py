@@ -31,8 +31,8 @@ from scalenet_ray.models.spec import SAMPLE_DETECTOR
 from scalenet_ray.runs.local import LocalStream
 from tests.faults import Scenes, as_values, policy_of, random_networks, records_of, reference
 from tests.in_process import InProcessEngine
-from tests.oracles import RandomDetector
 from tests.job_scripts import run_command
+from tests.oracles import RandomDetector
 
 HW = (160, 240)
 PIXELS = np.random.default_rng(0).integers(0, 256, (*HW, 3), dtype=np.uint8)

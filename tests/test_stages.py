@@ -31,7 +31,6 @@ from tests.oracles import (
     tile_of,
 )
 
-
 pytestmark = pytest.mark.usefixtures("without_ray")
 
 

@@ -79,9 +79,7 @@ def main(job: EvalCoco) -> int:
         job = replace(job, data=data, networks=networks)
     session = start_session(job.engine, job.resources, job.networks)
     say("checking the images and the networks")
-    split = open_split(
-        session, job.split, **job.named(), limit=job.limit, max_megapixels=job.max_image_megapixels
-    )
+    split = open_split(session, job.split, **job.named(), limit=job.limit, max_megapixels=job.max_image_megapixels)
     split = with_categories(session, split, job.networks, job.categories, log=say)
     choose = partial(
         choose_policies,

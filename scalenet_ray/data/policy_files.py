@@ -19,7 +19,6 @@ from scalenet_ray.core.policy_form import NamedPolicy, changed_policy, near_name
 from scalenet_ray.core.regions import Regions
 from scalenet_ray.data.storage import read_bytes
 
-
 SPACE_VERSION = 1
 """Version of the search space format; files of other versions are refused."""
 

@@ -16,7 +16,6 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.models.devices import is_gpu
 from scalenet_ray.runs.automatic import Cluster
 
-
 _MOST_PROCESSES = 10_000
 """Stands for an autoscaler without a limit."""
 

@@ -214,9 +214,7 @@ def _found(details: ReportDetails) -> str:
     return section("found", "What was found", words, table("Boxes by class", head, rows), images)
 
 
-def _facts(
-    document: Metrics, winner: str, base: str | None, changes: Changes | None, details: ReportDetails
-) -> str:
+def _facts(document: Metrics, winner: str, base: str | None, changes: Changes | None, details: ReportDetails) -> str:
     """The large figures at the top."""
     row = document["policies"][winner]
     facts = []

@@ -22,7 +22,6 @@ from scalenet_ray.runs.documents import FailureCount, PolicyCost
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.results import image_results
 
-
 _MAX_REASONS = 20
 
 _REDUCED = 0.5
