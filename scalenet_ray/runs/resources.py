@@ -19,6 +19,12 @@ ROW_TILES = 128
 """Tiles that travel together through the pipeline where there are many: several batches of the networks."""
 
 
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        msg = f"{name} must be 1 or more, got {value}"
+        raise UserError(msg)
+
+
 @dataclass(frozen=True)
 class AdvancedResources:
     """Limits and timeouts that rarely need a change.
@@ -200,12 +206,6 @@ class ResourceChoice:
 def limits(size: PoolSize | None) -> tuple[int, int]:
     """(minimum, maximum) number of actors of a pool; (0, 0) for None, no pool."""
     return (size or 0, size or 0) if isinstance(size, int | None) else size
-
-
-def _check_count(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        msg = f"{name} must be 1 or more, got {value}"
-        raise UserError(msg)
 
 
 def _share(total: int, count: int, index: int) -> int:
