@@ -41,7 +41,7 @@ DAMAGED = "cannot be decoded .* it is damaged; fetch or export it again"
 TOO_LARGE = "an image may have 1000000 pixels, got .*: split or shrink it"
 
 
-def encoded(image: Image.Image | np.ndarray, kind: str, **options: Any) -> bytes:
+def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
     """The bytes of a picture."""
     stream = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, kind, **options)

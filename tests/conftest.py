@@ -57,6 +57,21 @@ def few_resamples() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handles of actors answer at once, and a reader that would wait is a mistake of the test."""
+    monkeypatch.setattr("scalenet_ray.engine.stages.ray.get", lambda answer: answer)
+    monkeypatch.setattr("scalenet_ray.engine.readers.time.sleep", lambda seconds: pytest.fail("a reader waits"))
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small embedded sample, which tests leave as it is."""
+    from scalenet_ray.sample.scenes import write_sample
+
+    return write_sample(tmp_path_factory.mktemp("data") / "sample", train=1, val=4)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data (COCO, models); the test is skipped where there is none."""

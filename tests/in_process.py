@@ -26,7 +26,7 @@ from scalenet_ray.engine.pipeline import Assembler
 from scalenet_ray.engine.readers import TileSource
 from scalenet_ray.engine.rows import unpack_results
 from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage
-from scalenet_ray.runs.resources import RetryPolicy
+from scalenet_ray.runs.resources import AdvancedResources
 
 
 class Died(BaseException):
@@ -98,7 +98,7 @@ class InProcessEngine:
         self._lease_size = lease_size
         self.frontier = Frontier(records, max_open_images)
         handle = Handle(self.frontier, self._dies)
-        retries = RetryPolicy(max_tries=max_tries)
+        advanced = AdvancedResources(max_tries=max_tries)
         source = TileSource(
             handle,
             policy,
@@ -106,16 +106,16 @@ class InProcessEngine:
             readers=readers,
             lease_size=lease_size,
             open_images=max_open_images,
-            retries=retries,
+            advanced=advanced,
         )
         self._tasks = source.get_read_tasks(1)
         self._readers = [_Replaying(task) for task in self._tasks]
         detector = _Mortal(networks.detect(), self._dies)
         mortal = replace(networks, detect=lambda: detector)
         together = networks.one_actor_suffices(policy)
-        self._look = _pass_on if together else ScaleStage(handle, policy, networks, retries)
+        self._look = _pass_on if together else ScaleStage(handle, policy, networks, advanced=advanced)
         stage = ScaleAndDetectStage if together else DetectStage
-        self._detect = stage(handle, policy, mortal, detector_batch_size, retries)
+        self._detect = stage(handle, policy, mortal, detector_batch_size, advanced)
         self._assembler = Assembler(policy.merging, ImageRecords.of(records))
         self._rows: list[pa.Table] = []
         self._looked: list[pa.Table] = []

@@ -23,7 +23,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
-from scalenet_ray.workflows import named_policies
+from scalenet_ray.workflows.preparation import named_policies
 from tests.job_scripts import load_job
 from tests.scripted_detector import SCRIPTED, Scripted, answering, one_box
 

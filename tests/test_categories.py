@@ -12,8 +12,7 @@ import pytest
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data.categories import CategoryChoice, choose_categories, classes_named, write_chosen
 from scalenet_ray.models.spec import SAMPLE_DETECTOR
-from scalenet_ray.sample.scenes import write_sample
-from tests.test_command_line import run_command
+from tests.job_scripts import run_command
 
 STREET = {4: "Pedestrian", 2: "people", 7: "car", 9: "tram"}
 COCO = {1: "person", 3: "car", 8: "truck"}
@@ -98,11 +97,6 @@ def metrics_of(data: Path, output: Path, flags: Sequence[str] = (), command: str
         what = ("--images", str(data / "val2017"), "--policy", "whole")
     assert run_command(command, *what, *common, *flags) == 0
     return json.loads((output / "metrics.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sample(tmp_path_factory.mktemp("data") / "sample", train=1, val=4)
 
 
 def with_other_names(sample: Path, target: Path, *, doubled: bool = False) -> Path:

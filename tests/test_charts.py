@@ -39,5 +39,6 @@ def test_without_small_objects_there_is_no_picture() -> None:
     document = DOCUMENT | {"policies": {"whole": {"detector_passes_per_image": 1.0}, "grid-2": unknown}}
     assert policy_plot(document) == ""
     assert policy_plot(DOCUMENT | {"policies": {"grid-2": GRID | {"detector_passes_per_image": 0.0}}}) == ""
-    assert "against detector passes" not in render_report(document)
-    assert "against detector passes" in render_report(DOCUMENT)
+    details = {"shown_score": 0.3, "images": []}
+    assert "against detector passes" not in render_report(document, details)
+    assert "against detector passes" in render_report(DOCUMENT, details)

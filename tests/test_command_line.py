@@ -29,11 +29,6 @@ NETWORKS = ("--detector", SAMPLE_DETECTOR, "--scale-net", SAMPLE_SCALE_NET)
 MODEL = "models/yolox_nano.onnx"
 
 
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_sample(tmp_path_factory.mktemp("data") / "sample", train=1, val=4)
-
-
 # --- the program -------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from scalenet_ray.models.spec import SAMPLE_DETECTOR
 from scalenet_ray.runs.export import export_run
 from scalenet_ray.sample.scenes import write_sample
 from scalenet_ray.training.examples import TrainingImages, read_pixels
-from tests.test_show import run_command
+from tests.job_scripts import run_command
 
 NAMES = ["kite", "person"]
 BOXES = {"a": [(0, (10, 20, 30, 40)), (1, (0, 0, 16, 8))], "sub/b": [(1, (4, 4, 8, 8))], "empty": []}

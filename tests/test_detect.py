@@ -19,6 +19,7 @@ from scalenet_ray.api.many import _Settings
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.runs.folder import RunFolder
+from tests.bad_files import encoded
 from tests.oracles import CATEGORIES, PerfectDetector, TruthOfSquares, clustered_squares, draw_squares
 
 SIDE = 128
@@ -39,12 +40,6 @@ def folder(tmp_path: Path) -> Path:
     for i, scene in enumerate(SCENES):
         Image.fromarray(scene).save(tmp_path / "images" / f"{i}.png")
     return tmp_path / "images"
-
-
-def png(scene: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(scene).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def found(predictions: Any) -> list[tuple[str, list[list[float]]]]:
@@ -81,10 +76,10 @@ def test_every_way_to_hand_over_images_finds_the_same(folder: Path, kind: str) -
     images: Any = {
         "arrays": SCENES,
         "pillow": (Image.fromarray(scene) for scene in SCENES),
-        "bytes": [png(scene) for scene in SCENES],
+        "bytes": [encoded(scene) for scene in SCENES],
         "addresses": files,
         "rows": [{"image": scene, "site": i} for i, scene in enumerate(SCENES)],
-        "undecoded rows": [{"image": {"bytes": png(scene), "path": None}} for scene in SCENES],
+        "undecoded rows": [{"image": {"bytes": encoded(scene), "path": None}} for scene in SCENES],
         "tuples": [(scene, 1) for scene in SCENES],
         "torch": TorchDataset(),
     }[kind]
@@ -252,7 +247,7 @@ def test_on_ray_it_finds_the_same_in_arrays_and_data_sets(ray_session: None) -> 
     wanted = {boxes.__repr__() for _, boxes in found(scalenet_ray.detect(SCENES, DETECTOR, engine="local"))}
     on_ray = scalenet_ray.detect(SCENES, DETECTOR)
     assert {boxes.__repr__() for _, boxes in found(on_ray)} == wanted
-    rows = ray.data.from_items([{"image": png(scene), "site": i} for i, scene in enumerate(SCENES)])
+    rows = ray.data.from_items([{"image": encoded(scene), "site": i} for i, scene in enumerate(SCENES)])
     objects = scalenet_ray.detect(rows, DETECTOR, as_dataset=True)
     table = objects.to_pandas().sort_values(["site", "score"])
     assert set(table.columns) == {"site", "source", "category", "score", "x0", "y0", "x1", "y1", "depth"}

@@ -27,7 +27,7 @@ from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.runs.export import EXPORT_FORMATS, export_run
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.shard_writer import ShardWriter
-from tests.test_show import run_command
+from tests.job_scripts import run_command
 
 # Ids with gaps, as COCO's have: positions and ids must not be mixed up.
 NAMES = {3: "kite", 7: "person", 90: "tooth brush"}
@@ -43,7 +43,8 @@ def finished(image_id: int, boxes: np.ndarray, labels: Sequence[int], *, failed:
 
 def write_run(folder: Path, files: Sequence[str] = FILES, policies: Sequence[str] = ("whole", "grid-2")) -> str:
     run = RunFolder(str(folder))
-    run.begin({"images": "/photos", "policies": [{"name": name} for name in policies]}, resume=False).release()
+    with run.begin({"images": "/photos", "policies": [{"name": name} for name in policies]}, resume=False):
+        pass
     records = ImageRecords.listed(files)
     none = np.zeros((0, 4))
     for policy in policies:
@@ -322,14 +323,16 @@ def test_what_cannot_be_exported_says_why(
 
 
 def test_a_run_that_is_no_detection_is_told_so(tmp_path: Path) -> None:
-    RunFolder(str(tmp_path / "run")).begin({"epochs": 3}, resume=False).release()
+    with RunFolder(str(tmp_path / "run")).begin({"epochs": 3}, resume=False):
+        pass
     with pytest.raises(ValueError, match="must be a run of eval_coco or detect, got one without policies"):
         export_run(str(tmp_path / "run"), "coco")
 
 
 def test_runs_are_exported_from_and_to_s3(s3_bucket: str) -> None:
     run = RunFolder(f"{s3_bucket}/run")
-    run.begin({"images": "/photos", "policies": [{"name": "whole"}]}, resume=False).release()
+    with run.begin({"images": "/photos", "policies": [{"name": "whole"}]}, resume=False):
+        pass
     writer = ShardWriter(run, "whole", ImageRecords.listed(FILES[:1]), lambda ids: None)
     writer.add(finished(1, BOXES, [90, 3, 7]), 1.5)
     writer.flush()

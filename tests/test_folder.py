@@ -50,7 +50,8 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def test_a_run_notes_all_that_is_needed_to_run_it_again(run: RunFolder) -> None:
-    run.begin(SETTINGS, resume=False, workers={"scale_actors": 3}).release()
+    with run.begin(SETTINGS, resume=False, workers={"scale_actors": 3}):
+        pass
     config = yaml.safe_load(Path(run.uri, "config.yaml").read_text())
     assert config["settings"] == {**SETTINGS, "policies": ["whole", "grid-2"]}
     assert config["workers"] == {"scale_actors": 3}
@@ -58,9 +59,11 @@ def test_a_run_notes_all_that_is_needed_to_run_it_again(run: RunFolder) -> None:
 
 
 def test_resuming_with_the_same_settings_and_other_workers_goes_on(run: RunFolder) -> None:
-    run.begin(SETTINGS, resume=False, workers={"engine": "ray"}).release()
+    with run.begin(SETTINGS, resume=False, workers={"engine": "ray"}):
+        pass
     before = Path(run.uri, "config.yaml").read_bytes()
-    run.begin(dict(reversed(SETTINGS.items())), resume=True, workers={"engine": "local"}).release()
+    with run.begin(dict(reversed(SETTINGS.items())), resume=True, workers={"engine": "local"}):
+        pass
     assert Path(run.uri, "config.yaml").read_bytes() == before
 
 
@@ -76,11 +79,11 @@ def test_resuming_with_the_same_settings_and_other_workers_goes_on(run: RunFolde
 def test_resuming_with_other_settings_is_refused_and_they_are_named(
     run: RunFolder, changes: dict, message: str
 ) -> None:
-    run.begin(SETTINGS, resume=False).release()
-    with pytest.raises(
-        ValueError, match=f"was begun with other settings .{message}.*use the same, or another --output"
-    ):
-        run.begin({**SETTINGS, **changes}, resume=True)
+    with run.begin(SETTINGS, resume=False):
+        pass
+    refusal = f"was begun with other settings .{message}.*use the same, or another --output"
+    with pytest.raises(ValueError, match=refusal), run.begin({**SETTINGS, **changes}, resume=True):
+        pass
 
 
 def test_an_output_that_no_run_can_begin_in_is_refused_before_the_work(
@@ -89,7 +92,8 @@ def test_an_output_that_no_run_can_begin_in_is_refused_before_the_work(
     RunFolder.check_output(None, resume=False)
     RunFolder.check_output(str(tmp_path / "new" / "run"), resume=False)
     assert list(tmp_path.iterdir()) == []
-    run.begin(SETTINGS, resume=False).release()
+    with run.begin(SETTINGS, resume=False):
+        pass
     RunFolder.check_output(run.uri, resume=True)
     with pytest.raises(FileExistsError, match="run holds a run already: add --resume"):
         RunFolder.check_output(run.uri, resume=False)
@@ -192,7 +196,8 @@ def test_deleting_a_shard_makes_its_images_missing_and_harms_no_other(run: RunFo
 
 
 def test_a_run_without_shards_has_tables_without_rows(run: RunFolder) -> None:
-    run.begin(SETTINGS, resume=False).release()
+    with run.begin(SETTINGS, resume=False):
+        pass
     assert not run.finished("whole")
     assert run.table("images", "whole").schema == IMAGES
     assert run.table("detections", "whole").schema == DETECTIONS
@@ -233,12 +238,14 @@ def test_json_has_null_where_there_is_no_number(run: RunFolder) -> None:
 
 def test_a_run_folder_may_lie_on_s3(s3_bucket: str) -> None:
     run = RunFolder(f"{s3_bucket}/runs/first")
-    run.begin(SETTINGS, resume=False).release()
-    with pytest.raises(FileExistsError, match="add --resume"):
-        run.begin(SETTINGS, resume=False)
+    with run.begin(SETTINGS, resume=False):
+        pass
+    with pytest.raises(FileExistsError, match="add --resume"), run.begin(SETTINGS, resume=False):
+        pass
     write(run, 4, 1)
     write(run, 2)
-    run.begin(SETTINGS, resume=True).release()
+    with run.begin(SETTINGS, resume=True):
+        pass
     assert run.finished("whole").ids.tolist() == [1, 2, 4]
     assert run.shards("images", "whole") == [f"{run.uri}/images/whole-0000{i}.parquet" for i in range(2)]
     assert run.table("detections", "whole").num_rows == 6
@@ -315,8 +322,9 @@ def test_shards_that_say_nothing_of_their_time_count_neither_images_nor_seconds(
 
 def test_results_without_their_config_are_no_run_to_go_on_with(run: RunFolder) -> None:
     write(run, 1, 2)
-    with pytest.raises(UserError, match=r"holds results of a run whose config.yaml is lost: give another --output"):
-        RunFolder(run.uri).begin({"split": "other"}, resume=True)
+    message = r"holds results of a run whose config.yaml is lost: give another --output"
+    with pytest.raises(UserError, match=message), RunFolder(run.uri).begin({"split": "other"}, resume=True):
+        pass
 
 
 def test_a_folder_of_pictures_named_images_is_no_run(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ from tests.faults import (
 from tests.in_process import InProcessEngine
 from tests.oracles import RandomDetector
 
+pytestmark = pytest.mark.usefixtures("without_ray")
+
 
 def child_tile(image_id: int, path: tuple[int, ...]) -> Tile:
     return Tile(image_id, path, (64, 64), Window(0, 0, 8, 8), 8, 8)
@@ -354,13 +356,6 @@ def test_the_time_of_work_counts_from_the_first_lease(monkeypatch: pytest.Monkey
 
 
 WHIMSICAL = NetworkFactories(Given(RandomDetector()), Given(WhimsicalScale()))
-
-
-@pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handles answer at once, and a reader that would wait is a mistake of the test."""
-    monkeypatch.setattr("scalenet_ray.engine.stages.ray.get", lambda answer: answer)
-    monkeypatch.setattr("scalenet_ray.engine.readers.time.sleep", lambda seconds: pytest.fail("a reader waits"))
 
 
 class FlakyScenes(Scenes):

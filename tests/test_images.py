@@ -1,8 +1,7 @@
-"""Decoding of images: formats, orientation, limits, truncation."""
+"""Decoding of images: formats, orientation, limits, truncation. What is refused and why: tests/bad_files.py."""
 
 from __future__ import annotations
 
-import io
 import os
 import struct
 import tempfile
@@ -21,6 +20,7 @@ from scalenet_ray.core.geometry import Tile, Window, cut_tile
 from scalenet_ray.data.coco import read_annotations
 from scalenet_ray.data.images import MAX_PIXELS, decode_image, file_hw, read_image
 from scalenet_ray.data.storage import read_bytes
+from tests.bad_files import encoded
 
 HW = (20, 30)
 PIXELS = np.random.default_rng(0).integers(0, 256, (*HW, 3), dtype=np.uint8)
@@ -39,13 +39,6 @@ EVERY_FORMAT = [
     ("GIF", {}),
 ]
 EXIF_FORMATS = [case for case in LOSSLESS if case[0] != "BMP"]
-
-
-def encoded(image: Image.Image | np.ndarray, kind: str = "PNG", **options: object) -> bytes:
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def hw_of_file(data: bytes, folder: Path) -> tuple[int, int]:
@@ -172,14 +165,6 @@ def test_a_jpeg_that_ends_between_two_scans_is_refused():
             decode_image(data[:end])
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"<html>404</html>", b"%PDF-1.7", b"P6 1 1 255 aaa", b"\x00\x00\x01\x00" + bytes(60)]
-)
-def test_what_is_no_image_of_ours_is_refused(data: bytes):
-    with pytest.raises(TileError, match="must be a JPEG, PNG, TIFF, BMP, WebP or GIF, got "):
-        decode_image(data)
-
-
 @given(st.sampled_from(EVERY_FORMAT), st.data())
 def test_damaged_bytes_give_pixels_or_a_tile_error_and_no_warning(case: tuple[str, dict], data: st.DataObject):
     damaged = bytearray(encoded(PIXELS, case[0], **case[1]))
@@ -259,11 +244,6 @@ def test_another_size_than_annotated_is_refused_with_both_sizes():
         decode_image(encoded(PIXELS), expect_hw=(40, 50))
 
 
-@pytest.mark.parametrize("exif", [b"Exif\x00\x00garbage", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b""])
-def test_broken_exif_costs_nothing(exif: bytes):
-    assert decode_image(encoded(PIXELS, "JPEG", exif=exif)).shape == (*HW, 3)
-
-
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 def test_an_orientation_that_does_not_exist_is_ignored(orientation: int):
     assert np.array_equal(decode_image(with_orientation(orientation)), PIXELS)
@@ -294,13 +274,6 @@ def test_big_endian_16_bit_grey_is_the_same():
     values = np.array([[0, 257, 65535]], ">u2")
     image = Image.frombytes("I;16B", (3, 1), values.tobytes())
     assert decode_image(encoded(image, "TIFF"))[0, :, 0].tolist() == [0, 1, 255]
-
-
-@pytest.mark.parametrize(("mode", "kind"), [("F", "floats"), ("I", "32-bit integers")])
-def test_what_has_no_white_is_refused(mode: str, kind: str):
-    data = encoded(Image.new(mode, (3, 2)), "TIFF")
-    with pytest.raises(TileError, match=f"must have 8 or 16 bits a channel, got {kind}: export it as"):
-        decode_image(data)
 
 
 def test_cmyk_becomes_rgb():

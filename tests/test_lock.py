@@ -66,8 +66,9 @@ def wait_until(holds: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_second_driver_is_refused_and_told_who_is_at_work(uri: str, resume: bool) -> None:
     with RunFolder(uri).begin(SETTINGS, resume=False):
-        with pytest.raises(FileExistsError, match=rf"process \d+ on \S+ is at work in {uri}.*--resume"):
-            RunFolder(uri).begin(SETTINGS, resume=resume)
+        message = rf"process \d+ on \S+ is at work in {uri}.*--resume"
+        with pytest.raises(FileExistsError, match=message), RunFolder(uri).begin(SETTINGS, resume=resume):
+            pass
         assert storage.exists(lock_of(uri))
 
 
@@ -84,15 +85,17 @@ def test_a_run_that_ends_or_fails_lets_go(uri: str, error: type[BaseException] |
         with pytest.raises(error):
             work()
     assert not storage.exists(lock_of(uri))
-    RunFolder(uri).begin(SETTINGS, resume=True).release()
+    with RunFolder(uri).begin(SETTINGS, resume=True):
+        pass
 
 
 def test_a_run_that_may_not_begin_lets_go(uri: str) -> None:
-    RunFolder(uri).begin(SETTINGS, resume=False).release()
-    with pytest.raises(FileExistsError, match="holds a run already"):
-        RunFolder(uri).begin(SETTINGS, resume=False)
-    with pytest.raises(ValueError, match="begun with other settings"):
-        RunFolder(uri).begin({"seed": 2}, resume=True)
+    with RunFolder(uri).begin(SETTINGS, resume=False):
+        pass
+    with pytest.raises(FileExistsError, match="holds a run already"), RunFolder(uri).begin(SETTINGS, resume=False):
+        pass
+    with pytest.raises(ValueError, match="begun with other settings"), RunFolder(uri).begin({"seed": 2}, resume=True):
+        pass
     assert not storage.exists(lock_of(uri))
 
 
@@ -101,13 +104,14 @@ def test_a_killed_drivers_local_lock_is_free_at_once(tmp_path: Path) -> None:
     driver = subprocess.Popen([sys.executable, "-c", LIVES, uri], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     assert driver.stdout.readline() == "begun\n"
-    with pytest.raises(FileExistsError, match=f"process {driver.pid} on"):
-        RunFolder(uri).begin(SETTINGS, resume=True)
+    with pytest.raises(FileExistsError, match=f"process {driver.pid} on"), RunFolder(uri).begin(SETTINGS, resume=True):
+        pass
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     driver.stdout.close()
     assert storage.exists(lock_of(uri))
-    RunFolder(uri).begin(SETTINGS, resume=True).release()
+    with RunFolder(uri).begin(SETTINGS, resume=True):
+        pass
     assert not storage.exists(lock_of(uri))
 
 
@@ -154,13 +158,14 @@ def test_a_driver_that_was_paused_writes_nothing_once_another_has_taken_over(
         paused.setattr(_StoreLock, "_send_heartbeats", lambda self: None)
         run = RunFolder(uri)
         first = run.begin(SETTINGS, resume=False)
+        first.__enter__()
     with RunFolder(uri).begin(SETTINGS, resume=True):
         writer = ShardWriter(run, "whole", ImageRecords.listed(["1.jpg"]), lambda ids: None)
         writer.add(result_of(1), 1.5)
         with pytest.raises(RuntimeError, match="another driver has taken over"):
             writer.flush()
         assert not run.finished("whole")
-        first.release()
+        first.__exit__(None, None, None)
         # It was not the first one's to delete.
         assert storage.exists(lock_of(uri))
 

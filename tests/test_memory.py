@@ -59,11 +59,6 @@ class SmallScale(RandomScale):
         return super().__call__(pixels, tiles)
 
 
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.engine.stages.ray.get", lambda answer: answer)
-
-
 # --- halving ------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +110,7 @@ def test_another_error_is_let_through() -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_small_memory_changes_nothing_but_the_batches_and_says_so(no_ray: None, name: str) -> None:
+def test_small_memory_changes_nothing_but_the_batches_and_says_so(without_ray: None, name: str) -> None:
     policy, records, scenes = policy_of(name), records_of(6), Scenes()
     detector, scale_net = SmallDetector(2), SmallScale(2)
     networks = NetworkFactories(Given(detector), Given(scale_net))
@@ -127,7 +122,7 @@ def test_small_memory_changes_nothing_but_the_batches_and_says_so(no_ray: None, 
     assert {result.image_id: as_values(result) for result in results} == expected
 
 
-def test_a_tile_too_large_for_the_detector_costs_its_image_alone(no_ray: None) -> None:
+def test_a_tile_too_large_for_the_detector_costs_its_image_alone(without_ray: None) -> None:
     policy, records, scenes = policy_of("whole"), records_of(8), Scenes()
     # Of the four sizes of scenes one keeps its whole side when it is fitted into 64 x 64: the square.
     networks = NetworkFactories(Given(SmallDetector(8, pixels=64 * 63)))

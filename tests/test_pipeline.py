@@ -194,11 +194,13 @@ def test_a_run_leaves_ray_datas_settings_as_they_were(idle_ray: None) -> None:
         ({"max_open_images": 0}, "max_open_images must be 1 or more, got 0"),
         ({"gpus_per_scale_actor": -1}, "GPUs per actor must be 0 or more, got -1 and 0.0"),
         ({"no_progress_seconds": 0}, "no_progress_seconds must be above 0, got 0"),
+        ({"call_seconds": 0.0}, "call_seconds must be above 0, got 0.0"),
+        ({"max_tries": 0}, "max_tries must be 1 or more, got 0"),
     ],
 )
 def test_resources_out_of_range_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        AdvancedResources(**wrong) if wrong.keys() & {"max_open_images", "no_progress_seconds"} else Resources(**wrong)
+        AdvancedResources(**wrong) if hasattr(AdvancedResources, *wrong) else Resources(**wrong)
 
 
 def test_processes_are_readers_and_as_many_actors_as_there_may_be() -> None:

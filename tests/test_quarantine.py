@@ -16,7 +16,7 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.image_records import OpenImage
 from scalenet_ray.engine.frontier import Completion, Decision, Frontier
 from scalenet_ray.engine.pipeline import ImageStream
-from scalenet_ray.runs.resources import AdvancedResources, Resources, RetryPolicy
+from scalenet_ray.runs.resources import AdvancedResources, Resources
 from tests.faults import Given, WorkLog, as_values, policy_of, random_networks, records_of, reference
 from tests.in_process import Died, InProcessEngine
 from tests.oracles import RandomDetector, RandomScale
@@ -54,17 +54,12 @@ def assert_it_failed_alone(results: list[ImageResult], policy: Policy, stage: st
 # --- without Ray --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.engine.stages.ray.get", lambda answer: answer)
-
-
 @pytest.mark.parametrize(
     ("stage", "name"),
     [("read", "grid-2"), ("read", "scalenet"), ("look", "scalenet"), ("look", "fused"), ("detect", "whole")],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_a_poison_image_is_put_aside_and_no_other(no_ray: None, stage: str, name: str, seed: int) -> None:
+def test_a_poison_image_is_put_aside_and_no_other(without_ray: None, stage: str, name: str, seed: int) -> None:
     deaths = 0
 
     def strike() -> None:
@@ -128,19 +123,11 @@ def test_a_lease_is_suspect_if_its_reader_died_over_it_and_not_if_it_went_on() -
     assert [suspect(0), suspect(1)] == [False, False]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"), [({"call_seconds": 0.0}, "call_seconds must be above 0"), ({"max_tries": 0}, "1 or more")]
-)
-def test_patience_refuses_what_makes_no_sense(wrong: dict, message: str) -> None:
-    for made in (RetryPolicy, AdvancedResources):
-        with pytest.raises(ValueError, match=message):
-            made(**wrong)
-
-
 HANGS = """
 import time
-from scalenet_ray.engine.quarantine import GuardedCalls, RetryPolicy
-calls = GuardedCalls("detect", None, RetryPolicy(call_seconds=0.5))
+from scalenet_ray.engine.quarantine import GuardedCalls
+from scalenet_ray.runs.resources import AdvancedResources
+calls = GuardedCalls("detect", None, AdvancedResources(call_seconds=0.5))
 with calls.watched():
     pass
 time.sleep(1.0)
@@ -153,7 +140,7 @@ def test_a_call_that_hangs_ends_its_process_with_1_and_shows_where_it_hung() -> 
     done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     # Not in the sleep between the calls, which nobody watches.
-    assert 'File "<string>", line 9 in <module>' in done.stderr
+    assert 'File "<string>", line 10 in <module>' in done.stderr
 
 
 # --- with Ray -----------------------------------------------------------------------------------------------

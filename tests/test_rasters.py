@@ -21,7 +21,7 @@ from s3fs.core import S3File
 
 from scalenet_ray.api import get_scaled_prediction
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.geometry import AnyImage, Tile, Window, cut_tile, tile_pixels, whole_pixels
+from scalenet_ray.core.geometry import Tile, Window, cut_tile, tile_pixels, whole_pixels
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.data import storage
 from scalenet_ray.data.image_records import ImageRecord
@@ -31,8 +31,8 @@ from scalenet_ray.models.spec import SAMPLE_DETECTOR
 from scalenet_ray.runs.local import LocalStream
 from tests.faults import Scenes, as_values, policy_of, random_networks, records_of, reference
 from tests.in_process import InProcessEngine
+from tests.job_scripts import run_command
 from tests.oracles import RandomDetector
-from tests.test_show import run_command
 
 HW = (160, 240)
 PIXELS = np.random.default_rng(0).integers(0, 256, (*HW, 3), dtype=np.uint8)
@@ -117,11 +117,6 @@ class WindowedScenes(Scenes):
         return Windows(super().__call__(record), self._broken.get(record.image_id))
 
 
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.engine.stages.ray.get", lambda answer: answer)
-
-
 def broken_scenes(name: str) -> WindowedScenes:
     """Scenes of which one cannot be read to its end: the last window that a policy cuts of it is broken."""
     policy = policy_of(name)
@@ -137,7 +132,7 @@ def broken_scenes(name: str) -> WindowedScenes:
 
 @pytest.mark.parametrize("name", ["grid-2", "random", "first-pass", "scalenet", "regions"])
 @pytest.mark.parametrize("is_broken", [False, True])
-def test_every_engine_reads_windows_as_the_reference_does(name: str, is_broken: bool, no_ray: None) -> None:
+def test_every_engine_reads_windows_as_the_reference_does(name: str, is_broken: bool, without_ray: None) -> None:
     policy, records = policy_of(name), records_of(6)
     open_image = broken_scenes(name) if is_broken else WindowedScenes()
     networks = random_networks(policy)
@@ -164,7 +159,7 @@ def test_a_window_that_cannot_be_read_costs_the_image_alone_and_none_of_its_cost
 @pytest.mark.parametrize("name", ["grid-2", "random", "pyramid"])
 @pytest.mark.parametrize("is_broken", [False, True])
 def test_windows_too_many_for_a_row_are_leased_one_by_one(
-    name: str, is_broken: bool, no_ray: None, monkeypatch: pytest.MonkeyPatch
+    name: str, is_broken: bool, without_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("scalenet_ray.engine.readers._ROW_BYTES", 64 * 64)
     policy, records = policy_of(name), records_of(6)
@@ -175,22 +170,6 @@ def test_windows_too_many_for_a_row_are_leased_one_by_one(
         assert {result.image_id: as_values(result) for result in engine.run()} == expected
         leases = sum(reader.sequence for reader in engine._readers)
         assert leases > 2 * len(records)
-
-
-def test_readers_keep_images_that_are_read_by_window_by_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.engine.readers._CACHE_BYTES", 2500)
-    from scalenet_ray.engine.readers import _OpenedImages
-
-    opened: list[int] = []
-
-    def counted(record: ImageRecord) -> AnyImage:
-        opened.append(record.image_id)
-        return WindowedScenes()(record)
-
-    images = _OpenedImages(counted, 8)
-    for image_id in (1, 2, 1, 3, 1, 2):
-        images(ImageRecord(image_id, f"{image_id}.png"))
-    assert opened == [1, 2, 3, 2]
 
 
 # --- large TIFFs --------------------------------------------------------------------------------------------

@@ -319,8 +319,10 @@ def test_the_device_may_differ_and_so_it_may_in_a_run_of_an_older_version(pics: 
 def test_a_run_on_the_sample_goes_on_after_the_checkout_moved(tmp_path: Path, then: str) -> None:
     run = RunFolder(str(tmp_path / "run"))
     older = {**asdict(NetworkSpec()), "detector": then}
-    run.begin({"networks": older}, resume=False).release()
-    run.begin({"networks": NetworkSpec(SAMPLE_DETECTOR).settings()}, resume=True, workers={"device": "cpu"}).release()
+    with run.begin({"networks": older}, resume=False):
+        pass
+    with run.begin({"networks": NetworkSpec(SAMPLE_DETECTOR).settings()}, resume=True, workers={"device": "cpu"}):
+        pass
 
 
 # --- damage -------------------------------------------------------------------------------------------------
@@ -416,7 +418,8 @@ def test_a_refused_run_leaves_what_was_there_before(tmp_path: Path) -> None:
     with pytest.raises(UserError), run.begin({"seed": 1}, resume=False):
         raise UserError("no")
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert RunFolder(str(tmp_path)).begin({"seed": 1}, resume=True).release() is None
+    with RunFolder(str(tmp_path)).begin({"seed": 1}, resume=True):
+        pass
 
 
 def test_a_refused_run_on_s3_leaves_no_objects(s3_bucket: str) -> None:

@@ -23,7 +23,7 @@ from scalenet_ray.sample import scenes
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, ensure_sample, make_scene, write_sample
 from scalenet_ray.training import examples
 from scalenet_ray.training.recipe import Recipe, Row
-from tests.test_show import run_command
+from tests.job_scripts import run_command
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,8 @@ from tests.oracles import (
     tile_of,
 )
 
+pytestmark = pytest.mark.usefixtures("without_ray")
+
 
 class Trusting:
     """What a detect stage asks of a frontier: may it begin?"""
@@ -40,13 +42,6 @@ class Trusting:
 
 
 TRUSTING = Handle(Trusting())
-
-
-@pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handles answer at once, and a reader that would wait is a mistake of the test."""
-    monkeypatch.setattr("scalenet_ray.engine.stages.ray.get", lambda answer: answer)
-    monkeypatch.setattr("scalenet_ray.engine.readers.time.sleep", lambda seconds: pytest.fail("a reader waits"))
 
 
 def leased(frontier: Frontier, count: int, reader: int = 0, sequence: int = 0) -> tuple[Work, ...]:
@@ -107,45 +102,28 @@ def test_a_reader_decodes_an_image_once_for_all_its_windows() -> None:
     assert sorted(decoded) == [1, 2, 3, 4, 5]
 
 
-def test_decoded_images_are_kept_up_to_a_limit_the_last_used_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: list[int] = []
+@pytest.mark.parametrize(
+    ("most_bytes", "most", "asked", "decoded"),
+    [
+        pytest.param(2 * 300, 8, (1, 2, 1, 3, 1, 2), [1, 2, 3, 2], id="up to so many bytes, the last used longest"),
+        pytest.param(10**9, 2, (1, 2, 3, 2, 1), [1, 2, 3, 1], id="no more than may be in progress"),
+        pytest.param(1, 8, (1, 1, 2, 2, 1), [1, 2, 1], id="one that is too large until the next"),
+    ],
+)
+def test_decoded_images_are_kept_within_limits(
+    monkeypatch: pytest.MonkeyPatch, most_bytes: int, most: int, asked: tuple[int, ...], decoded: list[int]
+) -> None:
+    opened: list[int] = []
 
     def counted(record: ImageRecord) -> np.ndarray:
-        decoded.append(record.image_id)
+        opened.append(record.image_id)
         return np.zeros((10, 10, 3), np.uint8)
 
-    monkeypatch.setattr("scalenet_ray.engine.readers._CACHE_BYTES", 2 * 300)
-    images = _OpenedImages(counted, 8)
-    for image_id in (1, 2, 1, 3, 1, 2):
+    monkeypatch.setattr("scalenet_ray.engine.readers._CACHE_BYTES", most_bytes)
+    images = _OpenedImages(counted, most)
+    for image_id in asked:
         images(ImageRecord(image_id, "x.png"))
-    assert decoded == [1, 2, 3, 2]
-
-
-def test_no_more_decoded_images_are_kept_than_may_be_in_progress() -> None:
-    decoded: list[int] = []
-
-    def counted(record: ImageRecord) -> np.ndarray:
-        decoded.append(record.image_id)
-        return np.zeros((1, 1, 3), np.uint8)
-
-    images = _OpenedImages(counted, 2)
-    for image_id in (1, 2, 3, 2, 1):
-        images(ImageRecord(image_id, "x.png"))
-    assert decoded == [1, 2, 3, 1]
-
-
-def test_an_image_larger_than_the_cache_is_kept_until_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.engine.readers._CACHE_BYTES", 1)
-    decoded: list[int] = []
-
-    def counted(record: ImageRecord) -> np.ndarray:
-        decoded.append(record.image_id)
-        return Scenes()(record)
-
-    images = _OpenedImages(counted, 8)
-    for image_id in (1, 1, 2, 2, 1):
-        images(ImageRecord(image_id, "x.png"))
-    assert decoded == [1, 2, 1]
+    assert opened == decoded
 
 
 def test_a_lease_of_written_images_is_an_empty_row_that_keeps_the_positions() -> None:

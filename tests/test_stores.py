@@ -28,7 +28,7 @@ from scalenet_ray.data.stores import locate
 from scalenet_ray.models.spec import SAMPLE_DETECTOR
 from scalenet_ray.runs.folder import RunFolder
 from tests.hub_server import DATASET, hub_server
-from tests.test_show import run_command
+from tests.job_scripts import run_command
 
 
 class _Handler(SimpleHTTPRequestHandler):
@@ -144,8 +144,8 @@ def test_a_web_server_is_read_only(site: str) -> None:
     message = r"cannot write http://.*: it is read only, without conditional writes .* write to a local disk, s3://"
     with pytest.raises(UserError, match=message):
         write_bytes_atomic(f"{site}/file", b"x")
-    with pytest.raises(UserError, match=message):
-        RunFolder(f"{site}/run").begin({}, resume=False)
+    with pytest.raises(UserError, match=message), RunFolder(f"{site}/run").begin({}, resume=False):
+        pass
 
 
 def test_images_of_a_web_server_are_detected(site: str, tmp_path: Path) -> None:

@@ -14,8 +14,14 @@ import pytest
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data.coco import images_and_categories
 from scalenet_ray.engine.prediction_cache import CacheActor
-from scalenet_ray.engine.starts import STARTS, evaluate_starts, read_starts, start_ceilings
-from scalenet_ray.engine.trial import RecursionTrial, TrialSettings
+from scalenet_ray.engine.trial import (
+    STARTS,
+    RecursionTrial,
+    TrialSettings,
+    evaluate_starts,
+    read_starts,
+    start_ceilings,
+)
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.sample.scenes import write_sample

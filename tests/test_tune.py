@@ -26,9 +26,8 @@ from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.data.policy_files import read_policies, read_space
-from scalenet_ray.engine.starts import STARTS
 from scalenet_ray.engine.study import StudyFile
-from scalenet_ray.engine.trial import TrialSettings
+from scalenet_ray.engine.trial import STARTS, TrialSettings
 from scalenet_ray.engine.tune import PruningOptuna, ResumableAsha, Sweep, best_policies
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample

@@ -17,9 +17,7 @@ from scalenet_ray.data.image_records import ImageRecord, ImageRecords, OpenImage
 from scalenet_ray.data.images import decode_image, to_rgb
 from scalenet_ray.runs.batch import image_opener
 from scalenet_ray.runs.local import Session
-from scalenet_ray.workflows import ImageSet, open_images
-
-__all__ = ["Images", "InputImages", "check_threshold", "checked_pixels", "collect_images"]
+from scalenet_ray.workflows.image_sets import ImageSet, open_images
 
 OneImage = str | os.PathLike[str] | bytes | np.ndarray | Image.Image
 Images = OneImage | Iterable[OneImage | Mapping[str, Any] | Sequence[Any]]

@@ -30,19 +30,11 @@ from scalenet_ray.runs.batch import Progress
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.runs.results import image_results
-from scalenet_ray.workflows import (
-    DetectionRun,
-    EngineName,
-    named_policies,
-    prepare_run,
-    settle_workers,
-    start_session,
-)
+from scalenet_ray.workflows.detection import DetectionRun
+from scalenet_ray.workflows.preparation import EngineName, named_policies, prepare_run, settle_workers, start_session
 
 if TYPE_CHECKING:
     import ray.data
-
-__all__ = ["ImagePrediction", "Predictions", "detect"]
 
 _IMAGES_PER_TABLE = 256
 
@@ -313,7 +305,7 @@ def detect(
     choose = partial(_policies, policy, networks, smallest_object)
     (chosen,), info = prepare_run(session, networks, [inputs.images], choose, partial(warnings.warn, stacklevel=3))
     info = info._replace(categories=classes_named(info.categories, classes))
-    networks = settle_workers(session, networks, [chosen], inputs.images, log=lambda line: None)
+    networks = settle_workers(session, networks, info, [chosen], inputs.images, log=lambda line: None)
     workers = {"engine": chosen_engine, "device": networks.device, **session.settings}
     settings = {
         "images": inputs.images.source,

@@ -20,14 +20,6 @@ from scalenet_ray.report.pictures import PICTURE_SIDE, crop, draw_objects, encod
 if TYPE_CHECKING:
     import supervision  # pyright: ignore[reportMissingImports]
 
-__all__ = [
-    "BoundingBox",
-    "Category",
-    "ObjectPrediction",
-    "Prediction",
-    "Score",
-]
-
 _NOTEBOOK_SIDE = 1200
 _QUALITY = 92
 _MOST_CLASSES = 5

@@ -31,8 +31,6 @@ from scalenet_ray.models.devices import batch_size_on
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.report.text import step_table
 
-__all__ = ["ScaledPrediction", "get_scaled_prediction", "ready_policy"]
-
 T = TypeVar("T")
 
 _SUPPRESSION: dict[str, SuppressionMethod] = {

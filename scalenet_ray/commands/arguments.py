@@ -19,11 +19,6 @@ from scalenet_ray.console import complain
 from scalenet_ray.core.bounds import ANY_NUMBER, Bounds
 from scalenet_ray.core.errors import UserError
 
-__all__ = [
-    "check_arguments",
-    "parse_arguments",
-]
-
 Job = TypeVar("Job")
 
 

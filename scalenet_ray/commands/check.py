@@ -24,19 +24,15 @@ from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.report.pictures import PICTURE_SIDE
 from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.sample.scenes import sample_scene
-from scalenet_ray.workflows import (
+from scalenet_ray.workflows.image_sets import (
     CocoSplit,
     ImageSet,
-    choose_policies,
     open_images,
     open_split,
-    prepare_run,
     sample_inputs,
-    start_session,
     with_categories,
 )
-
-__all__ = ["CheckInputs", "main"]
+from scalenet_ray.workflows.preparation import choose_policies, prepare_run, start_session
 
 _MOST_NAMES = 5
 _SCENE = 7
@@ -91,12 +87,12 @@ def main(job: CheckInputs) -> int:
     if job.data is not None or job.annotations is not None:
         images = open_split(
             session,
-            job.data,
             job.split,
-            limit=None,
-            max_megapixels=job.max_image_megapixels,
+            data=job.data,
             annotations=job.annotations,
             images=job.images,
+            limit=None,
+            max_megapixels=job.max_image_megapixels,
         )
         images = with_categories(session, images, job.networks, job.categories, log=say)
     else:

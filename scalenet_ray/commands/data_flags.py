@@ -8,8 +8,6 @@ from typing import Annotated
 from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.training.examples import TrainingImages
 
-__all__ = ["AnnotatedData", "TrainingData"]
-
 
 @dataclass(frozen=True)
 class AnnotatedData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated
 
 import tyro
@@ -23,20 +24,17 @@ from scalenet_ray.runs.export import export_run
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.runs.results import image_results
-from scalenet_ray.workflows import (
-    PICTURES,
-    DetectionRun,
+from scalenet_ray.workflows.detection import DetectionRun
+from scalenet_ray.workflows.image_sets import open_images, sample_inputs
+from scalenet_ray.workflows.preparation import (
     EngineName,
     file_policies,
     named_policies,
-    open_images,
     prepare_run,
-    sample_inputs,
     settle_workers,
     start_session,
 )
-
-__all__ = ["DetectImages", "main"]
+from scalenet_ray.workflows.run_report import PICTURES
 
 
 @dataclass(frozen=True)
@@ -117,9 +115,7 @@ def main(job: DetectImages) -> int:
     images = open_images(
         session, str(job.images), limit=job.limit, max_megapixels=job.max_image_megapixels, every=job.every
     )
-    (policy,), detector = prepare_run(
-        session, job.networks, [images], lambda detector: _policies(job, detector), log=say
-    )
+    (policy,), detector = prepare_run(session, job.networks, [images], partial(_policies, job), log=say)
     detector = detector._replace(categories=classes_named(detector.categories, job.classes))
     run = RunFolder.of_job(job.output, "detect", resume=job.resume)
     settings = {
@@ -131,7 +127,7 @@ def main(job: DetectImages) -> int:
         **({"classes": list(job.classes)} if job.classes is not None else {}),
         **({"every": job.every} if job.every > 1 else {}),
     }
-    job = replace(job, networks=settle_workers(session, job.networks, [policy], images, log=say))
+    job = replace(job, networks=settle_workers(session, job.networks, detector, [policy], images, log=say))
     workers = {"engine": job.engine, "device": job.networks.device, **session.settings}
     with run.begin(settings, resume=job.resume, workers=workers):
         say(f"results go to {run.uri}; its report.html shows the progress")

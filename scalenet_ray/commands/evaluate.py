@@ -20,20 +20,10 @@ from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.text import difference_table, policy_table
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.resources import ResourceChoice
-from scalenet_ray.workflows import (
-    PICTURES,
-    EngineName,
-    choose_policies,
-    evaluate_policies,
-    open_split,
-    prepare_run,
-    sample_inputs,
-    settle_workers,
-    start_session,
-    with_categories,
-)
-
-__all__ = ["EvalCoco", "main"]
+from scalenet_ray.workflows.evaluation import evaluate_policies
+from scalenet_ray.workflows.image_sets import open_split, sample_inputs, with_categories
+from scalenet_ray.workflows.preparation import EngineName, choose_policies, prepare_run, settle_workers, start_session
+from scalenet_ray.workflows.run_report import PICTURES
 
 
 @dataclass(frozen=True)
@@ -90,15 +80,7 @@ def main(job: EvalCoco) -> int:
         job = replace(job, data=data, networks=networks)
     session = start_session(job.engine, job.resources, job.networks)
     say("checking the images and the networks")
-    split = open_split(
-        session,
-        job.data,
-        job.split,
-        limit=job.limit,
-        max_megapixels=job.max_image_megapixels,
-        annotations=job.annotations,
-        images=job.images,
-    )
+    split = open_split(session, job.split, **job.named(), limit=job.limit, max_megapixels=job.max_image_megapixels)
     split = with_categories(session, split, job.networks, job.categories, log=say)
     choose = partial(
         choose_policies,
@@ -110,12 +92,12 @@ def main(job: EvalCoco) -> int:
         settings=job.set,
         log=say,
     )
-    policies, _ = prepare_run(session, job.networks, [split], choose, log=say)
+    policies, detector = prepare_run(session, job.networks, [split], choose, log=say)
     if job.compare_with is not None and job.compare_with not in [policy.name for policy in policies]:
         msg = f"--compare-with must name one of the run's policies, got {job.compare_with!r}"
         raise UserError(msg)
     run = RunFolder.of_job(job.output, "eval_coco", resume=job.resume)
-    job = replace(job, networks=settle_workers(session, job.networks, policies, split, log=say))
+    job = replace(job, networks=settle_workers(session, job.networks, detector, policies, split, log=say))
     workers = {"engine": job.engine, "device": job.networks.device, **session.settings}
     with run.begin(_settings(job, policies), resume=job.resume, workers=workers):
         say(f"results go to {run.uri}; its report.html shows the progress")

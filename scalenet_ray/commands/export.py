@@ -11,8 +11,6 @@ from scalenet_ray.console import say
 from scalenet_ray.core.bounds import SHARE
 from scalenet_ray.runs.export import ExportFormat, export_run
 
-__all__ = ["Export", "main"]
-
 
 @dataclass(frozen=True)
 class Export:

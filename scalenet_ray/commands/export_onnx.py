@@ -12,8 +12,6 @@ from scalenet_ray.console import say
 from scalenet_ray.core.errors import UserError, needs_extra
 from scalenet_ray.data import storage
 
-__all__ = ["ExportOnnx", "main"]
-
 
 @dataclass(frozen=True)
 class ExportOnnx:

@@ -19,8 +19,6 @@ from scalenet_ray.training.detector_recipe import plan_fine_tuning
 from scalenet_ray.training.log import TrainingLog
 from scalenet_ray.training.schedule import Training
 
-__all__ = ["SAMPLE_START", "FinetuneDetector", "main"]
-
 SAMPLE_START = "untrained:ssdlite320_mobilenet_v3_large"
 """Initial detector on the embedded sample, whose categories no published detector has."""
 

@@ -17,8 +17,6 @@ from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.policy_form import check_names, describe_policy
 from scalenet_ray.data.policy_files import read_policies
 
-__all__ = ["POLICIES", "PrintPolicy", "main"]
-
 POLICIES = {
     "whole": "the whole image at the detector's input side; no zoom",
     "whole@SIZE": "the whole image with its longer side resized to SIZE pixels",

@@ -16,8 +16,6 @@ from scalenet_ray.report.recursion_figure import picture_bytes, picture_kind, re
 from scalenet_ray.report.text import step_table
 from scalenet_ray.sample.scenes import sample_scene
 
-__all__ = ["Show", "main"]
-
 _SCENE = 7
 
 

@@ -30,8 +30,6 @@ from scalenet_ray.training.recipe import Recipe
 from scalenet_ray.training.scale_recipe import ScaleRecipe
 from scalenet_ray.training.schedule import Training
 
-__all__ = ["CLASS_PRESETS", "TrainScaleNet", "main"]
-
 CLASS_PRESETS = tuple(name for name, config in PRESETS.items() if config.kind == "classes")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +19,7 @@ from scalenet_ray.core.policy_form import check_names, policy_to_dict
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.data.policy_files import SearchSpace, check_values, read_space
-from scalenet_ray.engine.starts import STARTS, evaluate_starts, read_starts, start_ceilings
-from scalenet_ray.engine.trial import TrialSettings
+from scalenet_ray.engine.trial import STARTS, TrialSettings, evaluate_starts, read_starts, start_ceilings
 from scalenet_ray.engine.tune import Sweep, best_policies, best_trials, check_searcher, open_cache, run_sweep
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
 from scalenet_ray.report.charts import front_plot
@@ -29,21 +29,16 @@ from scalenet_ray.runs.documents import Starts
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import Session
 from scalenet_ray.runs.resources import ResourceChoice
-from scalenet_ray.workflows import (
+from scalenet_ray.workflows.evaluation import evaluate_policies
+from scalenet_ray.workflows.image_sets import (
     CocoSplit,
     check_split,
-    evaluate_policies,
-    named_policies,
     open_split,
-    prepare_run,
     sample_inputs,
-    settle_workers,
-    start_session,
     with_categories,
     with_ground_truth,
 )
-
-__all__ = ["SPACE", "TuneRecursion", "main"]
+from scalenet_ray.workflows.preparation import named_policies, prepare_run, settle_workers, start_session
 
 SPACE = Path(__file__).with_name("tune_recursion.yaml")
 """The default search space."""
@@ -159,15 +154,7 @@ def _open_splits(job: TuneRecursion, session: Session) -> list[CocoSplit]:
         msg = f"--annotations must name two splits, as in 'labels/{{split}}.json', got {job.annotations}: add {{split}}"
         raise UserError(msg)
     opened = [
-        open_split(
-            session,
-            job.data,
-            split,
-            limit=limit,
-            max_megapixels=job.max_image_megapixels,
-            annotations=job.annotations,
-            images=job.images,
-        )
+        open_split(session, split, **job.named(), limit=limit, max_megapixels=job.max_image_megapixels)
         for split, limit in ((job.split, job.limit), (job.report_split, None))
     ]
     return [with_categories(session, split, job.networks, job.categories, log=say) for split in opened]
@@ -189,8 +176,8 @@ def main(job: TuneRecursion) -> int:
     session = start_session("ray", job.resources, job.networks)
     say("checking the images and the networks")
     splits = tuned_on, reported_on = _open_splits(job, session)
-    policies, _ = prepare_run(session, job.networks, splits, lambda detector: _policies(job, space, detector), log=say)
-    job = replace(job, networks=settle_workers(session, job.networks, policies, tuned_on, log=say))
+    policies, detector = prepare_run(session, job.networks, splits, partial(_policies, job, space), log=say)
+    job = replace(job, networks=settle_workers(session, job.networks, detector, policies, tuned_on, log=say))
     task = _task(job, policies, tuned_on)
     run = RunFolder.of_job(job.output, "tune_recursion", resume=job.resume)
     workers = {"device": job.networks.device, **session.settings}

@@ -9,17 +9,6 @@ from dataclasses import dataclass
 from scalenet_ray.core.errors import UserError, abbreviated, repeated
 from scalenet_ray.data.storage import Address, read_bytes, write_bytes_atomic
 
-__all__ = [
-    "CategoryChoice",
-    "ChosenCategories",
-    "choose_categories",
-    "classes_named",
-    "map_categories",
-    "normalised_name",
-    "unknown_categories",
-    "write_chosen",
-]
-
 _MOST_NAMES = 20
 
 

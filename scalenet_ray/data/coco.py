@@ -20,21 +20,6 @@ from scalenet_ray.core.masks import checked_segmentation
 from scalenet_ray.data.image_records import ImageRecord, ImageRecords, is_text
 from scalenet_ray.data.storage import Address, join, read_bytes
 
-__all__ = [
-    "MAX_BYTES",
-    "CocoDataset",
-    "GroundTruth",
-    "Listing",
-    "Objects",
-    "annotations_uri",
-    "images_and_categories",
-    "objects_of",
-    "oracle_from",
-    "parse_annotations",
-    "read_annotations",
-    "safe_file_name",
-]
-
 # Of a value, in error messages.
 _MAX_CHARACTERS = 80
 

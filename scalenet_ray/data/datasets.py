@@ -26,8 +26,6 @@ from scalenet_ray.data.policy_files import read_yaml
 from scalenet_ray.data.rasters import size_by_window
 from scalenet_ray.data.storage import join
 
-__all__ = ["Layout", "OpenedSplit", "find_layout"]
-
 Form = Literal["coco", "yolo", "voc", "visdrone"]
 
 _SPLIT = "{split}"

@@ -17,19 +17,6 @@ from scalenet_ray.core.geometry import Window
 from scalenet_ray.core.masks import mask_of_image
 from scalenet_ray.data.storage import Address, atomic_writer
 
-__all__ = [
-    "SUPERVISION_COLUMNS",
-    "decoded_masks",
-    "fiftyone_objects",
-    "geojson_features",
-    "supervision_rows",
-    "to_results",
-    "to_supervision",
-    "voc_annotation",
-    "write_results",
-    "yolo_lines",
-]
-
 if TYPE_CHECKING:
     import supervision  # pyright: ignore[reportMissingImports]
 

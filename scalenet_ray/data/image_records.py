@@ -15,8 +15,6 @@ from scalenet_ray.core.errors import UserError, abbreviated
 from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.data.schemas import from_ipc, to_ipc
 
-__all__ = ["ImageRecord", "ImageRecords", "OpenImage", "is_text"]
-
 _RECORDS_AT_ONCE = 1000
 
 

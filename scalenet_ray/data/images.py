@@ -37,16 +37,6 @@ from PIL.ImageFile import ImageFile
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.data.storage import Address, RangeFile, local_path, read_bytes
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "MAX_PIXELS",
-    "OTHER_SUFFIXES",
-    "decode_image",
-    "file_hw",
-    "read_image",
-    "to_rgb",
-]
-
 MAX_PIXELS = 200_000_000
 """Size limit of an image, in pixels: 200 megapixels, as of phone cameras, take about 2 GB while they are decoded."""
 

@@ -10,8 +10,6 @@ from xml.parsers import expat
 
 from scalenet_ray.core.errors import UserError
 
-__all__ = ["VISDRONE_CATEGORIES", "LabelledObject", "VocImage", "parse_visdrone", "parse_voc", "parse_yolo"]
-
 VISDRONE_CATEGORIES = (
     *("pedestrian", "people", "bicycle", "car", "van"),
     *("truck", "tricycle", "awning-tricycle", "bus", "motor"),

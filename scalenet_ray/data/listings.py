@@ -16,8 +16,6 @@ from scalenet_ray.data.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from scalenet_ray.data.storage import Address, join, linked_folders, list_files, read_bytes
 from scalenet_ray.data.video import VIDEO_SUFFIXES, list_frames
 
-__all__ = ["FoundImages", "find_images"]
-
 
 class FoundImages(NamedTuple):
     """Images without annotations.

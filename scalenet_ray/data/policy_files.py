@@ -19,20 +19,6 @@ from scalenet_ray.core.policy_form import NamedPolicy, changed_policy, near_name
 from scalenet_ray.core.regions import Regions
 from scalenet_ray.data.storage import read_bytes
 
-__all__ = [
-    "SPACE_VERSION",
-    "Choice",
-    "Range",
-    "SearchSpace",
-    "check_values",
-    "read_policies",
-    "read_space",
-    "read_yaml",
-    "set_fields",
-    "start_values",
-]
-
-
 SPACE_VERSION = 1
 """Version of the search space format; files of other versions are refused."""
 

@@ -31,16 +31,6 @@ from scalenet_ray.data.images import MAX_PIXELS, read_image, to_rgb
 from scalenet_ray.data.storage import Address, RangeFile
 from scalenet_ray.data.video import frame_of, read_frame
 
-__all__ = [
-    "WINDOWED_PIXELS",
-    "Georeference",
-    "Raster",
-    "georeference_of",
-    "open_image",
-    "open_raster",
-    "size_by_window",
-]
-
 WINDOWED_PIXELS = 50_000_000
 """Pixels above which a TIFF is read by window: decoded, they take 150 MB."""
 

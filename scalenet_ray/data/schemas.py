@@ -13,20 +13,6 @@ import pyarrow as pa
 from scalenet_ray.core.detections import Detections, Failure, ImageResult, TileResult
 from scalenet_ray.core.geometry import AreaRange, Tile, Window
 
-__all__ = [
-    "DETECTIONS",
-    "IMAGES",
-    "TILE_RESULTS",
-    "detections_from_rows",
-    "detections_from_structs",
-    "detections_table",
-    "from_ipc",
-    "images_table",
-    "tile_results_from_table",
-    "tile_results_table",
-    "to_ipc",
-]
-
 TILE_RESULTS = pa.schema(
     [
         ("image_id", pa.int64()),

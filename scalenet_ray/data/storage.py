@@ -36,23 +36,6 @@ from scalenet_ray.data.stores import (
     tag_of_object,
 )
 
-__all__ = [
-    "Address",
-    "RangeFile",
-    "as_arrow",
-    "atomic_writer",
-    "delete",
-    "exists",
-    "join",
-    "linked_folders",
-    "list_files",
-    "local_path",
-    "read_bytes",
-    "read_tagged",
-    "write_bytes_atomic",
-    "write_if_unchanged",
-]
-
 _SPOOLED_BYTES = 2**24
 """A file for an object store stays in memory up to this size."""
 

@@ -33,22 +33,6 @@ from fsspec import AbstractFileSystem
 
 from scalenet_ray.core.errors import UserError, needs_extra
 
-__all__ = [
-    "Address",
-    "ArrowHandler",
-    "address_of",
-    "explained",
-    "is_local",
-    "is_object_store",
-    "is_s3",
-    "locate",
-    "open_in_parts",
-    "put_object",
-    "put_object_if_unchanged",
-    "refuse_writing",
-    "tag_of_object",
-]
-
 Address = str | os.PathLike[str]
 
 _S3_TIMEOUTS = {"connect_timeout": 10, "read_timeout": 30}

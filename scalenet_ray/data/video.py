@@ -16,8 +16,6 @@ import numpy as np
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.data.storage import Address, local_path
 
-__all__ = ["VIDEO_SUFFIXES", "Frame", "frame_of", "list_frames", "read_frame"]
-
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 
 _MOST_MISSING = 32

@@ -31,18 +31,6 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.engine.quarantine import Attempts, TileId
 
-__all__ = [
-    "Completion",
-    "Decision",
-    "Frontier",
-    "FrontierActor",
-    "FrontierStatus",
-    "Lease",
-    "LeaseLimits",
-    "Work",
-    "child_credit",
-]
-
 
 def child_credit(credit: Fraction, expansion: Expansion) -> Fraction:
     """The credit of a tile after its expansion, and of each of its children: equal shares of the tile's credit."""
@@ -131,7 +119,6 @@ class FrontierStatus:
     ready: int
     outstanding: int
     conflicts: int
-    redelivered: int
 
 
 @dataclass
@@ -175,7 +162,6 @@ class Frontier:
         self._attempts = Attempts()
         self._admitted = 0
         self._conflicts = 0
-        self._redelivered = 0
         self._began: float | None = None
 
     def lease(self, reader: int, sequence: int, count: int) -> Lease | None:
@@ -200,7 +186,6 @@ class Frontier:
         at = sequence - journal.first
         self._acknowledge(journal, at - 1)
         if at < len(journal.entries):
-            self._redelivered += 1
             entry = journal.entries[at] if at >= 0 else None
             return Lease(forgotten=True) if entry is None else self._start_reading(entry)
         work = self._take(reader, count)
@@ -278,7 +263,6 @@ class Frontier:
             ready=self._waiting,
             outstanding=len(self._out) + self._waiting,
             conflicts=self._conflicts,
-            redelivered=self._redelivered,
         )
 
     def seconds_at_work(self) -> float:

@@ -21,8 +21,6 @@ from scalenet_ray.runs.tables import parquet_bytes
 from scalenet_ray.training.examples import TrainingImages, read_pixels
 from scalenet_ray.training.gain import measure_scores
 
-__all__ = ["measure_dataset"]
-
 _IMAGES_PER_FILE = 512
 _BATCH = 8
 _SCHEMA = pa.schema([("image_id", pa.int64()), ("scores", pa.list_(pa.list_(pa.float32())))])

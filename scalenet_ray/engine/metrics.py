@@ -15,8 +15,6 @@ from ray.util.metrics import Counter, Gauge
 from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.engine.frontier import FrontierStatus
 
-__all__ = ["METRICS", "BatchMetrics", "Metric", "RunMetrics"]
-
 
 class Metric(NamedTuple):
     """Definition of a metric: kind, description and tags."""

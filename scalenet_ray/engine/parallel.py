@@ -27,12 +27,6 @@ from scalenet_ray.engine.worker_errors import RowsLostError, from_worker
 from scalenet_ray.runs.batch import Stream
 from scalenet_ray.runs.resources import Resources
 
-__all__ = [
-    "ParallelStream",
-    "RestartingStream",
-    "image_stream",
-]
-
 _LOG = logging.getLogger(__name__)
 
 _BUFFERED_GROUPS = 8
@@ -62,14 +56,9 @@ class PipelineActor:
 
 
 class ParallelStream:
-    """Stream of image results from several pipelines, for more actors than one driver can feed.
+    """Stream of image results from several `ImageStream`s, for more actors than one driver can feed.
 
-    Args:
-        images: the images, assigned to the pipelines in turn.
-        policy: the policy.
-        networks: factories of the networks, called in the actors.
-        open_image: opens an image, called in the readers.
-        resources: resources of all pipelines together.
+    Its arguments are those of `ImageStream`; the images are assigned to the pipelines in turn.
     """
 
     def __init__(

@@ -41,12 +41,6 @@ from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleSt
 from scalenet_ray.engine.worker_errors import workers_errors
 from scalenet_ray.runs.resources import ROW_TILES, PoolSize, Resources, limits
 
-__all__ = [
-    "Assembler",
-    "ImageStream",
-    "on_this_node",
-]
-
 _SECONDS_BETWEEN_STATUS = 2.0
 
 _ROW_BYTES = 64 * 2**20
@@ -105,13 +99,7 @@ class ImageStream:
         self._status_at_end: FrontierStatus | None = None
 
     def __iter__(self) -> Iterator[ImageResult]:
-        """Yield the result of each image once.
-
-        Raises:
-            UserError: if a stage raised it.
-            RuntimeError: if a stage raised another error or the frontier died (as `WorkerError`), or the run ended
-                with images unfinished.
-        """
+        """Yield the result of each image once; raises as `groups`."""
         return (result for results in self.groups() for result in results)
 
     def groups(self) -> Iterator[list[ImageResult]]:
@@ -201,51 +189,42 @@ class ImageStream:
         return True
 
     def _dataset(self) -> Any:
-        resources, policy, networks = self._resources, self._policy, self._networks
+        resources, policy = self._resources, self._policy
         batch_size = resources.detector_batch_size if self._together else resources.scale_batch_size
-        per_lease = _tiles_per_lease(policy)
-        cpus = cpu_share(self._processes)
+        # A policy without evidence has all tiles of an image cut at once.
+        tiles_at_once = 1 + policy.fixed_windows
         source = TileSource(
             self._frontier,
             policy,
             self._open_image,
             readers=resources.readers,
-            lease_size=max(1, batch_size // per_lease),
+            lease_size=max(1, batch_size // tiles_at_once),
             open_images=resources.open_images,
-            max_lease_size=max(1, max(ROW_TILES, batch_size) // per_lease),
-            retries=resources.advanced.retries,
+            max_lease_size=max(1, max(ROW_TILES, batch_size) // tiles_at_once),
+            advanced=resources.advanced,
         )
-        rows = ray.data.read_datasource(source, num_cpus=cpus, override_num_blocks=resources.readers)
-        detectors = {"batch_format": "pyarrow", "num_cpus": cpus, "num_gpus": resources.gpus_per_detector_actor or None}
-        detector_args = (self._frontier, policy, networks, resources.detector_batch_size, resources.advanced.retries)
+        rows = ray.data.read_datasource(
+            source, num_cpus=cpu_share(self._processes), override_num_blocks=resources.readers
+        )
+        gpus, detector_batch = resources.gpus_per_detector_actor, resources.detector_batch_size
         if self._together:
-            return rows.map_batches(
-                ScaleAndDetectStage,
-                fn_constructor_args=detector_args,
-                batch_size=1,
-                compute=_pool(resources.all_detectors),
-                **detectors,
-            )
+            return self._in_actors(rows, ScaleAndDetectStage, resources.all_detectors, gpus, detector_batch)
+        scale_gpus, scale_batch = resources.gpus_per_scale_actor, resources.scale_batch_size
+        rows = self._in_actors(rows, ScaleStage, resources.scale_actors, scale_gpus, scale_batch)
+        return self._in_actors(rows, DetectStage, resources.detector_actors, gpus, detector_batch)
+
+    def _in_actors(self, rows: Any, stage: type, size: PoolSize | None, gpus: float, batch_size: int) -> Any:
+        """The rows after a stage, which runs in a pool of actors."""
+        low, high = limits(size)
         return rows.map_batches(
-            ScaleStage,
-            fn_constructor_args=(
-                self._frontier,
-                policy,
-                networks,
-                resources.advanced.retries,
-                resources.scale_batch_size,
-            ),
+            stage,
+            fn_constructor_args=(self._frontier, self._policy, self._networks, batch_size, self._resources.advanced),
             batch_size=1,
             batch_format="pyarrow",
-            compute=_pool(resources.scale_actors),
-            num_cpus=cpus,
-            num_gpus=resources.gpus_per_scale_actor or None,
-        ).map_batches(
-            DetectStage,
-            fn_constructor_args=detector_args,
-            batch_size=1,
-            compute=_pool(resources.detector_actors),
-            **detectors,
+            # A row in work and one that waits: more would not be left for another actor at the end.
+            compute=ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2),
+            num_cpus=cpu_share(self._processes),
+            num_gpus=gpus or None,
         )
 
 
@@ -335,14 +314,3 @@ def _data_context(no_progress_seconds: float) -> Iterator[None]:
 def on_this_node() -> NodeAffinitySchedulingStrategy:
     """Scheduling strategy for the node of this process."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-
-
-def _tiles_per_lease(policy: Policy) -> int:
-    """Tiles cut from one image by a reader; 1 for a policy with evidence."""
-    return 1 + policy.fixed_windows
-
-
-def _pool(size: PoolSize | None) -> ActorPoolStrategy:
-    low, high = limits(size)
-    # A row in work and one that waits: more would not be left for another actor at the end.
-    return ActorPoolStrategy(min_size=low, max_size=high, max_tasks_in_flight_per_actor=2)

@@ -16,16 +16,6 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.models.devices import is_gpu
 from scalenet_ray.runs.automatic import Cluster
 
-__all__ = [
-    "cluster_now",
-    "cpu_share",
-    "gpu_share",
-    "most_of_launcher",
-    "node_cpus",
-    "store_share",
-]
-
-
 _MOST_PROCESSES = 10_000
 """Stands for an autoscaler without a limit."""
 

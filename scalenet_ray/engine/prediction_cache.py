@@ -20,13 +20,6 @@ from scalenet_ray.core.inference import maps_from_features
 from scalenet_ray.core.networks import AnyScalePredictor, Detect, FeatureScalePredictor
 from scalenet_ray.core.scale import ScaleMap
 
-__all__ = [
-    "CacheActor",
-    "CachedDetector",
-    "CachedScalePredictor",
-    "PredictionCache",
-]
-
 
 @ray.remote(num_cpus=0)
 class CacheActor:

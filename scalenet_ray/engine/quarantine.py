@@ -10,13 +10,7 @@ from typing import Any, TypeVar
 import ray
 
 from scalenet_ray.core.errors import TileError
-from scalenet_ray.runs.resources import RetryPolicy
-
-__all__ = [
-    "Attempts",
-    "GuardedCalls",
-    "TileId",
-]
+from scalenet_ray.runs.resources import AdvancedResources
 
 T = TypeVar("T")
 
@@ -31,13 +25,13 @@ class GuardedCalls:
     Args:
         stage: read, look or detect.
         frontier: the queue's actor.
-        retries: the timeout and the number of tries.
+        advanced: the timeout and the number of tries.
     """
 
-    def __init__(self, stage: str, frontier: Any, retries: RetryPolicy) -> None:
+    def __init__(self, stage: str, frontier: Any, advanced: AdvancedResources) -> None:
         self._stage = stage
         self._frontier = frontier
-        self._retries = retries
+        self._advanced = advanced
         self._ended: Sequence[TileId] = ()
 
     def in_batches(
@@ -82,7 +76,7 @@ class GuardedCalls:
         """Like `in_batches`, with one call for each tile; a tile without tries left fails."""
         results: list[T] = []
         for i, tile in enumerate(tiles):
-            limit = self._retries.max_tries
+            limit = self._advanced.max_tries
             tries: int | None = ray.get(self._frontier.begin_alone.remote(self._stage, tile, limit))
             if tries is None:
                 results.append(give_up(i, TileError("its image is written already")))
@@ -101,7 +95,7 @@ class GuardedCalls:
         The timer needs no interpreter, so it also ends a library that hangs while it holds the GIL. The exit status is
         1: Ray treats 0 as an intended exit.
         """
-        faulthandler.dump_traceback_later(self._retries.call_seconds, exit=True)
+        faulthandler.dump_traceback_later(self._advanced.call_seconds, exit=True)
         try:
             yield
         finally:
@@ -110,7 +104,7 @@ class GuardedCalls:
     def _reason(self, tries: int) -> str:
         return (
             f"killed its process {tries} times, though worked on by itself: a library crashed on it, or memory ran "
-            f"out, or there was no answer within {self._retries.call_seconds:g} s; look into the file, or leave it out"
+            f"out, or there was no answer within {self._advanced.call_seconds:g} s; look into the file, or leave it out"
         )
 
 

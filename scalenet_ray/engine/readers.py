@@ -21,9 +21,7 @@ from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.engine.frontier import Lease, Work, child_credit
 from scalenet_ray.engine.quarantine import GuardedCalls
 from scalenet_ray.engine.rows import GeneratorSource, PackedTile, TileRow, pack, timed_table
-from scalenet_ray.runs.resources import DEFAULT_RETRIES, RetryPolicy
-
-__all__ = ["TileSource", "cut_together", "cut_work"]
+from scalenet_ray.runs.resources import DEFAULT_ADVANCED, AdvancedResources
 
 # Short compared with a batch on an accelerator, long compared with a request, which takes about a millisecond.
 _WAIT_SECONDS, _MAX_WAIT_SECONDS = 0.05, 0.2
@@ -76,7 +74,7 @@ class TileSource(GeneratorSource):
         lease_size: maximum pieces of work of a reader's first lease.
         open_images: maximum number of images in progress.
         max_lease_size: maximum pieces of work of a lease, which doubles from lease to lease; by default `lease_size`.
-        retries: timeout and retries for images that hang or crash their reader.
+        advanced: timeout and tries of images that hang or crash their reader.
     """
 
     def __init__(
@@ -89,7 +87,7 @@ class TileSource(GeneratorSource):
         lease_size: int,
         open_images: int,
         max_lease_size: int | None = None,
-        retries: RetryPolicy = DEFAULT_RETRIES,
+        advanced: AdvancedResources = DEFAULT_ADVANCED,
     ) -> None:
         super().__init__(readers)
         self._frontier = frontier
@@ -98,7 +96,7 @@ class TileSource(GeneratorSource):
         self._lease_size = lease_size
         self._max_lease_size = max_lease_size or lease_size
         self._open_images = open_images
-        self._calls = GuardedCalls("read", frontier, retries)
+        self._calls = GuardedCalls("read", frontier, advanced)
 
     def read(self, reader: int) -> Iterator[pa.Table]:
         """Yield a table per lease; a replay yields the same tables, except for the seconds column."""

@@ -19,19 +19,6 @@ from scalenet_ray.core.geometry import AreaRange, Tile, Window
 from scalenet_ray.core.timing import STAGES, add_seconds, measured
 from scalenet_ray.data.schemas import from_ipc, tile_results_from_table, tile_results_table, to_ipc
 
-__all__ = [
-    "GeneratorSource",
-    "PackedTile",
-    "TileRow",
-    "pack",
-    "pack_results",
-    "read_seconds",
-    "timed_table",
-    "unpack",
-    "unpack_results",
-    "with_seconds_column",
-]
-
 # --- rows of tiles ------------------------------------------------------------------------------------
 
 

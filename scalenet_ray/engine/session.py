@@ -33,8 +33,6 @@ from scalenet_ray.runs.automatic import choose_resources, in_words
 from scalenet_ray.runs.batch import Stream
 from scalenet_ray.runs.resources import ResourceChoice
 
-__all__ = ["RaySession", "join_ray"]
-
 _STDERR = 2
 _ANSWER_SECONDS = 10.0
 _SECONDS_FOR_A_GPU = 10.0

@@ -32,13 +32,7 @@ from scalenet_ray.engine.rows import (
     unpack,
     with_seconds_column,
 )
-from scalenet_ray.runs.resources import DEFAULT_RETRIES, RetryPolicy
-
-__all__ = [
-    "DetectStage",
-    "ScaleAndDetectStage",
-    "ScaleStage",
-]
+from scalenet_ray.runs.resources import DEFAULT_ADVANCED, AdvancedResources
 
 
 class ScaleStage:
@@ -48,8 +42,8 @@ class ScaleStage:
         frontier: the queue's actor.
         policy: the policy.
         networks: factories of the networks; only those that the policy needs are created.
-        retries: timeout and retries for tiles that hang or crash the process.
         batch_size: maximum number of tiles of a call of the networks.
+        advanced: timeout and tries of tiles that hang or crash the process.
     """
 
     def __init__(
@@ -57,14 +51,14 @@ class ScaleStage:
         frontier: Any,
         policy: Policy,
         networks: NetworkFactories,
-        retries: RetryPolicy = DEFAULT_RETRIES,
         batch_size: int = 8,
+        advanced: AdvancedResources = DEFAULT_ADVANCED,
     ) -> None:
         self._frontier = frontier
         self._policy = policy
         self._batch_size = batch_size
         self._metrics = BatchMetrics(policy.name, "look", batch_size)
-        self._calls = GuardedCalls("look", frontier, retries)
+        self._calls = GuardedCalls("look", frontier, advanced)
         needs_map = policy.needs_predictor
         self._predict_scale = networks.predict_scale() if needs_map and networks.predict_scale else None
         self._detect = networks.detect() if needs_detector_first(policy, self._predict_scale) else None
@@ -168,7 +162,7 @@ class DetectStage:
         policy: the policy.
         networks: factories of the networks.
         batch_size: tiles per call of the detector.
-        retries: timeout and retries for tiles that hang or crash the process.
+        advanced: timeout and tries of tiles that hang or crash the process.
     """
 
     def __init__(
@@ -177,10 +171,10 @@ class DetectStage:
         policy: Policy,
         networks: NetworkFactories,
         batch_size: int,
-        retries: RetryPolicy = DEFAULT_RETRIES,
+        advanced: AdvancedResources = DEFAULT_ADVANCED,
     ) -> None:
         self._policy = policy
-        self._calls = GuardedCalls("detect", frontier, retries)
+        self._calls = GuardedCalls("detect", frontier, advanced)
         self._metrics = BatchMetrics(policy.name, "detect", batch_size)
         self._detect = networks.detect()
         self._batch_size = batch_size
@@ -231,12 +225,7 @@ class DetectStage:
 class ScaleAndDetectStage:
     """Both stages in one actor, so that no tile is sent between actors; both use the same detector.
 
-    Args:
-        frontier: the queue's actor.
-        policy: the policy.
-        networks: factories of the networks; each is called once.
-        batch_size: maximum number of tiles of a call of the networks.
-        retries: timeout and retries for tiles that hang or crash the process.
+    Its arguments are theirs; each network is made once.
     """
 
     def __init__(
@@ -245,12 +234,12 @@ class ScaleAndDetectStage:
         policy: Policy,
         networks: NetworkFactories,
         batch_size: int,
-        retries: RetryPolicy = DEFAULT_RETRIES,
+        advanced: AdvancedResources = DEFAULT_ADVANCED,
     ) -> None:
         detector = networks.detect()
         networks = replace(networks, detect=lambda: detector)
-        self._scale_stage = ScaleStage(frontier, policy, networks, retries, batch_size)
-        self._detect_stage = DetectStage(frontier, policy, networks, batch_size, retries)
+        self._scale_stage = ScaleStage(frontier, policy, networks, batch_size, advanced)
+        self._detect_stage = DetectStage(frontier, policy, networks, batch_size, advanced)
 
     @with_seconds_column
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -15,8 +15,6 @@ from ray import tune
 
 from scalenet_ray.data.policy_files import Choice, Range, SearchSpace
 
-__all__ = ["StudyFile"]
-
 
 class StudyFile(tune.Callback):
     """Callback that adds each trial that ends to a study, whatever the searcher; one stopped early is pruned.

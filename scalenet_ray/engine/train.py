@@ -29,8 +29,6 @@ from scalenet_ray.engine.worker_errors import from_worker, with_message
 from scalenet_ray.training.recipe import Recipe
 from scalenet_ray.training.schedule import Epochs, Training
 
-__all__ = ["train"]
-
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in a run folder."""
 

@@ -30,8 +30,6 @@ from scalenet_ray.engine.rows import GeneratorSource
 from scalenet_ray.training.recipe import Batch, Recipe, Row, clip_and_step, forward_backward
 from scalenet_ray.training.schedule import Epochs, Pick, Training, warmup_cosine
 
-__all__ = ["STATE_FILE", "Assignment", "BatchStream", "make_batch", "make_schedule", "read_batch", "work"]
-
 STATE_FILE = "state.pt"
 """Optimizer and model state in a checkpoint, from which a run is resumed."""
 

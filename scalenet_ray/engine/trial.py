@@ -1,30 +1,36 @@
-"""A trial of a sweep: one policy evaluated on growing subsets of the images."""
+"""Trials of a sweep: policies evaluated on growing subsets of the images, first those that it starts from."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import ray
 from ray import tune
 
 from scalenet_ray.core.answers import RaisedOn, fails_on_all
-from scalenet_ray.core.errors import TileError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.policy_form import changed_policy
 from scalenet_ray.core.recursion import recursive_detect
+from scalenet_ray.data import storage
 from scalenet_ray.data.coco import CocoDataset, oracle_from, read_annotations
 from scalenet_ray.data.formats import to_results
 from scalenet_ray.data.image_records import ImageRecord
+from scalenet_ray.engine.placement import gpu_share
 from scalenet_ray.engine.prediction_cache import CachedDetector, CachedScalePredictor, PredictionCache
+from scalenet_ray.engine.worker_errors import workers_errors
 from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.batch import image_opener
-from scalenet_ray.runs.documents import TrialMetrics
+from scalenet_ray.runs.documents import Starts, TrialMetrics
 
-__all__ = ["Evaluation", "RecursionTrial", "TrialSettings"]
+STARTS = "starts.json"
+"""The starting policies of a sweep and its ceilings (`Starts`), which it keeps when it is resumed."""
 
 
 @dataclass(frozen=True)
@@ -169,3 +175,66 @@ class RecursionTrial(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Do nothing; see `save_checkpoint`."""
+
+
+def evaluate_starts(task: TrialSettings, cache_actor: Any, at_once: int) -> dict[str, list[TrialMetrics]]:
+    """Evaluate the unmodified policies of a sweep, one after another in a process of Ray.
+
+    Args:
+        task: settings of the sweep's trials.
+        cache_actor: from `open_cache`; the trials find the network outputs in it.
+        at_once: number of concurrent trials, by which GPUs are shared.
+
+    Returns:
+        Policy -> its metrics after each subset of the images.
+
+    Raises:
+        UserError: if the detector fails on the first images or on all.
+    """
+    gpus = gpu_share(task.networks.device, at_once)
+    with workers_errors():
+        return ray.get(_evaluate.options(num_cpus=1, num_gpus=gpus).remote(task, cache_actor))
+
+
+@ray.remote
+def _evaluate(task: TrialSettings, cache_actor: Any) -> dict[str, list[TrialMetrics]]:
+    evaluation, steps = Evaluation(task, cache_actor), {}
+    for policy in task.policies:
+        evaluation.begin(policy, {})
+        steps[policy] = [evaluation.step() for _ in task.subsets]
+    return steps
+
+
+def start_ceilings(policies: Mapping[str, Sequence[TrialMetrics]]) -> list[float]:
+    """The passes per image of the dearest policy after each subset, rounded up to hundredths.
+
+    A subset has a ceiling of its own, as its images may take more passes than the others: trials would be stopped on it
+    for what their images are.
+
+    Args:
+        policies: from `evaluate_starts`.
+    """
+    most = [max(metrics["passes"] for metrics in step) for step in zip(*policies.values(), strict=True)]
+    return [math.ceil(round(100 * passes, 6)) / 100 for passes in most]
+
+
+def read_starts(uri: str) -> Starts | None:
+    """Read starts.json of a run folder; None if there is none.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    path = storage.join(uri, STARTS)
+    if not storage.exists(path):
+        return None
+    try:
+        starts: Starts = json.loads(storage.read_bytes(path))
+    except ValueError as error:
+        msg = f"{path} must be what the sweep wrote, got {error}: remove it, to evaluate the starts again"
+        raise UserError(msg) from error
+    # JSON has no NaN.
+    policies: Any = {
+        name: [{key: math.nan if value is None else value for key, value in step.items()} for step in steps]
+        for name, steps in starts["policies"].items()
+    }
+    return {"ceilings": starts["ceilings"], "policies": policies}

@@ -28,17 +28,6 @@ from scalenet_ray.engine.worker_errors import from_worker
 from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.runs.documents import TrialRow
 
-__all__ = [
-    "PruningOptuna",
-    "ResumableAsha",
-    "Sweep",
-    "best_policies",
-    "best_trials",
-    "check_searcher",
-    "open_cache",
-    "run_sweep",
-]
-
 Searcher = Literal["optuna", "random", "grid"]
 """optuna: Bayesian optimization (TPE); random: random search; grid: every combination of listed values."""
 

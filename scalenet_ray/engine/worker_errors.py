@@ -11,8 +11,6 @@ from ray.exceptions import RayError, RayTaskError, StreamingGeneratorReplayIncon
 
 from scalenet_ray.core.errors import UserError, WorkerError
 
-__all__ = ["RowsLostError", "from_worker", "with_message", "workers_errors"]
-
 _CHAINED = re.compile(
     r"^(?:The above exception was the direct cause of the following exception|"
     r"During handling of the above exception, another exception occurred):$",

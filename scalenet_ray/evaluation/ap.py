@@ -15,15 +15,6 @@ from scalenet_ray.evaluation.matching import Matches, RankedDetections, match_re
 if TYPE_CHECKING:
     from scalenet_ray.runs.documents import Curves
 
-__all__ = [
-    "AREAS",
-    "METRICS",
-    "evaluate",
-    "precision_curves",
-    "sampled_precision",
-    "summarize",
-]
-
 METRICS = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
     *("AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"),

@@ -14,23 +14,10 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import iou_matrix
 from scalenet_ray.evaluation.ap import AREAS, sampled_precision
 from scalenet_ray.evaluation.matching import Matches
-from scalenet_ray.evaluation.tide import FOREGROUND_IOU, Explained
+from scalenet_ray.evaluation.tide import FOREGROUND_IOU, Explained, join
 
 if TYPE_CHECKING:
     from scalenet_ray.runs.documents import Changes, ChangesRow, Differences, FoundCounts, Interval
-
-__all__ = [
-    "RESAMPLES",
-    "SIDE_BOUNDS",
-    "SMALL_AREA",
-    "ResampledAP",
-    "are_new",
-    "closer_look_in_words",
-    "found_and_lost",
-    "gained_and_lost",
-    "paired_intervals",
-    "pareto_front",
-]
 
 RESAMPLES = 300
 """Bootstrap resamples of the images of an interval."""
@@ -39,23 +26,25 @@ _INTERVALS = {"AP": "all", "AP_small": "small", "AP_large": "large"}
 """Metric -> size of the objects."""
 
 
-class ResampledAP:
-    """AP over resampled images, from one matching of the results.
+def resampled_ap(matches: Matches, area: int, draws: Sequence[np.ndarray]) -> np.ndarray:
+    """Compute AP over resampled images, from one matching of the results.
 
     Args:
         matches: from `match_results`.
         area: index of the range of areas, see `AREAS`.
+        draws: D resamples, each of which counts image i `draw[i]` times.
+
+    Returns:
+        [D] AP in percent; NaN if there are no objects.
     """
+    categories = [matches.ranked(category, area) for category in matches.categories]
 
-    def __init__(self, matches: Matches, area: int) -> None:
-        self._recalls = matches.recalls
-        self._categories = [matches.ranked(category, area) for category in matches.categories]
-
-    def __call__(self, weights: np.ndarray) -> float:
-        """Return AP in percent where image i counts `weights[i]` times; NaN if there are no objects."""
-        sampled = (sampled_precision(ranked, self._recalls, weights) for ranked in self._categories)
+    def ap(draw: np.ndarray) -> float:
+        sampled = (sampled_precision(ranked, matches.recalls, draw) for ranked in categories)
         known = [each[0].mean() for each in sampled if each is not None]
         return 100.0 * float(np.mean(known)) if known else float("nan")
+
+    return np.array([ap(draw) for draw in draws])
 
 
 def paired_intervals(
@@ -83,9 +72,7 @@ def paired_intervals(
     indices = (rng.integers(count, size=count) for _ in range(resamples or RESAMPLES))
     draws = [np.ones(count), *(np.bincount(drawn, minlength=count) for drawn in indices)]
     samples = {
-        name: {
-            metric: np.array([*map(ResampledAP(matches, AREAS[size]), draws)]) for metric, size in _INTERVALS.items()
-        }
+        name: {metric: resampled_ap(matches, AREAS[size], draws) for metric, size in _INTERVALS.items()}
         for name, matches in matched.items()
     }
     return {
@@ -161,11 +148,11 @@ def closer_look_in_words(found: FoundCounts) -> str:
 
 
 def found_and_lost(before: Explained, after: Explained, shown_score: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return masks of the objects of one image that only `after` finds, and that only `before` finds: [M] bool each.
+    """Return masks of the objects that only `after` finds, and that only `before` finds: [M] bool each.
 
     Args:
-        before: the image under the baseline policy.
-        after: the same image under another policy.
+        before: images under the baseline policy.
+        after: the same images under another policy.
         shown_score: minimum score of the detection of a found object.
     """
     found_before, found_after = before.found_at >= shown_score, after.found_at >= shown_score
@@ -186,12 +173,9 @@ def gained_and_lost(
     Returns:
         Small objects by class, and all objects by range of sides; rows without objects are omitted.
     """
-    changes = [found_and_lost(*pair, shown_score) for pair in zip(before, after, strict=True)]
-    gained = np.concatenate([*(gain for gain, _ in changes), np.zeros(0, bool)])
-    lost = np.concatenate([*(loss for _, loss in changes), np.zeros(0, bool)])
-    found = np.concatenate([*(image.found_at >= shown_score for image in before), np.zeros(0, bool)])
-    labels = np.concatenate([*(image.object_labels for image in before), np.zeros(0, np.int64)])
-    areas = np.concatenate([*(image.object_areas for image in before), np.zeros(0)])
+    baseline = join(before)
+    gained, lost = found_and_lost(baseline, join(after), shown_score)
+    found, labels, areas = baseline.found_at >= shown_score, baseline.object_labels, baseline.object_areas
 
     def counted(name: str, chosen: np.ndarray) -> ChangesRow:
         """Count over the chosen objects, [M] bool."""

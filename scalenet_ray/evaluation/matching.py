@@ -19,8 +19,6 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.masks import checked_segmentation
 from scalenet_ray.data.coco import CocoDataset
 
-__all__ = ["Matches", "RankedDetections", "match_results"]
-
 _IMAGES_AT_ONCE = 200
 
 

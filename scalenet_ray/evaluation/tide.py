@@ -19,17 +19,6 @@ from scalenet_ray.data.coco import Objects
 if TYPE_CHECKING:
     from scalenet_ray.runs.documents import ErrorCost
 
-__all__ = [
-    "FOREGROUND_IOU",
-    "KINDS",
-    "Explained",
-    "average_precision",
-    "best_rows",
-    "error_breakdown",
-    "explain",
-    "join",
-]
-
 FOREGROUND_IOU = 0.5
 """Minimum IoU of a match."""
 
@@ -74,13 +63,26 @@ class Explained:
         return missed
 
 
+_NOTHING = Explained(
+    scores=np.zeros(0, np.float32),
+    labels=np.zeros(0, np.int64),
+    kinds=np.zeros(0, np.int8),
+    targets=np.zeros(0, np.int32),
+    object_labels=np.zeros(0, np.int64),
+    object_areas=np.zeros(0),
+    found_at=np.zeros(0, np.float32),
+)
+"""The matching of no image."""
+
+
 def best_rows(detections: Detections) -> np.ndarray:
     """[N] rows of the best detections of an image by descending score, at most 100 as in COCO."""
     return np.argsort(-detections.scores, kind="stable")[:_MAX_BOXES]
 
 
 def join(images: Sequence[Explained]) -> Explained:
-    """The matchings of several images as one."""
+    """The matchings of several images, or of none, as one."""
+    images = [*images, _NOTHING]
     offsets = np.cumsum([0, *(len(image.object_labels) for image in images)])[:-1].tolist()
     targets = [
         np.where(image.targets < 0, -1, image.targets + offset) for image, offset in zip(images, offsets, strict=True)
@@ -185,25 +187,14 @@ class _Pool:
     """The detections of all images by descending score, and the objects of all images by class."""
 
     def __init__(self, images: Sequence[Explained]) -> None:
-        sizes = [len(image.object_labels) for image in images]
-        offsets = np.cumsum([0, *sizes])[:-1]
-        order = np.argsort(-np.concatenate([image.scores for image in images] or [np.zeros(0)]), kind="stable")
-        joined = {
-            name: np.concatenate([getattr(image, name) for image in images] or [np.zeros(0, np.int64)])[order]
-            for name in ("scores", "labels", "kinds")
-        }
-        self.scores, self.labels, self.kinds = joined["scores"], joined["labels"], joined["kinds"]
-        shifted = [
-            np.where(image.targets < 0, -1, image.targets + offset)
-            for image, offset in zip(images, offsets, strict=True)
-        ]
-        self.targets = np.concatenate([*shifted, np.zeros(0, np.int64)]).astype(np.int64)[order]
-        object_labels = np.concatenate([*(image.object_labels for image in images), np.zeros(0, np.int64)])
-        missed = np.concatenate([*(image.missed for image in images), np.zeros(0, bool)])
-        self._found = np.concatenate([*(image.found_at for image in images), np.zeros(0)]) >= 0
+        whole = join(images)
+        order = np.argsort(-whole.scores, kind="stable")
+        self.scores, self.labels, self.kinds = whole.scores[order], whole.labels[order], whole.kinds[order]
+        self.targets, object_labels = whole.targets[order], whole.object_labels
+        self._found = whole.found_at >= 0
         self.classes = np.unique(object_labels)
         self.objects = (object_labels[:, None] == self.classes).sum(axis=0)
-        self.missed = (object_labels[missed][:, None] == self.classes).sum(axis=0)
+        self.missed = (object_labels[whole.missed][:, None] == self.classes).sum(axis=0)
         self.target_labels = self.labels.copy()
         has_target = self.targets >= 0
         self.target_labels[has_target] = object_labels[self.targets[has_target]]

@@ -9,17 +9,6 @@ from torchvision.ops import DeformConv2d
 
 from scalenet_ray.core.errors import UserError
 
-__all__ = [
-    "KINDS",
-    "ROUTING_ITERATIONS",
-    "CapsNet",
-    "build_classifier",
-    "classifier_loss",
-    "margin_loss",
-    "route",
-    "squash",
-]
-
 KINDS = ("plain", "deformable", "capsnet", "vgg11")
 """Names of the classifiers."""
 

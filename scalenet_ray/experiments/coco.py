@@ -11,8 +11,6 @@ from typing import Any
 
 from scalenet_ray.core.policy import Policy, parse_policy
 
-__all__ = ["PAPER_FPS", "coco_policies", "coco_table", "expected_hours", "tile_side"]
-
 PAPER_FPS = {"whole": 6.9, "paper": 2.5}
 """Images/s of the paper's detector alone, and with Recursive-Scale Net."""
 

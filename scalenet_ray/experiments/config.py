@@ -10,18 +10,6 @@ from scalenet_ray.core.scale import ScaleRange
 from scalenet_ray.experiments.rescale import RescaleRules, canvas_recursion
 from scalenet_ray.models.scale_networks import Padding, ScaleNetConfig
 
-__all__ = [
-    "CIFAR10",
-    "DIGITS",
-    "DOMAINS",
-    "MNIST",
-    "CanvasRecipe",
-    "ClassifierRecipe",
-    "Domain",
-    "NetRecipe",
-    "ablations",
-]
-
 _DEFAULT_RANGE = ScaleRange(0.95, 1.05)
 
 

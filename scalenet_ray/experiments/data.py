@@ -15,8 +15,6 @@ from torchvision.datasets import CIFAR10, MNIST
 
 from scalenet_ray.core.errors import UserError
 
-__all__ = ["Pictures", "Resampling", "centred", "load_pictures", "resized"]
-
 Resampling = Literal["bicubic", "bilinear", "area", "nearest", "bicubic-aliased", "bilinear-aliased"]
 """Resampling filters. The first three are Pillow's and antialiased; the others are not."""
 

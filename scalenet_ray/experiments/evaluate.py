@@ -20,18 +20,6 @@ from scalenet_ray.experiments.rescale import rescale_canvases
 from scalenet_ray.experiments.train import as_input
 from scalenet_ray.report.charts import ACCENT, MUTED, drawing, quiet, to_svg
 
-__all__ = [
-    "ObjectScales",
-    "Score",
-    "TrueScales",
-    "pictures_at",
-    "response_plot",
-    "score_classifier",
-    "score_recursion",
-    "set_names",
-    "steps_plot",
-]
-
 _CHUNK = 500
 """Images that are scored at a time."""
 

@@ -22,8 +22,6 @@ from scalenet_ray.core.policy import Recursion
 from scalenet_ray.core.scale import ScaleMap, ScaleRange
 from scalenet_ray.experiments.data import Resampling, resized
 
-__all__ = ["RescaleRules", "Rescaled", "canvas_recursion", "rescale_canvases"]
-
 _BATCH_PIXELS = 2**16
 """Canvas pixels of a batch: one layer of 32 channels takes 8 MB, which fits a CPU cache."""
 

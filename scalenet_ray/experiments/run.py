@@ -34,8 +34,6 @@ from scalenet_ray.models.weights import load_weights, save_weights
 from scalenet_ray.report.text import accuracy_table
 from scalenet_ray.runs.folder import RunFolder
 
-__all__ = ["CanvasOptions", "Experiment", "plan_plots", "plan_tasks", "run_experiment", "tabulate"]
-
 _FREE_SETTINGS = ("output", "resume", "gpus_per_task", "seeds")
 """Settings that no task's outcome depends on: they may differ when a run is resumed."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,9 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from scalenet_ray.data import storage
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.engine.worker_errors import from_worker, with_message
 from scalenet_ray.runs.folder import RunFolder
-
-__all__ = ["Task", "run_tasks"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ def run_tasks(
     if unknown:
         msg = f"units wait for {', '.join(unknown)}, which the run does not have"
         raise ValueError(msg)
-    outcomes = {task.name: outcome for task in tasks if (outcome := _read_outcome(run, task.name)) is not None}
+    outcomes = {task.name: outcome for task in tasks if (outcome := run.read_json(_file_of(task.name))) is not None}
     run.standing = f"{len(outcomes)} of {len(tasks)} done"
     waiting = [task for task in tasks if task.name not in outcomes]
     if not waiting:
@@ -85,7 +81,7 @@ def run_tasks(
             cause = from_worker(error)
             msg = f"{name} failed: {cause}; what is done stays in {run.uri}: fix it and rerun with --resume"
             raise with_message(cause, msg) from None
-        run.write_json(f"units/{name}.json", outcomes[name])
+        run.write_json(_file_of(name), outcomes[name])
         run.standing = f"{len(outcomes)} of {len(tasks)} done"
         left = (time.monotonic() - started) / (len(outcomes) - done_before) * (len(tasks) - len(outcomes))
         numbers = (f"{key} {value:.4g}" for key, value in outcomes[name].items() if isinstance(value, int | float))
@@ -97,6 +93,5 @@ def _work(work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     return dict(work())
 
 
-def _read_outcome(run: RunFolder, name: str) -> dict[str, Any] | None:
-    uri = storage.join(run.uri, "units", f"{name}.json")
-    return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+def _file_of(name: str) -> str:
+    return f"units/{name}.json"

@@ -15,8 +15,6 @@ from scalenet_ray.models.scale_net import build_scale_net, normalised
 from scalenet_ray.training.losses import masked_mse
 from scalenet_ray.training.schedule import warmup_cosine
 
-__all__ = ["as_input", "train_classifier", "train_net"]
-
 _MOMENTUM = 0.9
 _WARMUP_SHARE = 0.05
 

@@ -19,27 +19,6 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.runs.documents import ChangesRow, Curves, ErrorCost, Metrics, PolicyMetrics, TrialRow
 
-__all__ = [
-    "ACCENT",
-    "COLOURS",
-    "LINE",
-    "MUTED",
-    "SHAPES",
-    "WARM",
-    "cost_chart",
-    "curves_chart",
-    "drawing",
-    "errors_chart",
-    "found_chart",
-    "front_plot",
-    "label",
-    "policy_plot",
-    "quiet",
-    "themed",
-    "throughput_chart",
-    "to_svg",
-]
-
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#808080")
 """Okabe and Ito's palette, distinguishable with colour blindness."""
 

@@ -32,11 +32,6 @@ from scalenet_ray.runs.documents import ImageChanges
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.results import detections_of, whole_passes_of
 
-__all__ = [
-    "PictureTask",
-    "choose_pictures",
-]
-
 _LONGER_SIDES = (4096, 2880, 2048, 1440, 960)
 _JPEG_QUALITY = 82
 _MAX_BYTES = 16_000_000

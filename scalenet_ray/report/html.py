@@ -10,13 +10,6 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
-__all__ = [
-    "cards",
-    "page",
-    "section",
-    "table",
-]
-
 _THEME = (
     '<button type="button" class="theme" id="theme" aria-label="Switch between light and dark" '
     'title="Light or dark"><span aria-hidden="true"></span></button>'

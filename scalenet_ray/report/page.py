@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scalenet_ray.core.detections import SHOWN_SCORE
 from scalenet_ray.evaluation.compare import closer_look_in_words
 from scalenet_ray.report.charts import (
     cost_chart,
@@ -21,6 +20,7 @@ from scalenet_ray.report.charts import (
 from scalenet_ray.report.html import cards, page, section, table
 from scalenet_ray.report.tables import (
     failures_section,
+    figure_cell,
     is_known,
     origin_line,
     origin_section,
@@ -30,8 +30,6 @@ from scalenet_ray.report.tables import (
 )
 from scalenet_ray.runs.batch import Progress
 from scalenet_ray.runs.documents import Changes, Metrics, ReportDetails
-
-__all__ = ["render_progress", "render_report"]
 
 _MAX_CHANGED_CLASSES = 16
 _POLICIES = "Every way to zoom, on the same images with the same frozen detector."
@@ -50,23 +48,22 @@ _KEYS = (
 )
 
 
-def render_report(document: Metrics, details: ReportDetails | None = None) -> str:
+def render_report(document: Metrics, details: ReportDetails) -> str:
     """Render the report of a run.
 
     Args:
         document: the content of metrics.json.
-        details: the other inputs; None for a report of metrics.json alone.
+        details: the other inputs.
 
     Returns:
         HTML, self-contained in one file.
     """
-    details = details or {"shown_score": SHOWN_SCORE, "images": []}
     policies = document["policies"]
     measured = any(is_known(row.get("AP_small")) for row in policies.values())
     winner = winner_of(policies)
-    marked = winner is not None and measured and not reads_truth(winner, policies[winner])
-    base = details.get("compared_with") or document.get("compared_with")
-    changes = details.get("changes", {}).get(winner or "")
+    marked = measured and not reads_truth(policies[winner])
+    base = details.get("compared_with")
+    changes = details.get("changes", {}).get(winner)
     head, rows = policy_rows(document)
     plot = policy_plot(document)
     plot_title = "AP of small objects against detector passes"
@@ -78,7 +75,7 @@ def render_report(document: Metrics, details: ReportDetails | None = None) -> st
             "policies",
             "Policies",
             _POLICIES + (_BEST if marked else "") if measured else "What each policy did.",
-            table("Policies", head, rows, list(policies).index(winner) if winner and marked else None),
+            table("Policies", head, rows, list(policies).index(winner) if marked else None),
         ),
         section(
             "price",
@@ -142,17 +139,17 @@ def _pair(*svgs: str) -> str:
     return f'<div class="pair">{"".join(map(_figure, svgs))}</div>'
 
 
-def _lead(document: Metrics, winner: str | None, base: str | None, details: ReportDetails) -> str:
+def _lead(document: Metrics, winner: str, base: str | None, details: ReportDetails) -> str:
     """The paragraphs below the title, as HTML."""
     images = document["images"]
     parts = []
     if "found" in details:
         parts.append(f'<p class="lead">{_found_sentence(details, document, winner)}</p>')
-    if base and winner and base != winner:
+    if base and base != winner:
         before, after = document["policies"][base], document["policies"][winner]
         ap_small = after.get("AP_small")
         if is_known(ap_small):
-            reading = ", reading the ground truth," if reads_truth(winner, after) else ""
+            reading = ", reading the ground truth," if reads_truth(after) else ""
             sentence = (
                 f"<b>{html.escape(winner)}</b>{reading} takes AP of small objects from "
                 f"{before.get('AP_small') or 0:.1f} to <b>{ap_small:.1f}</b>, for "
@@ -166,7 +163,7 @@ def _lead(document: Metrics, winner: str | None, base: str | None, details: Repo
     return "".join([*parts, origin_line(details.get("run"))])
 
 
-def _found_sentence(details: ReportDetails, document: Metrics, policy: str | None) -> str:
+def _found_sentence(details: ReportDetails, document: Metrics, policy: str) -> str:
     """The boxes found without ground truth, and the difference from the whole images' passes, as HTML."""
     assert "found" in details
     found, done = details["found"], document["images"]["done"]
@@ -175,16 +172,10 @@ def _found_sentence(details: ReportDetails, document: Metrics, policy: str | Non
         "images."
     )
     if not found["compared"]:
-        return f"{boxes} {_no_whole_pass(policy)}"
+        why = f"{html.escape(policy)} made no pass over the whole image alone, or an older version worked on it"
+        return f"{boxes} Nothing says which are new: {why}."
     among = "That is " if found["compared"] == done else f"In the {found['compared']} images with such a pass, "
     return f"{boxes} {among}<b>{closer_look_in_words(found)}</b>, with the same detector, thresholds and NMS."
-
-
-def _no_whole_pass(policy: str | None) -> str:
-    return (
-        f"Nothing says which are new: {html.escape(policy or 'the policy')} made no pass over the whole image alone, "
-        "or an older version worked on it."
-    )
 
 
 def _found(details: ReportDetails) -> str:
@@ -192,11 +183,11 @@ def _found(details: ReportDetails) -> str:
     found = details.get("found")
     if not found or not found["by_class"]:
         return ""
-    names = {str(label): name for label, name in details.get("categories", {}).items()}
+    names = details.get("categories", {})
     known = bool(found["compared"])
     rows = [
         [
-            html.escape(str(names.get(str(row["label"]), f"category {row['label']}"))),
+            html.escape(names.get(row["label"], f"category {row['label']}")),
             str(row["boxes"]),
             str(row["images"]),
             *([str(row[key]) for key in ("before", "new", "lost")] if known else []),
@@ -223,23 +214,17 @@ def _found(details: ReportDetails) -> str:
     return section("found", "What was found", words, table("Boxes by class", head, rows), images)
 
 
-def _facts(
-    document: Metrics,
-    winner: str | None,
-    base: str | None,
-    changes: Changes | None,
-    details: ReportDetails,
-) -> str:
+def _facts(document: Metrics, winner: str, base: str | None, changes: Changes | None, details: ReportDetails) -> str:
     """The large figures at the top."""
-    row = document["policies"].get(winner or "")
+    row = document["policies"][winner]
     facts = []
-    intervals = document.get("differences", {}).get(winner or "", {})
+    intervals = document.get("differences", {}).get(winner, {})
     for metric, title in (
         ("AP_small", "AP of small objects"),
         ("AP", "AP of all objects"),
         ("AP_large", "AP of large objects"),
     ):
-        value = row.get(metric) if row else None
+        value = row.get(metric)
         if is_known(value):
             interval = intervals.get(metric)
             remark = (
@@ -262,19 +247,17 @@ def _facts(
         new = str(found["new"]) if found["compared"] else "\N{EN DASH}"
         against = f"{found['before']} in the whole image alone, {found['lost']} lost" if found["compared"] else ""
         facts.append((new, "new by looking closer", against))
-    if row:
-        facts.append((f"{row['detector_passes_per_image']:.2f}", "detector passes an image", f"policy {winner}"))
-        if "images_per_second" in row:
-            speed = row["images_per_second"]
-            measured = is_known(speed)
-            remark = "" if measured else "too short to tell"
-            facts.append((f"{speed:.1f}" if measured else "\N{EN DASH}", "images a second", remark))
-    return cards(facts) if facts else ""
+    facts.append((f"{row['detector_passes_per_image']:.2f}", "detector passes an image", f"policy {winner}"))
+    if "images_per_second" in row:
+        speed = row["images_per_second"]
+        measured = is_known(speed)
+        facts.append((figure_cell(speed, 1), "images a second", "" if measured else "too short to tell"))
+    return cards(facts)
 
 
-def _changes(changes: Changes | None, base: str | None, winner: str | None) -> str:
+def _changes(changes: Changes | None, base: str | None, winner: str) -> str:
     """The section of the objects that the winner gained and lost."""
-    if not changes or not base or not winner or base == winner:
+    if not changes or not base or base == winner:
         return ""
     classes = changes["by_class"]
     left = len(classes) - _MAX_CHANGED_CLASSES
@@ -296,7 +279,7 @@ def _gallery(details: ReportDetails) -> str:
     )
 
 
-def _data(details: ReportDetails, base: str | None, winner: str | None) -> dict[str, Any] | None:
+def _data(details: ReportDetails, base: str | None, winner: str) -> dict[str, Any] | None:
     """The gallery's data, read by report.js."""
     if not details["images"]:
         return None

@@ -13,8 +13,6 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import AnyImage, Window, window_pixels
 
-__all__ = ["NEW", "PICTURE_SIDE", "SEEN", "crop", "draw_objects", "encoded"]
-
 SEEN, NEW = "#56b4e9", "#e69f00"
 """Colours of the boxes found in the whole image alone, and of the boxes added by the recursion."""
 

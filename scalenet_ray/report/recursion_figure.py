@@ -22,13 +22,6 @@ from scalenet_ray.evaluation.compare import are_new
 from scalenet_ray.report.charts import drawing
 from scalenet_ray.report.pictures import NEW, SEEN
 
-__all__ = [
-    "draw_boxes",
-    "draw_look",
-    "picture_bytes",
-    "recursion_figure",
-]
-
 _HEAT = np.array([230, 159, 0], np.float32)
 _DIMMED = 0.35
 _LONGEST_SIDE = 1200

@@ -16,8 +16,6 @@ from scalenet_ray.data import storage
 from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.report.pictures import PICTURE_SIDE, crop, draw_objects, encoded
 
-__all__ = ["SavedPictures"]
-
 _THREADS = 2
 _MOST_WAITING = 32
 _QUALITY = 90

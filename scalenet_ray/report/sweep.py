@@ -13,8 +13,6 @@ from scalenet_ray.report.html import cards, page, section, table
 from scalenet_ray.report.tables import figure_cell, interval_cell, is_known, origin_line, origin_section
 from scalenet_ray.runs.documents import Interval, Metrics, PolicyMetrics, TrialMetrics, TrialRow
 
-__all__ = ["Contender", "contenders_of", "render_sweep", "sweep_verdict"]
-
 _COLUMNS = 3
 
 

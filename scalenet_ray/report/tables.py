@@ -11,18 +11,6 @@ import yaml
 from scalenet_ray.report.html import section, table
 from scalenet_ray.runs.documents import FailureList, Interval, Metrics, PolicyMetrics
 
-__all__ = [
-    "failures_section",
-    "figure_cell",
-    "interval_cell",
-    "is_known",
-    "origin_line",
-    "origin_section",
-    "policy_rows",
-    "reads_truth",
-    "winner_of",
-]
-
 _FIGURES = (
     ("AP small", "AP_small", 1),
     ("AP", "AP", 1),
@@ -38,27 +26,21 @@ _FIGURES = (
 )
 
 
-def winner_of(policies: Mapping[str, PolicyMetrics]) -> str | None:
+def winner_of(policies: Mapping[str, PolicyMetrics]) -> str:
     """Return the policy with the highest AP_small among those that do not read the ground truth.
 
-    Without metrics it is the first of them. If all policies read the ground truth it is one of these; None if there are
-    no policies.
+    Without metrics it is the first of them. If all policies read the ground truth it is one of these.
 
     Args:
-        policies: name -> row of metrics.json.
+        policies: name -> row of metrics.json, one or more.
     """
-    candidates = {name: row for name, row in policies.items() if not reads_truth(name, row)} or dict(policies)
-    return max(candidates, key=lambda name: _known(candidates[name].get("AP_small")), default=None)
+    candidates = {name: row for name, row in policies.items() if not reads_truth(row)} or dict(policies)
+    return max(candidates, key=lambda name: _known(candidates[name].get("AP_small")))
 
 
-def reads_truth(name: str, row: PolicyMetrics) -> bool:
-    """Return True if a policy reads the ground truth.
-
-    Args:
-        name: name of the policy, used for rows of older versions, which have no kind.
-        row: row of metrics.json.
-    """
-    return row.get("kind", name) == "oracle"
+def reads_truth(row: PolicyMetrics) -> bool:
+    """Return True if the policy of a row of metrics.json reads the ground truth."""
+    return row.get("kind") == "oracle"
 
 
 def is_known(value: float | None) -> TypeGuard[float]:
@@ -82,7 +64,7 @@ def policy_rows(document: Metrics) -> tuple[list[str], list[list[str]]]:
     policies = document["policies"]
     columns = [column for column in _FIGURES if any(column[1] in row for row in policies.values())]
     best = {
-        key: max((_known(row.get(key)) for name, row in policies.items() if not reads_truth(name, row)), default=0.0)
+        key: max((_known(row.get(key)) for row in policies.values() if not reads_truth(row)), default=0.0)
         for _, key, _ in columns
         if key[0] == "A"
     }
@@ -96,7 +78,7 @@ def policy_rows(document: Metrics) -> tuple[list[str], list[list[str]]]:
         head.insert(2, f"AP small to {document.get('compared_with')}")
     rows = []
     for name, row in policies.items():
-        is_oracle = reads_truth(name, row)
+        is_oracle = reads_truth(row)
         cells = [figure_cell(row.get(key), digits, None if is_oracle else best.get(key)) for _, key, digits in columns]
         if differences:
             cells.insert(1, interval_cell(differences.get(name, {}).get("AP_small"), widest))

@@ -12,15 +12,6 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import Step
 from scalenet_ray.evaluation.compare import closer_look_in_words, pareto_front
 
-__all__ = [
-    "accuracy_table",
-    "difference_table",
-    "found_lines",
-    "policy_table",
-    "step_table",
-    "trial_table",
-]
-
 _COLUMNS = (
     ("AP", "AP"),
     ("AP50", "AP50"),
@@ -57,12 +48,11 @@ def found_lines(document: Mapping[str, Any]) -> str:
         document: contents of metrics.json, with "found" (`FoundCounts`) and "categories", id -> name.
     """
     found, done = document["found"], document["images"]["done"]
-    names = {str(label): name for label, name in document["categories"].items()}
     classes, lines = found["by_class"], []
     if classes:
         rows = [["class", "boxes", "images", *(["new by zooming"] if found["compared"] else []), "median side"]]
         for row in classes[:_MOST_CLASSES]:
-            name = names.get(str(row["label"]), f"category {row['label']}")
+            name = document["categories"].get(row["label"], f"category {row['label']}")
             new = [str(row["new"])] if found["compared"] else []
             side = "-" if row["median_side"] is None else f"{row['median_side']:.0f} px"
             rows.append([name, str(row["boxes"]), str(row["images"]), *new, side])

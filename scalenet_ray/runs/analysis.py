@@ -27,12 +27,6 @@ from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.results import rows_in_order
 from scalenet_ray.runs.summary import coco_results
 
-__all__ = [
-    "INTERVALS_UP_TO",
-    "analyse_detections",
-    "analyse_run",
-]
-
 INTERVALS_UP_TO = 5000
 """Bootstrap intervals are computed by default up to this many images: their time grows with the number of images."""
 

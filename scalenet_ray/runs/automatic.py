@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from scalenet_ray.core.networks import NetworkTrial, TrialCall
 from scalenet_ray.runs.resources import PoolSize, ResourceChoice, Resources, limits
 
-__all__ = ["TILES_PER_SECOND_OF_A_PIPELINE", "Cluster", "choose_resources", "in_words"]
-
 _TILES_PER_IMAGE = 2
 """Tiles for which an image is read once, about."""
 

@@ -25,13 +25,6 @@ from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.shard_writer import ShardWriter
 from scalenet_ray.runs.shards import MIN_RATE_SECONDS
 
-__all__ = [
-    "PolicyRun",
-    "Progress",
-    "Stream",
-    "image_opener",
-]
-
 _LOG = logging.getLogger(__name__)
 
 

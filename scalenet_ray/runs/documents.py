@@ -4,32 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict
 
-__all__ = [
-    "Changes",
-    "ChangesRow",
-    "ClassCounts",
-    "Curves",
-    "DetectionAnalysis",
-    "Differences",
-    "ErrorCost",
-    "EvaluationAnalysis",
-    "FailureCount",
-    "FailureList",
-    "FailureRow",
-    "FoundCounts",
-    "ImageChanges",
-    "ImageCounts",
-    "Interval",
-    "Metrics",
-    "MostBoxes",
-    "PolicyCost",
-    "PolicyMetrics",
-    "ReportDetails",
-    "Starts",
-    "TrialMetrics",
-    "TrialRow",
-]
-
 
 class ImageCounts(TypedDict):
     """Numbers of images of a run."""
@@ -217,29 +191,28 @@ class ImageChanges(TypedDict):
     cost: NotRequired[dict[str, list[float] | None]]
 
 
-class EvaluationAnalysis(TypedDict):
-    """analysis.json of an evaluation; all but `shown_score`, `compared_with` and `images` are by policy.
-
-    `throughput` holds [seconds since the policy began, images done] in order.
-    """
+class Analysis(TypedDict):
+    """The fields of every analysis.json; `throughput` is policy -> [seconds since it began, images done], in order."""
 
     shown_score: float
+    images: list[ImageChanges]
+    throughput: NotRequired[dict[str, list[list[float]]]]
+
+
+class EvaluationAnalysis(Analysis):
+    """analysis.json of an evaluation; all but `compared_with` is by policy."""
+
     compared_with: str
     differences: Differences
     curves: dict[str, dict[str, Curves]]
     errors: dict[str, dict[str, ErrorCost]]
     changes: dict[str, Changes]
-    images: list[ImageChanges]
-    throughput: NotRequired[dict[str, list[list[float]]]]
 
 
-class DetectionAnalysis(TypedDict):
+class DetectionAnalysis(Analysis):
     """analysis.json of a run without ground truth."""
 
-    shown_score: float
     found: FoundCounts
-    images: list[ImageChanges]
-    throughput: NotRequired[dict[str, list[list[float]]]]
 
 
 class FailureRow(TypedDict):
@@ -260,27 +233,23 @@ class FailureList(TypedDict):
     rows: list[FailureRow]
 
 
-class ReportDetails(TypedDict):
+class ReportDetails(Analysis, total=False):
     """Input of report.html besides metrics.json: analysis.json's fields, and the last five of the run itself.
 
     `pictures` are `PictureTask`'s, `files` maps an image id to its file, `run` is config.yaml with "finished" (date and
     time) and "resumed" (bool).
     """
 
-    shown_score: float
-    images: list[ImageChanges]
-    compared_with: NotRequired[str]
-    differences: NotRequired[Differences]
-    curves: NotRequired[dict[str, dict[str, Curves]]]
-    errors: NotRequired[dict[str, dict[str, ErrorCost]]]
-    changes: NotRequired[dict[str, Changes]]
-    found: NotRequired[FoundCounts]
-    throughput: NotRequired[dict[str, list[list[float]]]]
-    pictures: NotRequired[list[dict[str, Any]]]
-    files: NotRequired[dict[int, str]]
-    categories: NotRequired[dict[int, str]]
-    failures: NotRequired[FailureList]
-    run: NotRequired[dict[str, Any]]
+    compared_with: str
+    curves: dict[str, dict[str, Curves]]
+    errors: dict[str, dict[str, ErrorCost]]
+    changes: dict[str, Changes]
+    found: FoundCounts
+    pictures: list[dict[str, Any]]
+    files: dict[int, str]
+    categories: dict[int, str]
+    failures: FailureList
+    run: dict[str, Any]
 
 
 class TrialMetrics(TypedDict):

@@ -37,13 +37,6 @@ from scalenet_ray.data.schemas import DETECTIONS, detections_table
 from scalenet_ray.runs.folder import GROUND_TRUTH, RunFolder
 from scalenet_ray.runs.results import StoredImage, image_results
 
-__all__ = [
-    "EXPORT_FORMATS",
-    "ExportFormat",
-    "Exported",
-    "export_run",
-]
-
 ExportFormat = Literal["coco", "coco-results", "parquet", "yolo", "voc", "supervision", "fiftyone", "geojson"]
 
 
@@ -169,12 +162,11 @@ def _names_and_folder(run: RunFolder, settings: dict[str, Any]) -> tuple[dict[in
         layout, truth = find_layout(settings["split"], **where), storage.join(run.uri, GROUND_TRUTH)
         annotations = truth if storage.exists(truth) else layout.annotations_of(settings["split"])
         return images_and_categories(annotations).categories, layout.images_of(settings["split"])
-    metrics = storage.join(run.uri, "metrics.json")
-    if not storage.exists(metrics):
+    metrics = run.read_json("metrics.json")
+    if metrics is None:
         msg = f"{run.uri} must be finished, got no metrics.json, which names the categories: finish it with --resume"
         raise UserError(msg)
-    categories = json.loads(storage.read_bytes(metrics))["categories"]
-    return {int(key): name for key, name in categories.items()}, None
+    return {int(key): name for key, name in metrics["categories"].items()}, None
 
 
 # --- writers ----------------------------------------------------------------------------------------

@@ -23,21 +23,18 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from types import TracebackType
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
 
 from scalenet_ray.core.errors import UserError, WorkerError
 from scalenet_ray.data import storage
-from scalenet_ray.runs.lock import RunLock, lock_run
+from scalenet_ray.runs.lock import LOCK, RunLock, lock_run
 from scalenet_ray.runs.settings import CONFIG, check_settings, read_config, write_config
 from scalenet_ray.runs.shards import ShardReader
 from scalenet_ray.runs.tables import parquet_bytes, read_parquet
-
-__all__ = ["GROUND_TRUTH", "ActiveRun", "RunFolder"]
 
 GROUND_TRUTH = "ground_truth.json"
 """The ground truth that a run measures against, where the annotations are not COCO's or categories were chosen."""
@@ -132,21 +129,20 @@ class RunFolder(ShardReader):
                 raise PermissionError(msg)
         _refuse_run(output, resume=resume)
 
+    @contextmanager
     def begin(
         self, settings: Mapping[str, Any], *, resume: bool, workers: Mapping[str, Any] | None = None
-    ) -> ActiveRun:
-        """Lock the folder and write config.yaml, or resume the run that it holds.
+    ) -> Iterator[None]:
+        """Lock the folder while the block runs, and write config.yaml, or resume the run that it holds.
+
+        An error that leaves the block gets a note: the progress for a `KeyboardInterrupt`, the file of the traceback
+        for a bug. If a new run raises a `UserError` or `OSError` before it has written a result, its files are removed.
 
         Args:
             settings: plain values that the results depend on.
             workers: plain values that they do not depend on: engine, device, pool and batch sizes. They are recorded,
                 and may differ when the run is resumed.
             resume: resume an existing run; without it an existing run is refused.
-
-        Returns:
-            A context manager that releases the lock at the end of the block. It adds a note to an error that leaves
-            the block: the progress for a `KeyboardInterrupt`, the file of the traceback for a bug. If a new run raises
-            a `UserError` or `OSError` before it has written a result, its files are removed.
 
         Raises:
             FileExistsError: if the folder holds a run and `resume` is false, or another driver is at work on it.
@@ -155,17 +151,20 @@ class RunFolder(ShardReader):
         path = storage.local_path(self.uri)
         self._created_folders = self._created_folders or ([] if path is None else _missing_folders(path))
         try:
-            lock = lock_run(self.uri, take_over=resume)
-            try:
+            with lock_run(self.uri, take_over=resume) as self._lock:
                 is_new = self._create_or_resume(settings, workers or {}, resume=resume)
-            except BaseException:
-                lock.release()
-                raise
+                try:
+                    yield
+                except (UserError, OSError):
+                    if is_new:
+                        self._delete_initial_files()
+                    raise
+                except BaseException as error:
+                    self._add_notes(error)
+                    raise
         except BaseException:
             self._remove_created_folders()
             raise
-        self._lock = lock
-        return ActiveRun(self, lock, is_new=is_new)
 
     def _create_or_resume(self, settings: Mapping[str, Any], workers: Mapping[str, Any], *, resume: bool) -> bool:
         """Write config.yaml, or check it against the settings; return whether the run is new."""
@@ -187,27 +186,23 @@ class RunFolder(ShardReader):
         if self._lock is not None:
             self._lock.check()
 
-    def add_notes(self, error: BaseException) -> None:
+    def _add_notes(self, error: BaseException) -> None:
         """Add a note to an error that ends the run: how to resume it, or where its traceback was written."""
         if isinstance(error, KeyboardInterrupt):
             error.add_note(f"{self.standing}; go on with --resume --output {self._output}")
-        elif isinstance(error, Exception) and not isinstance(error, (UserError, OSError)):
+        elif isinstance(error, Exception):
             trace = error.trace if isinstance(error, WorkerError) else "".join(traceback.format_exception(error))
             with suppress(OSError):
                 self.write_text(_ERROR, trace)
                 error.add_note(f"its trace: {storage.join(self.uri, _ERROR)}")
 
-    def discard(self, lock: RunLock) -> None:
-        """Release the lock of a run that was refused; delete its initial files if the folder holds nothing else."""
-        try:
-            names = {uri: uri.rsplit("/", 1)[-1] for uri in storage.list_files(self.uri)}
-            if set(names.values()) <= {*_INITIAL_FILES, "driver.lock"}:
-                for uri, name in names.items():
-                    if name in _INITIAL_FILES:
-                        storage.delete(uri)
-        finally:
-            lock.release()
-        self._remove_created_folders()
+    def _delete_initial_files(self) -> None:
+        """Delete the files of a run that was refused, if the folder holds nothing else."""
+        names = {uri: uri.rsplit("/", 1)[-1] for uri in storage.list_files(self.uri)}
+        if set(names.values()) <= {*_INITIAL_FILES, LOCK}:
+            for uri, name in names.items():
+                if name in _INITIAL_FILES:
+                    storage.delete(uri)
 
     def _remove_created_folders(self) -> None:
         for folder in self._created_folders:
@@ -226,6 +221,11 @@ class RunFolder(ShardReader):
             UserError: if it is damaged, or not a run's.
         """
         return read_config(self.uri)
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file; None if it does not exist."""
+        uri = storage.join(self.uri, name)
+        return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as JSON under `name`; NaN, which JSON lacks, becomes null."""
@@ -259,41 +259,6 @@ class RunFolder(ShardReader):
     def failures(self) -> pa.Table:
         """Read failures.parquet (schema `FAILURES`)."""
         return read_parquet(storage.join(self.uri, "failures.parquet"), "--resume writes it again")
-
-
-class ActiveRun:
-    """A run that this driver began or resumed, as a context manager that holds the lock.
-
-    Args:
-        run: the run folder.
-        lock: its lock.
-        is_new: whether the run began now.
-    """
-
-    def __init__(self, run: RunFolder, lock: RunLock, *, is_new: bool) -> None:
-        self._run = run
-        self._lock = lock
-        self._is_new = is_new
-
-    def release(self) -> None:
-        """Release the lock."""
-        self._lock.release()
-
-    def __enter__(self) -> ActiveRun:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        del kind, traceback
-        if self._is_new and isinstance(error, UserError | OSError):
-            self._run.discard(self._lock)
-            return
-        try:
-            if error is not None:
-                self._run.add_notes(error)
-        finally:
-            self.release()
 
 
 def _refuse_run(uri: str, *, resume: bool) -> bool:

@@ -25,12 +25,6 @@ from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.tables import INPUTS
 
-__all__ = [
-    "annotation_digests",
-    "check_ground_truth",
-    "keep_image_ids",
-]
-
 _FOLDER = b"folder"
 
 

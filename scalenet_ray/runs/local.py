@@ -19,12 +19,6 @@ from scalenet_ray.core.timing import timed
 from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.runs.batch import Stream
 
-__all__ = [
-    "LocalSession",
-    "LocalStream",
-    "Session",
-]
-
 
 class Session(Protocol):
     """An engine that is ready for work: `LocalSession`, or `RaySession` of `scalenet_ray.engine.session`."""
@@ -71,9 +65,9 @@ class LocalSession:
         return {}
 
     def settle(self, networks: Any, trial: Callable[[Any], Any], log: Callable[[str], None]) -> Any:
-        """Return the networks as they are: there are no actors to choose."""
+        """Choose the device alone: this process has no actors or batches."""
         del trial, log
-        return networks
+        return networks.on_this_machine()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function."""

@@ -27,13 +27,8 @@ from uuid import uuid4
 
 from scalenet_ray.data import storage
 
-__all__ = [
-    "RunLock",
-    "lock_run",
-]
-
-_NAME = "driver.lock"
-
+LOCK = "driver.lock"
+"""The file or object that is locked."""
 
 _HEARTBEAT_SECONDS = 5.0
 
@@ -75,7 +70,7 @@ def lock_run(uri: str, *, take_over: bool) -> RunLock:
         OSError: if the file system does not support locks.
         UserError: if the store is read only.
     """
-    path = storage.local_path(storage.join(uri, _NAME))
+    path = storage.local_path(storage.join(uri, LOCK))
     return _LocalLock(uri, path) if path is not None else _StoreLock(uri, take_over=take_over)
 
 
@@ -154,7 +149,7 @@ class _StoreLock(RunLock):
 
     def __init__(self, uri: str, *, take_over: bool) -> None:
         self._uri = uri
-        self._object = storage.join(uri, _NAME)
+        self._object = storage.join(uri, LOCK)
         self._driver = uuid4().hex
         self._beat = 0
         self._lock = threading.Lock()

@@ -8,17 +8,6 @@ from typing import Any
 
 from scalenet_ray.core.errors import UserError
 
-__all__ = [
-    "DEFAULT_RETRIES",
-    "ROW_TILES",
-    "AdvancedResources",
-    "PoolSize",
-    "ResourceChoice",
-    "Resources",
-    "RetryPolicy",
-    "limits",
-]
-
 PoolSize = int | tuple[int, int]
 """Number of actors, or (minimum, maximum) of an autoscaling pool."""
 
@@ -30,31 +19,10 @@ ROW_TILES = 128
 """Tiles that travel together through the pipeline where there are many: several batches of the networks."""
 
 
-@dataclass(frozen=True)
-class RetryPolicy:
-    """Timeout and retries of calls to networks and image readers.
-
-    Attributes:
-        call_seconds: a call that takes longer is stopped with its process, and its work retried in a new one.
-        max_tries: a tile fails if it has ended its process this often while processed alone.
-
-    Raises:
-        UserError: if a number is out of range.
-    """
-
-    call_seconds: float = 300.0
-    max_tries: int = 3
-
-    def __post_init__(self) -> None:
-        if self.call_seconds <= 0:
-            msg = f"call_seconds must be above 0, got {self.call_seconds}"
-            raise UserError(msg)
-        if self.max_tries < 1:
-            msg = f"max_tries must be 1 or more, got {self.max_tries}"
-            raise UserError(msg)
-
-
-DEFAULT_RETRIES = RetryPolicy()
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        msg = f"{name} must be 1 or more, got {value}"
+        raise UserError(msg)
 
 
 @dataclass(frozen=True)
@@ -75,39 +43,28 @@ class AdvancedResources:
 
     max_open_images: int | None = None
     pipelines: int | None = None
-    call_seconds: float = DEFAULT_RETRIES.call_seconds
-    max_tries: int = DEFAULT_RETRIES.max_tries
+    call_seconds: float = 300.0
+    max_tries: int = 3
     no_progress_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        for name in ("max_open_images", "pipelines"):
+        for name in ("max_open_images", "pipelines", "max_tries"):
             _check_count(name, getattr(self, name))
-        if self.no_progress_seconds <= 0:
-            msg = f"no_progress_seconds must be above 0, got {self.no_progress_seconds}"
-            raise UserError(msg)
-        _ = self.retries
+        for name in ("call_seconds", "no_progress_seconds"):
+            if getattr(self, name) <= 0:
+                msg = f"{name} must be above 0, got {getattr(self, name)}"
+                raise UserError(msg)
 
-    @property
-    def retries(self) -> RetryPolicy:
-        """The retry policy of all stages."""
-        return RetryPolicy(self.call_seconds, self.max_tries)
+
+DEFAULT_ADVANCED = AdvancedResources()
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Actors, GPUs and batch sizes; the same options on one node and on many.
+    """Actors, GPUs and batch sizes of a run: the fields of `ResourceChoice`, all chosen.
 
-    Attributes:
-        readers: number of read tasks, which decode images and cut tiles.
-        scale_actors: number of Scale Net actors, or (minimum, maximum). For a policy without a Scale Net, or with one
-            on the detector's features, they are additional detector actors if both have the same GPUs. None: each
-            detector actor also runs Scale Net.
-        detector_actors: number of detector actors, or (minimum, maximum).
-        gpus_per_scale_actor: GPUs of each Scale Net actor; a fraction shares one.
-        gpus_per_detector_actor: GPUs of each detector actor; a fraction shares one.
-        scale_batch_size: tiles per call of Scale Net.
-        detector_batch_size: tiles per call of the detector.
-        advanced: limits and timeouts.
+    For a policy without a Scale Net, or with one on the detector's features, Scale Net's actors are additional detector
+    actors if both have the same GPUs. With None for them each detector actor also runs Scale Net.
 
     Raises:
         UserError: if a number is out of range.
@@ -249,12 +206,6 @@ class ResourceChoice:
 def limits(size: PoolSize | None) -> tuple[int, int]:
     """(minimum, maximum) number of actors of a pool; (0, 0) for None, no pool."""
     return (size or 0, size or 0) if isinstance(size, int | None) else size
-
-
-def _check_count(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        msg = f"{name} must be 1 or more, got {value}"
-        raise UserError(msg)
 
 
 def _share(total: int, count: int, index: int) -> int:

@@ -18,15 +18,6 @@ from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.shards import CurrentRecords
 from scalenet_ray.runs.tables import in_image_order
 
-__all__ = [
-    "StoredImage",
-    "detections_of",
-    "image_results",
-    "rows_in_order",
-    "tables_in_order",
-    "whole_passes_of",
-]
-
 _MOST_IN_MEMORY = 10_000
 """Results of at most this many images are sorted in memory."""
 

@@ -18,13 +18,6 @@ from scalenet_ray import __version__
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
 
-__all__ = [
-    "CONFIG",
-    "check_settings",
-    "read_config",
-    "write_config",
-]
-
 CONFIG = "config.yaml"
 
 

@@ -15,8 +15,6 @@ from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.shards import STAGE_SECONDS, WORK_SECONDS
 from scalenet_ray.runs.tables import parquet_bytes
 
-__all__ = ["ShardWriter"]
-
 _IMAGES_PER_SHARD = 256
 
 

@@ -30,14 +30,6 @@ from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.data.schemas import DETECTIONS, IMAGES
 from scalenet_ray.runs.tables import FAILURES, INPUTS, explain_damage, in_image_order, read_parquet
 
-__all__ = [
-    "MIN_RATE_SECONDS",
-    "STAGE_SECONDS",
-    "WORK_SECONDS",
-    "CurrentRecords",
-    "ShardReader",
-]
-
 _SCHEMAS = {"detections": DETECTIONS, "images": IMAGES}
 
 

@@ -22,15 +22,6 @@ from scalenet_ray.runs.documents import FailureCount, PolicyCost
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.results import image_results
 
-__all__ = [
-    "coco_results",
-    "evaluate_policy",
-    "failure_counts",
-    "policy_cost",
-    "write_policy_results",
-]
-
-
 _MAX_REASONS = 20
 
 _REDUCED = 0.5

@@ -12,15 +12,6 @@ import pyarrow.parquet as pq
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
 
-__all__ = [
-    "FAILURES",
-    "INPUTS",
-    "explain_damage",
-    "in_image_order",
-    "parquet_bytes",
-    "read_parquet",
-]
-
 FAILURES = pa.schema(
     [
         ("policy", pa.string()),

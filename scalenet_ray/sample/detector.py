@@ -32,21 +32,6 @@ from scalenet_ray.sample.tiny import (
     tiny_config,
 )
 
-__all__ = [
-    "LEVEL_BOUNDS",
-    "MIN_TRAINED_SIDE",
-    "Answers",
-    "Targets",
-    "TinyDetector",
-    "TinyNet",
-    "assign_targets",
-    "cell_centres",
-    "detection_loss",
-    "export_tiny_detector",
-    "pack_tiles",
-    "save_tiny_detector",
-]
-
 LEVEL_BOUNDS = (48.0, 112.0)
 """Longer sides in tile pixels: objects below the first are assigned to stride 8, below the second to 16, else to 32."""
 

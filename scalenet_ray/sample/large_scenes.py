@@ -16,8 +16,6 @@ from PIL import Image
 
 from scalenet_ray.sample.shapes import SAMPLE_CATEGORIES, paint, shape_alpha
 
-__all__ = ["FIRST_LARGE_ID", "LARGE_HW", "LargeScene", "large_scene"]
-
 FIRST_LARGE_ID = 2_000_000
 """Offset of the large scenes' image ids."""
 

@@ -29,18 +29,6 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.sample.large_scenes import FIRST_LARGE_ID, LargeScene, large_scene
 from scalenet_ray.sample.shapes import SAMPLE_CATEGORIES, SMALL_SIDE, arc, paint, shape_alpha
 
-__all__ = [
-    "SAMPLE",
-    "SAMPLE_CATEGORIES",
-    "SAMPLE_VERSION",
-    "SampleFiles",
-    "Scene",
-    "ensure_sample",
-    "make_scene",
-    "sample_scene",
-    "write_sample",
-]
-
 SAMPLE = "embedded://sample"
 """Address of the sample, on any machine; `data.stores` names `SampleFiles` as its file system."""
 

@@ -7,8 +7,6 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["SAMPLE_CATEGORIES", "SMALL_SIDE", "arc", "paint", "shape_alpha"]
-
 SAMPLE_CATEGORIES: dict[int, str] = {
     1: "circle",
     2: "square",

@@ -21,17 +21,6 @@ from scalenet_ray.models.scale_predictors import ONNX_SUFFIX
 if TYPE_CHECKING:
     from scalenet_ray.sample.detector import TinyDetector
 
-__all__ = [
-    "NECK_CHANNELS",
-    "STRIDES",
-    "TINY_DETECTOR",
-    "OnnxTinyDetector",
-    "TinyDetectorBase",
-    "TinyNetConfig",
-    "load_tiny_detector",
-    "tiny_config",
-]
-
 STRIDES = (8, 16, 32)
 
 

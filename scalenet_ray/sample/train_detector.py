@@ -15,12 +15,6 @@ from scalenet_ray.sample.detector import Answers, TinyNet, assign_targets, detec
 from scalenet_ray.sample.tiny import TinyNetConfig
 from scalenet_ray.training.examples import Example, random_window, read_pixels, tile_of_window
 
-__all__ = [
-    "TrainingTile",
-    "random_tile",
-    "train_tiny_detector",
-]
-
 WINDOW_SHARES = (0.25, 1.0)
 """Range of a window's sides as shares of the image's, sampled log-uniformly."""
 

@@ -21,8 +21,6 @@ from scalenet_ray.runs.local import Session
 from scalenet_ray.workflows.image_sets import ImageSet
 from scalenet_ray.workflows.run_report import PICTURES, ProgressLog, on_cpu, write_report, write_summary
 
-__all__ = ["DetectionRun"]
-
 
 class DetectionRun:
     """One policy over images without ground truth.

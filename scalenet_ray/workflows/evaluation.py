@@ -23,8 +23,6 @@ from scalenet_ray.runs.summary import evaluate_policy
 from scalenet_ray.workflows.image_sets import CocoSplit, check_split, with_ground_truth
 from scalenet_ray.workflows.run_report import PICTURES, ProgressLog, on_cpu, write_report, write_summary
 
-__all__ = ["evaluate_policies"]
-
 
 def evaluate_policies(
     session: Session,

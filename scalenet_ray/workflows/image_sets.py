@@ -18,17 +18,6 @@ from scalenet_ray.runs.inputs import annotation_digests, check_ground_truth
 from scalenet_ray.runs.local import Session
 from scalenet_ray.sample.scenes import SAMPLE
 
-__all__ = [
-    "CocoSplit",
-    "ImageSet",
-    "check_split",
-    "open_images",
-    "open_split",
-    "sample_inputs",
-    "with_categories",
-    "with_ground_truth",
-]
-
 
 def sample_inputs(networks: NetworkSpec) -> tuple[str, NetworkSpec]:
     """The embedded sample and its networks.
@@ -93,24 +82,24 @@ class CocoSplit(ImageSet):
 
 def open_split(
     session: Session,
-    data: str | None,
     split: str,
     *,
+    data: str | None,
+    annotations: str | None,
+    images: str | None,
     limit: int | None,
     max_megapixels: float,
-    annotations: str | None = None,
-    images: str | None = None,
 ) -> CocoSplit:
     """Read the annotations of one split of a data set.
 
     Args:
         session: the engine; the annotations are read outside the driver.
-        data: a folder or a data.yaml, see `data.datasets`; None if `annotations` and `images` are given.
         split: its name.
-        limit: only the first so many images.
-        max_megapixels: larger images are refused before they are decoded.
+        data: a folder or a data.yaml, see `data.datasets`; None if `annotations` and `images` are given.
         annotations: instances file or folder of label files, in place of `data`.
         images: folder of the images, with `annotations`.
+        limit: only the first so many images.
+        max_megapixels: larger images are refused before they are decoded.
 
     Raises:
         FileNotFoundError: if there are no annotations.

@@ -18,16 +18,6 @@ from scalenet_ray.runs.local import LocalSession, Session
 from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.workflows.image_sets import CocoSplit, ImageSet
 
-__all__ = [
-    "EngineName",
-    "choose_policies",
-    "file_policies",
-    "named_policies",
-    "prepare_run",
-    "settle_workers",
-    "start_session",
-]
-
 EngineName = Literal["ray", "local"]
 """ray: actors on this machine or a cluster; local: this process, for small jobs and notebooks."""
 
@@ -176,6 +166,7 @@ def prepare_run(
 def settle_workers(
     session: Session,
     networks: NetworkSpec,
+    detector: DetectorInfo,
     policies: Sequence[Policy],
     images: ImageSet,
     log: Callable[[str], None],
@@ -185,6 +176,7 @@ def settle_workers(
     Args:
         session: the engine.
         networks: the networks.
+        detector: the detector's declaration.
         policies: policies of the run.
         images: images of the run.
         log: takes a line that says what was chosen.
@@ -195,9 +187,7 @@ def settle_workers(
     Raises:
         UserError: if the networks do not run on the user's device.
     """
-    if isinstance(session, LocalSession):
-        return networks.on_this_machine()
-    categories, unused = _categories_of(images, session.call(networks.describe_detector))
+    categories, unused = _categories_of(images, detector)
     trial = partial(
         try_networks,
         policies=policies,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +19,6 @@ from scalenet_ray.runs.batch import Progress
 from scalenet_ray.runs.documents import (
     DetectionAnalysis,
     EvaluationAnalysis,
-    FailureCount,
     FailureList,
     FailureRow,
     Metrics,
@@ -29,8 +28,6 @@ from scalenet_ray.runs.documents import (
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import Session
 from scalenet_ray.runs.summary import failure_counts, policy_cost, write_policy_results
-
-__all__ = ["PICTURES", "ProgressLog", "on_cpu", "write_report", "write_summary"]
 
 PICTURES = 24
 """Default number of photographs in a report, which keeps it at a few megabytes."""
@@ -157,7 +154,7 @@ def write_report(
     """
     analysis["throughput"] = progress.points
     run.write_json("analysis.json", analysis)
-    chosen = choose_pictures(analysis["images"], winner_of(document["policies"]) or "", pictures)
+    chosen = choose_pictures(analysis["images"], winner_of(document["policies"]), pictures)
     made = session.call(make_pictures, [(images.by_id(image_id), group) for image_id, group in chosen.items()])
     files = {row["id"]: images.by_id(row["id"]).file_name for row in analysis["images"]}
     details = {
@@ -176,10 +173,6 @@ def _failures(run: RunFolder, document: Metrics) -> FailureList:
     policies: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
     for row in run.failures().to_pylist():
         policies[row["file"], row["stage"], row["reason"]].append(row["policy"])
-    counts = Counter((stage, reason) for _, stage, reason in policies)
-    reasons: list[FailureCount] = [
-        {"stage": stage, "reason": reason, "count": count} for (stage, reason), count in counts.most_common()
-    ]
     rows: list[FailureRow] = [
         {"file": file, "stage": stage, "reason": reason, "policies": names}
         for (file, stage, reason), names in list(policies.items())[:_MOST_FAILURES]
@@ -187,7 +180,7 @@ def _failures(run: RunFolder, document: Metrics) -> FailureList:
     return {
         "total": document["images"]["failed"],
         "listed": len(policies),
-        "reasons": (document.get("failures") or reasons)[:_MOST_FAILURES],
+        "reasons": document["failures"],
         "rows": rows,
     }
 
