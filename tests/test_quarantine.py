@@ -61,7 +61,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "name"),
-    [("read", "grid-2"), ("read", "scalenet"), ("look", "scalenet"), ("look", "fused"), ("detect", "whole")],
+    [("read", "grid-2"), ("read", "scalenet"), ("look", "scalenet"), ("detect", "whole")],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_a_poison_image_is_put_aside_and_no_other(no_ray: None, stage: str, name: str, seed: int) -> None:
