@@ -174,7 +174,7 @@ def test_policies_whose_files_would_clash_are_refused(names: list[str], message:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "both", "method must be one of class, confidence, gain, got 'both'"),
+        ("method", "both", "method must be one of class, confidence, got 'both'"),
         ("threshold", 1.1, "threshold must be between 0 and 1, got 1.1"),
         ("threshold", math.nan, "threshold must be between 0 and 1, got nan"),
         ("k", 0.0, "k must be a share above 0 and at most 1, got 0.0"),
