@@ -337,28 +337,7 @@ class RandomScale:
         return ScaleMap(prob=np.arange(NUM_CLASSES)[:, None, None] == classes)
 
 
-class FixedScale:
-    """Says the same of every tile.
-
-    Args:
-        scale: [h, w] of a regression map, or None.
-        prob: [6, h, w] of a class map, or None.
-        gain: [h, w], or None.
-    """
-
-    input_pixels = 32 * 32
-
-    def __init__(
-        self, scale: np.ndarray | None = None, prob: np.ndarray | None = None, gain: np.ndarray | None = None
-    ) -> None:
-        self._map = ScaleMap(scale=scale, prob=prob, gain=gain)
-
-    def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
-        del pixels
-        return [self._map] * len(tiles)
-
-
-class ConstantScale(FixedScale):
+class ConstantScale:
     """Every cell of every tile is of one scale, or of one class.
 
     Args:
@@ -367,13 +346,19 @@ class ConstantScale(FixedScale):
         hw: the grid's (height, width) in cells.
     """
 
+    input_pixels = 32 * 32
+
     def __init__(
         self, scale: float | None = None, scale_class: int | None = None, hw: tuple[int, int] = (16, 16)
     ) -> None:
         if scale is not None:
-            super().__init__(scale=np.full(hw, scale))
+            self._map = ScaleMap(scale=np.full(hw, scale))
         else:
-            super().__init__(prob=np.arange(NUM_CLASSES)[:, None, None] == np.full(hw, scale_class))
+            self._map = ScaleMap(prob=np.arange(NUM_CLASSES)[:, None, None] == np.full(hw, scale_class))
+
+    def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile]) -> list[ScaleMap | TileError]:
+        del pixels
+        return [self._map] * len(tiles)
 
 
 class OscillatingScale:

@@ -271,7 +271,7 @@ def test_a_policy_whose_tiles_cannot_be_computed_is_refused_before_the_run(
         assert message in refused(pictures, tmp_path / "run", capsys, policy)
 
 
-@pytest.mark.parametrize("kind", ["first-pass", "oracle", "fused", "scalenet"])
+@pytest.mark.parametrize("kind", ["first-pass", "oracle", "scalenet"])
 def test_a_zoom_by_topk_of_class_maps_is_refused_by_the_check(kind: str) -> None:
     policy = parse_policy(kind, input_side=64, iou_threshold=0.6)
     names = NetworkSpec(SAMPLE_DETECTOR, SAMPLE_SCALE_NET)

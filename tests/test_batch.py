@@ -102,7 +102,7 @@ def whole_run(folder: Path) -> RunFolder:
 
 
 def test_the_local_engine_is_the_reference(tmp_path: Path) -> None:
-    for name in ("grid-2", "first-pass", "scalenet", "fused", "oracle"):
+    for name in ("grid-2", "first-pass", "scalenet", "oracle"):
         policy = policy_of(name)
         nets = random_networks(policy, len(RECORDS))
         results = list(LocalStream(RECORDS, policy, nets, SCENES))

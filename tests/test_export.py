@@ -312,7 +312,10 @@ def test_the_command_exports_and_says_so_in_one_line(run: str, capsys: pytest.Ca
     ("arguments", "message"),
     [
         (("nowhere", "--to", "coco"), "nowhere must be a run folder, got no config.yaml in it"),
-        (("RUN", "--to", "coco", "--policy", "gain"), "--policy must be one of the run's, whole, grid-2, got 'gain'"),
+        (
+            ("RUN", "--to", "coco", "--policy", "random"),
+            "--policy must be one of the run's, whole, grid-2, got 'random'",
+        ),
     ],
 )
 def test_what_cannot_be_exported_says_why(

@@ -94,7 +94,7 @@ def assert_equals_reference(results: list[ImageResult], policy: Policy) -> None:
     assert {result.image_id: as_values(result) for result in results} == expected
 
 
-@pytest.mark.parametrize("name", [pytest.param("grid-2", marks=pytest.mark.slow), "fused"])
+@pytest.mark.parametrize("name", [pytest.param("grid-2", marks=pytest.mark.slow), "scalenet"])
 def test_everything_dies_once_in_one_run(idle_ray: None, watched: Watched, name: str) -> None:
     policy = policy_of(name)
     opened = FaultyOpen(SCENES, watched.fault("reader", turn=7), watched.opened)

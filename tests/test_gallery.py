@@ -54,7 +54,6 @@ KINDS = [
     pytest.param({"method": "class"}, class_map(9.0), id="class-with-gain"),
     pytest.param({"method": "confidence"}, class_map(None), id="confidence"),
     pytest.param({"method": "confidence"}, class_map(9.0), id="confidence-with-gain"),
-    pytest.param({"method": "gain"}, class_map(0.0), id="gain"),
     pytest.param({}, scale_map(), id="regression"),
 ]
 

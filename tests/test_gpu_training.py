@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.gpu_networks import cuda_products
-from scalenet_ray.core.scale import NUM_CLASSES
 from scalenet_ray.experiments.classifiers import build_classifier, classifier_loss
 from scalenet_ray.models.scale_head import ScaleHead
 from scalenet_ray.models.scale_net import build_scale_net, normalised
@@ -26,7 +25,7 @@ from scalenet_ray.sample.scenes import write_sample
 from scalenet_ray.training.detector_recipe import plan_fine_tuning
 from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.head_recipe import HeadRecipe
-from scalenet_ray.training.losses import focal_loss, masked_mse, poisson_loss
+from scalenet_ray.training.losses import focal_loss, masked_mse
 from scalenet_ray.training.recipe import Batch, Recipe, clip_and_step, forward_backward
 from scalenet_ray.training.scale_recipe import CLASS_WEIGHTS, ScaleRecipe
 from tests.devices import DEVICES
@@ -101,14 +100,13 @@ class _FeaturesOfNoise(HeadRecipe):
             f"level{i}": rng.normal(size=(channels, 8 >> i, 8 >> i)).astype(np.float16)
             for i, channels in enumerate(self.config.feature_channels)
         }
-        target, gain = rng.integers(0, 6, (8, 8)).astype(np.uint8), rng.random((8, 8)).astype(np.float32) / 64
-        return {"image_id": np.array([index]), **levels, "target": target, "gain": gain}
+        return {"image_id": np.array([index]), **levels, "target": rng.integers(0, 6, (8, 8)).astype(np.uint8)}
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_heads_steps_have_the_same_losses(device: str, sample: str) -> None:
     spec = NetworkSpec(detector=SAMPLE_DETECTOR)
-    recipe = _FeaturesOfNoise(TrainingImages(sample), spec, "", spec.describe_features())
+    recipe = _FeaturesOfNoise(TrainingImages(sample), spec, spec.describe_features())
     assert losses(recipe, device) == pytest.approx(losses(recipe, "cpu"), rel=0.01)
 
 
@@ -127,15 +125,17 @@ def _loss_of_scale_net(preset: str) -> torch.Tensor:
     output = _on_fake_gpu(lambda: build_scale_net(config))(normalised(images, config))
     if config.kind == "regression":
         return masked_mse(output, torch.ones(output.shape, device="cuda:0"))
+    return _loss_of_classes(output)
+
+
+def _loss_of_classes(output: torch.Tensor) -> torch.Tensor:
     target = torch.zeros(2, *output.shape[2:], dtype=torch.uint8, device="cuda:0")
     return focal_loss(output, target, class_weights=torch.tensor(CLASS_WEIGHTS))
 
 
 def _loss_of_scale_head() -> torch.Tensor:
     head = _on_fake_gpu(lambda: ScaleHead(HeadConfig((8, 8))))
-    output = head([torch.zeros(2, 8, side, side, device="cuda:0") for side in (16, 8)])
-    gain, counted = (torch.ones(2, 16, 16, device="cuda:0", dtype=dtype) for dtype in (torch.float32, torch.bool))
-    return poisson_loss(output[:, NUM_CLASSES], gain, counted)
+    return _loss_of_classes(head([torch.zeros(2, 8, side, side, device="cuda:0") for side in (16, 8)]))
 
 
 def _loss_of_classifier(kind: Any, width: float, side: int) -> torch.Tensor:

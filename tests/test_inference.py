@@ -22,7 +22,6 @@ from tests.oracles import (
     BrokenScale,
     CountingDetector,
     FailingDetector,
-    FixedScale,
     PerfectDetector,
     RandomDetector,
     RandomScale,
@@ -68,7 +67,7 @@ def _batch() -> tuple[list[np.ndarray], list[Tile]]:
 # --- who is asked -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["scalenet", "oracle", "fused"])
+@pytest.mark.parametrize("kind", ["scalenet", "oracle"])
 def test_the_net_is_asked_once_for_all_tiles_that_may_be_cut(kind: str) -> None:
     net = _CountingScale(RandomScale())
     pixels, tiles = _batch()
@@ -78,11 +77,10 @@ def test_the_net_is_asked_once_for_all_tiles_that_may_be_cut(kind: str) -> None:
     assert [one.looked for one in seen] == [kind != "oracle", kind != "oracle", False, False]
 
 
-@pytest.mark.parametrize("kind", ["first-pass", "fused"])
-def test_the_detector_is_asked_once_and_what_it_saw_travels_on(kind: str) -> None:
+def test_the_detector_is_asked_once_and_what_it_saw_travels_on() -> None:
     detect = CountingDetector(PerfectDetector(1))
     pixels, tiles = _batch()
-    seen = predict_scales(pixels, tiles, _policy(kind), detect=detect, predict_scale=SeeingScale())
+    seen = predict_scales(pixels, tiles, _policy("first-pass"), detect=detect)
     assert detect.calls == 1
     assert detect.sizes_hw == [(64, 64), (32, 48)]
     assert [None if one.detections is None else len(one.detections) for one in seen] == [2, 2, None, None]
@@ -115,15 +113,13 @@ def test_no_tiles_that_may_be_cut_need_no_network() -> None:
     [
         ("scalenet", "policy scalenet needs a scale map, got no Scale Net: give its weights with --scale-net PATH"),
         ("oracle", "policy oracle needs a scale map, got no Scale Net"),
-        ("fused", "policy fused needs the detector's first pass, got no detector"),
         ("first-pass", "policy first-pass needs the detector's first pass, got no detector"),
     ],
 )
 def test_a_missing_network_is_named(kind: str, message: str) -> None:
     pixels, tiles = _batch()
-    net = SeeingScale() if kind == "fused" else None
     with pytest.raises(ValueError, match=message):
-        predict_scales(pixels, tiles, _policy(kind), predict_scale=net)
+        predict_scales(pixels, tiles, _policy(kind))
 
 
 def test_a_net_that_answers_for_fewer_tiles_is_a_bug() -> None:
@@ -139,7 +135,7 @@ def test_a_net_that_answers_for_fewer_tiles_is_a_bug() -> None:
 # --- who breaks -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["scalenet", "fused", "oracle"])
+@pytest.mark.parametrize("kind", ["scalenet", "oracle"])
 def test_nan_for_one_tile_leaves_the_others_of_the_batch_alone(kind: str) -> None:
     pixels, tiles = _batch()
     net = BrokenScale(SeeingScale(), image_id=1)
@@ -153,12 +149,11 @@ def test_nan_for_one_tile_leaves_the_others_of_the_batch_alone(kind: str) -> Non
     assert seen[1].scale_map is not None
 
 
-@pytest.mark.parametrize("kind", ["first-pass", "fused"])
-def test_a_detector_that_breaks_on_one_tile_leaves_the_others_alone(kind: str) -> None:
+def test_a_detector_that_breaks_on_one_tile_leaves_the_others_alone() -> None:
     pixels, tiles = _batch()
     pixels[1][:4, :4] = BREAKING
     detect = FailingDetector(PerfectDetector(1))
-    seen = predict_scales(pixels, tiles, _policy(kind), detect=detect, predict_scale=SeeingScale())
+    seen = predict_scales(pixels, tiles, _policy("first-pass"), detect=detect)
     assert seen[0].failure is None
     assert seen[1].failure is not None
     assert seen[1].failure.reason == "the detector broke on this tile: its boxes are NaN"
@@ -186,21 +181,6 @@ def test_the_first_pass_map_holds_boxes_from_a_score_on_with_their_score_as_gain
 def test_a_first_pass_that_found_nothing_sees_background() -> None:
     for found in (Detections.empty(), dataclasses.replace(Detections.empty(), masks=())):
         assert scale_map_of_detections(found, (64, 64), 0.0).classes.max() == 0
-
-
-def test_fused_is_the_mean_of_both_on_the_finer_grid() -> None:
-    pixels, tiles = _batch()
-    background = FixedScale(prob=np.eye(6)[0][:, None, None] * np.ones((1, 8, 8)))
-    seen = predict_scales(pixels[:1], tiles[:1], _policy("fused"), detect=PerfectDetector(1), predict_scale=background)[
-        0
-    ]
-    assert seen.scale_map is not None
-    assert seen.scale_map.prob is not None
-    assert seen.scale_map.hw == (64, 64)
-    # 5 x 5 = 25 of 64 x 64 is 1600 of 512 x 512: class 1; 10 x 10 is 6400: class 2.
-    assert seen.scale_map.prob[:2, 6, 6].tolist() == [0.5, 0.5]
-    assert seen.scale_map.prob[:3, 15, 25].tolist() == [0.5, 0.0, 0.5]
-    assert seen.scale_map.prob[0, 60, 60] == 1.0
 
 
 # --- the oracle -------------------------------------------------------------------------------------

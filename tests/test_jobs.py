@@ -113,7 +113,7 @@ def test_several_policies_run_into_one_run_folder(
     ("scale_net", "policies", "is_said"),
     [
         (SAMPLE_SCALE_NET, ["whole", "grid-2", "regions", "scalenet", "regions-oracle"], False),
-        ("head", ["whole", "grid-2", "regions", "gain", "regions-oracle"], False),
+        ("head", ["whole", "grid-2", "regions", "scalenet", "regions-oracle"], False),
         (None, ["whole", "grid-2", "regions", "regions-oracle"], True),
     ],
 )

@@ -26,7 +26,7 @@ from tests.faults import Given, Scenes, as_values, policy_of, random_networks, r
 from tests.in_process import InProcessEngine
 from tests.oracles import CATEGORIES, RandomDetector, RandomScale
 
-POLICIES = ("grid-2", "first-pass", "scalenet", "fused")
+POLICIES = ("grid-2", "first-pass", "scalenet")
 
 
 class SmallDetector(RandomDetector):

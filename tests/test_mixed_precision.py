@@ -89,7 +89,6 @@ def test_a_scale_head_reads_a_detectors_features_in_bfloat16(tmp_path: Path) -> 
         load_predictor(path).from_features(features, tiles), head.from_features(features, tiles), strict=True
     ):
         np.testing.assert_allclose(mixed.prob, plain.prob, atol=0.02)
-        np.testing.assert_allclose(mixed.gain, plain.gain, rtol=0.1)
     assert seen == {torch.bfloat16}
 
 

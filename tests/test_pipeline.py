@@ -78,10 +78,11 @@ def assert_equals_reference(
     [
         ("grid-2", Resources(scale_actors=3, scale_batch_size=8, detector_batch_size=5)),
         pytest.param(
-            "first-pass", Resources(scale_actors=3, scale_batch_size=3, detector_batch_size=16), marks=pytest.mark.slow
+            "first-pass",
+            Resources(readers=2, scale_actors=3, scale_batch_size=3, detector_batch_size=16),
+            marks=pytest.mark.slow,
         ),
         ("scalenet", Resources(scale_actors=3, scale_batch_size=1, detector_batch_size=16)),
-        pytest.param("fused", Resources(readers=2, scale_batch_size=8, detector_batch_size=5), marks=pytest.mark.slow),
         (
             "scalenet",
             Resources(scale_actors=None, detector_actors=2, detector_batch_size=3),

@@ -32,7 +32,6 @@ KINDS = {
     "first-pass": "first-pass",
     "scalenet": "scalenet",
     "paper": "scalenet",
-    "fused": "fused",
     "oracle": "oracle",
     "regions": "first-pass",
     "regions-scalenet": "scalenet",
@@ -90,14 +89,10 @@ def test_a_name_with_an_impossible_number_says_what_is_wrong(name: str, message:
 def test_which_policies_look_and_at_what() -> None:
     looks = {name for name in NAMES if _named(name).uses_evidence}
     regions = {"regions", "regions-scalenet", "regions-oracle"}
-    assert looks == {"first-pass", "scalenet", "paper", "fused", "oracle"} | regions
-    assert {name for name in NAMES if _named(name).needs_network} == {
-        "scalenet",
-        "paper",
-        "fused",
-        "regions-scalenet",
-    }
-    assert {name for name in NAMES if _named(name).needs_first_pass} == {"first-pass", "fused", "regions"}
+    assert looks == {"first-pass", "scalenet", "paper", "oracle"} | regions
+    assert {name for name in NAMES if _named(name).needs_network} == {"scalenet", "paper", "regions-scalenet"}
+    assert {name for name in NAMES if _named(name).needs_first_pass} == {"first-pass", "regions"}
+    assert {name for name in NAMES if _named(name).reads_truth} == {"oracle", "regions-oracle"}
 
 
 def test_a_tile_is_looked_at_while_it_may_still_be_cut() -> None:
@@ -179,7 +174,7 @@ def test_policies_whose_files_would_clash_are_refused(names: list[str], message:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("method", "both", "method must be one of class, confidence, gain, got 'both'"),
+        ("method", "both", "method must be one of class, confidence, got 'both'"),
         ("threshold", 1.1, "threshold must be between 0 and 1, got 1.1"),
         ("threshold", math.nan, "threshold must be between 0 and 1, got nan"),
         ("k", 0.0, "k must be a share above 0 and at most 1, got 0.0"),

@@ -72,7 +72,7 @@ def test_what_broke_a_network_breaks_it_again() -> None:
     assert inner.seen == 1
 
 
-@pytest.mark.parametrize("policy_name", ["first-pass", "scalenet", "fused"])
+@pytest.mark.parametrize("policy_name", ["first-pass", "scalenet"])
 def test_a_hit_gives_what_a_miss_gives(policy_name: str, tmp_path: Path) -> None:
     dataset = read_annotations(write_sample(tmp_path / "sample", train=1, val=2) / "annotations/instances_val2017.json")
     names = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)

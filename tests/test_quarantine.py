@@ -56,7 +56,7 @@ def assert_it_failed_alone(results: list[ImageResult], policy: Policy, stage: st
 
 @pytest.mark.parametrize(
     ("stage", "name"),
-    [("read", "grid-2"), ("read", "scalenet"), ("look", "scalenet"), ("look", "fused"), ("detect", "whole")],
+    [("read", "grid-2"), ("read", "scalenet"), ("look", "scalenet"), ("detect", "whole")],
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_a_poison_image_is_put_aside_and_no_other(without_ray: None, stage: str, name: str, seed: int) -> None:

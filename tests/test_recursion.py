@@ -612,16 +612,14 @@ def test_a_detector_that_is_unsure_of_small_things_finds_them_by_its_own_first_p
     detect = PerfectDetector(3, sure_side=12, input_side=SIDE)
     plain = recursive_detect(image, 1, _image_policy("whole"), detect=detect)
     assert plain.detections.scores.max() == pytest.approx(0.1)
-    for name in ("first-pass", "fused"):
-        # Fused with a net that sees nothing: half of what the first pass says, which is over th = .3.
-        policy = _image_policy(name, method="confidence")
-        result = recursive_detect(image, 1, policy, detect=detect, predict_scale=ConstantScale(scale_class=0))
-        _assert_all_found_once(result.detections, boxes, labels)
-        # The whole image's tile, which is unsure, has a vote.
-        assert (result.detections.scores > 0.5).all()
-        policy = dataclasses.replace(policy, merging=dataclasses.replace(policy.merging, method="nms"))
-        result = recursive_detect(image, 1, policy, detect=detect, predict_scale=ConstantScale(scale_class=0))
-        assert result.detections.scores.min() == pytest.approx(0.9)
+    policy = _image_policy("first-pass", method="confidence")
+    result = recursive_detect(image, 1, policy, detect=detect)
+    _assert_all_found_once(result.detections, boxes, labels)
+    # The whole image's tile, which is unsure, has a vote.
+    assert (result.detections.scores > 0.5).all()
+    policy = dataclasses.replace(policy, merging=dataclasses.replace(policy.merging, method="nms"))
+    result = recursive_detect(image, 1, policy, detect=detect)
+    assert result.detections.scores.min() == pytest.approx(0.9)
 
 
 def test_the_first_pass_threshold_says_which_boxes_draw_a_window() -> None:
@@ -719,7 +717,6 @@ def _cost(name: str, hw: tuple[int, int] = (SIDE, SIDE), **recursion: Any) -> Im
         ("random", 3.0, 3),
         ("scalenet", 5.0, 5),
         ("oracle", 5.0, 5),
-        ("fused", 5.0, 5),
         # Nothing is on the image: the first pass sees no reason for a window.
         ("first-pass", 1.0, 1),
     ],
@@ -731,20 +728,19 @@ def test_passes_are_pixels_over_those_of_the_whole_image(name: str, passes: floa
     assert result.tiles == tiles
 
 
-@pytest.mark.parametrize("name", ["whole", "grid-2", "first-pass", "scalenet", "fused", "oracle"])
+@pytest.mark.parametrize("name", ["whole", "grid-2", "first-pass", "scalenet", "oracle"])
 def test_only_scale_nets_own_looks_cost_its_pixels(name: str) -> None:
     # At depth 1 nothing is looked at any more: the whole image is, once. The oracle is no network.
-    assert _cost(name).look_pixels == (16 * 16 * 4 if name in ("scalenet", "fused") else 0)
+    assert _cost(name).look_pixels == (16 * 16 * 4 if name == "scalenet" else 0)
     assert ConstantScale.input_pixels == 1024
 
 
-@pytest.mark.parametrize("name", ["first-pass", "fused"])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_what_the_first_pass_saw_is_not_detected_again(name: str, depth: int) -> None:
+def test_what_the_first_pass_saw_is_not_detected_again(depth: int) -> None:
     image, _, _ = _tiny_scene(1)
     detect = CountingDetector(PerfectDetector(3, sure_side=12, input_side=SIDE))
-    policy = _image_policy(name, max_depth=depth, max_windows=30)
-    result = recursive_detect(image, 1, policy, detect=detect, predict_scale=SeeingScale())
+    policy = _image_policy("first-pass", max_depth=depth, max_windows=30)
+    result = recursive_detect(image, 1, policy, detect=detect)
     assert result.tiles > 1
     assert len(detect.sizes_hw) == result.tiles
     assert detect.calls == result.tiles
@@ -826,7 +822,7 @@ def _assert_failed(result: ImageResult, failure: Failure) -> None:
 NAN = Failure("look", "the scale map has 16 values that are NaN or infinite: check the network's weights and precision")
 
 
-@pytest.mark.parametrize("name", ["scalenet", "fused", "oracle"])
+@pytest.mark.parametrize("name", ["scalenet", "oracle"])
 @pytest.mark.parametrize("depth", [0, 1])
 def test_nan_from_scale_net_fails_the_image_at_the_look_and_no_other(name: str, depth: int) -> None:
     image, _, _ = _tiny_scene(2)
@@ -853,7 +849,7 @@ BROKE = "the detector broke on this tile: its boxes are NaN"
     ("name", "stage"),
     [
         *((name, "detect") for name in ("whole", "grid-2", "pyramid", "random", "scalenet")),
-        *((name, "look") for name in ("first-pass", "fused")),
+        ("first-pass", "look"),
     ],
 )
 def test_a_tile_that_the_detector_breaks_on_fails_its_image_where_it_was_asked(name: str, stage: str) -> None:

@@ -267,8 +267,8 @@ def test_candidates_of_a_regression_map_are_refused() -> None:
         candidates_of_map(ScaleMap(scale=np.ones((4, 4))), _tile(100, 100), (1,), 0.3)
 
 
-def test_regions_of_two_sources_are_planned_from_both() -> None:
-    policy = Policy("mine", "fused", 320, regions=Regions())
+def test_regions_of_scale_net_are_planned_from_its_map_alone() -> None:
+    policy = parse_policy("regions-scalenet", input_side=320, iou_threshold=0.5)
     tile = policy.root(1, (600, 600))
     prob = np.zeros((NUM_CLASSES, 10, 10), np.float32)
     prob[0] = 1.0
@@ -282,7 +282,7 @@ def test_regions_of_two_sources_are_planned_from_both() -> None:
     pixels = cut_tile(_image((600, 600), [(60, 60, 30)]), tile)
     (seen,) = predict_scales([pixels], [tile], policy, detect=SquareDetector(), predict_scale=predict)  # type: ignore[arg-type]
     assert isinstance(seen.evidence, RegionEvidence)
-    assert len(seen.evidence.candidates.boxes) == 2
+    assert seen.evidence.candidates.boxes.tolist() == [[480.0, 480.0, 540.0, 540.0]]
 
 
 def test_corners_are_textured_and_edges_slopes_and_noise_are_not() -> None:

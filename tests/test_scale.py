@@ -16,7 +16,6 @@ from scalenet_ray.core.scale import (
     ScaleMap,
     class_of_area,
     class_target,
-    fuse_maps,
     scale_map_of_boxes,
 )
 
@@ -195,41 +194,3 @@ def test_the_worth_of_boxes_inside_the_tile_is_neither_lost_nor_doubled(seed: in
     assert implied.gain is not None
     assert implied.gain.sum() == pytest.approx(worth.sum(), rel=1e-4)
     assert ((implied.gain > 0) == (implied.classes == 1)).all()
-
-
-# --- two maps into one ------------------------------------------------------------------------------
-
-
-def test_fused_maps_are_the_mean_on_the_finer_grid_along_each_axis() -> None:
-    tall, wide = _one_hot(np.array([[1], [2], [3], [4]])), _one_hot(np.array([[5, 0]]))
-    fused = fuse_maps(ScaleMap(prob=tall), ScaleMap(prob=wide))
-    assert fused.hw == (4, 2)
-    assert fused.prob is not None
-    np.testing.assert_allclose(fused.prob, (np.repeat(tall, 2, axis=2) + np.repeat(wide, 4, axis=1)) / 2)
-
-
-def test_fused_gains_are_the_mean_of_what_both_expect_of_the_same_place() -> None:
-    rng = np.random.default_rng(2)
-    coarse, fine = rng.random((2, 3)), rng.random((4, 6))
-    one = ScaleMap(prob=rng.random((6, 2, 3)), gain=coarse)
-    other = ScaleMap(prob=rng.random((6, 4, 6)), gain=fine)
-    gain = fuse_maps(one, other).gain
-    assert gain is not None
-    np.testing.assert_allclose(gain, (np.kron(coarse, np.ones((2, 2))) / 4 + fine) / 2, rtol=1e-6)
-    # A window expects as much as before, whatever the grid.
-    assert gain.sum() == pytest.approx((coarse.sum() + fine.sum()) / 2)
-    assert fuse_maps(one, ScaleMap(prob=rng.random((6, 4, 6)))).gain is None
-
-
-def test_a_cell_of_the_finer_grid_takes_the_cell_that_its_centre_lies_in() -> None:
-    # Three cells on five: centres at .3, .9, 1.5, 2.1 and 2.7 of the three.
-    three, five = _one_hot(np.array([[1, 2, 3]])), np.zeros((6, 1, 5), np.float32)
-    fused = fuse_maps(ScaleMap(prob=three), ScaleMap(prob=five))
-    assert fused.classes.tolist() == [[1, 1, 2, 3, 3]]
-
-
-def test_regression_maps_are_not_fused() -> None:
-    one, other = ScaleMap(prob=np.ones((6, 2, 2))), ScaleMap(scale=np.ones((2, 2)))
-    for pair in ((one, other), (other, one)):
-        with pytest.raises(ValueError, match="only class maps can be fused, got a regression map"):
-            fuse_maps(*pair)

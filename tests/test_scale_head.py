@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
-from scalenet_ray.core.errors import TileError
-from scalenet_ray.core.expansion import expand
+from scalenet_ray.commands.export_onnx import ExportOnnx
+from scalenet_ray.commands.export_onnx import main as run_export
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.inference import predict_scales
-from scalenet_ray.core.policy import parse_policy
+from scalenet_ray.core.policy import Recursion, parse_policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
-from scalenet_ray.engine import gains
 from scalenet_ray.models.checked_detector import MappedDetector
 from scalenet_ray.models.scale_head import ScaleHead, ScaleHeadPredictor, save_scale_head
 from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net
-from scalenet_ray.models.scale_networks import PRESETS, HeadConfig
+from scalenet_ray.models.scale_networks import PRESETS, SCALE_HEAD, HeadConfig
 from scalenet_ray.models.scale_predictors import load_predictor
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, SAMPLE_SCALE_NET_WEIGHTS, NetworkSpec
+from scalenet_ray.models.weights import load_weights, save_weights
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene, write_sample
 from scalenet_ray.training.examples import TrainingImages
-from scalenet_ray.training.head_recipe import HeadRecipe, read_scores
-from scalenet_ray.training.losses import poisson_loss
+from scalenet_ray.training.head_recipe import HeadRecipe
 from scalenet_ray.training.scale_recipe import load_encoder_weights
 from tests.job_scripts import load_job
 from tests.oracles import PerfectDetector, tile_of
@@ -70,7 +72,7 @@ def test_a_map_covers_its_tile_and_not_the_canvas(head: str, detector: MappedDet
     pixels, tiles = tiles_of((96, 128), (192, 160))
     maps = ScaleHeadPredictor(head).from_features([one.features for one in detector.with_features(pixels)], tiles)
     assert [one.hw for one in maps if isinstance(one, ScaleMap)] == [(12, 16), (24, 20)]
-    assert all(one.gain is not None and (one.gain > 0).all() for one in maps if isinstance(one, ScaleMap))
+    assert all(one.prob is not None and one.gain is None for one in maps if isinstance(one, ScaleMap))
 
 
 def test_a_batch_of_mixed_sizes_says_what_each_tile_says_alone(head: str, detector: MappedDetector) -> None:
@@ -82,7 +84,7 @@ def test_a_batch_of_mixed_sizes_says_what_each_tile_says_alone(head: str, detect
         (alone,) = predictor.from_features([feature], [tile])
         assert isinstance(one, ScaleMap)
         assert isinstance(alone, ScaleMap)
-        np.testing.assert_allclose(one.gain, alone.gain, rtol=1e-4)  # type: ignore[arg-type]
+        np.testing.assert_allclose(one.prob, alone.prob, rtol=1e-4)  # type: ignore[arg-type]
 
 
 def test_features_of_nan_cost_their_tile_alone(head: str, detector: MappedDetector) -> None:
@@ -115,7 +117,7 @@ class Counting:
 
 
 def test_one_pass_serves_the_look_and_the_detection(head: str, detector: MappedDetector) -> None:
-    policy = parse_policy("gain", input_side=192, iou_threshold=0.6)
+    policy = replace(parse_policy("scalenet", input_side=192, iou_threshold=0.6), recursion=Recursion(max_depth=1))
     counting = Counting(detector)
     image = make_scene(np.random.default_rng(1)).pixels
     result = recursive_detect(image, 1, policy, detect=counting, predict_scale=ScaleHeadPredictor(head))
@@ -124,31 +126,8 @@ def test_one_pass_serves_the_look_and_the_detection(head: str, detector: MappedD
     assert result.look_pixels == 0
 
 
-def test_windows_are_chosen_by_their_gain_alone() -> None:
-    policy = parse_policy("gain", input_side=100, iou_threshold=0.6)
-    gain = np.zeros((20, 20), np.float32)
-    gain[3, 3], gain[15, 16], gain[10, 10] = 0.5, 0.3, 0.05
-    background = np.zeros((6, 20, 20), np.float32)
-    background[0] = 1.0
-    expansion = expand(policy.root(1, (100, 100)), ScaleMap(prob=background, gain=gain), policy)
-    assert expansion.detect
-    centres = [((t.window.x0 + t.window.x1) / 2, (t.window.y0 + t.window.y1) / 2) for t in expansion.children]
-    assert len(centres) == 2
-    np.testing.assert_allclose(centres[1], (80, 77.5), atol=5)
-
-
-def test_a_gain_policy_needs_a_map_with_gains(tmp_path: Path) -> None:
-    policy = parse_policy("gain", input_side=64, iou_threshold=0.6)
-    plain = ScaleMap(prob=np.full((6, 8, 8), 1 / 6))
-    with pytest.raises(ValueError, match="method gain needs a map that says what a closer look gains"):
-        expand(policy.root(1, (64, 64)), plain, policy)
-    names = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
-    with pytest.raises(ValueError, match="a policy that goes by the gain needs a scale head"):
-        names.check([policy], CATEGORIES)
-
-
 def test_a_detector_that_shows_no_features_is_refused(head: str) -> None:
-    policy = parse_policy("gain", input_side=64, iou_threshold=0.6)
+    policy = parse_policy("scalenet", input_side=64, iou_threshold=0.6)
     pixels, tiles = tiles_of((64, 64))
     tiles = [policy.root(0, (64, 64))]
     with pytest.raises(ValueError, match="feature maps, which this detector does not show"):
@@ -165,9 +144,26 @@ def test_a_head_of_another_detector_is_refused(tmp_path: Path) -> None:
     config = HeadConfig((69, 69, 69), detector="yolox-onnx:other.onnx")
     path = str(tmp_path / "other.safetensors")
     save_scale_head(ScaleHead(config), config, path)
-    policy = parse_policy("gain", input_side=192, iou_threshold=0.6)
+    policy = parse_policy("scalenet", input_side=192, iou_threshold=0.6)
     with pytest.raises(ValueError, match=r"reads the features of yolox-onnx:other.onnx, channels \(69, 69, 69\)"):
         NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=path).check([policy], CATEGORIES)
+
+
+def test_a_head_of_an_older_version_is_refused(head: str, tmp_path: Path) -> None:
+    assert run_export(ExportOnnx(head)) == 0
+    in_onnx, in_torch = head.replace(".safetensors", ".onnx"), head
+    tensors, header = load_weights(in_torch)
+    fields = {name: value for name, value in json.loads(header[SCALE_HEAD]).items() if name != "classes"}
+    older = {SCALE_HEAD: json.dumps(fields)}
+    # It had a seventh output, the gain.
+    tensors |= {name: torch.cat([tensors[name], tensors[name][:1]]) for name in ("answer.weight", "answer.bias")}
+    save_weights(tensors, older, in_torch)
+    network = onnx.load(in_onnx)
+    onnx.helper.set_model_props(network, older)
+    onnx.save(network, in_onnx)
+    for path in (in_torch, in_onnx):
+        with pytest.raises(UserError, match="of 6 classes alone, got one of an older version: train it again"):
+            load_predictor(path)
 
 
 def test_either_kind_of_net_is_loaded_by_what_its_file_says(head: str) -> None:
@@ -176,22 +172,11 @@ def test_either_kind_of_net_is_loaded_by_what_its_file_says(head: str) -> None:
 
 
 def test_a_head_that_a_policy_needs_reads_features(head: str) -> None:
-    first_pass, gain = (parse_policy(name, input_side=64, iou_threshold=0.6) for name in ("first-pass", "gain"))
-    assert NetworkSpec(scale_net=head).reads_features([first_pass, gain])
+    first_pass, scalenet = (parse_policy(name, input_side=64, iou_threshold=0.6) for name in ("first-pass", "scalenet"))
+    assert NetworkSpec(scale_net=head).reads_features([first_pass, scalenet])
     assert not NetworkSpec(scale_net=head).reads_features([first_pass])
-    assert not NetworkSpec(scale_net=SAMPLE_SCALE_NET).reads_features([gain])
+    assert not NetworkSpec(scale_net=SAMPLE_SCALE_NET).reads_features([scalenet])
     assert not NetworkSpec(scale_net="nowhere").reads_features([first_pass])
-
-
-def test_poisson_loss_is_lowest_where_the_rate_is_the_target() -> None:
-    target = torch.tensor([[[0.5, 2.0]]])
-    counted = torch.ones_like(target, dtype=torch.bool)
-    best = poisson_loss(target.log(), target, counted)
-    for factor in (0.8, 1.25):
-        assert poisson_loss((target * factor).log(), target, counted) > best
-    assert poisson_loss(target.log(), target, ~counted) == 0
-    with pytest.raises(ValueError, match="target and counted must be"):
-        poisson_loss(target, target[0], counted)
 
 
 def test_encoder_weights_for_a_net_without_a_named_encoder_are_refused() -> None:
@@ -215,43 +200,16 @@ class _Says(torch.nn.Module):
     """A head that says the same of every cell."""
 
     def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
-        return torch.zeros((len(levels[0]), NUM_CLASSES + 1, 8, 8))
+        return torch.zeros((len(levels[0]), NUM_CLASSES, 8, 8))
 
 
 def test_counting_leaves_the_batch_as_it_is() -> None:
-    recipe = HeadRecipe(TrainingImages("nowhere"), NETWORKS, "nowhere", HeadConfig((4,), 8, detector="none"))
-    batch = {
-        "level0": torch.zeros((1, 4, 8, 8)),
-        "target": torch.ones((1, 8, 8), dtype=torch.uint8),
-        "gain": torch.rand((1, 8, 8), generator=torch.Generator().manual_seed(0)),
-    }
+    recipe = HeadRecipe(TrainingImages("nowhere"), NETWORKS, HeadConfig((4,), 8, detector="none"))
+    batch = {"level0": torch.zeros((1, 4, 8, 8)), "target": torch.ones((1, 8, 8), dtype=torch.uint8)}
     before = {name: value.clone() for name, value in batch.items()}
     counts = recipe.count(_Says(), batch)
-    assert counts["captured"] > 0
     assert all(torch.equal(batch[name], before[name]) for name in batch)
-    assert counts["loss"] == recipe.loss(_Says(), before).item()
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_scores_of_all_files_are_measured_by_one_pool(
-    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gains, "_IMAGES_PER_FILE", 2)
-    data = write_sample(tmp_path / "sample", train=4, val=1)
-    (data / "train2017" / "000000000002.jpg").write_bytes(b"no picture")
-    images, lines = TrainingImages(str(data)), []
-    gains.measure_dataset(images, NETWORKS, str(tmp_path / "scores"), actors=1, say=lines.append)
-    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == [f"{i:07d}.parquet" for i in (0, 2, 4)]
-    examples = [example for part in images.examples() for example in part]
-    scores = read_scores(str(tmp_path / "scores"))
-    assert {len(scores[example.image_id]) == len(example.objects.boxes) for example in examples[2:]} == {True}
-    assert lines[-1] == "scores of objects measured: 5 of 5 images"
-    (tmp_path / "scores" / "0000002.parquet").unlink()
-    gains.measure_dataset(images, NETWORKS, str(tmp_path / "scores"), actors=1, say=lines.append)
-    assert lines[-1] == "scores of objects measured: 5 of 5 images"
-    again = read_scores(str(tmp_path / "scores"))
-    assert all(np.array_equal(again[image_id], values) for image_id, values in scores.items())
+    assert recipe.figures(counts)["loss"] == pytest.approx(recipe.loss(_Says(), before).item())
 
 
 @pytest.mark.ray
@@ -268,8 +226,7 @@ def test_the_job_trains_a_head_on_the_samples_detector(ray_session: None, tmp_pa
     assert isinstance(predictor, ScaleHeadPredictor)
     assert predictor.config.detector == SAMPLE_DETECTOR
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert 0 <= metrics["epochs"][0]["val"]["gain_captured"] <= 100
-    assert list((tmp_path / "run" / "scores").iterdir())
+    assert 0 <= metrics["epochs"][0]["val"]["pixel_ap_small"] <= 100
 
 
 def test_yolox_shows_its_levels_maps(real_data: Path) -> None:

@@ -49,7 +49,7 @@ def test_the_picture_has_a_panel_for_each_depth(photograph: str, tmp_path: Path)
     assert re.search(r"with scalenet: 10 found, 7 new", text)
 
 
-@pytest.mark.parametrize("policy", ["whole", "pyramid", "fused"])
+@pytest.mark.parametrize("policy", ["whole", "pyramid", "regions-scalenet"])
 def test_every_policy_can_be_shown(policy: str, photograph: str, tmp_path: Path) -> None:
     assert run_command("show", photograph, "--policy", policy, "--output", str(tmp_path / "steps.png")) == 0
     with Image.open(tmp_path / "steps.png") as picture:

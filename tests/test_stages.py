@@ -336,7 +336,6 @@ def test_a_detect_call_gives_one_row_however_many_tiles_it_had() -> None:
         ("whole", False, True),
         ("grid-2", False, True),
         ("first-pass", False, True),
-        ("fused", False, True),
         ("scalenet", False, False),
         ("scalenet", True, True),
         ("oracle", True, False),

@@ -18,7 +18,7 @@ from scalenet_ray.core.detections import Detections, ImageResult
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.core.merge import SuppressionMethod, merge_detections, nms
-from scalenet_ray.core.networks import AnyScalePredictor, FeatureScalePredictor
+from scalenet_ray.core.networks import AnyScalePredictor
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.policy_form import check_smallest_object
 from scalenet_ray.core.recursion import Step, recursive_detect
@@ -86,8 +86,7 @@ def get_scaled_prediction(
             window, see `data.rasters`.
         detection_model: a detector's name (`kind:what`, see `load_detector`) or a detector; None for the embedded
             sample's. A name is loaded on every call: for many images load it once.
-        policy: a policy or its name; None for `scalenet` if there is a Scale Net (`gain` if it is a scale head), else
-            for `regions`.
+        policy: a policy or its name; None for `scalenet` if there is a Scale Net, else for `regions`.
         smallest_object: side of the smallest object worth finding, in image pixels, for `regions`; None for 16.
         slice_height: side of the slices of policy `slices@PIXELS`, in image pixels, in place of `policy`.
         slice_width: the same: slices are squares.
@@ -220,13 +219,7 @@ def _policy(
     smallest_object: float | None,
 ) -> Policy:
     if policy is None:
-        policy = (
-            "regions"
-            if predict_scale is None
-            else "gain"
-            if isinstance(predict_scale, FeatureScalePredictor)
-            else "scalenet"
-        )
+        policy = "regions" if predict_scale is None else "scalenet"
     if isinstance(policy, Policy):
         if not (postprocess_type is None and iou_threshold is None):
             msg = "postprocess_type and postprocess_match_threshold are for policies by name: set policy.merging"

@@ -102,9 +102,7 @@ def main(job: CheckInputs) -> int:
 
     def choose(detector: DetectorInfo) -> list[Policy]:
         """The named policies; of the default ones those that the images allow."""
-        chosen = choose_policies(
-            session, job.networks, detector, names=job.policies, policy_file=job.policy_file, log=say
-        )
+        chosen = choose_policies(job.networks, detector, names=job.policies, policy_file=job.policy_file, log=say)
         default = job.policies is None and not isinstance(images, CocoSplit)
         return [policy for policy in chosen if not (default and policy.reads_truth)]
 

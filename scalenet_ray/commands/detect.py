@@ -47,7 +47,7 @@ class DetectImages:
         images: a folder, a glob (quoted), a video, or a Parquet file with a column uri or path; local, s3://,
             gs://, az://, hf:// or https://.
         every: only the first of each so many images or frames of a video.
-        policy: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused or
+        policy: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet or
             regions-scalenet.
         policy_file: YAML of one policy, in place of --policy.
         set: fields of the policy to set, e.g. regions.price=0.2 regions.small=48.

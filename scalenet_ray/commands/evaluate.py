@@ -34,9 +34,9 @@ class EvalCoco(AnnotatedData):
 
     Attributes:
         split: the split to evaluate on. The embedded sample has train2017, val2017 and large2017.
-        policies: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused,
-            oracle, regions-scalenet, regions-oracle, paper. By default whole, grid-2, regions, scalenet and
-            regions-oracle: gain in place of scalenet if --scale-net is a scale head, neither without --scale-net.
+        policies: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, oracle,
+            regions-scalenet, regions-oracle, paper. By default whole, grid-2, regions, scalenet and regions-oracle,
+            without scalenet if there is no --scale-net.
         policy_file: YAML of further policies.
         set: fields of the policies to set, e.g. recursion.price=0.5 or regions.small=48: of those that use them.
         compare_with: the policy that the others are compared with, with bootstrap intervals. By default whole, or the
@@ -84,7 +84,6 @@ def main(job: EvalCoco) -> int:
     split = with_categories(session, split, job.networks, job.categories, log=say)
     choose = partial(
         choose_policies,
-        session,
         job.networks,
         names=job.policies,
         policy_file=job.policy_file,

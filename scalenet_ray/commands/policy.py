@@ -30,8 +30,6 @@ POLICIES = {
     "paper": "Algorithm 1 with the paper's parameters for COCO; needs --scale-net",
     "first-pass": "the recursion on the boxes of the detector's first pass; needs no Scale Net",
     "scalenet": "the recursion on Scale Net's class or regression maps; needs --scale-net",
-    "gain": "the recursion on the gain that a scale head predicts; needs --scale-net with a scale head",
-    "fused": "the recursion on Scale Net's class maps and the first pass together; needs --scale-net",
     "module:function": "the whole image and the windows that your function plans",
     "oracle": "the recursion on the ground truth, an upper bound; for eval only",
 }

@@ -27,9 +27,8 @@ class Show:
 
     Attributes:
         image: a local path or a store's address.
-        policy: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet, gain, fused or
-            regions-scalenet; by default scalenet where there is a Scale Net (gain where it is a scale head), else
-            regions.
+        policy: regions, whole, whole@SIZE, slices@PIXELS, grid-N, pyramid, random, first-pass, scalenet or
+            regions-scalenet; by default scalenet where there is a Scale Net, else regions.
         output: the picture, as .png, .svg or .pdf.
         shown_score: objects with a lower score are neither drawn nor counted.
         detector: kind:what, e.g. onnx:PATH, torchvision:NAME, torchvision:PATH, module:Class.

@@ -17,7 +17,6 @@ from scalenet_ray.console import say
 from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
-from scalenet_ray.engine.gains import measure_dataset
 from scalenet_ray.engine.train import train
 from scalenet_ray.models.scale_networks import PRESETS
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
@@ -26,7 +25,6 @@ from scalenet_ray.sample.scenes import SAMPLE
 from scalenet_ray.training.examples import TrainingImages
 from scalenet_ray.training.head_recipe import HeadRecipe
 from scalenet_ray.training.log import TrainingLog
-from scalenet_ray.training.recipe import Recipe
 from scalenet_ray.training.scale_recipe import ScaleRecipe
 from scalenet_ray.training.schedule import Training
 
@@ -42,7 +40,6 @@ class TrainScaleNet(TrainingData):
     Attributes:
         preset: unet-light, unet-lite0, the paper's unet-vgg16; or head: a scale head on the detector's own features.
         detector: kind:what, the frozen detector whose features a head reads; without --data the sample's.
-        device: torch device on which that detector measures the gains that a head learns.
         input_side: side of the square that tiles are resized to, a multiple of 32; the preset's by default.
         tile_side: the longer side of the detector's tiles, its input side; the net's own by default.
         encoder_weights: initial weights of the encoder (unet-lite0, unet-vgg16): "imagenet", or a classifier's file.
@@ -52,7 +49,6 @@ class TrainScaleNet(TrainingData):
 
     preset: str = "unet-light"
     detector: str | None = None
-    device: str = "cpu"
     input_side: Annotated[int, ONE_OR_MORE] | None = None
     tile_side: Annotated[int, ONE_OR_MORE] | None = None
     encoder_weights: str | None = None
@@ -70,19 +66,10 @@ def _pixel_recipe(job: TrainScaleNet, images: TrainingImages) -> ScaleRecipe:
     return ScaleRecipe(images, config, job.tile_side, job.encoder_weights, job.training.seed)
 
 
-def _head_recipe(job: TrainScaleNet, images: TrainingImages, run: RunFolder) -> HeadRecipe:
-    networks = NetworkSpec(detector=job.detector, device=job.device)
-    networks.check_device(here=False)
+def _head_recipe(job: TrainScaleNet, images: TrainingImages) -> HeadRecipe:
     # Data loading tasks have no GPU.
-    recipe = HeadRecipe(
-        images,
-        replace(networks, device="cpu"),
-        storage.join(run.uri, "scores"),
-        networks.describe_features(),
-        seed=job.training.seed,
-    )
-    measure_dataset(images, networks, recipe.scores, actors=job.training.workers, say=say)
-    return recipe
+    networks = NetworkSpec(detector=job.detector, device="cpu")
+    return HeadRecipe(images, networks, networks.describe_features(), job.training.seed)
 
 
 def main(job: TrainScaleNet) -> int:
@@ -91,20 +78,14 @@ def main(job: TrainScaleNet) -> int:
     if job.is_sample:
         job = replace(job, data=SAMPLE, detector=job.detector or SAMPLE_DETECTOR)
     images = job.training_images()
-    pixels = None if job.preset == "head" else _pixel_recipe(job, images)
+    recipe = (_head_recipe if job.preset == "head" else _pixel_recipe)(job, images)
     run = RunFolder.of_job(job.output, "train_scalenet", resume=job.resume)
-    settings = {
-        name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training", "device")
-    }
-    with run.begin(
-        settings | job.training.settings(),
-        resume=job.resume,
-        workers={"device": job.device, **job.training.free_settings()},
-    ):
+    settings = {name: value for name, value in asdict(job).items() if name not in ("output", "resume", "training")}
+    with run.begin(settings | job.training.settings(), resume=job.resume, workers=job.training.free_settings()):
         images = images.in_coco_form(run.uri)
         if boxes_alone := images.count_boxes_alone():
             say(f"{boxes_alone} objects have no segmentation: the pixels of their boxes stand in")
-        recipe: Recipe = replace(pixels, images=images) if pixels else _head_recipe(job, images, run)
+        recipe = replace(recipe, images=images)
         train_images, val_images = recipe.sizes()
         facts = {"train_images": train_images, "val_images": val_images}
         log = TrainingLog(run, facts, job.training.epochs, say)

@@ -155,16 +155,11 @@ def _directions(tile: Tile, scale_map: ScaleMap, policy: Policy) -> list[_Direct
             _Direction(scale > rules.scale_range.high, zooms_in=False),
             _Direction((scale > 0) & (scale < rules.scale_range.low), zooms_in=True),
         ]
-    if rules.method == "gain" and scale_map.gain is None:
-        msg = "method gain needs a map that says what a closer look gains, got one without: train a scale head"
-        raise UserError(msg)
     directions = []
     for classes, zooms_in in ((rules.large_classes, False), (rules.small_classes, True)):
         if not classes:
             continue
-        if rules.method == "gain":
-            cells = np.ones(scale_map.hw, bool)
-        elif rules.method == "class":
+        if rules.method == "class":
             cells = np.isin(scale_map.classes, classes)
         else:
             cells = scale_map.prob[list(classes)].sum(axis=0) > rules.threshold  # type: ignore[index]
@@ -287,7 +282,7 @@ def out_of_range(tile: Tile, scale_map: ScaleMap, policy: Policy) -> np.ndarray:
         policy: the policy.
 
     Returns:
-        [h, w] bool; all True where the policy goes by the expected gain.
+        [h, w] bool.
     """
     cells = np.zeros(scale_map.hw, bool)
     for direction in _directions(tile, scale_map, policy):
@@ -305,9 +300,6 @@ def planning_weights(tile: Tile, scale_map: ScaleMap, policy: Policy) -> np.ndar
 
     Returns:
         [h, w] float64 in [0, 1]: 0 where a cell is in range; else 1, or in proportion to the expected gain.
-
-    Raises:
-        UserError: if the policy goes by the gain and the map has none.
     """
     weights = [_weights(direction, scale_map) for direction in _directions(tile, scale_map, policy)]
     greatest = np.max([np.zeros(scale_map.hw), *weights], axis=0)

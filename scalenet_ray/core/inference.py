@@ -1,7 +1,7 @@
 """Inference on batches of tiles: scale prediction before windows are planned, and detection.
 
-A scale map comes from Scale Net, from the detector's own first pass, from both, or from the ground truth. Detections of
-a first pass travel on with their tile, so that the detector runs once on each tile.
+A scale map comes from Scale Net, from the detector's own first pass, or from the ground truth. Detections of a first
+pass travel on with their tile, so that the detector runs once on each tile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from scalenet_ray.core.candidates import Candidates, RegionEvidence, candidates_of_detections, candidates_of_map
+from scalenet_ray.core.candidates import RegionEvidence, candidates_of_detections, candidates_of_map
 from scalenet_ray.core.detections import Detections, Failure, TileResult
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
 from scalenet_ray.core.geometry import Tile, boxes_to_tile, fit_longer_side
@@ -27,8 +27,8 @@ from scalenet_ray.core.networks import (
     DetectWithFeatures,
     FeatureScalePredictor,
 )
-from scalenet_ray.core.policy import Policy, Recursion
-from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap, fuse_maps, scale_map_of_boxes
+from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap, scale_map_of_boxes
 from scalenet_ray.core.timing import timed
 
 __all__ = [
@@ -152,10 +152,9 @@ def _run_networks(
     if detect is None:
         msg = f"policy {policy.name} needs the detector's first pass, got no detector"
         raise UserError(msg)
-    if not policy.needs_predictor or predict_scale is None:
+    if policy.needs_first_pass:
         return nothing, [reject_nan(found) for found in detect(pixels)]
-    if not isinstance(predict_scale, FeatureScalePredictor):
-        return predict_scale(pixels, tiles), [reject_nan(found) for found in detect(pixels)]
+    assert isinstance(predict_scale, FeatureScalePredictor)
     if not isinstance(detect, DetectWithFeatures):
         msg = "this Scale Net reads the detector's feature maps, which this detector does not show: give another one"
         raise UserError(msg)
@@ -198,24 +197,19 @@ def _scale_result(
         return ScaleResult(failure=scale_map, looked=looked)
     if isinstance(found, TileError):
         return ScaleResult(failure=found, looked=looked)
+    rules = policy.recursion
     if policy.regions is not None:
-        candidates = _candidates(tile, scale_map, found if policy.needs_first_pass else None, policy.recursion)
+        if scale_map is not None:
+            candidates = candidates_of_map(scale_map, tile, rules.small_classes, rules.threshold)
+        else:
+            assert found is not None
+            candidates = candidates_of_detections(found, tile)
         evidence = policy.regions.evidence(candidates, pixels, tile, policy.input_side)
         return ScaleResult(scale_map, found, None, looked, evidence)
-    if found is not None and policy.needs_first_pass:
-        implied = scale_map_of_detections(found, (tile.height, tile.width), policy.recursion.first_pass_threshold)
-        scale_map = implied if scale_map is None else fuse_maps(scale_map, implied)
+    if scale_map is None:
+        assert found is not None
+        scale_map = scale_map_of_detections(found, (tile.height, tile.width), rules.first_pass_threshold)
     return ScaleResult(scale_map, found, None, looked, scale_map)
-
-
-def _candidates(tile: Tile, scale_map: ScaleMap | None, found: Detections | None, rules: Recursion) -> Candidates:
-    """Candidates of a tile: objects of its scale map and of its first pass, whichever the policy has."""
-    parts: list[Candidates] = []
-    if scale_map is not None:
-        parts.append(candidates_of_map(scale_map, tile, rules.small_classes, rules.threshold))
-    if found is not None:
-        parts.append(candidates_of_detections(found, tile))
-    return Candidates(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def scale_map_of_detections(found: Detections, tile_hw: tuple[int, int], threshold: float) -> ScaleMap:

@@ -1,8 +1,8 @@
 """Policies: which tiles of an image the detector runs on.
 
 `whole`, `pyramid`, `grid-N`, `random` and `module:function` cut windows that depend on the image's size alone
-(`core.windows`). `scalenet`, `first-pass`, `fused` and `oracle` read a scale map and follow Algorithm 1
-(`core.recursion`); their evidence is the detector's first pass, Scale Net, both, or the ground truth.
+(`core.windows`). `scalenet`, `first-pass` and `oracle` read a scale map and follow Algorithm 1 (`core.recursion`);
+their evidence is Scale Net, the detector's first pass, or the ground truth.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from enum import Flag, auto
 from typing import Literal, get_args
 
 from scalenet_ray.core.errors import UserError
@@ -20,7 +19,7 @@ from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.regions import Regions
 from scalenet_ray.core.scale import UNIT_AREA, ScaleRange
 
-__all__ = ["DEFAULT_PYRAMID", "LARGEST_SIDE", "Evidence", "Policy", "Recursion", "parse_policy"]
+__all__ = ["DEFAULT_PYRAMID", "LARGEST_SIDE", "Policy", "Recursion", "parse_policy"]
 
 DEFAULT_PYRAMID = (
     (1.0, 0.0, math.inf),
@@ -35,24 +34,10 @@ LARGEST_SIDE = 16_384
 DIGITS_RANGE = ScaleRange(low=0.99, high=1.05)
 """R_L and R_H of the paper's digits."""
 
-PolicyKind = Literal["whole", "pyramid", "grid", "slices", "random", "own", "first-pass", "scalenet", "fused", "oracle"]
+PolicyKind = Literal["whole", "pyramid", "grid", "slices", "random", "own", "first-pass", "scalenet", "oracle"]
 
-
-class Evidence(Flag):
-    """Sources of the scale maps from which a policy plans its windows."""
-
-    NONE = 0
-    DETECTOR = auto()
-    NETWORK = auto()
-    TRUTH = auto()
-
-
-_EVIDENCE = {
-    "first-pass": Evidence.DETECTOR,
-    "scalenet": Evidence.NETWORK,
-    "fused": Evidence.DETECTOR | Evidence.NETWORK,
-    "oracle": Evidence.TRUTH,
-}
+_KINDS_WITH_EVIDENCE = ("first-pass", "scalenet", "oracle")
+"""The kinds whose windows are planned from scale maps."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -67,8 +52,7 @@ class Recursion:
     Attributes:
         method: how out-of-range cells of a class map are found. "class": the most probable class is one of
             `small_classes` or `large_classes` (method 1). "confidence": their probability exceeds `threshold`
-            (method 2; the paper's for COCO). "gain": every cell, weighted by its expected gain. A regression map uses
-            `scale_range` in place of a method.
+            (method 2; the paper's for COCO). A regression map uses `scale_range` in place of a method.
         threshold: th of method 2.
         small_classes: classes too small for the detector (COCO: 1).
         large_classes: classes too large for it (COCO: none).
@@ -85,13 +69,13 @@ class Recursion:
             largest such object (8: up to class 2, as in the paper).
         min_window_side: windows whose longer side is under this are not cut, in image pixels.
         max_tile_pixels: larger tiles are cut at a smaller zoom.
-        first_pass_threshold: the detector's own boxes count from this score on (policies first-pass and fused).
+        first_pass_threshold: the detector's own boxes count from this score on (policy first-pass).
 
     Raises:
         UserError: if a number leaves its range.
     """
 
-    method: Literal["class", "confidence", "gain"] = "confidence"
+    method: Literal["class", "confidence"] = "confidence"
     threshold: float = 0.3
     small_classes: tuple[int, ...] = (1,)
     large_classes: tuple[int, ...] = ()
@@ -109,7 +93,7 @@ class Recursion:
     first_pass_threshold: float = 0.03
 
     def __post_init__(self) -> None:
-        methods = ("class", "confidence", "gain")
+        methods = ("class", "confidence")
         _require(self.method in methods, f"method must be one of {', '.join(methods)}, got {self.method!r}")
         _require(0.0 <= self.threshold <= 1.0, f"threshold must be between 0 and 1, got {self.threshold}")
         _require(0.0 < self.k <= 1.0, f"k must be a share above 0 and at most 1, got {self.k}")
@@ -181,7 +165,8 @@ class Policy:
         _require(self.slice_side >= 1, f"slice_side must be 1 pixel or more, got {self.slice_side}")
         _require(
             self.regions is None or self.uses_evidence,
-            f"regions are planned from evidence, which kind {self.kind} has none of: use {', '.join(_EVIDENCE)}",
+            f"regions are planned from evidence, which kind {self.kind} has none of: use "
+            f"{', '.join(_KINDS_WITH_EVIDENCE)}",
         )
         _require(0.0 <= self.overlap < 1.0, f"overlap must be at least 0 and under 1, got {self.overlap}")
         _require(self.random_windows >= 0, f"random_windows must be 0 or more, got {self.random_windows}")
@@ -201,29 +186,24 @@ class Policy:
         )
 
     @property
-    def evidence(self) -> Evidence:
-        """Sources of its scale maps; `Evidence.NONE` if its windows do not depend on the image's content."""
-        return _EVIDENCE.get(self.kind, Evidence.NONE)
-
-    @property
     def uses_evidence(self) -> bool:
         """True if its windows are planned from scale maps."""
-        return bool(self.evidence)
+        return self.kind in _KINDS_WITH_EVIDENCE
 
     @property
     def needs_network(self) -> bool:
         """True if Scale Net runs on the tiles."""
-        return Evidence.NETWORK in self.evidence
+        return self.kind == "scalenet"
 
     @property
     def needs_first_pass(self) -> bool:
         """True if the detector runs on a tile before windows are cut from it."""
-        return Evidence.DETECTOR in self.evidence
+        return self.kind == "first-pass"
 
     @property
     def reads_truth(self) -> bool:
         """True if its scale maps come from the ground truth."""
-        return Evidence.TRUTH in self.evidence
+        return self.kind == "oracle"
 
     @property
     def needs_predictor(self) -> bool:
@@ -303,11 +283,10 @@ class Policy:
 
 _TUNED = {
     "first-pass": Recursion(window=0.4, zoom=2.5, price=0.1, margin=1, max_depth=1, max_windows=6),
-    "gain": Recursion(method="gain", window=0.4, zoom=2.5, price=0.08, margin=1, max_depth=1, max_windows=6),
     "oracle": Recursion(window=0.4, zoom=2.5, price=0.5),
 }
 """Parameters chosen on training images where the paper's were not the best. The unit of `price` is that of the map: the
-score of boxes (first pass), the smallness of objects (oracle), the expected gain in score (scale head)."""
+score of boxes (first pass), the smallness of objects (oracle)."""
 
 
 _REGION_KINDS: dict[str, PolicyKind] = {
@@ -330,7 +309,7 @@ def parse_policy(
     """A policy by its name.
 
     The names are whole, whole@SIZE, pyramid, grid-N, slices@PIXELS, random, module:function, regions,
-    regions-scalenet, regions-oracle, first-pass, paper, scalenet, gain, fused and oracle.
+    regions-scalenet, regions-oracle, first-pass, paper, scalenet and oracle.
 
     Args:
         name: the name, as on the command line.
@@ -351,10 +330,8 @@ def parse_policy(
     if name == "pyramid":
         soft = dataclasses.replace(merging, method="soft-nms-linear")
         return Policy(name, "pyramid", input_side, merging=soft, pyramid=DEFAULT_PYRAMID)
-    if name in ("whole", "random", "first-pass", "scalenet", "fused", "oracle"):
+    if name in ("whole", "random", "first-pass", "scalenet", "oracle"):
         return Policy(name, name, input_side, _TUNED.get(name, Recursion()), merging)
-    if name == "gain":
-        return Policy(name, "scalenet", input_side, _TUNED[name], merging)
     if name in _REGION_KINDS:
         regions = Regions(
             smallest_object=Regions.smallest_object if smallest_object is None else smallest_object,
@@ -370,7 +347,7 @@ def parse_policy(
         return Policy(match[1], "own", input_side, merging=merging, planner=name)
     msg = (
         f"there is no policy {name!r}: use regions, whole, whole@SIZE (e.g. whole@640), slices@PIXELS, grid-N (e.g. "
-        "grid-2), pyramid, random, first-pass, scalenet, gain, fused, oracle, regions-scalenet, regions-oracle or "
-        "paper, module:function for windows of your own, or describe one in a file for --policy-file"
+        "grid-2), pyramid, random, first-pass, scalenet, oracle, regions-scalenet, regions-oracle or paper, "
+        "module:function for windows of your own, or describe one in a file for --policy-file"
     )
     raise UserError(msg)

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.geometry import resample_nearest
+from scalenet_ray.core.errors import TileError
 
 __all__ = [
     "BACKGROUND",
@@ -27,7 +26,6 @@ __all__ = [
     "ScaleRange",
     "class_of_area",
     "class_target",
-    "fuse_maps",
     "scale_map_of_boxes",
 ]
 
@@ -104,7 +102,7 @@ class ScaleMap:
                 raise ValueError(msg)
             _require_finite(gain)
             if gain.min() < 0:
-                msg = f"gain must be 0 or more, got {gain.min()}: clip what the network says at 0"
+                msg = f"gain must be 0 or more, got {gain.min()}: clip it at 0"
                 raise ValueError(msg)
             object.__setattr__(self, "gain", gain)
 
@@ -208,24 +206,3 @@ def scale_map_of_boxes(
     prob = np.arange(NUM_CLASSES)[:, None, None] == grid
     known = np.take_along_axis(gain, grid[None], axis=0)[0]
     return ScaleMap(prob=prob, gain=known, objects=(boxes, np.asarray(areas, np.float64)))
-
-
-def fuse_maps(first: ScaleMap, second: ScaleMap) -> ScaleMap:
-    """Average two classification maps, on the finer of their grids along each axis (policy `fused`).
-
-    The result has gains if both maps have them: their mean, over the same area of the tile.
-
-    Raises:
-        UserError: if either is a regression map.
-    """
-    if first.prob is None or second.prob is None:
-        msg = "only class maps can be fused, got a regression map: train Scale Net with a class preset"
-        raise UserError(msg)
-    hw = (max(first.hw[0], second.hw[0]), max(first.hw[1], second.hw[1]))
-    prob = (resample_nearest(first.prob, hw) + resample_nearest(second.prob, hw)) / 2
-    gain = None
-    if first.gain is not None and second.gain is not None:
-        # A gain is per cell: a finer cell holds a share of the coarser cell's.
-        shares = [np.prod(scale_map.hw) / np.prod(hw) for scale_map in (first, second)]
-        gain = (resample_nearest(first.gain, hw) * shares[0] + resample_nearest(second.gain, hw) * shares[1]) / 2
-    return ScaleMap(prob=prob, gain=gain)

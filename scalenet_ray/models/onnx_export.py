@@ -14,7 +14,6 @@ import onnx
 import torch
 from torch import nn
 
-from scalenet_ray.core.scale import NUM_CLASSES
 from scalenet_ray.models.scale_head import ScaleHead, ScaleHeadPredictor, load_torch_predictor
 from scalenet_ray.models.scale_net import normalised
 from scalenet_ray.models.scale_networks import SCALE_HEAD, SCALE_NET, ScaleNetConfig
@@ -43,16 +42,15 @@ class _ScaleNetOnPixels(nn.Module):
 
 
 class _ScaleHeadOnFeatures(nn.Module):
-    """A scale head with its softmax and the exponential of its gain."""
+    """A scale head with its softmax."""
 
     def __init__(self, model: ScaleHead) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, *features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, C, h, w] each, finest first -> probabilities [B, 6, h, w] and gains [B, h, w]."""
-        output = self.model(features)
-        return output[:, :NUM_CLASSES].softmax(dim=1), output[:, NUM_CLASSES].exp()
+    def forward(self, *features: torch.Tensor) -> torch.Tensor:
+        """[B, C, h, w] each, finest first -> probabilities [B, 6, h, w]."""
+        return self.model(features).softmax(dim=1)
 
 
 def to_onnx(
@@ -135,7 +133,7 @@ def export_predictor(path: str) -> bytes:
             f"features_{level}": {0: "batch", 2: f"height_{level}", 3: f"width_{level}"} for level in range(len(levels))
         }
         model = _ScaleHeadOnFeatures(predictor.model)
-        return to_onnx(model, levels, sizes, ["prob", "gain"], {SCALE_HEAD: json.dumps(asdict(config))})
+        return to_onnx(model, levels, sizes, ["prob"], {SCALE_HEAD: json.dumps(asdict(config))})
     side = config.input_side or _REGRESSION_SIDE
     axes = {0: "batch"} if config.input_side else {0: "batch", 1: "height", 2: "width"}
     tiles = torch.zeros(1, side, side, 3, dtype=torch.uint8)

@@ -1,8 +1,4 @@
-"""Scale head: a small network on a frozen detector's feature maps that predicts scale classes and gains.
-
-Detection and scale prediction share one forward pass. The gain of a cell is the expected increase of the detection
-scores of its small objects when its window is zoomed.
-"""
+"""Scale head: a small Scale Net on a frozen detector's feature maps, so that both share one forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from scalenet_ray.core.scale import NUM_CLASSES
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, read_checkpoint
 from scalenet_ray.models.scale_networks import SCALE_HEAD, FeaturePredictor, HeadConfig, head_config
@@ -25,8 +20,6 @@ from scalenet_ray.models.weights import load_weights, save_weights
 __all__ = ["ScaleHead", "ScaleHeadPredictor", "load_torch_predictor", "save_scale_head"]
 
 _DILATIONS = (2, 4)
-# Initial bias: e^-5 is close to the mean gain per cell of a data set.
-_FIRST_LOG_GAIN = -5.0
 
 
 class ScaleHead(nn.Module):
@@ -44,11 +37,10 @@ class ScaleHead(nn.Module):
             )
             for dilation in _DILATIONS
         )
-        self.answer = nn.Conv2d(config.width, NUM_CLASSES + 1, 1)
-        nn.init.constant_(self.answer.bias[NUM_CLASSES], _FIRST_LOG_GAIN)  # type: ignore[index]
+        self.answer = nn.Conv2d(config.width, config.classes, 1)
 
     def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[B, C, h, w] each, finest first -> [B, 7, h, w]: logits of the six classes, logarithm of the gain."""
+        """[B, C, h, w] each, finest first -> logits [B, 6, h, w] of the scale classes."""
         hw = features[0].shape[-2:]
         entries = zip(features, self.norms, self.entries, strict=True)
         parts = [functional.interpolate(entry(norm(level.float())), size=hw) for level, norm, entry in entries]
@@ -85,10 +77,10 @@ class ScaleHeadPredictor(FeaturePredictor):
         self.device = device
         self._autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)
 
-    def _run(self, levels: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _run(self, levels: list[np.ndarray]) -> np.ndarray:
         with torch.inference_mode(), self._autocast:
-            answer = self.model([torch.from_numpy(level).to(self.device) for level in levels]).float()
-            return answer[:, :NUM_CLASSES].softmax(dim=1).cpu().numpy(), answer[:, NUM_CLASSES].exp().cpu().numpy()
+            logits = self.model([torch.from_numpy(level).to(self.device) for level in levels]).float()
+            return logits.softmax(dim=1).cpu().numpy()
 
 
 def load_torch_predictor(

@@ -137,12 +137,14 @@ class HeadConfig:
         stride: cell side of the finest feature map and of the output in tile pixels.
         width: number of hidden channels.
         detector: the detector that it was trained on; informative.
+        classes: number of scale classes.
     """
 
     feature_channels: tuple[int, ...]
     stride: int = 8
     width: int = 32
     detector: str = ""
+    classes: int = NUM_CLASSES
 
 
 def squashed(tile: np.ndarray, config: ScaleNetConfig) -> np.ndarray:
@@ -178,13 +180,21 @@ def head_config(fields: dict[str, Any], path: str) -> HeadConfig:
         path: the file's address, for messages.
 
     Raises:
-        UserError: if a field is unknown or missing.
+        UserError: if a field is unknown or missing, or an older version wrote the file.
     """
     try:
-        return HeadConfig(**{**fields, "feature_channels": tuple(fields["feature_channels"])})
+        # Older versions name no classes: their heads have another output beside them.
+        config = HeadConfig(**{"classes": 0, **fields, "feature_channels": tuple(fields["feature_channels"])})
     except (TypeError, KeyError) as error:
         msg = f"{path} holds a scale head that this version can't build: {error}"
         raise UserError(msg) from error
+    if config.classes != NUM_CLASSES:
+        msg = (
+            f"{path} must hold a scale head of {NUM_CLASSES} classes alone, got one of an older version: train it "
+            "again with scalenet-ray train --preset head"
+        )
+        raise UserError(msg)
+    return config
 
 
 class TilePredictor:
@@ -230,7 +240,7 @@ class TilePredictor:
 
 
 class FeaturePredictor:
-    """`FeatureScalePredictor` of a scale head: a detector's feature maps -> scale maps with gains.
+    """`FeatureScalePredictor` of a scale head: a detector's feature maps -> class maps.
 
     A library's own class runs the network.
 
@@ -282,14 +292,13 @@ class FeaturePredictor:
         for shape in dict.fromkeys(shapes):
             index = [i for i, other in enumerate(shapes) if other == shape]
             batch = [np.stack(level) for level in zip(*(features[i] for i in index), strict=True)]
-            prob, gain = translate_oom(lambda levels=batch: self._run(levels))
-            for i, tile_prob, tile_gain in zip(index, prob, gain, strict=True):
+            for i, prob in zip(index, translate_oom(lambda levels=batch: self._run(levels)), strict=True):
                 rows, columns = (-(-side // self.config.stride) for side in (tiles[i].height, tiles[i].width))
-                maps[i] = _map_of(prob=tile_prob[:, :rows, :columns], gain=tile_gain[:rows, :columns])
+                maps[i] = _map_of(prob=prob[:, :rows, :columns])
         return [maps[i] for i in range(len(features))]
 
-    def _run(self, levels: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """[B, C, h, w] float32 each, finest first -> probabilities [B, 6, h, w] and gains [B, h, w]."""
+    def _run(self, levels: list[np.ndarray]) -> np.ndarray:
+        """[B, C, h, w] float32 each, finest first -> class probabilities [B, 6, h, w], float32."""
         raise NotImplementedError
 
 

@@ -64,9 +64,8 @@ class OnnxScaleHead(FeaturePredictor):
         self._session = session
         self._input_names = [entry.name for entry in session.get_inputs()]
 
-    def _run(self, levels: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        prob, gain = self._session.run(None, dict(zip(self._input_names, levels, strict=True)))
-        return np.asarray(prob), np.asarray(gain)
+    def _run(self, levels: list[np.ndarray]) -> np.ndarray:
+        return np.asarray(self._session.run(None, dict(zip(self._input_names, levels, strict=True)))[0])
 
 
 def load_predictor(

@@ -14,7 +14,7 @@ from scalenet_ray.core.bounds import SHARE
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import whole_pixels
 from scalenet_ray.core.networks import FeatureScalePredictor
-from scalenet_ray.core.policy import Evidence, Policy
+from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector
 from scalenet_ray.models.detector_check import try_detector
@@ -184,40 +184,32 @@ class NetworkSpec:
         for policy in policies:
             detector.canvas_hw((policy.largest_side, policy.largest_side))
         needed = any(policy.needs_network for policy in policies)
-        predictor = self._check_maps(policies, here.load_scale_net() if needed else None)
-        if predictor is not None:
-            predictor.check(detector)
+        scale_net = here.load_scale_net() if needed else None
+        if isinstance(scale_net, FeatureScalePredictor):
+            scale_net.check(detector)
+        self._check_maps(policies, scale_net)
         if open_image is None:
             return []
         return try_detector(CheckedDetector(loaded, detector.name), _readable(images, open_image))
 
-    def _check_maps(self, policies: Sequence[Policy], predictor: ScaleNet | ScaleHead | None) -> ScaleHead | None:
-        """Check that the policies support the predictor's maps; returns the predictor if it is a scale head."""
-        head, regression = None, False
-        if isinstance(predictor, FeatureScalePredictor):
-            head = predictor
-        elif (config := getattr(predictor, "config", None)) is not None:
-            # A predictor of the user's own declares no kind of map.
-            regression = config.kind != "classes"
+    def _check_maps(self, policies: Sequence[Policy], scale_net: ScaleNet | ScaleHead | None) -> None:
+        """Check that the policies support Scale Net's maps."""
+        # A scale head, and a predictor of the user's own, declare no kind of map.
+        regression = getattr(getattr(scale_net, "config", None), "kind", None) == "regression"
         for policy in policies:
-            if policy.needs_network and policy.recursion.method == "gain" and head is None:
-                msg = f"a policy that goes by the gain needs a scale head, got {self.scale_net}: train --preset head"
+            reads_regression = policy.needs_network and regression
+            if policy.regions is not None and reads_regression:
+                msg = (
+                    f"policy {policy.name} plans regions from class maps, got {self.scale_net} with regression maps: "
+                    "give another"
+                )
                 raise UserError(msg)
-            use = "fuses" if policy.needs_first_pass else "plans regions from" if policy.regions is not None else None
-            if use is not None and policy.needs_network and regression:
-                msg = f"policy {policy.name} {use} class maps, got {self.scale_net} with regression maps: give another"
-                raise UserError(msg)
-            if (
-                policy.uses_evidence
-                and policy.recursion.zoom is None
-                and not (policy.evidence is Evidence.NETWORK and regression)
-            ):
+            if policy.uses_evidence and policy.recursion.zoom is None and not reads_regression:
                 msg = (
                     f"policy {policy.name} has zoom none, which rescales by 1 / TopK of a regression map, but reads "
                     "class maps: give a fixed zoom"
                 )
                 raise UserError(msg)
-        return head
 
     def reads_features(self, policies: Sequence[Policy]) -> bool:
         """True if a policy needs Scale Net and it is a scale head; raises as `load_scale_net` does."""
@@ -276,6 +268,6 @@ class NetworkSpec:
             UserError: if no weights are given; see also `load_predictor`.
         """
         if self.scale_net is None:
-            msg = "the policies scalenet and fused need Scale Net's weights: give --scale-net PATH"
+            msg = "the policies scalenet, regions-scalenet and paper need Scale Net's weights: give --scale-net PATH"
             raise UserError(msg)
         return load_predictor(self._runnable(self.scale_net), self._device, mixed_precision=self.mixed_precision)

@@ -17,7 +17,6 @@ __all__ = [
     "focal_loss",
     "masked_mse",
     "pixel_figures",
-    "poisson_loss",
 ]
 
 
@@ -71,27 +70,6 @@ def masked_mse(scale: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     on_object = target > 0
     squared = (scale.float() - target.float()) ** 2
     return (squared * on_object).sum() / on_object.sum().clamp(min=1)
-
-
-def poisson_loss(log_rate: torch.Tensor, target: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Poisson negative log-likelihood, rate - target log rate, summed over cells and averaged over images.
-
-    Args:
-        log_rate: [B, h, w] float, logarithm of the predicted rate.
-        target: [B, h, w] float, 0 or more.
-        counted: [B, h, w] bool; other cells are excluded.
-
-    Returns:
-        Scalar.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    if not log_rate.shape == target.shape == counted.shape:
-        msg = f"target and counted must be {list(log_rate.shape)}, got {list(target.shape)} and {list(counted.shape)}"
-        raise ValueError(msg)
-    log_rate = log_rate.float()
-    return ((log_rate.exp() - target * log_rate) * counted).sum() / len(log_rate)
 
 
 _BINS = 1000

@@ -1,4 +1,4 @@
-"""Training recipe of Scale Net: augmented views of annotated images, their scale class maps, and the loss."""
+"""Training recipes of Scale Nets: augmented views of annotated images, their scale class maps, and the loss."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ from scalenet_ray.training.recipe import Batch, Row
 __all__ = [
     "CLASS_WEIGHTS",
     "IMAGENET",
+    "ClassMapRecipe",
     "ScaleRecipe",
     "View",
+    "class_map",
     "load_encoder_weights",
     "random_view",
     "whole_view",
@@ -136,9 +138,74 @@ def class_map(example: Example, view: View, hw: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(target[:, ::-1]) if view.mirrored else target
 
 
+class ClassMapRecipe:
+    """Base of the recipes of networks that predict scale class maps: their examples, loss and metrics.
+
+    Attributes:
+        images: training and validation images.
+        seed: seed of the augmentation, which depends on it, the epoch and the index only.
+    """
+
+    images: TrainingImages
+    seed: int
+
+    best_by = "pixel_ap_small"
+    file_name = "scale_net.safetensors"
+
+    @property
+    def _tile_side(self) -> int:
+        """Longer side of an example in tile pixels."""
+        raise NotImplementedError
+
+    def _row(self, example: Example, view: View) -> Row:
+        """The network's input, target [h, w] uint8 in 0..5 or IGNORE, and image_id [1]."""
+        raise NotImplementedError
+
+    def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The network's output for a batch, [B, 6, h, w]."""
+        raise NotImplementedError
+
+    def sizes(self) -> tuple[int, int]:
+        """Number of training and of validation images."""
+        train, validation = self.images.examples()
+        return len(train), len(validation)
+
+    def example(self, index: int, epoch: int) -> Row:
+        """A random view of an image, see `random_view`."""
+        example = self.images.examples()[0][index]
+        rng = np.random.default_rng([self.seed, epoch, index])
+        return self._row(example, random_view(example, self._tile_side, rng))
+
+    def validation_example(self, index: int) -> Row:
+        """The whole image, without augmentation."""
+        example = self.images.examples()[1][index]
+        return self._row(example, whole_view(example, self._tile_side))
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Focal loss with `CLASS_WEIGHTS`."""
+        return _loss(self._logits(model, batch), batch["target"])
+
+    def count(self, model: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
+        """Pixel counts, and the summed loss."""
+        logits, target = self._logits(model, batch), batch["target"]
+        pixels = int((target != IGNORE).sum())
+        summed = {"loss": np.array(_loss(logits, target).item() * pixels), "pixels": np.array(pixels, np.float64)}
+        return count_pixels(logits, target) | summed
+
+    def figures(self, counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Metrics of `pixel_figures`, and the mean loss."""
+        return pixel_figures(counts) | {"loss": float(counts["loss"] / max(counts["pixels"], 1.0))}
+
+
+def _loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return focal_loss(logits, target, class_weights=torch.tensor(CLASS_WEIGHTS))
+
+
 @dataclass(frozen=True)
-class ScaleRecipe:
+class ScaleRecipe(ClassMapRecipe):
     """Recipe of a Scale Net with classes on pixels (presets unet-vgg16, unet-light and unet-lite0).
+
+    A row has image [side, side, 3] uint8, target [h, w] uint8 in 0..5 or IGNORE, and image_id [1].
 
     Attributes:
         images: training and validation images.
@@ -155,21 +222,13 @@ class ScaleRecipe:
     encoder_weights: str | None = None
     seed: int = 0
 
-    best_by = "pixel_ap_small"
-    file_name = "scale_net.safetensors"
-
     @property
     def learning_rate(self) -> float:
         """The paper's learning rate for its U-Net, a higher one for the light networks."""
         return 1e-4 if self.config.architecture == "unet" else 2e-3
 
-    def sizes(self) -> tuple[int, int]:
-        """Number of training and of validation images."""
-        train, validation = self.images.examples()
-        return len(train), len(validation)
-
     @property
-    def _side(self) -> int:
+    def _tile_side(self) -> int:
         return self.tile_side or self.config.output_hw[0] * self.config.output_stride
 
     def _row(self, example: Example, view: View) -> Row:
@@ -178,17 +237,6 @@ class ScaleRecipe:
             "image": squashed(view.pixels, self.config),
             "target": class_map(example, view, self.config.output_hw),
         }
-
-    def example(self, index: int, epoch: int) -> Row:
-        """Row with image [side, side, 3] uint8, target [h, w] uint8 in 0..5 or IGNORE, and image_id [1]."""
-        example = self.images.examples()[0][index]
-        rng = np.random.default_rng([self.seed, epoch, index])
-        return self._row(example, random_view(example, self._side, rng))
-
-    def validation_example(self, index: int) -> Row:
-        """The whole image, without augmentation."""
-        example = self.images.examples()[1][index]
-        return self._row(example, whole_view(example, self._side))
 
     def blank(self) -> Row:
         """A grey image with every pixel ignored."""
@@ -206,29 +254,12 @@ class ScaleRecipe:
             load_encoder_weights(model, self.config.encoder, self.encoder_weights)
         return model
 
-    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """Focal loss with `CLASS_WEIGHTS`."""
-        logits = model(normalised(batch["image"], self.config))
-        return focal_loss(logits, batch["target"], class_weights=torch.tensor(CLASS_WEIGHTS))
-
-    def count(self, model: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
-        """Pixel counts, and the summed loss."""
-        logits = model(normalised(batch["image"], self.config))
-        return count_pixels(logits, batch["target"]) | _summed_loss(logits, batch["target"])
-
-    def figures(self, counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Metrics of `pixel_figures`, and the mean loss."""
-        return pixel_figures(counts) | {"loss": float(counts["loss"] / max(counts["pixels"], 1.0))}
+    def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return model(normalised(batch["image"], self.config))
 
     def save(self, model: nn.Module, path: str) -> None:
         """Write a checkpoint that `load_scale_net` reads."""
         save_scale_net(model, self.config, path)
-
-
-def _summed_loss(logits: torch.Tensor, target: torch.Tensor) -> dict[str, np.ndarray]:
-    pixels = int((target != IGNORE).sum())
-    mean = focal_loss(logits, target, class_weights=torch.tensor(CLASS_WEIGHTS))
-    return {"loss": np.array(mean.item() * pixels), "pixels": np.array(pixels, np.float64)}
 
 
 IMAGENET = "imagenet"

@@ -85,7 +85,6 @@ def file_policies(
 
 
 def choose_policies(
-    session: Session,
     networks: NetworkSpec,
     detector: DetectorInfo,
     *,
@@ -98,11 +97,10 @@ def choose_policies(
     """Policies of an evaluation: those that are named and those of a file.
 
     Args:
-        session: the engine.
         networks: the detector and Scale Net.
         detector: the detector's declaration.
-        names: names of policies. None: whole, grid-2, regions, scalenet and regions-oracle; gain in place of scalenet
-            if Scale Net is a scale head, neither without Scale Net.
+        names: names of policies. None: whole, grid-2, regions, scalenet and regions-oracle, without scalenet if there
+            is no Scale Net.
         policy_file: YAML of further policies.
         smallest_object: side of the smallest object worth finding, in image pixels (regions).
         settings: fields to set, see `set_fields`.
@@ -116,8 +114,6 @@ def choose_policies(
         if networks.scale_net is None:
             log("no --scale-net: the policy scalenet, which needs one, is left out")
             names = ("whole", "grid-2", "regions", "regions-oracle")
-        elif session.call(networks.reads_features, named_policies(names, networks, detector)):
-            names = ("whole", "grid-2", "regions", "gain", "regions-oracle")
     policies = named_policies(names, networks, detector, smallest_object)
     if policy_file is not None:
         policies += file_policies(policy_file, networks, detector, smallest_object)
