@@ -26,8 +26,6 @@ from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.data.images import decode_image
 
-__all__ = ["CONTENDERS", "DETECTOR_ALONE", "Raced", "race"]
-
 DETECTOR_ALONE = "detector"
 """In a race: a pass on a tile in memory for every image, and nothing else."""
 

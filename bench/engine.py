@@ -28,8 +28,6 @@ from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.runs.batch import image_opener
 
-__all__ = ["EngineRace", "compare_engine", "engine_race"]
-
 _IMAGES_PER_SHARD = 64
 
 

@@ -19,17 +19,6 @@ from scalenet_ray.core.policy import Policy, Recursion
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.data.image_records import ImageRecord
 
-__all__ = [
-    "TILES_PER_IMAGE",
-    "Looks",
-    "SmallObjects",
-    "Tally",
-    "fake_networks",
-    "grey_image",
-    "records_of",
-    "two_windows",
-]
-
 Looks = Literal["scalenet", "first-pass"]
 
 TILES_PER_IMAGE = 3

@@ -34,8 +34,6 @@ from bench.gpu_recursion import measure_recursion
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.sample.scenes import write_sample
 
-__all__ = ["GpuBench", "measure", "tables"]
-
 
 class _Part(NamedTuple):
     """A part, and the share of the minutes at whose end it begins no more figures."""

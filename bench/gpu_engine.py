@@ -46,8 +46,6 @@ from scalenet_ray.training.recipe import clip_and_step, forward_backward
 from scalenet_ray.training.scale_recipe import ScaleRecipe
 from scalenet_ray.training.schedule import Training
 
-__all__ = ["full_engine", "gpu_figures", "measure_engine", "measure_steps", "measure_training", "shared_resources"]
-
 _STAGES = ("decode", "cut", "look", "detect")
 _BFLOAT16 = VARIANTS["bfloat16"]
 

@@ -17,8 +17,6 @@ from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.engine.session import join_ray
 from scalenet_ray.models.detectors import load_detector
 
-__all__ = ["measure_large", "measure_shapes"]
-
 _MISSING: Record = {"remark": "give a trained detector with --detector"}
 _TILES_HW = ((256, 352), (416, 288), (160, 544), (480, 384), (640, 640))
 """Sizes of tiles, in tile pixels, each on another canvas."""

@@ -28,24 +28,6 @@ from scalenet_ray.models.torchvision_builders import build_detector
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector
 from scalenet_ray.runs.batch import image_opener
 
-__all__ = [
-    "FULL",
-    "MAIN_VARIANTS",
-    "REPEAT",
-    "SPLIT",
-    "TOY",
-    "VARIANTS",
-    "Record",
-    "Setup",
-    "Variant",
-    "Work",
-    "build_told_scale_net",
-    "build_torchvision",
-    "compare",
-    "cuda_products",
-    "measure_networks",
-]
-
 Record = dict[str, Any]
 Work = Callable[[], int]
 """Does a piece of work and returns its size, in tiles or images."""

@@ -22,8 +22,6 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.models.devices import batch_size_on
 
-__all__ = ["measure_recursion", "recursion"]
-
 _PAPER = {"whole": 6.9, "paper": 2.5}
 """Images/s in the paper, of Faster R-CNN alone and with Recursive-Scale Net."""
 

@@ -36,8 +36,6 @@ from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.pictures import encoded
 
-__all__ = ["CpuClock", "cpu_clocks", "growth", "spent_by_role"]
-
 _ROLES = (
     "ReadTileSource",
     "ScaleStage",

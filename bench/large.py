@@ -34,8 +34,6 @@ from scalenet_ray.evaluation.matching import Matches, match_results
 from scalenet_ray.evaluation.tide import FOREGROUND_IOU
 from scalenet_ray.report.charts import drawing, quiet
 
-__all__ = ["compare_large", "markdown"]
-
 _DETECTORS = {"yolo11n": "onnx:{models}/yolo11n.onnx", "yolox_nano": "yolox-onnx:{models}/yolox_nano.onnx"}
 _LEAST_OBJECTS = 20
 _OURS, _SLICES = "regions", "slices"

@@ -23,8 +23,6 @@ from bench.workloads import ratio
 from scalenet_ray.engine.pipeline import ImageStream
 from scalenet_ray.runs.resources import Resources
 
-__all__ = ["NodeKill", "node_kill"]
-
 _STORE_BYTES = 80 * 2**20
 _DETECTOR_SECONDS, _SCALE_NET_SECONDS = 0.1, 0.03
 _CPUS_PER_NODE = 4

@@ -29,8 +29,6 @@ from scalenet_ray.runs.batch import Stream
 from scalenet_ray.runs.local import LocalStream
 from scalenet_ray.runs.resources import Resources
 
-__all__ = ["Overhead", "overhead"]
-
 _IMAGES_PER_SHARD = 256
 
 

@@ -31,8 +31,6 @@ from scalenet_ray.runs.automatic import TILES_PER_SECOND_OF_A_PIPELINE
 from scalenet_ray.runs.batch import Stream
 from scalenet_ray.runs.resources import AdvancedResources, Resources
 
-__all__ = ["ScaleOut", "scale_out"]
-
 _SCALE_NET_SHARE = 0.32
 _DETECTORS_PER_NODE = 16
 _TILES_PER_DETECTOR = 160

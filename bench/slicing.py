@@ -21,8 +21,6 @@ from bench.contenders import race
 from bench.engine import engine_race
 from bench.workloads import Workload, photographs, ratio, spread
 
-__all__ = ["compare"]
-
 _OURS = "regions"
 _PEERS = ("sahi_grid2", "sahi_grid3", "sahi_grid2_nms", "sahi_grid3_nms", "supervision_grid2", "supervision_grid3")
 _TIMES_OPEN = 6

@@ -31,8 +31,6 @@ from scalenet_ray.evaluation.ap import evaluate
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.resources import AdvancedResources, Resources
 
-__all__ = ["Workload", "data_folder", "detector_name", "mosaics", "photographs", "ratio", "spread", "tiled", "wall"]
-
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """Ours over theirs, round by round: median, min and max."""

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from scalenet_ray import __version__
 
-__all__ = ["COMMANDS", "Command", "main"]
-
 _PROGRAM = "scalenet-ray"
 
 

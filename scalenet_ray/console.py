@@ -22,21 +22,6 @@ from scalenet_ray.core.detections import SHOWN_SCORE
 from scalenet_ray.core.errors import UserError, WorkerError
 from scalenet_ray.runs.batch import Progress
 
-__all__ = [
-    "LIVE",
-    "JsonLines",
-    "LiveLine",
-    "check_retry",
-    "complain",
-    "end_run",
-    "failure_lines",
-    "last_line",
-    "log_to_stderr",
-    "run_job",
-    "say",
-]
-
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _SECONDS_BETWEEN_LINES = 2.0

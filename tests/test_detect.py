@@ -108,7 +108,7 @@ def test_a_bad_image_costs_itself_alone(folder: Path) -> None:
 
 
 def test_a_pillow_image_that_is_cut_short_costs_itself_alone() -> None:
-    cut = Image.open(io.BytesIO(png(SCENES[0])[:-60]))
+    cut = Image.open(io.BytesIO(encoded(SCENES[0])[:-60]))
     broken, whole = detect([cut, SCENES[1]], DETECTOR)
     assert broken.failure is not None
     assert broken.failure.reason.startswith("the image cannot be decoded")

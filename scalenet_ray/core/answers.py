@@ -17,18 +17,6 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.inference import reject_nan
 from scalenet_ray.core.masks import encode_mask, is_mask_of
 
-__all__ = [
-    "ANSWERED_WRONGLY",
-    "MOST_FAILED",
-    "RaisedOn",
-    "answered_wrongly",
-    "checked_answer",
-    "fails_on_all",
-    "listed_answers",
-    "raised",
-    "unchecked",
-]
-
 ANSWERED_WRONGLY = "the detector answered a tile wrongly"
 """Prefix of the failure reason of a tile whose answer is invalid."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["ABOVE_ZERO", "ANY_NUMBER", "MEGAPIXELS", "ONE_OR_MORE", "SHARE", "Bounds"]
-
 
 @dataclass(frozen=True)
 class Bounds:

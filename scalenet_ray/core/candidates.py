@@ -13,15 +13,6 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile, boxes_to_image
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap
 
-__all__ = [
-    "TEXTURE_CELL",
-    "Candidates",
-    "RegionEvidence",
-    "candidates_of_detections",
-    "candidates_of_map",
-    "textured_cells",
-]
-
 TEXTURE_CELL = 16
 """Side of a cell that is textured or not, in tile pixels."""
 

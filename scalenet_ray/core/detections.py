@@ -11,15 +11,6 @@ import numpy as np
 
 from scalenet_ray.core.geometry import Tile
 
-__all__ = [
-    "SHOWN_SCORE",
-    "Detections",
-    "Failure",
-    "ImageResult",
-    "TileResult",
-    "as_numbers",
-]
-
 SHOWN_SCORE = 0.3
 """Minimum score of the boxes that are drawn, and of those that count as found in counts of objects."""
 

@@ -7,17 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-__all__ = [
-    "EXTRAS",
-    "OutOfMemoryError",
-    "TileError",
-    "UserError",
-    "WorkerError",
-    "abbreviated",
-    "needs_extra",
-    "repeated",
-]
-
 T = TypeVar("T")
 
 

@@ -18,9 +18,6 @@ from scalenet_ray.core.regions import plan_looks, plan_regions
 from scalenet_ray.core.scale import CLASS_BOUNDS, REFERENCE_AREA, ScaleMap
 from scalenet_ray.core.windows import CellWindow, fixed_tiles, plan_windows, top_k_mean, window_hw
 
-__all__ = ["Expansion", "expand", "out_of_range", "planning_weights", "rescale_factor"]
-
-
 _CLASS_LIMITS = (0.0, *map(float, CLASS_BOUNDS), math.inf)
 """Lower bound of class i + 1 and upper bound of class i, in pixels of a 512 x 512 frame."""
 

@@ -17,27 +17,6 @@ import numpy as np
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.timing import timed
 
-__all__ = [
-    "ANY_AREA",
-    "AnyImage",
-    "AreaRange",
-    "ImageSource",
-    "Tile",
-    "Window",
-    "boxes_to_image",
-    "boxes_to_tile",
-    "cut_tile",
-    "edges_inside_image",
-    "fit_longer_side",
-    "intersection_areas",
-    "iou",
-    "iou_matrix",
-    "resample_nearest",
-    "tile_pixels",
-    "whole_pixels",
-    "window_pixels",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Window:

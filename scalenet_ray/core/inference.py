@@ -31,21 +31,6 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.scale import REFERENCE_AREA, UNIT_AREA, ScaleMap, scale_map_of_boxes
 from scalenet_ray.core.timing import timed
 
-__all__ = [
-    "BATCH_HALVED",
-    "Evidence",
-    "ObjectsInImage",
-    "OracleScalePredictor",
-    "ScaleResult",
-    "detect_tiles",
-    "maps_from_features",
-    "needs_detector_first",
-    "predict_scales",
-    "reject_nan",
-    "scale_map_of_detections",
-    "split_on_oom",
-]
-
 _LOG = logging.getLogger(__name__)
 
 BATCH_HALVED = "batch_halved"

@@ -10,15 +10,6 @@ from pycocotools import mask as coco_mask
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.geometry import Tile, Window, resample_nearest
 
-__all__ = [
-    "checked_segmentation",
-    "encode_mask",
-    "is_mask_of",
-    "mask_of_image",
-    "mask_of_segmentation",
-    "mask_of_window",
-]
-
 # pycocotools counts pixels in 32-bit integers.
 _MAX_PIXELS = 2**31
 

@@ -24,15 +24,6 @@ from scalenet_ray.core.geometry import Tile, boxes_to_image, boxes_to_tile, edge
 from scalenet_ray.core.masks import mask_of_window
 from scalenet_ray.core.timing import timed
 
-__all__ = [
-    "Merging",
-    "carry_to_image",
-    "merge_detections",
-    "merge_image",
-    "nms",
-    "soft_nms",
-]
-
 SuppressionMethod = Literal["consensus", "nms", "soft-nms-linear", "soft-nms-gaussian"]
 
 _METHODS = get_args(SuppressionMethod)

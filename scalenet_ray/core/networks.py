@@ -14,18 +14,6 @@ from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.scale import ScaleMap
 
-__all__ = [
-    "AnyScalePredictor",
-    "Detect",
-    "DetectWithFeatures",
-    "DetectionsWithFeatures",
-    "FeatureScalePredictor",
-    "NetworkFactories",
-    "NetworkTrial",
-    "ScalePredictor",
-    "TrialCall",
-]
-
 
 class Detect(Protocol):
     """Detector on a batch of tiles; labels are category ids.

@@ -19,8 +19,6 @@ from scalenet_ray.core.merge import Merging
 from scalenet_ray.core.regions import Regions
 from scalenet_ray.core.scale import UNIT_AREA, ScaleRange
 
-__all__ = ["DEFAULT_PYRAMID", "LARGEST_SIDE", "Policy", "Recursion", "parse_policy"]
-
 DEFAULT_PYRAMID = (
     (1.0, 0.0, math.inf),
     (1.5, 0.0, 20.0 * UNIT_AREA),

@@ -18,18 +18,6 @@ from scalenet_ray.core.policy import Policy, Recursion, parse_policy
 from scalenet_ray.core.regions import Regions
 from scalenet_ray.core.scale import ScaleRange
 
-__all__ = [
-    "POLICY_VERSION",
-    "NamedPolicy",
-    "changed_policy",
-    "check_names",
-    "check_smallest_object",
-    "describe_policy",
-    "near_names",
-    "policy_from_dict",
-    "policy_to_dict",
-]
-
 POLICY_VERSION = 1
 """Written into every policy file; a file of another version is refused."""
 

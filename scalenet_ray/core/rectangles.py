@@ -10,8 +10,6 @@ import math
 
 import numpy as np
 
-__all__ = ["STRIDE", "costs", "joined", "split_into_tiles"]
-
 STRIDE = 32
 """Sides of a canvas are multiples of this: the coarsest stride of the networks in tile pixels."""
 

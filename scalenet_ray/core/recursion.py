@@ -24,8 +24,6 @@ from scalenet_ray.core.networks import AnyScalePredictor, Detect
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.scale import ScaleMap
 
-__all__ = ["Step", "TracedTile", "recursive_detect", "trace_tiles"]
-
 
 class Step(NamedTuple):
     """One step of `recursive_detect`: a tile and what came of it.

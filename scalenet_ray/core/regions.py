@@ -20,13 +20,6 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.rectangles import STRIDE, costs, joined, split_into_tiles
 
-__all__ = [
-    "Region",
-    "Regions",
-    "plan_looks",
-    "plan_regions",
-]
-
 _CELL_PIXELS = STRIDE**2
 """Detector pixels of one cell, the unit of a tile's budget: 32 x 32."""
 

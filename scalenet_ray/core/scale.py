@@ -15,20 +15,6 @@ import numpy as np
 
 from scalenet_ray.core.errors import TileError
 
-__all__ = [
-    "BACKGROUND",
-    "CLASS_BOUNDS",
-    "IGNORE",
-    "NUM_CLASSES",
-    "REFERENCE_AREA",
-    "UNIT_AREA",
-    "ScaleMap",
-    "ScaleRange",
-    "class_of_area",
-    "class_target",
-    "scale_map_of_boxes",
-]
-
 REFERENCE_AREA = 512 * 512
 """Pixels of the frame that scale classes are measured in (section 'Experiments', COCO)."""
 

@@ -8,15 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-__all__ = [
-    "STAGES",
-    "Tally",
-    "add_seconds",
-    "current_tally",
-    "measured",
-    "timed",
-]
-
 STAGES: tuple[str, ...] = ("decode", "cut", "look", "detect", "merge", "write")
 """Stages of the work on an image."""
 

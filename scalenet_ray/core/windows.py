@@ -16,8 +16,6 @@ from scalenet_ray.core.geometry import AreaRange, Tile, Window, fit_longer_side
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.scale import REFERENCE_AREA
 
-__all__ = ["CellWindow", "fixed_tiles", "plan_windows", "top_k_mean", "window_hw", "window_sums"]
-
 
 class CellWindow(NamedTuple):
     """Window on a scale map's grid: rows [top, top + height), columns [left, left + width), in cells.

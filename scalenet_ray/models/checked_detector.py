@@ -17,8 +17,6 @@ from scalenet_ray.data.categories import map_categories
 from scalenet_ray.models.detectors import Detector, ShowsFeatures, canvas_of, declaration
 from scalenet_ray.models.devices import translate_oom
 
-__all__ = ["CheckedDetector", "MappedDetector", "failure_of"]
-
 T = TypeVar("T")
 
 

@@ -10,8 +10,6 @@ from typing import Any
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data.storage import read_bytes
 
-__all__ = ["COCO_CATEGORIES", "COCO_NUM_CLASSES", "classes_of", "read_names"]
-
 Categories = dict[int, str]
 
 COCO_NUM_CLASSES = 91

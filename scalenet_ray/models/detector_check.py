@@ -15,19 +15,6 @@ from scalenet_ray.core.geometry import Tile, Window, cut_tile, fit_longer_side, 
 from scalenet_ray.models.checked_detector import CheckedDetector, failure_of
 from scalenet_ray.models.padding import PADDING_GREY, padded
 
-__all__ = [
-    "Agreement",
-    "agreement",
-    "batch_fault",
-    "detect_alone",
-    "follows_size",
-    "repeat_fault",
-    "size_fault",
-    "three_views",
-    "try_detector",
-    "whole_tile",
-]
-
 _MAX_COMPARED = 3
 """Images whose views are compared."""
 

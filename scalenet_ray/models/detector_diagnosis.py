@@ -18,8 +18,6 @@ from scalenet_ray.models.detector_check import batch_fault, detect_alone, repeat
 from scalenet_ray.models.detectors import Detector
 from scalenet_ray.models.devices import is_gpu
 
-__all__ = ["Diagnosis", "advise_batch", "diagnose", "unnamed"]
-
 _NO_NAME = re.compile(r"\s*(?:(?:label|class|category|cls|object|obj)?[\s_-]*\d+)?\s*", re.IGNORECASE)
 _MOST_NAMES = 3
 _UNSURE = 0.25

@@ -18,19 +18,6 @@ from scalenet_ray.core.policy import LARGEST_SIDE
 from scalenet_ray.models.devices import is_tensorrt
 from scalenet_ray.models.own_detectors import load_own, names_own, quoting
 
-__all__ = [
-    "DETECTOR_GROUP",
-    "IN_ONNX",
-    "Detector",
-    "DetectorInfo",
-    "ShowsFeatures",
-    "canvas_of",
-    "check_kind_on",
-    "declaration",
-    "load_detector",
-    "takes_tiles",
-]
-
 DETECTOR_GROUP = "scalenet_ray.detectors"
 """Entry point group in which a package registers kinds of detectors: kind = "package.module:function"."""
 

@@ -13,16 +13,6 @@ from scalenet_ray.core.errors import OutOfMemoryError, UserError, needs_extra
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "batch_size_on",
-    "device_named",
-    "device_on_this_machine",
-    "has_gpu_driver",
-    "is_gpu",
-    "is_tensorrt",
-    "translate_oom",
-]
-
 
 _TILES_ON_GPU = 16
 

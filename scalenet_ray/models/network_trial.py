@@ -16,8 +16,6 @@ from scalenet_ray.core.policy import Policy
 from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.models.spec import NetworkSpec
 
-__all__ = ["try_networks"]
-
 _IMAGES = 3
 """As many as a detector is tried on before a run."""
 

@@ -33,8 +33,6 @@ from scalenet_ray.models.onnx_session import (
 )
 from scalenet_ray.models.padding import STRIDE, detect_by_canvas, fixed_canvas, in_tile, padded, stride_canvas
 
-__all__ = ["OnnxDetector", "YoloxDetector", "load_onnx_detector", "load_yolox"]
-
 _WITH_FILE = re.compile(r"(.+\.onnx)@(.+)", re.DOTALL)
 _GIVEN = ("names", "categories", "mean", "std", "channel_order", "padding", "imgsz")
 """Keys of the metadata that a YAML file may give in their place."""

@@ -18,8 +18,6 @@ from scalenet_ray.models.scale_head import ScaleHead, ScaleHeadPredictor, load_t
 from scalenet_ray.models.scale_net import normalised
 from scalenet_ray.models.scale_networks import SCALE_HEAD, SCALE_NET, ScaleNetConfig
 
-__all__ = ["export_predictor", "to_onnx"]
-
 _OPSET = 17
 _REGRESSION_SIDE = 64
 _HEAD_CELLS = 8

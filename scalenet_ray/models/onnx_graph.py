@@ -11,12 +11,6 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from scalenet_ray.core.errors import UserError
 
-__all__ = [
-    "expose_features",
-    "free_axes",
-    "resizes_input",
-]
-
 _NAMES = ("batch", None, "height", "width")
 
 _END_OF_PIXELS = frozenset({"Conv", "ConvInteger", "Gemm", "MatMul", "QLinearConv", "Shape", "Size"})

@@ -16,8 +16,6 @@ import numpy as np
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.models.padding import STRIDE
 
-__all__ = ["ANSWER_MAPS", "DECODED_YOLOX", "YOLOX", "Found", "Layout", "recognise", "yolox_answer_maps"]
-
 HW = tuple[int, int]
 
 

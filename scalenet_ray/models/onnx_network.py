@@ -18,8 +18,6 @@ from scalenet_ray.models.onnx_layouts import Layout, recognise
 from scalenet_ray.models.onnx_session import EngineSession, providers_of, session_options
 from scalenet_ray.models.padding import PADDING_GREY
 
-__all__ = ["OnnxNetwork", "free_network", "noise"]
-
 HW = tuple[int, int]
 
 _RUN_ERRORS = (

@@ -19,17 +19,6 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.devices import is_tensorrt
 
-__all__ = [
-    "EngineSession",
-    "on_gpu",
-    "open_network",
-    "open_session",
-    "providers_of",
-    "session_options",
-    "tiles_at_once",
-    "with_engine",
-]
-
 _LOAD_ERRORS = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,

@@ -14,8 +14,6 @@ from typing import Any
 
 from scalenet_ray.core.errors import UserError
 
-__all__ = ["load_own", "names_own", "quoting"]
-
 _OWN = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)(?:@(.+))?", re.DOTALL)
 
 

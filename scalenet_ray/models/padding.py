@@ -12,17 +12,6 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.rectangles import STRIDE
 
-__all__ = [
-    "PADDING_GREY",
-    "STRIDE",
-    "detect_by_canvas",
-    "fixed_canvas",
-    "in_tile",
-    "padded",
-    "square_canvas",
-    "stride_canvas",
-]
-
 PADDING_GREY = 114
 """Value of the padding in all channels, that of the YOLO family."""
 

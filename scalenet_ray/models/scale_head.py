@@ -17,8 +17,6 @@ from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, read_ch
 from scalenet_ray.models.scale_networks import SCALE_HEAD, FeaturePredictor, HeadConfig, head_config
 from scalenet_ray.models.weights import load_weights, save_weights
 
-__all__ = ["ScaleHead", "ScaleHeadPredictor", "load_torch_predictor", "save_scale_head"]
-
 _DILATIONS = (2, 4)
 
 

@@ -21,17 +21,6 @@ from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.scale_networks import SCALE_NET, Padding, ScaleNetConfig, TilePredictor, net_config
 from scalenet_ray.models.weights import load_weights, save_weights
 
-__all__ = [
-    "ScaleNetPredictor",
-    "build_scale_net",
-    "conv_block",
-    "load_scale_net",
-    "load_state",
-    "normalised",
-    "read_checkpoint",
-    "save_scale_net",
-]
-
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LIGHT_WIDTHS = (32, 64, 96, 128)
 

@@ -15,22 +15,6 @@ from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.models.detectors import ShowsFeatures
 from scalenet_ray.models.devices import translate_oom
 
-__all__ = [
-    "PRESETS",
-    "SCALE_HEAD",
-    "SCALE_NET",
-    "Architecture",
-    "FeaturePredictor",
-    "HeadConfig",
-    "Kind",
-    "Padding",
-    "ScaleNetConfig",
-    "TilePredictor",
-    "head_config",
-    "net_config",
-    "squashed",
-]
-
 Architecture = Literal["fcn", "unet", "light-unet"]
 Kind = Literal["classes", "regression"]
 Padding = Literal["each", "input"]

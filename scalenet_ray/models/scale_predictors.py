@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from scalenet_ray.models.scale_head import ScaleHeadPredictor
     from scalenet_ray.models.scale_net import ScaleNetPredictor
 
-__all__ = ["ONNX_SUFFIX", "OnnxScaleHead", "OnnxScaleNet", "load_predictor"]
-
 ONNX_SUFFIX = ".onnx"
 """The ending of a network's file that onnxruntime reads."""
 

@@ -24,16 +24,6 @@ from scalenet_ray.models.onnx_session import providers_of
 from scalenet_ray.models.scale_networks import HeadConfig
 from scalenet_ray.models.scale_predictors import ONNX_SUFFIX, OnnxScaleHead, OnnxScaleNet, load_predictor
 
-__all__ = [
-    "AUTO",
-    "SAMPLE_DETECTOR",
-    "SAMPLE_DETECTOR_WEIGHTS",
-    "SAMPLE_SCALE_NET",
-    "SAMPLE_SCALE_NET_WEIGHTS",
-    "DetectorInfo",
-    "NetworkSpec",
-]
-
 if TYPE_CHECKING:
     from scalenet_ray.models.scale_head import ScaleHeadPredictor
     from scalenet_ray.models.scale_net import ScaleNetPredictor

@@ -13,8 +13,6 @@ from scalenet_ray.core.errors import TileError
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.padding import detect_by_canvas
 
-__all__ = ["ReadTile", "TorchDetector", "TorchSettings", "finite_rows", "in_float32", "tensors_in", "without_autocast"]
-
 HW = tuple[int, int]
 
 ReadTile = Callable[[int], Detections | TileError]

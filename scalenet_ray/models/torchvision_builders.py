@@ -16,8 +16,6 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from scalenet_ray.core.errors import UserError
 
-__all__ = ["build_detector", "detector_names", "fetch_detector", "norm_eps", "published_name", "set_norm_eps"]
-
 _ZERO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
 """Detectors whose published weights were trained with an epsilon of 0 in the frozen batch norms."""
 

@@ -30,8 +30,6 @@ from scalenet_ray.models.torchvision_builders import (
 )
 from scalenet_ray.models.weights import SUFFIXES, load_weights, save_weights
 
-__all__ = ["TorchvisionDetector", "load_torchvision", "save_detector"]
-
 HW = tuple[int, int]
 
 

@@ -23,8 +23,6 @@ from scalenet_ray.data.storage import list_files, local_path, read_bytes
 from scalenet_ray.models.padding import in_tile, square_canvas, stride_canvas
 from scalenet_ray.models.torch_detector import ReadTile, TorchDetector, TorchSettings, finite_rows, without_autocast
 
-__all__ = ["TransformersDetector", "load_transformers"]
-
 _MASKED = ("conditional_detr", "deformable_detr", "detr", "table-transformer")
 """Types of models that take a mask of the padding, and whose boxes are shares of the tile without it."""
 

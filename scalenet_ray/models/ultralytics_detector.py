@@ -18,8 +18,6 @@ from scalenet_ray.models.padding import STRIDE, in_tile, padded, square_canvas, 
 from scalenet_ray.models.torch_detector import ReadTile, TorchDetector, TorchSettings, finite_rows, without_autocast
 from scalenet_ray.models.ultralytics_weights import import_ultralytics, load_checkpoint
 
-__all__ = ["UltralyticsDetector", "load_ultralytics"]
-
 _IOU_THRESHOLD = 0.7
 """Of Ultralytics' own NMS."""
 

@@ -18,8 +18,6 @@ from torch import nn
 from scalenet_ray.core.errors import UserError, needs_extra
 from scalenet_ray.data.storage import local_path, read_bytes
 
-__all__ = ["import_ultralytics", "load_checkpoint"]
-
 _SUFFIX = ".pt"
 _EXPECTED = "must be a checkpoint of Ultralytics: a detector of YOLOv8 to 26 or RT-DETR"
 _MOST_NAMES = 3

@@ -13,8 +13,6 @@ from safetensors.torch import load, save
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data.storage import read_bytes, write_bytes_atomic
 
-__all__ = ["SUFFIXES", "load_weights", "save_weights"]
-
 SUFFIXES = (".safetensors", ".pth", ".pt")
 """Supported suffixes of weight files."""
 

@@ -13,8 +13,6 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.masks import encode_mask
 from scalenet_ray.models.padding import fixed_canvas, in_tile, padded
 
-__all__ = ["WrappedDetector", "wrap_sahi", "wrap_supervision"]
-
 _IOU_THRESHOLD = 0.7
 _COLUMNS = ("xyxy", "confidence", "class_id")
 _RGB_OR_BGR = ("RGB", "BGR")

@@ -23,14 +23,6 @@ from scalenet_ray.models.weights import SUFFIXES, load_weights
 from scalenet_ray.training.examples import Example, TrainingImages, read_pixels, tile_of_window
 from scalenet_ray.training.recipe import Batch, Row
 
-__all__ = [
-    "DetectorRecipe",
-    "boxes_in_tile",
-    "plan_fine_tuning",
-    "small_objects",
-    "zoom_window",
-]
-
 WHOLE_SHARE = 0.3
 """Probability that an example is the whole image, so that the detector does not forget large objects."""
 

@@ -15,16 +15,6 @@ from scalenet_ray.data.datasets import Layout, find_layout
 from scalenet_ray.data.images import read_image
 from scalenet_ray.data.storage import join
 
-__all__ = [
-    "Example",
-    "TrainingImages",
-    "object_mask",
-    "random_window",
-    "read_examples",
-    "read_pixels",
-    "tile_of_window",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class Example:

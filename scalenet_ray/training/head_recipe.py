@@ -19,8 +19,6 @@ from scalenet_ray.training.examples import Example, TrainingImages
 from scalenet_ray.training.recipe import Batch, Row
 from scalenet_ray.training.scale_recipe import ClassMapRecipe, View, class_map
 
-__all__ = ["HeadRecipe"]
-
 
 @dataclass(frozen=True)
 class HeadRecipe(ClassMapRecipe):

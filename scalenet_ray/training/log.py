@@ -14,10 +14,6 @@ from tensorboardX import SummaryWriter
 from scalenet_ray.data import storage
 from scalenet_ray.runs.folder import RunFolder
 
-__all__ = [
-    "TrainingLog",
-]
-
 
 class TrainingLog:
     """Callback that logs the result of each epoch; a resumed run keeps the epochs it has.

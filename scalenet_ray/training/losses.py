@@ -12,13 +12,6 @@ from torch.nn import functional
 
 from scalenet_ray.core.scale import IGNORE, NUM_CLASSES
 
-__all__ = [
-    "count_pixels",
-    "focal_loss",
-    "masked_mse",
-    "pixel_figures",
-]
-
 
 def focal_loss(
     logits: torch.Tensor, target: torch.Tensor, *, class_weights: torch.Tensor | None = None, gamma: float = 2.0

@@ -9,14 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = [
-    "Batch",
-    "Recipe",
-    "Row",
-    "clip_and_step",
-    "forward_backward",
-]
-
 Row = dict[str, np.ndarray]
 """An example: named arrays of fixed shapes."""
 

@@ -33,19 +33,6 @@ from scalenet_ray.training.examples import (
 from scalenet_ray.training.losses import count_pixels, focal_loss, pixel_figures
 from scalenet_ray.training.recipe import Batch, Row
 
-__all__ = [
-    "CLASS_WEIGHTS",
-    "IMAGENET",
-    "ClassMapRecipe",
-    "ScaleRecipe",
-    "View",
-    "class_map",
-    "load_encoder_weights",
-    "random_view",
-    "whole_view",
-    "window_target",
-]
-
 CLASS_WEIGHTS = (1.0, 2.0, 1.0, 1.0, 1.0, 1.0)
 """Class weights of the focal loss: class 1 decides where to zoom, and covers the fewest pixels."""
 

@@ -10,13 +10,6 @@ import numpy as np
 
 from scalenet_ray.core.errors import UserError
 
-__all__ = [
-    "Epochs",
-    "Pick",
-    "Training",
-    "warmup_cosine",
-]
-
 _FREE = ("gpus_per_worker", "readers", "keep", "max_restarts")
 
 
