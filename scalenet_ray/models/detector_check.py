@@ -84,7 +84,8 @@ def try_detector(detector: CheckedDetector, images: Iterable[np.ndarray]) -> lis
         images = _first_detected(detector, images)
         if not images:
             return []
-        if (brightest := max(int(image.max()) for image in images)) < _DARK:
+        # Zeros alone say nothing of how many bits the values have.
+        if 0 < (brightest := max(int(image.max()) for image in images)) < _DARK:
             warnings.append(
                 f"the first images are nearly black, their brightest value is {brightest} of 255: of 16 bits 65535 is "
                 "white; stretch them, e.g. with gdal_translate -scale -ot Byte"
