@@ -149,6 +149,20 @@ def test_the_run_folder_is_a_detection_run_and_can_be_resumed(folder: Path, tmp_
         detect(folder, "magic:detector", output=output)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_error_names_its_trace_only_where_the_folder_stays(
+    folder: Path, tmp_path: Path, monkeypatch: Any, kept: bool
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("scalenet_ray.api.many.ImagePrediction", fail)
+    output = str(tmp_path / "run") if kept else None
+    with pytest.raises(RuntimeError, match="a bug") as raised:
+        list(detect(folder, DETECTOR, output=output))
+    assert getattr(raised.value, "__notes__", []) == ([f"its trace: {output}/error.txt"] if kept else [])
+
+
 def test_the_page_follows_the_run_until_it_ends(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     page, again = tmp_path / "run" / "report.html", '<meta http-equiv="refresh"'
     monkeypatch.setattr("scalenet_ray.runs.batch._SECONDS_BETWEEN_REPORTS", 0)

@@ -65,6 +65,11 @@ def test_every_name_gives_its_kind_and_takes_the_detectors_own_side_and_threshol
     assert few.regions == Regions(smallest_object=30.0)
 
 
+def test_a_policy_that_is_no_name_is_refused() -> None:
+    with pytest.raises(UserError, match="a policy must be a name or a Policy, got 3"):
+        parse_policy(3, input_side=416, iou_threshold=0.6)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "name", ["", "Whole", "whole@", "whole@x", "whole@-1", "whole@640 ", "grid", "grid-", "grid-2.5", "scalenet2", "\n"]
 )

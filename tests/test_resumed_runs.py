@@ -325,6 +325,23 @@ def test_a_run_on_the_sample_goes_on_after_the_checkout_moved(tmp_path: Path, th
         pass
 
 
+def test_other_weights_under_the_same_name_are_refused_where_both_are_known(tmp_path: Path) -> None:
+    run, weights = RunFolder(str(tmp_path / "run")), tmp_path / "mine.onnx"
+
+    def begin(*, resume: bool) -> None:
+        with run.begin({"networks": NetworkSpec(f"onnx:{weights}").settings()}, resume=resume):
+            pass
+
+    weights.write_bytes(b"first")
+    begin(resume=False)
+    begin(resume=True)
+    weights.write_bytes(b"second")
+    with pytest.raises(ValueError, match=r"networks\.weights\.detector: '\w{16}' then, '\w{16}' now"):
+        begin(resume=True)
+    weights.unlink()  # A driver on another machine, whose workers alone have the file.
+    begin(resume=True)
+
+
 # --- damage -------------------------------------------------------------------------------------------------
 
 

@@ -350,7 +350,7 @@ def _predict(
     """Yield None when the run has begun, then the predictions: of images that are done already, then of the others."""
     with ExitStack() as stack:
         folder = output or stack.enter_context(tempfile.TemporaryDirectory(prefix="scalenet_ray-"))
-        run = RunFolder(folder)
+        run = RunFolder(folder, is_kept=output is not None)
         stack.enter_context(run.begin(settings, resume=resume, workers=workers))
         work = start(run)
 

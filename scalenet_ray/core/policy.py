@@ -320,6 +320,7 @@ def parse_policy(
     Raises:
         UserError: if there is no such policy.
     """
+    _require(isinstance(name, str), f"a policy must be a name or a Policy, got {name!r}")
     merging = Merging(iou_threshold=iou_threshold, score_threshold=score_threshold)
     if match := re.fullmatch(r"whole@(\d+)", name):
         return Policy(name, "whole", int(match[1]), merging=merging)

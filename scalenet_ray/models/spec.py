@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import whole_pixels
 from scalenet_ray.core.networks import FeatureScalePredictor
 from scalenet_ray.core.policy import Policy
+from scalenet_ray.data import storage
 from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.models.checked_detector import CheckedDetector, MappedDetector
 from scalenet_ray.models.detector_check import try_detector
@@ -72,6 +74,14 @@ def _readable(records: Sequence[ImageRecord], open_image: OpenImage) -> Iterator
         yield pixels
 
 
+def _digest(uri: str) -> str | None:
+    """Start of the SHA-256 of a file; None if there is none that this machine can read."""
+    try:
+        return hashlib.sha256(storage.read_bytes(uri)).hexdigest()[:16] if uri else None
+    except (OSError, UserError):
+        return None
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """The frozen detector and Scale Net.
@@ -96,9 +106,15 @@ class NetworkSpec:
     iou_threshold: Annotated[float, SHARE] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """Settings that the results depend on: without the device, and with the sample's networks as "sample"."""
+        """Settings that the results depend on: without the device, and with the sample's networks as "sample".
+
+        "weights" holds the digests of the files of weights, which may be others under the same name when a run is
+        resumed; None where this machine has no such file, as of a network that is known by its name.
+        """
         sample = dict.fromkeys((*_IN_TORCH, *_IN_TORCH.values()), "sample")
-        return {name: sample.get(value, value) for name, value in asdict(self).items() if name != "device"}
+        given = {name: sample.get(value, value) for name, value in asdict(self).items() if name != "device"}
+        files = {"detector": str(given["detector"]).partition(":")[2], "scale_net": str(given["scale_net"] or "")}
+        return given | {"weights": {name: _digest(file) for name, file in files.items()}}
 
     def describe_detector(self) -> DetectorInfo:
         """Load the detector on the CPU and return its attributes.

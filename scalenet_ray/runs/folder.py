@@ -54,16 +54,18 @@ class RunFolder(ShardReader):
     Args:
         uri: local path or a store's address.
         output: the job's run folder, if this folder is a part of it.
+        is_kept: False for a folder that is deleted when the run ends, of which errors say nothing.
 
     Attributes:
         resumed: whether `begin` resumed an existing run.
         standing: the progress in words: "whole: 163 of 343 done".
     """
 
-    def __init__(self, uri: str, output: str | None = None) -> None:
+    def __init__(self, uri: str, output: str | None = None, *, is_kept: bool = True) -> None:
         super().__init__(uri)
         self.standing = "nothing done yet"
         self.resumed = False
+        self._is_kept = is_kept
         self._output = output or uri
         self._lock: RunLock | None = None
         self._created_folders: list[str] = []
@@ -160,7 +162,8 @@ class RunFolder(ShardReader):
                         self._delete_initial_files()
                     raise
                 except BaseException as error:
-                    self._add_notes(error)
+                    if self._is_kept:
+                        self._add_notes(error)
                     raise
         except BaseException:
             self._remove_created_folders()

@@ -99,8 +99,8 @@ def _differences(
 ) -> str:
     """The first few settings that differ, in words.
 
-    Addresses are equal if they name the same place. Policies also hold values that follow from other settings: their
-    differences are listed only if nothing else differs.
+    Addresses are equal if they name the same place. Digests of weights are compared where both are known. Policies also
+    hold values that follow from other settings: their differences are listed only if nothing else differs.
 
     Args:
         then: settings that the run was begun with, from config.yaml.
@@ -113,6 +113,8 @@ def _differences(
     """
     before, after = dict(_flatten(then)), dict(_flatten(yaml.safe_load(yaml.safe_dump(dict(now)))))
     may_differ = {*ignored, *(f"networks.{name}" for name in ignored)}
+    digests = {name for name in (*before, *after) if name.startswith("networks.weights")}
+    may_differ |= {name for name in digests if None in (before.get(name), after.get(name))}
     names = [
         name
         for name in dict.fromkeys([*before, *after])
