@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from unittest.mock import patch
 
 import pytest
 import ray
+from ray._private.log import PlainRayHandler
 
 from scalenet_ray.core.errors import UserError, WorkerError
 from scalenet_ray.core.networks import NetworkTrial, TrialCall
@@ -71,6 +73,17 @@ def test_what_ray_says_when_it_cannot_start_is_the_users_to_correct(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with patch.object(ray, "init", side_effect=error), pytest.raises(UserError, match=f"not be started: {error}"):
         join_ray()
+
+
+def test_handlers_that_others_gave_ray_datas_logger_keep_their_levels(
+    no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    of_others, of_ray = logging.StreamHandler(), PlainRayHandler()
+    monkeypatch.setattr(logging.getLogger("ray.data"), "handlers", [of_others, of_ray])
+    with patch.object(ray, "init"):
+        join_ray()
+    assert (of_others.level, of_ray.level) == (logging.NOTSET, logging.CRITICAL)
 
 
 @pytest.mark.parametrize(("own", "used"), [(None, "10000"), ("77", "77")])

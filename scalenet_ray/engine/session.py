@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray._private import worker
+from ray._private.log import PlainRayHandler
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
@@ -67,7 +68,8 @@ def join_ray() -> None:
     else:
         _check_answers(address)
     for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
+        # Only the terminal's: handlers of others keep their levels.
+        if isinstance(handler, PlainRayHandler):
             handler.setLevel(logging.CRITICAL)
     shown = logging.getLogger("scalenet_ray").isEnabledFor(logging.INFO)
     with _quiet_backend(), _same_sigterm_handler():
