@@ -153,7 +153,7 @@ def full_engine(
             end = time.time()
         spent = busy_seconds.seconds - before
     results.close()
-    detectors, tiles = ray.get(tally.between.remote(start, end))
+    detectors, tiles, _ = ray.get(tally.between.remote(start, end))
     return {
         "policy": policy.name,
         "images/s": len(passes) / (end - start),

@@ -29,8 +29,8 @@ _CONTENT_SHARE = 3 / 8
 
 _MIN_VIEW_SIDE = 32
 
-_DARK = 32
-"""Brightest value of images, of 255, that is too dark to see objects: so 12 bits in 16 are read."""
+_DARK = 16
+"""Brightness, of 255, below which images are nearly black: 12 bits in 16 are read as 15 at most."""
 
 _SURE, _UNSURE = 0.3, 0.1
 """Scores of detections that must have a partner, and minimum score of a partner."""
