@@ -40,6 +40,7 @@ def resampled_ap(matches: Matches, area: int, draws: Sequence[np.ndarray]) -> np
     categories = [matches.ranked(category, area) for category in matches.categories]
 
     def ap(draw: np.ndarray) -> float:
+        """AP in percent of one resample."""
         sampled = (sampled_precision(ranked, matches.recalls, draw) for ranked in categories)
         known = [each[0].mean() for each in sampled if each is not None]
         return 100.0 * float(np.mean(known)) if known else float("nan")

@@ -265,7 +265,7 @@ class RunFolder(ShardReader):
 
 
 def _refuse_run(uri: str, *, resume: bool) -> bool:
-    """Whether the folder holds a run, which is to be resumed; raises `FileExistsError` if it is not to be."""
+    """True if the folder holds a run that is to be resumed; raises `FileExistsError` if it is not to be."""
     if not storage.exists(storage.join(uri, CONFIG)):
         return False
     if not resume:
