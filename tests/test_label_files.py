@@ -59,27 +59,27 @@ def test_a_difficult_object_of_voc_is_ignored_as_a_crowd_is():
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "line", "message"),
+    ("old", "new", "message"),
     [
-        ("<size>.*</size>", "", 1, "annotation must have size, got none: add it"),
-        ("<width>200</width>", "", 2, "size must have width, got none"),
-        ("<width>200</width>", "<width>0</width>", 2, "size must have whole numbers of 1 or more"),
-        ("<name>kite</name>", "", 3, "object must have name, got none"),
-        ("kite", " ", 3, "name of an object must not be empty"),
-        ("<xmin>11</xmin>", "<xmin>left</xmin>", 6, "xmin must have numbers only, got 'left'"),
-        ("<xmin>11</xmin>", "<xmin>31</xmin>", 6, "bndbox must have xmin <= xmax"),
-        ("</object>", "", 8, "must be XML, got something else"),
+        ("<size>.*</size>", "", "annotation must have size, got none: add it"),
+        ("<width>200</width>", "", "size must have width, got none"),
+        ("<width>200</width>", "<width>0</width>", "size must have whole numbers of 1 or more"),
+        ("<name>kite</name>", "", "object must have name, got none"),
+        ("kite", " ", "name of an object must not be empty"),
+        ("<xmin>11</xmin>", "<xmin>left</xmin>", "xmin must have numbers only, got 'left'"),
+        ("<xmin>11</xmin>", "<xmin>31</xmin>", "bndbox must have xmin <= xmax"),
+        ("</object>", "", "must be XML, got something else"),
     ],
 )
-def test_a_bad_voc_file_is_named_with_its_line(old: str, new: str, line: int, message: str):
+def test_a_bad_voc_file_is_named(old: str, new: str, message: str):
     text = re.sub(old, new, VOC.format(difficult=0))
-    with pytest.raises(UserError, match=rf"^voc/a\.xml line {line}:? .*{message}"):
+    with pytest.raises(UserError, match=rf"^voc/a\.xml:? {message}"):
         parse_voc(text.encode(), "voc/a.xml")
 
 
 def test_a_file_that_declares_entities_is_refused():
     text = "<!DOCTYPE x [\n<!ENTITY a 'aaa'>]><annotation>&a;</annotation>"
-    with pytest.raises(UserError, match=r"^a\.xml line 2 must declare no entity, got 'a': remove it"):
+    with pytest.raises(UserError, match=r"^a\.xml must declare no entity, got one: remove it"):
         parse_voc(text.encode(), "a.xml")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
-from xml.parsers import expat
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
 from scalenet_ray.core.errors import UserError
 
@@ -136,55 +136,6 @@ def parse_visdrone(text: str, name: str) -> list[LabelledObject]:
     return objects
 
 
-@dataclass
-class _Element:
-    """An XML element with the line where it begins."""
-
-    tag: str
-    line: int
-    texts: list[str] = field(default_factory=list)
-    children: list[_Element] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """Its text, without spaces around it."""
-        return "".join(self.texts).strip()
-
-    def child(self, tag: str) -> _Element | None:
-        """The first child of this tag, or None."""
-        return next((child for child in self.children if child.tag == tag), None)
-
-
-def _parse_xml(data: bytes, name: str) -> _Element:
-    """Parse XML into elements with lines, which the standard library's trees lack."""
-    document = _Element("", 1)
-    parser, open_elements = expat.ParserCreate(), [document]
-
-    def start(tag: str, attributes: dict[str, str]) -> None:
-        """Add an element to the innermost open one."""
-        del attributes
-        element = _Element(tag, parser.CurrentLineNumber)
-        open_elements[-1].children.append(element)
-        open_elements.append(element)
-
-    def refuse_entity(*declaration: object) -> None:
-        """Raise `UserError`: entities can expand without end."""
-        msg = f"{name} line {parser.CurrentLineNumber} must declare no entity, got {declaration[0]!r}: remove it"
-        raise UserError(msg)
-
-    parser.StartElementHandler = start
-    parser.EndElementHandler = lambda tag: open_elements.pop()
-    parser.CharacterDataHandler = lambda text: open_elements[-1].texts.append(text)
-    # A few of them, each made of the last, are a text without end.
-    parser.EntityDeclHandler = refuse_entity
-    try:
-        parser.Parse(data, True)
-    except expat.ExpatError as error:
-        msg = f"{name} line {error.lineno} must be XML, got something else ({error}): correct or export it again"
-        raise UserError(msg) from error
-    return document.children[0]
-
-
 def parse_voc(data: bytes, name: str) -> VocImage:
     """Read a VOC file: the image's size and its objects.
 
@@ -196,42 +147,52 @@ def parse_voc(data: bytes, name: str) -> VocImage:
         name: the file's name in error messages.
 
     Raises:
-        UserError: if it is not XML, or lacks a size, a name or a box; it names file and line.
+        UserError: if it is not XML, declares entities, or lacks a size, a name or a box; it names the file.
     """
-    root = _parse_xml(data, name)
+    # A few of them, each made of the last, are a text without end.
+    if b"<!ENTITY" in data:
+        msg = f"{name} must declare no entity, got one: remove it"
+        raise UserError(msg)
+    try:
+        root = ElementTree.fromstring(data)
+    except ElementTree.ParseError as error:
+        msg = f"{name} must be XML, got something else ({error}): correct or export it again"
+        raise UserError(msg) from error
     size = _wanted(root, "size", name)
     hw = (_number_in(size, "height", name), _number_in(size, "width", name))
     if min(hw) < 1 or any(side % 1 for side in hw):
-        msg = f"{name} line {size.line}: size must have whole numbers of 1 or more, got {hw}: correct it"
+        msg = f"{name}: size must have whole numbers of 1 or more, got {hw}: correct it"
         raise UserError(msg)
-    return VocImage((int(hw[0]), int(hw[1])), [_voc_object(e, name) for e in root.children if e.tag == "object"])
+    return VocImage((int(hw[0]), int(hw[1])), [_voc_object(e, name) for e in root.findall("object")])
 
 
-def _voc_object(element: _Element, name: str) -> LabelledObject:
-    category = _wanted(element, "name", name).text
+def _voc_object(element: Element, name: str) -> LabelledObject:
+    category = _text_of(_wanted(element, "name", name))
     if not category:
-        msg = f"{name} line {element.line}: name of an object must not be empty: correct it"
+        msg = f"{name}: name of an object must not be empty: correct it"
         raise UserError(msg)
     box = _wanted(element, "bndbox", name)
     x0, y0, x1, y1 = (_number_in(box, side, name) for side in ("xmin", "ymin", "xmax", "ymax"))
     if x1 < x0 or y1 < y0:
-        msg = f"{name} line {box.line}: bndbox must have xmin <= xmax and ymin <= ymax, got others: correct it"
+        msg = f"{name}: bndbox must have xmin <= xmax and ymin <= ymax, got {x0, y0, x1, y1}: correct it"
         raise UserError(msg)
     # Some tools count from 0: their first pixel is taken as VOC's first.
     x0, y0 = max(x0, 1.0) - 1, max(y0, 1.0) - 1
-    difficult = element.child("difficult")
-    is_difficult = difficult is not None and difficult.text == "1"
+    is_difficult = element.findtext("difficult", "").strip() == "1"
     return LabelledObject(category, (x0, y0, x1 - x0, y1 - y0), is_difficult)
 
 
-def _wanted(element: _Element, tag: str, name: str) -> _Element:
-    found = element.child(tag)
+def _wanted(element: Element, tag: str, name: str) -> Element:
+    found = element.find(tag)
     if found is None:
-        msg = f"{name} line {element.line}: {element.tag} must have {tag}, got none: add it"
+        msg = f"{name}: {element.tag} must have {tag}, got none: add it"
         raise UserError(msg)
     return found
 
 
-def _number_in(element: _Element, tag: str, name: str) -> float:
-    found = _wanted(element, tag, name)
-    return _numbers([found.text], f"{name} line {found.line}: {tag}")[0]
+def _text_of(element: Element) -> str:
+    return (element.text or "").strip()
+
+
+def _number_in(element: Element, tag: str, name: str) -> float:
+    return _numbers([_text_of(_wanted(element, tag, name))], f"{name}: {tag}")[0]
