@@ -142,7 +142,7 @@ def test_suppression_may_ask_no_class() -> None:
     [
         ({"slice_height": 512, "slice_width": 256}, ValueError, "slices are squares, got 512 and 256"),
         ({"slice_height": 512, "policy": "whole"}, ValueError, "got policy 'whole' too: leave one out"),
-        ({"slice_height": 0}, ValueError, "slice_side must be 1 pixel or more, got 0"),
+        ({"slice_height": 0}, ValueError, "slice_side must be 16 image pixels or more, got 0"),
         (
             {"slice_height": 32, "overlap_height_ratio": 0.2, "overlap_width_ratio": 0.5},
             ValueError,

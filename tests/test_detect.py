@@ -105,6 +105,19 @@ def test_a_bad_image_costs_itself_alone(folder: Path) -> None:
     assert "failed:" in repr(predictions[2])
 
 
+def test_very_many_windows_are_said_before_the_work_and_too_many_refused(folder: Path, monkeypatch: Any) -> None:
+    with pytest.warns(UserWarning, match="policy slices@16 cuts 100 windows of an image of 128 x 128 pixels, such as"):
+        detect(folder, DETECTOR, policy="slices@16")
+    monkeypatch.setattr("scalenet_ray.core.windows.MOST_WINDOWS", 99)
+    with pytest.raises(UserError, match="policy slices@16 may cut 99 windows of an image, got 100 for 128 x 128"):
+        detect(folder, DETECTOR, policy="slices@16")
+    small = np.ascontiguousarray(SCENES[0][:64])
+    large, cut = detect([SCENES[0], small], DETECTOR, policy="slices@16")
+    assert large.failure is not None
+    assert large.failure.reason.startswith("policy slices@16 may cut 99 windows")
+    assert cut.failure is None
+
+
 def test_a_pillow_image_that_is_cut_short_costs_itself_alone() -> None:
     cut = Image.open(io.BytesIO(encoded(SCENES[0])[:-60]))
     broken, whole = detect([cut, SCENES[1]], DETECTOR)

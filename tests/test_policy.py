@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.expansion import expand
 from scalenet_ray.core.geometry import Tile, Window, fit_longer_side
 from scalenet_ray.core.merge import Merging
@@ -83,7 +84,9 @@ def test_an_unknown_name_is_refused_with_the_names_there_are(name: str) -> None:
     ("name", "message"),
     [
         ("whole@0", "input_side must be 1 pixel or more, got 0"),
-        ("grid-0", "grid must be 1 or more windows a side, got 0"),
+        ("grid-0", "grid must be 1 to 316 windows a side, got 0"),
+        ("grid-500", "grid must be 1 to 316 windows a side, got 500: choose fewer"),
+        ("slices@15", "slice_side must be 16 image pixels or more, got 15: choose larger slices"),
     ],
 )
 def test_a_name_with_an_impossible_number_says_what_is_wrong(name: str, message: str) -> None:
@@ -213,9 +216,8 @@ def test_a_parameter_of_the_recursion_out_of_its_range_is_named(field: str, valu
     [
         ("kind", "zoom", "a policy's kind must be one of whole, pyramid, grid, .*, got 'zoom'"),
         ("input_side", 0, "input_side must be 1 pixel or more, got 0"),
-        ("grid", 0, "grid must be 1 or more windows a side, got 0"),
         ("overlap", 1.0, "overlap must be at least 0 and under 1, got 1.0"),
-        ("random_windows", -1, "random_windows must be 0 or more, got -1"),
+        ("random_windows", -1, "random_windows must be 0 to 100000, got -1"),
         ("seed", -1, "seed must be 0 or more, got -1"),
         ("pyramid", ((0.0, 0.0, 1.0),), "pyramid sizes must be above 0, got "),
     ],
@@ -377,6 +379,11 @@ def fractional(image_hw: tuple[int, int]) -> list[tuple[float, ...]]:
     return [(0, 0, 0.5, 1)]
 
 
+def endless(image_hw: tuple[int, int]) -> Iterator[tuple[int, ...]]:
+    while True:
+        yield (0, 0, 1, 1)
+
+
 def own(function: str) -> Policy:
     return parse_policy(f"{__name__}:{function}", input_side=64, iou_threshold=0.5)
 
@@ -406,6 +413,14 @@ def test_windows_that_are_none_are_refused_by_the_functions_name(function: str, 
     policy = own(function)
     with pytest.raises(UserError, match=message):
         expand(policy.root(1, (40, 81)), None, policy)
+
+
+@pytest.mark.parametrize(("name", "most"), [("slices@16", 100_000), (f"{__name__}:endless", 2)])
+def test_an_image_of_more_windows_than_any_needs_costs_itself(name: str, most: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("scalenet_ray.core.windows.MOST_WINDOWS", most)
+    policy = parse_policy(name, input_side=64, iou_threshold=0.5)
+    with pytest.raises(TileError, match=rf"may cut {most} windows of an image, got \d+ for 5000 x 7000 pixels"):
+        expand(policy.root(1, (5000, 7000)), None, policy)
 
 
 def test_a_planner_belongs_to_kind_own_alone():

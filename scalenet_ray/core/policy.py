@@ -29,6 +29,12 @@ DEFAULT_PYRAMID = (
 LARGEST_SIDE = 16_384
 """The longest side of a tile, in tile pixels: a square of them takes 3 GB as a network's input alone."""
 
+MOST_WINDOWS = 100_000
+"""The most windows of an image that a policy without evidence cuts: slices of 640 pixels of 26 gigapixels."""
+
+MIN_SLICE_SIDE = 16
+"""The smallest side of a slice, in image pixels: a network sees nothing in a smaller one, however enlarged."""
+
 DIGITS_RANGE = ScaleRange(low=0.99, high=1.05)
 """R_L and R_H of the paper's digits."""
 
@@ -159,15 +165,22 @@ class Policy:
             len(self.name) <= 100, f"a policy's name must be at most 100 characters, got {len(self.name)}: shorten it"
         )
         _require(self.input_side >= 1, f"input_side must be 1 pixel or more, got {self.input_side}")
-        _require(self.grid >= 1, f"grid must be 1 or more windows a side, got {self.grid}")
-        _require(self.slice_side >= 1, f"slice_side must be 1 pixel or more, got {self.slice_side}")
+        most = math.isqrt(MOST_WINDOWS)
+        _require(1 <= self.grid <= most, f"grid must be 1 to {most} windows a side, got {self.grid}: choose fewer")
+        _require(
+            self.slice_side >= MIN_SLICE_SIDE,
+            f"slice_side must be {MIN_SLICE_SIDE} image pixels or more, got {self.slice_side}: choose larger slices",
+        )
         _require(
             self.regions is None or self.uses_evidence,
             f"regions are planned from evidence, which kind {self.kind} has none of: use "
             f"{', '.join(_KINDS_WITH_EVIDENCE)}",
         )
         _require(0.0 <= self.overlap < 1.0, f"overlap must be at least 0 and under 1, got {self.overlap}")
-        _require(self.random_windows >= 0, f"random_windows must be 0 or more, got {self.random_windows}")
+        _require(
+            0 <= self.random_windows <= MOST_WINDOWS,
+            f"random_windows must be 0 to {MOST_WINDOWS}, got {self.random_windows}: choose fewer",
+        )
         _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
         _require(self.kind != "pyramid" or bool(self.pyramid), "a pyramid needs sizes: give at least one, got none")
         _require(

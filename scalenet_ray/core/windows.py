@@ -7,13 +7,14 @@ import importlib
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import AreaRange, Tile, Window, fit_longer_side
-from scalenet_ray.core.policy import Policy
+from scalenet_ray.core.policy import MOST_WINDOWS, Policy
 from scalenet_ray.core.scale import REFERENCE_AREA
 
 
@@ -158,12 +159,25 @@ def slice_tiles(root: Tile, policy: Policy) -> list[Tile]:
     step = max(1, side - int(side * policy.overlap))
     if side >= max(height, width):
         return []
+    counts = [1 + max(0, -(-(length - side) // step)) for length in (height, width)]
+    _check_count(math.prod(counts), root, policy)
     starts = [
-        [min(i * step, length - side) for i in range(-(-(length - side) // step) + 1)] if length > side else [0]
-        for length in (height, width)
+        [max(0, min(i * step, length - side)) for i in range(count)]
+        for length, count in zip((height, width), counts, strict=True)
     ]
     windows = [Window(x, y, min(x + side, width), min(y + side, height)) for y in starts[0] for x in starts[1]]
     return [_fitted_tile(root, i, window, policy) for i, window in enumerate(windows)]
+
+
+def _check_count(count: int, root: Tile, policy: Policy) -> None:
+    """Raise `TileError` if an image would be cut into more than `MOST_WINDOWS` windows."""
+    if count > MOST_WINDOWS:
+        height, width = root.image_hw
+        msg = (
+            f"policy {policy.name} may cut {MOST_WINDOWS} windows of an image, got {count} for {height} x {width} "
+            "pixels: choose larger ones, or policy regions"
+        )
+        raise TileError(msg)
 
 
 def random_tiles(root: Tile, policy: Policy) -> list[Tile]:
@@ -202,13 +216,18 @@ def own_tiles(root: Tile, policy: Policy) -> list[Tile]:
     whole image pixels.
 
     Raises:
+        TileError: if it returns more than `MOST_WINDOWS`.
         UserError: if the function cannot be loaded, raises an exception, or returns anything else.
     """
     plan = _load_planner(str(policy.planner))
     try:
-        corners = [tuple(map(operator.index, window)) for window in plan(root.image_hw)]
+        planned = islice(plan(root.image_hw), MOST_WINDOWS + 1)
+        corners = [tuple(map(operator.index, window)) for window in planned]
+        _check_count(len(corners), root, policy)
         windows = [Window(*xyxy) for xyxy in dict.fromkeys(corners)]
         return [_fitted_tile(root, i, window, policy) for i, window in enumerate(windows)]
+    except TileError:
+        raise
     except Exception as error:
         msg = (
             f"{policy.planner} must return windows (x0, y0, x1, y1) in whole pixels within an image of "
@@ -242,6 +261,10 @@ def fixed_tiles(root: Tile, policy: Policy) -> list[Tile]:
     Args:
         root: the whole image's tile.
         policy: the policy.
+
+    Raises:
+        TileError: if they are more than `MOST_WINDOWS`.
+        UserError: as `own_tiles`.
     """
     planner = _PLANNERS.get(policy.kind)
     return [] if planner is None else planner(root, policy)

@@ -114,18 +114,18 @@ class LocalStream:
             try:
                 with timed("decode"):
                     image = self._open_image(record)
+                result = recursive_detect(
+                    image,
+                    record.image_id,
+                    policy,
+                    detect=detect,
+                    predict_scale=predict_scale,
+                    batch_size=self._networks.batch_size,
+                )
             except TileError as error:
                 failed = TileResult(record.image_id, (), Fraction(1), failure=Failure("read", error.reason))
-                yield merge_image([failed], policy.merging)
-                continue
-            yield recursive_detect(
-                image,
-                record.image_id,
-                policy,
-                detect=detect,
-                predict_scale=predict_scale,
-                batch_size=self._networks.batch_size,
-            )
+                result = merge_image([failed], policy.merging)
+            yield result
 
     def commit(self, image_ids: Iterable[int]) -> None:
         """Do nothing: no state is kept per image."""

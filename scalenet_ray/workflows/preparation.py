@@ -7,10 +7,12 @@ from functools import partial
 from typing import Literal, get_args
 
 from scalenet_ray.core.answers import MOST_FAILED
-from scalenet_ray.core.errors import UserError, needs_extra
+from scalenet_ray.core.errors import TileError, UserError, needs_extra
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.policy_form import NamedPolicy, check_names, check_smallest_object
+from scalenet_ray.core.windows import fixed_tiles
 from scalenet_ray.data.categories import unknown_categories
+from scalenet_ray.data.image_records import ImageRecord, OpenImage
 from scalenet_ray.data.policy_files import read_policies, set_fields
 from scalenet_ray.models.network_trial import try_networks
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
@@ -22,6 +24,8 @@ EngineName = Literal["ray", "local"]
 """ray: actors on this machine or a cluster; local: this process, for small jobs and notebooks."""
 
 _MOST_NAMES = 5
+
+_MANY_WINDOWS = 100
 
 
 def start_session(engine: EngineName, resources: ResourceChoice, networks: NetworkSpec) -> Session:
@@ -134,7 +138,8 @@ def prepare_run(
         networks: the detector and Scale Net.
         image_sets: the images of the run; several for a run over several splits.
         choose: the detector's declaration -> the policies.
-        log: takes a line for each deviation between the files and their use, and each warning about the networks.
+        log: takes a line for each deviation between the files and their use, each warning about the networks, and each
+            policy without evidence that cuts very many windows.
 
     Returns:
         The policies, and the detector's declaration.
@@ -154,9 +159,35 @@ def prepare_run(
             log(f"{images.source}: {remark}")
         categories, unused = _categories_of(images, detector)
         first = images.images[:MOST_FAILED]
+        if fixed := [policy for policy in policies if not (policy.uses_evidence or policy.is_whole)]:
+            for line in session.call(_many_windows, fixed, first, images.open_image):
+                log(line)
         for warning in session.call(networks.check, policies, categories, unused, first, images.open_image):
             log(f"warning: {warning}")
     return policies, detector
+
+
+def _many_windows(policies: Sequence[Policy], images: Sequence[ImageRecord], open_image: OpenImage) -> list[str]:
+    """A line for each policy that cuts very many windows of the first image that can be cut; raises if none can be."""
+    refused: TileError | None = None
+    for record in images:
+        try:
+            height, width, _ = open_image(record).shape
+        except TileError:
+            continue
+        try:
+            counts = {one.name: len(fixed_tiles(one.root(record.image_id, (height, width)), one)) for one in policies}
+        except TileError as error:
+            refused = error
+            continue
+        return [
+            f"policy {name} cuts {count} windows of an image of {height} x {width} pixels, such as {record.file_name}"
+            for name, count in counts.items()
+            if count >= _MANY_WINDOWS
+        ]
+    if refused is not None:
+        raise refused
+    return []
 
 
 def settle_workers(
