@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.data.categories import CategoryChoice, choose_categories, classes_named, write_chosen
+from scalenet_ray.data.categories import CategoryChoice, choose_categories, classes_named, with_chosen
 from scalenet_ray.models.spec import SAMPLE_DETECTOR
 from tests.job_scripts import run_command
 
@@ -61,7 +61,7 @@ def test_a_choice_that_fits_no_category_is_refused(choice: dict[str, Any], said:
         choose_categories(STREET, COCO, CategoryChoice(**choice))
 
 
-def test_the_objects_of_a_choice_keep_all_but_their_category(tmp_path: Path) -> None:
+def test_the_objects_of_a_choice_keep_all_but_their_category() -> None:
     objects = [
         {"id": i, "image_id": 1, "category_id": key, "bbox": [i, 0, 5, 5], "iscrowd": 0}
         for i, key in enumerate(STREET, 1)
@@ -71,10 +71,8 @@ def test_the_objects_of_a_choice_keep_all_but_their_category(tmp_path: Path) -> 
         "annotations": objects,
         "categories": [{"id": key, "name": name} for key, name in STREET.items()],
     }
-    (tmp_path / "all.json").write_text(json.dumps(document))
     choice = CategoryChoice(category_map=("pedestrian=person", "people=person"), ignore_unknown=True)
-    write_chosen(str(tmp_path / "all.json"), str(tmp_path / "some.json"), choose_categories(STREET, COCO, choice))
-    some = json.loads((tmp_path / "some.json").read_text())
+    some = with_chosen(document, choose_categories(STREET, COCO, choice))
     assert some["images"] == document["images"]
     assert some["categories"] == [{"id": 4, "name": "person"}, {"id": 7, "name": "car"}]
     assert some["annotations"] == [objects[0], {**objects[1], "category_id": 4}, objects[2]]

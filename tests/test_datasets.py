@@ -375,9 +375,11 @@ def test_an_evaluation_of_yolos_layout_measures_what_cocos_does(sample: Path, tm
     # The run folder has its ground truth, and goes on only with the same.
     assert len(read_annotations(tmp_path / "yolo-run" / "ground_truth.json").images) == 4
     assert evaluate(tmp_path / "yolo-run", "--data", data, "--split", "val", "--resume") == 0
+    truth = (tmp_path / "yolo-run" / "ground_truth.json").read_bytes()
     label = next((tmp_path / "yolo" / "labels" / "val").glob("*.txt"))
     label.write_text(label.read_text().partition("\n")[2])
     assert evaluate(tmp_path / "yolo-run", "--data", data, "--split", "val", "--resume") == 2
+    assert (tmp_path / "yolo-run" / "ground_truth.json").read_bytes() == truth
     exported = export_run(str(tmp_path / "yolo-run"), "coco")
     assert read_annotations(exported.uri).images[0].file_name.startswith("images/val/")
 

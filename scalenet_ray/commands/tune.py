@@ -32,7 +32,6 @@ from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.workflows.evaluation import evaluate_policies
 from scalenet_ray.workflows.image_sets import (
     CocoSplit,
-    check_split,
     open_split,
     sample_inputs,
     with_categories,
@@ -184,7 +183,6 @@ def main(job: TuneRecursion) -> int:
     with run.begin(_settings(job, space, policies), resume=job.resume, workers=workers):
         tuned_on = with_ground_truth(session, run, tuned_on)
         task = replace(task, annotations=tuned_on.annotations)
-        check_split(session, run, tuned_on)
         cache_actor = open_cache(job.sweep)
         starts = _evaluated_starts(job, run, task, cache_actor)
         task = replace(task, ceilings=None if starts["ceilings"] is None else tuple(starts["ceilings"]))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from scalenet_ray.core.errors import UserError, abbreviated, repeated
-from scalenet_ray.data.storage import Address, read_bytes, write_bytes_atomic
 
 _MOST_NAMES = 20
 
@@ -118,26 +117,17 @@ def classes_named(categories: Mapping[int, str], classes: Collection[str] | None
     return {category_id: name for category_id, name in categories.items() if normalised_name(name) in wanted}
 
 
-def write_chosen(source: Address, target: Address, chosen: ChosenCategories) -> str:
-    """Write a COCO instances file with the chosen categories and their objects alone.
-
-    Args:
-        source: address of a valid instances file.
-        target: address of the new one.
-        chosen: the categories.
-
-    Returns:
-        The new file's address.
-    """
-    document = json.loads(read_bytes(source))
-    document["categories"] = [{"id": key, "name": name} for key, name in chosen.categories.items()]
-    document["annotations"] = [
-        {**row, "category_id": chosen.ids[row["category_id"]]}
-        for row in document["annotations"]
-        if row["category_id"] in chosen.ids
-    ]
-    write_bytes_atomic(target, json.dumps(document).encode())
-    return str(target)
+def with_chosen(document: Mapping[str, Any], chosen: ChosenCategories) -> dict[str, Any]:
+    """The content of a valid COCO instances file, with the chosen categories and their objects alone."""
+    return {
+        **document,
+        "categories": [{"id": key, "name": name} for key, name in chosen.categories.items()],
+        "annotations": [
+            {**row, "category_id": chosen.ids[row["category_id"]]}
+            for row in document["annotations"]
+            if row["category_id"] in chosen.ids
+        ],
+    }
 
 
 def _parsed_map(pairs: Collection[str], known: Collection[str]) -> dict[str, str]:

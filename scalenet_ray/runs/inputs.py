@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
-from scalenet_ray.data.coco import read_annotations
+from scalenet_ray.data.coco import CocoDataset
 from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.tables import INPUTS
@@ -97,17 +97,16 @@ def _write_inputs(run: RunFolder, given: ImageRecords, gone: ImageRecords, metad
 # --- data sets with ground truth --------------------------------------------------------------------
 
 
-def annotation_digests(annotations: str, image_ids: np.ndarray) -> pa.Table:
+def annotation_digests(dataset: CocoDataset, image_ids: np.ndarray) -> pa.Table:
     """Digests of the annotations of some images, 12 bytes per object.
 
     Args:
-        annotations: address of the instances file; raises as `read_annotations` does.
+        dataset: the annotations.
         image_ids: [N] int64 ids of the images.
 
     Returns:
         "annotation_id" and "digest", in the file's order.
     """
-    dataset = read_annotations(annotations)
     rows = np.flatnonzero(np.isin(dataset.image_ids, image_ids))
     whole = np.stack([dataset.image_ids[rows], dataset.labels[rows], dataset.crowd[rows]], axis=1)
     sizes = np.concatenate([dataset.boxes_xywh[rows], dataset.areas[rows, None]], axis=1)

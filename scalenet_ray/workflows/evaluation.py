@@ -20,7 +20,7 @@ from scalenet_ray.runs.documents import EvaluationAnalysis, Metrics
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.local import Session
 from scalenet_ray.runs.summary import evaluate_policy
-from scalenet_ray.workflows.image_sets import CocoSplit, check_split, with_ground_truth
+from scalenet_ray.workflows.image_sets import CocoSplit, with_ground_truth
 from scalenet_ray.workflows.run_report import PICTURES, ProgressLog, on_cpu, write_report, write_summary
 
 
@@ -55,7 +55,6 @@ def evaluate_policies(
     """
     ids = split.images.ids
     split = with_ground_truth(session, run, split)
-    check_split(session, run, split)
     log = ProgressLog(report, run)
     reads_features = session.call(networks.reads_features, policies)
     metrics: dict[str, Any] = {}

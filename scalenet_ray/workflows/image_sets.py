@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from scalenet_ray.data import storage
-from scalenet_ray.data.categories import CategoryChoice, ChosenCategories, choose_categories, write_chosen
+from scalenet_ray.data.categories import CategoryChoice, ChosenCategories, choose_categories, with_chosen
+from scalenet_ray.data.coco import parse_annotations
 from scalenet_ray.data.datasets import Layout, OpenedSplit, find_layout
 from scalenet_ray.data.image_records import ImageRecords, OpenImage
 from scalenet_ray.data.listings import FoundImages, find_images
@@ -163,28 +169,34 @@ def open_images(session: Session, images: str, *, limit: int | None, max_megapix
     return ImageSet(images, None, found.records[::every][:limit], found.remarks, round(max_megapixels * 1e6))
 
 
-def check_split(session: Session, run: RunFolder, split: CocoSplit) -> None:
-    """Compare images, categories and objects with those that the run was begun with.
-
-    Raises:
-        UserError: if they differ.
-    """
-    digests = session.call(annotation_digests, split.annotations, split.images.ids)
-    check_ground_truth(run, split.images, split.categories, digests)
-
-
 def with_ground_truth(session: Session, run: RunFolder, split: CocoSplit) -> CocoSplit:
     """The split, its ground truth written into the run folder if categories were chosen or it was not in COCO's form.
 
     Args:
-        session: the engine.
+        session: the engine; the annotations are read outside the driver.
         run: the run folder, begun.
         split: the split.
+
+    Raises:
+        UserError: if images, categories or objects are not those that the run was begun with; nothing is written then.
     """
+    truth = split.source, split.instances, split.chosen
+    check_ground_truth(run, split.images, split.categories, session.call(_digests, *truth, split.images.ids))
+    if split.instances is None and split.chosen is None:
+        return split
     target = storage.join(run.uri, GROUND_TRUTH)
-    if split.instances is not None:
-        storage.write_bytes_atomic(target, split.instances)
-        split = replace(split, source=target, instances=None)
-    if split.chosen is not None:
-        split = replace(split, source=session.call(write_chosen, split.annotations, target, split.chosen))
-    return split
+    session.call(_write_ground_truth, *truth, target)
+    return replace(split, source=target, instances=None)
+
+
+def _ground_truth(source: str, instances: bytes | None, chosen: ChosenCategories | None) -> dict[str, Any]:
+    document = json.loads(storage.read_bytes(source) if instances is None else instances)
+    return document if chosen is None else with_chosen(document, chosen)
+
+
+def _digests(source: str, instances: bytes | None, chosen: ChosenCategories | None, image_ids: np.ndarray) -> pa.Table:
+    return annotation_digests(parse_annotations(_ground_truth(source, instances, chosen), source), image_ids)
+
+
+def _write_ground_truth(source: str, instances: bytes | None, chosen: ChosenCategories | None, target: str) -> None:
+    storage.write_bytes_atomic(target, json.dumps(_ground_truth(source, instances, chosen)).encode())
