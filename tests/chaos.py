@@ -135,9 +135,9 @@ class _Detector(RandomDetector):
 
 def _drive(folder: Path, images: int, deaths: int, address: str) -> None:
     """Begin, or go on, and live as long as one may."""
-    from scalenet_ray.runs import shard_writer
+    from scalenet_ray.runs import batch
 
-    shard_writer._IMAGES_PER_SHARD = _IMAGES_PER_SHARD
+    batch._IMAGES_PER_SHARD = _IMAGES_PER_SHARD
     ray.init(address=address, log_to_driver=False, configure_logging=False)
     kinds = {kind: Mortal(folder, kind, 6.0, deaths) for kind in ("reader", "scale actor", "detector actor")}
     log = WorkLog(folder / "work")

@@ -44,7 +44,7 @@ def main() -> None:
     start = partial(session.start, policy=POLICY, networks=networks, open_image=SCENES)
     run = RunFolder(output)
     with (
-        patch("scalenet_ray.runs.shard_writer._IMAGES_PER_SHARD", SHARD),
+        patch("scalenet_ray.runs.batch._IMAGES_PER_SHARD", SHARD),
         patch("scalenet_ray.runs.batch._SECONDS_BETWEEN_REPORTS", -1.0),
         run.begin({"images": len(RECORDS)}, resume=True),
     ):

@@ -46,7 +46,7 @@ SCENES = Scenes(unreadable={3})
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of two images, and a line for each image."""
-    monkeypatch.setattr("scalenet_ray.runs.shard_writer._IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr("scalenet_ray.runs.batch._IMAGES_PER_SHARD", 2)
     monkeypatch.setattr("scalenet_ray.runs.batch._SECONDS_BETWEEN_REPORTS", -1.0)
 
 
@@ -170,7 +170,7 @@ def test_images_are_committed_as_they_are_written(tmp_path: Path) -> None:
 
 
 def test_a_slow_run_is_written_every_half_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.runs.shard_writer._IMAGES_PER_SHARD", 1000)
+    monkeypatch.setattr("scalenet_ray.runs.batch._IMAGES_PER_SHARD", 1000)
     now = iter(range(0, 10_000, 10))
     monkeypatch.setattr("scalenet_ray.runs.batch.time.monotonic", lambda: float(next(now)))
     run = whole_run(tmp_path / "run")

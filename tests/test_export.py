@@ -24,9 +24,9 @@ from scalenet_ray.core.detections import Detections, Failure, ImageResult
 from scalenet_ray.data.coco import read_annotations
 from scalenet_ray.data.datasets import find_layout
 from scalenet_ray.data.image_records import ImageRecords
+from scalenet_ray.runs.batch import ShardWriter
 from scalenet_ray.runs.export import EXPORT_FORMATS, export_run
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.shard_writer import ShardWriter
 from tests.job_scripts import run_command
 
 # Ids with gaps, as COCO's have: positions and ids must not be mixed up.

@@ -16,8 +16,8 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
 from scalenet_ray.data.image_records import ImageRecord, ImageRecords
 from scalenet_ray.data.schemas import DETECTIONS, IMAGES, detections_from_rows
+from scalenet_ray.runs.batch import ShardWriter
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.shard_writer import ShardWriter
 from scalenet_ray.runs.tables import FAILURES
 
 SETTINGS = {"seed": 3, "policies": ("whole", "grid-2"), "nested": {"score_threshold": 0.01, "none": None}}
@@ -136,7 +136,7 @@ def test_detections_are_written_before_the_record_that_their_images_are_finished
 
 
 def test_a_full_shard_is_written_at_once(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scalenet_ray.runs.shard_writer._IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr("scalenet_ray.runs.batch._IMAGES_PER_SHARD", 2)
     write(run, 1, 2, 3, 4, 5)
     shards = [pq.read_table(uri) for uri in run.shards("images", "whole")]
     assert [table.column("image_id").to_pylist() for table in shards] == [[1, 2], [3, 4], [5]]

@@ -22,7 +22,7 @@ from scalenet_ray.core.detections import Detections
 from scalenet_ray.data.image_records import ImageRecord
 from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
-from scalenet_ray.report.saved_pictures import SavedPictures
+from scalenet_ray.report.pictures import SavedPictures
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
 

@@ -15,16 +15,16 @@ import pytest
 
 from scalenet_ray.data import storage
 from scalenet_ray.data.image_records import ImageRecords
+from scalenet_ray.runs.batch import ShardWriter
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.lock import _StoreLock, lock_run
-from scalenet_ray.runs.shard_writer import ShardWriter
 from tests.test_folder import result_of
 
 SETTINGS = {"seed": 1}
 LIVES = """
 import sys, time
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.shard_writer import ShardWriter
+from scalenet_ray.runs.batch import ShardWriter
 with RunFolder(sys.argv[1]).begin({"seed": 1}, resume=False):
     sys.stdout.write("begun\\n")
     sys.stdout.flush()
@@ -120,8 +120,9 @@ def test_a_folder_that_may_not_be_written_says_so(tmp_path: Path, monkeypatch: p
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("scalenet_ray.runs.lock.os.makedirs", denied)
-    with pytest.raises(PermissionError, match="access is denied; check its owner and mode"):
-        lock_run(str(tmp_path / "run"), take_over=False)
+    denied_words = "access is denied; check its owner and mode"
+    with pytest.raises(PermissionError, match=denied_words), lock_run(str(tmp_path / "run"), take_over=False):
+        pass
 
 
 # --- on S3 --------------------------------------------------------------------------------------------------
@@ -130,8 +131,9 @@ def test_a_folder_that_may_not_be_written_says_so(tmp_path: Path, monkeypatch: p
 def test_a_dead_drivers_lock_on_s3_is_taken_over_by_resume_alone(s3_bucket: str) -> None:
     uri = f"{s3_bucket}/run"
     dead_lock(uri)
-    with pytest.raises(FileExistsError, match=r"process 7 on lost is at work .*--resume takes over after 1 s"):
-        lock_run(uri, take_over=False)
+    message = r"process 7 on lost is at work .*--resume takes over after 1 s"
+    with pytest.raises(FileExistsError, match=message), lock_run(uri, take_over=False):
+        pass
     begun = time.monotonic()
     with lock_run(uri, take_over=True):
         # Not before it was watched for as long as a lock takes to go stale.
@@ -172,12 +174,12 @@ def test_a_driver_that_was_paused_writes_nothing_once_another_has_taken_over(
 
 def test_a_beat_whose_answer_was_lost_is_still_ours(s3_bucket: str) -> None:
     uri = f"{s3_bucket}/run"
-    with lock_run(uri, take_over=False) as lock:
-        assert isinstance(lock, _StoreLock)
-        lock._tag = '"of before"'
-        lock._renew()
-        lock._renew()
-        lock.check()
+    lock = _StoreLock(uri, take_over=False)
+    lock._tag = '"of before"'
+    lock._renew()
+    lock._renew()
+    lock.check()
+    lock.release()
 
 
 def test_a_lock_that_beats_is_never_stale(s3_bucket: str) -> None:
@@ -185,5 +187,5 @@ def test_a_lock_that_beats_is_never_stale(s3_bucket: str) -> None:
     with lock_run(uri, take_over=False):
         _, first = storage.read_tagged(lock_of(uri))
         wait_until(lambda: storage.read_tagged(lock_of(uri))[1] != first)
-        with pytest.raises(FileExistsError, match="is at work"):
-            lock_run(uri, take_over=True)
+        with pytest.raises(FileExistsError, match="is at work"), lock_run(uri, take_over=True):
+            pass

@@ -13,9 +13,9 @@ import pytest
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.report.charts import front_plot
 from scalenet_ray.report.gallery import choose_pictures
+from scalenet_ray.report.html import winner_of
 from scalenet_ray.report.page import render_report
 from scalenet_ray.report.sweep import contenders_of, render_sweep, sweep_verdict
-from scalenet_ray.report.tables import winner_of
 from scalenet_ray.report.text import found_lines
 from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job

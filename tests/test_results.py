@@ -10,9 +10,9 @@ import pytest
 
 from scalenet_ray.core.detections import Detections, Failure, ImageResult
 from scalenet_ray.data.image_records import ImageRecord, ImageRecords
+from scalenet_ray.runs.batch import ShardWriter
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.results import StoredImage, image_results, rows_in_order, tables_in_order
-from scalenet_ray.runs.shard_writer import ShardWriter
 
 IDS = [7, 3, 2**40, 12, 1, 9, 40, 5, 33, 8, 21, 6]
 
@@ -29,7 +29,7 @@ def result_of(image_id: int, failure: Failure | None = None) -> ImageResult:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """Twelve images in shards of two, two of which failed at first, and one of these for good."""
-    monkeypatch.setattr("scalenet_ray.runs.shard_writer._IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr("scalenet_ray.runs.batch._IMAGES_PER_SHARD", 2)
     run = RunFolder(str(tmp_path / "run"))
     failed = {12: Failure("read", "damaged"), 33: Failure("detect", "NaN")}
     for results in ([result_of(each, failed.get(each)) for each in IDS], [result_of(12)]):

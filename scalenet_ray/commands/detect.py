@@ -18,7 +18,7 @@ from scalenet_ray.data import storage
 from scalenet_ray.data.categories import classes_named
 from scalenet_ray.data.policy_files import set_fields
 from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
-from scalenet_ray.report.saved_pictures import SavedPictures
+from scalenet_ray.report.pictures import SavedPictures
 from scalenet_ray.report.text import found_lines, policy_table
 from scalenet_ray.runs.export import export_run
 from scalenet_ray.runs.folder import RunFolder

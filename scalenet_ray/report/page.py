@@ -17,15 +17,18 @@ from scalenet_ray.report.charts import (
     themed,
     throughput_chart,
 )
-from scalenet_ray.report.html import cards, page, section, table
-from scalenet_ray.report.tables import (
+from scalenet_ray.report.html import (
+    cards,
     failures_section,
     figure_cell,
     is_known,
     origin_line,
     origin_section,
+    page,
     policy_rows,
     reads_truth,
+    section,
+    table,
     winner_of,
 )
 from scalenet_ray.runs.batch import Progress

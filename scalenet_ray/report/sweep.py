@@ -9,8 +9,17 @@ from typing import Any
 
 from scalenet_ray.evaluation.compare import pareto_front
 from scalenet_ray.report.charts import MUTED, WARM, drawing, front_plot, label, quiet, themed, to_svg
-from scalenet_ray.report.html import cards, page, section, table
-from scalenet_ray.report.tables import figure_cell, interval_cell, is_known, origin_line, origin_section
+from scalenet_ray.report.html import (
+    cards,
+    figure_cell,
+    interval_cell,
+    is_known,
+    origin_line,
+    origin_section,
+    page,
+    section,
+    table,
+)
 from scalenet_ray.runs.documents import Interval, Metrics, PolicyMetrics, TrialMetrics, TrialRow
 
 _COLUMNS = 3

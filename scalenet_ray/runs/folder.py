@@ -23,7 +23,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -31,7 +31,7 @@ import pyarrow as pa
 
 from scalenet_ray.core.errors import UserError, WorkerError
 from scalenet_ray.data import storage
-from scalenet_ray.runs.lock import LOCK, RunLock, lock_run
+from scalenet_ray.runs.lock import LOCK, lock_run
 from scalenet_ray.runs.settings import CONFIG, check_settings, read_config, write_config
 from scalenet_ray.runs.shards import ShardReader
 from scalenet_ray.runs.tables import parquet_bytes, read_parquet
@@ -41,7 +41,6 @@ GROUND_TRUTH = "ground_truth.json"
 
 _INITIAL_FILES = (CONFIG, GROUND_TRUTH, "inputs.parquet", "annotations.parquet")
 """Files that a run writes before its first result."""
-
 
 _ERROR = "error.txt"
 
@@ -67,7 +66,7 @@ class RunFolder(ShardReader):
         self.resumed = False
         self._is_kept = is_kept
         self._output = output or uri
-        self._lock: RunLock | None = None
+        self._check_lock: Callable[[], None] = lambda: None
         self._created_folders: list[str] = []
 
     # --- begin, resume, end -----------------------------------------------------------------------------
@@ -153,7 +152,7 @@ class RunFolder(ShardReader):
         path = storage.local_path(self.uri)
         self._created_folders = self._created_folders or ([] if path is None else _missing_folders(path))
         try:
-            with lock_run(self.uri, take_over=resume) as self._lock:
+            with lock_run(self.uri, take_over=resume) as self._check_lock:
                 is_new = self._create_or_resume(settings, workers or {}, resume=resume)
                 try:
                     yield
@@ -186,8 +185,7 @@ class RunFolder(ShardReader):
 
     def check_lock(self) -> None:
         """Raise `RuntimeError` if this driver began the run and another one has taken over."""
-        if self._lock is not None:
-            self._lock.check()
+        self._check_lock()
 
     def _add_notes(self, error: BaseException) -> None:
         """Add a note to an error that ends the run: how to resume it, or where its traceback was written."""

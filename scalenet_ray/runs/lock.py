@@ -20,9 +20,8 @@ import os
 import platform
 import threading
 import time
-from abc import ABC, abstractmethod
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from uuid import uuid4
 
 from scalenet_ray.data import storage
@@ -31,39 +30,20 @@ LOCK = "driver.lock"
 """The file or object that is locked."""
 
 _HEARTBEAT_SECONDS = 5.0
-
-
 _STALE_SECONDS = 30.0
 
 
-class RunLock(ABC):
-    """A lock that is held. As a context manager it is released at the end of the block."""
-
-    @abstractmethod
-    def check(self) -> None:
-        """Raise `RuntimeError` if another driver has taken over."""
-
-    @abstractmethod
-    def release(self) -> None:
-        """Release the lock."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        del kind, error, traceback
-        self.release()
-
-
-def lock_run(uri: str, *, take_over: bool) -> RunLock:
-    """Lock a run folder for this driver.
+@contextmanager
+def lock_run(uri: str, *, take_over: bool) -> Iterator[Callable[[], None]]:
+    """Lock a run folder for this driver while the block runs.
 
     Args:
         uri: the run folder, local or in a store.
         take_over: in a store, watch an existing lock and take it over if it is stale; without it an existing lock is
             refused at once. The local lock of a dead driver is free in any case.
+
+    Yields:
+        A function that raises `RuntimeError` if another driver has taken over.
 
     Raises:
         FileExistsError: if another driver is at work there; it names the driver.
@@ -71,7 +51,20 @@ def lock_run(uri: str, *, take_over: bool) -> RunLock:
         UserError: if the store is read only.
     """
     path = storage.local_path(storage.join(uri, LOCK))
-    return _LocalLock(uri, path) if path is not None else _StoreLock(uri, take_over=take_over)
+    if path is None:
+        lock = _StoreLock(uri, take_over=take_over)
+        try:
+            yield lock.check
+        finally:
+            lock.release()
+        return
+    handle = _lock_file(uri, path)
+    try:
+        # The kernel keeps the lock while the process lives.
+        yield lambda: None
+    finally:
+        os.unlink(path)
+        os.close(handle)
 
 
 def _content(driver: str, beat: int) -> bytes:
@@ -87,59 +80,33 @@ def _refused(uri: str, content: bytes, remedy: str) -> FileExistsError:
     return FileExistsError(f"{who} is at work in {uri}, and two would spoil each other's results: {remedy}")
 
 
-class _LocalLock(RunLock):
-    """A kernel lock (`flock`) on a file in the run folder.
-
-    Args:
-        uri: the run folder.
-        path: the lock file.
-    """
-
-    def __init__(self, uri: str, path: str) -> None:
-        self._path = path
-        self._handle: int | None = None
-        while self._handle is None:
-            try:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            except PermissionError:
-                msg = f"cannot write {uri}: access is denied; check its owner and mode"
-                raise PermissionError(msg) from None
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                content = os.read(handle, 4096)
-                os.close(handle)
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise _refused(uri, content, "wait until it ends, or stop it, then add --resume") from None
-                msg = f"cannot lock {path}: {os.strerror(error.errno or 0)}; give an --output whose disk has file locks"
-                raise OSError(msg) from None
-            if self._is_still_there(handle):
-                self._handle = handle
-            else:
-                os.close(handle)
-        os.truncate(self._handle, 0)
-        os.write(self._handle, _content(uuid4().hex, 0))
-
-    def _is_still_there(self, handle: int) -> bool:
-        """False if the last holder deleted the file between its opening and its locking here."""
+def _lock_file(uri: str, path: str) -> int:
+    """Create the lock file of a local run folder, locked by the kernel (`flock`); returns its descriptor."""
+    while True:
         try:
-            return os.path.samestat(os.fstat(handle), os.stat(self._path))
-        except FileNotFoundError:
-            return False
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except PermissionError:
+            msg = f"cannot write {uri}: access is denied; check its owner and mode"
+            raise PermissionError(msg) from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            content = os.read(handle, 4096)
+            os.close(handle)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise _refused(uri, content, "wait until it ends, or stop it, then add --resume") from None
+            msg = f"cannot lock {path}: {os.strerror(error.errno or 0)}; give an --output whose disk has file locks"
+            raise OSError(msg) from None
+        # The last holder may have deleted the file between its opening and its locking here.
+        if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+            os.truncate(handle, 0)
+            os.write(handle, _content(uuid4().hex, 0))
+            return handle
+        os.close(handle)
 
-    def check(self) -> None:
-        """Do nothing: the kernel keeps the lock while the process lives."""
 
-    def release(self) -> None:
-        """Delete the file and release the lock."""
-        if self._handle is not None:
-            os.unlink(self._path)
-            os.close(self._handle)
-            self._handle = None
-
-
-class _StoreLock(RunLock):
+class _StoreLock:
     """An object of a store that a thread renews while the driver lives.
 
     Args:
@@ -223,12 +190,10 @@ class _StoreLock(RunLock):
     def release(self) -> None:
         """Delete the object, if it is still this driver's."""
         with self._lock:
-            if self._ended.is_set():
-                return
             self._ended.set()
             try:
                 self._tag_if_ours()
                 storage.delete(self._object)
             except (OSError, RuntimeError):
                 # Taken over, or the store does not answer: the lock becomes stale by itself.
-                return
+                pass

@@ -1,4 +1,4 @@
-"""Read the shards of a run folder: groups of finished images. `shard_writer` writes them.
+"""Read the shards of a run folder: groups of finished images. `runs.batch` writes them.
 
 Each shard is two Parquet files of the same name, `detections/POLICY-NUMBER.parquet` and `images/POLICY-NUMBER.parquet`.
 The one under `images` is written last and commits the shard: detections without it belong to a run that was

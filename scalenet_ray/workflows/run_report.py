@@ -13,8 +13,8 @@ from typing import Any, cast
 from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.gallery import PictureTask, choose_pictures
+from scalenet_ray.report.html import winner_of
 from scalenet_ray.report.page import render_progress, render_report
-from scalenet_ray.report.tables import winner_of
 from scalenet_ray.runs.batch import Progress
 from scalenet_ray.runs.documents import (
     DetectionAnalysis,
