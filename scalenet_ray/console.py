@@ -105,16 +105,7 @@ def failure_lines(document: Mapping[str, Any]) -> str:
 
 
 def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple[str, int]:
-    """Return the last line of a batch job and its exit status.
-
-    Args:
-        document: contents of metrics.json.
-        uri: the run folder.
-        max_failures: number of images that may fail.
-
-    Returns:
-        The line, and status 1 if more images failed, else 0.
-    """
+    """Return the last line of a batch job by its metrics.json, and its status: 1 if too many failed, else 0."""
     images = document["images"]
     line = f"{images['done']} of {images['total']} images done, results in {uri} (open its report.html)"
     if not images["failed"]:
@@ -126,11 +117,7 @@ def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple
 
 
 def resolution_lines(document: Mapping[str, Any]) -> str:
-    """Return a line for each policy that never looked closely at images, or that looked twice where it found nothing.
-
-    Args:
-        document: contents of metrics.json.
-    """
+    """Return a line for each policy that never looked closely, or that looked twice where it found nothing."""
     blind = "".join(
         f"{name}: {row['guards']['nothing_seen']} looks (an image, or a part of a large one) found nothing that scores "
         f"{SHOWN_SCORE} or more; all that is textured in them was looked at again\n"
@@ -147,11 +134,7 @@ def resolution_lines(document: Mapping[str, Any]) -> str:
 
 
 def end_run(document: Mapping[str, Any], uri: str, max_failures: int) -> int:
-    """Print the failures, what was never seen closely, and the last line of a batch job, as `last_line`.
-
-    Returns:
-        The exit status.
-    """
+    """Print the failures, what was never seen closely, and the last line of a batch job; returns the exit status."""
     line, status = last_line(document, uri, max_failures)
     say(resolution_lines(document) + failure_lines(document) + line)
     return status

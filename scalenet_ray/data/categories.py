@@ -63,14 +63,9 @@ class ChosenCategories:
 def choose_categories(
     dataset: Mapping[int, str], detector: Mapping[int, str], choice: CategoryChoice
 ) -> ChosenCategories:
-    """Apply a choice. Categories of one name become one, with the id of the first.
+    """Apply a choice to a data set's categories and a detector's classes, each id -> name.
 
-    Names are compared without regard to case, with underscores as spaces.
-
-    Args:
-        dataset: id in the annotations -> name.
-        detector: class id of the detector -> name.
-        choice: the choice.
+    Categories of one name become one, with the id of the first. Names are compared as `normalised_name`.
 
     Raises:
         UserError: if a name is not the data set's, or no category is left.
@@ -164,9 +159,7 @@ def normalised_name(name: str) -> str:
 def map_categories(
     detector: Mapping[int, str], dataset: Mapping[int, str], unused: Collection[int] = ()
 ) -> dict[int, int]:
-    """Map the detector's class ids to the data set's category ids by name.
-
-    Names are compared without regard to case, with underscores as spaces.
+    """Map the detector's class ids to the data set's category ids by `normalised_name`.
 
     Args:
         detector: class id -> name.

@@ -193,11 +193,7 @@ def _segmentation(row: dict, hw: tuple[int, int] | None, damaged: list[int]) -> 
 
 
 def parse_annotations(document: Mapping[str, Any], name: str = "the annotations") -> CocoDataset:
-    """Validate the content of a COCO instances file.
-
-    Args:
-        document: the file's images, annotations and categories.
-        name: its name in error messages.
+    """Validate the content of a COCO instances file; messages have its name.
 
     Raises:
         UserError: if a field or row is missing, an id is repeated, or a reference is unknown.
@@ -298,11 +294,7 @@ def safe_file_name(name: str) -> str:
 
 
 class GroundTruth:
-    """Lookup of the objects of an image in an instances file.
-
-    Args:
-        annotations: address of the file, read once.
-    """
+    """Lookup of the objects of an image in an instances file, which is read once."""
 
     def __init__(self, annotations: str) -> None:
         self._dataset = read_annotations(annotations)

@@ -228,13 +228,7 @@ def _read_all(read: Callable[[str], _Labelled], names: Sequence[str], where: str
 
 
 def _document(images: Sequence[_Labelled], categories: dict[int, str], ids: dict[str | int, int]) -> tuple[dict, tuple]:
-    """COCO's instances document, and remarks.
-
-    Args:
-        images: the images, numbered from 1 in this order.
-        categories: id -> name.
-        ids: the label files' own category -> id.
-    """
+    """COCO's instances document, with the images numbered from 1, and remarks; `ids` maps the files' own categories."""
     annotations: list[dict[str, Any]] = []
     for image_id, image in enumerate(images, start=1):
         annotations += [

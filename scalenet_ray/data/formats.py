@@ -34,12 +34,8 @@ def _relative_xywh(detections: Detections, image_hw: tuple[int, int]) -> np.ndar
 def yolo_lines(detections: Detections, image_hw: tuple[int, int], classes: Mapping[int, int]) -> list[str]:
     """Convert an image's detections to lines of a YOLO label file: class x y width height.
 
-    x and y are the box's centre; all four are relative to the image's size. The format has no scores.
-
-    Args:
-        detections: N detections in image pixels.
-        image_hw: (height, width) of the image, in pixels.
-        classes: category id -> class index, from 0.
+    x and y are the box's centre; all four are relative to the image's size. The format has no scores. `classes` maps a
+    category id to its index, from 0.
     """
     boxes = _relative_xywh(detections, image_hw)
     boxes[:, :2] += boxes[:, 2:] / 2
@@ -54,12 +50,6 @@ def voc_annotation(detections: Detections, image_hw: tuple[int, int], names: Map
 
     Its pixels count from 1, and a box holds its last pixel. Boxes are rounded to whole pixels inside the image, at
     least one. The format has no scores.
-
-    Args:
-        detections: N detections in image pixels.
-        image_hw: (height, width) of the image, in pixels.
-        names: category id -> name.
-        file: path of the image.
     """
     height, width = image_hw
     folder, name = posixpath.split(file)
@@ -87,14 +77,8 @@ def fiftyone_objects(
 ) -> list[dict[str, Any]]:
     """Convert an image's detections to labels of FiftyOneImageDetectionDataset's labels.json.
 
-    Args:
-        detections: N detections in image pixels.
-        image_hw: (height, width) of the image, in pixels.
-        classes: category id -> index in the file's `classes`, from 0.
-
-    Returns:
-        N dicts: label, bounding_box (x, y, width, height relative to the image's size), confidence, and the depth as an
-        attribute.
+    Boxes are x, y, width, height relative to the image's size; the depth is an attribute. `classes` maps a category id
+    to its index in the file's `classes`, from 0.
     """
     return [
         {
@@ -118,14 +102,8 @@ def geojson_features(
 ) -> list[dict[str, Any]]:
     """Convert an image's detections to features of a GeoJSON FeatureCollection, RFC 7946.
 
-    Args:
-        detections: N detections in image pixels.
-        names: category id -> name.
-        place: [M, 2] x, y in image pixels -> [M, 2] longitude, latitude in degrees; None to keep image pixels.
-
-    Returns:
-        N features. The geometry is the box's outline, counterclockwise; the box in image pixels, category, score and
-        depth are properties.
+    The geometry is the box's outline, counterclockwise; the box in image pixels, category, score and depth are
+    properties. `place` maps [M, 2] x, y in image pixels to longitude, latitude in degrees; None keeps image pixels.
     """
     boxes = detections.boxes.astype(np.float64)
     corners = boxes[:, [[0, 1], [2, 1], [2, 3], [0, 3]]]
@@ -160,12 +138,7 @@ def geojson_features(
 
 
 def supervision_rows(detections: Detections, names: Mapping[int, str]) -> list[tuple[Any, ...]]:
-    """Convert an image's detections to rows of `SUPERVISION_COLUMNS`; tracker_id is empty.
-
-    Args:
-        detections: N detections in image pixels.
-        names: category id -> name.
-    """
+    """Convert an image's detections to rows of `SUPERVISION_COLUMNS`; tracker_id is empty."""
     boxes = detections.boxes.astype(np.float64).round(3).tolist()
     scores = detections.scores.astype(np.float64).round(6).tolist()
     return [
@@ -216,12 +189,7 @@ def to_supervision(
 
 
 def decoded_masks(detections: Detections, image_hw: tuple[int, int]) -> np.ndarray | None:
-    """Decode the masks of detections: [N, height, width] bool, or None if they have none.
-
-    Args:
-        detections: N detections in image pixels.
-        image_hw: (height, width) of the image, in pixels.
-    """
+    """Decode the masks of detections: [N, height, width] bool, or None if they have none."""
     if detections.masks is None:
         return None
     masks = np.zeros((len(detections), *image_hw), bool)

@@ -46,10 +46,7 @@ OpenImage = Callable[[ImageRecord], AnyImage]
 
 
 class ImageRecords(Sequence[ImageRecord]):
-    """Immutable sequence of image records in columns: 24 bytes an image, and its file name.
-
-    Args:
-        table: columns of `SCHEMA`; each id once.
+    """Immutable sequence of image records in columns of `SCHEMA`, each id once: 24 bytes an image, and its file name.
 
     Raises:
         UserError: if a file's name is not UTF-8.
@@ -113,11 +110,7 @@ class ImageRecords(Sequence[ImageRecord]):
             yield from map(ImageRecord, *(column.to_pylist() for column in batch.columns))
 
     def take(self, rows: np.ndarray) -> ImageRecords:
-        """Some of the records.
-
-        Args:
-            rows: [M] int64 positions, or [N] bool.
-        """
+        """Some of the records: at [M] int64 positions, or where [N] bool."""
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         return self if np.array_equal(rows, np.arange(len(self))) else ImageRecords(self.table.take(pa.array(rows)))
 
@@ -139,11 +132,7 @@ class ImageRecords(Sequence[ImageRecord]):
         return np.where(ids[at] == wanted, at if order is None else order[at], -1)
 
     def by_id(self, image_id: int) -> ImageRecord:
-        """The record of an image.
-
-        Raises:
-            KeyError: if there is none with this id.
-        """
+        """The record of an image; raises `KeyError` if there is none with this id."""
         (at,) = self.positions([image_id]).tolist()
         if at < 0:
             raise KeyError(image_id)

@@ -154,12 +154,7 @@ def file_hw(uri: Address) -> tuple[int, int]:
 
 
 def read_image(uri: Address, *, expect_hw: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read and decode an image; a file too large for `max_pixels` is refused before it is read.
-
-    Args:
-        uri: a local path or a store's address.
-        expect_hw: see `decode_image`.
-        max_pixels: see `decode_image`.
+    """Read and decode an image, see `decode_image`; a file too large for `max_pixels` is refused before it is read.
 
     Returns:
         [h, w, 3] uint8 RGB, read-only.

@@ -67,17 +67,11 @@ def _lines(text: str, name: str) -> Iterator[tuple[str, str]]:
 def parse_yolo(text: str, image_hw: tuple[int, int], classes: int, name: str) -> list[LabelledObject]:
     """Read a YOLO label file: class x y width height, or class and the points of a polygon, relative to the image.
 
-    Args:
-        text: the file's content.
-        image_hw: (height, width) of the image in pixels.
-        classes: number of classes.
-        name: the file's name in error messages.
-
     Returns:
         The objects, a class number as category; of a polygon its box.
 
     Raises:
-        UserError: if a line is not of this form; it names file and line.
+        UserError: if a line is not of this form, or of a class beyond so many `classes`; it names file and line.
     """
     height, width = image_hw
     objects = []
@@ -106,10 +100,6 @@ def parse_yolo(text: str, image_hw: tuple[int, int], classes: int, name: str) ->
 
 def parse_visdrone(text: str, name: str) -> list[LabelledObject]:
     """Read a VisDrone label file: left, top, width, height, score, category, truncation, occlusion.
-
-    Args:
-        text: the file's content.
-        name: the file's name in error messages.
 
     Returns:
         The objects, in VisDrone's numbers of categories; of score 0 as crowds. An ignored region is a crowd of every
@@ -141,10 +131,6 @@ def parse_voc(data: bytes, name: str) -> VocImage:
 
     VOC counts pixels from 1, and a box holds its last pixel: xmin 1 and xmax 1 are the first column. An object that is
     marked as difficult is a crowd, since VOC's evaluation ignores it.
-
-    Args:
-        data: the file's content.
-        name: the file's name in error messages.
 
     Raises:
         UserError: if it is not XML, declares entities, or lacks a size, a name or a box; it names the file.

@@ -173,10 +173,6 @@ def check_values(space: SearchSpace, policies: Sequence[Policy]) -> None:
     Each option, and both ends of each range, is tried on its own. Fields that are only valid in combination (the ends
     of the scale range, the classes) are checked by the trials.
 
-    Args:
-        space: the search space.
-        policies: its starting policies.
-
     Raises:
         UserError: if a value is invalid.
     """
@@ -210,11 +206,9 @@ def start_values(policy: Policy, space: SearchSpace) -> dict[str, Any] | None:
 
 
 def set_fields(policies: Sequence[Policy], settings: Sequence[str]) -> list[Policy]:
-    """Set fields of the policies that use them.
+    """Set fields of the policies that use them; they keep their names.
 
-    Args:
-        policies: the policies; they keep their names.
-        settings: PATH=VALUE, e.g. recursion.price=0.5 or regions.budget=none, with a value as in YAML.
+    Settings are PATH=VALUE, e.g. recursion.price=0.5 or regions.budget=none, with a value as in YAML.
 
     Raises:
         UserError: if no policy uses a field, there is none of a name, or a value is wrong.

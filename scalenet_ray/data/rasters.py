@@ -222,15 +222,7 @@ def _tags(uri: Address) -> _Tags | None:
 
 
 class Raster:
-    """A TIFF image that is read by window: an `ImageSource`.
-
-    Args:
-        uri: a local path or a store's address.
-        tags: its tags, without an obstacle.
-
-    Raises:
-        TileError: if it cannot be opened.
-    """
+    """A TIFF image that is read by window: an `ImageSource`. Raises `TileError` if it cannot be opened."""
 
     nbytes = _HELD_BYTES
 

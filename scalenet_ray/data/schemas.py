@@ -207,14 +207,7 @@ def detections_from_rows(table: pa.Table) -> Detections:
 def images_table(
     results: Sequence[ImageResult], policy: str, files: Sequence[str], finished_at: Sequence[float | None]
 ) -> pa.Table:
-    """Convert finished images to an Arrow table of schema `IMAGES`.
-
-    Args:
-        results: results of the images.
-        policy: name of the policy.
-        files: file of each image.
-        finished_at: time at which each was finished, in seconds since the run began.
-    """
+    """Convert finished images to an Arrow table of schema `IMAGES`; `finished_at` is in seconds since the run began."""
     rows = [
         {
             "image_id": result.image_id,

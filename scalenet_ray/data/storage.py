@@ -104,16 +104,7 @@ def read_bytes(uri: Address, *, max_bytes: int | None = None) -> bytes:
 
 
 class RangeFile(io.RawIOBase):
-    """A file of which parts are read, in a store by ranged requests.
-
-    Args:
-        uri: the file.
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-        PermissionError: if it may not be read.
-        OSError: if the store fails otherwise, also from `read`.
-    """
+    """A file of which parts are read, in a store by ranged requests; raises as `read_bytes`, also from `read`."""
 
     def __init__(self, uri: Address) -> None:
         self._uri = uri
@@ -215,12 +206,7 @@ def _local_writer(uri: Address, store: AbstractFileSystem, path: str) -> Iterato
 
 
 def write_bytes_atomic(uri: Address, data: bytes) -> None:
-    """Write a whole file atomically: a reader sees the old content or the new one.
-
-    Raises:
-        PermissionError: if it may not be written.
-        OSError: if the store fails otherwise.
-    """
+    """Write a whole file atomically: a reader sees the old content or the new one. Raises as `atomic_writer`."""
     with atomic_writer(uri) as handle:
         handle.write(data)
 

@@ -168,11 +168,7 @@ def is_object_store(store: AbstractFileSystem) -> bool:
 
 
 def refuse_writing(uri: Address, store: AbstractFileSystem) -> None:
-    """Refuse a store that is read only.
-
-    Raises:
-        UserError: if it is one.
-    """
+    """Refuse a store that is read only: raises `UserError`."""
     if not (is_local(store) or is_s3(store) or is_object_store(store)):
         what = "it is read only, without conditional writes for the lock of a run"
         msg = f"cannot write {os.fspath(uri)}: {what}; write to {_WRITTEN}"

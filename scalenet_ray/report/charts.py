@@ -177,15 +177,9 @@ def cost_chart(policies: Mapping[str, PolicyMetrics]) -> str:
 
 
 def policy_plot(document: Metrics) -> str:
-    """Plot AP_small against detector passes per image (log scale), one point per policy.
+    """Plot AP_small against detector passes per image (log scale), one point per policy; "" if none has both.
 
     If differences from a baseline were measured, bars show their 95 % intervals relative to the baseline's AP_small.
-
-    Args:
-        document: the content of metrics.json.
-
-    Returns:
-        An <svg> element; "" if no policy has an AP_small and detector passes.
     """
     points = {
         name: (float(row["detector_passes_per_image"]), float(ap_small))
@@ -223,15 +217,7 @@ def policy_plot(document: Metrics) -> str:
 
 
 def front_plot(rows: Sequence[TrialRow], ceiling: float | None) -> str:
-    """Plot AP_small against detector passes per image, one point per trial that saw all images.
-
-    Args:
-        rows: trials, from `run_sweep`.
-        ceiling: limit of the passes per image, drawn as a line; None without a limit.
-
-    Returns:
-        An <svg> element.
-    """
+    """Plot AP_small against detector passes per image, one point per trial that saw all images; `ceiling` is a line."""
     points = [(row["passes"], row["AP_small"]) for row in rows if row["complete"]]
     on_front = [points[i] for i in pareto_front(points)]
     with drawing(7.2, 4.2) as figure:

@@ -93,13 +93,10 @@ class PictureTask:
     compared_with: str | None = None
 
     def __call__(self, chosen: Sequence[tuple[ImageRecord, str]]) -> list[dict[str, Any]]:
-        """Make the pictures; skips unreadable images.
+        """Make the pictures of images, each given with its group; skips unreadable images.
 
         The photographs share 16 megabytes: the fewer there are, the larger each is; those for which nothing is left
         are left out.
-
-        Args:
-            chosen: images with their group.
 
         Returns:
             For each picture: "id", "file", "group", "width", "height" (image pixels), "photo" (data URI); "truth": rows

@@ -89,14 +89,7 @@ def page(
 
 
 def section(name: str, title: str, text: str, *content: str) -> str:
-    """Build a section with a heading and a text; "" if the content is empty.
-
-    Args:
-        name: anchor of the section.
-        title: plain text.
-        text: HTML.
-        content: HTML of figures and tables.
-    """
+    """Build a section with an anchor, a heading (plain text), a text and content (HTML); "" if the content is empty."""
     shown = "".join(content)
     if not shown:
         return ""
@@ -106,14 +99,7 @@ def section(name: str, title: str, text: str, *content: str) -> str:
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None) -> str:
-    """Build a table; the first cell of a row is its header.
-
-    Args:
-        caption: plain text, for screen readers.
-        head: titles of the columns, plain text.
-        rows: HTML of the cells.
-        marked: index of the row to highlight.
-    """
+    """Build a table of HTML cells, the first of a row its header; caption and titles are plain text."""
     titles = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in head)
     body = "".join(
         f'<tr{" class=best" if i == marked else ""}><th scope="row">{first}</th>'
@@ -141,9 +127,6 @@ def winner_of(policies: Mapping[str, PolicyMetrics]) -> str:
     """Return the policy with the highest AP_small among those that do not read the ground truth.
 
     Without metrics it is the first of them. If all policies read the ground truth it is one of these.
-
-    Args:
-        policies: name -> row of metrics.json, one or more.
     """
     candidates = {name: row for name, row in policies.items() if not reads_truth(row)} or dict(policies)
     return max(candidates, key=lambda name: _known(candidates[name].get("AP_small")))
@@ -168,9 +151,6 @@ def policy_rows(document: Metrics) -> tuple[list[str], list[list[str]]]:
 
     Columns without values are omitted. The best value of a column is bold; policies that read the ground truth are
     marked and do not count for it.
-
-    Args:
-        document: the content of metrics.json.
     """
     policies = document["policies"]
     columns = [column for column in _FIGURES if any(column[1] in row for row in policies.values())]
@@ -239,14 +219,7 @@ def origin_line(run: Mapping[str, Any] | None) -> str:
 
 
 def origin_section(run: Mapping[str, Any] | None) -> str:
-    """Render the section of a run's settings.
-
-    Args:
-        run: the content of config.yaml with "finished" (date and time) and "resumed" (bool); None if unknown.
-
-    Returns:
-        HTML; "" if unknown.
-    """
+    """Render the section of a run's settings: config.yaml with "finished" (date and time) and "resumed"."""
     if not run:
         return ""
     settings = _settings(run)

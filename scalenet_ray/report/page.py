@@ -52,15 +52,7 @@ _KEYS = (
 
 
 def render_report(document: Metrics, details: ReportDetails) -> str:
-    """Render the report of a run.
-
-    Args:
-        document: the content of metrics.json.
-        details: the other inputs.
-
-    Returns:
-        HTML, self-contained in one file.
-    """
+    """Render the report of a run: its metrics.json, and the other inputs."""
     policies = document["policies"]
     measured = any(is_known(row.get("AP_small")) for row in policies.values())
     winner = winner_of(policies)
@@ -119,9 +111,6 @@ def render_progress(latest: Sequence[Progress], run: Mapping[str, Any], refresh:
         latest: the last progress of each policy that has begun.
         run: the content of config.yaml.
         refresh: seconds after which a browser reads it again; None for a run that has stopped.
-
-    Returns:
-        HTML, self-contained in one file.
     """
     bars = "".join(
         f'<p class="words">{html.escape(str(progress))}<progress value="{progress.done}" max="{progress.total}" '

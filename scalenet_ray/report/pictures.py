@@ -46,7 +46,7 @@ def draw_objects(
     """Draw objects on an image, the first ones on top, those found by the recursion in another colour.
 
     Args:
-        picture: RGB, the image or a reduced one; it is drawn on.
+        picture: RGB, the image or a reduced one; it is drawn on, and returned.
         image_width: the image's own, in pixels.
         found: in image pixels.
         categories: category id -> name.
@@ -54,9 +54,6 @@ def draw_objects(
         scores: write the scores behind the names.
         line_width: in pixels; None for one that suits the image.
         text_size: in pixels; None for one that suits the image.
-
-    Returns:
-        `picture`.
     """
     boxes = (found.boxes * (picture.width / image_width)).tolist()
     colours = [NEW if depth else SEEN for depth in found.depth.tolist()]
@@ -78,12 +75,9 @@ def draw_objects(
 
 
 def crop(image: AnyImage, box: Sequence[float], margin: float = 0.0) -> np.ndarray:
-    """Cut a box out of an image: [h, w, 3] uint8 RGB, at least one pixel.
+    """Cut a box, xyxy in image pixels, out of an image: [h, w, 3] uint8 RGB, at least one pixel.
 
-    Args:
-        image: the image.
-        box: xyxy in image pixels.
-        margin: added on every side, as a share of the box's side; clipped at the image's border.
+    `margin` is added on every side, as a share of the box's side; it is clipped at the image's border.
     """
     height, width = image.shape[:2]
     x0, y0, x1, y1 = box
@@ -95,16 +89,7 @@ def crop(image: AnyImage, box: Sequence[float], margin: float = 0.0) -> np.ndarr
 
 
 def encoded(picture: Image.Image, image_format: str, **options: Any) -> bytes:
-    """The bytes of a picture's file.
-
-    Args:
-        picture: the picture.
-        image_format: its format, as Pillow names it.
-        **options: those of the format.
-
-    Raises:
-        UserError: if Pillow writes no such format.
-    """
+    """The bytes of a picture's file; raises `UserError` if Pillow writes no such format."""
     sink = io.BytesIO()
     try:
         picture.save(sink, image_format, **options)
@@ -161,12 +146,7 @@ class SavedPictures:
             self._collect(0)
 
     def add(self, record: ImageRecord, detections: Detections) -> None:
-        """Write the pictures of an image; waits while many others wait.
-
-        Args:
-            record: the image.
-            detections: its detections, in image pixels.
-        """
+        """Write the pictures of an image with its detections, in image pixels; waits while many others wait."""
         if not (self._pictures or self._crops):
             return
         self._collect(_MOST_WAITING)

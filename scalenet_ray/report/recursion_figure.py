@@ -32,14 +32,7 @@ _TALLEST = 4.0
 
 
 def draw_look(axes: Axes, image: AnyImage, steps: Sequence[Step], policy: Policy) -> None:
-    """Draw the darkened image with the out-of-range cells of the steps' scale maps highlighted, and the windows.
-
-    Args:
-        axes: the axes to draw on.
-        image: the image.
-        steps: steps of one depth.
-        policy: their policy.
-    """
+    """Draw the darkened image, the out-of-range cells of the scale maps of a policy's steps, and the windows."""
     shown = whole_pixels(image, _LONGEST_SIDE).astype(np.float32) * _DIMMED
     scale_y, scale_x = shown.shape[0] / image.shape[0], shown.shape[1] / image.shape[1]
     for step in steps:
@@ -66,16 +59,7 @@ def draw_boxes(
     texts: Sequence[str] = (),
     line_width: float = 1.5,
 ) -> None:
-    """Draw an image with boxes.
-
-    Args:
-        axes: the axes to draw on.
-        image: the image.
-        found: N detections in image pixels.
-        colours: colour of each box.
-        texts: label of each box; () for no labels.
-        line_width: line width of the boxes, in points.
-    """
+    """Draw an image with boxes in image pixels, each of its colour, with a label if there are texts."""
     _draw_image(axes, whole_pixels(image, _LONGEST_SIDE), (image.shape[0], image.shape[1]))
     for box, colour in zip(found.boxes.tolist(), colours, strict=True):
         _rectangle(axes, box, colour, line_width)
@@ -160,16 +144,7 @@ def picture_kind(suffix: str) -> str:
 
 
 def picture_bytes(figure: Figure, suffix: str, dots_per_inch: float = 110.0) -> bytes:
-    """Render a figure to the bytes of a file.
-
-    Args:
-        figure: the figure.
-        suffix: png, svg or pdf, with or without its dot.
-        dots_per_inch: resolution of a PNG.
-
-    Raises:
-        UserError: for another suffix.
-    """
+    """Render a figure as png, svg or pdf; raises `UserError` for another suffix."""
     kind = picture_kind(suffix)
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, dpi=dots_per_inch, metadata={"CreationDate": None} if kind == "pdf" else None)

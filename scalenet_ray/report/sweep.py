@@ -49,12 +49,9 @@ def contenders_of(
     best: Mapping[str, TrialMetrics],
     document: Metrics | None = None,
 ) -> list[Contender]:
-    """Return the starting policies followed by the best.
+    """Return the starting policies followed by the best, with their metrics on all images of the tuning split.
 
-    Args:
-        starts: the metrics of the starting policies on all images of the tuning split.
-        best: from `best_trials`.
-        document: metrics.json on the reporting split; None before that evaluation.
+    `document` is metrics.json on the reporting split; None before that evaluation.
     """
     reported = document["policies"] if document else {}
     differences = document.get("differences", {}) if document else {}
@@ -68,10 +65,7 @@ def contenders_of(
 def sweep_verdict(contenders: Sequence[Contender], ceiling: float | None, splits: tuple[str, str]) -> list[str]:
     """Summarise a sweep in sentences: gain over the start, its significance, and cost.
 
-    Args:
-        contenders: the starting and the best policies.
-        ceiling: limit of the passes per image; None without a limit.
-        splits: the tuning and the reporting split.
+    `ceiling` limits the passes per image, unless it is None; `splits` are the tuning and the reporting split.
     """
     starts = [contender for contender in contenders if contender.is_start]
     best = [contender for contender in contenders if not contender.is_start]
@@ -156,9 +150,6 @@ def render_sweep(
         contenders: the starting and the best policies; () if there are none.
         splits: the tuning and the reporting split.
         run: the content of config.yaml; None if unknown.
-
-    Returns:
-        HTML, self-contained in one file.
     """
     complete = [row for row in rows if row["complete"]]
     best = [complete[i] for i in pareto_front([(row["passes"], row["AP_small"]) for row in complete])]

@@ -42,11 +42,7 @@ def policy_table(document: Mapping[str, Any]) -> str:
 
 
 def found_lines(document: Mapping[str, Any]) -> str:
-    """Summarise a run without ground truth: the classes and images with most boxes, and the boxes new by zooming.
-
-    Args:
-        document: contents of metrics.json, with "found" (`FoundCounts`) and "categories", id -> name.
-    """
+    """Summarise a run without ground truth, by its metrics.json: classes and images with most boxes, new boxes."""
     found, done = document["found"], document["images"]["done"]
     classes, lines = found["by_class"], []
     if classes:
@@ -138,12 +134,7 @@ def difference_table(document: Mapping[str, Any]) -> str:
 
 
 def step_table(steps: Sequence[Step], policy: Policy) -> str:
-    """Format the steps of a recursion: a row for each tile, with its windows and detections.
-
-    Args:
-        steps: in order.
-        policy: the policy.
-    """
+    """Format the steps of a recursion: a row for each tile, with its windows and detections."""
     rows = [["tile", "depth", "window", "pixels", "out of range", "asked", "found"]]
     for step in steps:
         tile, result = step.tile, step.result

@@ -39,21 +39,10 @@ _IMAGES_AT_ONCE = 1000
 def analyse_run(
     run_uri: str, policies: Sequence[str], baseline: str, annotations: str, image_ids: np.ndarray, intervals: bool
 ) -> EvaluationAnalysis:
-    """Analyse the detections of all policies.
+    """Analyse the detections of all policies of a finished run, compared with those of `baseline`.
 
-    Args:
-        run_uri: the run folder, with all policies finished.
-        policies: their names.
-        baseline: the policy that the others are compared with.
-        annotations: address of the instances file.
-        image_ids: [N] int64 the images to evaluate, in ascending order.
-        intervals: whether to compute paired bootstrap intervals.
-
-    Returns:
-        "compared_with"; "shown_score"; "differences" (`paired_intervals`; {} without `intervals`); "curves": policy ->
-        `precision_curves`; "errors": policy -> `error_breakdown`; "changes": policy -> `gained_and_lost`; "images": one
-        row per image, for the images that changed most: "id", "objects" (their number), "labels" (of its objects), and
-        "by": policy -> [found, gained, lost], and "cost" (`ImageChanges`).
+    `annotations` is the address of the instances file, `image_ids` are [N] int64, ascending. Without `intervals`
+    "differences" is {}; "images" are the images that changed most.
     """
     run, dataset = RunFolder(run_uri), read_annotations(annotations)
     matched = {name: match_results(dataset, coco_results(run, name), image_ids=image_ids) for name in policies}
@@ -140,14 +129,9 @@ def analyse_detections(run_uri: str, policy: str) -> DetectionAnalysis:
     A box is new if it does not match any box of the whole image's pass (`are_new`); a box of that pass is lost if no
     box of the policy matches it. Boxes that score less than `SHOWN_SCORE` are ignored.
 
-    Args:
-        run_uri: the run folder, with the policy finished.
-        policy: the policy's name.
-
     Returns:
-        "shown_score"; "images": rows as in `analyse_run`, where new boxes are gained, and gained and lost are None for
-        an image without a pass over the whole image; "found": see `FoundCounts`, with the classes by descending number
-        of boxes.
+        "images" as in `analyse_run`, where new boxes are gained, and gained and lost are None for an image without a
+        pass over the whole image; "found" has the classes by descending number of boxes.
     """
     tally = _DetectionTally(policy)
     columns = ["image_id", "whole_pass", "detector_pixels", "zoom"]
@@ -181,12 +165,7 @@ class _DetectionTally:
         self._images: Counter[str] = Counter()
 
     def add(self, row: Mapping[str, Any], found: Detections) -> ImageChanges:
-        """Count an image, and return its row.
-
-        Args:
-            row: its record.
-            found: its detections.
-        """
+        """Count an image with its record and detections, and return its row."""
         after = found[found.scores >= SHOWN_SCORE]
         for label in np.unique(after.labels).tolist():
             self._by_class[label]["images"] += 1

@@ -31,15 +31,7 @@ _SHORTEST_SECONDS = 1e-4
 
 @dataclass(frozen=True)
 class Cluster:
-    """CPUs, GPUs and memory of a cluster, in all.
-
-    Attributes:
-        cpus: CPUs of its nodes.
-        gpus: GPUs of its nodes.
-        memory: bytes of its nodes' memory; 0 if unknown.
-        most_cpus: CPUs once its autoscaler has added all nodes that it may add.
-        most_gpus: GPUs, likewise.
-    """
+    """CPUs, GPUs and memory (bytes, 0 if unknown) of a cluster; `most_` is what its autoscaler may add up to."""
 
     cpus: float
     gpus: float = 0.0
@@ -54,18 +46,10 @@ class Cluster:
 
 
 def choose_resources(choice: ResourceChoice, cluster: Cluster, trial: NetworkTrial) -> Resources:
-    """Choose what the user has left open.
+    """Choose what the user has left open; raises `UserError` if the user's values do not fit each other.
 
     On GPUs, there is a detector actor for each, and readers enough to feed them. On CPUs, detectors and readers share
     the cores by the seconds that a tile takes of each. A pool grows with the nodes that the cluster may add.
-
-    Args:
-        choice: the user's values.
-        cluster: its CPUs and GPUs.
-        trial: the device, and the time and memory of a tile.
-
-    Raises:
-        UserError: if the user's values do not fit each other.
     """
     gpus = 1.0 if trial.device != "cpu" else 0.0
     if choice.gpus_per_detector_actor is not None:

@@ -119,14 +119,11 @@ def _open(record: ImageRecord, folder: str | None, max_pixels: int) -> AnyImage:
 
 
 def image_opener(folder: str | None, max_pixels: int) -> OpenImage:
-    """A picklable function that opens an image.
+    """A picklable function that opens an image, see `data.rasters.open_image`.
 
     Args:
         folder: the folder of the `file_name`s; None if they are full addresses.
         max_pixels: larger images are refused before they are decoded, unless they are read by window.
-
-    Returns:
-        record -> the image, see `data.rasters.open_image`.
     """
     return partial(_open, folder=folder, max_pixels=max_pixels)
 
@@ -148,11 +145,7 @@ def _check_same_files(records: ImageRecords, written: ImageRecords) -> None:
 class ShardWriter:
     """Writes finished images in shards: first their detections, then the record that commits them.
 
-    Args:
-        run: the run folder.
-        policy: the policy's name.
-        records: the images of the run.
-        committed: called with the ids of a shard's images once it is written.
+    `committed` is called with the ids of a shard's images once it is written.
     """
 
     def __init__(
@@ -174,11 +167,7 @@ class ShardWriter:
         self._next = int(re.findall(r"\d+", shards[-1])[-1]) + 1 if shards else 0
 
     def work_began(self, at: float) -> None:
-        """Count the time of work from here.
-
-        Args:
-            at: when the first image was started, in seconds since the run began.
-        """
+        """Count the time of work from when the first image was started, in seconds since the run began."""
         self._worked_until = at
 
     @property
@@ -187,22 +176,13 @@ class ShardWriter:
         return self._written + len(self._pending)
 
     def add(self, result: ImageResult, finished_at: float) -> None:
-        """Add a finished image; write a shard if enough are pending.
-
-        Args:
-            result: the image's result.
-            finished_at: when it finished, in seconds since the run began.
-        """
+        """Add an image that finished so many seconds after the run began; write a shard if enough are pending."""
         self._pending.append((result, finished_at))
         if len(self._pending) >= _IMAGES_PER_SHARD:
             self.flush()
 
     def flush(self) -> None:
-        """Write the pending images as a shard, if there are any.
-
-        Raises:
-            RuntimeError: if another driver has taken over the run folder.
-        """
+        """Write the pending images as a shard; raises `RuntimeError` if another driver has taken over the run."""
         if not self._pending:
             return
         self._run.check_lock()
@@ -237,11 +217,8 @@ class PolicyRun:
         policy: the policy's name.
         start: starts a stream over the remaining images.
         run: the run folder.
-        report: called with the progress every few seconds.
+        report: called with `progress` every few seconds, at the end with that of the whole run.
         retry_failed: also process images again that failed before; the new result replaces the failure.
-
-    Attributes:
-        progress: the progress so far; at the end that of the whole run.
 
     Raises:
         UserError: if an image id of the run folder refers to another file now, or a finished shard is damaged.

@@ -75,11 +75,6 @@ class RunFolder(ShardReader):
     def of_job(cls, output: str | None, job: str, *, resume: bool = False) -> RunFolder:
         """The run folder for a job: `output`, or a new folder runs/JOB/DATE-TIME.
 
-        Args:
-            output: the value of --output.
-            job: the job's name.
-            resume: whether --resume was given.
-
         Raises:
             UserError: if a run is to be resumed and no folder is named.
         """
@@ -104,10 +99,6 @@ class RunFolder(ShardReader):
     @classmethod
     def check_output(cls, output: str | None, *, resume: bool) -> None:
         """Refuse an --output that `begin` would refuse whatever the settings, before there is any work.
-
-        Args:
-            output: the value of --output.
-            resume: whether --resume was given.
 
         Raises:
             FileExistsError: if the folder holds a run and `resume` is false.
@@ -134,15 +125,14 @@ class RunFolder(ShardReader):
     def begin(
         self, settings: Mapping[str, Any], *, resume: bool, workers: Mapping[str, Any] | None = None
     ) -> Iterator[None]:
-        """Lock the folder while the block runs, and write config.yaml, or resume the run that it holds.
+        """Lock the folder while the block runs, and write config.yaml, or with `resume` check that of its run.
 
         An error that leaves the block gets a note: the progress for a `KeyboardInterrupt`, the file of the traceback
         for a bug. If a new run raises a `UserError` or `OSError` before it has written a result, its files are removed.
 
         Args:
             settings: plain values that the results depend on.
-            workers: plain values that they do not depend on: engine, device, pool and batch sizes. They are recorded,
-                and may differ when the run is resumed.
+            workers: plain values that they do not depend on, which may differ when the run is resumed.
             resume: resume an existing run; without it an existing run is refused.
 
         Raises:
@@ -215,12 +205,7 @@ class RunFolder(ShardReader):
     # --- files ------------------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
-        """The content of config.yaml: "settings", "workers", "command", "versions".
-
-        Raises:
-            FileNotFoundError: if it does not exist.
-            UserError: if it is damaged, or not a run's.
-        """
+        """The content of config.yaml, see `read_config`."""
         return read_config(self.uri)
 
     def read_json(self, name: str) -> Any:
@@ -239,20 +224,12 @@ class RunFolder(ShardReader):
         storage.write_bytes_atomic(storage.join(self.uri, name), text.encode())
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """Write a table under `name`, as Parquet.
-
-        Raises:
-            RuntimeError: if another driver has taken over the run.
-        """
+        """Write a table as Parquet; raises `RuntimeError` if another driver has taken over the run."""
         self.check_lock()
         storage.write_bytes_atomic(storage.join(self.uri, name), parquet_bytes(table))
 
     def write_failures(self, policies: Sequence[str]) -> pa.Table:
-        """Collect the failures of all policies into failures.parquet.
-
-        Returns:
-            The table (schema `FAILURES`).
-        """
+        """Collect the failures of all policies into failures.parquet; returns the table (schema `FAILURES`)."""
         table = self.find_failures(policies)
         self.write_table("failures.parquet", table)
         return table

@@ -100,10 +100,6 @@ def _write_inputs(run: RunFolder, given: ImageRecords, gone: ImageRecords, metad
 def annotation_digests(dataset: CocoDataset, image_ids: np.ndarray) -> pa.Table:
     """Digests of the annotations of some images, 12 bytes per object.
 
-    Args:
-        dataset: the annotations.
-        image_ids: [N] int64 ids of the images.
-
     Returns:
         "annotation_id" and "digest", in the file's order.
     """
@@ -120,13 +116,7 @@ def annotation_digests(dataset: CocoDataset, image_ids: np.ndarray) -> pa.Table:
 def check_ground_truth(run: RunFolder, images: ImageRecords, categories: Mapping[int, str], digests: pa.Table) -> None:
     """Check that a resumed run has the images, categories and annotations that it was begun with.
 
-    A new run, and one of an older version that did not store them, stores them now.
-
-    Args:
-        run: the run folder, begun.
-        images: the images to evaluate.
-        categories: id -> name.
-        digests: of their annotations, from `annotation_digests`.
+    A new run, and one of an older version that did not store them, stores them now; `digests` are of the annotations.
 
     Raises:
         UserError: if they differ; it names one difference.

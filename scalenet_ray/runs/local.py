@@ -85,14 +85,7 @@ class LocalSession:
 
 
 class LocalStream:
-    """Stream of image results from `recursive_detect`, one image at a time.
-
-    Args:
-        images: the images.
-        policy: the policy.
-        networks: factories of the networks.
-        open_image: opens an image.
-    """
+    """Stream of image results from `recursive_detect`, one image at a time."""
 
     def __init__(
         self, images: Sequence[ImageRecord], policy: Policy, networks: NetworkFactories, open_image: OpenImage

@@ -107,12 +107,7 @@ def _lock_file(uri: str, path: str) -> int:
 
 
 class _StoreLock:
-    """An object of a store that a thread renews while the driver lives.
-
-    Args:
-        uri: the run folder.
-        take_over: whether to watch an existing lock, and take it over if it is stale.
-    """
+    """An object of a store that a thread renews while the driver lives."""
 
     def __init__(self, uri: str, *, take_over: bool) -> None:
         self._uri = uri

@@ -49,25 +49,14 @@ class StoredImage(NamedTuple):
 
 
 def image_results(run: RunFolder, policy: str) -> Iterator[StoredImage]:
-    """Iterate over the finished images of one policy by id, failed ones excluded.
-
-    Args:
-        run: the run folder.
-        policy: the policy's name.
-    """
+    """Iterate over the finished images of one policy by id, failed ones excluded."""
     for row, detections in rows_in_order(run, policy, ["image_id", "file", "height", "width", "failure_stage"]):
         if row["failure_stage"] is None:
             yield StoredImage(row["image_id"], row["file"], (row["height"], row["width"]), detections)
 
 
 def rows_in_order(run: RunFolder, policy: str, columns: Sequence[str]) -> Iterator[tuple[dict[str, Any], Detections]]:
-    """Iterate over a policy's image records by id, failed ones included, each with the image's detections.
-
-    Args:
-        run: the run folder.
-        policy: the policy's name.
-        columns: "image_id" and others of `IMAGES`.
-    """
+    """Iterate over columns of a policy's image records by id, failed ones included, with the images' detections."""
     for images, detections in tables_in_order(run, policy):
         table = detections.combine_chunks()
         ids = table.column("image_id").to_numpy()
@@ -89,11 +78,7 @@ def detections_of(run: RunFolder, policy: str, image_ids: Collection[int]) -> di
 
 
 def whole_passes_of(run: RunFolder, policy: str, image_ids: Collection[int]) -> dict[int, Detections]:
-    """The detections of the passes over whole images alone, `ImageResult.whole_pass`, of some images.
-
-    Returns:
-        Image id -> detections. Images without such a pass, and images of older versions, are missing.
-    """
+    """`ImageResult.whole_pass` of some images: id -> detections, for those that have one."""
     wanted = pc.field("image_id").isin(list(image_ids)) & pc.field("whole_pass").is_valid()
     rows = [
         row
@@ -104,17 +89,10 @@ def whole_passes_of(run: RunFolder, policy: str, image_ids: Collection[int]) -> 
 
 
 def tables_in_order(run: RunFolder, policy: str) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Iterate over a policy's image records and detections in order of image id, in groups of images.
+    """Iterate over a policy's `IMAGES` and `DETECTIONS` in order of image id, in groups of images.
 
     Beyond 10,000 images, rows are partitioned by ranges of image ids into files on the local disk (`TMPDIR`) and
     sorted file by file, so that memory does not grow with the run.
-
-    Args:
-        run: the run folder.
-        policy: the policy's name.
-
-    Yields:
-        Tables of schema `IMAGES` and `DETECTIONS`.
     """
     current = run.current_records(policy)
     count = len(current.ids)

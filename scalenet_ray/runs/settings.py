@@ -42,13 +42,7 @@ def _installed_versions() -> dict[str, str]:
 
 
 def write_config(run_uri: str, settings: Mapping[str, Any], workers: Mapping[str, Any]) -> None:
-    """Write config.yaml: the command, the settings, the versions and the machine.
-
-    Args:
-        run_uri: the run folder.
-        settings: plain values that the results depend on.
-        workers: plain values that they do not depend on.
-    """
+    """Write config.yaml: the command, the settings, the workers, the versions and the machine."""
     versions = _installed_versions()
     versions |= {"python": platform.python_version(), "scalenet-ray": __version__}
     content = {
@@ -97,19 +91,11 @@ def check_settings(run_uri: str, settings: Mapping[str, Any], workers: Mapping[s
 def _differences(
     then: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str], directory: str | None
 ) -> str:
-    """The first few settings that differ, in words.
+    """The first few settings that differ, e.g. "networks.score_threshold: 0.01 then, 0.05 now"; "" if none does.
 
-    Addresses are equal if they name the same place. Digests of weights are compared where both are known. Policies also
-    hold values that follow from other settings: their differences are listed only if nothing else differs.
-
-    Args:
-        then: settings that the run was begun with, from config.yaml.
-        now: settings that it is resumed with, plain values.
-        ignored: names of settings that may differ, of the networks or at the top level.
-        directory: the working directory when the run began, the base of relative addresses in `then`; None if unknown.
-
-    Returns:
-        E.g. "networks.score_threshold: 0.01 then, 0.05 now"; "" if none differs.
+    Addresses are equal if they name the same place; relative ones in `then` are below `directory`. Digests of weights
+    are compared where both are known. Policies also hold values that follow from other settings: their differences are
+    listed only if nothing else differs. Settings in `ignored`, of the networks or at the top level, may differ.
     """
     before, after = dict(_flatten(then)), dict(_flatten(yaml.safe_load(yaml.safe_dump(dict(now)))))
     may_differ = {*ignored, *(f"networks.{name}" for name in ignored)}

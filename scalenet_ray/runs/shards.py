@@ -74,24 +74,16 @@ class CurrentRecords(NamedTuple):
 
 
 class ShardReader:
-    """Reads the shards of a run folder.
+    """Reads the shards of a run folder, of a kind: detections or images.
 
-    Args:
-        uri: the run folder, local path or a store's address.
+    `columns` are "image_id" and others, None for all.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
 
     def inputs(self, columns: Sequence[str] | None = None) -> pa.Table | None:
-        """inputs.parquet (schema INPUTS); None for a run of an older version.
-
-        Args:
-            columns: the columns to read; None for all.
-
-        Raises:
-            UserError: if it is damaged, or another table.
-        """
+        """inputs.parquet (schema INPUTS), None for a run of an older version; raises `UserError` if it is damaged."""
         table = self.read_table("inputs.parquet", columns)
         wanted = INPUTS.names if columns is None else columns
         if table is not None and (missing := [name for name in wanted if name not in table.column_names]):
@@ -105,12 +97,7 @@ class ShardReader:
         return read_parquet(uri, "give another --output", columns) if storage.exists(uri) else None
 
     def shards(self, kind: str, policy: str) -> list[str]:
-        """Addresses of the finished shards of one policy, by number.
-
-        Args:
-            kind: detections or images.
-            policy: the policy's name.
-        """
+        """Addresses of the finished shards of one policy, by number."""
         return [storage.join(self.uri, kind, name) for name in self._shard_names("images", policy)]
 
     def _shard_names(self, kind: str, policy: str) -> list[str]:
@@ -123,11 +110,7 @@ class ShardReader:
         return sorted(numbers, key=lambda name: (numbers[name], name))
 
     def check_shards(self, policy: str) -> None:
-        """Check that the detections of all finished shards exist and are not damaged.
-
-        Raises:
-            UserError: if one does not; it names the file.
-        """
+        """Check that the detections of all finished shards exist and are whole; raises `UserError` that names one."""
         existing = set(self._shard_names("detections", policy))
         for uri in self.shards("detections", policy):
             if uri.rsplit("/", 1)[-1] not in existing:
@@ -137,15 +120,7 @@ class ShardReader:
                 explain_damage(uri, _remedy(uri), lambda path=path: pq.read_metadata(path))
 
     def current_records(self, policy: str, *, with_files: bool = True) -> CurrentRecords:
-        """The records of one policy that are in use.
-
-        Args:
-            policy: the policy's name.
-            with_files: also read the images' files.
-
-        Raises:
-            FileNotFoundError: if there is no such run folder.
-        """
+        """The records of one policy that are in use; raises `FileNotFoundError` if there is no such run folder."""
         self._require_folder()
         shards = [self._read("images", uri, ["image_id"]) for uri in self.shards("images", policy)]
         return self._current(shards, with_files=with_files)
@@ -175,12 +150,6 @@ class ShardReader:
     ) -> Iterator[pa.Table]:
         """Rows of one policy that are in use, one table per shard.
 
-        Args:
-            kind: detections or images.
-            policy: the policy's name.
-            columns: "image_id" and others; None for all.
-            current: the records in use; read from the shards if None.
-
         Raises:
             FileNotFoundError: if there is no such run folder.
             UserError: if a shard is damaged, or lacks its other half; it is named.
@@ -190,17 +159,7 @@ class ShardReader:
             yield current.rows(self._read(kind, uri, columns), i)
 
     def table(self, kind: str, policy: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows of one policy that are in use, by image id; detections of an image by descending score.
-
-        Args:
-            kind: detections or images.
-            policy: the policy's name.
-            columns: "image_id" and others; None for all.
-
-        Raises:
-            FileNotFoundError: if there is no such run folder.
-            UserError: if a shard is damaged, or lacks its other half; it is named.
-        """
+        """All rows of one policy that are in use, by image id, then descending score; raises as `parts`."""
         if kind == "images":
             self._require_folder()
             shards = [self._read(kind, uri, columns) for uri in self.shards(kind, policy)]
@@ -240,9 +199,8 @@ class ShardReader:
         """Throughput of one policy, over all drivers that worked on it.
 
         Returns:
-            "images_per_second": written images over the time from the start of the first image to the end of the last,
-            pauses and start-up excluded; None if that is under two seconds or unknown. "seconds": the time to the end
-            of the last image, start-up included.
+            "images_per_second": from the start of the first image to the end of the last, pauses and start-up excluded;
+            None if that is under two seconds or unknown. "seconds": to the end of the last image, start-up included.
         """
         images, seconds = 0, 0.0
         for count, metadata in self._shard_metadata(policy):

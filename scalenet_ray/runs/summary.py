@@ -35,12 +35,9 @@ _NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
 def coco_results(run: RunFolder, policy: str, *, name_files: bool = False) -> Iterator[dict[str, Any]]:
-    """Iterate over the detections of one policy as COCO results, by image id, then descending score.
+    """Iterate over a policy's detections as COCO results, by image id, then descending score.
 
-    Args:
-        run: the run folder.
-        policy: the policy's name.
-        name_files: add file_name, height and width of the image to each.
+    With `name_files` each has the file_name, height and width of its image.
     """
     for image in image_results(run, policy):
         about = {"file_name": image.file, "height": image.hw[0], "width": image.hw[1]} if name_files else {}
@@ -49,11 +46,7 @@ def coco_results(run: RunFolder, policy: str, *, name_files: bool = False) -> It
 
 
 def write_policy_results(run_uri: str, policy: str, names: Sequence[str], name_files: bool = False) -> int:
-    """Write one policy's COCO results (`coco_results`) to each of the files `names` of the run folder.
-
-    Returns:
-        The number of detections.
-    """
+    """Write one policy's `coco_results` to each of the files `names` of the run folder; returns their number."""
     run = RunFolder(run_uri)
     return max(
         write_results(storage.join(run_uri, name), coco_results(run, policy, name_files=name_files)) for name in names
@@ -126,14 +119,10 @@ def _all_have_masks(run: RunFolder, policy: str) -> bool:
 
 
 def failure_counts(failures: pa.Table) -> list[FailureCount]:
-    """Group failed images by stage and reason.
-
-    Args:
-        failures: schema `FAILURES`.
+    """Group failed images (schema `FAILURES`) by stage and reason, file names and numbers in it replaced.
 
     Returns:
-        At most 20 groups, by descending count: "stage"; "reason", with file names and numbers replaced; "count", the
-        number of images, however many policies failed on them; "example", the file of one of them.
+        At most 20 groups, by descending count of images, however many policies failed on them.
     """
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[tuple[str, str], str] = {}

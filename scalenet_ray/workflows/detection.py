@@ -69,14 +69,7 @@ class DetectionRun:
             yield from self._work
 
     def conclude(self, pictures: int = PICTURES) -> Metrics:
-        """Write the results, metrics and the report of a finished run.
-
-        Args:
-            pictures: photographs in the report.
-
-        Returns:
-            The content of metrics.json.
-        """
+        """Write the results, metrics and the report, with so many pictures, of a finished run; returns metrics.json."""
         session, run, policy = self._session, self._run, self._policy
         document = write_summary(session, run, {policy.name: {"kind": policy.kind}}, len(self.records), name_files=True)
         document["categories"] = self._detector.categories

@@ -36,7 +36,7 @@ def evaluate_policies(
     pictures: int = PICTURES,
     retry_failed: bool = False,
 ) -> Metrics:
-    """Run all policies and evaluate them. Writes metrics.json, analysis.json, policies.svg and report.html.
+    """Run all policies in order, and evaluate them. Writes metrics.json, analysis.json, policies.svg and report.html.
 
     Args:
         session: the engine.

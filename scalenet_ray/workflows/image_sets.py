@@ -26,14 +26,7 @@ from scalenet_ray.sample.scenes import SAMPLE
 
 
 def sample_inputs(networks: NetworkSpec) -> tuple[str, NetworkSpec]:
-    """The embedded sample and its networks.
-
-    Args:
-        networks: the networks of the run; those that are not named become the sample's.
-
-    Returns:
-        The sample's address, and the networks.
-    """
+    """The embedded sample's address, and its networks where a run names none."""
     detector, scale_net = networks.detector or SAMPLE_DETECTOR, networks.scale_net or SAMPLE_SCALE_NET
     return SAMPLE, replace(networks, detector=detector, scale_net=scale_net)
 
@@ -96,16 +89,10 @@ def open_split(
     limit: int | None,
     max_megapixels: float,
 ) -> CocoSplit:
-    """Read the annotations of one split of a data set.
+    """Read the annotations of one split of a data set, outside the driver, see `data.datasets.find_layout`.
 
-    Args:
-        session: the engine; the annotations are read outside the driver.
-        split: its name.
-        data: a folder or a data.yaml, see `data.datasets`; None if `annotations` and `images` are given.
-        annotations: instances file or folder of label files, in place of `data`.
-        images: folder of the images, with `annotations`.
-        limit: only the first so many images.
-        max_megapixels: larger images are refused before they are decoded.
+    `limit` takes only the first so many images; those of more than `max_megapixels` are refused before they are
+    decoded.
 
     Raises:
         FileNotFoundError: if there are no annotations.
@@ -129,14 +116,7 @@ def open_split(
 def with_categories(
     session: Session, split: CocoSplit, networks: NetworkSpec, choice: CategoryChoice, log: Callable[[str], None]
 ) -> CocoSplit:
-    """Apply a choice of categories to a split.
-
-    Args:
-        session: the engine; the detector is loaded outside the driver.
-        split: the split.
-        networks: the detector, whose classes are the known ones.
-        choice: the choice.
-        log: takes a line that says what was chosen.
+    """Apply a choice of categories to a split; `log` takes a line that says what was chosen.
 
     Raises:
         UserError: if a name is not the annotations', or no category is left.
@@ -156,26 +136,16 @@ def with_categories(
 
 
 def open_images(session: Session, images: str, *, limit: int | None, max_megapixels: float, every: int = 1) -> ImageSet:
-    """List images without annotations.
+    """List images without annotations, outside the driver, see `data.listings.find_images`.
 
-    Args:
-        session: the engine; the images are listed outside the driver.
-        images: a folder, a glob, a prefix in a store, a video, or a Parquet file with a column uri or path.
-        limit: only the first so many images.
-        max_megapixels: larger images are refused before they are decoded.
-        every: only the first of each so many images or frames.
+    `every` takes only the first of each so many images or frames, `limit` the first so many of these.
     """
     found: FoundImages = session.call(find_images, images)
     return ImageSet(images, None, found.records[::every][:limit], found.remarks, round(max_megapixels * 1e6))
 
 
 def with_ground_truth(session: Session, run: RunFolder, split: CocoSplit) -> CocoSplit:
-    """The split, its ground truth written into the run folder if categories were chosen or it was not in COCO's form.
-
-    Args:
-        session: the engine; the annotations are read outside the driver.
-        run: the run folder, begun.
-        split: the split.
+    """The split, its ground truth written into the run folder if categories were chosen or its form is not COCO's.
 
     Raises:
         UserError: if images, categories or objects are not those that the run was begun with; nothing is written then.

@@ -29,12 +29,7 @@ _MANY_WINDOWS = 100
 
 
 def start_session(engine: EngineName, resources: ResourceChoice, networks: NetworkSpec) -> Session:
-    """Start an engine, and check that the networks' device exists.
-
-    Args:
-        engine: ray or local.
-        resources: the user's actors, batch sizes and timeouts, for ray.
-        networks: the networks of the run. A local engine must have their device, a cluster's head need not.
+    """Start an engine, and check that the networks' device exists: on this machine for `local` alone.
 
     Raises:
         UserError: if there is no such engine, Ray is not installed, or can be neither joined nor started, or there is
@@ -98,17 +93,10 @@ def choose_policies(
     settings: Sequence[str] = (),
     log: Callable[[str], None],
 ) -> list[Policy]:
-    """Policies of an evaluation: those that are named and those of a file.
+    """Policies of an evaluation: those that are named and those of a file, with fields set as `set_fields` does.
 
-    Args:
-        networks: the detector and Scale Net.
-        detector: the detector's declaration.
-        names: names of policies. None: whole, grid-2, regions, scalenet and regions-oracle, without scalenet if there
-            is no Scale Net.
-        policy_file: YAML of further policies.
-        smallest_object: side of the smallest object worth finding, in image pixels (regions).
-        settings: fields to set, see `set_fields`.
-        log: takes a line for the terminal.
+    Without names: whole, grid-2, regions, scalenet and regions-oracle, without scalenet if there is no Scale Net, of
+    which `log` takes a line.
 
     Raises:
         UserError: if there is no policy of a name, or the file or a setting is invalid.
@@ -199,14 +187,6 @@ def settle_workers(
     log: Callable[[str], None],
 ) -> NetworkSpec:
     """Choose the device of the networks, and the engine's workers, as far as the user has left them open.
-
-    Args:
-        session: the engine.
-        networks: the networks.
-        detector: the detector's declaration.
-        policies: policies of the run.
-        images: images of the run.
-        log: takes a line that says what was chosen.
 
     Returns:
         The networks with their device.

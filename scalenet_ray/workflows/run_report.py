@@ -38,13 +38,9 @@ _MOST_FAILURES = 200
 
 
 class ProgressLog:
-    """Progress of a run, passed on to the terminal, recorded for the report, and shown in report.html meanwhile.
+    """Progress of a run, passed on to `report`, recorded for the report, and shown in report.html meanwhile.
 
     A context manager around the work: if an error ends it, the page says so.
-
-    Args:
-        report: takes each progress.
-        run: the run folder, begun.
     """
 
     def __init__(self, report: Callable[[Progress], None], run: RunFolder) -> None:
@@ -97,14 +93,15 @@ def write_summary(
 ) -> Metrics:
     """Write failures.parquet, the COCO results and metrics.json of a finished run.
 
-    results.json holds the first policy's results, results/NAME.json those of each.
+    results.json holds the first policy's results, results/NAME.json those of each; with `name_files` each result has
+    its image's file and size, for images without annotations that would.
 
     Args:
         session: the engine.
         run: the run folder; all policies are done.
         figures: policy -> its metrics; speed and cost are added here.
         total: images of the run.
-        name_files: give each COCO result the image's file and size, for images without annotations that would.
+        name_files: name the images' files.
 
     Returns:
         The content of metrics.json.
@@ -139,10 +136,10 @@ def write_report(
     progress: ProgressLog,
     pictures: int,
 ) -> None:
-    """Write analysis.json and report.html.
+    """Write analysis.json and report.html with at most so many pictures, which are made outside the driver.
 
     Args:
-        session: the engine; pictures are made outside the driver.
+        session: the engine.
         run: the run folder.
         document: the content of metrics.json.
         analysis: result of `analyse_run` or `analyse_detections`.
