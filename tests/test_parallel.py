@@ -33,6 +33,7 @@ TWO = Resources(
 def test_pipelines_side_by_side_equal_recursive_detect(idle_ray: None) -> None:
     records, policy, scenes = records_of(23), policy_of("scalenet"), Scenes(unreadable={2, 23})
     networks = random_networks(policy)
+    assert isinstance(image_stream(records, policy, networks, scenes, Resources()), ImageStream)
     stream = image_stream(records, policy, networks, scenes, TWO)
     assert isinstance(stream, ParallelStream)
     results = []
@@ -64,12 +65,6 @@ def test_a_pipeline_that_dies_ends_the_run_with_a_way_on(idle_ray: None) -> None
     ray.kill(stream._pipelines[1])
     with pytest.raises(RuntimeError, match=r"pipeline's process died.*--resume"):
         list(results)
-
-
-@pytest.mark.ray
-def test_one_pipeline_is_driven_from_here(idle_ray: None) -> None:
-    policy = policy_of("whole")
-    assert isinstance(image_stream(records_of(1), policy, random_networks(policy), Scenes(), Resources()), ImageStream)
 
 
 def test_resources_are_dealt_out_whole() -> None:

@@ -76,18 +76,21 @@ def assert_equals_reference(
 @pytest.mark.parametrize(
     ("name", "resources"),
     [
-        ("grid-2", Resources(scale_actors=3, scale_batch_size=8, detector_batch_size=5)),
+        pytest.param(
+            "grid-2", Resources(scale_actors=3, scale_batch_size=8, detector_batch_size=5), marks=pytest.mark.slow
+        ),
         pytest.param(
             "first-pass",
             Resources(readers=2, scale_actors=3, scale_batch_size=3, detector_batch_size=16),
             marks=pytest.mark.slow,
         ),
-        ("scalenet", Resources(scale_actors=3, scale_batch_size=1, detector_batch_size=16)),
-        (
-            "scalenet",
-            Resources(scale_actors=None, detector_actors=2, detector_batch_size=3),
+        ("scalenet", Resources(scale_actors=2, scale_batch_size=1, detector_batch_size=16)),
+        ("scalenet", Resources(scale_actors=None, detector_actors=2, detector_batch_size=3)),
+        pytest.param(
+            "oracle",
+            Resources(scale_actors=3, detector_actors=(1, 2), scale_batch_size=3, detector_batch_size=1),
+            marks=pytest.mark.slow,
         ),
-        ("oracle", Resources(scale_actors=3, detector_actors=(1, 2), scale_batch_size=3, detector_batch_size=1)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -111,6 +114,7 @@ def test_few_open_images_make_it_slow_but_not_wrong(idle_ray: None) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_no_images_are_no_results(idle_ray: None) -> None:
     policy = policy_of("scalenet")
     assert run([], policy, random_networks(policy), Scenes(), Resources()) == []
@@ -132,6 +136,7 @@ def test_a_tiny_object_store_and_a_slow_detector_do_not_hang(idle_ray: None) -> 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_without_progress_ends_and_has_not_filled_the_store(idle_ray: None, tmp_path: Path) -> None:
     let_go = tmp_path / "let go"
     networks = NetworkFactories(Given(StuckDetector(let_go)), Given(RandomScale()))
@@ -159,30 +164,22 @@ def lives(stream: ImageStream) -> bool:
 
 
 @pytest.mark.ray
-def test_a_stream_that_is_abandoned_stops_its_queue_and_keeps_its_seconds(idle_ray: None) -> None:
+def test_a_stream_that_is_abandoned_stops_its_queue_and_leaves_ray_datas_settings_as_they_were(idle_ray: None) -> None:
+    context = DataContext.get_current()
+    before = {field.name: getattr(context, field.name) for field in dataclasses.fields(context)}
+    order = context.execution_options.preserve_order
     policy = policy_of("grid-2")
     stream = ImageStream(records_of(40), policy, random_networks(policy), Scenes(), Resources(readers=1))
     results = iter(stream)
     next(results)
     results.close()
+    assert {field.name: getattr(context, field.name) for field in dataclasses.fields(context)} == before
+    assert context.execution_options.preserve_order == order
     give_up = time.monotonic() + 60
     while lives(stream):
         assert time.monotonic() < give_up
     assert stream.seconds_at_work() > 0
     assert stream.status().admitted > 0
-
-
-@pytest.mark.ray
-def test_a_run_leaves_ray_datas_settings_as_they_were(idle_ray: None) -> None:
-    context = DataContext.get_current()
-    before = {field.name: getattr(context, field.name) for field in dataclasses.fields(context)}
-    order = context.execution_options.preserve_order
-    policy = policy_of("whole")
-    stream = iter(ImageStream(records_of(3), policy, random_networks(policy), Scenes(), Resources()))
-    next(stream)
-    stream.close()  # type: ignore[attr-defined]
-    assert {field.name: getattr(context, field.name) for field in dataclasses.fields(context)} == before
-    assert context.execution_options.preserve_order == order
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def log(tmp_path: Path) -> WorkLog:
         pytest.param("read", Exit, marks=pytest.mark.slow),
         ("look", Exit),
         pytest.param("detect", Exit, marks=pytest.mark.slow),
-        ("detect", Hang),
+        pytest.param("detect", Hang, marks=pytest.mark.slow),
     ],
 )
 def test_an_image_that_kills_or_hangs_its_process_each_time_fails_alone(

@@ -130,6 +130,7 @@ def test_a_killed_run_taken_up_again_ends_with_the_same_weights(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.chaos
 def test_a_worker_that_is_killed_is_replaced_and_the_weights_are_the_same(
     idle_ray: None, undisturbed: tuple[Weights, Rows, Path], tmp_path: Path
@@ -158,6 +159,7 @@ def test_a_full_disk_ends_the_run_and_it_can_be_taken_up(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_nan_loss_stops_with_the_step_and_the_images_and_is_not_tried_again(idle_ray: None, tmp_path: Path) -> None:
     rows: Rows = []
     # Steps 0 to 2 are the first epoch.
