@@ -244,17 +244,6 @@ def refused(pictures: Path, output: Path, capsys: pytest.CaptureFixture[str], po
     return line
 
 
-def test_an_exception_on_every_image_is_refused_before_the_run(
-    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with answering(raise_on(*range(COUNT))):
-        line = refused(pictures, tmp_path / "run", capsys)
-    assert line == (
-        f"error: detector '{SCRIPTED}': {QUOTED}: so on each of the first 3 images, and the run ends; correct the "
-        "detector, or choose another one"
-    )
-
-
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
@@ -292,13 +281,6 @@ def test_a_detector_of_one_canvas_takes_the_default_policy_with_a_first_look_of_
     with answering(lambda tiles: [one_box(tile) for tile in tiles]):
         info = NetworkSpec(SCRIPTED).describe_detector()
         assert named_policies(["regions"], NetworkSpec(), info)[0].largest_side == 128
-
-
-def test_one_image_tells_what_the_detector_raised() -> None:
-    image = np.zeros((*HW, 3), np.uint8)
-    with answering(raise_on(0)), pytest.raises(UserError, match="the image could not be worked on") as error:
-        get_scaled_prediction(image, Scripted(), policy="whole", verbose=0)
-    assert QUOTED in str(error.value)
 
 
 @pytest.mark.parametrize("categories", [{"1": "square", "2": "disc"}, ["nothing", "square", "disc"]])

@@ -125,14 +125,6 @@ def test_any_cluster_and_trial_give_resources_that_are_valid(
         assert limits(resources.detector_actors)[1] == max(1, gpus + more)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"readers": 0}, {"detector_actors": (3, 2)}, {"scale_actors": 0}, {"gpus_per_detector_actor": -1}]
-)
-def test_a_choice_out_of_range_is_refused_before_there_is_a_cluster(wrong: dict) -> None:
-    with pytest.raises(UserError, match="must be"):
-        ResourceChoice(**wrong)
-
-
 def test_a_choice_of_everything_needs_no_trial() -> None:
     numbers = {"readers": 1, "detector_actors": 1, "scale_batch_size": 8, "detector_batch_size": 16}
     assert ResourceChoice(**numbers).is_complete

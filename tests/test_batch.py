@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from scalenet_ray.core.answers import MOST_FAILED
-from scalenet_ray.core.detections import ImageResult
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.networks import NetworkFactories
 from scalenet_ray.data.image_records import ImageRecord
@@ -245,22 +244,6 @@ def test_images_that_failed_are_tried_again_alone_and_their_records_are_supersed
     ).finish()
     assert tables(run) == tables(other)
     assert run.find_failures([POLICY.name]).num_rows == 0
-
-
-def test_an_error_of_the_engine_ends_the_run_and_keeps_what_is_written(tmp_path: Path) -> None:
-    class Breaking(LocalStream):
-        def __iter__(self) -> Iterator[ImageResult]:
-            for i, result in enumerate(super().__iter__()):
-                if i == 5:
-                    raise RuntimeError("the engine broke")
-                yield result
-
-    run = RunFolder(str(tmp_path / "run"))
-    with pytest.raises(RuntimeError, match="the engine broke"):
-        PolicyRun(
-            RECORDS, POLICY.name, lambda left: Breaking(left, POLICY, networks(None), SCENES), run, ignore
-        ).finish()
-    assert len(run.finished(POLICY.name)) == 5
 
 
 # --- opening images -----------------------------------------------------------------------------------------

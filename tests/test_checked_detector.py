@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,10 +32,23 @@ def checked(**parts: Any) -> CheckedDetector:
     return CheckedDetector(scripted(**parts), "mine:Net")
 
 
-def test_an_exception_costs_the_tile_on_which_it_is_raised_alone() -> None:
-    answers = checked(answer=raise_on_bad)([GOOD, BAD, GOOD])
-    assert [type(answer) for answer in answers] == [Detections, TileError, Detections]
-    assert str(answers[1]) == "the detector raised RuntimeError: max(): Expected reduction dim to be specified"
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError(TEXT), "the detector raised RuntimeError: max(): Expected reduction dim to be specified"),
+        (TileError("too bright"), "too bright"),
+        (SystemExit(3), "the detector raised SystemExit: 3"),
+    ],
+)
+def test_an_exception_costs_the_tile_on_which_it_is_raised_alone(error: BaseException, reason: str) -> None:
+    def answer(tiles: Sequence[np.ndarray]) -> list[Any]:
+        if any(tile.any() for tile in tiles):
+            raise error
+        return [one_box(tile) for tile in tiles]
+
+    answers = checked(answer=answer)([GOOD, BAD, GOOD])
+    assert [type(each) for each in answers] == [Detections, TileError, Detections]
+    assert str(answers[1]) == reason
 
 
 def test_a_batch_that_raises_and_no_tile_alone_costs_nothing() -> None:
@@ -54,16 +66,6 @@ def test_an_exception_of_an_iterator_costs_its_tile() -> None:
     assert [type(answer) for answer in answers] == [Detections, TileError]
 
 
-def test_a_tile_error_that_is_raised_keeps_its_reason() -> None:
-    def broken(tiles: Sequence[np.ndarray]) -> list[Any]:
-        if any(tile.any() for tile in tiles):
-            reason = "too bright"
-            raise TileError(reason)
-        return [one_box(tile) for tile in tiles]
-
-    assert str(checked(answer=broken)([BAD, GOOD])[0]) == "too bright"
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OutOfMemoryError, MemoryError])
 def test_what_is_no_fault_of_a_tile_is_let_through(error: type[BaseException]) -> None:
     def stop(tiles: Sequence[np.ndarray]) -> list[Any]:
@@ -71,16 +73,6 @@ def test_what_is_no_fault_of_a_tile_is_let_through(error: type[BaseException]) -
 
     with pytest.raises(OutOfMemoryError if error is MemoryError else error):
         checked(answer=stop)([GOOD, BAD])
-
-
-def test_an_exit_of_the_process_costs_the_tile_on_which_it_is_asked_for() -> None:
-    def leave_on_bad(tiles: Sequence[np.ndarray]) -> list[Any]:
-        if any(tile.any() for tile in tiles):
-            sys.exit(3)
-        return [one_box(tile) for tile in tiles]
-
-    answers = checked(answer=leave_on_bad)([GOOD, BAD])
-    assert [str(answer) for answer in answers[1:]] == ["the detector raised SystemExit: 3"]
 
 
 def test_too_few_answers_to_a_batch_cost_the_tile_that_is_left_out() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -13,7 +12,6 @@ import pytest
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import OutOfMemoryError, TileError, UserError
-from scalenet_ray.data.images import read_image
 from scalenet_ray.models.checked_detector import CheckedDetector
 from scalenet_ray.models.detector_check import Agreement, agreement, follows_size, three_views, try_detector
 from scalenet_ray.models.detectors import load_detector
@@ -100,16 +98,6 @@ def test_the_samples_detector_is_taken_and_refused_once_it_resizes(
     tried(sample, images, **parts)
     with pytest.raises(UserError, match="resizes its tiles"):
         tried(resized(to, sample), images, **parts)
-
-
-def test_a_real_detector_is_taken_and_refused_once_it_resizes(real_data: Path) -> None:
-    net = load_detector(f"yolox-onnx:{real_data}/models/yolox_nano_dynamic.onnx")
-    paths = sorted((real_data / "coco" / "val2017").glob("*.jpg"))[:3]
-    images = [read_image(path) for path in paths]
-    parts = {"input_side": net.input_side, "categories": net.categories}
-    tried(net, images, **parts)
-    with pytest.raises(UserError, match="resizes its tiles"):
-        tried(resized(longer_side(640), net), images, **parts)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.3])

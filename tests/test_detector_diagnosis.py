@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,50 +72,47 @@ def _described(detector: Any) -> Any:
     return detector
 
 
-def test_a_detector_that_resizes_its_tiles_is_told() -> None:
-    def answer(tiles: Sequence[np.ndarray]) -> list[Any]:
-        return sound_of(resized(longer_side(128), perfect)(tiles))
+_CALLS = itertools.count()
 
-    assert any("resizes its tiles, which undoes the zoom" in fault for fault in diagnosed(thresholded(answer)).faults)
+
+@pytest.mark.parametrize(
+    ("answer", "parts", "said"),
+    [
+        (lambda tiles: sound_of(resized(longer_side(128), perfect)(tiles)), {}, "resizes its tiles, which undoes the"),
+        (
+            lambda tiles: [(b, s if len(tiles) == 1 else s * 0.4, c) for b, s, c in sound(tiles)],
+            {},
+            "answers a tile otherwise in a batch than alone",
+        ),
+        (
+            lambda tiles: [(b, s * (0.35 if next(_CALLS) % 2 else 1.0), c) for b, s, c in sound(tiles)],
+            {},
+            "otherwise the second time",
+        ),
+        (
+            lambda tiles: [(b * 3, s, c) for b, s, c in sound(tiles)],
+            {},
+            "boxes lie outside a tile of 96 x 128, such as [",
+        ),
+        (
+            lambda tiles: sound_of(perfect(tiles)),
+            {},
+            "none of its 3 boxes scores below 0.25, though the threshold is 0.01",
+        ),
+        (sound, {"categories": {1: "LABEL_1", 2: "disc"}}, "1 of 2 classes have no name, such as 'LABEL_1': name them"),
+    ],
+)
+def test_a_fault_is_told(answer: Any, parts: dict[str, Any], said: str) -> None:
+    assert any(said in fault for fault in diagnosed(thresholded(answer, **parts)).faults)
 
 
 def sound_of(found: Sequence[Any]) -> list[Any]:
     return [(each.boxes, each.scores, each.labels) for each in found]
 
 
-def test_answers_that_depend_on_the_batch_are_told() -> None:
-    def answer(tiles: Sequence[np.ndarray]) -> list[Any]:
-        return [(b, s if len(tiles) == 1 else s * 0.4, c) for b, s, c in sound(tiles)]
-
-    assert "answers a tile otherwise in a batch than alone" in only_fault(thresholded(answer))
-
-
-def test_answers_that_change_are_told() -> None:
-    calls = iter(range(10**6))
-
-    def answer(tiles: Sequence[np.ndarray]) -> list[Any]:
-        factor = 1.0 if next(calls) % 2 else 0.35
-        return [(b, s * factor, c) for b, s, c in sound(tiles)]
-
-    assert any("otherwise the second time" in fault for fault in diagnosed(thresholded(answer)).faults)
-
-
-def test_classes_without_a_name_are_told() -> None:
-    fault = only_fault(thresholded(sound, categories={1: "LABEL_1", 2: "disc"}))
-    assert fault.startswith("1 of 2 classes have no name, such as 'LABEL_1': name them")
-
-
 def test_names_that_are_none_are_numbers_and_labels() -> None:
     none = ["", " ", "0", "17", "LABEL_3", "class 4", "Class-5", "category6"]
     assert unnamed([*none, "person", "N/A", "3d printer", "class", "boeing 747", "label maker"]) == none
-
-
-def test_boxes_of_another_size_are_told() -> None:
-    def answer(tiles: Sequence[np.ndarray]) -> list[Any]:
-        return [(b * 3, s, c) for b, s, c in sound(tiles)]
-
-    faults = diagnosed(thresholded(answer)).faults
-    assert any("boxes lie outside a tile of 96 x 128, such as [" in fault for fault in faults)
 
 
 def test_an_invalid_answer_ends_the_diagnosis_with_its_reason() -> None:
@@ -124,13 +122,6 @@ def test_an_invalid_answer_ends_the_diagnosis_with_its_reason() -> None:
     diagnosis = diagnosed(thresholded(answer))
     assert len(diagnosis.faults) == 1
     assert "scores must be between 0 and 1, got 81: divide percentages by 100" in diagnosis.faults[0]
-
-
-def test_a_threshold_of_its_own_is_told() -> None:
-    def answer(tiles: Sequence[np.ndarray]) -> list[Any]:
-        return sound_of(perfect(tiles))
-
-    assert "none of its 3 boxes scores below 0.25, though the threshold is 0.01" in only_fault(thresholded(answer))
 
 
 def test_a_score_threshold_that_does_not_reach_it_is_told() -> None:

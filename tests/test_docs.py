@@ -77,18 +77,6 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors_of(place), target
 
 
-PYTHON = [
-    pytest.param(block.text, id=f"{name_of(path)}-{i}")
-    for path in PAGES
-    for i, block in enumerate(blocks_of(path, "python"))
-]
-
-
-@pytest.mark.parametrize("text", PYTHON)
-def test_every_python_block_compiles(text: str) -> None:
-    compile(text, "a block", "exec")
-
-
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_every_block_says_what_it_is(path: Path) -> None:
     fences = re.findall(r"^ *(`{3,}.*)$", path.read_text(), re.MULTILINE)

@@ -231,30 +231,6 @@ def ids_of(lease: Lease | None) -> list[TileId]:
     return [work.id for work in lease.work]
 
 
-def test_deepest_tiles_come_first_then_the_oldest_image() -> None:
-    frontier = Frontier(records_of(3), max_open_images=3)
-    first = frontier.lease(0, 0, 3)
-    assert first is not None
-    one, two, three = first.work
-    frontier.complete([completion(two, 2), completion(one, 2)])
-    second = frontier.lease(0, 1, 3)
-    assert second is not None
-    assert ids_of(second) == [(1, (0,)), (1, (1,)), (2, (0,))]
-    frontier.complete([completion(second.work[2], 1)])
-    assert ids_of(frontier.lease(0, 2, 9)) == [(2, (0, 0)), (2, (1,))]
-    assert three.id == (3, ())
-
-
-def test_a_reader_without_work_takes_what_is_more_than_another_can() -> None:
-    frontier = Frontier(records_of(1), max_open_images=1)
-    lease = frontier.lease(0, 0, 1)
-    assert lease is not None
-    frontier.complete([completion(lease.work[0], 5)])
-    assert ids_of(frontier.lease(1, 0, 2)) == [(1, (0,)), (1, (1,))]
-    assert ids_of(frontier.lease(1, 1, 3)) == []
-    assert ids_of(frontier.lease(0, 1, 3)) == [(1, (2,)), (1, (3,)), (1, (4,))]
-
-
 def limited(count: int, *, shares: int = 1, max_bytes: int = 10**9, policy: str = "scalenet") -> Frontier:
     records = [ImageRecord(i, f"{i}.png", 64, 64) for i in range(1, count + 1)]
     return Frontier(records, count, LeaseLimits(policy_of(policy), shares, max_bytes))
@@ -297,17 +273,6 @@ def test_an_image_of_unknown_size_counts_as_the_largest_that_its_tile_may_be() -
     assert limits.bytes_of(Work(unknown.image, child_tile(1, (0,)), Fraction(1))) == 3 * 8 * 8
 
 
-def test_no_image_is_opened_while_there_is_enough_to_do() -> None:
-    frontier = Frontier(records_of(9), max_open_images=9)
-    lease = frontier.lease(0, 0, 1)
-    assert lease is not None
-    frontier.complete([completion(lease.work[0], 4)])
-    frontier.lease(0, 1, 4)
-    assert frontier.status().admitted == 1
-    frontier.lease(0, 2, 2)
-    assert frontier.status().admitted == 3
-
-
 def test_what_is_remembered_does_not_grow_with_the_images() -> None:
     frontier = Frontier(records_of(300), max_open_images=4)
     sequences = [0, 0]
@@ -326,13 +291,6 @@ def test_what_is_remembered_does_not_grow_with_the_images() -> None:
     assert frontier.status().admitted == 300
     assert remembered(frontier) == 0
     assert most < 60
-
-
-def test_a_tile_that_was_never_leased_cannot_be_completed() -> None:
-    frontier = Frontier(records_of(1), max_open_images=1)
-    frontier.lease(0, 0, 1)
-    with pytest.raises(KeyError):
-        frontier.complete([Completion(1, (5,), decision_of((1, (5,)), 0))])
 
 
 def test_a_queue_that_may_open_no_image_is_refused() -> None:

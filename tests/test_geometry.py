@@ -45,12 +45,6 @@ def test_whole_tile_pixels_carried_to_the_image_and_back_stay_within_half_a_tile
     assert np.abs(back - points).max() < 0.5
 
 
-@given(tiles())
-def test_the_corners_of_a_tile_are_the_corners_of_its_window(tile: Tile) -> None:
-    whole = np.array([[0, 0, tile.width, tile.height]])
-    np.testing.assert_allclose(boxes_to_image(whole, tile)[0], tile.window.xyxy, rtol=1e-6)
-
-
 def test_boxes_are_carried_as_worked_by_hand() -> None:
     # 40 x 20 pixels of the image at (10, 30) become 80 x 60: 2 tile pixels for one along x, 3 along y.
     tile = Tile(7, (0,), (100, 100), Window(10, 30, 50, 50), 60, 80)
@@ -89,12 +83,6 @@ def test_what_is_drawn_in_the_image_is_found_in_the_tile_within_half_a_tile_pixe
 def test_an_empty_window_or_one_that_starts_before_the_image_is_refused(xyxy: tuple[int, int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"a window must have 0 <= x0 < x1 and 0 <= y0 < y1, got \("):
         Window(*xyxy)
-
-
-def test_a_windows_sides_and_area_are_half_open() -> None:
-    window = Window(2, 3, 7, 5)
-    assert (window.width, window.height, window.area) == (5, 2, 10)
-    assert window.xyxy == (2, 3, 7, 5)
 
 
 @pytest.mark.parametrize("window", [Window(0, 0, 11, 10), Window(0, 0, 10, 21)])

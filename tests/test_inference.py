@@ -86,15 +86,6 @@ def test_the_detector_is_asked_once_and_what_it_saw_travels_on() -> None:
     assert [None if one.detections is None else len(one.detections) for one in seen] == [2, 2, None, None]
 
 
-@pytest.mark.parametrize("kind", ["scalenet", "oracle"])
-def test_a_policy_without_a_first_pass_leaves_the_detector_alone(kind: str) -> None:
-    detect = CountingDetector(PerfectDetector(1))
-    pixels, tiles = _batch()
-    seen = predict_scales(pixels, tiles, _policy(kind), detect=detect, predict_scale=SeeingScale())
-    assert detect.calls == 0
-    assert all(one.detections is None for one in seen)
-
-
 @pytest.mark.parametrize("kind", ["whole", "grid", "random"])
 def test_a_policy_that_needs_to_see_nothing_asks_nobody(kind: str) -> None:
     pixels, tiles = _batch()
@@ -120,16 +111,6 @@ def test_a_missing_network_is_named(kind: str, message: str) -> None:
     pixels, tiles = _batch()
     with pytest.raises(ValueError, match=message):
         predict_scales(pixels, tiles, _policy(kind))
-
-
-def test_a_net_that_answers_for_fewer_tiles_is_a_bug() -> None:
-    class Short(SeeingScale):
-        def __call__(self, pixels: Any, tiles: Any) -> list:
-            return super().__call__(pixels, tiles)[:-1]
-
-    pixels, tiles = _batch()
-    with pytest.raises(ValueError, match=r"zip\(\)"):
-        predict_scales(pixels, tiles, _policy("scalenet"), predict_scale=Short())
 
 
 # --- who breaks -------------------------------------------------------------------------------------
@@ -255,18 +236,6 @@ def test_a_batch_of_many_images_is_detected_in_one_call_and_carried_each_to_its_
     assert (other.image_id, other.path, other.detections.depth.tolist()) == (2, (0,), [1])
 
 
-def test_what_the_detector_has_seen_it_is_not_asked_again() -> None:
-    tiles = [_tile(i) for i in range(3)]
-    pixels = [draw_squares((64, 64), np.array([[10, 10, 20, 20]]))] * 3
-    seen = Detections(np.array([[1.0, 2, 3, 4]]), np.array([0.5]), np.array([2]))
-    detect = CountingDetector(PerfectDetector(1))
-    results = _detect(tiles, pixels, detect, [None, seen, None])
-    assert len(detect.sizes_hw) == 2
-    assert [r.detections.labels.tolist() for r in results] == [[1], [2], [1]]
-    # It was computed once, and is counted here.
-    assert [r.detector_passes for r in results] == [1.0, 1.0, 1.0]
-
-
 def test_a_canvas_need_not_be_square() -> None:
     class Wide(PerfectDetector):
         def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
@@ -308,15 +277,6 @@ def test_nan_that_a_detector_lets_through_fails_its_tile() -> None:
     assert result.failure is not None
     assert result.failure.stage == "detect"
     assert result.failure.reason.startswith("the detector gave boxes or scores that are NaN or infinite")
-
-
-def test_a_detector_that_answers_for_fewer_tiles_is_a_bug() -> None:
-    class Short(PerfectDetector):
-        def __call__(self, pixels: Any) -> list:
-            return super().__call__(pixels)[:-1]
-
-    with pytest.raises(ValueError, match=r"zip\(\)"):
-        _detect([_tile()], [np.zeros((64, 64, 3), np.uint8)], Short())
 
 
 def test_what_was_known_of_a_tile_stays() -> None:

@@ -111,12 +111,6 @@ def test_nms_equals_its_definition(found: Detections, threshold: float) -> None:
     assert kept.tolist() == _brute_nms(found, threshold)
 
 
-def test_an_overlap_of_just_the_threshold_is_kept() -> None:
-    boxes = _spans((0, 10), (0, 5))
-    assert nms(boxes, np.array([0.9, 0.8]), np.ones(2), 0.5).tolist() == [0, 1]
-    assert nms(boxes, np.array([0.9, 0.8]), np.ones(2), 0.499).tolist() == [0]
-
-
 # --- soft-NMS ---------------------------------------------------------------------------------------
 
 
@@ -135,14 +129,6 @@ def _brute_soft_nms(found: Detections, merging: Merging) -> np.ndarray:
             elif overlap > merging.iou_threshold:
                 scores[i] *= 1 - overlap
     return scores
-
-
-def test_linear_soft_nms_leaves_alone_what_overlaps_by_the_threshold_or_less() -> None:
-    boxes, scores = _spans((0, 10), (0, 5)), np.array([0.9, 0.8])
-    at = dataclasses.replace(LINEAR, iou_threshold=0.5)
-    np.testing.assert_allclose(soft_nms(boxes, scores, np.ones(2), at), [0.9, 0.8], rtol=1e-6)
-    under = dataclasses.replace(LINEAR, iou_threshold=0.499)
-    np.testing.assert_allclose(soft_nms(boxes, scores, np.ones(2), under), [0.9, 0.4], rtol=1e-6)
 
 
 @given(heaps(15), st.sampled_from([LINEAR, GAUSSIAN]), st.sampled_from([0.0, 0.05, 0.3]))
@@ -249,25 +235,6 @@ def test_tiles_that_agree_raise_a_score_and_one_that_finds_nothing_lowers_it() -
     assert agreed.scores.tolist() == pytest.approx([0.5 ** (7 / 8)])
     assert alone.scores.tolist() == pytest.approx([((0.5 + 0.5 * coarse / (clear + coarse)) / 2) ** (7 / 8)])
     assert alone.scores[0] < doubted.scores[0] < 0.5 < agreed.scores[0]
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        dataclasses.replace(VIEWS[1], window=Window(0, 0, 13, 40)),
-        dataclasses.replace(VIEWS[1], valid_area=AreaRange(0.0, 60.0)),
-        dataclasses.replace(VIEWS[1], window=Window(20, 20, 40, 40)),
-    ],
-)
-def test_a_tile_that_cuts_an_object_or_may_not_keep_its_size_has_no_vote(other: Tile) -> None:
-    assert _votes(((5, 13), 0.5), (None, None), views=(VIEWS[0], other)).scores.tolist() == [0.5]
-
-
-def test_a_tile_that_shows_an_object_larger_decides_more_on_its_sides() -> None:
-    merged = _votes(((4, 12), 0.5), ((5, 13), 0.5))
-    # The squares of 1 and 3 tile pixels for an image pixel.
-    assert merged.boxes.tolist() == [pytest.approx([4.9, 4, 12.9, 12])]
-    assert len(_votes(((4, 12), 0.5), ((8, 16), 0.5))) == 2
 
 
 @given(heaps())

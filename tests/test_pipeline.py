@@ -284,25 +284,8 @@ def test_the_first_of_two_results_of_a_tile_counts() -> None:
     assert result.failure is None
 
 
-def test_what_comes_after_an_image_is_finished_is_dropped() -> None:
-    assembler = Assembler(Merging(), IMAGES)
-    assert len(assembler.add([TileResult(1, (), Fraction(1))])) == 1
-    assert assembler.add([TileResult(1, (), Fraction(1)), TileResult(1, (0,), Fraction(1, 2))]) == []
-    assert assembler.unfinished == []
-
-
 def test_tiles_worth_more_than_their_image_are_a_bug_that_is_named() -> None:
     assembler = Assembler(Merging(), IMAGES)
     assembler.add([TileResult(7, (0,), Fraction(2, 3))])
     with pytest.raises(RuntimeError, match=r"image 7 has tiles worth 7/6 of it, more than 1: \[\(0,\), \(1,\)\]"):
         assembler.add([TileResult(7, (1,), Fraction(1, 2))])
-
-
-def test_a_failed_tile_fails_its_image_and_shows_none_of_its_boxes() -> None:
-    found = Detections(np.array([[1, 1, 9, 9]]), np.array([0.9]), np.array([1]))
-    assembler = Assembler(Merging(), IMAGES)
-    assembler.add([TileResult(1, (0,), Fraction(1, 2), found, image_hw=(20, 20))])
-    (result,) = assembler.add([TileResult(1, (), Fraction(1, 2), failure=Failure("look", "NaN"))])
-    assert result.failure == Failure("look", "NaN")
-    assert len(result.detections) == 0
-    assert result.image_hw == (20, 20)

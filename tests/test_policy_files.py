@@ -164,6 +164,8 @@ def test_a_wrong_setting_names_the_field_its_type_and_near_ones(setting: str, me
         ),
         ("recursion.window", {"from": 0.6, "to": 0.3}, "the range is empty"),
         ("recursion.price", {"from": 0, "to": 1, "log": True}, "above 0 if log"),
+        ("recursion.price", {"from": 0.0, "to": float("inf")}, r"recursion\.price"),
+        ("recursion.price", {"from": 0.1, "to": 0.5, "log": "yes"}, r"recursion\.price"),
         ("recursion.max_windows", {"from": 0.5, "to": 6}, "must go from one whole number to a higher one"),
         ("recursion.window", {"of": []}, r"must be {from: LOW, to: HIGH} or {of: \[VALUE, ...\]}, got {'of': \[\]}"),
         ("merging.method", {"from": 1, "to": 2}, r"must be {of: \[VALUE, ...\]}, got"),
@@ -271,13 +273,3 @@ def test_the_shipped_space_holds_the_default_policy_whatever_the_detector(iou_th
     policy = parse_policy(DetectImages.policy, input_side=640, iou_threshold=iou_threshold)
     check_values(space, [policy])
     assert start_values(policy, space) is not None
-
-
-def test_values_that_go_together_pass() -> None:
-    check_values(SearchSpace((POLICY.name,), {"recursion.scale_range.low": Range(0.5, 1.2)}), [POLICY])
-
-
-@pytest.mark.parametrize("ends", [{"from": 0.0, "to": float("inf")}, {"from": 0.1, "to": 0.5, "log": "yes"}])
-def test_a_range_without_an_end_is_refused(tmp_path: Path, ends: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"recursion\.price"):
-        read_space(written(tmp_path, space(**{"recursion.price": ends})))

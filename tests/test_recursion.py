@@ -209,14 +209,6 @@ def test_the_limit_on_windows_acts_once_and_is_counted() -> None:
     assert expansion.guards == ()
 
 
-def test_a_chain_that_runs_out_of_windows_says_so() -> None:
-    policy = _topk(max_windows=2, max_depth=10)
-    walked = _walk(policy.root(1, (84, 84)), policy, OscillatingScale())
-    assert [tile.depth for tile, _ in walked] == [0, 1, 2]
-    assert _guards(walked) == ["max_windows"]
-    assert [expansion.detect for _, expansion in walked] == [False, False, True]
-
-
 def test_a_fixed_zoom_ends_at_its_depth_by_its_own_rule() -> None:
     policy = _policy(max_windows=40, max_depth=2)
     walked = _walk(policy.root(1, (64, 64)), policy, ConstantScale(scale_class=1))
@@ -300,33 +292,23 @@ def test_nothing_out_of_range_is_finished() -> None:
 # --- method 1 and method 2 --------------------------------------------------------------------------
 
 
-def _probabilities(class_1: float) -> ScaleMap:
-    """One cell whose most probable class is background unless class 1 is above a half."""
-    prob = np.zeros((NUM_CLASSES, 1, 1))
-    prob[0], prob[1] = 1 - class_1, class_1
-    return ScaleMap(prob=prob)
-
-
 @pytest.mark.parametrize(
-    ("method", "class_1", "cut"),
-    [("class", 0.51, True), ("class", 0.49, False), ("confidence", 0.31, True), ("confidence", 0.29, False)],
+    ("rules", "prob", "cut"),
+    [
+        ({"method": "class"}, [0.49, 0.51], True),
+        ({"method": "class"}, [0.51, 0.49], False),
+        ({"method": "confidence"}, [0.69, 0.31], True),
+        ({"method": "confidence"}, [0.71, 0.29], False),
+        # Just the threshold does not exceed it.
+        ({"method": "confidence", "threshold": 0.5}, [0.5, 0.5], False),
+        # Confidences of several small classes add up.
+        ({"method": "confidence", "small_classes": (1, 2)}, [0.6, 0.2, 0.2], True),
+    ],
 )
-def test_method_1_asks_for_the_class_and_method_2_for_its_confidence(method: str, class_1: float, cut: bool) -> None:
-    policy = _policy(method=method, threshold=0.3)
-    expansion = expand(policy.root(1, (64, 64)), _probabilities(class_1), policy)
-    assert len(expansion.children) == cut
-
-
-def test_a_confidence_of_just_the_threshold_does_not_exceed_it() -> None:
-    policy = _policy(method="confidence", threshold=0.5)
-    assert expand(policy.root(1, (64, 64)), _probabilities(0.5), policy).children == ()
-
-
-def test_the_confidence_of_several_small_classes_adds_up() -> None:
-    policy = _policy(method="confidence", small_classes=(1, 2), threshold=0.3)
-    prob = np.zeros((NUM_CLASSES, 1, 1))
-    prob[:4, 0, 0] = [0.6, 0.2, 0.2, 0.0]
-    assert len(expand(policy.root(1, (64, 64)), ScaleMap(prob=prob), policy).children) == 1
+def test_method_1_asks_for_the_class_and_method_2_for_its_confidence(rules: dict, prob: list, cut: bool) -> None:
+    policy = _policy(**rules)
+    cell = np.array(prob + [0.0] * (NUM_CLASSES - len(prob)))[:, None, None]
+    assert len(expand(policy.root(1, (64, 64)), ScaleMap(prob=cell), policy).children) == cut
 
 
 def test_gain_ranks_the_windows_but_only_of_what_is_out_of_range() -> None:
@@ -377,39 +359,55 @@ def test_a_chain_of_canvases_is_as_worked_by_hand() -> None:
     assert _guards(walked) == []
 
 
-def test_a_canvas_with_scales_on_both_sides_has_one_child_and_not_two() -> None:
-    # What a network says is never exactly 0 or 1: a few cells are always under R_L.
-    policy = _topk()
-    scale = np.full((6, 6), 3.0)
-    scale[0, 0] = 0.5
-    expansion = expand(policy.root(1, (84, 84)), ScaleMap(scale=scale), policy)
-    assert [(child.path, child.height) for child in expansion.children] == [((0,), 28)]
+def _scales(side: int, cells: dict[tuple[int, int], float], elsewhere: float = 0.0) -> ScaleMap:
+    scale = np.full((side, side), elsewhere)
+    for at, value in cells.items():
+        scale[at] = value
+    return ScaleMap(scale=scale)
 
 
-def test_a_window_whose_topk_is_in_range_is_finished() -> None:
-    # One cell of 36 is too large, but the mean of the top 15 % (six cells) is (1.2 + 5 * 1.0) / 6 = 1.033.
-    policy = _topk()
-    scale = np.full((6, 6), 1.0)
-    scale[2, 3] = 1.2
-    assert expand(policy.root(1, (84, 84)), ScaleMap(scale=scale), policy) == Expansion(detect=True)
+HALF = {"window": 0.5}
+BOUNDS = {"k": 1.0, "scale_range": ScaleRange(0.5, 2.0)}
+WIDE = {"k": 1.0, "scale_range": ScaleRange(0.8, 2.0)}
+BOTH_ENDS = ((0, 0, 40, 40), (40, 40, 80, 80))
 
 
-def test_a_topk_on_a_bound_of_the_range_is_in_range() -> None:
-    # With k = 1 the means are (3 + 1) / 2 = 2 and (.25 + .75) / 2 = .5.
-    policy = _topk(k=1.0, scale_range=ScaleRange(0.5, 2.0))
-    for scale in ([[3.0, 1.0]], [[0.25, 0.75]]):
-        assert expand(policy.root(1, (84, 84)), ScaleMap(scale=np.array(scale)), policy) == Expansion(detect=True)
-
-
-def test_a_finished_window_is_detected_even_where_another_window_covers_it() -> None:
-    # Too large at (2, 3): its window of 4 x 4, rows 1 to 4, averages (2.1 + .1) / 2 = 1.1, in range. Too small: rows 2
-    # to 5 average (2.1 + .1 + .1 + .1) / 4 = .6 and are rescaled, all four cells of them.
-    policy = _topk(window=0.5, k=1.0, scale_range=ScaleRange(0.8, 2.0))
-    scale = np.zeros((8, 8))
-    scale[2, 3], scale[2, 4], scale[5, 3], scale[5, 4] = 2.1, 0.1, 0.1, 0.1
-    expansion = expand(policy.root(1, (80, 80)), ScaleMap(scale=scale), policy)
-    assert [child.window.xyxy for child in expansion.children] == [(20, 20, 60, 60)]
-    assert expansion.detect
+@pytest.mark.parametrize(
+    ("rules", "scales", "windows", "guards", "detect"),
+    [
+        # What a network says is never exactly 0 or 1: a few cells are always under R_L.
+        pytest.param({}, _scales(6, {(0, 0): 0.5}, 3.0), ((0, 0, 80, 80),), (), False, id="one child, not two"),
+        # The mean of the top 15 % (six cells) is (1.2 + 5 * 1.0) / 6 = 1.033.
+        pytest.param({}, _scales(6, {(2, 3): 1.2}, 1.0), (), (), True, id="in range"),
+        pytest.param(BOUNDS, _scales(2, {(0, 0): 3.0, (0, 1): 1.0}), (), (), True, id="on R_H"),
+        pytest.param(BOUNDS, _scales(2, {(0, 0): 0.25, (0, 1): 0.75}), (), (), True, id="on R_L"),
+        # Too large at (2, 3): its window, rows 1 to 4, averages (2.1 + .1) / 2 = 1.1, in range. Too small: rows 2 to 5
+        # average (2.1 + .1 + .1 + .1) / 4 = .6 and are rescaled, all four cells of them.
+        pytest.param(
+            HALF | WIDE,
+            _scales(8, {(2, 3): 2.1, (2, 4): 0.1, (5, 3): 0.1, (5, 4): 0.1}),
+            ((20, 20, 60, 60),),
+            (),
+            True,
+            id="a finished window that another one covers is detected",
+        ),
+        pytest.param(HALF, _scales(8, {(0, 0): 3.0, (7, 7): 4.0}), BOTH_ENDS, (), False, id="all in windows"),
+        pytest.param(HALF, _scales(8, {(0, 0): 3.0, (7, 7): 1.0}), BOTH_ENDS[:1], (), True, id="one is in range"),
+        pytest.param(
+            HALF | {"max_windows": 1},
+            _scales(8, {(0, 0): 3.0, (7, 7): 3.0}),
+            BOTH_ENDS[:1],
+            ("max_windows",),
+            True,
+            id="what a limit leaves is detected as it is",
+        ),
+    ],
+)
+def test_topk_as_worked_by_hand(rules: dict, scales: ScaleMap, windows: tuple, guards: tuple, detect: bool) -> None:
+    policy = _topk(side=80, **rules)
+    expansion = expand(policy.root(1, (80, 80)), scales, policy)
+    assert tuple(child.window.xyxy for child in expansion.children) == windows
+    assert (expansion.guards, expansion.detect) == (guards, detect)
 
 
 def test_a_window_keeps_the_centre_of_its_cells_rounded_half_up() -> None:
@@ -419,34 +417,6 @@ def test_a_window_keeps_the_centre_of_its_cells_rounded_half_up() -> None:
     grid[2, 2] = 1
     (child,) = expand(policy.root(1, (5, 5)), _classes(grid), policy).children
     assert child.window.xyxy == (2, 2, 4, 4)
-
-
-def test_topk_detects_no_tile_whose_objects_all_lie_in_its_windows() -> None:
-    policy = _topk(window=0.5)
-    scale = np.zeros((8, 8))
-    scale[0, 0], scale[7, 7] = 3.0, 4.0
-    expansion = expand(policy.root(1, (84, 84)), ScaleMap(scale=scale), policy)
-    assert len(expansion.children) == 2
-    assert not expansion.detect
-
-
-def test_with_windows_under_the_whole_what_is_in_range_elsewhere_is_still_detected() -> None:
-    policy = _topk(window=0.5)
-    scale = np.zeros((8, 8))
-    scale[0, 0], scale[7, 7] = 3.0, 1.0
-    expansion = expand(policy.root(1, (84, 84)), ScaleMap(scale=scale), policy)
-    assert [child.window.xyxy for child in expansion.children] == [(0, 0, 42, 42)]
-    assert expansion.detect
-
-
-def test_what_a_limit_leaves_to_topk_is_detected_as_it_is() -> None:
-    policy = _topk(window=0.5, max_windows=1)
-    scale = np.zeros((8, 8))
-    scale[0, 0] = scale[7, 7] = 3.0
-    expansion = expand(policy.root(1, (84, 84)), ScaleMap(scale=scale), policy)
-    assert len(expansion.children) == 1
-    assert expansion.guards == ("max_windows",)
-    assert expansion.detect
 
 
 def test_topk_of_a_class_map_is_refused() -> None:
@@ -778,13 +748,6 @@ def test_grids_of_odd_images_are_as_worked_by_hand(hw: tuple[int, int], windows:
     assert expansion.detect
 
 
-def test_neighbouring_grid_windows_overlap_as_asked() -> None:
-    policy = Policy("grid", "grid", 64, grid=4, overlap=0.25)
-    windows = [child.window for child in expand(policy.root(1, (1, 1300)), None, policy).children]
-    # 1300 / (4 - 3 * .25) = 400; neighbours share 100.
-    assert [(w.x0, w.x1) for w in windows] == [(0, 400), (300, 700), (600, 1000), (900, 1300)]
-
-
 def test_random_windows_are_by_seed_and_image_and_not_by_order() -> None:
     policy = parse_policy("random", input_side=64, iou_threshold=0.5)
 
@@ -833,13 +796,6 @@ def test_nan_from_scale_net_fails_the_image_at_the_look_and_no_other(name: str, 
     well = recursive_detect(image, 1, policy, detect=detect, predict_scale=net)
     assert well.failure is None
     assert len(well.detections)
-
-
-def test_a_look_that_failed_still_costs_its_pixels() -> None:
-    image, _, _ = _tiny_scene(2)
-    net = BrokenScale(SeeingScale(), image_id=2)
-    result = recursive_detect(image, 2, _image_policy("scalenet"), detect=PerfectDetector(), predict_scale=net)
-    assert (result.tiles, result.look_pixels, result.detector_pixels) == (1, SeeingScale.input_pixels, 0)
 
 
 BROKE = "the detector broke on this tile: its boxes are NaN"

@@ -178,13 +178,6 @@ def test_a_score_weighs_as_much_as_the_image_pixels_that_a_closer_look_adds(
     assert weights == pytest.approx([weight])
 
 
-def test_a_weak_box_asks_for_a_region_only_where_the_tile_is_reduced() -> None:
-    candidates = _candidates([[100.0, 100.0, 120.0, 120.0]] * 20, [0.012] * 20)
-    rules = Regions(price=0.0)
-    assert plan_regions(candidates, _tile(1000, 1000, 0.5), rules, INPUT)
-    assert not plan_regions(candidates, _tile(1000, 1000, 1.0), rules, INPUT)
-
-
 def test_the_order_of_candidates_changes_nothing() -> None:
     rng = np.random.default_rng(3)
     boxes = rng.uniform(0, 1900, (300, 2))

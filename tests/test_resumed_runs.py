@@ -109,16 +109,6 @@ def test_a_file_that_is_removed_is_counted_no_longer_wherever_it_sorts(pics: Pat
     assert {row["id"] for row in listed} == {image_id for image_id, _ in found().values()}
 
 
-def test_a_failed_file_that_is_removed_failed_no_longer(pics: Path) -> None:
-    (pics / "c.png").write_bytes(b"no picture")
-    assert detect() == 1
-    (pics / "c.png").unlink()
-    assert detect(resume=True) == 0
-    assert metrics()["images"] == {"total": 2, "done": 2, "failed": 0}
-    assert metrics()["failures"] == []
-    assert pq.read_table("run/failures.parquet").num_rows == 0
-
-
 def test_a_file_that_comes_back_has_its_results_again(pics: Path) -> None:
     detect()
     shutil.move(pics / "b.png", "elsewhere.png")
@@ -145,14 +135,6 @@ def test_a_mended_file_is_tried_again_where_that_is_asked_for_and_its_failure_is
     assert metrics()["policies"]["whole"]["images_done"] == 3
     exported = export_run("run", "coco")
     assert (exported.images, exported.failed) == (3, 0)
-
-
-def test_a_failed_file_that_was_not_mended_fails_once_when_it_is_tried_again(pics: Path) -> None:
-    (pics / "c.png").write_bytes(b"no picture")
-    detect()
-    assert detect(resume=True, retry_failed=True) == 1
-    assert metrics()["images"] == {"total": 3, "done": 2, "failed": 1}
-    assert pq.read_table("run/failures.parquet").num_rows == 1
 
 
 @pytest.mark.parametrize("job", ["detect", "eval_coco"])
@@ -251,17 +233,6 @@ def test_a_run_of_an_older_version_without_a_note_of_its_annotations_goes_on_and
     assert evaluate(document, resume=True) == 0
     with pytest.raises(ValueError, match="annotation counts: 5 then, 6 now"):
         evaluate(coco_document(), resume=True)
-
-
-def test_a_mended_picture_of_a_data_set_is_tried_again_where_that_is_asked_for(pics: Path) -> None:
-    (pics / "c.png").write_bytes(b"no picture")
-    assert evaluate(coco_document()) == 1
-    write_image(pics / "c.png", 36)
-    assert evaluate(coco_document(), resume=True) == 1
-    assert evaluate(coco_document(), resume=True, retry_failed=True) == 0
-    again = Path("run/results.json").read_bytes()
-    assert evaluate(coco_document(), output="other") == 0
-    assert Path("other/results.json").read_bytes() == again
 
 
 # --- addresses and settings ---------------------------------------------------------------------------------

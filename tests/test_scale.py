@@ -45,13 +45,6 @@ def test_classes_are_of_the_frame_resized_to_512() -> None:
     assert class_of_area(np.array([3037, 3038]), 480 * 640).tolist() == [1, 2]
 
 
-@given(st.floats(0, 1e6), st.integers(1, 10**7), st.integers(1, 8))
-def test_an_object_has_the_same_class_at_any_zoom_of_the_same_frame(area: float, frame: int, zoom: int) -> None:
-    # A power of two scales both exactly.
-    factor = 4.0**zoom
-    assert class_of_area(np.array([area]), frame) == class_of_area(np.array([area * factor]), frame * factor)
-
-
 # --- maps -------------------------------------------------------------------------------------------
 
 

@@ -206,15 +206,6 @@ def test_a_retry_passes_on_what_was_recorded_and_not_what_it_would_decide() -> N
     assert retry.tiles[0].credit == Fraction(1, 1 + children)
 
 
-def test_a_retry_that_fails_passes_on_a_tile_that_the_first_try_could_look_at() -> None:
-    policy, frontier = policy_of("scalenet"), Frontier(records_of(1), 1)
-    row = row_of(frontier, policy, Scenes(), 1)
-    first = opened(ScaleStage(Handle(frontier), policy, looking_networks(RandomScale()))(row))
-    retry = opened(ScaleStage(Handle(frontier), policy, looking_networks(BrokenScale(RandomScale(), 1)))(row))
-    assert retry.tiles == first.tiles
-    assert retry.results == []
-
-
 def test_a_failure_that_was_recorded_stands_though_the_retry_can_look() -> None:
     policy, frontier = policy_of("scalenet"), Frontier(records_of(1), 1)
     row = row_of(frontier, policy, Scenes(), 1)
@@ -367,14 +358,3 @@ def test_one_detector_looks_at_whole_images_and_detects_their_windows() -> None:
     assert sum((result.credit for result in (*roots, *results)), Fraction(0)) == 2
     (detector,) = made
     assert len(detector.sizes_hw) == 2 + windows
-
-
-def test_a_retry_in_one_actor_detects_what_was_recorded() -> None:
-    policy, frontier = policy_of("first-pass"), Frontier(records_of(3), 3)
-    row = row_of(frontier, policy, Scenes(), 3)
-    first, retry = (
-        unpack_results(ScaleAndDetectStage(Handle(frontier), policy, NetworkFactories(Given(detector)), 4)(row))
-        for detector in (RandomDetector(), PerfectDetector())
-    )
-    assert [result.credit for result in first] == [result.credit for result in retry]
-    assert frontier.status().conflicts > 0

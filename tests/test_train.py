@@ -375,17 +375,6 @@ def test_the_job_takes_up_a_run_and_goes_on_where_it_stopped(
     assert capsys.readouterr().out.splitlines() == [line for line in lines if not line.startswith("epoch")]
 
 
-@pytest.mark.ray
-def test_the_job_refuses_a_folder_that_holds_a_run_or_one_of_other_settings(
-    sample: Path, trained: tuple[Path, list[str]]
-) -> None:
-    with pytest.raises(FileExistsError, match="holds a run already: add --resume"):
-        main(job_on(sample, trained[0]))
-    other = job_on(sample, trained[0], resume=True, training=Training(batch_size=8, epochs=2))
-    with pytest.raises(ValueError, match=r"begun with other settings \(batch_size: 4 then, 8 now\): use the same"):
-        main(other)
-
-
 @pytest.mark.slow
 def test_on_s3_a_run_leaves_the_same_and_says_little(sample: Path, s3_bucket: str) -> None:
     """In a process of its own: Ray's workers have the environment in which it was started."""

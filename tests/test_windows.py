@@ -88,15 +88,6 @@ def test_a_limit_or_a_price_only_shortens_the_list(case: tuple[np.ndarray, tuple
         assert all(window.gain > price * (1 - 1e-9) for window in cheaper)
 
 
-@given(grids())
-def test_windows_lie_on_the_grid_and_are_all_of_one_size(case: tuple[np.ndarray, tuple[int, int]]) -> None:
-    weights, window_hw = case
-    for window in plan_windows(weights, window_hw, limit=weights.size):
-        assert (window.height, window.width) == window_hw
-        assert 0 <= window.top <= weights.shape[0] - window.height
-        assert 0 <= window.left <= weights.shape[1] - window.width
-
-
 def test_the_price_ends_it() -> None:
     # Three columns apart: windows of one cell bring 5, 3 and 1.
     weights = np.array([[3.0, 0, 5.0, 0, 1.0]])
@@ -140,21 +131,10 @@ def test_a_window_is_centred_on_what_it_covers() -> None:
     assert plan_windows(row.T, (4, 1), limit=9) == [CellWindow(2, 0, 4, 1, 3.0)]
 
 
-def test_centring_may_cover_more_only_of_what_does_not_count() -> None:
-    # Two cells 3 apart in a window of 4: it could start at -0.5 or 0; both cells stay covered.
-    row = np.array([[1.0, 0, 0, 1.0, 0, 0]])
-    assert plan_windows(row, (1, 4), limit=9) == [CellWindow(0, 0, 1, 4, 2.0)]
-
-
 def test_a_window_larger_than_the_grid_is_all_of_it() -> None:
     weights = np.ones((2, 3))
     assert plan_windows(weights, (9, 9), limit=9) == [CellWindow(0, 0, 2, 3, 6.0)]
     assert plan_windows(weights, (0, 1), limit=1)[0][2:4] == (1, 1)
-
-
-@pytest.mark.parametrize("weights", [np.zeros((3, 4)), np.zeros((1, 1))])
-def test_nothing_out_of_range_needs_no_window(weights: np.ndarray) -> None:
-    assert plan_windows(weights, (2, 2), limit=9) == []
 
 
 def test_the_weights_of_the_caller_are_left_alone() -> None:
