@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
@@ -135,34 +136,11 @@ def iou_of_boxes(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.
 # --- detectors --------------------------------------------------------------------------------------
 
 
-def _runs(row: np.ndarray) -> list[list[int]]:
-    """Starts and stops of the runs of True in [w] bool."""
-    edges = np.diff(np.pad(row.astype(np.int8), 1))
-    return np.stack([np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)], axis=1).tolist()
-
-
 def components(mask: np.ndarray) -> np.ndarray:
     """[N, 4] int64 xyxy bounds of the 4-connected parts of [h, w] bool, topmost first, then leftmost."""
-    runs = [(y, start, stop) for y in np.flatnonzero(mask.any(axis=1)).tolist() for start, stop in _runs(mask[y])]
-    parent = list(range(len(runs)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i]
-        return i
-
-    first = 0
-    for i, (y, start, stop) in enumerate(runs):
-        while runs[first][0] < y - 1:
-            first += 1
-        for j in range(first, i):
-            if runs[j][0] == y - 1 and runs[j][1] < stop and start < runs[j][2]:
-                parent[root(i)] = root(j)
-    bounds: dict[int, list[int]] = {}
-    for i, (y, start, stop) in enumerate(runs):
-        part = bounds.setdefault(root(i), [start, y, stop, y + 1])
-        part[:] = [min(part[0], start), min(part[1], y), max(part[2], stop), max(part[3], y + 1)]
-    return np.array(sorted(bounds.values(), key=lambda part: (part[1], part[0])), np.int64).reshape(-1, 4)
+    stats = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)[2][1:].astype(np.int64)
+    x, y, width, height, _ = stats[np.lexsort((stats[:, 0], stats[:, 1]))].T
+    return np.stack([x, y, x + width, y + height], axis=1)
 
 
 class PerfectDetector:

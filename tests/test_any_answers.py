@@ -92,25 +92,8 @@ def check_folder(output: Path, status: int) -> None:
         assert f"{row['image_id'] - 1}.png" not in failures
 
 
-NUMBERS: list[Any] = [
-    0,
-    1,
-    0.5,
-    2,
-    30,
-    -1,
-    2.5,
-    97.0,
-    math.nan,
-    math.inf,
-    -math.inf,
-    1e30,
-    1e300,
-    10**30,
-    True,
-    None,
-    "1",
-]
+NUMBERS: list[Any] = [0, 1, 0.5, 2, 30]
+ODD_NUMBERS: list[Any] = [-1, 2.5, 97.0, math.nan, math.inf, -math.inf, 1e30, 1e300, 10**30, True, None, "1"]
 FORMS: list[Callable[[Any], Any]] = [
     lambda values: values,
     tuple,
@@ -137,7 +120,7 @@ class Raise:
 def parts(draw: st.DrawFn) -> Any:
     """Boxes, scores and labels of some boxes, mostly of the right shapes, with odd numbers now and then."""
     count = draw(st.integers(0, 2))
-    number = st.sampled_from(NUMBERS if draw(st.booleans()) else NUMBERS[:5])
+    number = st.sampled_from(NUMBERS + ODD_NUMBERS if draw(st.booleans()) else NUMBERS)
     rows = [[draw(number) for _ in range(draw(st.sampled_from([4, 4, 4, 5])))] for _ in range(count)]
     found = [
         rows,

@@ -171,15 +171,6 @@ def test_capturing_streams_are_left_alone(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == "heard\n"
 
 
-def test_an_unbuffered_stream_stays_so(tmp_path: Path) -> None:
-    script = SPEAKER.format(lines=1, done=str(tmp_path / "done")).replace("return 0", "os._exit(0)")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
-    ended = subprocess.run(
-        [sys.executable, "-c", f"import os{script}"], env=environment, capture_output=True, check=True
-    )
-    assert ended.stdout.decode() == "Übersicht in läufe/日本\n"
-
-
 def test_a_signal_while_the_interpreter_ends_leaves_no_trace() -> None:
     script = (
         "import atexit, os, signal, time\n"

@@ -273,26 +273,6 @@ def test_an_image_of_unknown_size_counts_as_the_largest_that_its_tile_may_be() -
     assert limits.bytes_of(Work(unknown.image, child_tile(1, (0,)), Fraction(1))) == 3 * 8 * 8
 
 
-def test_what_is_remembered_does_not_grow_with_the_images() -> None:
-    frontier = Frontier(records_of(300), max_open_images=4)
-    sequences = [0, 0]
-    most = 0
-    for turn in range(10_000):
-        reader = turn % 2
-        lease = frontier.lease(reader, sequences[reader], 2)
-        if lease is None:
-            break
-        sequences[reader] += bool(lease.work)
-        for work in lease.work:
-            frontier.complete([completion(work, 2 if not work.id[1] else 0)])
-        done = [i for i in frontier._decided if i not in frontier._open_tiles]
-        frontier.commit(done)
-        most = max(most, remembered(frontier))
-    assert frontier.status().admitted == 300
-    assert remembered(frontier) == 0
-    assert most < 60
-
-
 def test_a_queue_that_may_open_no_image_is_refused() -> None:
     with pytest.raises(ValueError, match="max_open_images must be 1 or more, got 0"):
         Frontier([ImageRecord(1, "1.png")], max_open_images=0)

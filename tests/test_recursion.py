@@ -599,37 +599,6 @@ def test_the_first_pass_threshold_says_which_boxes_draw_a_window() -> None:
     assert recursive_detect(image, 1, policy, detect=detect).tiles == 1
 
 
-def test_fragments_at_the_border_of_a_window_are_no_detections() -> None:
-    # One tiny square draws the window; the bar is cut by it and would be found as a piece.
-    bar, tiny = (60, 10, 120, 40), (16, 16, 24, 24)
-    image = draw_squares((SIDE, SIDE), np.array([bar, tiny]), [1, 2])
-    detect, net = PerfectDetector(2, input_side=SIDE), OracleScalePredictor(TruthOfSquares({1: np.array([tiny])}))
-    policy = _image_policy("oracle")
-    found = recursive_detect(image, 1, policy, detect=detect, predict_scale=net).detections
-    assert sorted(found.boxes.tolist()) == [[16, 16, 24, 24], [60, 10, 120, 40]]
-    # Without the filters the piece is there: the window is x 0 to 64.
-    lax = dataclasses.replace(policy.merging, edge_margin=0.0, match_size=False)
-    found = recursive_detect(image, 1, dataclasses.replace(policy, merging=lax), detect=detect, predict_scale=net)
-    assert [60, 10, 64, 40] in found.detections.boxes.tolist()
-
-
-def test_a_window_does_not_answer_for_what_is_larger_than_it_was_cut_for() -> None:
-    # The large square fits the window and would be found there too, with a better score.
-    large, tiny = (36, 36, 58, 58), (60, 60, 68, 68)
-    image = draw_squares((SIDE, SIDE), np.array([large, tiny]), [1, 2])
-    detect, net = (
-        PerfectDetector(2, sure_side=40, input_side=SIDE),
-        OracleScalePredictor(TruthOfSquares({1: np.array([tiny])})),
-    )
-    # Class 1 ends at 2592 * 128^2 / 512^2 = 162 pixels; the large one has 484, under 8 times that and over 2.
-    for keep_factor, depth, score in ((8.0, 1, 0.9), (2.0, 0, 0.1)):
-        policy = _image_policy("oracle", keep_factor=keep_factor)
-        policy = dataclasses.replace(policy, merging=dataclasses.replace(policy.merging, method="nms"))
-        found = recursive_detect(image, 1, policy, detect=detect, predict_scale=net).detections
-        (at,) = np.flatnonzero(found.labels == 1)
-        assert (found.depth[at], found.scores[at]) == (depth, pytest.approx(score))
-
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ["grid-2", "grid-3"])
 def test_a_grid_finds_small_objects_wherever_they_are(name: str, seed: int) -> None:
@@ -816,19 +785,6 @@ def test_a_tile_that_the_detector_breaks_on_fails_its_image_where_it_was_asked(n
     _assert_failed(result, Failure(stage, BROKE))
     # What was computed for nothing was computed: the whole cost is told.
     assert stage == "look" or result.detector_passes >= 1
-
-
-def test_a_detector_that_breaks_in_one_window_alone_fails_the_image_too() -> None:
-    # At zoom 1 the spot is 2 pixels of 127 or less; at zoom 2 its middle is bright.
-    image, _, _ = _tiny_scene(2)
-    spot = np.zeros_like(image)
-    spot[60, 60] = BREAKING
-    net = OracleScalePredictor(TruthOfSquares({1: np.array([[58, 58, 62, 62]])}))
-    whole = dataclasses.replace(_image_policy("oracle"), input_side=64)
-    detect = FailingDetector(PerfectDetector(3, input_side=64))
-    assert recursive_detect(spot, 1, dataclasses.replace(whole, kind="whole"), detect=detect).failure is None
-    result = recursive_detect(spot, 1, whole, detect=detect, predict_scale=net)
-    _assert_failed(result, Failure("detect", BROKE))
 
 
 def test_a_bug_is_no_failure_of_an_image() -> None:
