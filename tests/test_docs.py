@@ -123,16 +123,6 @@ def test_the_readmes_detector_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if path != MEASURED], ids=name_of)
-def test_commands_name_the_environment_whose_programs_they_call(path: Path) -> None:
-    text = prose_of(path) + "".join(block.text for block in blocks_of(path, *SHELL))
-    pythons = re.findall(r"([^\s`]*(?:python|PYTHON)) +(?:jobs/\w+\.py|-m pytest)", text)
-    rays = re.findall(r"^([^\s`]*ray) (?:up|down|start|job|dashboard|get-auth-token)", text, re.MULTILINE)
-    # The last two are those of a cluster that cluster.yaml makes, and of any other.
-    assert set(pythons) <= {".venv/bin/python", "/home/ray/venv/bin/python", "PYTHON"}
-    assert set(rays) <= {".venv/bin/ray"}
-
-
 def test_the_clusters_python_is_where_the_pages_say() -> None:
     cluster = yaml.safe_load((REPOSITORY / "cluster.yaml").read_text())
     # ~ is /home/ray in Ray's images, where the project is mounted too.

@@ -14,7 +14,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d, batched_nms
+from torchvision.ops import FrozenBatchNorm2d
 
 from bench.gpu_networks import cuda_products
 from scalenet_ray.core.detections import Detections
@@ -22,8 +22,6 @@ from scalenet_ray.core.geometry import iou_matrix
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.models.detectors import load_detector
 from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
-from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net, save_scale_net
-from scalenet_ray.models.scale_networks import PRESETS
 from scalenet_ray.models.scale_predictors import load_predictor
 from scalenet_ray.models.spec import (
     SAMPLE_DETECTOR,
@@ -186,18 +184,6 @@ def test_a_batch_equals_its_tiles_one_by_one(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_suppression_keeps_the_same_boxes(device: str) -> None:
-    rng = np.random.default_rng(0)
-    corners, sizes = rng.uniform(0, 900, (2000, 2)), rng.uniform(4, 200, (2000, 2))
-    boxes = torch.tensor(np.concatenate([corners, corners + sizes], axis=1), dtype=torch.float32)
-    scores = torch.tensor(rng.permutation(2000) / 2000, dtype=torch.float32)
-    labels = torch.tensor(rng.integers(0, 3, 2000))
-    kept = batched_nms(boxes, scores, labels, 0.5)
-    assert 100 < len(kept) < 1900
-    assert batched_nms(boxes.to(device), scores.to(device), labels.to(device), 0.5).tolist() == kept.tolist()
-
-
-@pytest.mark.parametrize("device", DEVICES)
 def test_masks_agree_pixel_by_pixel(device: str) -> None:
     (tile,) = make_tiles((96, 64))
     expected, found = (detections(on_device("maskrcnn_resnet50_fpn", where)([tile]))[0] for where in ("cpu", device))
@@ -271,19 +257,6 @@ def test_scale_net_keeps_its_probabilities(device: str, precision: str, error: f
         # A cell on the border of two classes may move further than the others.
         assert np.quantile(difference, 0.99) <= error
         assert precision == "float32" or difference.max() > 0
-
-
-@pytest.mark.parametrize(
-    ("preset", "device"),
-    [("unet-light", "cpu"), *(pytest.param(name, "cuda", marks=ON_GPU) for name in ("unet-light", "unet-vgg16"))],
-)
-def test_every_scale_net_answers_alike(device: str, preset: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = replace(PRESETS[preset], input_side=64)
-    save_scale_net(build_scale_net(config), config, tmp_path / "net.safetensors")
-    plain, other = (ScaleNetPredictor(tmp_path / "net.safetensors", where) for where in ("cpu", device))
-    for expected, found in zip(plain(scenes(2)), other(scenes(2)), strict=True):
-        np.testing.assert_allclose(found.prob, expected.prob, atol=1e-3)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -60,13 +60,6 @@ def test_at_a_whole_zoom_the_window_gets_exactly_its_mask(height: int, width: in
     np.testing.assert_array_equal(_decode(mask_of_window(_encode(enlarged), tile), (height, width)), mask)
 
 
-def test_a_shrunk_tiles_mask_covers_its_window_again() -> None:
-    tile = Tile(1, (0,), (9, 12), Window(0, 0, 12, 9), 3, 4)
-    mask = np.arange(12).reshape(3, 4) % 5 == 0
-    wanted = np.kron(mask, np.ones((3, 3))).astype(bool)
-    np.testing.assert_array_equal(_decode(mask_of_window(_encode(mask), tile), (9, 12)), wanted)
-
-
 def test_each_pixel_takes_the_tile_pixel_that_its_centre_lies_in() -> None:
     # Two rows of five tile pixels seen in three: centres at 5/6, 15/6 and 25/6 of five: pixels 0, 2 and 4.
     tile = Tile(1, (0,), (1, 3), Window(0, 0, 3, 1), 1, 5)

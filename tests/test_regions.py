@@ -191,13 +191,6 @@ def test_the_order_of_candidates_changes_nothing() -> None:
     assert [region.xyxy for region in first] == [region.xyxy for region in second]
 
 
-def test_a_hundred_thousand_candidates_are_planned() -> None:
-    rng = np.random.default_rng(0)
-    starts = rng.uniform(0, 19_900, (100_000, 2))
-    candidates = _candidates(np.concatenate([starts, starts + 30], axis=1), np.full(100_000, 0.5))  # type: ignore[arg-type]
-    assert plan_regions(candidates, _tile(20_000, 20_000, 0.1), Regions(), INPUT)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [

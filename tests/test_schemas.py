@@ -170,9 +170,3 @@ def test_what_the_whole_image_alone_gave_is_written_or_null(alone: Detections | 
         assert row["whole_pass"] is None
     else:
         assert same_detections(detections_from_structs(row["whole_pass"]), alone)
-
-
-def test_an_image_without_its_file_is_refused() -> None:
-    result = ImageResult(1, Detections.empty(), None, 1, 0, 1, 1.0, {}, (4, 4))
-    with pytest.raises(ValueError, match="zip"):
-        images_table([result], "whole", [], [])
