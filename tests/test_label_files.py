@@ -61,9 +61,8 @@ def test_a_difficult_object_of_voc_is_ignored_as_a_crowd_is():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("<size>.*</size>", "", "annotation must have size, got none: add it"),
         ("<width>200</width>", "", "size must have width, got none"),
-        ("<width>200</width>", "<width>0</width>", "size must have whole numbers of 1 or more"),
+        ("<width>200</width>", "<width>2.5</width>", "size must have whole numbers, got .* leave it out"),
         ("<name>kite</name>", "", "object must have name, got none"),
         ("kite", " ", "name of an object must not be empty"),
         ("<xmin>11</xmin>", "<xmin>left</xmin>", "xmin must have numbers only, got 'left'"),
@@ -75,6 +74,12 @@ def test_a_bad_voc_file_is_named(old: str, new: str, message: str):
     text = re.sub(old, new, VOC.format(difficult=0))
     with pytest.raises(UserError, match=rf"^voc/a\.xml:? {message}"):
         parse_voc(text.encode(), "voc/a.xml")
+
+
+@pytest.mark.parametrize(("old", "new"), [("<size>.*</size>", ""), ("<(width|height)>.00<", r"<\1>0<")])
+def test_a_voc_file_need_not_have_a_size(old: str, new: str):
+    text = VOC.format(difficult=0)
+    assert parse_voc(re.sub(old, new, text).encode(), "a.xml") == (None, parse_voc(text.encode(), "a.xml").objects)
 
 
 def test_a_file_that_declares_entities_is_refused():

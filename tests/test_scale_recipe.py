@@ -21,7 +21,7 @@ from scalenet_ray.data.coco import Objects
 from scalenet_ray.models.scale_net import load_scale_net
 from scalenet_ray.models.scale_networks import PRESETS
 from scalenet_ray.sample.scenes import write_sample
-from scalenet_ray.training.examples import object_mask, read_examples, read_pixels, tile_of_window
+from scalenet_ray.training.examples import object_mask, read_examples, tile_of_window, whole_image
 from scalenet_ray.training.losses import count_pixels, focal_loss, pixel_figures
 from scalenet_ray.training.recipe import Batch, Row, clip_and_step, forward_backward
 from scalenet_ray.training.scale_recipe import (
@@ -34,6 +34,7 @@ from scalenet_ray.training.scale_recipe import (
     window_target,
 )
 from tests.float64 import in_float64
+from tests.test_rasters import write_tiff
 
 LIGHT = replace(PRESETS["unet-light"], input_side=64)
 WHOLE = Window(0, 0, 64, 64)
@@ -208,12 +209,25 @@ def test_a_grey_picture_is_trained_on(sample: Path, tmp_path: Path) -> None:
     assert random_view(replace(example, uri=str(grey)), 64, np.random.default_rng(0)).pixels.shape[2] == 3
 
 
+def test_a_tiff_that_is_read_by_window_is_trained_on(
+    sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = read_examples(str(sample), "train2017", 1)[0]
+    bands = np.moveaxis(np.asarray(Image.open(example.uri)), 2, 0)
+    tiff = replace(example, uri=str(write_tiff(tmp_path / "a.tif", bands, photometric="rgb")))
+    monkeypatch.setattr("scalenet_ray.data.rasters.WINDOWED_PIXELS", 0)
+    for view in (lambda it: whole_view(it, 224), lambda it: random_view(it, 224, np.random.default_rng(4))):
+        assert view(tiff).tile == view(example).tile
+        # The window shrinks too little to be read reduced.
+        np.testing.assert_array_equal(view(tiff).pixels, view(example).pixels)
+
+
 def test_a_bad_picture_is_named(sample: Path) -> None:
     example = read_examples(str(sample), "train2017", 1)[0]
     with pytest.raises(TileError, match=r"image 1, .*000000000001\.jpg: the image must be \(5, 7\)"):
-        read_pixels(replace(example, hw=(5, 7)))
+        whole_view(replace(example, hw=(5, 7)), 64)
     with pytest.raises(TileError, match=r"image 1, .*/gone\.jpg: .*there is no such file"):
-        read_pixels(replace(example, uri=str(sample / "gone.jpg")))
+        whole_view(replace(example, uri=str(sample / "gone.jpg")), 64)
 
 
 def test_a_held_out_share_is_validated_on_and_not_trained_on(sample: Path) -> None:
@@ -240,9 +254,10 @@ def test_a_training_tile_is_as_large_as_the_same_tile_in_inference() -> None:
 @pytest.mark.parametrize("damaged", [[[]], [[1, 2, 3, 4]], {"size": [8, 8], "counts": [64]}, "rubbish"])
 def test_a_damaged_mask_is_its_box_in_training_too(damaged: object) -> None:
     box = (16, 32, 32, 48)
-    np.testing.assert_array_equal(
-        object_mask(_objects(box, segmentations=(damaged,)), 0, (64, 64)), object_mask(_objects(box), 0, (64, 64))
-    )
+    for window in (whole_image((64, 64)), Window(20, 40, 60, 50)):
+        mask = object_mask(_objects(box, segmentations=(damaged,)), 0, (64, 64), window)
+        np.testing.assert_array_equal(mask, object_mask(_objects(box), 0, (64, 64), window))
+        assert mask.shape == (window.height, window.width)
 
 
 def test_objects_without_a_segmentation_are_counted(sample: Path, tmp_path: Path) -> None:

@@ -350,8 +350,8 @@ def _read_voc(layout: Layout, split: str) -> tuple[dict, tuple]:
 
     def read(stem: str) -> _Labelled:
         """The size and objects of an image."""
-        image = parsed.get(stem)
-        return _Labelled(images[stem], *(_hw_of(join(folder, images[stem])), None) if image is None else image)
+        hw, objects = parsed.get(stem, (None, None))
+        return _Labelled(images[stem], hw or _hw_of(join(folder, images[stem])), objects)
 
     ids = {name: i for i, name in enumerate(names, start=1)}
     return _document(_read_all(read, stems, annotations), {i: str(name) for name, i in ids.items()}, ids)

@@ -40,9 +40,9 @@ class LabelledObject(NamedTuple):
 
 
 class VocImage(NamedTuple):
-    """The content of a VOC file: (height, width) in pixels, and the objects."""
+    """The content of a VOC file: (height, width) in pixels, None if it does not say or says 0, and the objects."""
 
-    hw: tuple[int, int]
+    hw: tuple[int, int] | None
     objects: list[LabelledObject]
 
 
@@ -133,7 +133,7 @@ def parse_voc(data: bytes, name: str) -> VocImage:
     marked as difficult is a crowd, since VOC's evaluation ignores it.
 
     Raises:
-        UserError: if it is not XML, declares entities, or lacks a size, a name or a box; it names the file.
+        UserError: if it is not XML, declares entities, lacks a name or a box, or has a bad size; it names the file.
     """
     # A few of them, each made of the last, are a text without end.
     if b"<!ENTITY" in data:
@@ -144,12 +144,14 @@ def parse_voc(data: bytes, name: str) -> VocImage:
     except ElementTree.ParseError as error:
         msg = f"{name} must be XML, got something else ({error}): correct or export it again"
         raise UserError(msg) from error
-    size = _wanted(root, "size", name)
-    hw = (_number_in(size, "height", name), _number_in(size, "width", name))
-    if min(hw) < 1 or any(side % 1 for side in hw):
-        msg = f"{name}: size must have whole numbers of 1 or more, got {hw}: correct it"
+    size = root.find("size")
+    hw = (0.0, 0.0) if size is None else (_number_in(size, "height", name), _number_in(size, "width", name))
+    if min(hw) < 0 or any(side % 1 for side in hw):
+        msg = f"{name}: size must have whole numbers, got {hw}: correct it, or leave it out"
         raise UserError(msg)
-    return VocImage((int(hw[0]), int(hw[1])), [_voc_object(e, name) for e in root.findall("object")])
+    return VocImage(
+        (int(hw[0]), int(hw[1])) if all(hw) else None, [_voc_object(e, name) for e in root.findall("object")]
+    )
 
 
 def _voc_object(element: Element, name: str) -> LabelledObject:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from scalenet_ray.core.geometry import boxes_to_tile, cut_tile
+from scalenet_ray.data.images import read_image
 from scalenet_ray.sample.detector import Answers, TinyNet, assign_targets, detection_loss, pack_tiles
 from scalenet_ray.sample.tiny import TinyNetConfig
-from scalenet_ray.training.examples import Example, random_window, read_pixels, tile_of_window
+from scalenet_ray.training.examples import Example, random_window, tile_of_window
 
 WINDOW_SHARES = (0.25, 1.0)
 """Range of a window's sides as shares of the image's, sampled log-uniformly."""
@@ -133,7 +134,7 @@ def train_tiny_detector(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=learning_rate, total_steps=steps, pct_start=min(0.1, 100 / steps)
     )
-    images = [read_pixels(example) for example in examples]
+    images = [read_image(example.uri, expect_hw=example.hw) for example in examples]
     start = time.monotonic()
     for epoch in range(epochs):
         rng = np.random.default_rng([seed, epoch])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,14 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile, cut_tile
+from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile
 from scalenet_ray.core.scale import class_of_area
 from scalenet_ray.data.categories import map_categories
 from scalenet_ray.data.coco import Objects
 from scalenet_ray.models.torchvision_builders import build_detector, published_name
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector, load_torchvision, save_detector
 from scalenet_ray.models.weights import SUFFIXES, load_weights
-from scalenet_ray.training.examples import Example, TrainingImages, read_pixels, tile_of_window
+from scalenet_ray.training.examples import Example, TrainingImages, read_tile, whole_image
 from scalenet_ray.training.recipe import Batch, Row
 
 WHOLE_SHARE = 0.3
@@ -94,13 +95,11 @@ class DetectorRecipe:
         return self._row(example, np.random.default_rng(index) if index % 2 else None)
 
     def _row(self, example: Example, zoom: np.random.Generator | None) -> Row:
-        pixels = read_pixels(example)
-        hw = (pixels.shape[0], pixels.shape[1])
-        window = Window(0, 0, hw[1], hw[0]) if zoom is None else zoom_window(zoom, hw, example.objects)
-        tile = tile_of_window(example.image_id, hw, window, self.input_side)
+        choose = whole_image if zoom is None else partial(zoom_window, zoom, objects=example.objects)
+        tile, pixels = read_tile(example, self.input_side, choose)
         boxes, category_ids = boxes_in_tile(example.objects, tile)
         row = self.blank()
-        row["image"][: tile.height, : tile.width] = cut_tile(pixels, tile)
+        row["image"][: tile.height, : tile.width] = pixels
         row["boxes"][: len(boxes)] = boxes
         row["labels"][: len(boxes)] = [self.classes[category_id] for category_id in category_ids.tolist()]
         numbers = {"image_id": example.image_id, "count": len(boxes), "zoomed": zoom is not None}

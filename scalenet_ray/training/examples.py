@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from scalenet_ray.core.errors import TileError, UserError
-from scalenet_ray.core.geometry import Tile, Window, fit_longer_side
+from scalenet_ray.core.geometry import Tile, Window, fit_longer_side, tile_pixels
 from scalenet_ray.core.masks import mask_of_segmentation
 from scalenet_ray.data.coco import CocoDataset, Objects, objects_of, safe_file_name
 from scalenet_ray.data.datasets import Layout, find_layout
-from scalenet_ray.data.images import read_image
+from scalenet_ray.data.rasters import open_image
 from scalenet_ray.data.storage import join
 
 
@@ -146,26 +147,46 @@ def _read(images: TrainingImages) -> tuple[list[Example], list[Example]]:
     )
 
 
-def read_pixels(example: Example) -> np.ndarray:
-    """Read an image as [h, w, 3] uint8 RGB.
+def read_tile(example: Example, tile_side: int, choose: Callable[[tuple[int, int]], Window]) -> tuple[Tile, np.ndarray]:
+    """Read a window of an image, a large TIFF's as `data.rasters` reads it.
+
+    Args:
+        example: the image.
+        tile_side: the longer side of the result, in tile pixels.
+        choose: (height, width) of the image -> the window, in image pixels.
+
+    Returns:
+        The tile, and its pixels, [h, w, 3] uint8 RGB.
 
     Raises:
         TileError: if the file is missing, can't be decoded or differs from the annotated size; the message names it.
     """
     try:
-        return read_image(example.uri, expect_hw=example.hw)
+        image = open_image(example.uri, expect_hw=example.hw)
+        hw = (image.shape[0], image.shape[1])
+        tile = tile_of_window(example.image_id, hw, choose(hw), tile_side)
+        return tile, tile_pixels(image, tile)
     except TileError as error:
         msg = f"image {example.image_id}, {example.uri}: {error}"
         raise TileError(msg) from error
 
 
-def object_mask(objects: Objects, i: int, hw: tuple[int, int]) -> np.ndarray:
-    """Mask of object `i` as [h, w] uint8, 0 or 1; its box if it has no mask of this size."""
+def whole_image(hw: tuple[int, int]) -> Window:
+    """The window of a whole image of (height, width)."""
+    return Window(0, 0, hw[1], hw[0])
+
+
+def object_mask(objects: Objects, i: int, hw: tuple[int, int], window: Window) -> np.ndarray:
+    """Mask of object `i` in a window of an image of (height, width): [window.height, window.width] uint8, 0 or 1.
+
+    It is that of its box if it has no mask of this size.
+    """
     try:
-        return mask_of_segmentation(objects.segmentations[i], hw)
+        return mask_of_segmentation(objects.segmentations[i], hw)[window.y0 : window.y1, window.x0 : window.x1]
     except TileError:
-        mask = np.zeros(hw, np.uint8)
-        x0, y0, x1, y1 = np.maximum(np.round(objects.boxes[i]), 0).astype(int)
+        mask = np.zeros((window.height, window.width), np.uint8)
+        corners = np.round(objects.boxes[i]) - (window.x0, window.y0) * 2
+        x0, y0, x1, y1 = np.maximum(corners, 0).astype(int)
         mask[y0:y1, x0:x1] = 1
         return mask
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as transforms
 
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.geometry import Tile, Window, cut_tile
+from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.scale import IGNORE, class_target
 from scalenet_ray.data.coco import Objects
 from scalenet_ray.models.scale_net import build_scale_net, normalised, save_scale_net
@@ -27,8 +28,8 @@ from scalenet_ray.training.examples import (
     TrainingImages,
     object_mask,
     random_window,
-    read_pixels,
-    tile_of_window,
+    read_tile,
+    whole_image,
 )
 from scalenet_ray.training.losses import count_pixels, focal_loss, pixel_figures
 from scalenet_ray.training.recipe import Batch, Row
@@ -70,7 +71,7 @@ def window_target(objects: Objects, image_hw: tuple[int, int], window: Window, h
     """
     masks, visible = [], []
     for i in range(len(objects.boxes)):
-        mask = object_mask(objects, i, image_hw)[window.y0 : window.y1, window.x0 : window.x1]
+        mask = object_mask(objects, i, image_hw, window)
         if mask.any():
             masks.append(_cells(mask, hw))
             visible.append(i)
@@ -93,21 +94,16 @@ class View(NamedTuple):
 
 
 def whole_view(example: Example, tile_side: int) -> View:
-    """The whole image with its longer side at `tile_side`, without augmentation; raises as `read_pixels` does."""
-    image = read_pixels(example)
-    hw = (image.shape[0], image.shape[1])
-    tile = tile_of_window(example.image_id, hw, Window(0, 0, hw[1], hw[0]), tile_side)
-    return View(tile, cut_tile(image, tile), False)
+    """The whole image with its longer side at `tile_side`, without augmentation; raises as `read_tile` does."""
+    return View(*read_tile(example, tile_side, whole_image), False)
 
 
 def random_view(example: Example, tile_side: int, rng: np.random.Generator) -> View:
-    """A random crop with scale jitter, horizontal flip and colour jitter; raises as `read_pixels` does."""
-    image = read_pixels(example)
-    hw = (image.shape[0], image.shape[1])
+    """A random crop with scale jitter, horizontal flip and colour jitter; raises as `read_tile` does."""
     share = rng.uniform(*WINDOW_SHARES) if rng.random() < ZOOMED_SHARE else 1.0
-    tile = tile_of_window(example.image_id, hw, random_window(rng, hw, share), tile_side)
+    tile, pixels = read_tile(example, tile_side, partial(random_window, rng, share=share))
     mirrored = bool(rng.random() < 0.5)
-    pixels = _jittered(cut_tile(image, tile), rng)
+    pixels = _jittered(pixels, rng)
     return View(tile, np.ascontiguousarray(pixels[:, ::-1]) if mirrored else pixels, mirrored)
 
 
