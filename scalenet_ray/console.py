@@ -116,6 +116,13 @@ def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple
     return f"{line} (--max-failures {max_failures})", 1
 
 
+_WHY_REDUCED = {
+    True: "all else in them is without texture, or smaller than --smallest-object says",
+    False: "small objects in them are missed; policy regions looks closer, as far as --smallest-object says",
+}
+"""Whether a policy is one of regions -> what its reduced images mean."""
+
+
 def resolution_lines(document: Mapping[str, Any]) -> str:
     """Return a line for each policy that never looked closely, or that looked twice where it found nothing."""
     blind = "".join(
@@ -126,8 +133,7 @@ def resolution_lines(document: Mapping[str, Any]) -> str:
     )
     return blind + "".join(
         f"{name}: {row['images_reduced']} images were seen reduced only, down to 1 / {row['most_reduced']:.1f} of "
-        "their own resolution: small objects in them are missed; policy regions looks closer, as far as "
-        "--smallest-object says\n"
+        f"their own resolution: {_WHY_REDUCED[name.startswith('regions')]}\n"
         for name, row in document["policies"].items()
         if row.get("images_reduced")
     )

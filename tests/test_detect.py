@@ -255,6 +255,9 @@ def test_a_prediction_gives_crops_pictures_and_one_line(folder: Path, tmp_path: 
         assert ["red", "green", "blue"][middle.argmax()] == CATEGORIES[label]
     with pytest.raises(UserError, match="margin must be 0 or more"):
         prediction.crops(margin=-0.9)
+    for size in ({"text_size": -5}, {"line_width": 0}):
+        with pytest.raises(UserError, match=r"must be 1 pixel or more, or None .*, got (-5|0)"):
+            prediction.plot(**size)
     wider = prediction.crops(margin=0.5)
     assert all(more.size > less.size for more, less in zip(wider, prediction.crops(), strict=True))
     assert Image.open(io.BytesIO(prediction._repr_png_())).size == (SIDE, SIDE)
@@ -277,6 +280,14 @@ def test_on_ray_it_finds_the_same_in_arrays_and_data_sets(ray_session: None) -> 
     table = objects.to_pandas().sort_values(["site", "score"])
     assert set(table.columns) == {"site", "source", "category", "score", "x0", "y0", "x1", "y1", "depth"}
     assert table.groupby("site").size().tolist() == COUNTS
+
+
+@pytest.mark.ray
+def test_columns_of_rows_are_not_overwritten(ray_session: None) -> None:
+    predictions = detect([{"image": SCENES[0], "score": 3, "site": 1, "source": "here"}], DETECTOR)
+    with pytest.raises(UserError, match=r"columns of rows must have other names .*, got source, score: rename them"):
+        predictions.to_dataset()
+    assert [prediction.row["score"] for prediction in predictions] == [3]
 
 
 @pytest.mark.ray

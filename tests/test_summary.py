@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from scalenet_ray.console import failure_lines, last_line
+from scalenet_ray.console import failure_lines, last_line, resolution_lines
 from scalenet_ray.runs.summary import failure_counts
 from scalenet_ray.runs.tables import FAILURES
 
@@ -31,9 +31,10 @@ def failures(*rows: tuple[int, str, str], policy: str = "whole", file: str = "/p
         (
             "may have 9 pixels, got 20 (4 x 5)",
             "may have 9 pixels, got 21.5 (3 x 7)",
-            "may have N pixels, got N (N x N)",
+            "may have 9 pixels, got N (N x N)",
         ),
         ("must be a path, got '../x y.jpg': mend", "must be a path, got '/z': mend", "must be a path, got ...: mend"),
+        ("must have 8 or 16 bits, got '1'", "must have 8 or 16 bits, got '1'", "must have 8 or 16 bits, got '1'"),
         ("killed its process 3 times", "killed its process 4 times", "killed its process N times"),
         ("cannot read s3://b/k/1.jpg: denied", "cannot read s3://b/k/2.jpg: denied", "cannot read ...: denied"),
     ],
@@ -41,6 +42,8 @@ def failures(*rows: tuple[int, str, str], policy: str = "whole", file: str = "/p
 def test_reasons_that_differ_by_names_and_numbers_are_one_kind(one: str, other: str, kind: str) -> None:
     rows = failure_counts(failures((1, "read", one), (2, "read", other)))
     assert rows == [{"stage": "read", "reason": kind, "count": 2, "example": "/photos/1.jpg"}]
+    (alone,) = failure_counts(failures((1, "read", one)))
+    assert alone["reason"] == one.replace("/photos/1.jpg", "...")
 
 
 def test_the_most_frequent_failures_come_first_and_twenty_at_most() -> None:
@@ -66,3 +69,9 @@ def test_the_terminal_says_how_many_failed_for_which_reason_and_where_the_page_i
     ]
     assert "report.html" in last_line(document, "run", 0)[0]
     assert failure_lines({"failures": []}) == ""
+
+
+def test_only_other_policies_than_regions_are_told_to_use_regions() -> None:
+    row = {"images_reduced": 1, "most_reduced": 7.8}
+    lines = resolution_lines({"policies": {"whole": row, "regions": row}}).splitlines()
+    assert ["policy regions looks closer" in line for line in lines] == [True, False]

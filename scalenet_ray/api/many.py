@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import ray.data
 
 _IMAGES_PER_TABLE = 256
+_COLUMNS = ("source", "category", "score", "x0", "y0", "x1", "y1", "depth")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,13 +88,16 @@ class Predictions:
     Args:
         predictions: yields the predictions.
         total: number of images.
+        columns: names of the columns of the images' rows.
 
     Attributes:
         total: number of images.
     """
 
-    def __init__(self, predictions: Generator[ImagePrediction, None, None], total: int) -> None:
-        self._predictions = predictions
+    def __init__(
+        self, predictions: Generator[ImagePrediction, None, None], total: int, columns: Collection[str] = ()
+    ) -> None:
+        self._predictions, self._columns = predictions, columns
         self.total = total
         # Writes what is done and releases the run, also at the end of the interpreter.
         weakref.finalize(self, predictions.close)
@@ -115,10 +119,19 @@ class Predictions:
 
         Columns are source, category, score, x0, y0, x1, y1 (image pixels), depth, and those of the images' rows. Images
         that failed have no rows, and a warning names how many they are and the reason of the first.
+
+        Raises:
+            UserError: if a column of the images' rows has the name of one of the objects', before the work.
         """
         with needs_extra():
             import pandas as pd
             import ray.data
+        if shared := [name for name in _COLUMNS if name in self._columns]:
+            msg = (
+                f"columns of rows must have other names than those of the objects, {', '.join(_COLUMNS)}, got "
+                f"{', '.join(shared)}: rename them"
+            )
+            raise UserError(msg)
         failed: list[ImagePrediction] = []
         blocks = []
         while images := list(islice(self, _IMAGES_PER_TABLE)):
@@ -134,16 +147,10 @@ class Predictions:
 
 def _rows(image: ImagePrediction) -> Iterator[dict[str, Any]]:
     found = image.detections
-    columns = found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), found.depth.tolist()
-    for (x0, y0, x1, y1), label, score, depth in zip(*columns, strict=True):
-        yield {
-            **image.row,
-            "source": image.source,
-            "category": image.categories[label],
-            "score": score,
-            **{"x0": x0, "y0": y0, "x1": x1, "y1": y1},
-            "depth": depth,
-        }
+    names = [image.categories[label] for label in found.labels.tolist()]
+    columns = names, found.scores.tolist(), *found.boxes.T.tolist(), found.depth.tolist()
+    for values in zip(*columns, strict=True):
+        yield {**image.row, **dict(zip(_COLUMNS, (image.source, *values), strict=True))}
 
 
 @dataclass(frozen=True)
@@ -282,7 +289,8 @@ def detect(
     predictions = _predict(start, inputs, chosen.name, info.categories, output, settings, workers, resume=resume)
     # Runs up to the first image: an output folder that cannot be used is refused here.
     next(predictions)
-    return Predictions(_shown(predictions, confidence_threshold), len(inputs.images.images))
+    columns = {str(name) for row in inputs.rows.values() for name in row}
+    return Predictions(_shown(predictions, confidence_threshold), len(inputs.images.images), columns)
 
 
 def _shown(

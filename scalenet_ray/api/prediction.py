@@ -168,7 +168,14 @@ class Prediction:
             scores: write the scores behind the names.
             line_width: of the boxes, in pixels; None for one that suits the image.
             text_size: in pixels; None for one that suits the image.
+
+        Raises:
+            UserError: if a width or a size is under 1.
         """
+        for name, value in (("line_width", line_width), ("text_size", text_size)):
+            if value is not None and not value >= 1:
+                msg = f"{name} must be 1 pixel or more, or None for one that suits the image, got {value}"
+                raise UserError(msg)
         found, categories = self.detections, self.categories
         return draw_objects(self.image, self.image_width, found, categories, labels, scores, line_width, text_size)
 

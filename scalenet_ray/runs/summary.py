@@ -28,10 +28,8 @@ _REDUCED = 0.5
 """Zoom under which an image counts as never seen at its own resolution."""
 
 
-_PATH_OR_QUOTED = re.compile(r"""(?P<quote>['"]).*?(?P=quote)|\S*/\S*[^\s:;,)]""")
-
-
-_NUMBER = re.compile(r"\d+(\.\d+)?")
+_SPECIFIC = re.compile(r"""('.*?'|".*?"|\S*/\S*[^\s:;,)]|\d+(?:\.\d+)?)""")
+"""What may be specific to an image in a reason: quoted text, a path, a number."""
 
 
 def coco_results(run: RunFolder, policy: str, *, name_files: bool = False) -> Iterator[dict[str, Any]]:
@@ -119,27 +117,31 @@ def _all_have_masks(run: RunFolder, policy: str) -> bool:
 
 
 def failure_counts(failures: pa.Table) -> list[FailureCount]:
-    """Group failed images (schema `FAILURES`) by stage and reason, file names and numbers in it replaced.
+    """Group failed images (schema `FAILURES`) by stage and reason, of which file names and numbers that differ are replaced.
 
     Returns:
         At most 20 groups, by descending count of images, however many policies failed on them.
     """
-    counts: Counter[tuple[str, str]] = Counter()
-    examples: dict[tuple[str, str], str] = {}
-    seen: set[tuple[int, str, str]] = set()
+    counts: Counter[tuple[str, ...]] = Counter()
+    reasons: dict[tuple[str, ...], list[str]] = {}
+    examples: dict[tuple[str, ...], str] = {}
+    seen: set[tuple[int, tuple[str, ...]]] = set()
     columns = (failures.column(name).to_pylist() for name in ("image_id", "file", "stage", "reason"))
     for image_id, file, stage, reason in zip(*columns, strict=True):
-        group = (stage, _generalized(reason, file))
-        if (image_id, *group) not in seen:
-            seen.add((image_id, *group))
+        # Text and what is specific, in turn.
+        parts = _SPECIFIC.split(reason.replace(file, "..."))
+        group = (stage, *parts[::2])
+        before = reasons.setdefault(group, parts)
+        reasons[group] = [one if one == other else _masked(one) for one, other in zip(before, parts, strict=True)]
+        if (image_id, group) not in seen:
+            seen.add((image_id, group))
             counts[group] += 1
             examples.setdefault(group, file)
     return [
-        {"stage": stage, "reason": reason, "count": count, "example": examples[stage, reason]}
-        for (stage, reason), count in counts.most_common(_MAX_REASONS)
+        {"stage": group[0], "reason": "".join(reasons[group]), "count": count, "example": examples[group]}
+        for group, count in counts.most_common(_MAX_REASONS)
     ]
 
 
-def _generalized(reason: str, file: str) -> str:
-    """Replace what is specific to an image in a reason: its file, other paths, quoted text and numbers."""
-    return _NUMBER.sub("N", _PATH_OR_QUOTED.sub("...", reason.replace(file, "...")))
+def _masked(part: str) -> str:
+    return "N" if part == "N" or part[0].isdigit() else "..."
