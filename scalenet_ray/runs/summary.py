@@ -117,7 +117,7 @@ def _all_have_masks(run: RunFolder, policy: str) -> bool:
 
 
 def failure_counts(failures: pa.Table) -> list[FailureCount]:
-    """Group failed images (schema `FAILURES`) by stage and reason, of which file names and numbers that differ are replaced.
+    """Group failed images (schema `FAILURES`) by stage and reason; names and numbers that differ in it are replaced.
 
     Returns:
         At most 20 groups, by descending count of images, however many policies failed on them.
