@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import warnings
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 import scalenet_ray
+from scalenet_ray.api.many import _Settings
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.inference import OracleScalePredictor
 from scalenet_ray.runs.folder import RunFolder
@@ -276,7 +278,7 @@ def test_on_ray_it_finds_the_same_in_arrays_and_data_sets(ray_session: None) -> 
     on_ray = scalenet_ray.detect(SCENES, DETECTOR)
     assert {boxes.__repr__() for _, boxes in found(on_ray)} == wanted
     rows = ray.data.from_items([{"image": encoded(scene), "site": i} for i, scene in enumerate(SCENES)])
-    objects = scalenet_ray.detect(rows, DETECTOR).to_dataset()
+    objects = scalenet_ray.detect(rows, DETECTOR, as_dataset=True)
     table = objects.to_pandas().sort_values(["site", "score"])
     assert set(table.columns) == {"site", "source", "category", "score", "x0", "y0", "x1", "y1", "depth"}
     assert table.groupby("site").size().tolist() == COUNTS
@@ -288,6 +290,11 @@ def test_columns_of_rows_are_not_overwritten(ray_session: None) -> None:
     with pytest.raises(UserError, match=r"columns of rows must have other names .*, got source, score: rename them"):
         predictions.to_dataset()
     assert [prediction.row["score"] for prediction in predictions] == [3]
+
+
+def test_both_forms_of_the_result_take_the_same_arguments() -> None:
+    parameters = inspect.signature(scalenet_ray.detect).parameters.keys()
+    assert parameters - _Settings.__annotations__.keys() == {"images", "detector", "as_dataset"}
 
 
 @pytest.mark.ray

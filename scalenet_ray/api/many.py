@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from scalenet_ray.api.inputs import Images, InputImages, check_threshold, collect_images
 from scalenet_ray.api.prediction import Prediction
@@ -207,6 +207,44 @@ def _policies(
     return named_policies([policy], networks, detector, smallest_object)
 
 
+class _Settings(TypedDict, total=False):
+    """Arguments of `detect` that do not change the type of its result."""
+
+    every: int
+    policy: str | Policy
+    smallest_object: float | None
+    scale_net: str | AnyScalePredictor | None
+    classes: Collection[str] | None
+    confidence_threshold: float
+    device: str
+    engine: EngineName | Literal["auto"]
+    resources: ResourceChoice | None
+    output: str | None
+    resume: bool
+    column: str | None
+    progress: Callable[[Progress], None] | None
+
+
+@overload
+def detect(
+    images: Images,
+    detector: str | Detector | None = None,
+    *,
+    as_dataset: Literal[False] = False,
+    **settings: Unpack[_Settings],
+) -> Predictions: ...
+
+
+@overload
+def detect(
+    images: Images,
+    detector: str | Detector | None = None,
+    *,
+    as_dataset: Literal[True],
+    **settings: Unpack[_Settings],
+) -> ray.data.Dataset: ...
+
+
 def detect(
     images: Images,
     detector: str | Detector | None = None,
@@ -224,7 +262,8 @@ def detect(
     resume: bool = False,
     column: str | None = None,
     progress: Callable[[Progress], None] | None = None,
-) -> Predictions:
+    as_dataset: bool = False,
+) -> Predictions | ray.data.Dataset:
     """Detect objects in many images with recursive zooming, as `scalenet-ray detect` does.
 
     Inputs and networks are checked before this returns; images are processed while the result is iterated, several at a
@@ -251,10 +290,10 @@ def detect(
         resume: continue the run in the output folder. Images that it holds come first, from there.
         column: the rows' column with the image; None for the first of image, uri, path, file_name that is there.
         progress: called with the progress at the beginning, about every second, and at the end.
+        as_dataset: return a `ray.data.Dataset` of the objects, when all images are done.
 
     Returns:
-        An iterator of predictions, one per image, in the order in which they finish; its `to_dataset`
-            gives a `ray.data.Dataset` of the objects.
+        An iterator of predictions, one per image, in the order in which they finish; or `Predictions.to_dataset` of it.
 
     Raises:
         UserError: if an argument, the images or the networks cannot be used, with what to do.
@@ -290,7 +329,8 @@ def detect(
     # Runs up to the first image: an output folder that cannot be used is refused here.
     next(predictions)
     columns = {str(name) for row in inputs.rows.values() for name in row}
-    return Predictions(_shown(predictions, confidence_threshold), len(inputs.images.images), columns)
+    result = Predictions(_shown(predictions, confidence_threshold), len(inputs.images.images), columns)
+    return result.to_dataset() if as_dataset else result
 
 
 def _shown(
