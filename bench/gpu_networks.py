@@ -22,8 +22,8 @@ from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.data.coco import CocoDataset, GroundTruth, annotations_uri, read_annotations
 from scalenet_ray.data.image_records import OpenImage
-from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net, save_scale_net
-from scalenet_ray.models.scale_networks import PRESETS, ScaleNetConfig
+from scalenet_ray.models.scale_net import build_scale_net, load_torch_predictor, save_scale_net
+from scalenet_ray.models.scale_networks import PRESETS, ScaleNetConfig, ScaleNetPredictor
 from scalenet_ray.models.torchvision_builders import build_detector
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector
 from scalenet_ray.runs.batch import image_opener
@@ -272,7 +272,7 @@ def _build_scale_net(setup: Setup, variant: Variant) -> ScaleNetPredictor:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "scale_net.safetensors"
         save_scale_net(build_scale_net(config), config, path)
-        predictor = ScaleNetPredictor(path, setup.device, mixed_precision=variant.mixed)
+        predictor: Any = load_torch_predictor(path, setup.device, mixed_precision=variant.mixed)
     variant.prepare(predictor.model, setup.sizes.compiler)
     return predictor
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from scalenet_ray.data.images import decode_image
     from scalenet_ray.data.policy_files import read_policies
     from scalenet_ray.models.detectors import Detector, load_detector
-    from scalenet_ray.models.scale_predictors import load_predictor
+    from scalenet_ray.models.scale_networks import load_predictor
     from scalenet_ray.models.wrapped_detectors import wrap_sahi, wrap_supervision
     from scalenet_ray.runs.export import export_run
 
@@ -49,7 +49,7 @@ _HOMES = {
     "export_run": "runs.export",
     "get_scaled_prediction": "api",
     "load_detector": "models.detectors",
-    "load_predictor": "models.scale_predictors",
+    "load_predictor": "models.scale_networks",
     "parse_policy": "core.policy",
     "read_policies": "data.policy_files",
     "recursive_detect": "core.recursion",

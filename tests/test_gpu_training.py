@@ -17,8 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench.gpu_networks import cuda_products
 from scalenet_ray.experiments.classifiers import build_classifier, classifier_loss
-from scalenet_ray.models.scale_head import ScaleHead
-from scalenet_ray.models.scale_net import build_scale_net, normalised
+from scalenet_ray.models.scale_net import ScaleHead, build_scale_net, normalised
 from scalenet_ray.models.scale_networks import PRESETS, HeadConfig
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from scalenet_ray.console import run_job
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.data.image_records import ImageRecord
-from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
+from scalenet_ray.models.scale_net import ScaleHead, save_scale_head
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.report.pictures import SavedPictures
 from scalenet_ray.sample.scenes import write_sample

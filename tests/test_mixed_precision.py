@@ -12,8 +12,8 @@ from torch import nn
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
-from scalenet_ray.models.scale_predictors import load_predictor
+from scalenet_ray.models.scale_net import ScaleHead, save_scale_head
+from scalenet_ray.models.scale_networks import load_predictor
 from scalenet_ray.models.spec import (
     SAMPLE_DETECTOR,
     SAMPLE_DETECTOR_WEIGHTS,

@@ -15,10 +15,14 @@ from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
-from scalenet_ray.models.scale_net import build_scale_net, save_scale_net
-from scalenet_ray.models.scale_networks import PRESETS, HeadConfig
-from scalenet_ray.models.scale_predictors import OnnxScaleHead, OnnxScaleNet, load_predictor
+from scalenet_ray.models.scale_net import ScaleHead, build_scale_net, save_scale_head, save_scale_net
+from scalenet_ray.models.scale_networks import (
+    PRESETS,
+    HeadConfig,
+    ScaleHeadPredictor,
+    ScaleNetPredictor,
+    load_predictor,
+)
 from scalenet_ray.models.spec import (
     SAMPLE_DETECTOR,
     SAMPLE_DETECTOR_WEIGHTS,
@@ -82,7 +86,7 @@ def test_the_samples_detector_as_onnx_has_the_feature_maps_that_a_scale_head_rea
 
 def test_the_samples_scale_net_as_onnx_equals_the_one_in_torch() -> None:
     here, torch_one = load_predictor(SAMPLE_SCALE_NET), load_predictor(SAMPLE_SCALE_NET_WEIGHTS)
-    assert isinstance(here, OnnxScaleNet)
+    assert isinstance(here, ScaleNetPredictor)
     assert (here.config, here.input_pixels) == (torch_one.config, torch_one.input_pixels)
     for found, wanted in zip(here(crops()), torch_one(crops()), strict=True):
         np.testing.assert_allclose(values(found), values(wanted), **CLOSE)
@@ -109,7 +113,7 @@ def test_a_scale_net_exports_equal_to_itself(tmp_path: Path, preset: str) -> Non
     here, torch_one = load_predictor(tmp_path / "net.onnx"), load_predictor(weights)
     assert here.config == torch_one.config
     batch = tiles((64, 96), (64, 96), (100, 70), (17, 33))
-    assert isinstance(here, OnnxScaleNet)
+    assert isinstance(here, ScaleNetPredictor)
     for found, wanted in zip(here(batch, []), torch_one(batch, []), strict=True):
         np.testing.assert_allclose(values(found), values(wanted), **CLOSE)
 
@@ -123,7 +127,7 @@ def test_a_scale_head_exports_equal_to_itself(tmp_path: Path) -> None:
     save_scale_head(ScaleHead(config), config, weights)
     assert main(ExportOnnx(weights)) == 0
     here, torch_one = load_predictor(tmp_path / "head.onnx"), load_predictor(weights)
-    assert isinstance(here, OnnxScaleHead)
+    assert isinstance(here, ScaleHeadPredictor)
     assert here.config == torch_one.config
     here.check(detector)
     pixels = [*crops(), *tiles((70, 40), (33, 33))]

@@ -20,10 +20,15 @@ from scalenet_ray.core.policy import Recursion, parse_policy
 from scalenet_ray.core.recursion import recursive_detect
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.models.checked_detector import MappedDetector
-from scalenet_ray.models.scale_head import ScaleHead, ScaleHeadPredictor, save_scale_head
-from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net
-from scalenet_ray.models.scale_networks import PRESETS, SCALE_HEAD, HeadConfig
-from scalenet_ray.models.scale_predictors import load_predictor
+from scalenet_ray.models.scale_net import ScaleHead, build_scale_net, save_scale_head
+from scalenet_ray.models.scale_networks import (
+    PRESETS,
+    SCALE_HEAD,
+    HeadConfig,
+    ScaleHeadPredictor,
+    ScaleNetPredictor,
+    load_predictor,
+)
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, SAMPLE_SCALE_NET_WEIGHTS, NetworkSpec
 from scalenet_ray.models.weights import load_weights, save_weights
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene, write_sample
@@ -70,13 +75,13 @@ def test_the_features_come_with_the_same_detections(detector: MappedDetector) ->
 
 def test_a_map_covers_its_tile_and_not_the_canvas(head: str, detector: MappedDetector) -> None:
     pixels, tiles = tiles_of((96, 128), (192, 160))
-    maps = ScaleHeadPredictor(head).from_features([one.features for one in detector.with_features(pixels)], tiles)
+    maps = load_predictor(head).from_features([one.features for one in detector.with_features(pixels)], tiles)
     assert [one.hw for one in maps if isinstance(one, ScaleMap)] == [(12, 16), (24, 20)]
     assert all(one.prob is not None and one.gain is None for one in maps if isinstance(one, ScaleMap))
 
 
 def test_a_batch_of_mixed_sizes_says_what_each_tile_says_alone(head: str, detector: MappedDetector) -> None:
-    predictor = ScaleHeadPredictor(head)
+    predictor = load_predictor(head)
     pixels, tiles = tiles_of((96, 128), (192, 160), (128, 96))
     features = [one.features for one in detector.with_features(pixels)]
     together = predictor.from_features(features, tiles)
@@ -91,7 +96,7 @@ def test_features_of_nan_cost_their_tile_alone(head: str, detector: MappedDetect
     pixels, tiles = tiles_of((96, 96), (96, 96))
     good, bad = (one.features for one in detector.with_features(pixels))
     broken = tuple(np.full_like(level, np.nan) for level in bad)
-    maps = ScaleHeadPredictor(head).from_features([good, broken], tiles)
+    maps = load_predictor(head).from_features([good, broken], tiles)
     assert isinstance(maps[0], ScaleMap)
     assert isinstance(maps[1], TileError)
 
@@ -120,7 +125,7 @@ def test_one_pass_serves_the_look_and_the_detection(head: str, detector: MappedD
     policy = replace(parse_policy("scalenet", input_side=192, iou_threshold=0.6), recursion=Recursion(max_depth=1))
     counting = Counting(detector)
     image = make_scene(np.random.default_rng(1)).pixels
-    result = recursive_detect(image, 1, policy, detect=counting, predict_scale=ScaleHeadPredictor(head))
+    result = recursive_detect(image, 1, policy, detect=counting, predict_scale=load_predictor(head))
     assert counting.featured == 1
     assert counting.plain == result.tiles - 1
     assert result.look_pixels == 0
@@ -136,7 +141,7 @@ def test_a_detector_that_shows_no_features_is_refused(head: str) -> None:
             tiles,
             policy,
             detect=PerfectDetector(min_side=4, input_side=64),
-            predict_scale=ScaleHeadPredictor(head),
+            predict_scale=load_predictor(head),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.policy import parse_policy
 from scalenet_ray.core.scale import ScaleMap
-from scalenet_ray.models.scale_net import ScaleNetPredictor, build_scale_net, load_scale_net, normalised, save_scale_net
-from scalenet_ray.models.scale_networks import PRESETS, ScaleNetConfig, squashed
+from scalenet_ray.models.scale_net import build_scale_net, load_scale_net, normalised, save_scale_net
+from scalenet_ray.models.scale_networks import PRESETS, ScaleNetConfig, load_predictor, squashed
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET_WEIGHTS, NetworkSpec
 from scalenet_ray.models.weights import save_weights
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene
@@ -39,7 +40,7 @@ def _recipes(pixels: list[np.ndarray]) -> list[Tile]:
     return [Tile(i, (), p.shape[:2], Window(0, 0, p.shape[1], p.shape[0]), *p.shape[:2]) for i, p in enumerate(pixels)]
 
 
-def _look(predictor: ScaleNetPredictor, pixels: list[np.ndarray]) -> list[ScaleMap | TileError]:
+def _look(predictor: Any, pixels: list[np.ndarray]) -> list[ScaleMap | TileError]:
     return predictor(pixels, _recipes(pixels))
 
 
@@ -76,7 +77,7 @@ def test_the_papers_networks_are_the_papers() -> None:
 def test_the_digits_net_takes_tiles_of_any_size_and_starts_alive(tmp_path: Path) -> None:
     config = PRESETS["fcn-digits"]
     save_scale_net(build_scale_net(config), config, tmp_path / "fcn.safetensors")
-    predictor = ScaleNetPredictor(tmp_path / "fcn.safetensors")
+    predictor = load_predictor(tmp_path / "fcn.safetensors")
     maps = _look(predictor, _tiles((28, 28), (14, 20), (28, 28)))
     assert [m.hw for m in maps if isinstance(m, ScaleMap)] == [(28, 28), (14, 20), (28, 28)]
     assert all(isinstance(m, ScaleMap) and m.scale is not None and (m.scale > 0).mean() > 0.5 for m in maps)
@@ -93,8 +94,8 @@ def test_a_checkpoint_carries_its_configuration_and_weights(checkpoint: Path) ->
 
 
 def test_a_batch_gives_what_tiles_give_one_by_one(checkpoint: Path) -> None:
-    predictor = ScaleNetPredictor(checkpoint)
-    in_float64(predictor.model)
+    predictor = load_predictor(checkpoint)
+    in_float64(predictor.model, "model")
     pixels = _tiles((64, 64), (30, 64), (90, 41))
     together = _look(predictor, pixels)
     for tile, found in zip(pixels, together, strict=True):
@@ -107,18 +108,18 @@ def test_a_batch_gives_what_tiles_give_one_by_one(checkpoint: Path) -> None:
 
 
 def test_probabilities_sum_to_one(checkpoint: Path) -> None:
-    (found,) = _look(ScaleNetPredictor(checkpoint), _tiles((50, 50)))
+    (found,) = _look(load_predictor(checkpoint), _tiles((50, 50)))
     assert isinstance(found, ScaleMap)
     assert found.prob is not None
     np.testing.assert_allclose(found.prob.sum(axis=0), 1.0, atol=1e-5)
 
 
 def test_no_tiles_give_no_maps(checkpoint: Path) -> None:
-    assert _look(ScaleNetPredictor(checkpoint), []) == []
+    assert _look(load_predictor(checkpoint), []) == []
 
 
 def test_a_tile_that_comes_out_as_nan_costs_that_tile_alone(checkpoint: Path) -> None:
-    predictor = ScaleNetPredictor(checkpoint)
+    predictor = load_predictor(checkpoint)
 
     class BreaksOnSecond(torch.nn.Module):
         def __init__(self, net: torch.nn.Module) -> None:
@@ -235,7 +236,7 @@ def test_tiles_are_squashed_to_the_nets_square_or_taken_as_they_are() -> None:
 
 
 def test_the_shipped_net_tells_small_objects_from_background() -> None:
-    predictor = ScaleNetPredictor(SAMPLE_SCALE_NET_WEIGHTS)
+    predictor = load_predictor(SAMPLE_SCALE_NET_WEIGHTS)
     on_small, on_background = [], []
     for seed in range(6):
         scene = make_scene(np.random.default_rng([99, seed]))

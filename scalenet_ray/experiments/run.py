@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from scalenet_ray.core.bounds import ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.networks import ScalePredictor
 from scalenet_ray.data import storage
 from scalenet_ray.experiments.classifiers import build_classifier
 from scalenet_ray.experiments.config import DOMAINS, CanvasRecipe, ClassifierRecipe, Domain, NetRecipe, ablations
@@ -29,7 +30,8 @@ from scalenet_ray.experiments.evaluate import (
 from scalenet_ray.experiments.rescale import RescaleRules, rescale_canvases
 from scalenet_ray.experiments.tasks import Task, run_tasks
 from scalenet_ray.experiments.train import train_classifier, train_net
-from scalenet_ray.models.scale_net import ScaleNetPredictor, load_state, save_scale_net
+from scalenet_ray.models.scale_net import load_state, save_scale_net
+from scalenet_ray.models.scale_networks import load_predictor
 from scalenet_ray.models.weights import load_weights, save_weights
 from scalenet_ray.report.text import accuracy_table
 from scalenet_ray.runs.folder import RunFolder
@@ -205,14 +207,14 @@ class Experiment:
         self, recipe: CanvasRecipe, net: str | None, classifier: tuple[ClassifierRecipe, str], test_set: str
     ) -> dict[str, Any]:
         """Score a classifier on a rescaled test set; without a net the oracle predicts the scales."""
-        predict = None if net is None else ScaleNetPredictor(self._weights(net), self.device)
+        predict = None if net is None else self._predictor(net)
         model, pictures = self._classifier(*classifier), self.test_set(test_set)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.mixed_precision):
             return score_recursion(model, predict, recipe, pictures, test_set, self.domain)._asdict()
 
     def scale_response(self, net: str, sides: tuple[int, ...]) -> dict[str, Any]:
         """A Scale Net's mean prediction on the first images at some sides."""
-        predict = ObjectScales(ScaleNetPredictor(self._weights(net), self.device))
+        predict = ObjectScales(self._predictor(net))
         first = self.test_set().part(slice(0, _RESPONSE_PICTURES))
         means = []
         for side in sides:
@@ -226,7 +228,7 @@ class Experiment:
 
     def steps(self, recipe: CanvasRecipe, net: str, side: int) -> dict[str, Any]:
         """Rescale the first image from a side; returns the grey canvases and their scale maps as nested lists."""
-        predict = ObjectScales(ScaleNetPredictor(self._weights(net), self.device))
+        predict = ObjectScales(self._predictor(net))
         ((_, (picture,)),) = pictures_at(self.test_set().part(slice(0, 1)), str(side), self.domain)
         recursion = recipe.recursion(side, self.domain.canvas_side)
         (result,) = rescale_canvases([picture], recursion, recipe.rules, predict)
@@ -238,6 +240,9 @@ class Experiment:
 
     def _weights(self, name: str) -> str:
         return storage.join(self.folder, f"{name}.safetensors")
+
+    def _predictor(self, net: str) -> ScalePredictor:
+        return cast(ScalePredictor, load_predictor(self._weights(net), self.device))
 
     def _classifier(self, recipe: ClassifierRecipe, name: str) -> nn.Module:
         side, in_channels = self.domain.canvas_side, self.domain.in_channels

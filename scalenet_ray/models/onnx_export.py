@@ -14,41 +14,14 @@ import onnx
 import torch
 from torch import nn
 
-from scalenet_ray.models.scale_head import ScaleHead, ScaleHeadPredictor, load_torch_predictor
-from scalenet_ray.models.scale_net import normalised
-from scalenet_ray.models.scale_networks import SCALE_HEAD, SCALE_NET, ScaleNetConfig
+from scalenet_ray.models.scale_net import load_torch_predictor
+from scalenet_ray.models.scale_networks import SCALE_HEAD, SCALE_NET, ScaleHeadPredictor
 
 _OPSET = 17
 _REGRESSION_SIDE = 64
 _HEAD_CELLS = 8
 _MIN_HALVED = 1024
 """Least number of values of a weight that is worth a cast."""
-
-
-class _ScaleNetOnPixels(nn.Module):
-    """A Scale Net with its normalisation and its softmax."""
-
-    def __init__(self, model: nn.Module, config: ScaleNetConfig) -> None:
-        super().__init__()
-        self.model = model
-        self.config = config
-
-    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
-        """[B, h, w, 3] uint8 RGB -> probabilities [B, 6, h, w] or scales [B, h, w]."""
-        output = self.model(normalised(tiles, self.config))
-        return output.softmax(dim=1) if self.config.kind == "classes" else output
-
-
-class _ScaleHeadOnFeatures(nn.Module):
-    """A scale head with its softmax."""
-
-    def __init__(self, model: ScaleHead) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *features: torch.Tensor) -> torch.Tensor:
-        """[B, C, h, w] each, finest first -> probabilities [B, 6, h, w]."""
-        return self.model(features).softmax(dim=1)
 
 
 def to_onnx(
@@ -130,11 +103,10 @@ def export_predictor(path: str) -> bytes:
         sizes = {
             f"features_{level}": {0: "batch", 2: f"height_{level}", 3: f"width_{level}"} for level in range(len(levels))
         }
-        model = _ScaleHeadOnFeatures(predictor.model)
-        return to_onnx(model, levels, sizes, ["prob"], {SCALE_HEAD: json.dumps(asdict(config))})
+        return to_onnx(predictor.model, levels, sizes, ["prob"], {SCALE_HEAD: json.dumps(asdict(config))})
     side = config.input_side or _REGRESSION_SIDE
     axes = {0: "batch"} if config.input_side else {0: "batch", 1: "height", 2: "width"}
     tiles = torch.zeros(1, side, side, 3, dtype=torch.uint8)
     output = "prob" if config.kind == "classes" else "scale"
-    model = _ScaleNetOnPixels(predictor.model, config)
+    model = predictor.model.to(memory_format=torch.contiguous_format)
     return to_onnx(model, [tiles], {"tiles": axes}, [output], {SCALE_NET: json.dumps(asdict(config))})

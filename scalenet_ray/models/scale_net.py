@@ -1,4 +1,4 @@
-"""Scale Net: the paper's networks and lighter ones, their checkpoints, and the predictor for tiles.
+"""Scale Nets and scale heads in torch: the networks, their checkpoints, and prediction.
 
 A checkpoint is a safetensors file with the network's configuration in the header.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,11 +19,22 @@ from torch.nn import functional
 
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.models.devices import device_on_this_machine
-from scalenet_ray.models.scale_networks import SCALE_NET, Padding, ScaleNetConfig, TilePredictor, net_config
+from scalenet_ray.models.scale_networks import (
+    SCALE_HEAD,
+    SCALE_NET,
+    HeadConfig,
+    Padding,
+    ScaleHeadPredictor,
+    ScaleNetConfig,
+    ScaleNetPredictor,
+    head_config,
+    net_config,
+)
 from scalenet_ray.models.weights import load_weights, save_weights
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _LIGHT_WIDTHS = (32, 64, 96, 128)
+_DILATIONS = (2, 4)
 
 
 class DigitsFcn(nn.Module):
@@ -139,6 +151,34 @@ def normalised(images: torch.Tensor, config: ScaleNetConfig) -> torch.Tensor:
     return ((batch - mean) / deviation).contiguous(memory_format=torch.channels_last)
 
 
+class ScaleHead(nn.Module):
+    """1 x 1 convolution per feature map, summed on the finest grid, then two residual dilated 3 x 3 convolutions."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for channels in config.feature_channels)
+        self.entries = nn.ModuleList(nn.Conv2d(channels, config.width, 1) for channels in config.feature_channels)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(config.width, config.width, 3, padding=dilation, dilation=dilation, bias=False),
+                nn.BatchNorm2d(config.width),
+                nn.ReLU(),
+            )
+            for dilation in _DILATIONS
+        )
+        self.answer = nn.Conv2d(config.width, config.classes, 1)
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[B, C, h, w] each, finest first -> logits [B, 6, h, w] of the scale classes."""
+        hw = features[0].shape[-2:]
+        entries = zip(features, self.norms, self.entries, strict=True)
+        parts = [functional.interpolate(entry(norm(level.float())), size=hw) for level, norm, entry in entries]
+        x = functional.relu(torch.stack(parts).sum(dim=0))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.answer(x)
+
+
 def read_checkpoint(path: str | Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Read the tensors and the configuration, JSON under `name` in the header, of a safetensors file.
 
@@ -171,7 +211,12 @@ def save_scale_net(model: nn.Module, config: ScaleNetConfig, path: str | Path) -
     save_weights(model.state_dict(), {SCALE_NET: json.dumps(asdict(config))}, str(path))
 
 
-def load_scale_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, ScaleNetConfig]:
+def save_scale_head(model: nn.Module, config: HeadConfig, path: str) -> None:
+    """Write weights and configuration as a safetensors file, local or in a store."""
+    save_weights(model.state_dict(), {SCALE_HEAD: json.dumps(asdict(config))}, path)
+
+
+def load_scale_net(path: str | Path) -> tuple[nn.Module, ScaleNetConfig]:
     """Load a checkpoint of `save_scale_net`: the network in evaluation mode, and its configuration.
 
     Raises:
@@ -181,26 +226,62 @@ def load_scale_net(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Sc
     config = net_config(fields, str(path))
     model = build_scale_net(config)
     load_state(model, tensors, path)
-    return model.eval().to(device_on_this_machine(device)), config
+    return model.eval(), config
 
 
-class ScaleNetPredictor(TilePredictor):
-    """`ScalePredictor` with a trained Scale Net in torch, one forward pass per batch of equal sizes.
+class ScaleNetOnPixels(nn.Module):
+    """A Scale Net with its normalisation and its softmax."""
+
+    def __init__(self, model: nn.Module, config: ScaleNetConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        """[B, h, w, 3] uint8 RGB -> probabilities [B, 6, h, w] or scales [B, h, w]."""
+        output = self.model(normalised(tiles, self.config)).float()
+        return output.softmax(dim=1) if self.config.kind == "classes" else output
+
+
+class ScaleHeadOnFeatures(nn.Module):
+    """A scale head with its softmax."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *features: torch.Tensor) -> torch.Tensor:
+        """[B, C, h, w] each, finest first -> probabilities [B, 6, h, w]."""
+        return self.model(features).float().softmax(dim=1)
+
+
+def load_torch_predictor(
+    path: str | Path, device: str = "cpu", *, mixed_precision: bool = False
+) -> ScaleNetPredictor | ScaleHeadPredictor:
+    """Load a Scale Net or a scale head, by the header of its file.
 
     Args:
-        path: checkpoint of `save_scale_net`, local or in a store.
+        path: checkpoint of `save_scale_net` or `save_scale_head`, local or in a store.
         device: torch device.
         mixed_precision: run under bfloat16 autocast.
+
+    Raises:
+        UserError: if the file is of another network, or its weights do not match its configuration.
     """
+    at = device_on_this_machine(device)
+    autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)
 
-    def __init__(self, path: str | Path, device: str = "cpu", *, mixed_precision: bool = False) -> None:
-        model, config = load_scale_net(path, device)
-        super().__init__(config)
-        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.device = device
-        self._autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision)
+    def run(model: nn.Module, inputs: Sequence[np.ndarray]) -> np.ndarray:
+        """Output of the network for a batch."""
+        with torch.inference_mode(), autocast:
+            return model(*(torch.from_numpy(values).to(at) for values in inputs)).float().cpu().numpy()
 
-    def _run(self, tiles: np.ndarray) -> np.ndarray:
-        with torch.inference_mode(), self._autocast:
-            output = self.model(normalised(torch.from_numpy(tiles).to(self.device), self.config)).float()
-            return (output.softmax(dim=1) if self.config.kind == "classes" else output).cpu().numpy()
+    tensors, header = load_weights(str(path))
+    if SCALE_HEAD in header:
+        config = head_config(json.loads(header[SCALE_HEAD]), str(path))
+        head = ScaleHead(config)
+        load_state(head, tensors, path)
+        return ScaleHeadPredictor(config, ScaleHeadOnFeatures(head).eval().to(at), run)
+    net, config = load_scale_net(path)
+    model = ScaleNetOnPixels(net, config).to(at, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return ScaleNetPredictor(config, model.eval(), run)

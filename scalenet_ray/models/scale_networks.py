@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import onnxruntime
 from PIL import Image
 
-from scalenet_ray.core.errors import TileError, UserError
+from scalenet_ray.core.errors import TileError, UserError, needs_extra
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import NUM_CLASSES, ScaleMap
 from scalenet_ray.models.detectors import ShowsFeatures
 from scalenet_ray.models.devices import translate_oom
+from scalenet_ray.models.onnx_session import open_network
 
 Architecture = Literal["fcn", "unet", "light-unet"]
 Kind = Literal["classes", "regression"]
@@ -22,10 +25,14 @@ Padding = Literal["each", "input"]
 SCALE_NET = "scale_net"
 """Key of a Scale Net's configuration, as JSON, in the metadata of its file."""
 
-
 SCALE_HEAD = "scale_head"
 """Key of a scale head's configuration, as JSON, in the metadata of its file."""
 
+ONNX_SUFFIX = ".onnx"
+"""The ending of a network's file that onnxruntime reads."""
+
+Run = Callable[[Any, Sequence[np.ndarray]], np.ndarray]
+"""(network, its inputs, [B, ...] each) -> its output, float32."""
 
 _LIGHT_STRIDE = 4
 
@@ -181,19 +188,20 @@ def head_config(fields: dict[str, Any], path: str) -> HeadConfig:
     return config
 
 
-class TilePredictor:
-    """`ScalePredictor` of a Scale Net; a library's own class runs the network.
+class ScaleNetPredictor:
+    """`ScalePredictor` with a Scale Net.
 
     Args:
         config: configuration of the network.
+        model: the network: [B, h, w, 3] uint8 RGB -> class probabilities [B, 6, h, w] or scales [B, h, w], float32.
+        run: runs it.
 
     Attributes:
-        config: configuration of the network.
         input_pixels: pixels computed for a tile; 0 for a net that takes each tile as it is.
     """
 
-    def __init__(self, config: ScaleNetConfig) -> None:
-        self.config = config
+    def __init__(self, config: ScaleNetConfig, model: Any, run: Run) -> None:
+        self.config, self.model, self._run = config, model, run
         self.input_pixels = (config.input_side or 0) ** 2
 
     def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile] = ()) -> list[ScaleMap | TileError]:
@@ -209,37 +217,30 @@ class TilePredictor:
         Raises:
             OutOfMemoryError: if a batch does not fit the device's memory.
         """
+        name = "prob" if self.config.kind == "classes" else "scale"
         inputs = [squashed(tile, self.config) for tile in pixels]
         maps: dict[int, ScaleMap | TileError] = {}
         for hw in dict.fromkeys(tile.shape[:2] for tile in inputs):
             index = [i for i, tile in enumerate(inputs) if tile.shape[:2] == hw]
-            output = translate_oom(lambda at=index: self._run(np.stack([inputs[i] for i in at])))
-            name = "prob" if self.config.kind == "classes" else "scale"
+            batch = np.stack([inputs[i] for i in index])
+            output = translate_oom(lambda batch=batch: self._run(self.model, [batch]))
             maps.update(zip(index, (_map_of(**{name: values}) for values in output), strict=True))
         return [maps[i] for i in range(len(inputs))]
 
-    def _run(self, tiles: np.ndarray) -> np.ndarray:
-        """[B, h, w, 3] uint8 -> class probabilities [B, 6, h, w] or scales [B, h, w], float32."""
-        raise NotImplementedError
 
-
-class FeaturePredictor:
-    """`FeatureScalePredictor` of a scale head: a detector's feature maps -> class maps.
-
-    A library's own class runs the network.
+class ScaleHeadPredictor:
+    """`FeatureScalePredictor` with a scale head: a detector's feature maps -> class maps.
 
     Args:
         config: configuration of the head.
-
-    Attributes:
-        config: configuration of the head.
-        input_pixels: 0, since it reads no pixels.
+        model: the head: [B, C, h, w] float32 each, finest first -> class probabilities [B, 6, h, w], float32.
+        run: runs it.
     """
 
     input_pixels = 0
 
-    def __init__(self, config: HeadConfig) -> None:
-        self.config = config
+    def __init__(self, config: HeadConfig, model: Any, run: Run) -> None:
+        self.config, self.model, self._run = config, model, run
 
     def check(self, detector: ShowsFeatures) -> None:
         """Check that a detector's feature maps match those that the head was trained on.
@@ -276,14 +277,10 @@ class FeaturePredictor:
         for shape in dict.fromkeys(shapes):
             index = [i for i, other in enumerate(shapes) if other == shape]
             batch = [np.stack(level) for level in zip(*(features[i] for i in index), strict=True)]
-            for i, prob in zip(index, translate_oom(lambda levels=batch: self._run(levels)), strict=True):
+            for i, prob in zip(index, translate_oom(lambda batch=batch: self._run(self.model, batch)), strict=True):
                 rows, columns = (-(-side // self.config.stride) for side in (tiles[i].height, tiles[i].width))
                 maps[i] = _map_of(prob=prob[:, :rows, :columns])
         return [maps[i] for i in range(len(features))]
-
-    def _run(self, levels: list[np.ndarray]) -> np.ndarray:
-        """[B, C, h, w] float32 each, finest first -> class probabilities [B, 6, h, w], float32."""
-        raise NotImplementedError
 
 
 def _map_of(**values: Any) -> ScaleMap | TileError:
@@ -292,3 +289,36 @@ def _map_of(**values: Any) -> ScaleMap | TileError:
         return ScaleMap(**values)
     except TileError as error:
         return error
+
+
+def load_predictor(
+    path: str | Path, device: str = "cpu", *, mixed_precision: bool = False
+) -> ScaleNetPredictor | ScaleHeadPredictor:
+    """Load a Scale Net or a scale head; its file says which it is.
+
+    Args:
+        path: weights, local or in a store: .onnx of `scalenet-ray export-onnx`, or .safetensors, which needs torch.
+        device: where it computes, as torch names it.
+        mixed_precision: run under bfloat16 autocast; for safetensors alone.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        UserError: if the file is of neither, is damaged, is ONNX and mixed precision is asked for, or needs torch and
+            that is not installed.
+    """
+    if not str(path).endswith(ONNX_SUFFIX):
+        with needs_extra():
+            from scalenet_ray.models.scale_net import load_torch_predictor
+        return load_torch_predictor(path, device, mixed_precision=mixed_precision)
+    if mixed_precision:
+        msg = f"mixed precision is for weights as safetensors, got {path}, which has a precision of its own: give those"
+        raise UserError(msg)
+    session, kind, fields = open_network(str(path), SCALE_NET, SCALE_HEAD, device=device)
+    if kind == SCALE_HEAD:
+        return ScaleHeadPredictor(head_config(fields, str(path)), session, _run_session)
+    return ScaleNetPredictor(net_config(fields, str(path)), session, _run_session)
+
+
+def _run_session(session: onnxruntime.InferenceSession, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    names = [entry.name for entry in session.get_inputs()]
+    return np.asarray(session.run(None, dict(zip(names, inputs, strict=True)))[0])

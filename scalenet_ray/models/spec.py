@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -23,20 +23,16 @@ from scalenet_ray.models.detector_check import try_detector
 from scalenet_ray.models.detectors import IN_ONNX, Detector, DetectorInfo, check_kind_on, declaration, load_detector
 from scalenet_ray.models.devices import device_named, device_on_this_machine, has_gpu_driver, is_tensorrt
 from scalenet_ray.models.onnx_session import providers_of
-from scalenet_ray.models.scale_networks import HeadConfig
-from scalenet_ray.models.scale_predictors import ONNX_SUFFIX, OnnxScaleHead, OnnxScaleNet, load_predictor
-
-if TYPE_CHECKING:
-    from scalenet_ray.models.scale_head import ScaleHeadPredictor
-    from scalenet_ray.models.scale_net import ScaleNetPredictor
-
-    ScaleNet = OnnxScaleNet | ScaleNetPredictor
-    ScaleHead = OnnxScaleHead | ScaleHeadPredictor
-
+from scalenet_ray.models.scale_networks import (
+    ONNX_SUFFIX,
+    HeadConfig,
+    ScaleHeadPredictor,
+    ScaleNetPredictor,
+    load_predictor,
+)
 
 AUTO = "auto"
 """Device: a GPU if there is one and the networks run on it, else the CPU."""
-
 
 _WEIGHTS = Path(__file__).parents[1] / "sample"
 
@@ -44,18 +40,14 @@ _WEIGHTS = Path(__file__).parents[1] / "sample"
 SAMPLE_DETECTOR = f"tiny:{_WEIGHTS / 'sample_detector.onnx'}"
 """Detector of the embedded sample, trained without small objects; needs no torch."""
 
-
 SAMPLE_DETECTOR_WEIGHTS = f"tiny:{_WEIGHTS / 'sample_detector.safetensors'}"
 """The same network in torch."""
-
 
 SAMPLE_SCALE_NET = str(_WEIGHTS / "sample_scale_net.onnx")
 """Scale Net of the embedded sample; needs no torch."""
 
-
 SAMPLE_SCALE_NET_WEIGHTS = str(_WEIGHTS / "sample_scale_net.safetensors")
 """The same network in torch."""
-
 
 _IN_TORCH = {SAMPLE_DETECTOR: SAMPLE_DETECTOR_WEIGHTS, SAMPLE_SCALE_NET: SAMPLE_SCALE_NET_WEIGHTS}
 
@@ -198,7 +190,7 @@ class NetworkSpec:
             return []
         return try_detector(CheckedDetector(loaded, detector.name), _readable(images, open_image))
 
-    def _check_maps(self, policies: Sequence[Policy], scale_net: ScaleNet | ScaleHead | None) -> None:
+    def _check_maps(self, policies: Sequence[Policy], scale_net: ScaleNetPredictor | ScaleHeadPredictor | None) -> None:
         """Check that the policies support Scale Net's maps."""
         # A scale head, and a predictor of the user's own, declare no kind of map.
         regression = getattr(getattr(scale_net, "config", None), "kind", None) == "regression"
@@ -267,7 +259,7 @@ class NetworkSpec:
         in_torch = self.mixed_precision or not (self._device == "cpu" or is_tensorrt(self._device))
         return _IN_TORCH.get(network, network) if in_torch else network
 
-    def load_scale_net(self) -> ScaleNet | ScaleHead:
+    def load_scale_net(self) -> ScaleNetPredictor | ScaleHeadPredictor:
         """Load Scale Net or a scale head.
 
         Raises:

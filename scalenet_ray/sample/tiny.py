@@ -16,7 +16,7 @@ from scalenet_ray.core.merge import nms
 from scalenet_ray.core.networks import DetectionsWithFeatures
 from scalenet_ray.models.onnx_session import on_gpu, open_network
 from scalenet_ray.models.padding import detect_by_canvas, padded, stride_canvas
-from scalenet_ray.models.scale_predictors import ONNX_SUFFIX
+from scalenet_ray.models.scale_networks import ONNX_SUFFIX
 
 if TYPE_CHECKING:
     from scalenet_ray.sample.detector import TinyDetector

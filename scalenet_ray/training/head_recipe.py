@@ -12,7 +12,7 @@ from torch import nn
 from scalenet_ray.core.errors import TileError
 from scalenet_ray.core.scale import IGNORE
 from scalenet_ray.models.checked_detector import MappedDetector
-from scalenet_ray.models.scale_head import ScaleHead, save_scale_head
+from scalenet_ray.models.scale_net import ScaleHead, save_scale_head
 from scalenet_ray.models.scale_networks import HeadConfig
 from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.training.examples import Example, TrainingImages
