@@ -31,7 +31,7 @@ from scalenet_ray.models.spec import (
     NetworkSpec,
 )
 from scalenet_ray.sample.scenes import sample_scene
-from scalenet_ray.sample.tiny import OnnxTinyDetector
+from scalenet_ray.sample.tiny import TinyDetector
 
 NAMES = (SAMPLE_DETECTOR, SAMPLE_DETECTOR_WEIGHTS)
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -68,7 +68,7 @@ def assert_same_detections(found: object, wanted: object) -> None:
 
 def test_the_samples_detector_as_onnx_equals_the_one_in_torch() -> None:
     here, torch_one = load_detector(SAMPLE_DETECTOR), load_detector(SAMPLE_DETECTOR_WEIGHTS)
-    assert isinstance(here, OnnxTinyDetector)
+    assert isinstance(here, TinyDetector)
     assert here.categories == torch_one.categories
     assert (here.input_side, here.iou_threshold) == (torch_one.input_side, torch_one.iou_threshold)
     for found, wanted in zip(here(crops()), torch_one(crops()), strict=True):
@@ -121,7 +121,7 @@ def test_a_scale_net_exports_equal_to_itself(tmp_path: Path, preset: str) -> Non
 def test_a_scale_head_exports_equal_to_itself(tmp_path: Path) -> None:
     torch.manual_seed(0)
     detector = load_detector(SAMPLE_DETECTOR)
-    assert isinstance(detector, OnnxTinyDetector)
+    assert isinstance(detector, TinyDetector)
     config = HeadConfig(detector.feature_channels, detector.feature_stride, detector="the sample's")
     weights = str(tmp_path / "head.safetensors")
     save_scale_head(ScaleHead(config), config, weights)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.padding import STRIDE, detect_by_canvas, stride_canvas
+from scalenet_ray.models.padding import STRIDE, detect_by_canvas, padded, stride_canvas
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_DETECTOR_WEIGHTS
 from tests.devices import DEVICES
 from tests.test_gpu import partners, scenes
@@ -81,9 +81,9 @@ def test_on_a_gpu_a_detector_computes_few_shapes_and_finds_the_same(
     for title, detector in (("plain", plain), ("other", other)):
         run = detector._run  # type: ignore[union-attr]
 
-        def noted(group: Any, canvas: Any, *, features: bool, run: Any = run, title: str = title) -> Any:
-            shapes[title].add((len(group), canvas))
-            return run(group, canvas, features=features)
+        def noted(model: Any, tiles: Any, features: bool, *, run: Any = run, title: str = title) -> Any:
+            shapes[title].add((len(tiles), tiles.shape[1:3]))
+            return run(model, tiles, features)
 
         monkeypatch.setattr(detector, "_run", noted)
     found = [detector(tiles) for detector in (plain, other)]
@@ -99,3 +99,11 @@ def test_on_a_gpu_a_detector_computes_few_shapes_and_finds_the_same(
     ]
     assert len(differences) > 20
     assert np.quantile([pixels for pixels, _ in differences], 0.9) < 1
+
+
+def test_tiles_are_padded_with_grey_and_never_resized() -> None:
+    tile = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    (canvas,) = padded([tile], (32, 32))
+    np.testing.assert_array_equal(canvas[:20, :30], tile)
+    assert (canvas[20:] == 114).all()
+    assert (canvas[:, 30:] == 114).all()

@@ -26,8 +26,7 @@ from tests.test_torchvision_detectors import assert_same, make_tiles
 
 pytest.importorskip("ultralytics", reason="needs the extra ultralytics: pip install -e '.[ultralytics]'")
 
-from scalenet_ray.models import ultralytics_weights
-from scalenet_ray.models.ultralytics_detector import UltralyticsDetector
+from scalenet_ray.models.ultralytics_detector import UltralyticsDetector, import_ultralytics
 from tests.float64 import in_float64
 from tests.ultralytics_models import KINDS, NAMES, SIDE, build, save, trained
 
@@ -279,7 +278,7 @@ def test_the_import_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch
     threads = cv2.getNumThreads()
     cv2.setNumThreads(3)
     try:
-        ultralytics_weights.import_ultralytics("ultralytics.utils")
+        import_ultralytics("ultralytics.utils")
         assert cv2.getNumThreads() == 3
         assert "OMP_NUM_THREADS" not in os.environ
     finally:

@@ -7,16 +7,8 @@ from torch import nn
 from torch.nn import functional
 from torchvision.ops import DeformConv2d
 
-from scalenet_ray.core.errors import UserError
-
-KINDS = ("plain", "deformable", "capsnet", "vgg11")
-"""Names of the classifiers."""
-
 _FILTERS, _KERNEL, _HIDDEN = (16, 32), 5, 128
-_MIN_SIDE = 4
-
 _VGG_STAGES = ((64,), (128,), (256, 256), (512, 512), (512, 512))
-_VGG_STRIDE = 2 ** len(_VGG_STAGES)
 _VGG_MIN_CHANNELS = 8
 
 ROUTING_ITERATIONS = 3
@@ -57,22 +49,12 @@ def build_classifier(kind: str, *, side: int, in_channels: int, classes: int = 1
         side: input side in pixels: at least 4, at least 17 for "capsnet", a multiple of 32 for "vgg11".
         in_channels: 1 for grey, 3 for RGB.
         classes: number of classes.
-        width: multiplier of the channels of "capsnet" and "vgg11"; must be 1 for the others.
-
-    Raises:
-        UserError: if the kind is unknown, or does not support the side or width.
+        width: multiplier of the channels of "capsnet" and "vgg11".
     """
-    _check_kind(kind)
-    if width <= 0 or (width != 1 and kind in ("plain", "deformable")):
-        msg = f"width must be above 0 for capsnet and vgg11 and 1 for the others, got {width} for {kind}: leave it out"
-        raise UserError(msg)
     if kind == "capsnet":
         return CapsNet(side=side, in_channels=in_channels, classes=classes, width=width)
     if kind == "vgg11":
-        return _vgg11(side, in_channels, classes, width)
-    if side < _MIN_SIDE:
-        msg = f"the side for {kind} must be at least {_MIN_SIDE}, got {side}: use a larger canvas"
-        raise UserError(msg)
+        return _vgg11(in_channels, classes, width)
     first, second = _FILTERS
     return nn.Sequential(
         nn.Conv2d(in_channels, first, _KERNEL, padding=_KERNEL // 2),
@@ -90,10 +72,7 @@ def build_classifier(kind: str, *, side: int, in_channels: int, classes: int = 1
     )
 
 
-def _vgg11(side: int, in_channels: int, classes: int, width: float) -> nn.Module:
-    if side < _VGG_STRIDE or side % _VGG_STRIDE:
-        msg = f"the side for vgg11 must be a multiple of {_VGG_STRIDE}, got {side}: use a canvas of such a side"
-        raise UserError(msg)
+def _vgg11(in_channels: int, classes: int, width: float) -> nn.Module:
     layers: list[nn.Module] = []
     channels = in_channels
     for stage in _VGG_STAGES:
@@ -114,32 +93,12 @@ def classifier_loss(kind: str, scores: torch.Tensor, labels: torch.Tensor) -> to
 
     Returns:
         Scalar, the mean over images.
-
-    Raises:
-        UserError: if the kind is unknown or the shapes do not match.
     """
-    _check_kind(kind)
-    if scores.ndim != 2 or labels.shape != scores.shape[:1]:
-        msg = f"scores must be [B, classes] and labels [B], got shapes {list(scores.shape)} and {list(labels.shape)}"
-        raise UserError(msg)
     return margin_loss(scores, labels) if kind == "capsnet" else functional.cross_entropy(scores, labels.long())
 
 
-def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        msg = f"a classifier's kind must be of {', '.join(KINDS)}, got {kind}: name one of them"
-        raise UserError(msg)
-
-
 def squash(vectors: torch.Tensor) -> torch.Tensor:
-    """Scale vectors of length n to n^2 / (1 + n^2) (Sabour et al., equation 1).
-
-    Args:
-        vectors: [..., dimensions] float. Zero vectors stay zero, with a gradient of 0.
-
-    Returns:
-        [..., dimensions].
-    """
+    """Scale vectors [..., dimensions] of length n to n^2 / (1 + n^2) (Sabour et al., equation 1); zero stays zero."""
     # Not vectors / length: NaN for a zero vector.
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors * (length / (1.0 + length**2))
@@ -171,23 +130,12 @@ def _routed_sum(logits: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor
 class CapsNet(nn.Module):
     """Capsule network: a convolution, primary capsules and one capsule per class (Sabour et al., section 4).
 
-    Without the reconstruction decoder: it is trained with the margin loss alone.
-
-    Args:
-        side: input side in pixels.
-        in_channels: 1 for grey, 3 for RGB.
-        classes: number of classes.
-        width: multiplier of the paper's 256 channels and 32 primary capsule types.
-
-    Raises:
-        UserError: if the side is too small for a primary capsule.
+    Without the reconstruction decoder: it is trained with the margin loss alone. `width` multiplies the paper's 256
+    channels and 32 primary capsule types; the side is at least 17 pixels.
     """
 
     def __init__(self, *, side: int, in_channels: int, classes: int = 10, width: float = 1.0) -> None:
         super().__init__()
-        if side < 2 * _CAPSULE_KERNEL - 1:
-            msg = f"a capsnet's side must be at least {2 * _CAPSULE_KERNEL - 1}, got {side}: use a larger canvas"
-            raise UserError(msg)
         cells = ((side - 2 * _CAPSULE_KERNEL + 1) // _CAPSULE_STRIDE + 1) ** 2
         channels, types = max(1, round(_CAPSNET_CHANNELS * width)), max(1, round(_CAPSULE_TYPES * width))
         self.features = nn.Conv2d(in_channels, channels, _CAPSULE_KERNEL)
@@ -207,9 +155,6 @@ def margin_loss(lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Args:
         lengths: [B, classes] float in 0..1.
         labels: [B] int in 0..classes - 1.
-
-    Returns:
-        Scalar: summed over classes, averaged over images.
     """
     correct = functional.one_hot(labels.long(), lengths.shape[1]).bool()
     present, absent = functional.relu(_MARGIN_PRESENT - lengths) ** 2, functional.relu(lengths - _MARGIN_ABSENT) ** 2

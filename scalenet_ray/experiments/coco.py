@@ -26,14 +26,8 @@ _METHODS = {
 _PASSES = {"whole": 1.0, "grid-2": 5.0, "paper": 2.8, "paper-soft": 2.8, "first-pass": 2.3}
 """Detector passes per image, as measured with another detector on photographs (docs/results.md)."""
 
-_COLUMNS = {
-    "AP": "AP",
-    "AP50": "AP50",
-    "AP75": "AP75",
-    "AP_small": "AP_S",
-    "AP_medium": "AP_M",
-    "AP_large": "AP_L",
-}
+_COLUMNS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+_TITLES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L")
 
 
 def tile_side(side: int) -> int:
@@ -80,7 +74,7 @@ def coco_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         metrics: detector -> policy, named as by `coco_policies` -> its row of metrics.json.
     """
-    titles = ("detector", "side", "method", *_COLUMNS.values(), "passes", "FPS", "FPS over alone", "the paper's")
+    titles = ("detector", "side", "method", *_TITLES, "passes", "FPS", "FPS over alone", "the paper's")
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     for detector, policies in metrics.items():
         for name, row in policies.items():

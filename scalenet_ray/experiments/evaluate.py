@@ -48,9 +48,6 @@ class ObjectScales:
 
     Pixels of the object where the network predicts 0 count in the mean, as in training. If it predicts 0 everywhere,
     the map is empty.
-
-    Args:
-        predict: scale predictor.
     """
 
     def __init__(self, predict: ScalePredictor) -> None:
@@ -75,8 +72,7 @@ def _masked(scale: np.ndarray, on_object: np.ndarray) -> np.ndarray:
 class TrueScales:
     """Oracle scale predictor for images of one size.
 
-    Args:
-        share: side of the object over the side of its first canvas, divided by the unit side.
+    `share` is the side of the object over the side of its first canvas, divided by the unit side.
     """
 
     input_pixels = 0
@@ -102,12 +98,7 @@ def set_names(domain: Domain) -> list[str]:
 
 
 def pictures_at(pictures: Pictures, name: str, domain: Domain) -> list[tuple[int, list[np.ndarray]]]:
-    """Images of a test set.
-
-    Args:
-        pictures: images in their original size.
-        name: test set, see `set_names`.
-        domain: settings of the data set.
+    """Images of one of the domain's `set_names`, from images in their original size.
 
     Returns:
         (object side, images) for each side of the set: on a canvas for "validation", else unpadded.
@@ -125,14 +116,9 @@ def pictures_at(pictures: Pictures, name: str, domain: Domain) -> list[tuple[int
 def score_classifier(
     classifier: nn.Module, pictures: Pictures, name: str, domain: Domain, *, squeeze: bool = False
 ) -> Score:
-    """Accuracy of a classifier without rescaling.
+    """Accuracy of a classifier on one of the domain's `set_names`, without rescaling.
 
-    Args:
-        classifier: classifier of canvases.
-        pictures: test images.
-        name: test set, see `set_names`.
-        domain: settings of the data set.
-        squeeze: resize images to the canvas; else they are cropped or padded.
+    Images are resized to the canvas if `squeeze`, else cropped or padded.
     """
     correct = []
     for chunk in _chunks(pictures):
@@ -150,15 +136,9 @@ def score_recursion(
     name: str,
     domain: Domain,
 ) -> Score:
-    """Accuracy of a classifier on rescaled images.
+    """Accuracy of a classifier on one of the domain's `set_names`, rescaled by a recipe's recursion.
 
-    Args:
-        classifier: classifier of canvases.
-        predict: Scale Net, or None for the oracle.
-        recipe: settings of the recursion.
-        pictures: test images.
-        name: test set, see `set_names`.
-        domain: settings of the data set.
+    `predict` is Scale Net, or None for the oracle.
     """
     correct: list[np.ndarray] = []
     correct_once: list[np.ndarray] = []

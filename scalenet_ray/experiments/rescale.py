@@ -73,23 +73,9 @@ class _State:
 
 
 def canvas_recursion(scale_range: ScaleRange, *, k: float, max_depth: int, largest_side: int = 512) -> Recursion:
-    """Parameters of Algorithm 1 for canvases: W is the whole canvas, the zoom is 1 / TopK.
-
-    Args:
-        scale_range: [R_L, R_H].
-        k: share of the scales that TopK averages; 1 is the mean.
-        max_depth: maximum number of steps; 1 is the paper's single-step baseline.
-        largest_side: maximum side of a canvas in pixels.
-    """
-    return Recursion(
-        scale_range=scale_range,
-        k=k,
-        window=1.0,
-        zoom=None,
-        max_depth=max_depth,
-        max_windows=max_depth,
-        max_tile_pixels=largest_side**2,
-    )
+    """Parameters of Algorithm 1 for canvases of at most `largest_side` pixels: W is the whole canvas, zoom 1 / TopK."""
+    limits = {"max_depth": max_depth, "max_windows": max_depth, "max_tile_pixels": largest_side**2}
+    return Recursion(scale_range=scale_range, k=k, window=1.0, zoom=None, **limits)
 
 
 def rescale_canvases(

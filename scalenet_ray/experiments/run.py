@@ -118,7 +118,9 @@ def run_experiment(
         recipes = ablations(recipe) if options.ablation else experiment.domain.recipes
         tasks = plan_tasks(experiment, recipes, range(options.seeds))
         if not options.ablation:
-            tasks += plan_plots(experiment, recipe, "net-s0")
+            net = "net-s0"
+            tasks.append(Task("response", partial(experiment.scale_response, net, _RESPONSE_SIDES), (net,)))
+            tasks.append(Task("steps", partial(experiment.steps, recipe, net, _STEPS_SIDE), (net,)))
         outcomes = run_tasks(tasks, run, say, gpus=options.gpus_per_task)
         scores = tabulate(tasks, outcomes)
         metrics = {name: scores, "trained_on": trained_on, "tested_on": tested_on, "seeds": options.seeds}
@@ -138,12 +140,9 @@ class Experiment:
         name: data set: mnist, cifar10 or digits.
         data: its folder; None for digits.
         folder: folder of the weights, local or in a store.
-        held_out: number of the last training images that replace the test set; 0 for the test set itself.
-        train_limit: train on the first N images only.
-        test_limit: test on the first N images only.
+        held_out: as for `CanvasOptions`, of the last training images; so are the limits and `mixed_precision`.
         width: channel multiplier of the first classifier; by default the domain's.
         device: torch device.
-        mixed_precision: run under bfloat16 autocast.
     """
 
     name: str
@@ -184,7 +183,7 @@ class Experiment:
         pictures = load_pictures(self.name, self.data, train=bool(self.held_out))
         pictures = pictures.part(slice(-self.held_out, None)).part(slice(0, self.test_limit))
         expensive = name in map(str, self.domain.expensive_sides)
-        return pictures.part(slice(0, _EXPENSIVE_LIMIT)) if expensive else pictures
+        return pictures.part(slice(0, _EXPENSIVE_LIMIT if expensive else None))
 
     def train(self, recipe: NetRecipe | ClassifierRecipe, seed: int, name: str) -> dict[str, Any]:
         """Train a Scale Net or a classifier and save its weights as `name`; returns its number of parameters."""
@@ -290,14 +289,6 @@ def plan_tasks(experiment: Experiment, recipes: Mapping[str, CanvasRecipe], seed
             squeezed = partial(experiment.score_classifier, *spec, test_set, squeeze=True)
             add(f"{first}_squeezed", squeezed, classifier)
     return tasks
-
-
-def plan_plots(experiment: Experiment, recipe: CanvasRecipe, net: str) -> list[Task]:
-    """Tasks that compute the data of the two plots."""
-    return [
-        Task("response", partial(experiment.scale_response, net, _RESPONSE_SIDES), (net,)),
-        Task("steps", partial(experiment.steps, recipe, net, _STEPS_SIDE), (net,)),
-    ]
 
 
 def tabulate(

@@ -49,15 +49,11 @@ def run_tasks(
         Outcomes by task name, in the order of the tasks.
 
     Raises:
-        ValueError: if a task waits for an unknown one.
         UserError: if a task raised it; finished tasks stay done.
         WorkerError: if a task raised another error.
     """
-    unknown = sorted({name for task in tasks for name in task.after} - {task.name for task in tasks})
-    if unknown:
-        msg = f"units wait for {', '.join(unknown)}, which the run does not have"
-        raise ValueError(msg)
-    outcomes = {task.name: outcome for task in tasks if (outcome := run.read_json(_file_of(task.name))) is not None}
+    files = {task.name: f"units/{task.name}.json" for task in tasks}
+    outcomes = {name: outcome for name, file in files.items() if (outcome := run.read_json(file)) is not None}
     run.standing = f"{len(outcomes)} of {len(tasks)} done"
     waiting = [task for task in tasks if task.name not in outcomes]
     if not waiting:
@@ -81,7 +77,7 @@ def run_tasks(
             cause = from_worker(error)
             msg = f"{name} failed: {cause}; what is done stays in {run.uri}: fix it and rerun with --resume"
             raise with_message(cause, msg) from None
-        run.write_json(_file_of(name), outcomes[name])
+        run.write_json(files[name], outcomes[name])
         run.standing = f"{len(outcomes)} of {len(tasks)} done"
         left = (time.monotonic() - started) / (len(outcomes) - done_before) * (len(tasks) - len(outcomes))
         numbers = (f"{key} {value:.4g}" for key, value in outcomes[name].items() if isinstance(value, int | float))
@@ -91,7 +87,3 @@ def run_tasks(
 
 def _work(work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     return dict(work())
-
-
-def _file_of(name: str) -> str:
-    return f"units/{name}.json"

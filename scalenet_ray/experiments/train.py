@@ -40,7 +40,7 @@ def train_net(
     device: str = "cpu",
     mixed_precision: bool = False,
 ) -> nn.Module:
-    """Train a Scale Net that regresses the scale of the object on a canvas (section 'MNIST').
+    """Train a Scale Net that regresses the scale of the object on a canvas (section 'MNIST'); in evaluation mode.
 
     Args:
         pictures: training images.
@@ -49,9 +49,6 @@ def train_net(
         seed: seed of the weights and of the order.
         device: torch device.
         mixed_precision: run under bfloat16 autocast.
-
-    Returns:
-        The network in evaluation mode.
 
     Raises:
         FloatingPointError: if the loss is NaN or infinite.

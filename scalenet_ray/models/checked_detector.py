@@ -19,7 +19,6 @@ from scalenet_ray.models.devices import translate_oom
 
 T = TypeVar("T")
 
-
 _LOG = logging.getLogger(__name__)
 
 
@@ -30,15 +29,8 @@ class CheckedDetector:
     outputs of the wrong number or type, it is called again for each tile, and each tile that fails alone gets a
     `TileError` with the cause.
 
-    Args:
-        detector: the detector.
-        name: name of the detector in messages.
-
     Attributes:
         name: name of the detector in messages.
-        input_side: longer side of a whole image's tile in tile pixels.
-        iou_threshold: IoU threshold of the detector's NMS.
-        categories: class id -> name.
         description: what the detector says about itself, e.g. what its file was taken for; "" for nothing.
 
     Raises:
@@ -91,7 +83,6 @@ class CheckedDetector:
 
         Raises:
             UserError: if the detector does not provide feature maps.
-            OutOfMemoryError: if the batch does not fit the device's memory.
         """
         self._feature_detector()
         return self._tile_by_tile_if_it_fails(

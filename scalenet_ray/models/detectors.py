@@ -115,11 +115,7 @@ def load_detector(
             msg = f"{name} must be between 0 and 1, got {value}"
             raise UserError(msg)
     kind, _, what = spec.partition(":")
-    settings: dict[str, Any] = {
-        "device": device,
-        "score_threshold": score_threshold,
-        "iou_threshold": iou_threshold,
-    }
+    settings: dict[str, Any] = {"device": device, "score_threshold": score_threshold, "iou_threshold": iou_threshold}
     check_kind_on(device, spec)
     added = _added_kind(kind)
     own = added is None and kind not in _LOADERS and names_own(spec)
@@ -195,11 +191,7 @@ class DetectorInfo(NamedTuple):
 
 
 def declaration(detector: Any, name: str) -> DetectorInfo:
-    """Validate the attributes of a detector and convert them to plain Python values.
-
-    Args:
-        detector: the detector.
-        name: name of the detector in messages.
+    """Validate the attributes of a detector, `name` in messages, and convert them to plain Python values.
 
     Raises:
         UserError: if it lacks a member, is a class instead of an instance, or an attribute is invalid.
@@ -209,7 +201,9 @@ def declaration(detector: Any, name: str) -> DetectorInfo:
     if missing:
         msg = f"detector {name!r} must have {', '.join(_MEMBERS)}, lacks {', '.join(missing)}: see Detector"
         raise UserError(msg)
-    _check_object(detector, name)
+    if isinstance(detector, type) or not callable(detector):
+        msg = f"detector {name!r} must be an object that can be called, got {type(detector).__name__}: make one of it"
+        raise UserError(msg)
     side, threshold = _number(detector.input_side), _number(detector.iou_threshold)
     if side is None or side < 1 or side != round(side):
         msg = f"input_side of detector {name!r} must be a whole number of pixels, got {detector.input_side!r}"
@@ -229,12 +223,6 @@ def takes_tiles(detector: Any, side: int, name: str) -> bool:
     except UserError:
         return False
     return True
-
-
-def _check_object(detector: Any, name: str) -> None:
-    if isinstance(detector, type) or not callable(detector):
-        msg = f"detector {name!r} must be an object that can be called, got {type(detector).__name__}: make one of it"
-        raise UserError(msg)
 
 
 def canvas_of(detector: Any, hw: tuple[int, int], name: str) -> tuple[int, int]:
@@ -295,11 +283,12 @@ def _categories(declared: Any, name: str) -> dict[int, str]:
     if not rows:
         msg = f"categories of detector {name!r} must name at least one class, got none"
         raise UserError(msg)
-    for class_id, text in zip(ids, (text for _, text in rows), strict=True):
+    found = {class_id: text for class_id, (_, text) in zip(ids, rows, strict=True)}
+    for class_id, text in found.items():
         if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
             msg = f"name of class {class_id} of detector {name!r} must be text, got {text!r}"
             raise UserError(msg)
-    return {class_id: str(text) for class_id, (_, text) in zip(ids, rows, strict=True)}
+    return {class_id: str(text) for class_id, text in found.items()}
 
 
 def _class_id(key: Any, name: str) -> int:

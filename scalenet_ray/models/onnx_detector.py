@@ -47,11 +47,6 @@ class OnnxDetector:
     standard deviation of the file's metadata if it has them.
 
     Attributes:
-        input_side: longer side of a whole image's tile: that of a fixed input, else the metadata's `imgsz`, else that
-            of the export, else 640, or 800 of torchvision's, 416 of YOLOX.
-        categories: class id -> name.
-        score_threshold: minimum score of a detection.
-        iou_threshold: IoU threshold of NMS.
         description: what the file was taken for, in words; "" if it was not loaded from a file.
 
     Args:
@@ -116,7 +111,9 @@ class OnnxDetector:
         at_once = at_once if self._layout.batched else 1
         for start in range(0, len(tiles), at_once):
             outputs = network(padded(tiles[start : start + at_once], canvas, network.padding))
-            chosen = [_in_float32(outputs[i]) for i in positions]
+            chosen = [
+                outputs[i].astype(np.float32) if outputs[i].dtype == np.float16 else outputs[i] for i in positions
+            ]
             yield from zip(*chosen, strict=True) if self._layout.batched else [chosen]
 
     def _decode(
@@ -151,12 +148,7 @@ class OnnxDetector:
 class YoloxDetector(OnnxDetector):
     """`OnnxDetector` with a YOLOX, which provides feature maps for a scale head.
 
-    Args:
-        network: the network.
-        layout: its kind.
-        categories: class id -> name.
-        open_features: makes the network with a feature map of each level as further outputs, finest first.
-        settings: further arguments of `OnnxDetector`.
+    `open_features` makes the network with a feature map of each level as further outputs, finest first.
     """
 
     feature_stride = 8
@@ -207,7 +199,7 @@ def load_onnx_detector(
     """Load a detector in ONNX, of whatever kind its outputs show.
 
     What it was taken for is logged, and in the detector's `description`. A fixed batch and size are made dynamic where
-    that changes no output.
+    that changes no output. The input side is that of a fixed input, else the metadata's `imgsz`, else that of the kind.
 
     Args:
         what: PATH or PATH@FILE: the ONNX file, and a text file with its classes' names, one a line, or a YAML file that
@@ -303,10 +295,6 @@ def _recognised(
         raise UserError(msg)
     network.bgr_bytes = layout.bgr_bytes
     return network, layout
-
-
-def _in_float32(output: np.ndarray) -> np.ndarray:
-    return output.astype(np.float32) if output.dtype == np.float16 else output
 
 
 def _input_side(metadata: Mapping[str, str], default: int) -> int:

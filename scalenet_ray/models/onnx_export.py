@@ -31,7 +31,7 @@ def to_onnx(
     outputs: Sequence[str],
     metadata: Mapping[str, str],
 ) -> bytes:
-    """Trace a network in evaluation mode and write it as an ONNX file.
+    """Trace a network in evaluation mode and write it as an ONNX file, whose bytes are returned.
 
     Args:
         model: the network.
@@ -39,9 +39,6 @@ def to_onnx(
         axes: input name -> the axes of any size, by name; the inputs in order.
         outputs: names of the outputs.
         metadata: key -> text, stored in the file.
-
-    Returns:
-        The file's bytes.
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
@@ -86,12 +83,10 @@ def _store_halves(graph: onnx.GraphProto) -> None:
 def export_predictor(path: str) -> bytes:
     """A trained Scale Net or scale head as an ONNX file, for `load_predictor`.
 
+    A Scale Net takes any batch, and any size if its `input_side` is None; a scale head takes any batch and any size.
+
     Args:
         path: its weights, .safetensors, local or in a store.
-
-    Returns:
-        The file's bytes. A Scale Net takes any batch, and any size if its `input_side` is None; a scale head takes any
-        batch and any size.
     """
     predictor = load_torch_predictor(path)
     config: Any = predictor.config

@@ -25,11 +25,8 @@ def free_axes(data: bytes, *, sizes: bool = True) -> bytes:
     elsewhere too.
 
     Args:
-        data: content of an ONNX file.
+        data: content of an ONNX file; returned as it is if it cannot be parsed.
         sizes: False to leave height and width as they are.
-
-    Returns:
-        Content of an ONNX file with the same weights; `data` if it cannot be parsed.
     """
     try:
         model = onnx.load_from_string(data)
@@ -75,11 +72,7 @@ def free_axes(data: bytes, *, sizes: bool = True) -> bytes:
 
 
 def resizes_input(data: bytes) -> bool:
-    """True if a network resizes its input before its first convolution.
-
-    Args:
-        data: content of an ONNX file.
-    """
+    """True if the network of an ONNX file's content resizes its input before its first convolution."""
     try:
         graph = onnx.load_from_string(data).graph
     except DecodeError:
@@ -100,17 +93,13 @@ def _follow(graph: onnx.GraphProto, passes: Callable[[NodeProto], bool]) -> set[
 
 
 def expose_features(data: bytes) -> bytes:
-    """Add the feature map of each level to the outputs of a YOLOX network.
+    """Add the feature map of each level to the outputs of a YOLOX network, [batch, channels, h, w], finest first.
 
     YOLOX's head has two branches per level, boxes and classes, with a common input. That tensor, the last common
     ancestor of both branches, is found by a search upwards from the level's output, independent of names.
 
     Args:
         data: content of a YOLOX ONNX file, whose last Concat joins the outputs of all levels.
-
-    Returns:
-        Content of an ONNX file with the original outputs, and then one output per level, finest first: [batch,
-        channels, height / stride, width / stride].
 
     Raises:
         UserError: if the network has another structure.

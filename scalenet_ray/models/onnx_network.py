@@ -103,11 +103,9 @@ class OnnxNetwork:
         return OnnxNetwork(session, self._metadata, bgr_bytes=self.bgr_bytes)
 
     def __call__(self, pixels: np.ndarray, *, quiet: bool = False) -> list[np.ndarray]:
-        """All outputs for [B, H, W, 3] uint8 RGB. A batch smaller than the fixed one is filled up with grey.
+        """All outputs for [B, H, W, 3] uint8 RGB, without logging errors if `quiet`.
 
-        Args:
-            pixels: the batch, on canvases.
-            quiet: do not log errors.
+        A batch smaller than the fixed one is filled up with grey.
         """
         count, height, width = pixels.shape[:3]
         if self.batch is not None and count < self.batch:
@@ -132,11 +130,7 @@ class OnnxNetwork:
         return [output[:count] for output in outputs] if count < len(pixels) else outputs
 
     def recognised(self, canvas: HW) -> Layout:
-        """The layout of the outputs, by what they are for a canvas of noise.
-
-        Raises:
-            UserError: if it is none of the known ones, or gives values that are NaN or infinite.
-        """
+        """The layout of the outputs, by what they are for a canvas of noise; raises as `layout` does."""
         outputs = self(noise(canvas), quiet=True)
         if not all(np.isfinite(output).all() for output in outputs):
             msg = "a detector's outputs must be finite, got NaN or infinity for noise: check its weights and precision"
@@ -175,10 +169,10 @@ class OnnxNetwork:
         raise UserError(msg)
 
     def layout(self) -> Layout:
-        """The layout of the outputs; see `recognised` and `trial_canvases`.
+        """The layout of the outputs on the `trial_canvases`.
 
         Raises:
-            UserError: if it is none of the known ones, or not the same on all canvases.
+            UserError: if it is none of the known ones or not the same on all canvases, or values are not finite.
         """
         canvases, _ = self.trial_canvases
         try:
@@ -216,6 +210,9 @@ def noise(canvas: HW, seed: int = 0) -> np.ndarray:
 def free_network(network: OnnxNetwork, data: bytes, layout: Layout, device: str) -> tuple[OnnxNetwork, bytes]:
     """Make batch and size of a network dynamic, or the batch alone, as far as it gives the same outputs.
 
+    They are the same if two canvases of noise have the outputs together that each had alone. The size is freed only
+    where rows belong to cells, and boxes follow them at other sizes too.
+
     Args:
         network: the network.
         data: content of its ONNX file.
@@ -223,9 +220,7 @@ def free_network(network: OnnxNetwork, data: bytes, layout: Layout, device: str)
         device: as for `providers_of`.
 
     Returns:
-        The network with free axes, and the content of its file, if two canvases of noise have the outputs together that
-        each had alone. The size is freed only where rows belong to cells, and boxes follow them at other sizes too.
-        Else the network itself.
+        The network and the content of its file, with free axes if that is possible.
     """
     if not (network.batched and layout.batched):
         return network, data
@@ -234,8 +229,9 @@ def free_network(network: OnnxNetwork, data: bytes, layout: Layout, device: str)
     for sizes in choices:
         try:
             content = free_axes(data, sizes=sizes)
-            session = onnxruntime.InferenceSession(content, _quiet(session_options()), providers=providers_of(device))
-            freed = network.on(session)
+            options = session_options()
+            options.log_severity_level = 4  # No messages about graphs that do not fit together.
+            freed = network.on(onnxruntime.InferenceSession(content, options, providers=providers_of(device)))
             if (not sizes or freed.layout() == layout) and _is_same(network, freed):
                 return freed, content
         except (*_RUN_ERRORS, UserError):
@@ -255,9 +251,3 @@ def _is_same(network: OnnxNetwork, freed: OnnxNetwork) -> bool:
         for one, other in pairs
         for close in (1e-2 if one.dtype == np.float16 else 1e-4,)
     )
-
-
-def _quiet(options: onnxruntime.SessionOptions) -> onnxruntime.SessionOptions:
-    """The same options, without messages about graphs that do not fit together."""
-    options.log_severity_level = 4
-    return options

@@ -29,9 +29,7 @@ _LOAD_ERRORS = (
 )
 
 _NEWER = re.compile(r"IR version: \d+|Opset \d+")
-
 _GPU = re.compile(r"(?:cuda|tensorrt)(?::([0-9]+))?")
-
 _TENSORRT = "TensorrtExecutionProvider"
 
 _MOST_TILES = 16
@@ -80,12 +78,7 @@ def session_options() -> onnxruntime.SessionOptions:
 
 
 def open_session(data: bytes, path: str, device: str) -> onnxruntime.InferenceSession:
-    """Open an ONNX file on a device.
-
-    Args:
-        data: the file's bytes.
-        path: its address, for messages.
-        device: as for `providers_of`.
+    """Open the bytes of an ONNX file on a device, as for `providers_of`; `path` is its address, for messages.
 
     Raises:
         UserError: if it is no ONNX file, or one of a newer version; or onnxruntime has no such device.
@@ -149,20 +142,11 @@ def on_gpu(session: onnxruntime.InferenceSession | EngineSession) -> bool:
 class EngineSession:
     """A session in TensorRT, with one on CUDA for canvases that its engine was not built for.
 
-    It has the methods of `onnxruntime.InferenceSession`, of which all but `run` are the engine's.
-
-    Args:
-        engine: the session in TensorRT.
-        beyond: the same network on CUDA.
-        largest: (height, width) of the largest canvas of the engine.
+    It has the methods of `onnxruntime.InferenceSession`, of which all but `run` are the engine's. `largest` is the
+    (height, width) of the engine's largest canvas.
     """
 
-    def __init__(
-        self,
-        engine: onnxruntime.InferenceSession,
-        beyond: onnxruntime.InferenceSession | EngineSession,
-        largest: HW,
-    ) -> None:
+    def __init__(self, engine: Any, beyond: Any, largest: HW) -> None:
         self._engine, self._beyond, self._largest = engine, beyond, largest
         self._has_exceeded = False
 

@@ -147,11 +147,7 @@ def squashed(tile: np.ndarray, config: ScaleNetConfig) -> np.ndarray:
 
 
 def net_config(fields: dict[str, Any], path: str) -> ScaleNetConfig:
-    """The configuration of a Scale Net from its file's metadata.
-
-    Args:
-        fields: what the file holds under `SCALE_NET`.
-        path: the file's address, for messages.
+    """The configuration of a Scale Net from what its file holds under `SCALE_NET`; `path` is for messages.
 
     Raises:
         UserError: if a field is unknown, missing or wrong.
@@ -164,11 +160,7 @@ def net_config(fields: dict[str, Any], path: str) -> ScaleNetConfig:
 
 
 def head_config(fields: dict[str, Any], path: str) -> HeadConfig:
-    """The configuration of a scale head from its file's metadata.
-
-    Args:
-        fields: what the file holds under `SCALE_HEAD`.
-        path: the file's address, for messages.
+    """The configuration of a scale head from what its file holds under `SCALE_HEAD`; `path` is for messages.
 
     Raises:
         UserError: if a field is unknown or missing, or an older version wrote the file.

@@ -39,18 +39,7 @@ class TorchDetector:
     """Base of a `Detector` in torch.
 
     A subclass has `model`, `categories`, `input_side` and `canvas_hw`, runs the network in `_forward` and reads its
-    outputs in `_reader`.
-
-    Attributes:
-        score_threshold: minimum score of a detection.
-        iou_threshold: IoU threshold of NMS.
-
-    Args:
-        own_iou_threshold: IoU threshold of the network itself.
-        device: torch device.
-        score_threshold: minimum score of a detection.
-        iou_threshold: IoU threshold of NMS; None for `own_iou_threshold`.
-        mixed_precision: run under bfloat16 autocast.
+    outputs in `_reader`. Arguments are the IoU threshold of the network itself, and `TorchSettings`.
 
     Raises:
         UserError: if the device is not available.

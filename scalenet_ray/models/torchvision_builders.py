@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 from posixpath import basename
 
 import torchvision
@@ -10,7 +11,7 @@ from torch import nn
 from torchvision.models import ResNet, resnet101
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
@@ -21,14 +22,11 @@ _ZERO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "retinanet_resn
 
 
 def build_detector(name: str, num_classes: int) -> nn.Module:
-    """Build a detector with random weights.
+    """Build torchvision's model in training mode, with random weights and torchvision's resizing.
 
     Args:
         name: one of `detector_names()`.
         num_classes: number of classes, including the background as class 0.
-
-    Returns:
-        torchvision's model in training mode, with torchvision's resizing.
 
     Raises:
         UserError: if the name is unknown.
@@ -99,16 +97,8 @@ def _check_name(name: str) -> None:
         raise UserError(msg)
 
 
-def _resnet101_fpn() -> BackboneWithFPN:
-    return resnet_fpn_backbone(backbone_name="resnet101", weights=None)
-
-
-def _fasterrcnn_resnet101_fpn(num_classes: int) -> FasterRCNN:
-    return FasterRCNN(_resnet101_fpn(), num_classes)
-
-
-def _maskrcnn_resnet101_fpn(num_classes: int) -> MaskRCNN:
-    return MaskRCNN(_resnet101_fpn(), num_classes)
+def _on_resnet101_fpn(network: type[FasterRCNN], num_classes: int) -> FasterRCNN:
+    return network(resnet_fpn_backbone(backbone_name="resnet101", weights=None), num_classes)
 
 
 def _fasterrcnn_resnet101(num_classes: int) -> FasterRCNN:
@@ -133,6 +123,6 @@ def _fasterrcnn_resnet101(num_classes: int) -> FasterRCNN:
 
 _OF_THE_PAPER = {
     "fasterrcnn_resnet101": _fasterrcnn_resnet101,
-    "fasterrcnn_resnet101_fpn": _fasterrcnn_resnet101_fpn,
-    "maskrcnn_resnet101_fpn": _maskrcnn_resnet101_fpn,
+    "fasterrcnn_resnet101_fpn": partial(_on_resnet101_fpn, FasterRCNN),
+    "maskrcnn_resnet101_fpn": partial(_on_resnet101_fpn, MaskRCNN),
 }

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import box_convert
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import TileError, UserError
@@ -36,20 +37,16 @@ HW = tuple[int, int]
 class TorchvisionDetector(TorchDetector):
     """`Detector` with a torchvision network; Mask R-CNN also returns masks.
 
-    Attributes:
-        model: Faster R-CNN, Mask R-CNN, RetinaNet, FCOS or SSD.
-        input_side: longer side of a whole image's tile, the size that torchvision would resize to.
-        categories: class id -> name; detections of other classes are dropped.
-        iou_threshold: IoU threshold of NMS within each class.
-        canvas_hw: (height, width) of a tile -> (height, width) of its canvas.
+    Its input side is the size that torchvision would resize to.
     """
 
     def __init__(self, model: nn.Module, categories: Mapping[int, str], **settings: Unpack[TorchSettings]) -> None:
         """Prepare a model for inference on tiles.
 
         Args:
-            model: the model; changed in place (evaluation mode, device, channels last, thresholds, no resizing).
-            categories: class id -> name.
+            model: Faster R-CNN, Mask R-CNN, RetinaNet, FCOS or SSD; changed in place (evaluation mode, device, channels
+                last, thresholds, no resizing).
+            categories: class id -> name; detections of other classes are dropped.
             settings: device, thresholds and precision.
 
         Raises:
@@ -143,9 +140,7 @@ class _OnCanvas(GeneralizedRCNNTransform):
 class _FixedSizeBoxes(nn.Module):
     """Default boxes of an SSD in the pixel sizes of its training, which torchvision's generator scales with the canvas.
 
-    Args:
-        generator: torchvision's generator of default boxes.
-        trained_side: input side of the training in pixels.
+    `trained_side` is the input side of the training in pixels.
     """
 
     def __init__(self, generator: nn.Module, trained_side: int) -> None:
@@ -156,13 +151,9 @@ class _FixedSizeBoxes(nn.Module):
     def forward(self, images: ImageList, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Images on canvases, and their feature maps -> [N, 4] xyxy default boxes per image in canvas pixels."""
         shrink = self._trained_side / images.tensors.shape[-1]
-        return [self._scaled(boxes, shrink) for boxes in self._generator(images, features)]
-
-    @staticmethod
-    def _scaled(boxes: torch.Tensor, factor: float) -> torch.Tensor:
-        """Scale [N, 4] xyxy boxes by `factor` around their centres."""
-        centres, halves = (boxes[:, 2:] + boxes[:, :2]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * factor
-        return torch.cat([centres - halves, centres + halves], dim=1)
+        scale = torch.tensor([1, 1, shrink, shrink], device=images.tensors.device)
+        all_boxes = (box_convert(boxes, "xyxy", "cxcywh") * scale for boxes in self._generator(images, features))
+        return [box_convert(boxes, "cxcywh", "xyxy") for boxes in all_boxes]
 
 
 def _keep_boxes_exact(model: Any) -> list[RemovableHandle]:

@@ -50,13 +50,7 @@ _LOG = logging.getLogger(__name__)
 class TransformersDetector(TorchDetector):
     """`Detector` with a network of transformers, run on padded tiles.
 
-    Attributes:
-        model: the network.
-        input_side: longer side of a whole image's tile: the side that its image processor would resize to.
-        categories: class index -> name.
-        score_threshold: minimum score of a detection.
-        iou_threshold: IoU threshold of NMS between tiles.
-        description: what the network is, in words.
+    Its input side is that which its image processor would resize to.
     """
 
     def __init__(self, model: nn.Module, processor: Any, **settings: Unpack[TorchSettings]) -> None:
@@ -178,8 +172,8 @@ def _normalization(processor: Any, device: torch.device) -> tuple[torch.Tensor, 
     mean, deviation = ((0.0,) * 3, (1.0,) * 3)
     if processor.do_normalize:
         mean, deviation = processor.image_mean, processor.image_std
-    shape = (3, 1, 1)
-    return tuple(torch.tensor(part, device=device).reshape(shape) * scale for part in (mean, deviation))  # type: ignore[return-value]
+    mean, deviation = (torch.tensor(part, device=device).reshape(3, 1, 1) * scale for part in (mean, deviation))
+    return mean, deviation
 
 
 def load_transformers(what: str, **settings: Unpack[TorchSettings]) -> TransformersDetector:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
+import os
+import tempfile
+import warnings
 from functools import partial
 from typing import Any, Unpack
 
+import cv2
 import numpy as np
 import torch
 from torch import nn
+from torchvision.ops import box_convert
 
 from scalenet_ray.core.detections import Detections
-from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.errors import UserError, needs_extra
 from scalenet_ray.core.masks import encode_mask
 from scalenet_ray.core.merge import nms
+from scalenet_ray.data.storage import read_bytes
 from scalenet_ray.models.padding import STRIDE, in_tile, padded, square_canvas, stride_canvas
 from scalenet_ray.models.torch_detector import ReadTile, TorchDetector, TorchSettings, finite_rows, without_autocast
-from scalenet_ray.models.ultralytics_weights import import_ultralytics, load_checkpoint
 
 _IOU_THRESHOLD = 0.7
 """Of Ultralytics' own NMS."""
@@ -29,6 +36,13 @@ _COLUMNS = 6
 """x0, y0, x1, y1, score, class; then the coefficients of a mask."""
 
 _MASKS_AT_ONCE = 16
+
+_SUFFIX = ".pt"
+_EXPECTED = "must be a checkpoint of Ultralytics: a detector of YOLOv8 to 26 or RT-DETR"
+_MOST_NAMES = 3
+_ITS_OWN = ("ultralytics.", "torch.", "numpy.", "pathlib.", "collections.", "builtins.getattr")
+"""Beginnings of the names that Ultralytics' own checkpoints refer to."""
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -36,15 +50,7 @@ class UltralyticsDetector(TorchDetector):
     """`Detector` with a network of Ultralytics, run on padded tiles; segmentation networks also return masks.
 
     A YOLO has rectangular canvases. RT-DETR, which was trained on squares of one size and predicts boxes as shares of
-    them, has squares of at least that size.
-
-    Attributes:
-        model: the network.
-        input_side: longer side of a whole image's tile, the size that it was trained at.
-        categories: class index -> name.
-        score_threshold: minimum score of a detection.
-        iou_threshold: IoU threshold of NMS within each class; between tiles alone if the network needs no NMS.
-        description: what the network is, in words.
+    them, has squares of at least that size. If the network needs no NMS, the IoU threshold is that between tiles alone.
     """
 
     def __init__(self, model: nn.Module, *, input_side: int = _INPUT_SIDE, **settings: Unpack[TorchSettings]) -> None:
@@ -98,13 +104,13 @@ class UltralyticsDetector(TorchDetector):
         if self._queries:
             height, width = canvas
             shares = output.new_tensor([width, height, width, height])
-            return torch.cat([_corners(output[..., :4]) * shares, output[..., 4:]], dim=2)
+            return torch.cat([box_convert(output[..., :4], "cxcywh", "xyxy") * shares, output[..., 4:]], dim=2)
         if self._suppressed:
             return output
         output = output.transpose(1, 2)
         boxes, scores, coefficients = output.tensor_split((4, 4 + len(self.categories)), dim=2)
         best, classes = scores.max(dim=2, keepdim=True)
-        return torch.cat([_corners(boxes), best, classes, coefficients], dim=2)
+        return torch.cat([box_convert(boxes, "cxcywh", "xyxy"), best, classes, coefficients], dim=2)
 
     def _read(
         self, rows: torch.Tensor, canvas: tuple[int, int], tile_hw: tuple[int, int], prototypes: torch.Tensor | None
@@ -122,25 +128,16 @@ class UltralyticsDetector(TorchDetector):
         return in_tile(Detections(boxes, scores, classes, masks=masks), tile_hw)
 
 
-def _corners(boxes: torch.Tensor) -> torch.Tensor:
-    """[..., 4] cxcywh -> xyxy."""
-    centres, halves = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat([centres - halves, centres + halves], dim=-1)
-
-
 def _encode_masks(
     prototypes: torch.Tensor, rows: torch.Tensor, canvas: tuple[int, int], tile_hw: tuple[int, int]
 ) -> tuple[tuple[bytes, ...], np.ndarray]:
-    """Masks of a tile's boxes.
+    """Run-length encodings on the tile of its boxes' masks that are not empty, and [N] bool: which these are.
 
     Args:
         prototypes: [M, h, w], on the device.
         rows: [N, 6 + M] xyxy in canvas pixels, score, class, coefficients.
         canvas: (height, width).
         tile_hw: (height, width).
-
-    Returns:
-        Run-length encodings on the tile of the masks that are not empty, and [N] bool: which these are.
     """
     process_mask = import_ultralytics("ultralytics.utils.ops").process_mask
     counts: list[bytes] = []
@@ -210,3 +207,104 @@ def load_ultralytics(what: str, **settings: Unpack[TorchSettings]) -> Ultralytic
         raise UserError(msg) from error
     _LOG.info("%s was taken for %s", what, detector.description)
     return detector
+
+
+# --- checkpoints, which are pickles, without running what is in them --------------------------------
+
+
+def import_ultralytics(module: str) -> Any:
+    """Import a module of Ultralytics, and undo what that changes in this process.
+
+    Its import sets the number of OpenCV's threads to one, and OMP_NUM_THREADS where it is not set.
+
+    Raises:
+        UserError: if Ultralytics is not installed.
+    """
+    threads, omp = cv2.getNumThreads(), os.environ.get("OMP_NUM_THREADS")
+    with needs_extra():
+        found = importlib.import_module(module)
+    cv2.setNumThreads(threads)
+    if omp is None:
+        os.environ.pop("OMP_NUM_THREADS", None)
+    return found
+
+
+def load_checkpoint(path: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a model of Ultralytics by its restricted loader, which makes only what it knows: its classes and torch's.
+
+    Args:
+        path: a .pt file: local path or a store's address.
+
+    Returns:
+        The model as it was saved, and the rest of the checkpoint.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        UserError: if the installed Ultralytics has no such loader, or the file is no checkpoint of its, of another
+            version, or damaged. Nothing of a file that is refused has been run.
+    """
+    if not path.endswith(_SUFFIX):
+        msg = f"{path} {_EXPECTED}, that ends in {_SUFFIX}; for its exports use onnx:PATH"
+        raise UserError(msg)
+    load = import_ultralytics("ultralytics.nn.tasks").torch_safe_load
+    if inspect.signature(load).parameters["safe_only"].default is not None:
+        version = import_ultralytics("ultralytics").__version__
+        # Before, `safe_only` meant a loader that runs what is in the file.
+        msg = f"ultralytics:PATH needs ultralytics 8.4.70 or later, got {version}: pip install -U ultralytics"
+        raise UserError(msg)
+    with tempfile.NamedTemporaryFile(suffix=_SUFFIX) as copy:
+        copy.write(read_bytes(path))
+        copy.flush()
+        file = copy.name
+        _check_is_archive(file, path)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                checkpoint, _ = load(file, safe_only=True)
+        except Exception as error:  # Another version's or a damaged file may raise anything.
+            raise UserError(f"{path} {_EXPECTED}, {_reason(file, error)}") from error
+    model = checkpoint.get("ema") or checkpoint.get("model")
+    if not isinstance(model, nn.Module) or not hasattr(model, "names"):
+        entries = ", ".join(sorted(map(str, checkpoint))[:_MOST_NAMES])
+        content = f"the entries {entries}" if model is None else f"a {type(model).__name__}"
+        raise UserError(f"{path} {_EXPECTED}, got {content}: save it with Ultralytics' own model.save()")
+    return model, {key: value for key, value in checkpoint.items() if key not in ("ema", "model")}
+
+
+def _check_is_archive(file: str, path: str) -> None:
+    """Refuse what `torch.save` has not written."""
+    try:
+        torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception as error:  # Damaged files raise many types of errors.
+        kind = "TorchScript" if "torchscript" in str(error) else "a file that torch.save has not written, or not whole"
+        raise UserError(f"{path} {_EXPECTED}, got {kind}: copy it again, or use onnx:PATH for an export") from error
+
+
+def _reason(file: str, error: Exception) -> str:
+    """Reason for which the restricted loader refuses a checkpoint."""
+    version = import_ultralytics("ultralytics").__version__
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    if any(name.startswith("models.") for name in names):
+        return "got a model of the YOLOv5 or YOLOv7 repository: export it to ONNX, and use onnx:PATH"
+    own = [name for name in names if name.startswith("ultralytics.")]
+    if missing := [name for name in own if not _exists(name)]:
+        return (
+            f"of a version that the installed one, {version}, can read, got one with {missing[0]}, which it lacks: "
+            "install the version that wrote it"
+        )
+    if foreign := [name for name in names if not name.startswith(_ITS_OWN)]:
+        listed = ", ".join(foreign[:_MOST_NAMES])
+        return f"got a pickle that calls {listed}, which no model needs: it was not run"
+    text = " ".join(str(error).split())
+    return f"which Ultralytics {version} can load with classes that it knows, got {type(error).__name__}: {text}"
+
+
+def _exists(name: str) -> bool:
+    """True if a class of Ultralytics can be imported; names of former versions count, since its loader maps them."""
+    module, _, attribute = name.rpartition(".")
+    if module.startswith("ultralytics.yolo"):
+        return True
+    try:
+        return hasattr(importlib.import_module(module), attribute)
+    except ImportError:
+        return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,9 +15,9 @@ from scalenet_ray.models.padding import fixed_canvas, in_tile, padded
 
 _IOU_THRESHOLD = 0.7
 _COLUMNS = ("xyxy", "confidence", "class_id")
-_RGB_OR_BGR = ("RGB", "BGR")
 
 
+@dataclass
 class WrappedDetector:
     """`Detector` that pads each tile to one square canvas and calls a function on it.
 
@@ -25,34 +25,19 @@ class WrappedDetector:
     Pictures are detected one by one.
 
     Attributes:
-        input_side: side of the canvas, and longer side of a whole image's tile, in tile pixels.
-        categories: class id -> name, or the names in a list.
-        iou_threshold: IoU threshold of NMS between tiles.
-        description: what is wrapped, in words.
-
-    Args:
         detect: [input_side, input_side, 3] uint8 RGB -> boxes [N, 4] xyxy in canvas pixels, scores [N], labels [N], and
             masks [N, input_side, input_side] bool or None.
-        input_side: side of the canvas in pixels.
+        input_side: side of the canvas, and longer side of a whole image's tile, in tile pixels.
         categories: class id -> name, or the names in a list.
         iou_threshold: IoU threshold of NMS between tiles.
         description: what is wrapped, in words.
     """
 
-    def __init__(
-        self,
-        detect: Callable[[np.ndarray], tuple[Any, Any, Any, Any]],
-        *,
-        input_side: int,
-        categories: Mapping[int, str] | Sequence[str],
-        iou_threshold: float,
-        description: str,
-    ) -> None:
-        self._detect = detect
-        self.input_side = input_side
-        self.categories = categories
-        self.iou_threshold = iou_threshold
-        self.description = description
+    detect: Callable[[np.ndarray], tuple[Any, Any, Any, Any]]
+    input_side: int
+    categories: Mapping[int, str] | Sequence[str]
+    iou_threshold: float
+    description: str
 
     def canvas_hw(self, hw: tuple[int, int]) -> tuple[int, int]:
         """Canvas (height, width) of a tile of (height, width).
@@ -69,7 +54,7 @@ class WrappedDetector:
     def _one(self, tile: np.ndarray) -> Detections:
         height, width = tile.shape[:2]
         (canvas,) = padded([tile], self.canvas_hw((height, width)))
-        boxes, scores, labels, masks = self._detect(canvas)
+        boxes, scores, labels, masks = self.detect(canvas)
         found = Detections(boxes, scores, labels)
         if masks is not None and len(found):
             cut = np.asarray(masks)[:, :height, :width].astype(bool)
@@ -102,8 +87,8 @@ def wrap_supervision(
     if not callable(callback):
         msg = f"wrap_supervision takes a callback(picture) -> Detections, got {type(callback).__name__}: give one"
         raise UserError(msg)
-    if colours not in _RGB_OR_BGR:
-        msg = f"colours must be {' or '.join(_RGB_OR_BGR)}, got {colours!r}"
+    if colours not in ("RGB", "BGR"):
+        msg = f"colours must be RGB or BGR, got {colours!r}"
         raise UserError(msg)
 
     def detect(canvas: np.ndarray) -> tuple[Any, Any, Any, Any]:
@@ -128,12 +113,7 @@ def wrap_supervision(
     )
 
 
-def wrap_sahi(
-    model: Any,
-    *,
-    score_threshold: float = 0.01,
-    iou_threshold: float = _IOU_THRESHOLD,
-) -> WrappedDetector:
+def wrap_sahi(model: Any, *, score_threshold: float = 0.01, iou_threshold: float = _IOU_THRESHOLD) -> WrappedDetector:
     """Make a detector of a SAHI detection model, as `AutoDetectionModel.from_pretrained` returns it.
 
     Args:

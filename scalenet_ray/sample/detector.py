@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from torchvision.ops import generalized_box_iou_loss
+from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from scalenet_ray.models.devices import device_on_this_machine
 from scalenet_ray.models.onnx_export import to_onnx
-from scalenet_ray.models.padding import PADDING_GREY, padded
+from scalenet_ray.models.padding import PADDING_GREY
 from scalenet_ray.models.scale_net import conv_block, load_state, read_checkpoint
 from scalenet_ray.models.weights import save_weights
 from scalenet_ray.sample.tiny import (
     NECK_CHANNELS,
     STRIDES,
     TINY_DETECTOR,
-    TinyDetectorBase,
+    TinyDetector,
     TinyNetConfig,
     tiny_config,
 )
@@ -35,14 +35,11 @@ from scalenet_ray.sample.tiny import (
 LEVEL_BOUNDS = (48.0, 112.0)
 """Longer sides in tile pixels: objects below the first are assigned to stride 8, below the second to 16, else to 32."""
 
-
 MIN_TRAINED_SIDE = 16.0
 """Objects with a longer side below this, in tile pixels, are ignored in the loss."""
 
-
 CENTRE_RADIUS = 1.5
 """Cells within this many strides of an object's centre are positive."""
-
 
 _WIDTHS = (24, 32, 64, 96, 128)
 
@@ -134,8 +131,7 @@ def cell_centres(hw: tuple[int, int], device: torch.device | str = "cpu") -> tup
     return torch.cat(centres), torch.cat(strides)
 
 
-@dataclass(frozen=True, eq=False)
-class Targets:
+class Targets(NamedTuple):
     """Training targets per cell.
 
     Attributes:
@@ -181,13 +177,6 @@ def assign_targets(
     return Targets(all_labels, all_boxes)
 
 
-def _iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """IoU of corresponding boxes: [N, 4] and [N, 4] xyxy -> [N]."""
-    shared = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0)
-    areas = [(b[:, 2:] - b[:, :2]).prod(dim=1) for b in (boxes, others)]
-    return shared.prod(dim=1) / (areas[0] + areas[1] - shared.prod(dim=1)).clamp(min=1e-6)
-
-
 def detection_loss(answers: Answers, targets: Targets) -> torch.Tensor:
     """Quality focal loss (Li et al., 2020) + cross-entropy + 3 x GIoU loss, normalized by the positive cells.
 
@@ -199,15 +188,10 @@ def detection_loss(answers: Answers, targets: Targets) -> torch.Tensor:
     box_loss = generalized_box_iou_loss(boxes, wanted, reduction="sum")
     class_loss = functional.cross_entropy(answers.classes[found], targets.labels[found], reduction="sum")
     quality = torch.zeros_like(answers.quality)
-    quality[found] = _iou(boxes.detach(), wanted)
+    quality[found] = box_iou(boxes.detach(), wanted).diagonal()
     weight = (answers.quality.detach().sigmoid() - quality) ** 2 * (targets.labels != -2)
     quality_loss = functional.binary_cross_entropy_with_logits(answers.quality, quality, reduction="none") * weight
     return (quality_loss.sum() + class_loss + 3.0 * box_loss) / count
-
-
-def pack_tiles(tiles: Sequence[np.ndarray], canvas: tuple[int, int]) -> torch.Tensor:
-    """Tiles of [h, w, 3] uint8 -> [B, 3, H, W] float32 in 0..255, padded at the right and below."""
-    return torch.from_numpy(padded(tiles, canvas)).permute(0, 3, 1, 2).float()
 
 
 def save_tiny_detector(model: TinyNet, config: TinyNetConfig, path: str | Path) -> None:
@@ -216,54 +200,17 @@ def save_tiny_detector(model: TinyNet, config: TinyNetConfig, path: str | Path) 
     save_weights(state, {TINY_DETECTOR: json.dumps(asdict(config))}, str(path))
 
 
-class TinyDetector(TinyDetectorBase):
-    """`Detector` with a trained `TinyNet` in torch, one forward pass per canvas size.
+def load_tiny_net(path: str | Path) -> tuple[TinyNet, TinyNetConfig]:
+    """Load a checkpoint of `save_tiny_detector`, local or in a store.
 
-    Args:
-        model: the network.
-        config: its configuration.
-        device: torch device.
-        score_threshold: boxes that score less are dropped.
-        iou_threshold: of the suppression within each class; None for the configuration's.
-        mixed_precision: run under bfloat16 autocast.
+    Raises:
+        UserError: if it is no such checkpoint or the weights do not match.
     """
-
-    def __init__(
-        self,
-        model: TinyNet,
-        config: TinyNetConfig,
-        *,
-        device: str = "cpu",
-        score_threshold: float = 0.01,
-        iou_threshold: float | None = None,
-        mixed_precision: bool = False,
-    ) -> None:
-        at = device_on_this_machine(device)
-        super().__init__(config, score_threshold, iou_threshold, on_gpu=at.type == "cuda")
-        self.model = model.eval().to(at, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.device = device
-        self._autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)
-
-    @classmethod
-    def load(cls, path: str | Path, **settings: Any) -> TinyDetector:
-        """Load a checkpoint of `save_tiny_detector`, local or in a store, with the settings of the constructor.
-
-        Raises:
-            UserError: if it is no such checkpoint or the weights do not match.
-        """
-        tensors, fields = read_checkpoint(path, TINY_DETECTOR)
-        config = tiny_config(fields)
-        model = TinyNet(len(config.category_ids))
-        load_state(model, tensors, path)
-        return cls(model, config, **settings)
-
-    def _run(self, tiles: list[np.ndarray], canvas: tuple[int, int], *, features: bool) -> list[np.ndarray]:
-        with torch.inference_mode():
-            with self._autocast:
-                answers = self.model(pack_tiles(tiles, canvas).to(self.device))
-            scores = answers.quality.float().sigmoid()[:, :, None] * answers.classes.float().softmax(dim=2)
-            outputs = [scores, answers.boxes, *(answers.levels if features else ())]
-            return [output.float().cpu().numpy() for output in outputs]
+    tensors, fields = read_checkpoint(path, TINY_DETECTOR)
+    config = tiny_config(fields)
+    model = TinyNet(len(config.category_ids))
+    load_state(model, tensors, path)
+    return model, config
 
 
 class _TinyNetOnPixels(nn.Module):
@@ -276,8 +223,30 @@ class _TinyNetOnPixels(nn.Module):
     def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[B, H, W, 3] uint8 RGB -> scores [B, cells, classes], boxes [B, cells, 4], feature maps of three strides."""
         answers: Answers = self.model(tiles.permute(0, 3, 1, 2).float())
-        scores = answers.quality.sigmoid()[:, :, None] * answers.classes.softmax(dim=2)
+        scores = answers.quality.float().sigmoid()[:, :, None] * answers.classes.float().softmax(dim=2)
         return scores, answers.boxes, *answers.levels
+
+
+def tiny_detector(
+    model: TinyNet,
+    config: TinyNetConfig,
+    *,
+    device: str = "cpu",
+    mixed_precision: bool = False,
+    **thresholds: float | None,
+) -> TinyDetector:
+    """The detector with a network in torch, on a device, under bfloat16 autocast if wanted; see `TinyDetector`."""
+    at = device_on_this_machine(device)
+    autocast = torch.autocast(at.type, torch.bfloat16, enabled=mixed_precision)
+
+    def run(net: nn.Module, tiles: np.ndarray, features: bool) -> list[np.ndarray]:
+        """Output of the network for a batch."""
+        with torch.inference_mode(), autocast:
+            outputs = net(torch.from_numpy(tiles).to(at))[: None if features else 2]
+            return [output.float().cpu().numpy() for output in outputs]
+
+    net = _TinyNetOnPixels(model).eval().to(at, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return TinyDetector(config, net, run, on_gpu=at.type == "cuda", **thresholds)  # type: ignore[arg-type]
 
 
 def export_tiny_detector(path: str) -> bytes:
@@ -286,10 +255,9 @@ def export_tiny_detector(path: str) -> bytes:
     Args:
         path: a local path or a store's address.
     """
-    detector = TinyDetector.load(path)
-    model = _TinyNetOnPixels(detector.model.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
-    tiles = torch.zeros(1, detector.input_side, detector.input_side, 3, dtype=torch.uint8)
+    model, config = load_tiny_net(path)
+    tiles = torch.zeros(1, config.input_side, config.input_side, 3, dtype=torch.uint8)
     outputs = ["scores", "boxes", *(f"features_{stride}" for stride in STRIDES)]
     sizes = {"tiles": {0: "batch", 1: "height", 2: "width"}}
-    metadata = {TINY_DETECTOR: json.dumps(asdict(detector.config))}
-    return to_onnx(model, [tiles], sizes, outputs, metadata)
+    metadata = {TINY_DETECTOR: json.dumps(asdict(config))}
+    return to_onnx(_TinyNetOnPixels(model), [tiles], sizes, outputs, metadata)

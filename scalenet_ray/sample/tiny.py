@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -18,18 +18,11 @@ from scalenet_ray.models.onnx_session import on_gpu, open_network
 from scalenet_ray.models.padding import detect_by_canvas, padded, stride_canvas
 from scalenet_ray.models.scale_networks import ONNX_SUFFIX
 
-if TYPE_CHECKING:
-    from scalenet_ray.sample.detector import TinyDetector
-
 STRIDES = (8, 16, 32)
-
-
 NECK_CHANNELS = 64
-
 
 TINY_DETECTOR = "tiny_detector"
 """Key of the configuration, as JSON, in the metadata of the detector's file."""
-
 
 _CANDIDATES, _MOST_DETECTIONS = 300, 100
 
@@ -56,30 +49,33 @@ def tiny_config(fields: Mapping[str, Any]) -> TinyNetConfig:
     return TinyNetConfig(**{**fields, "category_ids": tuple(fields["category_ids"]), "names": tuple(fields["names"])})
 
 
-class TinyDetectorBase:
-    """`Detector` of the sample, decoded without torch; a library's own class runs the network, once per canvas size.
+class TinyDetector:
+    """`Detector` of the sample, decoded without torch; a library runs the network, once per canvas size.
 
     Args:
         config: configuration of the network.
-        score_threshold: boxes that score less are dropped.
-        iou_threshold: of the suppression within each class; None for the configuration's.
-
-    Attributes:
-        config: configuration of the network.
-        input_side: the longer side of a whole image's tile, in tile pixels.
-        categories: category id -> name.
-        iou_threshold: of its non-maximum suppression, within each class.
-        feature_channels: of the neck's feature maps, stride 8 first.
-        feature_stride: tile pixels along a side of a cell of the finest.
+        model: the network.
+        run: (network, tiles [B, H, W, 3] uint8 on canvases, with features) -> scores [B, cells, classes], boxes
+            [B, cells, 4], and where they are asked for the feature maps of the neck, stride 8 first.
+        on_gpu: True if it runs on a GPU.
+        score_threshold: minimum score of a detection.
+        iou_threshold: IoU threshold of NMS within each class; None for the configuration's.
     """
 
     feature_channels = (NECK_CHANNELS,) * len(STRIDES)
     feature_stride = STRIDES[0]
 
     def __init__(
-        self, config: TinyNetConfig, score_threshold: float, iou_threshold: float | None, *, on_gpu: bool
+        self,
+        config: TinyNetConfig,
+        model: Any,
+        run: Callable[[Any, np.ndarray, bool], Sequence[np.ndarray]],
+        *,
+        on_gpu: bool = False,
+        score_threshold: float = 0.01,
+        iou_threshold: float | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.model, self._run = config, model, run
         self.score_threshold = score_threshold
         self.iou_threshold = config.iou_threshold if iou_threshold is None else iou_threshold
         self.input_side = config.input_side
@@ -100,19 +96,15 @@ class TinyDetectorBase:
         return detect_by_canvas(pixels, self.canvas_hw, self._features_group, self._few_to is not None)
 
     def _detect_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[Detections | TileError]:
-        scores, boxes, *_ = self._run(tiles, canvas, features=False)
+        scores, boxes, *_ = self._run(self.model, padded(tiles, canvas), False)
         return [self._select(scores[i], boxes[i], tile) for i, tile in enumerate(tiles)]
 
     def _features_group(self, tiles: list[np.ndarray], canvas: tuple[int, int]) -> list[DetectionsWithFeatures]:
-        scores, boxes, *levels = self._run(tiles, canvas, features=True)
+        scores, boxes, *levels = self._run(self.model, padded(tiles, canvas), True)
         return [
             DetectionsWithFeatures(self._select(scores[i], boxes[i], tile), tuple(level[i] for level in levels))
             for i, tile in enumerate(tiles)
         ]
-
-    def _run(self, tiles: list[np.ndarray], canvas: tuple[int, int], *, features: bool) -> list[np.ndarray]:
-        """Scores [B, cells, classes], boxes [B, cells, 4], and where they are asked for the feature maps."""
-        raise NotImplementedError
 
     def _select(self, scores: np.ndarray, boxes: np.ndarray, tile: np.ndarray) -> Detections | TileError:
         """Threshold, clip and suppress the scores [cells, classes] and boxes [cells, 4] of a tile."""
@@ -132,37 +124,6 @@ class TinyDetectorBase:
         return Detections(chosen[kept], scores[cells, classes][kept], self._ids[classes[kept]])
 
 
-class OnnxTinyDetector(TinyDetectorBase):
-    """The sample's detector exported to ONNX, behind the `Detector` protocol.
-
-    The graph takes uint8 RGB [batch, height, width, 3] and returns scores, boxes and the neck's three feature maps.
-
-    Args:
-        session: the network.
-        config: its configuration.
-        score_threshold: boxes that score less are dropped.
-        iou_threshold: of the suppression within each class; None for the configuration's.
-    """
-
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        config: TinyNetConfig,
-        *,
-        score_threshold: float = 0.01,
-        iou_threshold: float | None = None,
-    ) -> None:
-        super().__init__(config, score_threshold, iou_threshold, on_gpu=on_gpu(session))
-        self._session = session
-        self._input_name = session.get_inputs()[0].name
-        self._output_names = [output.name for output in session.get_outputs()]
-
-    def _run(self, tiles: list[np.ndarray], canvas: tuple[int, int], *, features: bool) -> list[np.ndarray]:
-        outputs = self._output_names if features else self._output_names[:2]
-        answer = self._session.run(outputs, {self._input_name: padded(tiles, canvas)})
-        return [np.asarray(output) for output in answer]
-
-
 def load_tiny_detector(
     path: str | Path,
     *,
@@ -170,14 +131,14 @@ def load_tiny_detector(
     score_threshold: float = 0.01,
     iou_threshold: float | None = None,
     mixed_precision: bool = False,
-) -> OnnxTinyDetector | TinyDetector:
+) -> TinyDetector:
     """Load the sample's detector, or one trained as it is, from .onnx, or from .safetensors, which needs torch.
 
     Args:
         path: a local path or a store's address.
         device: where it computes, as torch names it.
-        score_threshold: boxes that score less are dropped.
-        iou_threshold: of the suppression within each class; None for its own.
+        score_threshold: minimum score of a detection.
+        iou_threshold: IoU threshold of NMS within each class; None for its own.
         mixed_precision: run under bfloat16 autocast; for safetensors alone.
 
     Raises:
@@ -188,10 +149,16 @@ def load_tiny_detector(
     thresholds: dict[str, Any] = {"score_threshold": score_threshold, "iou_threshold": iou_threshold}
     if not str(path).endswith(ONNX_SUFFIX):
         with needs_extra():
-            from scalenet_ray.sample.detector import TinyDetector
-        return TinyDetector.load(path, device=device, mixed_precision=mixed_precision, **thresholds)
+            from scalenet_ray.sample.detector import load_tiny_net, tiny_detector
+        return tiny_detector(*load_tiny_net(path), device=device, mixed_precision=mixed_precision, **thresholds)
     if mixed_precision:
         msg = f"mixed precision is for weights as safetensors, got {path}, which has a precision of its own: give those"
         raise UserError(msg)
     session, _, fields = open_network(str(path), TINY_DETECTOR, device=device)
-    return OnnxTinyDetector(session, tiny_config(fields), **thresholds)
+    return TinyDetector(tiny_config(fields), session, _run_session, on_gpu=on_gpu(session), **thresholds)
+
+
+def _run_session(session: onnxruntime.InferenceSession, tiles: np.ndarray, features: bool) -> list[np.ndarray]:
+    names = [output.name for output in session.get_outputs()]
+    answer = session.run(names if features else names[:2], {session.get_inputs()[0].name: tiles})
+    return [np.asarray(output) for output in answer]

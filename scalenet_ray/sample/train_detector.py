@@ -12,7 +12,8 @@ import torch
 
 from scalenet_ray.core.geometry import boxes_to_tile, cut_tile
 from scalenet_ray.data.images import read_image
-from scalenet_ray.sample.detector import Answers, TinyNet, assign_targets, detection_loss, pack_tiles
+from scalenet_ray.models.padding import padded
+from scalenet_ray.sample.detector import Answers, TinyNet, assign_targets, detection_loss
 from scalenet_ray.sample.tiny import TinyNetConfig
 from scalenet_ray.training.examples import Example, random_window, tile_of_window
 
@@ -89,9 +90,9 @@ def _loss(
         [torch.from_numpy(tile.ignored) for tile in tiles],
         config.input_side,
     )
-    images = pack_tiles([tile.pixels for tile in tiles], (config.input_side, config.input_side))
+    images = torch.from_numpy(padded([tile.pixels for tile in tiles], (config.input_side, config.input_side)))
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed_precision):
-        output = model(images.to(device, memory_format=torch.channels_last))
+        output = model(images.permute(0, 3, 1, 2).float().to(device, memory_format=torch.channels_last))
     return detection_loss(Answers(*(part.float().cpu() for part in output[:3])), targets)
 
 

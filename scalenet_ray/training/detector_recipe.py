@@ -162,17 +162,13 @@ class DetectorRecipe:
     def figures(self, counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Mean losses "loss_whole", "loss_windows" and "loss" (of both), and "fit", 1 / (1 + loss)."""
         loss, images = counts["loss"], counts["images"]
-        mean = _mean(loss.sum(), images.sum())
-        parts = {"loss_whole": _mean(loss[0], images[0]), "loss_windows": _mean(loss[1], images[1])}
-        return {"fit": 1 / (1 + mean), "loss": mean, **parts}
+        with np.errstate(invalid="ignore"):  # NaN of what has no image.
+            (whole, windows), mean = (loss / images).tolist(), float(loss.sum() / images.sum())
+        return {"fit": 1 / (1 + mean), "loss": mean, "loss_whole": whole, "loss_windows": windows}
 
     def save(self, model: nn.Module, path: str) -> None:
         """Write a file that `torchvision:PATH` loads."""
         save_detector(model, self.name, self.categories, path)
-
-
-def _mean(total: float, count: float) -> float:
-    return float(total / count) if count else float("nan")
 
 
 def _losses(model: nn.Module, batch: Batch, chosen: list[int]) -> torch.Tensor:
@@ -285,13 +281,7 @@ def small_objects(objects: Objects, image_hw: tuple[int, int]) -> np.ndarray:
 
 
 def zoom_window(rng: np.random.Generator, image_hw: tuple[int, int], objects: Objects) -> Window:
-    """A random window, square if it fits the image, placed on a small object with probability `SMALL_SHARE`.
-
-    Args:
-        rng: random generator.
-        image_hw: (height, width) of the image in pixels.
-        objects: objects of the image.
-    """
+    """A random window, square if it fits the image, placed on a small object with probability `SMALL_SHARE`."""
     limit = np.array([image_hw[1], image_hw[0]])
     size = np.clip(round(rng.uniform(*WINDOW_SHARES) * limit.max()), 1, limit)
     room = limit - size
@@ -310,10 +300,6 @@ def boxes_in_tile(objects: Objects, tile: Tile) -> tuple[np.ndarray, np.ndarray]
     """Training boxes of a tile, with their category ids.
 
     Crowds, boxes visible to less than `MIN_VISIBLE` and boxes thinner than a tile pixel are left out.
-
-    Args:
-        objects: objects of the whole image.
-        tile: the tile.
 
     Returns:
         [N, 4] float32 xyxy in tile pixels, clipped to the tile, and [N] int64.

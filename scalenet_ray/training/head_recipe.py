@@ -27,10 +27,7 @@ class HeadRecipe(ClassMapRecipe):
     A row has level0, level1, ... [C, h, w] float16, target [h, w] uint8 in 0..5 or IGNORE, and image_id [1].
 
     Attributes:
-        images: training and validation images.
         networks: specification of the frozen detector, which runs on the CPU.
-        config: configuration of the head.
-        seed: seed of the augmentation, which depends on it, the epoch and the index only.
     """
 
     images: TrainingImages

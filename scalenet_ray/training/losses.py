@@ -26,14 +26,7 @@ def focal_loss(
 
     Returns:
         Scalar; 0 if every pixel is ignored.
-
-    Raises:
-        ValueError: if the shapes do not match.
     """
-    if logits.ndim != 4 or target.shape != (logits.shape[0], *logits.shape[2:]):
-        wanted = [logits.shape[0], *logits.shape[2:]]
-        msg = f"target must be {wanted} for logits {list(logits.shape)}, got shape {list(target.shape)}"
-        raise ValueError(msg)
     target = target.long()
     counted = target != IGNORE
     index = torch.where(counted, target, 0)
@@ -53,13 +46,7 @@ def masked_mse(scale: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     Returns:
         Scalar; 0 if there is no object.
-
-    Raises:
-        ValueError: if the shapes differ.
     """
-    if scale.shape != target.shape:
-        msg = f"target must be {list(scale.shape)} as the prediction, got shape {list(target.shape)}"
-        raise ValueError(msg)
     on_object = target > 0
     squared = (scale.float() - target.float()) ** 2
     return (squared * on_object).sum() / on_object.sum().clamp(min=1)

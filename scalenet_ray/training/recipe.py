@@ -81,7 +81,7 @@ def forward_backward(
     parts: int = 1,
     mixed_precision: bool = False,
 ) -> torch.Tensor:
-    """Accumulate the gradients of a batch's mean loss, over `parts` micro-batches.
+    """Accumulate the gradients of a batch's mean loss, over `parts` micro-batches; returns that loss, detached.
 
     Args:
         model: the model, plain or wrapped by DistributedDataParallel; gradients are synchronized in the last part.
@@ -89,9 +89,6 @@ def forward_backward(
         loss_of: loss of the recipe.
         parts: number of micro-batches.
         mixed_precision: run under bfloat16 autocast.
-
-    Returns:
-        The mean loss, detached.
     """
     size = len(next(iter(batch.values())))
     device = next(iter(batch.values())).device
@@ -108,13 +105,7 @@ def forward_backward(
 
 
 def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, clip_norm: float) -> None:
-    """Clip the gradients, take one optimizer step and clear the gradients.
-
-    Args:
-        model: model with gradients.
-        optimizer: its optimizer.
-        loss: loss of the gradients, a scalar.
-        clip_norm: maximum norm of the gradients.
+    """Clip the norm of the gradients, take one optimizer step and clear the gradients; `loss` is that of the gradients.
 
     Raises:
         FloatingPointError: if the loss or the norm is NaN or infinite; the weights are unchanged.

