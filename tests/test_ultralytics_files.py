@@ -105,7 +105,7 @@ def test_models_of_other_tasks_are_refused(tmp_path: Path, kind: str, head: str)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"cannot read .*nowhere\.pt: there is no such file"):
         load_detector("ultralytics:" + str(tmp_path / "nowhere.pt"))
 
 

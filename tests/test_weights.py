@@ -91,5 +91,3 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_other_endings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be a file that ends in \.safetensors, \.pth, \.pt, got '.*net\.bin'"):
         load_weights(str(tmp_path / "net.bin"))
-    with pytest.raises(ValueError, match=r"end the path in \.safetensors"):
-        save_weights({}, {}, str(tmp_path / "net.pth"))

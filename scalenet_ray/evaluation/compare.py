@@ -92,13 +92,9 @@ def _interval(differences: np.ndarray) -> Interval:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the points on the Pareto front.
+    """Return the indices of the (cost, value) points on the Pareto front, by ascending cost; of equal points the first.
 
-    Args:
-        points: (cost, value) pairs; lower cost and higher value are better.
-
-    Returns:
-        Indices by ascending cost; of equal points, the first.
+    Lower cost and higher value are better.
     """
     best = float("-inf")
     front = []
@@ -117,27 +113,16 @@ SIDE_BOUNDS = (8, 12, 16, 24, 32, 48, 64, 96)
 
 
 def are_new(found: Detections, before: Detections) -> np.ndarray:
-    """Return a mask of the detections that have an IoU of .5 with none of `before` of the same category.
+    """Return [N] bool, the detections with an IoU of .5 with none of `before`, in the same frame, of their category.
 
     With the arguments swapped, it returns the lost ones of `before`.
-
-    Args:
-        found: N detections.
-        before: M detections in the same frame.
-
-    Returns:
-        [N] bool.
     """
     overlap = iou_matrix(found.boxes, before.boxes) * (found.labels[:, None] == before.labels[None, :])
     return overlap.max(axis=1, initial=0.0) < FOREGROUND_IOU
 
 
 def closer_look_in_words(found: FoundCounts) -> str:
-    """Describe in words the difference between the boxes found and those of the whole images' passes alone.
-
-    Args:
-        found: numbers of boxes, over the images with such a pass.
-    """
+    """Describe in words the numbers of boxes found beside those of the whole images' passes alone."""
     net = found["after"] - found["before"]
     further = net - found["new"] + found["lost"]
     parts = [f"{found['new']} new by looking closer", f"{found['lost']} lost"]
@@ -151,10 +136,7 @@ def closer_look_in_words(found: FoundCounts) -> str:
 def found_and_lost(before: Explained, after: Explained, shown_score: float) -> tuple[np.ndarray, np.ndarray]:
     """Return masks of the objects that only `after` finds, and that only `before` finds: [M] bool each.
 
-    Args:
-        before: images under the baseline policy.
-        after: the same images under another policy.
-        shown_score: minimum score of the detection of a found object.
+    A found object has a detection of at least `shown_score`.
     """
     found_before, found_after = before.found_at >= shown_score, after.found_at >= shown_score
     return found_after & ~found_before, found_before & ~found_after

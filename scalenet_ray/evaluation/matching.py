@@ -42,9 +42,6 @@ class RankedDetections:
 class Matches:
     """Results of one policy, matched to the objects: 29 bytes a detection, 8 an object.
 
-    Args:
-        image_ids: ids of the images, in ascending order.
-
     Attributes:
         image_ids: ids of the images, in ascending order.
         thresholds: [thresholds] IoU.
@@ -62,15 +59,9 @@ class Matches:
         self._objects: defaultdict[int, list[tuple[np.ndarray, ...]]] = defaultdict(list)
 
     def add(self, evaluation: COCOeval) -> None:
-        """Add some images.
-
-        Args:
-            evaluation: evaluated, of the images that follow those added before.
-        """
+        """Add the evaluated images, which follow those added before."""
         parameters = evaluation.params
-        index_of = dict(
-            zip(parameters.imgIds, np.searchsorted(self.image_ids, parameters.imgIds).tolist(), strict=True)
-        )
+        index_of = {image_id: int(np.searchsorted(self.image_ids, image_id)) for image_id in parameters.imgIds}
         shape = (len(parameters.catIds), self._areas, len(parameters.imgIds))
         matches = np.empty(len(evaluation.evalImgs), object)
         matches[:] = evaluation.evalImgs
@@ -206,26 +197,17 @@ def _coco(images: list[dict], categories: list[dict], annotations: list[dict]) -
 def _ground_truth(dataset: CocoDataset, image_ids: Sequence[int]) -> list[dict]:
     """Convert the objects of some images to pycocotools' annotations, with unchecked segmentations."""
     by_image = dataset.rows_by_image
-    rows = np.concatenate([np.zeros(0, np.int64), *(by_image[i] for i in image_ids if i in by_image)])
-    columns = zip(
-        rows.tolist(),
-        dataset.image_ids[rows].tolist(),
-        dataset.labels[rows].tolist(),
-        dataset.boxes_xywh[rows].tolist(),
-        dataset.areas[rows].tolist(),
-        dataset.crowd[rows].tolist(),
-        strict=True,
-    )
     return [
         {
             "image_id": image_id,
-            "category_id": label,
-            "bbox": box,
-            "area": area,
-            "iscrowd": int(crowd),
+            "category_id": int(dataset.labels[row]),
+            "bbox": dataset.boxes_xywh[row].tolist(),
+            "area": float(dataset.areas[row]),
+            "iscrowd": int(dataset.crowd[row]),
             "segmentation": dataset.segmentations[row],
         }
-        for row, image_id, label, box, area, crowd in columns
+        for image_id in image_ids
+        for row in by_image.get(image_id, ())
     ]
 
 
@@ -247,12 +229,9 @@ def _add_masks(truth: list[dict], images: list[dict], found: list[dict]) -> None
         try:
             row["segmentation"] = checked_segmentation(row["segmentation"], hw)
         except TileError:
-            row["segmentation"] = checked_segmentation([_box_polygon(row["bbox"])], hw)
-
-
-def _box_polygon(box_xywh: Sequence[float]) -> list[float]:
-    x, y, width, height = box_xywh
-    return [x, y, x, y + height, x + width, y + height, x + width, y]
+            x, y, width, height = row["bbox"]
+            corners = [x, y, x, y + height, x + width, y + height, x + width, y]
+            row["segmentation"] = checked_segmentation([corners], hw)
 
 
 def _results_by_image(

@@ -96,12 +96,7 @@ def join(images: Sequence[Explained]) -> Explained:
 
 
 def explain(detections: Detections, objects: Objects) -> Explained:
-    """Match the detections of one image to its objects, and classify the unmatched ones.
-
-    Args:
-        detections: in image pixels; the N of `best_rows` are matched.
-        objects: of the same image.
-    """
+    """Match the `best_rows` of an image's detections, in image pixels, to its objects; classify the unmatched ones."""
     kept = best_rows(detections)
     boxes, labels = detections.boxes[kept], detections.labels[kept]
     counted = ~objects.crowd
@@ -162,7 +157,7 @@ def error_breakdown(images: Sequence[Explained], shown_score: float) -> dict[str
     pool = _Pool(images)
     everything = np.ones(len(pool.scores), bool)
     correct = pool.kinds == _CORRECT
-    plain = average_precision(images)
+    plain = pool.ap(everything, correct, pool.labels, pool.objects)
     shown = pool.scores >= shown_score
     breakdown: dict[str, ErrorCost] = {}
     for kind in (_CLASS, _LOCALISATION, _BOTH, _DUPLICATE, _BACKGROUND):

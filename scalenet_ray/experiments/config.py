@@ -43,15 +43,9 @@ class NetRecipe:
 
 @dataclass(frozen=True)
 class ClassifierRecipe:
-    """Training of a classifier.
+    """Training of a classifier: its kind and width as for `build_classifier`, the rest as for `NetRecipe`.
 
-    Attributes:
-        kind: see `build_classifier`.
-        width: multiplier of its channels.
-        optimizer: "sgd" with momentum 0.9, or "adam".
-        learning_rate: peak learning rate; it decays to 0 along a cosine.
-        epochs: passes over all images at all sides.
-        batch_size: canvases per step.
+    The learning rate decays to 0 along a cosine.
     """
 
     kind: Literal["plain", "deformable", "capsnet", "vgg11"] = "plain"
@@ -122,7 +116,6 @@ class Domain:
 _PAPER_NET = NetRecipe("each", "pixels", "sgd", 0.01, cosine=False)
 _PAPER_RULES = RescaleRules(even=False, bisect=False, from_original=False, resampling="bilinear")
 
-
 MNIST = Domain(
     "mnist",
     in_channels=1,
@@ -145,7 +138,6 @@ MNIST = Domain(
 )
 """MNIST with the paper's sizes."""
 
-
 DIGITS = replace(
     MNIST,
     name="digits",
@@ -156,7 +148,6 @@ DIGITS = replace(
     classifiers={"classifier": ClassifierRecipe(epochs=20.0)},
 )
 """scikit-learn's 8 x 8 handwritten digits, enlarged to 28 x 28; runs on a laptop."""
-
 
 CIFAR10 = Domain(
     "cifar10",
@@ -174,7 +165,6 @@ CIFAR10 = Domain(
     classifiers={"classifier": ClassifierRecipe("vgg11", width=0.25, epochs=2.0)},
 )
 """CIFAR-10 with the paper's sizes, and VGG-11 at a quarter of its width."""
-
 
 DOMAINS = {domain.name: domain for domain in (MNIST, DIGITS, CIFAR10)}
 

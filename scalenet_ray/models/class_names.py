@@ -35,10 +35,7 @@ _REMEDY = "name them in a file, one a line, as onnx:PATH@FILE"
 
 
 def read_names(path: str) -> list[str]:
-    """Names of a text file, one a line, without empty lines at its end.
-
-    Args:
-        path: local path or a store's address.
+    """Names of a text file, local or in a store, one a line, without empty lines at its end.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -60,16 +57,13 @@ def read_names(path: str) -> list[str]:
 def classes_of(
     count: int | None, metadata: Mapping[str, str], names_file: str | None, *, first_id: int = 0
 ) -> tuple[Categories, str]:
-    """Categories of a network.
+    """Categories of a network, class id -> name, and where they come from. Index i is the i-th id in ascending order.
 
     Args:
         count: number of its classes; None if its outputs do not show it.
         metadata: metadata of its ONNX file: `categories`, JSON of id -> name, or `names` as Ultralytics writes it.
         names_file: text file of names, one a line, which comes before the metadata; None for none.
         first_id: id of the first name of the file.
-
-    Returns:
-        Class id -> name, and where the names come from. Class index i is the i-th id in ascending order.
 
     Raises:
         FileNotFoundError: if the file of names does not exist.

@@ -122,10 +122,7 @@ def _first_detected(detector: CheckedDetector, images: Iterable[np.ndarray]) -> 
 
 
 def batch_fault(detector: CheckedDetector, image: np.ndarray) -> str | None:
-    """Compare a tile of an image alone with the same tile in a batch with a blank one.
-
-    Returns:
-        How they differ, or None.
+    """Difference of a tile of an image alone and the same tile in a batch with a blank one, or None.
 
     Raises:
         UserError: if the answer to the blank tile is invalid.
@@ -173,17 +170,18 @@ def size_fault(detector: CheckedDetector, images: Iterable[np.ndarray]) -> str |
         views = three_views(image, detector.input_side)
         if views is None:
             return None
-        small, more_grey, enlarged = (detect_alone(detector, view) for view in views)
-        if isinstance(small, TileError) or isinstance(more_grey, TileError) or isinstance(enlarged, TileError):
+        found = [one for view in views if isinstance(one := detect_alone(detector, view), Detections)]
+        if len(found) < len(views):
             continue
+        small, more_grey, enlarged = found
         compared.append((small, more_grey, enlarged))
         evidence = evidence.plus(agreement(small, more_grey))
         if evidence.total >= _ENOUGH_EVIDENCE:
             break
-    found = follows_size(compared)
-    if found is None:
+    follows = follows_size(compared)
+    if follows is None:
         return None
-    to_padded, to_enlarged = found
+    to_padded, to_enlarged = follows
     return (
         f"detector {detector.name!r} resizes its tiles, which undoes the zoom: it answers a picture and the same "
         f"enlarged twofold alike (distance {to_enlarged.distance:.2f} of 1), but not the same pixels with more "
@@ -193,12 +191,9 @@ def size_fault(detector: CheckedDetector, images: Iterable[np.ndarray]) -> str |
 
 
 def follows_size(views: Sequence[tuple[Detections, Detections, Detections]]) -> tuple[Agreement, Agreement] | None:
-    """Evidence that a detector resizes its tiles, or None.
+    """Evidence in the `three_views` of each image that a detector resizes its tiles, or None.
 
     The thresholds were chosen on COCO train2017 and tested on val2017: see docs/decisions.md.
-
-    Args:
-        views: detections in the `three_views` of each image.
 
     Returns:
         Agreement of the padded view with the small one, and of the enlarged view with the small one.
@@ -225,15 +220,10 @@ def _without_full(found: Detections) -> Detections:
 
 
 def three_views(image: np.ndarray, input_side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """A small image on grey, the same image with more grey, and the first enlarged twofold.
-
-    Args:
-        image: [h, w, 3] uint8 RGB.
-        input_side: input side of the detector in tile pixels.
+    """An image [h, w, 3] uint8 RGB small on grey, the same with more grey, and the first enlarged twofold.
 
     Returns:
-        Squares of half the input side, the input side, and twice the first, uint8 RGB; None if the input side is too
-        small.
+        Squares of half the input side in tile pixels, the input side, and twice the first; None if that is too small.
     """
     half = input_side // 2
     if half < _MIN_VIEW_SIDE:

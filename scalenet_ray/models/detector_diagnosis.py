@@ -40,12 +40,7 @@ Load = Callable[[float, float | None], Detector]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Facts about a detector, and its faults.
-
-    Attributes:
-        facts: lines about what it is, finds and costs.
-        faults: lines about what is wrong, each with a remedy.
-    """
+    """Lines about what a detector is, finds and costs, and lines about what is wrong, each with a remedy."""
 
     facts: tuple[str, ...]
     faults: tuple[str, ...]
@@ -69,7 +64,9 @@ def diagnose(load: Load, name: str, image: np.ndarray, *, score_threshold: float
     facts = detector.in_words()
     faults = _name_faults(detector)
     tile = whole_tile(image, detector.input_side)
-    facts.append(_reduction(image, tile))
+    ratio = max(image.shape) / max(tile.shape)
+    times = f"reduced {ratio:.1f} times" if ratio > 1 else f"enlarged {1 / ratio:.1f} times"
+    facts.append(f"image {_size(image)}, at its input side {_size(tile)}: {times}")
     found = detect_alone(detector, tile)
     if isinstance(found, TileError):
         return Diagnosis(tuple(facts), (*faults, found.reason))
@@ -83,22 +80,15 @@ def diagnose(load: Load, name: str, image: np.ndarray, *, score_threshold: float
     facts += remarks
     faults += wrong
     seconds = _seconds_per_tile(detector, tile)
-    facts.append(
-        f"time per tile on {device}: "
-        + ", ".join(f"{1000 * each:.0f} ms in a batch of {size}" for size, each in seconds.items())
-    )
+    times = ", ".join(f"{1000 * each:.0f} ms in a batch of {size}" for size, each in seconds.items())
+    facts.append(f"time per tile on {device}: {times}")
     advice, fault = advise_batch(seconds, on_gpu=is_gpu(device))
     facts.append(f"use input_side {detector.input_side} and {advice}")
     return Diagnosis(tuple(facts), tuple(faults if fault is None else [*faults, fault]))
 
 
-def _reduction(image: np.ndarray, tile: np.ndarray) -> str:
-    height, width = image.shape[:2]
-    ratio = max(height, width) / max(tile.shape[:2])
-    to = f"{tile.shape[0]} x {tile.shape[1]}"
-    return f"image {height} x {width}, at its input side {to}: " + (
-        f"reduced {ratio:.1f} times" if ratio > 1 else f"enlarged {1 / ratio:.1f} times"
-    )
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[0]} x {pixels.shape[1]}"
 
 
 def unnamed(names: Iterable[str]) -> list[str]:
@@ -186,14 +176,11 @@ def _seconds_per_tile(detector: CheckedDetector, tile: np.ndarray) -> dict[int, 
 
 
 def advise_batch(seconds: Mapping[int, float], *, on_gpu: bool) -> tuple[str, str | None]:
-    """Facts about batches.
+    """The batch size to use in words, and a fault or None: on a GPU batches should be faster.
 
     Args:
         seconds: batch size -> seconds for a tile in it, in ascending order.
-        on_gpu: True if it runs on a GPU, where batches should be faster.
-
-    Returns:
-        What to use, and a fault or None.
+        on_gpu: True if it runs on a GPU.
     """
     best = next(iter(seconds))
     for size, each in seconds.items():

@@ -58,12 +58,10 @@ class Detector(Detect, Protocol):
     @property
     def categories(self) -> Mapping[int, str]:
         """Class id -> name; ids may be strings of digits, or the positions in a list of names."""
-        ...
 
     @property
     def iou_threshold(self) -> float:
         """IoU threshold of its NMS; also used to merge the tiles of an image."""
-        ...
 
 
 class ShowsFeatures(DetectWithFeatures, Protocol):
@@ -72,12 +70,10 @@ class ShowsFeatures(DetectWithFeatures, Protocol):
     @property
     def feature_channels(self) -> tuple[int, ...]:
         """Channels of the feature maps, finest first."""
-        ...
 
     @property
     def feature_stride(self) -> int:
         """Cell side of the finest feature map in tile pixels; it doubles from map to map."""
-        ...
 
 
 def load_detector(
@@ -175,14 +171,7 @@ def _wanted() -> str:
 
 
 class DetectorInfo(NamedTuple):
-    """Validated attributes of a detector.
-
-    Attributes:
-        input_side: longer side of a whole image's tile, in tile pixels.
-        iou_threshold: IoU threshold of its NMS.
-        categories: class id -> name.
-        takes_larger: False if tiles larger than `input_side` do not fit a fixed input.
-    """
+    """Validated attributes of a detector; `takes_larger` is False if tiles above `input_side` do not fit it."""
 
     input_side: int
     iou_threshold: float

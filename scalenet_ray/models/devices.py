@@ -13,8 +13,15 @@ from scalenet_ray.core.errors import OutOfMemoryError, UserError, needs_extra
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 
 _TILES_ON_GPU = 16
+
+# Messages of torch's OutOfMemoryError, of its CPU allocator's RuntimeError, of cuBLAS and cuDNN, and of ONNX Runtime's
+# arena: there is no common class.
+_MESSAGE = re.compile(
+    r"out of memory|can't allocate memory|failed to allocate memory|(ALLOC|ALLOCATION)_FAILED", re.IGNORECASE
+)
 
 
 def has_gpu_driver() -> bool:
@@ -79,16 +86,6 @@ def device_on_this_machine(name: str) -> torch.device:
             msg = f"device {name!r} was wanted, torch cannot use it on this machine: {why}; use device cpu"
             raise UserError(msg) from error
     return device
-
-
-T = TypeVar("T")
-
-
-# Messages of torch's OutOfMemoryError, of its CPU allocator's RuntimeError, of cuBLAS and cuDNN, and of ONNX Runtime's
-# arena: there is no common class.
-_MESSAGE = re.compile(
-    r"out of memory|can't allocate memory|failed to allocate memory|(ALLOC|ALLOCATION)_FAILED", re.IGNORECASE
-)
 
 
 def translate_oom(call: Callable[[], T]) -> T:

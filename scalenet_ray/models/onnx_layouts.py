@@ -87,12 +87,7 @@ _FOLLOWS = 0.25
 
 
 def recognise(names: Sequence[str], outputs: Sequence[np.ndarray], canvas: HW) -> Layout:
-    """Recognise a layout by what it answers for a canvas of noise.
-
-    Args:
-        names: names of the outputs.
-        outputs: the outputs for a batch of one or more.
-        canvas: (height, width) of the input.
+    """Recognise a layout by the names of the outputs, and what they are for canvases (height, width) of noise.
 
     Raises:
         UserError: if the outputs are not of a known layout.
@@ -282,11 +277,7 @@ def _best_rows(rows: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarr
 
 
 def yolox_answer_maps(rows: np.ndarray, canvas: HW) -> list[np.ndarray]:
-    """Output of YOLOX for a tile, as maps of its levels for a scale head.
-
-    Args:
-        rows: [N, 5 + C], as `_decode_cells` takes them.
-        canvas: (height, width).
+    """Output of YOLOX for a tile, [N, 5 + C] as `_decode_cells` takes it, as maps of its levels for a scale head.
 
     Returns:
         [`ANSWER_MAPS`, h, w] float32 each, finest first: logits of the objectness, of the best class and of their

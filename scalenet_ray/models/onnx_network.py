@@ -46,8 +46,6 @@ class OnnxNetwork:
         bgr_bytes: without `mean` and `std` pixels are in 0..255 and not in 0..1, without `channel_order` they are BGR.
 
     Attributes:
-        session: the session.
-        bgr_bytes: see there.
         batch: fixed batch size; None if it is free. 1 if the input has no batch axis.
         fixed_hw: fixed (height, width); None if they are free.
         batched: False if the input has no batch axis.

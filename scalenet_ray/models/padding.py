@@ -21,16 +21,13 @@ Answer = TypeVar("Answer")
 
 
 def stride_canvas(hw: HW, stride: int = STRIDE, few_to: int | None = None) -> HW:
-    """The smallest canvas of a tile with sides that are multiples of a stride.
+    """The smallest canvas (height, width) of a tile with sides that are multiples of a stride, in tile pixels.
 
     Args:
         hw: (height, width) of the tile.
         stride: in tile pixels.
         few_to: the detector's input side, to have few shapes, as on a GPU (`detect_by_canvas`): sides are 1, 2, 3, 4,
             6, 8, 12, 16, 24, ... strides, or that of a whole image; None for any multiple of the stride.
-
-    Returns:
-        (height, width) in tile pixels.
     """
     height, width = (-(-side // stride) for side in hw)
     if few_to is not None:
@@ -88,7 +85,7 @@ def detect_by_canvas(
     detect_group: Callable[[list[np.ndarray], HW], list[Answer]],
     few_shapes: bool = False,
 ) -> list[Answer]:
-    """Detect on tiles of mixed sizes, with one batch per canvas size.
+    """Detect on tiles of mixed sizes, with one batch per canvas size; outputs are in the order of the tiles.
 
     A GPU's library of convolutions prepares for each shape of a batch that it has not met, which takes a second of a
     YOLO. There batches have 1, 2, 4, 8, ... tiles, the last one again where tiles lack.
@@ -98,9 +95,6 @@ def detect_by_canvas(
         canvas_hw: (height, width) of a tile -> (height, width) of its canvas.
         detect_group: tiles with equal canvases, and the canvas -> output per tile.
         few_shapes: fill batches, as for a GPU.
-
-    Returns:
-        Outputs in the order of `pixels`.
 
     Raises:
         ValueError: if a tile is not [height, width, 3] uint8.

@@ -75,17 +75,8 @@ class ScaleNetConfig:
         if self.classes != NUM_CLASSES:
             msg = f"a scale net must have {NUM_CLASSES} classes, got {self.classes}: train it on this version's classes"
             raise UserError(msg)
-        if self.in_channels not in (1, 3):
-            msg = f"in_channels must be 3 (RGB) or 1 (grey), got {self.in_channels}"
-            raise UserError(msg)
-        if (self.kind == "regression") != (self.input_side is None):
-            msg = f"a regression takes tiles as they are and classes a fixed side, got {self.kind}, {self.input_side}"
-            raise UserError(msg)
         if self.architecture != "fcn" and (self.input_side is None or self.input_side < 32 or self.input_side % 32):
             msg = f"a U-Net's input_side must be a multiple of 32, got {self.input_side}"
-            raise UserError(msg)
-        if self.architecture == "unet" and self.encoder is None:
-            msg = "the architecture unet wants the name of an encoder, got none: e.g. vgg16"
             raise UserError(msg)
 
     @property
@@ -197,14 +188,10 @@ class ScaleNetPredictor:
         self.input_pixels = (config.input_side or 0) ** 2
 
     def __call__(self, pixels: Sequence[np.ndarray], tiles: Sequence[Tile] = ()) -> list[ScaleMap | TileError]:
-        """Predict the scale maps of tiles, those of one size together.
-
-        Args:
-            pixels: B tiles, [h, w, 3] uint8 RGB each.
-            tiles: not used.
+        """Predict the scale maps of tiles, [h, w, 3] uint8 RGB each, those of one size together; `tiles` is not used.
 
         Returns:
-            B scale maps, or a TileError where the network returned NaN or infinite values.
+            Scale maps, or a TileError where the network returned NaN or infinite values.
 
         Raises:
             OutOfMemoryError: if a batch does not fit the device's memory.
@@ -223,10 +210,7 @@ class ScaleNetPredictor:
 class ScaleHeadPredictor:
     """`FeatureScalePredictor` with a scale head: a detector's feature maps -> class maps.
 
-    Args:
-        config: configuration of the head.
-        model: the head: [B, C, h, w] float32 each, finest first -> class probabilities [B, 6, h, w], float32.
-        run: runs it.
+    The network takes [B, C, h, w] float32 each, finest first, and returns class probabilities [B, 6, h, w], float32.
     """
 
     input_pixels = 0
@@ -252,17 +236,9 @@ class ScaleHeadPredictor:
     def from_features(
         self, features: Sequence[tuple[np.ndarray, ...]], tiles: Sequence[Tile]
     ) -> list[ScaleMap | TileError]:
-        """Predict the scale maps of tiles, those of one canvas together.
+        """Predict the scale maps of tiles from `DetectionsWithFeatures.features`, those of one canvas together.
 
-        Args:
-            features: B times `DetectionsWithFeatures.features`, [C, h, w] float32 each.
-            tiles: the tiles; a map covers its tile without the padding.
-
-        Returns:
-            B scale maps, or a TileError where the network returned NaN or infinite values.
-
-        Raises:
-            OutOfMemoryError: if a batch does not fit the device's memory.
+        A map covers its tile without the padding; returns and raises as `ScaleNetPredictor` does.
         """
         maps: dict[int, ScaleMap | TileError] = {}
         shapes = [tuple(level.shape for level in levels) for levels in features]
@@ -295,8 +271,7 @@ def load_predictor(
 
     Raises:
         FileNotFoundError: if it is not there.
-        UserError: if the file is of neither, is damaged, is ONNX and mixed precision is asked for, or needs torch and
-            that is not installed.
+        UserError: if the file is of neither or damaged, or does not fit the arguments, or torch is not installed.
     """
     if not str(path).endswith(ONNX_SUFFIX):
         with needs_extra():

@@ -36,7 +36,6 @@ AUTO = "auto"
 
 _WEIGHTS = Path(__file__).parents[1] / "sample"
 
-
 SAMPLE_DETECTOR = f"tiny:{_WEIGHTS / 'sample_detector.onnx'}"
 """Detector of the embedded sample, trained without small objects; needs no torch."""
 
@@ -50,7 +49,6 @@ SAMPLE_SCALE_NET_WEIGHTS = str(_WEIGHTS / "sample_scale_net.safetensors")
 """The same network in torch."""
 
 _IN_TORCH = {SAMPLE_DETECTOR: SAMPLE_DETECTOR_WEIGHTS, SAMPLE_SCALE_NET: SAMPLE_SCALE_NET_WEIGHTS}
-
 
 _TRIED_SIDE = 2048
 """Longer side at least of the images that a detector is tried on, if they are read by window."""
@@ -126,10 +124,7 @@ class NetworkSpec:
         return HeadConfig(detector.feature_channels, detector.feature_stride, detector=str(self.detector))
 
     def check_device(self, here: bool) -> None:
-        """Check the name of the device.
-
-        Args:
-            here: also check that this machine has it, and not only the workers.
+        """Check the name of the device, and if `here` that this machine has it, and not only the workers.
 
         Raises:
             UserError: if the name is not valid in torch, or this machine lacks the device, or the detector does not
@@ -190,7 +185,7 @@ class NetworkSpec:
             return []
         return try_detector(CheckedDetector(loaded, detector.name), _readable(images, open_image))
 
-    def _check_maps(self, policies: Sequence[Policy], scale_net: ScaleNetPredictor | ScaleHeadPredictor | None) -> None:
+    def _check_maps(self, policies: Sequence[Policy], scale_net: Any) -> None:
         """Check that the policies support Scale Net's maps."""
         # A scale head, and a predictor of the user's own, declare no kind of map.
         regression = getattr(getattr(scale_net, "config", None), "kind", None) == "regression"

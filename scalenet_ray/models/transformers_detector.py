@@ -203,7 +203,7 @@ def load_transformers(what: str, **settings: Unpack[TorchSettings]) -> Transform
         except OSError as error:
             raise _missing(what, source, error) from error
         except Exception as error:  # Damaged weights, or another version's, may raise anything.
-            raise UserError(_does_not_load(what, transformers.__version__, error)) from error
+            raise _does_not_load(what, transformers.__version__, error) from error
     _check_weights(what, f"{type(model).__name__} of transformers {transformers.__version__}", report)
     try:
         detector = TransformersDetector(model, processor, **settings)
@@ -254,7 +254,7 @@ def _configured(transformers: Any, source: str, what: str) -> Any:
     except OSError as error:
         raise _missing(what, source, error) from error
     except Exception as error:  # A type of model that this version does not know.
-        raise UserError(_does_not_load(what, transformers.__version__, error)) from error
+        raise _does_not_load(what, transformers.__version__, error) from error
     if type(config) not in transformers.MODEL_FOR_OBJECT_DETECTION_MAPPING:
         msg = f"{what} must hold a detector of transformers, got a {config.model_type}: use one for object detection"
         raise UserError(msg)
@@ -273,9 +273,9 @@ def _missing(what: str, source: str, error: OSError) -> Exception:
     return UserError(msg)
 
 
-def _does_not_load(what: str, version: str, error: Exception) -> str:
+def _does_not_load(what: str, version: str, error: Exception) -> UserError:
     text = " ".join(str(error).split())[:300]
-    return (
+    return UserError(
         f"{what} must hold a detector that transformers {version} loads, with weights and class names that fit its "
         f"configuration, got {type(error).__name__}: {text}"
     )

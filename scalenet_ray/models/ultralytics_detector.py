@@ -63,8 +63,7 @@ class UltralyticsDetector(TorchDetector):
             settings: device, thresholds and precision; the IoU threshold is 0.7 by default.
 
         Raises:
-            UserError: if the model does another task, its names are not those of its classes, or the device is not
-                available.
+            UserError: if the model does another task, its names are not its classes', or the device is not available.
         """
         super().__init__(_IOU_THRESHOLD, **settings)
         self.model: Any = model
@@ -152,11 +151,7 @@ def _encode_masks(
 
 
 def _kind_of(head: nn.Module) -> tuple[bool, bool]:
-    """Kind of a head: true if it is RT-DETR's, and true if it gives masks.
-
-    Raises:
-        UserError: if it is of another task than detection or segmentation.
-    """
+    """Kind of a head: true if it is RT-DETR's, and true if it gives masks; refuses other tasks."""
     heads = import_ultralytics("ultralytics.nn.modules.head")
     if isinstance(head, heads.RTDETRDecoder):
         return True, False
@@ -230,10 +225,7 @@ def import_ultralytics(module: str) -> Any:
 
 
 def load_checkpoint(path: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a model of Ultralytics by its restricted loader, which makes only what it knows: its classes and torch's.
-
-    Args:
-        path: a .pt file: local path or a store's address.
+    """Load a .pt file by Ultralytics' restricted loader, which makes only what it knows: its classes and torch's.
 
     Returns:
         The model as it was saved, and the rest of the checkpoint.

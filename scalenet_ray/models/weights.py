@@ -40,19 +40,13 @@ def load_weights(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def save_weights(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: str) -> None:
-    """Write tensors and metadata as a safetensors file, atomically.
+    """Write tensors on any device and metadata, as `load_weights` returns them, as a safetensors file, atomically.
 
     Args:
-        tensors: tensors by name, on any device.
-        metadata: metadata, as `load_weights` returns it.
+        tensors: by name.
+        metadata: key -> text.
         path: local path or a store's address that ends in .safetensors.
-
-    Raises:
-        UserError: if `path` has another suffix.
     """
-    if not path.endswith(".safetensors"):
-        msg = f"weights are written as safetensors, got {path!r}: end the path in .safetensors"
-        raise UserError(msg)
     # safetensors refuses tensors that share memory.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_bytes_atomic(path, save(copies, dict(metadata)))

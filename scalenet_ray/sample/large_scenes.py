@@ -145,12 +145,7 @@ def _free_place(
 
 
 def large_scene(index: int, seed: int = 0) -> LargeScene:
-    """Draw a large scene of some forty small objects and two or three large ones, without JPEG compression.
-
-    Args:
-        index: index in the split large2017, from 0.
-        seed: seed of the sample.
-    """
+    """Draw the scene of an index in large2017, from 0: some forty small objects, two or three large ones."""
     rng = np.random.default_rng([seed, FIRST_LARGE_ID, index])
     view, horizon = _VIEWS[index % len(_VIEWS)], rng.uniform(0.5, 0.75)
     canvas = _backdrop(rng, view, horizon)

@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ SAMPLE = "embedded://sample"
 SAMPLE_VERSION = 1
 """Version of the scenes; a sample on disk with another version is replaced."""
 
-
 SIZES_HW = ((384, 384), (288, 384), (384, 288), (336, 448), (448, 336))
 """(height, width) of the scenes in pixels."""
 
@@ -49,7 +48,6 @@ SPLITS = {"train2017": 0, "val2017": 1_000_000, "large2017": FIRST_LARGE_ID}
 """Split -> offset of its image ids."""
 
 _STAMP = "sample.json"
-
 _FOLDER = Path("runs/sample")
 
 
@@ -226,29 +224,15 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
 
 
-@dataclass(frozen=True)
-class _Stamp:
-    """Parameters of a sample on disk."""
-
-    train: int
-    val: int
-    large: int
-    seed: int
-    version: int = SAMPLE_VERSION
-
-
 def write_sample(folder: Path, *, train: int = 600, val: int = 100, large: int = 0, seed: int = 0) -> Path:
     """Write the sample: {train,val,large}2017/*.jpg, annotations/instances_{train,val,large}2017.json.
 
     Args:
-        folder: target folder; created if missing.
+        folder: target folder; created if missing. It is returned.
         train: number of scenes in train2017.
         val: number of scenes in val2017.
         large: number of scenes in large2017, of 12 megapixels each.
         seed: seed of the scenes.
-
-    Returns:
-        `folder`.
 
     Raises:
         FileExistsError: if `folder` is not empty.
@@ -257,9 +241,10 @@ def write_sample(folder: Path, *, train: int = 600, val: int = 100, large: int =
     if folder.exists() and any(folder.iterdir()):
         msg = f"the sample wants a new or empty folder, got {folder} with files in it: name another one"
         raise FileExistsError(msg)
-    for split, count in (("train2017", train), ("val2017", val), ("large2017", large)):
-        _write_split(folder, split, count, seed)
-    (folder / _STAMP).write_text(json.dumps(asdict(_Stamp(train, val, large, seed))))
+    counts = {"train": train, "val": val, "large": large}
+    for name, count in counts.items():
+        _write_split(folder, f"{name}2017", count, seed)
+    (folder / _STAMP).write_text(json.dumps(counts | {"seed": seed, "version": SAMPLE_VERSION}))
     return folder
 
 
@@ -272,7 +257,7 @@ def ensure_sample(folder: Path) -> Path:
         FileExistsError: if `folder` holds other files.
     """
     folder = Path(folder)
-    wanted = asdict(_Stamp(600, 100, 8, 0))
+    wanted = {"train": 600, "val": 100, "large": 8, "seed": 0, "version": SAMPLE_VERSION}
     if _stamp(folder) == wanted:
         return folder
     if folder.exists() and any(folder.iterdir()) and _stamp(folder) is None:

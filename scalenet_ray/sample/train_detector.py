@@ -45,13 +45,9 @@ class TrainingTile:
 
 
 def random_tile(rng: np.random.Generator, pixels: np.ndarray, example: Example, input_side: int) -> TrainingTile:
-    """Cut a random window of an image, with random flips, transposition and channel permutation.
+    """Cut a random window of an image, [h, w, 3] uint8, with random flips, transposition and channel permutation.
 
-    Args:
-        rng: random generator.
-        pixels: [h, w, 3] uint8, the whole image.
-        example: its annotation.
-        input_side: longer side of the tile in tile pixels.
+    `input_side` is the longer side of the tile in tile pixels.
     """
     hw = (pixels.shape[0], pixels.shape[1])
     share = 1.0 if rng.random() < WHOLE_SHARE else math.exp(rng.uniform(*np.log(WINDOW_SHARES)))
@@ -108,7 +104,7 @@ def train_tiny_detector(
     mixed_precision: bool = False,
     report: Callable[[dict], None] | None = None,
 ) -> TinyNet:
-    """Train from scratch with AdamW and a one-cycle learning rate schedule.
+    """Train from scratch with AdamW and a one-cycle learning rate schedule; the network is in evaluation mode then.
 
     Args:
         examples: training images; all pixels are held in memory.
@@ -120,9 +116,6 @@ def train_tiny_detector(
         device: torch device.
         mixed_precision: run under bfloat16 autocast.
         report: called after each epoch with "epoch" from 1, "loss", "seconds" and "seconds_left".
-
-    Returns:
-        The network in evaluation mode.
 
     Raises:
         FloatingPointError: if the loss is NaN or infinite.

@@ -44,7 +44,6 @@ class DetectorRecipe:
     """Recipe of a torchvision detector; create it with `plan_fine_tuning`.
 
     Attributes:
-        images: training and validation images.
         start: initial detector: torchvision:NAME, torchvision:PATH or untrained:NAME.
         name: name of the network, one of `detector_names()`.
         categories: the detector's class ids with their names.
@@ -81,10 +80,9 @@ class DetectorRecipe:
     def example(self, index: int, epoch: int) -> Row:
         """A random window of an image, or the whole image.
 
-        Returns:
-            Row with image [canvas_side, canvas_side, 3] uint8 RGB, the tile in the top left corner; hw [2], its
-            (height, width); boxes [most_boxes, 4] float32 xyxy in tile pixels; labels [most_boxes], the detector's
-            class ids; count, the number of boxes; zoomed, 1 for a window; image_id.
+        The row has image [canvas_side, canvas_side, 3] uint8 RGB, the tile in the top left corner; hw [2], its
+        (height, width); boxes [most_boxes, 4] float32 xyxy in tile pixels; labels [most_boxes], the detector's class
+        ids; count, the number of boxes; zoomed, 1 for a window; image_id.
         """
         rng = np.random.default_rng([self.seed, epoch, index])
         return self._row(self.images.examples()[0][index], rng if rng.random() >= WHOLE_SHARE else None)

@@ -35,12 +35,7 @@ class Example:
 
 
 def read_examples(data: str | Layout, split: str, limit: int | None = None) -> list[Example]:
-    """Read the examples of a split, ordered by image id.
-
-    Args:
-        data: a data set, or the address of one, see `data.datasets`.
-        split: e.g. "train2017".
-        limit: read the first N images only.
+    """Read the examples of a split of a data set, or of its address: the first `limit` images, ordered by id.
 
     Raises:
         FileNotFoundError: if the annotations do not exist.

@@ -94,8 +94,6 @@ class Epochs:
         train: number of training examples.
         validation: number of validation examples.
         batch_size: examples per step, over all workers.
-        workers: number of workers.
-        seed: seed of the order.
 
     Raises:
         UserError: if there is no training example, or the batch size is not a multiple of the workers.
@@ -135,15 +133,7 @@ class Epochs:
         return np.random.default_rng([self.seed, epoch]).permutation(self.train)
 
     def picks(self, step: int, rank: int) -> list[Pick | None]:
-        """Examples of one worker's batch.
-
-        Args:
-            step: batch number from the start of the run; `step % steps` is its position in the epoch.
-            rank: rank of the worker.
-
-        Returns:
-            `share` picks; None for padding.
-        """
+        """`share` examples of a worker's batch, by its number from the start of the run; None for padding."""
         epoch, place = divmod(step, self.steps)
         if place < self.train_steps:
             order = self.order(epoch)
