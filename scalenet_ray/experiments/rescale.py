@@ -6,10 +6,9 @@ paper does not have, guarantees that the recursion ends.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -74,8 +73,8 @@ class _State:
 
 def canvas_recursion(scale_range: ScaleRange, *, k: float, max_depth: int, largest_side: int = 512) -> Recursion:
     """Parameters of Algorithm 1 for canvases of at most `largest_side` pixels: W is the whole canvas, zoom 1 / TopK."""
-    limits = {"max_depth": max_depth, "max_windows": max_depth, "max_tile_pixels": largest_side**2}
-    return Recursion(scale_range=scale_range, k=k, window=1.0, zoom=None, **limits)
+    most = {"max_depth": max_depth, "max_windows": max_depth, "max_tile_pixels": largest_side**2}
+    return replace(Recursion(scale_range=scale_range, k=k, window=1.0, zoom=None), **most)
 
 
 def rescale_canvases(
@@ -115,7 +114,7 @@ def rescale_canvases(
                     state.pixels = resized(source, side, rules.resampling)
                     state.sides = (*state.sides, side)
                     path = (*state.tile.path, 0)
-                    state.tile = dataclasses.replace(state.tile, path=path, height=side, width=side)
+                    state.tile = replace(state.tile, path=path, height=side, width=side)
                 if side is None or state.tile.depth == recursion.max_depth:
                     done[i] = Rescaled(state.sides, state.pixels, state.maps, capped=side is not None)
                     del active[i]

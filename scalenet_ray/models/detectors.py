@@ -58,10 +58,12 @@ class Detector(Detect, Protocol):
     @property
     def categories(self) -> Mapping[int, str]:
         """Class id -> name; ids may be strings of digits, or the positions in a list of names."""
+        ...
 
     @property
     def iou_threshold(self) -> float:
         """IoU threshold of its NMS; also used to merge the tiles of an image."""
+        ...
 
 
 class ShowsFeatures(DetectWithFeatures, Protocol):
@@ -70,10 +72,12 @@ class ShowsFeatures(DetectWithFeatures, Protocol):
     @property
     def feature_channels(self) -> tuple[int, ...]:
         """Channels of the feature maps, finest first."""
+        ...
 
     @property
     def feature_stride(self) -> int:
         """Cell side of the finest feature map in tile pixels; it doubles from map to map."""
+        ...
 
 
 def load_detector(
@@ -190,9 +194,7 @@ def declaration(detector: Any, name: str) -> DetectorInfo:
     if missing:
         msg = f"detector {name!r} must have {', '.join(_MEMBERS)}, lacks {', '.join(missing)}: see Detector"
         raise UserError(msg)
-    if isinstance(detector, type) or not callable(detector):
-        msg = f"detector {name!r} must be an object that can be called, got {type(detector).__name__}: make one of it"
-        raise UserError(msg)
+    _check_object(detector, name)
     side, threshold = _number(detector.input_side), _number(detector.iou_threshold)
     if side is None or side < 1 or side != round(side):
         msg = f"input_side of detector {name!r} must be a whole number of pixels, got {detector.input_side!r}"
@@ -203,6 +205,12 @@ def declaration(detector: Any, name: str) -> DetectorInfo:
     canvas_of(detector, (int(side), int(side)), name)
     larger = takes_tiles(detector, 2 * int(side), name)
     return DetectorInfo(int(side), float(threshold), _categories(detector.categories, name), larger)
+
+
+def _check_object(detector: Any, name: str) -> None:
+    if isinstance(detector, type) or not callable(detector):
+        msg = f"detector {name!r} must be an object that can be called, got {type(detector).__name__}: make one of it"
+        raise UserError(msg)
 
 
 def takes_tiles(detector: Any, side: int, name: str) -> bool:

@@ -30,9 +30,11 @@ class Recipe(Protocol):
     @property
     def learning_rate(self) -> float:
         """Default learning rate."""
+        ...
 
     def sizes(self) -> tuple[int, int]:
         """Number of training and of validation examples."""
+        ...
 
     def example(self, index: int, epoch: int) -> Row:
         """An augmented training example, deterministic in its arguments.
@@ -40,27 +42,35 @@ class Recipe(Protocol):
         Raises:
             TileError: if its image cannot be used; the message names the image.
         """
+        ...
 
     def validation_example(self, index: int) -> Row:
         """A validation example, without augmentation; raises as `example` does."""
+        ...
 
     def blank(self) -> Row:
         """A padding row, excluded from the loss and the metrics."""
+        ...
 
     def build(self) -> nn.Module:
         """The network with its initial weights."""
+        ...
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Mean loss of a batch, a scalar."""
+        ...
 
     def count(self, model: nn.Module, batch: Batch) -> dict[str, np.ndarray]:
         """Counts of a batch from which the metrics are computed; they are summed over batches and workers."""
+        ...
 
     def figures(self, counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Metrics from the summed counts of the validation set, as plain values."""
+        ...
 
     def save(self, model: nn.Module, path: str) -> None:
         """Write the network in the format that inference loads."""
+        ...
 
 
 def forward_backward(
