@@ -57,6 +57,23 @@ def few_resamples() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def empty_charts() -> Iterator[Any]:
+    """Four fifths of a run of few images were its report's charts: they are drawn where a test asks for them."""
+    from scalenet_ray.report import charts
+
+    draw = charts.to_svg
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(charts, "to_svg", lambda figure: '<svg width="1.0pt"></svg>')
+        yield draw
+
+
+@pytest.fixture
+def drawn_charts(empty_charts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report's charts are drawn as for a user."""
+    monkeypatch.setattr("scalenet_ray.report.charts.to_svg", empty_charts)
+
+
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Handles of actors answer at once, and a reader that would wait is a mistake of the test."""

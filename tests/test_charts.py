@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 
+import pytest
+
 from scalenet_ray.report.charts import policy_plot
 from scalenet_ray.report.page import render_report
+
+pytestmark = pytest.mark.usefixtures("drawn_charts")
 
 WHOLE = {"AP_small": 12.5, "detector_passes_per_image": 1.0}
 GRID = {"AP_small": 20.0, "detector_passes_per_image": 5.0}

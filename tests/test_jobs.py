@@ -136,7 +136,7 @@ def test_the_default_policies_are_those_that_there_are_networks_for(
 
 
 def test_policies_are_compared_with_one_of_them(
-    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    drawn_charts: None, sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_eval(eval_job(sample, tmp_path / "run", "whole", "oracle", compare_with="whole")) == 0
     metrics = read_json(tmp_path / "run" / "metrics.json")

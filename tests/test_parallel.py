@@ -21,9 +21,8 @@ from tests.faults import (
 
 TWO = Resources(
     readers=2,
-    scale_actors=2,
-    detector_actors=3,
-    scale_batch_size=3,
+    scale_actors=None,
+    detector_actors=2,
     detector_batch_size=4,
     advanced=AdvancedResources(max_open_images=8, pipelines=2),
 )

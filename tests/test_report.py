@@ -21,6 +21,8 @@ from scalenet_ray.sample.scenes import write_sample
 from tests.job_scripts import load_job
 from tests.report_fakes import big_page
 
+pytestmark = pytest.mark.usefixtures("drawn_charts")
+
 NETWORKS = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
 
 
