@@ -315,7 +315,7 @@ def test_deaths_and_replays_change_nothing_that_is_found(name: str) -> None:
     networks = random_networks(policy, len(records))
     expected = reference(records, policy, networks, open_image)
     deaths = 0
-    for seed in range(5):
+    for seed in range(3):
         engine = InProcessEngine(
             records,
             policy,

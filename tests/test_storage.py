@@ -234,7 +234,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "_S3_TIMEOUTS", {"connect_timeout": 5, "read_timeout": 1})
 
 
-@pytest.fixture(params=[*ANSWERS, *BREAKS])
+QUICK = ("reset", "cut short")
+
+
+@pytest.fixture(
+    params=[pytest.param(fault, marks=() if fault in QUICK else pytest.mark.slow) for fault in (*ANSWERS, *BREAKS)]
+)
 def faulty(
     request: pytest.FixtureRequest, s3_bucket: str, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FaultyS3]:

@@ -89,6 +89,7 @@ def alone(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_each_epoch_is_reported_and_the_best_and_the_last_checkpoint_stay(
     undisturbed: tuple[Weights, Rows, Path],
 ) -> None:
@@ -106,6 +107,7 @@ def test_each_epoch_is_reported_and_the_best_and_the_last_checkpoint_stay(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_workers_stay_in_the_folder_where_ray_was_started(undisturbed: tuple[Weights, Rows, Path]) -> None:
     assert {row["val"]["folder"] for row in undisturbed[1]} == {os.getcwd()}
 
