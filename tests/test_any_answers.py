@@ -195,30 +195,6 @@ def test_a_run_ends_right_or_names_the_culprit_whatever_the_detector_answers(
         check_folder(output, status)
 
 
-def raise_on(*pictures: int) -> Callable[[Sequence[np.ndarray]], Any]:
-    def answer(tiles: Sequence[np.ndarray]) -> list[Any]:
-        if any(nth_of(tile) in pictures for tile in tiles):
-            raise RuntimeError("max(): Expected reduction dim\nto be specified")
-        return [one_box(tile) for tile in tiles]
-
-    return answer
-
-
-QUOTED = "the detector raised RuntimeError: max(): Expected reduction dim to be specified"
-
-
-@pytest.mark.parametrize(("policy", "stage"), [("whole", "detect"), ("grid-2", "detect"), ("first-pass", "look")])
-def test_an_exception_on_one_image_costs_that_image_and_resuming_goes_on(
-    pictures: Path, tmp_path: Path, policy: str, stage: str
-) -> None:
-    nth = 1
-    with answering(raise_on(nth)):
-        for resume in (False, True):
-            assert run_detect(pictures, tmp_path / "run", policy, resume=resume) == 1
-            assert failures_of(tmp_path / "run") == {f"{nth}.png": (stage, QUOTED)}
-            check_folder(tmp_path / "run", 1)
-
-
 def refused(pictures: Path, output: Path, capsys: pytest.CaptureFixture[str], policy: str = "whole") -> str:
     """What a run says that is refused before it leaves a folder."""
     assert run_detect(pictures, output, policy) == 2

@@ -323,17 +323,6 @@ def test_the_whole_pass_is_what_policy_whole_shows(method: Any) -> None:
         np.testing.assert_array_equal(getattr(kept, name), getattr(shown, name))
 
 
-def test_the_whole_pass_keeps_what_a_window_suppresses() -> None:
-    def found(path: tuple[int, ...], score: float) -> TileResult:
-        tile, detections = _tile(1, path), Detections([[0, 0, 9, 9]], [score], [1])
-        return _result(tile, detections=detections, detector_pixels=1, view=tile)
-
-    merged = merge_image([found((), 0.5), found((0,), 0.9)], dataclasses.replace(MERGING, method="nms"))
-    assert merged.detections.scores.tolist() == pytest.approx([0.9])
-    assert merged.whole_pass is not None
-    assert merged.whole_pass.scores.tolist() == pytest.approx([0.5])
-
-
 def test_without_a_pass_over_the_whole_there_is_no_whole_pass() -> None:
     root, *others = _parts()
     assert merge_image(others, MERGING).whole_pass is None

@@ -599,18 +599,6 @@ def test_the_first_pass_threshold_says_which_boxes_draw_a_window() -> None:
     assert recursive_detect(image, 1, policy, detect=detect).tiles == 1
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", ["grid-2", "grid-3"])
-def test_a_grid_finds_small_objects_wherever_they_are(name: str, seed: int) -> None:
-    # Windows of 86 and 64 pixels share 44 and 32: each square lies whole in one of them.
-    boxes, labels = scattered_squares(seed, (SIDE, SIDE), (9, 11), 8)
-    image = draw_squares((SIDE, SIDE), boxes, labels)
-    policy = dataclasses.replace(_image_policy(name), overlap=0.5)
-    result = recursive_detect(image, 1, policy, detect=PerfectDetector(12, input_side=SIDE))
-    _assert_all_found_once(result.detections, boxes, labels)
-    assert (result.detections.depth == 1).all()
-
-
 def test_a_pyramid_keeps_from_each_size_what_is_in_its_valid_range() -> None:
     # In 512 x 512, 128 x 128 is 16 times smaller: 8u = 1296 pixels (36 a side), 20u = 3240 pixels (57 a side).
     boxes = np.array([[4, 4, 12, 12], [20, 20, 60, 60], [64, 64, 124, 124]])

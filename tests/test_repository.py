@@ -21,7 +21,6 @@ import scalenet_ray
 from tests.job_scripts import REPOSITORY
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = sorted((ROOT / "scalenet_ray").rglob("*.py"))
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
 INSTALLS = ("requirements.txt", "requirements-demo.txt", "Makefile", ".ci/run", ".pre-commit-config.yaml")
 

@@ -19,7 +19,7 @@ from scalenet_ray.engine.readers import TileSource, _OpenedImages, cut_work
 from scalenet_ray.engine.rows import PackedTile, TileRow, pack, unpack, unpack_results
 from scalenet_ray.engine.stages import DetectStage, ScaleAndDetectStage, ScaleStage
 from tests.faults import BuggyScale, Given, Scenes, policy_of, random_networks, records_of
-from tests.in_process import Handle, InProcessEngine
+from tests.in_process import Handle
 from tests.oracles import (
     BrokenScale,
     ConstantScale,
@@ -86,20 +86,6 @@ def test_an_image_that_changed_since_its_tiles_were_planned_fails_and_is_named()
         result.failure is not None and result.failure.stage == "read" and "the file changed" in result.failure.reason
         for result in batch.results
     )
-
-
-def test_a_reader_decodes_an_image_once_for_all_its_windows() -> None:
-    decoded: list[int] = []
-
-    def counted(record: ImageRecord) -> np.ndarray:
-        decoded.append(record.image_id)
-        return Scenes()(record)
-
-    policy, records = policy_of("scalenet"), records_of(5)
-    engine = InProcessEngine(records, policy, random_networks(policy), counted, readers=1, lease_size=1)
-    tiles = sum(result.tiles for result in engine.run())
-    assert tiles > len(records)
-    assert sorted(decoded) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -217,17 +203,6 @@ def test_a_failure_that_was_recorded_stands_though_the_retry_can_look() -> None:
     assert failed.failure.stage == "look"
     assert failed.credit == 1
     assert frontier.status().ready == 0
-
-
-def test_an_image_that_could_be_read_once_keeps_its_credits_when_the_retry_cannot() -> None:
-    policy, frontier = policy_of("scalenet"), Frontier(records_of(1), 1)
-    work = leased(frontier, 1)
-    stage = ScaleStage(Handle(frontier), policy, looking_networks(ConstantScale(scale_class=1)))
-    stage(pack(cut_work(work, policy, Scenes())))
-    children = frontier.status().ready
-    (failed,) = opened(stage(pack(cut_work(work, policy, Scenes(unreadable={1}))))).results
-    assert failed.credit == Fraction(1, 1 + children)
-    assert frontier.status().ready == children
 
 
 def test_a_bug_in_a_network_is_let_through_and_nothing_is_decided() -> None:
