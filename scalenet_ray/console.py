@@ -89,33 +89,6 @@ class _Handler(logging.StreamHandler):
         super().emit(record)
 
 
-def check_retry(retry_failed: bool, *, resume: bool) -> None:
-    """Refuse --retry-failed without --resume; raises `UserError`."""
-    if retry_failed and not resume:
-        msg = "--retry-failed tries the failed images of a run again, got no --resume: add it, and the run's --output"
-        raise UserError(msg)
-
-
-def failure_lines(document: Mapping[str, Any]) -> str:
-    """Format the failed images by stage and reason, a line each; "" if none failed."""
-    return "".join(
-        f"{row['count']} failed in {row['stage']}: {row['reason']} (e.g. {row['example']})\n"
-        for row in document["failures"]
-    )
-
-
-def last_line(document: Mapping[str, Any], uri: str, max_failures: int) -> tuple[str, int]:
-    """Return the last line of a batch job by its metrics.json, and its status: 1 if too many failed, else 0."""
-    images = document["images"]
-    line = f"{images['done']} of {images['total']} images done, results in {uri} (open its report.html)"
-    if not images["failed"]:
-        return line, 0
-    line += f"; {images['failed']} FAILED: failures.parquet there names each, --resume --retry-failed tries them again"
-    if images["failed"] <= max_failures:
-        return line, 0
-    return f"{line} (--max-failures {max_failures})", 1
-
-
 _WHY_REDUCED = {
     True: "all else in them is without texture, or smaller than --smallest-object says",
     False: "small objects in them are missed; policy regions looks closer, as far as --smallest-object says",
@@ -123,7 +96,7 @@ _WHY_REDUCED = {
 """Whether a policy is one of regions -> what its reduced images mean."""
 
 
-def resolution_lines(document: Mapping[str, Any]) -> str:
+def _resolution_lines(document: Mapping[str, Any]) -> str:
     """Return a line for each policy that never looked closely, or that looked twice where it found nothing."""
     blind = "".join(
         f"{name}: {row['guards']['nothing_seen']} looks (an image, or a part of a large one) found nothing that scores "
@@ -140,9 +113,22 @@ def resolution_lines(document: Mapping[str, Any]) -> str:
 
 
 def end_run(document: Mapping[str, Any], uri: str, max_failures: int) -> int:
-    """Print the failures, what was never seen closely, and the last line of a batch job; returns the exit status."""
-    line, status = last_line(document, uri, max_failures)
-    say(resolution_lines(document) + failure_lines(document) + line)
+    """Print what metrics.json says of closer looks and of failures by stage and reason, and where the results are.
+
+    Returns:
+        The exit status: 1 if more than `max_failures` images failed, else 0.
+    """
+    images = document["images"]
+    failures = "".join(
+        f"{row['count']} failed in {row['stage']}: {row['reason']} (e.g. {row['example']})\n"
+        for row in document["failures"]
+    )
+    last = f"{images['done']} of {images['total']} images done, results in {uri} (open its report.html)"
+    if images["failed"]:
+        last += f"; {images['failed']} FAILED: failures.parquet there names each, "
+        last += "--resume --retry-failed tries them again"
+    status = int(images["failed"] > max(0, max_failures))
+    say(f"{_resolution_lines(document)}{failures}{last}{f' (--max-failures {max_failures})' if status else ''}")
     return status
 
 

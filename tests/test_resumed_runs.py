@@ -191,9 +191,12 @@ def change(section: str, at: int, **values: Any) -> Callable[[dict], None]:
     [
         (change("categories", 0, name="other thing"), "category 3 was 'thing', is 'other thing'"),
         (lambda d: d["categories"].append({"id": 9, "name": "new"}), "category 9 was not there, is 'new'"),
-        (change("images", 1, file_name="b2.png"), "image 11 was c.png, is b2.png"),
-        (lambda d: d["images"].append({"id": 17, "file_name": "x.png"}), "image 17 was not there, is x.png"),
-        (change("images", 2, height=64, width=38), "image 12, d.png, was annotated as (height, width) (None, None)"),
+        (change("images", 1, file_name="b2.png"), "image 11 was ('c.png', None, None), is ('b2.png', None, None)"),
+        (
+            lambda d: d["images"].append({"id": 17, "file_name": "x.png"}),
+            "image 17 was not there, is ('x.png', None, None)",
+        ),
+        (change("images", 2, height=64, width=38), "image 12 was ('d.png', None, None), is ('d.png', 64, 38)"),
         (lambda d: d["annotations"].pop(), "annotation counts: 6 then, 5 now"),
         (change("annotations", 3, bbox=[2.0, 2.0, 10.0, 12.5]), "annotation 103 is another one"),
         (change("annotations", 4, iscrowd=1), "annotation 104 is another one"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from scalenet_ray.console import failure_lines, last_line, resolution_lines
+from scalenet_ray.console import end_run
 from scalenet_ray.runs.summary import failure_counts
 from scalenet_ray.runs.tables import FAILURES
 
@@ -60,18 +60,25 @@ def test_an_image_that_fails_under_two_policies_is_one_image() -> None:
     assert len(failure_counts(failures((1, "read", "gone"), (1, "detect", "gone")))) == 2
 
 
-def test_the_terminal_says_how_many_failed_for_which_reason_and_where_the_page_is() -> None:
+def test_the_terminal_says_how_many_failed_for_which_reason_and_where_the_page_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     rows = failure_counts(failures((1, "read", "gone"), (2, "read", "gone"), (3, "detect", "NaN")))
-    document = {"images": {"total": 4, "done": 1, "failed": 3}, "failures": rows}
-    assert failure_lines(document).splitlines() == [
+    document = {"images": {"total": 4, "done": 1, "failed": 3}, "failures": rows, "policies": {}}
+    assert end_run(document, "run", 2) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines == [
         "2 failed in read: gone (e.g. /photos/1.jpg)",
         "1 failed in detect: NaN (e.g. /photos/3.jpg)",
     ]
-    assert "report.html" in last_line(document, "run", 0)[0]
-    assert failure_lines({"failures": []}) == ""
+    assert last.startswith("1 of 4 images done, results in run (open its report.html); 3 FAILED: ")
+    assert last.endswith(" (--max-failures 2)")
+    assert end_run(document, "run", 3) == 0
 
 
-def test_only_other_policies_than_regions_are_told_to_use_regions() -> None:
+def test_only_other_policies_than_regions_are_told_to_use_regions(capsys: pytest.CaptureFixture[str]) -> None:
     row = {"images_reduced": 1, "most_reduced": 7.8}
-    lines = resolution_lines({"policies": {"whole": row, "regions": row}}).splitlines()
+    images = {"total": 2, "done": 2, "failed": 0}
+    end_run({"images": images, "failures": [], "policies": {"whole": row, "regions": row}}, "run", 0)
+    *lines, _ = capsys.readouterr().out.splitlines()
     assert ["policy regions looks closer" in line for line in lines] == [True, False]

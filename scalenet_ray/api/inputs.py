@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -54,24 +55,20 @@ class _HeldImages(ImageSet):
     @property
     def open_image(self) -> OpenImage:
         """A picklable function that decodes one image."""
-        return _Opener(self.held, self.positions, image_opener(None, self.max_pixels), self.max_pixels)
+        read = image_opener(None, self.max_pixels)
+        return partial(_open, held=self.held, positions=self.positions, read=read, max_pixels=self.max_pixels)
 
 
-@dataclass(frozen=True)
-class _Opener:
-    held: Callable[[int], Any]
-    positions: Mapping[int, int]
-    read: OpenImage
-    max_pixels: int
-
-    def __call__(self, record: ImageRecord) -> AnyImage:
-        """Decode the image of a record."""
-        if record.image_id not in self.positions:
-            return self.read(record)
-        value = self.held(self.positions[record.image_id])
-        if isinstance(value, bytes):
-            return decode_image(value, max_pixels=self.max_pixels)
-        return to_rgb(value) if isinstance(value, Image.Image) else value
+def _open(
+    record: ImageRecord, held: Callable[[int], Any], positions: Mapping[int, int], read: OpenImage, max_pixels: int
+) -> AnyImage:
+    """Decode the image of a record."""
+    if record.image_id not in positions:
+        return read(record)
+    value = held(positions[record.image_id])
+    if isinstance(value, bytes):
+        return decode_image(value, max_pixels=max_pixels)
+    return to_rgb(value) if isinstance(value, Image.Image) else value
 
 
 def collect_images(images: Images, session: Session, column: str | None = None, every: int = 1) -> InputImages:

@@ -8,11 +8,11 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, fields, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast, overload
 
 from scalenet_ray.api.inputs import Images, InputImages, check_threshold, collect_images
 from scalenet_ray.api.prediction import Prediction
@@ -325,23 +325,14 @@ def detect(
     start = partial(
         DetectionRun, session, policy=chosen, networks=networks, detector=info, images=inputs.images, report=report
     )
-    predictions = _predict(start, inputs, chosen.name, info.categories, output, settings, workers, resume=resume)
+    begin = partial(RunFolder.begin, settings=settings, resume=resume, workers=workers)
+    predictions = _predict(start, inputs, chosen.name, info.categories, confidence_threshold, output, begin)
     # Runs up to the first image: an output folder that cannot be used is refused here.
     next(predictions)
     columns = {str(name) for row in inputs.rows.values() for name in row}
-    result = Predictions(_shown(predictions, confidence_threshold), len(inputs.images.images), columns)
+    total = len(inputs.images.images)
+    result = Predictions(cast(Generator[ImagePrediction, None, None], predictions), total, columns)
     return result.to_dataset() if as_dataset else result
-
-
-def _shown(
-    predictions: Generator[ImagePrediction | None, None, None], threshold: float
-) -> Generator[ImagePrediction, None, None]:
-    """The predictions with the detections that score enough."""
-    with closing(predictions):
-        for prediction in predictions:
-            if prediction is not None:
-                found = prediction.detections
-                yield replace(prediction, detections=found[found.scores >= threshold])
 
 
 def _predict(
@@ -349,23 +340,22 @@ def _predict(
     inputs: InputImages,
     policy: str,
     categories: Mapping[int, str],
+    threshold: float,
     output: str | None,
-    settings: Mapping[str, Any],
-    workers: Mapping[str, Any],
-    *,
-    resume: bool,
+    begin: Callable[[RunFolder], AbstractContextManager[None]],
 ) -> Generator[ImagePrediction | None, None, None]:
     """Yield None when the run has begun, then the predictions: of images that are done already, then of the others."""
     with ExitStack() as stack:
         folder = output or stack.enter_context(tempfile.TemporaryDirectory(prefix="scalenet_ray-"))
         run = RunFolder(folder, is_kept=output is not None)
-        stack.enter_context(run.begin(settings, resume=resume, workers=workers))
+        stack.enter_context(begin(run))
         work = start(run)
 
         def prediction(
             image_id: int, found: Detections, hw: tuple[int, int] | None, failure: Failure | None
         ) -> ImagePrediction:
-            """The prediction of an image of the run."""
+            """The prediction of an image of the run, with the detections that score enough."""
+            found = found[found.scores >= threshold]
             record = work.records.by_id(image_id)
             read = partial(inputs.images.open_image, record)
             row = inputs.rows.get(image_id, {})

@@ -14,7 +14,7 @@ from PIL import Image
 from scalenet_ray.api.inputs import check_threshold, checked_pixels
 from scalenet_ray.api.prediction import Prediction
 from scalenet_ray.console import say
-from scalenet_ray.core.detections import Detections, ImageResult
+from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.core.merge import SuppressionMethod, merge_detections, nms
@@ -136,7 +136,10 @@ def get_scaled_prediction(
         batch_size=batch_size_on(device) if batch_size is None else batch_size,
     )
     seconds = time.monotonic() - begun
-    found = _detections(result)
+    if result.failure is not None:
+        msg = f"the image could not be worked on ({result.failure.stage}): {result.failure.reason}"
+        raise UserError(msg)
+    found = result.detections
     if postprocess_class_agnostic:
         found = found[nms(found.boxes, found.scores, np.zeros(len(found)), asked.merging.iou_threshold)]
     found = found[(found.scores >= confidence_threshold) & ~np.isin(found.labels, excluded)]
@@ -146,14 +149,6 @@ def get_scaled_prediction(
         say(f"{asked.name}: {len(found)} objects, {len(steps)} tiles, {result.detector_passes:.2f} detector passes")
     known, took = dict(detector.categories), {"prediction": seconds}
     return ScaledPrediction(pixels, found, known, asked, tuple(steps), result.detector_passes, took)
-
-
-def _detections(result: ImageResult) -> Detections:
-    """Detections of the image; raises `UserError` if it failed."""
-    if result.failure is not None:
-        msg = f"the image could not be worked on ({result.failure.stage}): {result.failure.reason}"
-        raise UserError(msg)
-    return result.detections
 
 
 def _refuse(

@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
-import tyro
-
-from scalenet_ray.console import check_retry, end_run, say
-from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE, SHARE
+from scalenet_ray.commands.run_flags import RunFlags
+from scalenet_ray.console import end_run, say
+from scalenet_ray.core.bounds import ONE_OR_MORE, SHARE
 from scalenet_ray.core.detections import SHOWN_SCORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.policy_form import policy_to_dict
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import classes_named
 from scalenet_ray.data.policy_files import set_fields
-from scalenet_ray.models.spec import DetectorInfo, NetworkSpec
+from scalenet_ray.models.spec import DetectorInfo
 from scalenet_ray.report.pictures import SavedPictures
 from scalenet_ray.report.text import found_lines, policy_table
 from scalenet_ray.runs.export import export_run
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.runs.results import image_results
 from scalenet_ray.workflows.detection import DetectionRun
 from scalenet_ray.workflows.image_sets import open_images, sample_inputs
 from scalenet_ray.workflows.preparation import (
-    EngineName,
     file_policies,
     named_policies,
     prepare_run,
     settle_workers,
-    start_session,
 )
-from scalenet_ray.workflows.run_report import PICTURES
 
 
 @dataclass(frozen=True)
-class DetectImages:
+class DetectImages(RunFlags):
     """Detect objects in images without ground truth.
 
     Without --images: the val split of the embedded sample, with the sample's networks.
@@ -53,19 +47,10 @@ class DetectImages:
         set: fields of the policy to set, e.g. regions.price=0.2 regions.small=48.
         classes: only these of the detector's classes, by name.
         max_detections: boxes of an image that are kept, those that score most.
-        limit: only the first so many images.
-        output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/detect.
-        resume: continue the run in the output folder; images are identified by their files.
-        retry_failed: with --resume: also process the images that failed before.
-        max_failures: images that may fail before the exit status is 1.
-        smallest_object: side of the smallest object worth finding, in image pixels, for regions; 16 by default.
-        max_image_megapixels: larger images are refused before they are decoded, except TIFFs that are read by window.
-        report_pictures: photographs in report.html.
         save_images: write each image with its boxes to pictures/ in the run folder, from this process.
         save_crops: write each object, cut out, to crops/CLASS/ in the run folder, from this process.
         csv: write detections.csv, a row per object.
         min_score: objects that score less are left out of pictures, crops and the CSV; the other files have all.
-        engine: ray (actors, here or on a cluster) or local (one process).
     """
 
     images: str | None = None
@@ -75,21 +60,10 @@ class DetectImages:
     set: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None
     max_detections: Annotated[int, ONE_OR_MORE] | None = None
-    limit: Annotated[int, ONE_OR_MORE] | None = None
-    output: str | None = None
-    resume: bool = False
-    retry_failed: bool = False
-    max_failures: int = 0
-    smallest_object: float | None = None
-    max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
-    report_pictures: int = PICTURES
     save_images: bool = False
     save_crops: bool = False
     csv: bool = False
     min_score: Annotated[float, SHARE] = SHOWN_SCORE
-    engine: EngineName = "ray"
-    networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
-    resources: Annotated[ResourceChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ResourceChoice)
 
 
 def _policies(job: DetectImages, detector: DetectorInfo) -> list[Policy]:
@@ -105,13 +79,10 @@ def _policies(job: DetectImages, detector: DetectorInfo) -> list[Policy]:
 
 def main(job: DetectImages) -> int:
     """Detect objects, and write COCO results, Parquet shards and the report. Returns the exit status."""
-    check_retry(job.retry_failed, resume=job.resume)
-    RunFolder.check_output(job.output, resume=job.resume)
     if job.images is None:
         data, networks = sample_inputs(job.networks)
         job = replace(job, images=storage.join(data, "val2017"), networks=networks)
-    session = start_session(job.engine, job.resources, job.networks)
-    say("checking the images and the networks")
+    session = job.start()
     images = open_images(
         session, str(job.images), limit=job.limit, max_megapixels=job.max_image_megapixels, every=job.every
     )
@@ -120,10 +91,7 @@ def main(job: DetectImages) -> int:
     run = RunFolder.of_job(job.output, "detect", resume=job.resume)
     settings = {
         "images": job.images,
-        "limit": job.limit,
-        "max_image_megapixels": job.max_image_megapixels,
-        "networks": job.networks.settings(),
-        "policies": [policy_to_dict(policy)],
+        **job.run_settings([policy]),
         **({"classes": list(job.classes)} if job.classes is not None else {}),
         **({"every": job.every} if job.every > 1 else {}),
     }

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from scalenet_ray.commands.data_flags import AnnotatedData
-from scalenet_ray.console import check_retry, end_run, say
-from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
+from scalenet_ray.commands.run_flags import RunFlags
+from scalenet_ray.console import end_run, say
 from scalenet_ray.core.errors import UserError
-from scalenet_ray.core.policy import Policy
-from scalenet_ray.core.policy_form import policy_to_dict
 from scalenet_ray.data.categories import CategoryChoice
-from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.report.text import difference_table, policy_table
 from scalenet_ray.runs.folder import RunFolder
-from scalenet_ray.runs.resources import ResourceChoice
 from scalenet_ray.workflows.evaluation import evaluate_policies
 from scalenet_ray.workflows.image_sets import open_split, sample_inputs, with_categories
-from scalenet_ray.workflows.preparation import EngineName, choose_policies, prepare_run, settle_workers, start_session
-from scalenet_ray.workflows.run_report import PICTURES
+from scalenet_ray.workflows.preparation import choose_policies, prepare_run, settle_workers
 
 
 @dataclass(frozen=True)
-class EvalCoco(AnnotatedData):
+class EvalCoco(RunFlags, AnnotatedData):
     """Evaluate policies with a frozen detector on an annotated data set.
 
     Without --data: the embedded sample, with the sample's networks.
@@ -41,15 +35,6 @@ class EvalCoco(AnnotatedData):
         set: fields of the policies to set, e.g. recursion.price=0.5 or regions.small=48: of those that use them.
         compare_with: the policy that the others are compared with, with bootstrap intervals. By default whole, or the
             first.
-        limit: only the first so many images.
-        output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/eval_coco.
-        resume: continue the run in the output folder.
-        retry_failed: with --resume: also process the images that failed before.
-        max_failures: images that may fail before the exit status is 1.
-        smallest_object: side of the smallest object worth finding, in image pixels, for regions; 16 by default.
-        max_image_megapixels: larger images are refused before they are decoded, except TIFFs that are read by window.
-        report_pictures: photographs in report.html.
-        engine: ray (actors, here or on a cluster) or local (one process).
     """
 
     split: str = "val2017"
@@ -57,29 +42,15 @@ class EvalCoco(AnnotatedData):
     policy_file: str | None = None
     set: tuple[str, ...] = ()
     compare_with: str | None = None
-    limit: Annotated[int, ONE_OR_MORE] | None = None
-    output: str | None = None
-    resume: bool = False
-    retry_failed: bool = False
-    max_failures: int = 0
-    smallest_object: float | None = None
-    max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
-    report_pictures: int = PICTURES
-    engine: EngineName = "ray"
     categories: Annotated[CategoryChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=CategoryChoice)
-    networks: Annotated[NetworkSpec, tyro.conf.OmitArgPrefixes] = field(default_factory=NetworkSpec)
-    resources: Annotated[ResourceChoice, tyro.conf.OmitArgPrefixes] = field(default_factory=ResourceChoice)
 
 
 def main(job: EvalCoco) -> int:
     """Run and evaluate all policies, and print their metrics as a table. Returns the exit status."""
-    check_retry(job.retry_failed, resume=job.resume)
-    RunFolder.check_output(job.output, resume=job.resume)
     if job.is_sample:
         data, networks = sample_inputs(job.networks)
         job = replace(job, data=data, networks=networks)
-    session = start_session(job.engine, job.resources, job.networks)
-    say("checking the images and the networks")
+    session = job.start()
     split = open_split(session, job.split, **job.named(), limit=job.limit, max_megapixels=job.max_image_megapixels)
     split = with_categories(session, split, job.networks, job.categories, log=say)
     choose = partial(
@@ -98,7 +69,13 @@ def main(job: EvalCoco) -> int:
     run = RunFolder.of_job(job.output, "eval_coco", resume=job.resume)
     job = replace(job, networks=settle_workers(session, job.networks, detector, policies, split, log=say))
     workers = {"engine": job.engine, "device": job.networks.device, **session.settings}
-    with run.begin(_settings(job, policies), resume=job.resume, workers=workers):
+    settings = {
+        **job.named(),
+        "split": job.split,
+        **job.run_settings(policies),
+        **({"categories": asdict(job.categories)} if job.categories.is_made else {}),
+    }
+    with run.begin(settings, resume=job.resume, workers=workers):
         say(f"results go to {run.uri}; its report.html shows the progress")
         document = evaluate_policies(
             session,
@@ -115,15 +92,3 @@ def main(job: EvalCoco) -> int:
     if job.compare_with is not None:
         say(difference_table(document))
     return end_run(document, run.uri, job.max_failures)
-
-
-def _settings(job: EvalCoco, policies: Sequence[Policy]) -> dict[str, Any]:
-    return {
-        **job.named(),
-        "split": job.split,
-        "limit": job.limit,
-        "max_image_megapixels": job.max_image_megapixels,
-        "networks": job.networks.settings(),
-        "policies": [policy_to_dict(policy) for policy in policies],
-        **({"categories": asdict(job.categories)} if job.categories.is_made else {}),
-    }

@@ -201,30 +201,25 @@ def explained(verb: str, uri: Address, store: AbstractFileSystem) -> Iterator[No
         yield
     except FileNotFoundError:
         place = "the bucket and key, and AWS_ENDPOINT_URL" if is_s3(store) else "the path"
-        msg = f"cannot {verb} {address}: there is no such file or folder; check {place}"
-        raise FileNotFoundError(msg) from None
+        kind, reason = FileNotFoundError, f"there is no such file or folder; check {place}"
     except IsADirectoryError:
-        msg = f"cannot {verb} {address}: it is a folder; name a file in it"
-        raise IsADirectoryError(msg) from None
+        kind, reason = IsADirectoryError, "it is a folder; name a file in it"
     except NotADirectoryError:
-        msg = f"cannot {verb} {address}: a part of the path is a file, not a folder; check the path"
-        raise NotADirectoryError(msg) from None
+        kind, reason = NotADirectoryError, "a part of the path is a file, not a folder; check the path"
     except FileExistsError as error:
-        msg = f"cannot {verb} {address}: {error.filename or 'a part of the path'} is a file; name a folder"
-        raise FileExistsError(msg) from None
+        kind, reason = FileExistsError, f"{error.filename or 'a part of the path'} is a file; name a folder"
     except PermissionError:
-        remedy = "check its owner and mode" if is_local(store) else "check the credentials in the environment"
-        msg = f"cannot {verb} {address}: access is denied; {remedy}"
-        raise PermissionError(msg) from None
+        remedy = "its owner and mode" if is_local(store) else "the credentials in the environment"
+        kind, reason = PermissionError, f"access is denied; check {remedy}"
     except Exception as error:
         if is_local(store) or isinstance(error, UserError):
             raise
+        kind, reason = OSError, _s3_reason(error) if is_s3(store) else _reason(error)
         if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
-            msg = f"cannot {verb} {address}: access is denied; check the credentials in the environment"
-            raise PermissionError(msg) from None
-        reason = _s3_reason(error) if is_s3(store) else _reason(error)
-        msg = f"cannot {verb} {address}: {reason}"
-        raise OSError(msg) from None
+            kind, reason = PermissionError, "access is denied; check the credentials in the environment"
+    else:
+        return
+    raise kind(f"cannot {verb} {address}: {reason}") from None
 
 
 def _s3_reason(error: Exception) -> str:

@@ -26,8 +26,6 @@ from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.runs.tables import INPUTS
 
 _FOLDER = b"folder"
-
-
 _CATEGORIES = b"categories"
 
 
@@ -129,8 +127,8 @@ def check_ground_truth(run: RunFolder, images: ImageRecords, categories: Mapping
         return
     old_categories = dict(json.loads(_metadata_value(then, _CATEGORIES, f"{run.uri}/annotations.parquet")))
     difference = (
-        _category_that_differs(old_categories, categories)
-        or _image_that_differs(before, images)
+        _difference("category", old_categories, categories)
+        or _difference("image", _described(ImageRecords(before)), _described(images))
         or _annotation_that_differs(then, digests)
     )
     if difference:
@@ -147,34 +145,25 @@ def _metadata_value(table: pa.Table, name: bytes, uri: str) -> str:
     return metadata[name].decode()
 
 
-def _category_that_differs(then: Mapping[int, str], now: Mapping[int, str]) -> str:
+def _described(images: ImageRecords) -> dict[int, tuple[str, int | None, int | None]]:
+    """Image id -> file and annotated height and width."""
+    return {record.image_id: (record.file_name, record.height, record.width) for record in images}
+
+
+def _difference(what: str, then: Mapping[int, object], now: Mapping[int, object]) -> str:
+    """The first item that differs, in words; "" if none does."""
     for key in sorted({*then, *now}):
-        before, after = (repr(names[key]) if key in names else "not there" for names in (then, now))
+        before, after = (repr(items[key]) if key in items else "not there" for items in (then, now))
         if before != after:
-            return f"category {key} was {before}, is {after}"
-    return ""
-
-
-def _image_that_differs(then: pa.Table, now: ImageRecords) -> str:
-    if ImageRecords(then).table.equals(now.table):
-        return ""
-    before = {row["image_id"]: (row["file"], row["height"], row["width"]) for row in then.to_pylist()}
-    after = {record.image_id: (record.file_name, record.height, record.width) for record in now}
-    for key in sorted({*before, *after}):
-        (file, *hw), (other, *other_hw) = (images.get(key, ("not there",)) for images in (before, after))
-        if file != other:
-            return f"image {key} was {file}, is {other}"
-        if hw != other_hw:
-            return f"image {key}, {file}, was annotated as (height, width) {tuple(hw)}, is as {tuple(other_hw)}"
+            return f"{what} {key} was {before}, is {after}"
     return ""
 
 
 def _annotation_that_differs(then: pa.Table, now: pa.Table) -> str:
     if then.num_rows != now.num_rows:
         return f"annotation counts: {then.num_rows} then, {now.num_rows} now"
-    columns = zip(then.column("annotation_id").to_pylist(), then.column("digest").to_pylist(), strict=True)
-    before = dict(columns)
-    for key, digest in zip(now.column("annotation_id").to_pylist(), now.column("digest").to_pylist(), strict=True):
+    before, after = (dict(zip(*table.to_pydict().values(), strict=True)) for table in (then, now))
+    for key, digest in after.items():
         if before.get(key) != digest:
             what = "is another one: its image, category, box, area, crowd or segmentation changed"
             return f"annotation {key} {what if key in before else 'is new'}"

@@ -21,12 +21,8 @@ from scalenet_ray.runs.tables import in_image_order
 _MOST_IN_MEMORY = 10_000
 """Results of at most this many images are sorted in memory."""
 
-
 _IMAGES_PER_BUCKET = 10_000
-
-
 _ROWS_AT_ONCE = 256
-
 
 _MOST_BUCKETS = 256
 """Bounds the number of open files."""

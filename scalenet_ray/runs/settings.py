@@ -20,30 +20,22 @@ from scalenet_ray.data import storage
 
 CONFIG = "config.yaml"
 
-
 _VERSIONED = ("torch", "torchvision", "ray", "numpy", "pyarrow", "onnxruntime", "pycocotools")
-
 
 _SAMPLE_WEIGHTS = re.compile(
     r"(tiny:)?(.*/)?scalenet_ray/(?:weights|sample)/sample_(detector|scale_net)\.(onnx|safetensors)"
 )
 
-
 _MAX_SHOWN = 3
-
-
-def _installed_versions() -> dict[str, str]:
-    """Versions of the packages in `_VERSIONED` that are installed; extras install some of them."""
-    found = {}
-    for name in _VERSIONED:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def write_config(run_uri: str, settings: Mapping[str, Any], workers: Mapping[str, Any]) -> None:
     """Write config.yaml: the command, the settings, the workers, the versions and the machine."""
-    versions = _installed_versions()
+    versions = {}
+    for name in _VERSIONED:
+        # Extras install some of them.
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     versions |= {"python": platform.python_version(), "scalenet-ray": __version__}
     content = {
         "command": " ".join(sys.argv),

@@ -32,14 +32,11 @@ from scalenet_ray.runs.tables import FAILURES, INPUTS, explain_damage, in_image_
 
 _SCHEMAS = {"detections": DETECTIONS, "images": IMAGES}
 
-
 STAGE_SECONDS = b"seconds_by_stage"
 """Metadata of an `images` file: busy seconds by stage, as JSON."""
 
-
 WORK_SECONDS = b"seconds_of_work"
 """Metadata of an `images` file: wall-clock seconds of work."""
-
 
 MIN_RATE_SECONDS = 2.0
 """No rate is computed from less work than this."""

@@ -54,26 +54,19 @@ def write_policy_results(run_uri: str, policy: str, names: Sequence[str], name_f
 def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
     """Cost of one policy: means over the images that did not fail, and counts."""
     measured = ["tiles", "detector_passes", "detector_pixels", "scalenet_pixels", "zoom"]
+    images = run.table("images", policy, ["image_id", "guards", "failure_stage", *measured])
+    done = images.filter(pc.field("failure_stage").is_null())
     guards: Counter[str] = Counter()
-    sums: Counter[str] = Counter()
-    known: Counter[str] = Counter()
-    finished = failed = reduced = 0
-    smallest = math.inf
-    for part in run.parts("images", policy, ["image_id", "guards", "failure_stage", *measured]):
-        done = part.filter(pc.field("failure_stage").is_null())
-        failed += part.num_rows - done.num_rows
-        for text in done.column("guards").to_pylist():
-            guards.update(json.loads(text))
-        finished += done.num_rows
-        values = {name: done.column(name).drop_null().to_numpy() for name in measured}
-        sums.update({name: float(column.sum()) for name, column in values.items()})
-        known.update({name: len(column) for name, column in values.items()})
-        reduced += int((values["zoom"] < _REDUCED).sum())
-        smallest = min(smallest, float(values["zoom"].min(initial=math.inf)))
+    for row in done.column("guards").value_counts().to_pylist():
+        for name, count in json.loads(row["values"]).items():
+            guards[name] += count * row["counts"]
+    zoom = done.column("zoom").drop_null().to_numpy()
+    smallest = float(zoom.min(initial=math.inf))
 
     def mean(column: str, unit: float = 1.0) -> float:
         """Mean of a column over the images that did not fail, in multiples of `unit`; 0 without images."""
-        return sums[column] / known[column] / unit if known[column] else 0.0
+        values = done.column(column).drop_null().to_numpy()
+        return float(values.mean()) / unit if len(values) else 0.0
 
     return {
         "tiles_per_image": mean("tiles"),
@@ -82,10 +75,10 @@ def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
         "scalenet_megapixels_per_image": mean("scalenet_pixels", 1e6),
         "seconds_by_stage": run.seconds_by_stage(policy),
         "guards": dict(sorted(guards.items())),
-        "images_reduced": reduced,
+        "images_reduced": int((zoom < _REDUCED).sum()),
         "most_reduced": 1.0 / smallest if 0 < smallest < math.inf else 1.0,
-        "images_done": finished,
-        "images_failed": failed,
+        "images_done": done.num_rows,
+        "images_failed": images.num_rows - done.num_rows,
     }
 
 

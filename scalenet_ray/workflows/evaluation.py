@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -66,7 +66,10 @@ def evaluate_policies(
         figures = session.call(evaluate_policy, run.uri, policy.name, split.annotations, ids)
         metrics[policy.name] = {"kind": policy.kind, **figures.pop("bbox"), **figures}
     report("all images are done: comparing what was found, and writing the report")
-    document = _summary(session, run, split, metrics)
+    document = write_summary(session, run, metrics, len(split.images))
+    if split.chosen is not None:
+        document["renamed_categories"] = split.chosen.renamed
+        document["left_out_categories"] = list(split.chosen.left_out)
     base = compare_with or _baseline(policies)
     intervals = compare_with is not None or len(ids) <= INTERVALS_UP_TO
     analysis: EvaluationAnalysis = session.call(
@@ -75,7 +78,7 @@ def evaluate_policies(
     if analysis["differences"]:
         document["compared_with"] = base
         document["differences"] = analysis["differences"]
-        run.write_json("metrics.json", document)
+    run.write_json("metrics.json", document)
     run.write_text("policies.svg", policy_plot(document))
     looks = [(policy, _split_networks(policy, on_cpu(networks), split)) for policy in policies]
     write_report(
@@ -89,16 +92,6 @@ def evaluate_policies(
         progress=log,
         pictures=pictures,
     )
-    return document
-
-
-def _summary(session: Session, run: RunFolder, split: CocoSplit, metrics: Mapping[str, Mapping[str, Any]]) -> Metrics:
-    """The content of metrics.json, written; with the choice of categories, if one was made."""
-    document = write_summary(session, run, metrics, len(split.images))
-    if split.chosen is not None:
-        document["renamed_categories"] = split.chosen.renamed
-        document["left_out_categories"] = list(split.chosen.left_out)
-        run.write_json("metrics.json", document)
     return document
 
 
