@@ -163,11 +163,7 @@ def run_job(main: Callable[[Job], int], job: Job) -> None:
 
 
 class _StopSignal(KeyboardInterrupt):
-    """Raised in the main thread by a signal that asks the job to stop.
-
-    Attributes:
-        status: exit status by the convention of shells, 128 plus the signal's number.
-    """
+    """Raised in the main thread by a signal that asks the job to stop; its exit status is 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -266,11 +262,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Log warnings of the package to the standard error, or from the level in SCALENET_RAY_LOG.
-
-    Raises:
-        UserError: if SCALENET_RAY_LOG is no level.
-    """
+    """Log warnings of the package, or from the level in SCALENET_RAY_LOG; raises `UserError` if that is no level."""
     level = os.environ.get("SCALENET_RAY_LOG", "WARNING").upper()
     if level not in logging.getLevelNamesMapping():
         msg = f"SCALENET_RAY_LOG must be DEBUG, INFO, WARNING or ERROR, got {level}"

@@ -32,13 +32,7 @@ _NAME = "images"
 
 @dataclass(frozen=True)
 class InputImages:
-    """Images of a run, and the rows that they came in.
-
-    Attributes:
-        images: the images; numbered from 1 in the order given, unless they are listed from a folder.
-        rows: image id -> the other values of its row.
-        resumable: whether all have addresses, by which a resumed run knows them.
-    """
+    """Images of a run, the other values of the rows that they came in, by id, and whether all have addresses."""
 
     images: ImageSet
     rows: Mapping[int, Mapping[str, Any]]
@@ -72,13 +66,7 @@ def _open(
 
 
 def collect_images(images: Images, session: Session, column: str | None = None, every: int = 1) -> InputImages:
-    """List the images that Python code hands over.
-
-    Args:
-        images: see `scalenet_ray.detect`.
-        session: the engine, which keeps the pixels where its workers reach them.
-        column: the rows' column with the image; None for the first of image, uri, path, file_name that is there.
-        every: only the first of each so many images or frames, which keep their numbers.
+    """List the images that Python code hands over, see `scalenet_ray.detect`; the engine keeps pixels for its workers.
 
     Raises:
         UserError: if one is of another type, an array is not [h, w, 3] uint8, there is none, or `every` is under 1.

@@ -85,11 +85,6 @@ class ImagePrediction(Prediction):
 class Predictions:
     """Iterator of predictions, in the order in which the images finish; the result of `detect`.
 
-    Args:
-        predictions: yields the predictions.
-        total: number of images.
-        columns: names of the columns of the images' rows.
-
     Attributes:
         total: number of images.
     """

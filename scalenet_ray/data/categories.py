@@ -98,11 +98,7 @@ def choose_categories(
 
 
 def classes_named(categories: Mapping[int, str], classes: Collection[str] | None) -> dict[int, str]:
-    """The categories of some names, or all for None; names are compared as in `choose_categories`.
-
-    Raises:
-        UserError: if there is no category of a name, or no name.
-    """
+    """The categories of some names, or all for None; raises `UserError` if there is none of a name, or no name."""
     if classes is None:
         return dict(categories)
     if not classes:

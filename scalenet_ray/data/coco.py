@@ -193,11 +193,7 @@ def _segmentation(row: dict, hw: tuple[int, int] | None, damaged: list[int]) -> 
 
 
 def parse_annotations(document: Mapping[str, Any], name: str = "the annotations") -> CocoDataset:
-    """Validate the content of a COCO instances file; messages have its name.
-
-    Raises:
-        UserError: if a field or row is missing, an id is repeated, or a reference is unknown.
-    """
+    """Validate a COCO instances file; raises `UserError` for wrong fields, repeated ids and unknown references."""
     if not isinstance(document, Mapping):
         _fail(f"{name} must be a JSON object with images, annotations and categories, got {type(document).__name__}")
     image_rows = _rows(document, "images", ("id", "file_name"), name)
@@ -281,11 +277,7 @@ def objects_of(dataset: CocoDataset, image_id: int) -> Objects:
 
 
 def safe_file_name(name: str) -> str:
-    """Return `name` if it is a path inside the folder that it is joined to.
-
-    Raises:
-        TileError: if it is empty, absolute, an address, or contains "..".
-    """
+    """Return `name` if it is a path inside the folder that it is joined to; else raises `TileError`."""
     leaves = name.startswith("/") or "\\" in name or "://" in name or re.match(r"[A-Za-z]:", name)
     if not name or "\0" in name or leaves or ".." in name.split("/"):
         msg = f"file_name must be a path inside the images' folder, got {name!r}: correct the annotations"

@@ -34,12 +34,7 @@ _MAX_BYTES = 2**26
 
 
 class OpenedSplit(NamedTuple):
-    """A split that has been read.
-
-    Attributes:
-        listing: its images and categories.
-        instances: its annotations as a COCO instances file; None if they are one already.
-    """
+    """A split that has been read; its annotations as a COCO instances file, None if they are one already."""
 
     listing: Listing
     instances: bytes | None
@@ -83,12 +78,7 @@ class Layout:
         return self.form == "yolo" or self.listed is not None or _SPLIT in self.annotations
 
     def read(self, split: str) -> CocoDataset:
-        """Read and validate the annotations of a split.
-
-        Raises:
-            FileNotFoundError: if they do not exist.
-            UserError: if they are not of the layout's form; it names file and line.
-        """
+        """Read and validate the annotations of a split; raises `UserError` that names the file, and the line."""
         if self.form == "coco":
             return read_annotations(self.annotations_of(split))
         return parse_annotations(_READERS[self.form](self, split)[0], self.annotations_of(split))
@@ -176,11 +166,7 @@ def _absolute(base: str, path: str) -> str:
 
 
 def _images_by_stem(files: Sequence[str], folder: str) -> dict[str, str]:
-    """Stem of the label file -> file name, relative to the folder of the images.
-
-    Raises:
-        UserError: if two images have the same stem, or one lies elsewhere.
-    """
+    """Stem of the label file -> file name, relative to the folder of the images; `UserError` if two are the same."""
     start = f"{_absolute(folder, '.').rstrip('/')}/"
     names = [file.removeprefix(start) for file in files]
     if elsewhere := [file for file, name in zip(files, names, strict=True) if file == name]:
@@ -212,11 +198,7 @@ def _text(uri: str) -> str:
 
 
 def _read_all(read: Callable[[str], _Labelled], names: Sequence[str], where: str) -> list[_Labelled]:
-    """Read the label files and sizes of images, several at a time, since a store answers slowly.
-
-    Raises:
-        UserError: if there is no image, or none has a label file.
-    """
+    """Read the label files and sizes of images, several at a time; raises `UserError` if there is none of either."""
     if not names:
         raise UserError(f"{where} must have at least one image ({', '.join(IMAGE_SUFFIXES)}), got none: check the path")
     with ThreadPoolExecutor(_THREADS) as threads:

@@ -233,11 +233,7 @@ def to_results(image_id: int, detections: Detections, image_hw: tuple[int, int] 
 
 
 def write_results(uri: Address, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write COCO results as a JSON list, row by row and atomically.
-
-    Returns:
-        The number of rows.
-    """
+    """Write COCO results as a JSON list, row by row and atomically; returns the number of rows."""
     count = 0
     with atomic_writer(uri) as handle:
         handle.write(b"[")

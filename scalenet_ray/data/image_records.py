@@ -20,14 +20,9 @@ _RECORDS_AT_ONCE = 1000
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """The entry of an image in a data set.
+    """The entry of an image in a data set, with its annotated size in image pixels.
 
-    Attributes:
-        image_id: the image's id.
-        file_name: path as annotated, to be checked by `safe_file_name` before use; for an image listed by
-            `listings.find_images`, its address.
-        height: annotated height in image pixels, or None.
-        width: annotated width in image pixels, or None.
+    `file_name` is a path as annotated, to be checked by `safe_file_name` before use, or an address (`find_images`).
     """
 
     image_id: int
@@ -46,11 +41,7 @@ OpenImage = Callable[[ImageRecord], AnyImage]
 
 
 class ImageRecords(Sequence[ImageRecord]):
-    """Immutable sequence of image records in columns of `SCHEMA`, each id once: 24 bytes an image, and its file name.
-
-    Raises:
-        UserError: if a file's name is not UTF-8.
-    """
+    """Immutable sequence of image records in columns of `SCHEMA`, each id once: 24 bytes an image, and its name."""
 
     SCHEMA = pa.schema(
         [("image_id", pa.int64()), ("file", pa.large_string()), ("height", pa.int32()), ("width", pa.int32())]

@@ -71,13 +71,7 @@ _READERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
 
 @dataclass(frozen=True)
 class _Header:
-    """An opened image whose pixels are not decoded yet.
-
-    Attributes:
-        image: Pillow's image.
-        stored_hw: (height, width) of the pixels as stored in the file.
-        orientation: EXIF orientation, 1 to 8.
-    """
+    """An opened image whose pixels are not decoded yet, with their size as stored, and the EXIF orientation, 1 to 8."""
 
     image: ImageFile
     stored_hw: tuple[int, int]
@@ -140,11 +134,7 @@ def _orientation(image: ImageFile) -> int:
 
 
 def file_hw(uri: Address) -> tuple[int, int]:
-    """Read (height, width) of an image file from its header alone, as `decode_image` returns it without `expect_hw`.
-
-    Raises:
-        TileError: if the file is missing, unreadable or no image.
-    """
+    """Read (height, width) of an upright image file from its header; raises `TileError` if there is no such image."""
     try:
         with RangeFile(uri) as file:
             return _read_header(cast(IO[bytes], file), sys.maxsize).upright_hw

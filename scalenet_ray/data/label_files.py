@@ -26,12 +26,9 @@ _VISDRONE_MOST = 11
 
 
 class LabelledObject(NamedTuple):
-    """An object of a label file.
+    """An object of a label file: its category or the file's own number for it, its box in image pixels.
 
-    Attributes:
-        category: name, or the file's own number.
-        box_xywh: x, y, width, height in image pixels.
-        is_crowd: whether it is ignored in evaluation, as COCO's crowds are.
+    `is_crowd` objects are ignored in evaluation, as COCO's crowds are.
     """
 
     category: str | int

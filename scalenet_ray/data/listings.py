@@ -18,12 +18,7 @@ from scalenet_ray.data.video import VIDEO_SUFFIXES, list_frames
 
 
 class FoundImages(NamedTuple):
-    """Images without annotations.
-
-    Attributes:
-        records: with ids 1 to N in the order of the sorted addresses, of unknown size.
-        remarks: numbers of skipped files by suffix, one line each; and links to folders, which are not followed.
-    """
+    """Images without annotations, numbered from 1 in the order of their addresses; remarks on skipped files."""
 
     records: ImageRecords
     remarks: tuple[str, ...]

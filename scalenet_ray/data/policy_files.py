@@ -73,12 +73,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Search space of a sweep.
-
-    Attributes:
-        policies: names of the starting policies; each trial chooses one.
-        fields: path of a policy's field, e.g. "recursion.window" -> its values.
-    """
+    """Search space of a sweep: names of its starting policies, and path of a field, "recursion.window" -> values."""
 
     policies: tuple[str, ...]
     fields: Mapping[str, Range | Choice]
@@ -168,13 +163,10 @@ def _field_type(path: str, uri: str | Path) -> Any:
 
 
 def check_values(space: SearchSpace, policies: Sequence[Policy]) -> None:
-    """Check that each value of a search space is valid in each of its policies, before the first trial.
+    """Check that each value of a search space is valid in each of its policies; raises `UserError`.
 
     Each option, and both ends of each range, is tried on its own. Fields that are only valid in combination (the ends
     of the scale range, the classes) are checked by the trials.
-
-    Raises:
-        UserError: if a value is invalid.
     """
     for path, field in space.fields.items():
         if path.startswith(_COMBINED_FIELDS):
@@ -247,12 +239,7 @@ def _value(text: str) -> Any:
 
 
 def read_yaml(uri: str | Path) -> Any:
-    """Read a YAML file.
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-        UserError: if it is not YAML, or larger than 1 MiB.
-    """
+    """Read a YAML file; raises `UserError` if it is not YAML, or larger than 1 MiB."""
     data = read_bytes(uri, max_bytes=_MAX_BYTES)
     try:
         return yaml.safe_load(data)

@@ -80,13 +80,7 @@ def open_raster(
 ) -> Raster | None:
     """Open a TIFF to be read by window, see the module; None if the image is to be decoded as a whole.
 
-    Args:
-        uri: a local path or a store's address.
-        expect_hw: annotated (height, width).
-        max_pixels: limit of an image that is decoded as a whole.
-
-    Raises:
-        TileError: if it can neither be read by window nor decoded as a whole, or has not the annotated size.
+    Takes the arguments of `open_image`, and raises as it does.
     """
     tags = _tags(uri)
     pixels = 0 if tags is None else tags.height * tags.width
@@ -238,11 +232,7 @@ class Raster:
         return (*self._hw, 3)
 
     def read(self, window: Window, reduction: int) -> np.ndarray:
-        """Read the pixels of a window, see `ImageSource`; a reduced one comes from the overviews, if there are any.
-
-        Raises:
-            TileError: if a tile of the file is damaged or missing, or the store fails.
-        """
+        """Read a window, see `ImageSource`, reduced from the overviews; raises `TileError` if its tiles are damaged."""
         from rasterio.enums import Resampling  # pyright: ignore[reportMissingImports]
 
         reduced_hw = -(-window.height // reduction), -(-window.width // reduction)
@@ -333,9 +323,7 @@ def _explained(what: str, errors: list[Exception]) -> Iterator[None]:
 class Georeference(NamedTuple):
     """Map of an image's pixels to the ground.
 
-    Attributes:
-        transform: (a, b, c, d, e, f): pixel (x, y) is at (a x + b y + c, d x + e y + f).
-        crs: the coordinate reference system of these, as WKT.
+    Pixel (x, y) is at (a x + b y + c, d x + e y + f) in the reference system `crs`, as WKT.
     """
 
     transform: tuple[float, float, float, float, float, float]

@@ -75,15 +75,9 @@ def exists(uri: Address) -> bool:
 def read_bytes(uri: Address, *, max_bytes: int | None = None) -> bytes:
     """Read a whole file.
 
-    Args:
-        uri: the file.
-        max_bytes: size limit, checked before the file is read; None for no limit.
-
     Raises:
-        FileNotFoundError: if it does not exist.
-        PermissionError: if it may not be read.
-        OSError: if the store fails otherwise.
-        UserError: if it is larger than `max_bytes`.
+        OSError: if it does not exist, may not be read, or the store fails otherwise.
+        UserError: if it is larger than `max_bytes`, which is checked before it is read.
     """
     store, path = locate(uri)
     with explained("read", uri, store):
@@ -146,8 +140,7 @@ def atomic_writer(uri: Address) -> Iterator[IO[bytes]]:
     Folders are created as needed. If the block raises, the previous file remains.
 
     Raises:
-        PermissionError: if it may not be written.
-        OSError: if the store fails otherwise.
+        OSError: if it may not be written, or the store fails otherwise.
     """
     store, path = locate(uri)
     refuse_writing(uri, store)

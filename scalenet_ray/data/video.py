@@ -49,11 +49,7 @@ def frame_of(uri: Address) -> Frame | None:
 
 
 def list_frames(uri: str) -> list[str]:
-    """Addresses of the frames of a video.
-
-    Raises:
-        UserError: if it is not a local file, or not a video that OpenCV decodes.
-    """
+    """Addresses of the frames of a video; raises `UserError` if it is not local, or not one that OpenCV decodes."""
     path = local_path(uri)
     if path is None:
         msg = f"a video must be a local file, got {uri}: copy it, or extract its frames into a folder"
@@ -67,11 +63,7 @@ def list_frames(uri: str) -> list[str]:
 
 
 def read_frame(frame: Frame, max_pixels: int) -> np.ndarray:
-    """Read a frame: [h, w, 3] uint8 RGB.
-
-    Raises:
-        TileError: if it cannot be decoded, or has more than `max_pixels`.
-    """
+    """Read a frame: [h, w, 3] uint8 RGB; raises `TileError` if it cannot be decoded, or has too many pixels."""
     pixels = _decoded(frame)
     if pixels is None:
         msg = f"frame {frame.number} of {frame.video} cannot be decoded: convert the video, or extract its frames"

@@ -50,11 +50,6 @@ _ByImage = Mapping[int, Detections]
 def choose_pictures(rows: Sequence[ImageChanges], policy: str, count: int) -> dict[int, str]:
     """Choose the images of a gallery: a third that gained most, a third that lost most, the rest at random.
 
-    Args:
-        rows: "images" of `analyse_run` or `analyse_detections`.
-        policy: the policy whose gains and losses count.
-        count: maximum number of images.
-
     Returns:
         Image id -> "gained", "lost" or "random", in this order.
     """
@@ -78,12 +73,8 @@ def choose_pictures(rows: Sequence[ImageChanges], policy: str, count: int) -> di
 class PictureTask:
     """Picklable task that makes the pictures of a run's gallery.
 
-    Attributes:
-        run_uri: the run folder.
-        policies: the policies and the factories of their networks.
-        open_image: reads an image.
-        annotations: address of the instances file; None without ground truth.
-        compared_with: baseline policy of new boxes; None to compare each policy with its own pass over the whole image.
+    `annotations` is None without ground truth; `compared_with` is the baseline policy of new boxes, None to compare
+    each policy with its own pass over the whole image.
     """
 
     run_uri: str

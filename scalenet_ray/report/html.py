@@ -58,12 +58,7 @@ def page(
 ) -> str:
     """Build a self-contained page; its content security policy forbids other resources and scripts.
 
-    Args:
-        title: plain text.
-        lead: HTML below the title.
-        sections: from `section`.
-        data: JSON data of the gallery, read by report.js; None for a page without gallery.
-        refresh: seconds after which a browser reads the page again; None for never.
+    The title is plain text, the lead HTML; `data` is the gallery's, read by report.js; `refresh` is in seconds.
     """
     assets = files("scalenet_ray.report")
     style, script = (assets.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))

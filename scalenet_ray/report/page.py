@@ -105,12 +105,9 @@ def render_report(document: Metrics, details: ReportDetails) -> str:
 
 
 def render_progress(latest: Sequence[Progress], run: Mapping[str, Any], refresh: int | None) -> str:
-    """Render report.html of a run at work.
+    """Render report.html of a run at work by the last progress of each policy and its config.yaml.
 
-    Args:
-        latest: the last progress of each policy that has begun.
-        run: the content of config.yaml.
-        refresh: seconds after which a browser reads it again; None for a run that has stopped.
+    `refresh` is in seconds; None for a run that has stopped.
     """
     bars = "".join(
         f'<p class="words">{html.escape(str(progress))}<progress value="{progress.done}" max="{progress.total}" '

@@ -45,15 +45,8 @@ def draw_objects(
 ) -> Image.Image:
     """Draw objects on an image, the first ones on top, those found by the recursion in another colour.
 
-    Args:
-        picture: RGB, the image or a reduced one; it is drawn on, and returned.
-        image_width: the image's own, in pixels.
-        found: in image pixels.
-        categories: category id -> name.
-        labels: write the categories' names.
-        scores: write the scores behind the names.
-        line_width: in pixels; None for one that suits the image.
-        text_size: in pixels; None for one that suits the image.
+    `picture` is RGB, the image of `image_width` pixels or a reduced one; it is drawn on, and returned. Widths and sizes
+    are in its pixels; None for those that suit it.
     """
     boxes = (found.boxes * (picture.width / image_width)).tolist()
     colours = [NEW if depth else SEEN for depth in found.depth.tolist()]
@@ -104,14 +97,6 @@ class SavedPictures:
 
     A context manager: threads of this process read the images again, draw and write; the block ends when all is
     written. What is there already is not written again.
-
-    Args:
-        run_uri: the run folder.
-        open_image: reads an image.
-        categories: category id -> name.
-        pictures: write the images with boxes.
-        crops: write the objects.
-        min_score: boxes that score less are left out.
 
     Attributes:
         failed: (file, reason) of the images whose pictures could not be written.

@@ -96,13 +96,8 @@ def recursion_figure(
 ) -> Figure:
     """Draw the recursion side by side: the image, the scale maps and windows of each depth, the boxes before and after.
 
-    Args:
-        image: the image.
-        steps: all steps of the recursion (`recursive_detect`'s observer).
-        policy: their policy.
-        before: detections in the whole image alone, in image pixels.
-        after: detections with the recursion; new ones have another colour.
-        names: category id -> label of a box; None for no labels.
+    `before` are the boxes of the whole image alone, in image pixels; new ones in `after` have another colour. `names`
+    label the boxes.
     """
     depths = sorted({step.tile.depth for step in steps if step.scale_map is not None or step.children})
     count = len(depths) + 3

@@ -27,14 +27,9 @@ _COLUMNS = 3
 
 @dataclass(frozen=True)
 class Contender:
-    """A starting policy of a sweep, or one of its best.
+    """A starting policy of a sweep, or one of its best: metrics on the tuning split, and on the reporting split.
 
-    Attributes:
-        name: name of the policy in best.yaml and in the report.
-        is_start: whether it is a starting policy.
-        tuned: its metrics on the tuning split.
-        reported: its row of metrics.json on the reporting split; None before that evaluation.
-        difference: difference of AP_small on the reporting split from the starting policy; None if not measured.
+    `difference` is that of AP_small on the reporting split from the starting policy. None is what was not measured.
     """
 
     name: str
@@ -142,14 +137,9 @@ def render_sweep(
     splits: tuple[str, str] = ("", ""),
     run: Mapping[str, Any] | None = None,
 ) -> str:
-    """Render the report of a sweep.
+    """Render the report of a sweep by the trials of `run_sweep`, the ceiling of passes per image, and config.yaml.
 
-    Args:
-        rows: trials, from `run_sweep`.
-        ceiling: limit of the passes per image; None without a limit.
-        contenders: the starting and the best policies; () if there are none.
-        splits: the tuning and the reporting split.
-        run: the content of config.yaml; None if unknown.
+    `splits` are the tuning and the reporting split of the contenders.
     """
     complete = [row for row in rows if row["complete"]]
     best = [complete[i] for i in pareto_front([(row["passes"], row["AP_small"]) for row in complete])]

@@ -119,12 +119,7 @@ def _open(record: ImageRecord, folder: str | None, max_pixels: int) -> AnyImage:
 
 
 def image_opener(folder: str | None, max_pixels: int) -> OpenImage:
-    """A picklable function that opens an image, see `data.rasters.open_image`.
-
-    Args:
-        folder: the folder of the `file_name`s; None if they are full addresses.
-        max_pixels: larger images are refused before they are decoded, unless they are read by window.
-    """
+    """A picklable function that opens an image of a folder, None for addresses, see `data.rasters.open_image`."""
     return partial(_open, folder=folder, max_pixels=max_pixels)
 
 

@@ -67,10 +67,9 @@ class PolicyMetrics(PolicyCost, total=False):
 
 
 class Interval(TypedDict):
-    """A difference from the baseline policy, with its paired bootstrap.
+    """A difference from the baseline policy, and the 2.5th and 97.5th percentiles of its paired bootstrap.
 
-    `low` and `high` are the 2.5th and 97.5th percentiles of the resampled differences; `above` is the share of them
-    above 0.
+    `above` is the share of the resampled differences above 0.
     """
 
     difference: float

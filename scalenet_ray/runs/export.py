@@ -48,15 +48,7 @@ _IMAGES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Exported:
-    """Summary of an export.
-
-    Attributes:
-        policy: the policy's name.
-        images: number of exported images, those without detections included.
-        detections: number of exported detections.
-        failed: number of failed images, which are not exported.
-        uri: the file or folder.
-    """
+    """Summary of an export: images with and without detections, detections, and failed images, which are left out."""
 
     policy: str
     images: int

@@ -31,11 +31,8 @@ _MOST_BUCKETS = 256
 class StoredImage(NamedTuple):
     """Stored result of one policy on one image.
 
-    Attributes:
-        image_id: its id.
-        file: its name in the annotations, or its full address for listed images.
-        hw: (height, width) in image pixels.
-        detections: merged, in image pixels, by descending score; labels are category ids.
+    `file` is its name in the annotations, or its full address for listed images; `detections` are merged, in image
+    pixels, by descending score, with category ids as labels.
     """
 
     image_id: int

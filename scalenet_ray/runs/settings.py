@@ -50,12 +50,7 @@ def write_config(run_uri: str, settings: Mapping[str, Any], workers: Mapping[str
 
 
 def read_config(run_uri: str) -> dict[str, Any]:
-    """Read config.yaml: "settings", "workers", "command", "versions".
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-        UserError: if it is damaged, or not a run's.
-    """
+    """Read config.yaml: "settings", "workers", "command", "versions"; raises `UserError` if it is damaged."""
     uri = storage.join(run_uri, CONFIG)
     try:
         content = yaml.safe_load(storage.read_bytes(uri))
@@ -68,11 +63,7 @@ def read_config(run_uri: str) -> dict[str, Any]:
 
 
 def check_settings(run_uri: str, settings: Mapping[str, Any], workers: Mapping[str, Any]) -> None:
-    """Check that a run to resume was begun with the same settings.
-
-    Raises:
-        UserError: if settings differ, the first few of which it names; or config.yaml is damaged.
-    """
+    """Raise `UserError` if a run to resume was begun with other settings, the first few of which it names."""
     config = read_config(run_uri)
     differences = _differences(config["settings"], settings, workers, config.get("directory"))
     if differences:

@@ -83,13 +83,7 @@ def policy_cost(run: RunFolder, policy: str) -> PolicyCost:
 
 
 def evaluate_policy(run_uri: str, policy: str, annotations: str, image_ids: np.ndarray) -> dict[str, dict[str, float]]:
-    """COCO metrics of one policy.
-
-    Args:
-        run_uri: the run folder.
-        policy: the policy's name.
-        annotations: address of the instances file.
-        image_ids: [N] int64 the images to evaluate; failed ones count as images without detections.
+    """COCO metrics of one policy on images, of which failed ones count as without detections.
 
     Returns:
         IoU type -> metric -> percent: "bbox", and "segm" if all detections have masks.
@@ -110,11 +104,7 @@ def _all_have_masks(run: RunFolder, policy: str) -> bool:
 
 
 def failure_counts(failures: pa.Table) -> list[FailureCount]:
-    """Group failed images (schema `FAILURES`) by stage and reason; names and numbers that differ in it are replaced.
-
-    Returns:
-        At most 20 groups, by descending count of images, however many policies failed on them.
-    """
+    """Group failed images (schema `FAILURES`) by stage and reason; what differs in it is replaced. At most 20."""
     counts: Counter[tuple[str, ...]] = Counter()
     reasons: dict[tuple[str, ...], list[str]] = {}
     examples: dict[tuple[str, ...], str] = {}

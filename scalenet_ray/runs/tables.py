@@ -45,12 +45,7 @@ _ENCODINGS = {"image_id": "DELTA_BINARY_PACKED", "file": "DELTA_BYTE_ARRAY"}
 
 
 def read_parquet(uri: str, remedy: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file, or those of some columns that it has.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        UserError: if it is damaged; the message ends with the remedy.
-    """
+    """Read some columns of a Parquet file; if it is damaged, raise a `UserError` that ends with the remedy."""
     # Read by the main thread, without prefetching: an Arrow thread that releases a Python object during interpreter
     # shutdown aborts the process ("terminate called without an active exception").
     data = pa.BufferReader(storage.read_bytes(uri))

@@ -33,14 +33,10 @@ def sample_inputs(networks: NetworkSpec) -> tuple[str, NetworkSpec]:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of a run.
+    """Images of a run that count, and remarks on deviations between the files and their use.
 
-    Attributes:
-        source: address of the annotations, or of the images where there are none.
-        folder: address of the images' folder; None if each `file_name` is a whole address.
-        images: the images that count.
-        remarks: deviations between the files and their use in the run, a line each.
-        max_pixels: larger images are refused before they are decoded.
+    `source` is the address of the annotations, or of the images where there are none. `folder` is None if each
+    `file_name` is a whole address.
     """
 
     source: str
@@ -59,12 +55,8 @@ class ImageSet:
 class CocoSplit(ImageSet):
     """Images of a run with ground truth.
 
-    Attributes:
-        folder: address of the images' folder.
-        categories: id -> name.
-        unused_categories: ids of the categories without annotations.
-        chosen: the choice that led to these categories; None if they are all of the annotations', as they are.
-        instances: the ground truth as a COCO instances file, for the run folder; None if `source` is one.
+    `chosen` is the choice that led to these categories; None if they are all of the annotations', as they are.
+    `instances` is the ground truth as a COCO instances file; None if `source` is one.
     """
 
     folder: str
@@ -116,11 +108,7 @@ def open_split(
 def with_categories(
     session: Session, split: CocoSplit, networks: NetworkSpec, choice: CategoryChoice, log: Callable[[str], None]
 ) -> CocoSplit:
-    """Apply a choice of categories to a split; `log` takes a line that says what was chosen.
-
-    Raises:
-        UserError: if a name is not the annotations', or no category is left.
-    """
+    """Apply a choice of categories to a split, and say so; raises as `choose_categories`."""
     if not choice.is_made:
         return split
     detector: DetectorInfo = session.call(networks.describe_detector)

@@ -74,12 +74,7 @@ def _named(networks: NetworkSpec, detector: DetectorInfo, smallest_object: float
 def file_policies(
     policy_file: str, networks: NetworkSpec, detector: DetectorInfo, smallest_object: float | None = None
 ) -> list[Policy]:
-    """Policies of a file; what it leaves out is as for the policies of `named_policies`.
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-        UserError: if it is invalid.
-    """
+    """Policies of a file, see `read_policies`; what it leaves out is as for the policies of `named_policies`."""
     return read_policies(policy_file, _named(networks, detector, smallest_object))
 
 
@@ -186,7 +181,7 @@ def settle_workers(
     images: ImageSet,
     log: Callable[[str], None],
 ) -> NetworkSpec:
-    """Choose the device of the networks, and the engine's workers, as far as the user has left them open.
+    """Choose the device of the networks and the engine's workers, as far as the user has left them open.
 
     Returns:
         The networks with their device.

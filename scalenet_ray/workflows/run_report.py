@@ -91,20 +91,10 @@ def write_summary(
     *,
     name_files: bool = False,
 ) -> Metrics:
-    """Write failures.parquet, the COCO results and metrics.json of a finished run.
+    """Write failures.parquet, the COCO results and metrics.json of a finished run; returns the content of metrics.json.
 
     results.json holds the first policy's results, results/NAME.json those of each; with `name_files` each result has
-    its image's file and size, for images without annotations that would.
-
-    Args:
-        session: the engine.
-        run: the run folder; all policies are done.
-        figures: policy -> its metrics; speed and cost are added here.
-        total: images of the run.
-        name_files: name the images' files.
-
-    Returns:
-        The content of metrics.json.
+    its image's file and size. Speed and cost are added to the policies' `figures`.
     """
     policies = list(figures)
     failures = run.write_failures(policies)
@@ -136,19 +126,7 @@ def write_report(
     progress: ProgressLog,
     pictures: int,
 ) -> None:
-    """Write analysis.json and report.html with at most so many pictures, which are made outside the driver.
-
-    Args:
-        session: the engine.
-        run: the run folder.
-        document: the content of metrics.json.
-        analysis: result of `analyse_run` or `analyse_detections`.
-        images: all images of the run.
-        categories: id -> name.
-        make_pictures: makes the pictures.
-        progress: the run's recorded progress.
-        pictures: the most pictures.
-    """
+    """Write analysis.json and report.html with at most so many pictures, which are made outside the driver."""
     analysis["throughput"] = progress.points
     run.write_json("analysis.json", analysis)
     chosen = choose_pictures(analysis["images"], winner_of(document["policies"]), pictures)
