@@ -158,7 +158,7 @@ def test_suppression_may_ask_no_class() -> None:
         ({"confidence_threshold": 30}, ValueError, "between 0 and 1, got 30: divide percentages by 100"),
         ({"confidence_threshold": float("nan")}, ValueError, "confidence_threshold must be between 0 and 1, got nan"),
         ({"image": [SCENE]}, ValueError, r"image must be an address, .* got list: .* give many images to detect"),
-        ({"slices": 8}, TypeError, "no argument 'slices'$"),
+        ({"slices": 8}, TypeError, "unexpected keyword argument 'slices'$"),
         ({"perform_standard_pred": False}, ValueError, "perform_standard_pred must be True"),
         ({"postprocess_type": "GREEDYNMM"}, ValueError, "postprocess_type must be CONSENSUS, NMS, .* got 'GREEDYNMM'"),
         ({"postprocess_match_metric": "IOS"}, ValueError, "must be IOU, got 'IOS'"),

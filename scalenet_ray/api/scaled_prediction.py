@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -41,18 +41,6 @@ _SUPPRESSION: dict[str, SuppressionMethod] = {
 }
 
 
-_OF_SLICING = {
-    "auto_slice_resolution": "windows are chosen by what is seen",
-    "merge_buffer_length": "boxes are merged once, when all windows are in",
-    "slice_dir": "pixels are cut in memory and never written; the windows are in the result's `steps`",
-    "slice_export_prefix": "pixels are cut in memory and never written; the windows are in the result's `steps`",
-    "progress_bar": "give verbose=2 for each step",
-    "progress_callback": "give verbose=2 for each step",
-    "force_postprocess_type": "what is asked for is what is done",
-}
-"""Arguments of SAHI's `get_sliced_prediction` that have no meaning here, and what to do instead."""
-
-
 def get_scaled_prediction(
     image: str | os.PathLike[str] | np.ndarray | Image.Image,
     detection_model: str | Detector | None = None,
@@ -75,7 +63,6 @@ def get_scaled_prediction(
     exclude_classes_by_name: Collection[str] = (),
     exclude_classes_by_id: Collection[int] = (),
     verbose: int = 1,
-    **of_slicing: Any,
 ) -> ScaledPrediction:
     """Detect objects in one image with recursive zooming, in this process.
 
@@ -105,17 +92,15 @@ def get_scaled_prediction(
         exclude_classes_by_name: categories to leave out of the result.
         exclude_classes_by_id: the same by id.
         verbose: 0 prints nothing, 1 a line, 2 each step.
-        **of_slicing: other arguments of SAHI's, refused with what to do instead.
 
     Returns:
         The objects and the steps, with conversions to COCO, supervision and a picture.
 
     Raises:
         FileNotFoundError: if the image or a network is not there.
-        TypeError: if an argument has no meaning here.
         UserError: if a value is out of its range, the image cannot be decoded, or a network fails on it.
     """
-    _refuse(of_slicing, perform_standard_pred, postprocess_type, postprocess_match_metric, batch_size)
+    _refuse(perform_standard_pred, postprocess_type, postprocess_match_metric, batch_size)
     check_threshold(confidence_threshold)
     pixels = _pixels(image)
     detector, predict_scale = _networks(detection_model, scale_net, device)
@@ -151,13 +136,7 @@ def get_scaled_prediction(
     return ScaledPrediction(pixels, found, known, asked, tuple(steps), result.detector_passes, took)
 
 
-def _refuse(
-    of_slicing: dict[str, Any], standard: bool, postprocess_type: str | None, metric: str, batch_size: int | None
-) -> None:
-    for name in of_slicing:
-        why = _OF_SLICING.get(name)
-        msg = f"get_scaled_prediction has no argument {name!r}" + (f": {why}" if why else "")
-        raise TypeError(msg)
+def _refuse(standard: bool, postprocess_type: str | None, metric: str, batch_size: int | None) -> None:
     if not standard:
         msg = "perform_standard_pred must be True: the whole image is always detected too, it finds the large objects"
         raise UserError(msg)

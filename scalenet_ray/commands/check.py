@@ -30,7 +30,6 @@ from scalenet_ray.workflows.image_sets import (
     open_images,
     open_split,
     sample_inputs,
-    with_categories,
 )
 from scalenet_ray.workflows.preparation import choose_policies, prepare_run, start_session
 
@@ -82,7 +81,12 @@ def main(job: CheckInputs) -> int:
         msg = f"check takes --data or --images, got {job.data} and {job.images}: leave one out"
         raise UserError(msg)
     if job.data is None and job.images is None and job.annotations is None:
-        job = _on_sample(job)
+        data, networks = sample_inputs(job.networks)
+        if job.networks.detector is None:
+            job = replace(job, data=data, networks=networks)
+        else:
+            # Another detector need not know the sample's categories.
+            job = replace(job, images=storage.join(data, "val2017"))
     session = start_session("local", ResourceChoice(), replace(job.networks, device="cpu"))
     if job.data is not None or job.annotations is not None:
         images = open_split(
@@ -93,8 +97,10 @@ def main(job: CheckInputs) -> int:
             images=job.images,
             limit=None,
             max_megapixels=job.max_image_megapixels,
+            networks=job.networks,
+            choice=job.categories,
+            log=say,
         )
-        images = with_categories(session, images, job.networks, job.categories, log=say)
     else:
         images = open_images(session, str(job.images), limit=None, max_megapixels=job.max_image_megapixels)
     say(_data_line(images))
@@ -149,14 +155,6 @@ def _look_at_detector(job: CheckInputs, name: str) -> int:
     count = len(diagnosis.faults)
     say(f"{count} fault{'s' if count > 1 else ''}" if count else "nothing wrong was found")
     return 1 if diagnosis.faults else 0
-
-
-def _on_sample(job: CheckInputs) -> CheckInputs:
-    data, networks = sample_inputs(job.networks)
-    if job.networks.detector is None:
-        return replace(job, data=data, networks=networks)
-    # Another detector need not know the sample's categories.
-    return replace(job, images=storage.join(data, "val2017"))
 
 
 def _data_line(images: ImageSet) -> str:

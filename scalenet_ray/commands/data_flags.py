@@ -44,12 +44,16 @@ class TrainingData(AnnotatedData):
         val_split: validation split, evaluated after each epoch.
         holdout: share of the training split that is held out for validation, in place of --val-split.
         limit: only the first so many images of each split.
+        output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/.
+        resume: continue the run in the output folder.
     """
 
     split: str = "train2017"
     val_split: str = "val2017"
     holdout: float = 0.0
     limit: Annotated[int, ONE_OR_MORE] | None = None
+    output: str | None = None
+    resume: bool = False
 
     def training_images(self) -> TrainingImages:
         """The images; raises as `TrainingImages`."""

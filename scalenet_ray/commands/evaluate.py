@@ -16,7 +16,7 @@ from scalenet_ray.data.categories import CategoryChoice
 from scalenet_ray.report.text import difference_table, policy_table
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.workflows.evaluation import evaluate_policies
-from scalenet_ray.workflows.image_sets import open_split, sample_inputs, with_categories
+from scalenet_ray.workflows.image_sets import open_split, sample_inputs
 from scalenet_ray.workflows.preparation import choose_policies, prepare_run, settle_workers
 
 
@@ -51,8 +51,16 @@ def main(job: EvalCoco) -> int:
         data, networks = sample_inputs(job.networks)
         job = replace(job, data=data, networks=networks)
     session = job.start()
-    split = open_split(session, job.split, **job.named(), limit=job.limit, max_megapixels=job.max_image_megapixels)
-    split = with_categories(session, split, job.networks, job.categories, log=say)
+    split = open_split(
+        session,
+        job.split,
+        **job.named(),
+        limit=job.limit,
+        max_megapixels=job.max_image_megapixels,
+        networks=job.networks,
+        choice=job.categories,
+        log=say,
+    )
     choose = partial(
         choose_policies,
         job.networks,

@@ -33,14 +33,10 @@ class FinetuneDetector(TrainingData):
         detector: torchvision:NAME or torchvision:PATH; or untrained:NAME, with random weights for the data's own
             categories, the default on the embedded sample.
         input_side: the longer side of a tile, in pixels; the detector's own by default.
-        output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/finetune_detector.
-        resume: continue the run in the output folder.
     """
 
     detector: str | None = None
     input_side: Annotated[int, ONE_OR_MORE] | None = None
-    output: str | None = None
-    resume: bool = False
     training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: Training(epochs=12))
 
 

@@ -43,8 +43,6 @@ class TrainScaleNet(TrainingData):
         input_side: side of the square that tiles are resized to, a multiple of 32; the preset's by default.
         tile_side: the longer side of the detector's tiles, its input side; the net's own by default.
         encoder_weights: initial weights of the encoder (unet-lite0, unet-vgg16): "imagenet", or a classifier's file.
-        output: the run folder, local, s3://, gs:// or az://; by default a new one under runs/train_scalenet.
-        resume: continue the run in the output folder.
     """
 
     preset: str = "unet-light"
@@ -52,8 +50,6 @@ class TrainScaleNet(TrainingData):
     input_side: Annotated[int, ONE_OR_MORE] | None = None
     tile_side: Annotated[int, ONE_OR_MORE] | None = None
     encoder_weights: str | None = None
-    output: str | None = None
-    resume: bool = False
     training: Annotated[Training, tyro.conf.OmitArgPrefixes] = field(default_factory=Training)
 
 

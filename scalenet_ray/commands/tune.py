@@ -34,7 +34,6 @@ from scalenet_ray.workflows.image_sets import (
     CocoSplit,
     open_split,
     sample_inputs,
-    with_categories,
     with_ground_truth,
 )
 from scalenet_ray.workflows.preparation import named_policies, prepare_run, settle_workers, start_session
@@ -138,13 +137,10 @@ def _evaluated_starts(job: TuneRecursion, run: RunFolder, task: TrialSettings, c
     if starts["ceilings"] is None:
         say("no ceiling: the sweep searches the front of AP_small and passes")
     else:
-        source = f"what {_dearest(starts)} takes on {job.split}" if job.ceiling == "start" else "from --ceiling"
+        dearest = max(starts["policies"], key=lambda name: starts["policies"][name][-1]["passes"])
+        source = f"what {dearest} takes on {job.split}" if job.ceiling == "start" else "from --ceiling"
         say(f"ceiling: {starts['ceilings'][-1]:g} detector passes an image, {source}")
     return starts
-
-
-def _dearest(starts: Starts) -> str:
-    return max(starts["policies"], key=lambda name: starts["policies"][name][-1]["passes"])
 
 
 def _open_splits(job: TuneRecursion, session: Session) -> list[CocoSplit]:
@@ -152,11 +148,16 @@ def _open_splits(job: TuneRecursion, session: Session) -> list[CocoSplit]:
     if job.annotations is not None and "{split}" not in job.annotations:
         msg = f"--annotations must name two splits, as in 'labels/{{split}}.json', got {job.annotations}: add {{split}}"
         raise UserError(msg)
-    opened = [
-        open_split(session, split, **job.named(), limit=limit, max_megapixels=job.max_image_megapixels)
-        for split, limit in ((job.split, job.limit), (job.report_split, None))
-    ]
-    return [with_categories(session, split, job.networks, job.categories, log=say) for split in opened]
+    opened = partial(
+        open_split,
+        session,
+        **job.named(),
+        max_megapixels=job.max_image_megapixels,
+        networks=job.networks,
+        choice=job.categories,
+        log=say,
+    )
+    return [opened(job.split, limit=job.limit), opened(job.report_split, limit=None)]
 
 
 def main(job: TuneRecursion) -> int:

@@ -219,12 +219,11 @@ def origin_section(run: Mapping[str, Any] | None) -> str:
         return ""
     settings = _settings(run)
     facts = [(title, settings[name]) for name, title in _SETTINGS if settings.get(name) not in (None, "", False)]
-    facts += [("begun", run["begun"])] if run.get("begun") else []
-    facts += [("finished", run["finished"])] if run.get("finished") else []
+    facts += [(name, run.get(name)) for name in ("begun", "finished")]
     facts += [("resumed", "yes, in this run folder" if run["resumed"] else "no")] if "resumed" in run else []
-    facts += [("command", run["command"])] if run.get("command") else []
+    facts += [("command", run.get("command"))]
     facts += [(name, _joined(run.get(name))) for name in ("workers", "versions")]
-    facts += [("machine", run["machine"])] if run.get("machine") else []
+    facts += [("machine", run.get("machine"))]
     rows = "".join(
         f"<div><dt>{html.escape(title)}</dt><dd>{html.escape(str(value))}</dd></div>" for title, value in facts if value
     )

@@ -125,9 +125,9 @@ def in_words(resources: Resources, cluster: Cluster, device: str) -> str:
     on_gpu = device != "cpu"
     count = max(cluster.gpus, cluster.most_gpus) if on_gpu else max(cluster.cpus, cluster.most_cpus)
     gpus = resources.gpus_per_detector_actor
-    parts = [_counted(resources.detector_actors, "detector") + (f" of {_number(gpus)} GPU" if gpus else "")]
+    parts = [_counted(resources.detector_actors, "detector") + (f" of {gpus:g} GPU" if gpus else "")]
     if resources.scale_actors is not None:
-        of = f" of {_number(resources.gpus_per_scale_actor)} GPU" if resources.gpus_per_scale_actor else ""
+        of = f" of {resources.gpus_per_scale_actor:g} GPU" if resources.gpus_per_scale_actor else ""
         parts.append(_counted(resources.scale_actors, "Scale Net actor") + of)
     parts += [
         f"batch {resources.detector_batch_size}",
@@ -135,14 +135,10 @@ def in_words(resources: Resources, cluster: Cluster, device: str) -> str:
         _counted(len(resources.per_pipeline), "pipeline"),
     ]
     kind = "GPU" if on_gpu else "CPU"
-    return f"{_number(count)} {kind}{'' if count == 1 else 's'}: {', '.join(parts)}"
+    return f"{count:g} {kind}{'' if count == 1 else 's'}: {', '.join(parts)}"
 
 
 def _counted(size: PoolSize, word: str) -> str:
     fewest, most = limits(size)
     number = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     return f"{number} {word}{'' if most == 1 else 's'}"
-
-
-def _number(value: float) -> str:
-    return f"{value:g}"

@@ -80,20 +80,23 @@ def open_split(
     images: str | None,
     limit: int | None,
     max_megapixels: float,
+    networks: NetworkSpec,
+    choice: CategoryChoice,
+    log: Callable[[str], None],
 ) -> CocoSplit:
-    """Read the annotations of one split of a data set, outside the driver, see `data.datasets.find_layout`.
+    """Read the annotations of one split of a data set, outside the driver, and apply a choice of categories.
 
-    `limit` takes only the first so many images; those of more than `max_megapixels` are refused before they are
-    decoded.
+    `data`, `annotations` and `images` are as `find_layout` takes them. `limit` takes only the first so many images;
+    those of more than `max_megapixels` are refused before they are decoded. `log` takes a line on the choice.
 
     Raises:
         FileNotFoundError: if there are no annotations.
-        UserError: if they are in none of the known forms.
+        UserError: if they are in none of the known forms; or as `choose_categories`.
     """
     layout: Layout = session.call(partial(find_layout, split, data=data, annotations=annotations, images=images))
     opened: OpenedSplit = session.call(layout.open, split)
     found = opened.listing
-    return CocoSplit(
+    read = CocoSplit(
         source=layout.annotations_of(split),
         folder=layout.images_of(split),
         images=found.images[:limit],
@@ -103,20 +106,14 @@ def open_split(
         unused_categories=found.unused_categories,
         instances=opened.instances,
     )
-
-
-def with_categories(
-    session: Session, split: CocoSplit, networks: NetworkSpec, choice: CategoryChoice, log: Callable[[str], None]
-) -> CocoSplit:
-    """Apply a choice of categories to a split, and say so; raises as `choose_categories`."""
     if not choice.is_made:
-        return split
+        return read
     detector: DetectorInfo = session.call(networks.describe_detector)
-    chosen = choose_categories(split.categories, detector.categories, choice)
+    chosen = choose_categories(read.categories, detector.categories, choice)
     log(chosen.in_words())
-    used = {chosen.ids[key] for key in chosen.ids if key not in split.unused_categories}
+    used = {chosen.ids[key] for key in chosen.ids if key not in read.unused_categories}
     return replace(
-        split,
+        read,
         categories=chosen.categories,
         unused_categories=frozenset(chosen.categories.keys() - used),
         chosen=chosen,
