@@ -147,10 +147,10 @@ def run_job(main: Callable[[Job], int], job: Job) -> None:
         with _stopped_by_signals():
             log_to_stderr()
             status = main(job)
-    except _StopSignal as stop:
-        status = complain("stopped: " + _with_notes(stop, "nothing done yet"), stop.status)
     except KeyboardInterrupt as stop:
-        status = complain("stopped: " + _with_notes(stop, "nothing done yet"), 128 + signal.SIGINT)
+        number = stop.number if isinstance(stop, _StopSignal) else signal.SIGINT
+        # The convention of shells.
+        status = complain("stopped: " + _with_notes(stop, "nothing done yet"), 128 + number)
     except (UserError, OSError) as error:
         status = complain(f"error: {_in_words(error)}", 2)
     except WorkerError as error:
@@ -163,11 +163,11 @@ def run_job(main: Callable[[Job], int], job: Job) -> None:
 
 
 class _StopSignal(KeyboardInterrupt):
-    """Raised in the main thread by a signal that asks the job to stop; its exit status is 128 + the signal's number."""
+    """Raised in the main thread by a signal that asks the job to stop; by its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        self.status = 128 + number
+        self.number = number
 
 
 @contextmanager

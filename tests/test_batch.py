@@ -148,13 +148,6 @@ def test_resuming_does_what_is_missing_and_ends_as_an_uninterrupted_run(
     assert tables(run) == tables(whole_run(tmp_path / "whole"))
 
 
-def test_images_that_became_other_files_are_not_resumed(tmp_path: Path) -> None:
-    run = whole_run(tmp_path / "run")
-    one_more = [ImageRecord(i, f"{i - 1}.png") for i in range(1, 13)]
-    with pytest.raises(ValueError, match=r"image 1 was 1\.png in the run to resume, is 0\.png.*use another --output"):
-        PolicyRun(one_more, POLICY.name, local, run, ignore).finish()
-
-
 def test_images_are_committed_as_they_are_written(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path / "run"))
     committed: list[int] = []

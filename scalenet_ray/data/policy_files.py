@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -142,24 +141,23 @@ def _field(path: str, value: Any, uri: str | Path) -> Range | Choice:
     return Range(low, high, bool(log), kind is int)
 
 
+def _field_types() -> dict[str, Any]:
+    """Path of each field of a policy that may be changed -> its type."""
+    fixed = ("name", "kind", "input_side", "recursion", "merging", "regions", "seed")
+    types = {f"{part}.{name}": kind for part, of in _PARTS.items() for name, kind in get_type_hints(of).items()}
+    types |= {name: kind for name, kind in get_type_hints(Policy).items() if name not in fixed}
+    types |= {f"recursion.scale_range.{end}": float for end in _ENDS}
+    return {path: float if kind == float | None else kind for path, kind in types.items()}
+
+
 def _field_type(path: str, uri: str | Path) -> Any:
     """Return the type of a policy's field."""
-    parts = path.split(".")
-    cls: Any = _PARTS.get(parts[0], Policy) if len(parts) > 1 else Policy
-    hints = get_type_hints(cls)
-    name = parts[-1] if cls is Policy or len(parts) == 2 else parts[1]
-    ends = cls is Recursion and len(parts) == 3 and parts[1] == "scale_range" and parts[2] in _ENDS
-    fixed = ("name", "kind", "input_side", "recursion", "merging", "regions", "seed")
-    if ends:
-        return float
-    if name not in hints or (cls is Policy and (len(parts) > 1 or name in fixed)) or len(parts) > 2:
-        known = [f"{part}.{field.name}" for part, of in _PARTS.items() for field in dataclasses.fields(of)]
-        known += [field.name for field in dataclasses.fields(Policy) if field.name not in fixed]
-        near = near_names(path, known)
-        msg = f"{uri} would change {path}, which no policy has{near}: it may be {', '.join(known)}"
+    types = _field_types()
+    if path not in types:
+        known = [known for known in types if known.count(".") < 2]
+        msg = f"{uri} would change {path}, which no policy has{near_names(path, known)}: it may be {', '.join(known)}"
         raise UserError(msg)
-    kind = hints[name]
-    return float if kind == float | None else kind
+    return types[path]
 
 
 def check_values(space: SearchSpace, policies: Sequence[Policy]) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 
 from scalenet_ray.core.answers import RaisedOn, fails_on_all
 from scalenet_ray.core.detections import ImageResult
-from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import AnyImage
 from scalenet_ray.core.timing import Tally, current_tally, measured, timed
 from scalenet_ray.data import storage
@@ -123,20 +122,6 @@ def image_opener(folder: str | None, max_pixels: int) -> OpenImage:
     return partial(_open, folder=folder, max_pixels=max_pixels)
 
 
-def _check_same_files(records: ImageRecords, written: ImageRecords) -> None:
-    """Check that each image id still refers to the same file."""
-    rows = records.positions(written.ids)
-    before, now = written.take(rows >= 0), records.take(rows[rows >= 0])
-    if before.files.equals(now.files):
-        return
-    then, since = next(pair for pair in zip(before, now, strict=True) if pair[0].file_name != pair[1].file_name)
-    msg = (
-        f"image {then.image_id} was {then.file_name} in the run to resume, is {since.file_name}: the images are other "
-        "ones by now; use another --output"
-    )
-    raise UserError(msg)
-
-
 class ShardWriter:
     """Writes finished images in shards: first their detections, then the record that commits them.
 
@@ -216,7 +201,7 @@ class PolicyRun:
         retry_failed: also process images again that failed before; the new result replaces the failure.
 
     Raises:
-        UserError: if an image id of the run folder refers to another file now, or a finished shard is damaged.
+        UserError: if a finished shard is damaged.
     """
 
     def __init__(
@@ -233,9 +218,7 @@ class PolicyRun:
         self._left = records = ImageRecords.of(records)
         if storage.exists(run.uri):
             run.check_shards(policy)
-            finished = run.finished(policy)
-            _check_same_files(records, finished)
-            done = finished.ids
+            done = run.finished(policy).ids
             if retry_failed:
                 done = np.setdiff1d(done, run.find_failures([policy]).column("image_id").to_numpy())
             self._left = records.take(np.isin(records.ids, done, invert=True))

@@ -82,20 +82,25 @@ Differences = dict[str, dict[str, Interval]]
 """Policy -> metric (AP, AP_small, AP_large) -> interval."""
 
 
-class ClassCounts(TypedDict):
-    """Boxes of one class found without ground truth.
+class BoxCounts(TypedDict):
+    """Boxes found without ground truth.
 
-    `boxes`, `images` and `median_side` (root of the area, in image pixels; None without boxes) are over all images;
-    `after`, `before`, `new` and `lost` over those whose whole pass is known.
+    `boxes` and `images`, those with at least one box, are over all images. `after`, `before` (boxes of the pass over
+    the whole image), `new` and `lost` are over those whose pass is known.
     """
 
-    label: int
     boxes: int
     images: int
     after: int
     before: int
     new: int
     lost: int
+
+
+class ClassCounts(BoxCounts):
+    """Boxes of one class; `median_side` is the root of the area, in image pixels, None without boxes."""
+
+    label: int
     median_side: float | None
 
 
@@ -107,19 +112,9 @@ class MostBoxes(TypedDict):
     file: NotRequired[str]
 
 
-class FoundCounts(TypedDict):
-    """Boxes found without ground truth, over all classes.
+class FoundCounts(BoxCounts):
+    """Boxes over all classes; `compared` counts the images whose pass over the whole image is known."""
 
-    `images` counts those with at least one box, `compared` those whose pass over the whole image is known; `after`,
-    `before` (boxes of that pass), `new` and `lost` are over these. `most` holds the images with most boxes.
-    """
-
-    boxes: int
-    images: int
-    after: int
-    before: int
-    new: int
-    lost: int
     compared: int
     by_class: list[ClassCounts]
     most: list[MostBoxes]

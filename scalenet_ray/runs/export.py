@@ -127,13 +127,7 @@ def export_run(
 
     write(_Source(name, images(), *_names_and_folder(run, settings)), uri)
     done = run.table("images", name, ["image_id"]).num_rows
-    return Exported(
-        policy=name,
-        images=counts["images"],
-        detections=counts["detections"],
-        failed=done - counts["images"],
-        uri=uri,
-    )
+    return Exported(name, counts["images"], counts["detections"], done - counts["images"], uri)
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:

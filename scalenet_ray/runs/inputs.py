@@ -32,36 +32,34 @@ _CATEGORIES = b"categories"
 # --- images that are listed -------------------------------------------------------------------------
 
 
-def keep_image_ids(run: RunFolder, listed: ImageRecords, images: str, policy: str) -> ImageRecords:
+def keep_image_ids(run: RunFolder, listed: ImageRecords, images: str) -> ImageRecords:
     """Assign ids to listed images, the same as before in a resumed run, and write them to inputs.parquet.
 
     Args:
         run: the run folder, begun.
-        listed: the images as they are listed now, in order of their addresses, numbered from 1.
+        listed: the images as they are listed now, in order of their addresses, with ascending numbers.
         images: the folder, glob or file that they are listed from. If it was moved, files are identified by their
             paths below it.
-        policy: the run's policy; a run of an older version has its images in the policy's shards alone.
 
     Returns:
-        The images with their ids, in order of id.
+        The images with their ids, in order of id; in a new run these are the numbers.
     """
     folder, table = _folder_of(images), run.inputs()
-    known = run.finished(policy) if table is None else ImageRecords(table)
-    if table is not None:
-        begun_in = _metadata_value(table, _FOLDER, f"{run.uri}/inputs.parquet")
-        if begun_in != folder and not storage.exists(begun_in):
-            known = known.with_names([_moved(record.file_name, begun_in, folder) for record in known])
+    if table is None:
+        _write_inputs(run, listed, listed[:0], {_FOLDER: folder.encode()})
+        return listed
+    known = ImageRecords(table)
+    begun_in = _metadata_value(table, _FOLDER, f"{run.uri}/inputs.parquet")
+    if begun_in != folder and not storage.exists(begun_in):
+        known = known.with_names([_moved(record.file_name, begun_in, folder) for record in known])
     rows = pc.call_function("index_in", [listed.files], pc.SetLookupOptions(known.files)).to_numpy()
     is_known = ~np.isnan(rows)
     rows = rows[is_known].astype(np.int64)
     ids = listed.ids.copy()
-    in_place = np.array_equal(known.ids[rows], ids[is_known]) and not np.any(known.positions(ids[~is_known]) >= 0)
-    # In a new run, or in one of an older version whose folder is unchanged, the listed numbers are the ids.
-    if table is not None or not in_place:
-        unused = int(known.ids.max(initial=0)) + 1
-        ids[is_known] = known.ids[rows]
-        ids[~is_known] = np.arange(unused, unused + np.count_nonzero(~is_known))
-        listed = listed.with_ids(ids)
+    unused = int(known.ids.max(initial=0)) + 1
+    ids[is_known] = known.ids[rows]
+    ids[~is_known] = np.arange(unused, unused + np.count_nonzero(~is_known))
+    listed = listed.with_ids(ids)
     gone = known.take(np.isin(np.arange(len(known)), rows, invert=True))
     _write_inputs(run, listed, gone, {_FOLDER: folder.encode()})
     return listed.take(np.argsort(listed.ids, kind="stable"))

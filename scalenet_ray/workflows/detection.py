@@ -56,7 +56,7 @@ class DetectionRun:
     ) -> None:
         self._session, self._run, self._policy, self._images = session, run, policy, images
         self._networks, self._detector = networks, detector
-        self.records = keep_image_ids(run, images.images, images.source, policy.name)
+        self.records = keep_image_ids(run, images.images, images.source)
         self._log = ProgressLog(report, run)
         reads_features = session.call(networks.reads_features, [policy])
         factories = replace(_own_networks(networks, detector), reads_features=reads_features)
