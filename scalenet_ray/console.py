@@ -41,7 +41,8 @@ class LiveLine:
         """Show a progress. What begins or ends is always shown, and stays."""
         ends = progress.done == progress.total
         if sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            room = shutil.get_terminal_size().columns - 1
+            # What stays may be wrapped; what is written over may not.
+            room = None if ends else shutil.get_terminal_size().columns - 1
             sys.stdout.write(_TO_START_AND_ERASE + str(progress)[:room])
             sys.stdout.flush()
             self._shown = True

@@ -233,7 +233,7 @@ def test_a_terminal_shows_progress_in_one_line_that_other_lines_replace(monkeypa
     start = "\r\x1b[K"
     shown = f"{start}whole: 0/9 images, star{start}whole: 4/9 images, 0.5 "
     replaced = f"{start}a remark\n{start}whole: 4/9 images, 0.5 "
-    assert sys.stdout.getvalue() == f"{shown}{replaced}{start}whole: 9/9 images, 1.0 \nthe table\n"  # type: ignore[attr-defined]
+    assert sys.stdout.getvalue() == f"{shown}{replaced}{start}{DONE}\nthe table\n"  # type: ignore[attr-defined]
 
 
 def test_a_pipe_gets_whole_lines_not_too_often(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,7 +148,8 @@ def _file_column(files: Sequence[str]) -> pa.Array:
         return pa.array(files, pa.large_string())
     except UnicodeEncodeError as error:
         wrong = [repr(name) for name in files if not is_text(name)]
-        msg = f"names of files must be UTF-8, got {abbreviated(wrong)}: rename them"
+        remedy = "rename them" if sys.getfilesystemencoding() == "utf-8" else "set PYTHONUTF8=1, or rename them"
+        msg = f"names of files must be UTF-8, got {abbreviated(wrong)}: {remedy}"
         raise UserError(msg) from error
 
 
