@@ -24,6 +24,7 @@ from scalenet_ray.models.scale_net import ScaleHead, save_scale_head
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, NetworkSpec
 from scalenet_ray.report.pictures import SavedPictures
 from scalenet_ray.sample.scenes import write_sample
+from tests.bad_files import encoded
 from tests.job_scripts import load_job
 
 SAMPLE_NETWORKS = NetworkSpec(detector=SAMPLE_DETECTOR, scale_net=SAMPLE_SCALE_NET)
@@ -353,24 +354,29 @@ def test_a_crop_stays_in_the_run_folder_whatever_its_class_is(category: str, fol
         str(tmp_path / "run"), lambda record: pixels, {1: category}, pictures=False, crops=True, min_score=0.5
     )
     with saved:
-        saved.add(ImageRecord(3, "/in/a.jpg"), Detections([[0, 0, 4, 4]], [0.9], [1]))
+        saved.add(ImageRecord(3, "/in/a.jpg"), (8, 8), Detections([[0, 0, 4, 4]], [0.9], [1]))
     written = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.jpg")]
     assert written == [Path("run", "crops", folder, "000003-a-0.jpg")]
 
 
+@pytest.mark.parametrize(("now", "reason"), [(b"gone", ""), (encoded(np.zeros((9, 7, 3), np.uint8)), "is (9, 7)")])
 def test_a_picture_that_cannot_be_read_again_is_named(
-    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sample: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], now: bytes, reason: str
 ) -> None:
     job = detect_job(sample / "val2017", tmp_path / "run", limit=2, policy="whole")
     assert load_job("detect").main(job) == 0
     image = next(iter(sorted((sample / "val2017").iterdir())))
     data = image.read_bytes()
     try:
-        image.write_bytes(b"gone")
+        image.write_bytes(now)
         assert load_job("detect").main(replace(job, resume=True, save_images=True)) == 0
     finally:
         image.write_bytes(data)
-    assert f"pictures of 1 images could not be written, the first: {image}: " in capsys.readouterr().out
+    (line,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("pictures of 1 images could not")
+    ]
+    assert f"could not be written, the first: {image}: " in line
+    assert reason in line
     assert len(list((tmp_path / "run" / "pictures").iterdir())) == 1
 
 

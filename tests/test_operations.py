@@ -132,7 +132,7 @@ def test_an_image_that_is_given_up_is_a_line_of_the_log(tmp_path: Path, caplog: 
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     line = json.loads(JsonLines().format(record))
     about = {"policy": "watched", "image_id": BAD_IMAGE, "file": "3.jpg", "stage": "read", "reason": "not a picture"}
-    assert line.items() >= {**about, "level": "WARNING", "message": "image given up"}.items()
+    assert line.items() >= {**about, "level": "WARNING", "message": "image given up: 3.jpg: not a picture"}.items()
 
 
 def test_the_log_says_more_where_it_is_asked_to(

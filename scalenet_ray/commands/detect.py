@@ -120,10 +120,10 @@ def main(job: DetectImages) -> int:
         with saved:
             if run.resumed and (job.save_images or job.save_crops):
                 for stored in image_results(run, policy.name):
-                    saved.add(detection.records.by_id(stored.image_id), stored.detections)
+                    saved.add(detection.records.by_id(stored.image_id), stored.hw, stored.detections)
             for result in detection:
                 if result.failure is None:
-                    saved.add(detection.records.by_id(result.image_id), result.detections)
+                    saved.add(detection.records.by_id(result.image_id), result.image_hw, result.detections)
         document = detection.conclude(job.report_pictures)
     if job.csv:
         target = storage.join(run.uri, "detections.csv")

@@ -130,13 +130,13 @@ class SavedPictures:
         if error is None:
             self._collect(0)
 
-    def add(self, record: ImageRecord, detections: Detections) -> None:
-        """Write the pictures of an image with its detections, in image pixels; waits while many others wait."""
+    def add(self, record: ImageRecord, hw: tuple[int, int] | None, detections: Detections) -> None:
+        """Write the pictures of an image of (height, width) with its detections; waits while many others wait."""
         if not (self._pictures or self._crops):
             return
         self._collect(_MOST_WAITING)
         found = detections[detections.scores >= self._min_score]
-        self._waiting.append((record.file_name, self._pool.submit(self._write, record, found)))
+        self._waiting.append((record.file_name, self._pool.submit(self._write, record, hw, found)))
 
     def _collect(self, most: int) -> None:
         """Wait until at most so many images wait."""
@@ -147,7 +147,7 @@ class SavedPictures:
             except (TileError, OSError) as error:
                 self.failed.append((file, error.reason if isinstance(error, TileError) else str(error)))
 
-    def _write(self, record: ImageRecord, found: Detections) -> None:
+    def _write(self, record: ImageRecord, hw: tuple[int, int] | None, found: Detections) -> None:
         stem = record.file_name.rpartition("/")[2].rpartition(".")[0] or record.file_name
         name = f"{record.image_id:06d}-{stem}"
         picture = storage.join(self._run_uri, "pictures", f"{name}.jpg")
@@ -161,6 +161,9 @@ class SavedPictures:
         if not (draws or cuts):
             return
         image = self._open_image(record)
+        if image.shape[:2] != hw:
+            msg = f"the image is another one by now: its (height, width) was {hw}, is {image.shape[:2]}"
+            raise TileError(msg)
         if cuts:
             for uri, box in zip(crops, found.boxes.tolist(), strict=True):
                 _write_jpeg(uri, Image.fromarray(crop(image, box)))

@@ -314,6 +314,8 @@ def _log(result: ImageResult, policy: str, records: ImageRecords) -> None:
     about = {"policy": policy, "image_id": result.image_id, "file": file}
     if result.failure is not None:
         stage, reason = result.failure
-        _LOG.warning("image given up", extra={"fields": {**about, "stage": stage, "reason": reason}})
+        _LOG.warning(
+            "image given up: %s: %s", file, reason, extra={"fields": {**about, "stage": stage, "reason": reason}}
+        )
     if result.guards:
         _LOG.debug("limits acted", extra={"fields": {**about, "guards": result.guards}})
