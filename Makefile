@@ -6,13 +6,15 @@ BIN := .venv/bin
 LIGHT := .venv/.light
 STAMP := .venv/.installed
 PEERS := .venv/peers
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
 .PHONY: setup demo test test-slow test-all check bench docs format lock
 
 setup: $(STAMP)
 
-# Built anew when what is installed, or how, has changed. Its versions are those of requirements.txt.
+# Built anew when what is installed, or how, has changed. Its versions are those of requirements.txt. Most of its modules
+# the demo never imports: each is compiled when it is.
 $(LIGHT): requirements-demo.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "scalenet_ray needs Python 3.11 or newer, got $$($(PYTHON) --version 2>&1):" \
@@ -20,20 +22,20 @@ $(LIGHT): requirements-demo.txt pyproject.toml
 		exit 1; }
 	@echo "Building .venv: the core and Ray, a minute or two, about 1 GB."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-demo.txt
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(PIP) --no-compile --require-hashes -r requirements-demo.txt
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(STAMP): $(LIGHT) requirements.txt
 	@echo "Adding torch, training and development tools to .venv: some minutes, about 7 GB in all."
-	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.txt
+	$(PIP) --require-hashes -r requirements.txt
 	@touch $@
 
 # The whole path on the embedded sample, from images to AP and a report: small scenes on Ray, then large ones in one
 # process. One thread: on two cores shared with others, two took twice as long.
 demo: $(LIGHT)
 	$(BIN)/python jobs/eval_coco.py --policies whole grid-2 regions scalenet oracle
-	OMP_NUM_THREADS=1 $(BIN)/python jobs/eval_coco.py --split large2017 --engine local --smallest-object 12 \
+	OMP_NUM_THREADS=1 $(BIN)/python jobs/eval_coco.py --split large2017 --limit 4 --engine local --smallest-object 12 \
 		--policies whole slices@192 regions regions-oracle
 
 # Two processes of one thread each; the files whose tests share one Ray go to one of them, and start first.
