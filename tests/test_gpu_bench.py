@@ -18,24 +18,9 @@ from bench.gpu_engine import gpu_figures
 from bench.gpu_networks import TOY, VARIANTS, Setup, compare, cuda_products
 from scalenet_ray.models.spec import SAMPLE_DETECTOR_WEIGHTS
 
-SINGLE_PROCESS = ("recursion", "networks", "steps")
-
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_without_time_each_part_measures_its_first_figure_alone(tmp_path: Path) -> None:
-    job = GpuBench(device="cpu", minutes=0.0, parts=SINGLE_PROCESS, output=tmp_path / "figures.jsonl")
-    assert main(job) == 0
-    machine, *figures = lines_of(job.output)
-    assert machine["device"] == "cpu"
-    assert machine["torch"] == torch.__version__
-    assert [row["part"] for row in figures] == list(SINGLE_PROCESS)
-    assert [row["variant"] for row in figures] == ["whole", "tf32", "tf32"]
-    assert figures[0]["images/s in the paper"] == 6.9
-    for row in figures:
-        assert row["over whole" if row["part"] == "recursion" else "over tf32"]["median"] > 0
 
 
 @pytest.mark.ray
