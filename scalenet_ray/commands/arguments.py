@@ -21,13 +21,9 @@ from scalenet_ray.core.errors import UserError
 
 Job = TypeVar("Job")
 
-
 Spec = PrimitiveConstructorSpec[Any] | UnsupportedTypeAnnotationError | None
 
-
 _NONE = "none"
-
-
 _NUMBERS: dict[type, str] = {int: "a whole number", float: "a number"}
 
 
@@ -47,7 +43,10 @@ def parse_arguments(
         arguments: the words of the command line; those of this process by default.
         program: its name in the help; the script's by default.
     """
-    job = tyro.cli(kind, args=arguments, prog=program, registry=_registry())
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_number)
+    registry.primitive_rule(_or_none)
+    job = tyro.cli(kind, args=arguments, prog=program, registry=registry)
     try:
         check_arguments(job)
     except UserError as error:
@@ -84,14 +83,6 @@ def _metadata(hint: Any) -> Iterator[Any]:
         yield from hint.__metadata__
     for part in get_args(hint):
         yield from _metadata(part)
-
-
-def _registry() -> ConstructorRegistry:
-    """Registry of tyro with our parsing of numbers and of optional values."""
-    registry = ConstructorRegistry()
-    registry.primitive_rule(_number)
-    registry.primitive_rule(_or_none)
-    return registry
 
 
 _TEXT = PrimitiveConstructorSpec[Any](

@@ -97,7 +97,12 @@ class PictureTask:
         """
         dataset = None if self.annotations is None else read_annotations(self.annotations)
         ids = {record.image_id for record, _ in chosen}
-        boxes, before = self._boxes(ids), self._before(ids)
+        run, names = RunFolder(self.run_uri), [policy.name for policy, _ in self.policies]
+        boxes = {name: dict.fromkeys(ids, Detections.empty()) | detections_of(run, name, ids) for name in names}
+        if self.compared_with is None:
+            before = {name: whole_passes_of(run, name, ids) for name in names}
+        else:
+            before = dict.fromkeys(names, boxes[self.compared_with])
         pictures: list[dict[str, Any]] = []
         opened: list[tuple[ImageRecord, AnyImage | None]] = []
         held, left = 0, _MAX_BYTES
@@ -128,22 +133,6 @@ class PictureTask:
         for policy, networks in self.policies:
             self._look(policy, networks, opened, pictures)
         return pictures
-
-    def _boxes(self, ids: set[int]) -> dict[str, _ByImage]:
-        """Return policy -> image id -> detections, for all of the given images."""
-        run = RunFolder(self.run_uri)
-        return {
-            policy.name: dict.fromkeys(ids, Detections.empty()) | detections_of(run, policy.name, ids)
-            for policy, _ in self.policies
-        }
-
-    def _before(self, ids: set[int]) -> dict[str, _ByImage]:
-        """Return policy -> image id -> the detections compared with, for those of the given images that have any."""
-        if self.compared_with is not None:
-            base = self._boxes(ids)[self.compared_with]
-            return {policy.name: base for policy, _ in self.policies}
-        run = RunFolder(self.run_uri)
-        return {policy.name: whole_passes_of(run, policy.name, ids) for policy, _ in self.policies}
 
     def _look(
         self,
