@@ -164,7 +164,7 @@ def run_job(main: Callable[[Job], int], job: Job) -> None:
 
 
 class _StopSignal(KeyboardInterrupt):
-    """Raised in the main thread by a signal that asks the job to stop; by its number."""
+    """Raised in the main thread by a signal that asks the job to stop; `number` is the signal's."""
 
     def __init__(self, number: int) -> None:
         super().__init__()

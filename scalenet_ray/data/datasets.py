@@ -78,7 +78,7 @@ class Layout:
         return self.form == "yolo" or self.listed is not None or _SPLIT in self.annotations
 
     def read(self, split: str) -> CocoDataset:
-        """Read and validate the annotations of a split; raises `UserError` that names the file, and the line."""
+        """Read and validate the annotations of a split; raises `UserError` that names the file, and mostly the line."""
         if self.form == "coco":
             return read_annotations(self.annotations_of(split))
         return parse_annotations(_READERS[self.form](self, split)[0], self.annotations_of(split))

@@ -52,7 +52,7 @@ _KEYS = (
 
 
 def render_report(document: Metrics, details: ReportDetails) -> str:
-    """Render the report of a run: its metrics.json, and the other inputs."""
+    """Render the report of a run by its metrics.json and the other inputs: HTML, self-contained in one file."""
     policies = document["policies"]
     measured = any(is_known(row.get("AP_small")) for row in policies.values())
     winner = winner_of(policies)
