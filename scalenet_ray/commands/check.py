@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from scalenet_ray.commands.data_flags import AnnotatedData
 from scalenet_ray.console import say
 from scalenet_ray.core.answers import MOST_FAILED
 from scalenet_ray.core.bounds import MEGAPIXELS
@@ -38,7 +39,7 @@ _SCENE = 7
 
 
 @dataclass(frozen=True)
-class CheckInputs:
+class CheckInputs(AnnotatedData):
     """Look closely at one detector; or try the data, networks and policies of a run, as eval and detect do before it.
 
     With NAME: the detector is tried on an image, on --device, and what is wrong with it is said; the exit status is 1
@@ -49,9 +50,6 @@ class CheckInputs:
         name: kind:what of the detector to look at; see --detector.
         image: an image that shows its classes, a local path or a store's address; by default a scene of the embedded
             sample, in which few detectors find anything.
-        data: a folder in the layout of COCO (SPLIT/ and annotations/instances_SPLIT.json), VOC or VisDrone, or a YOLO
-            data.yaml; as for eval.
-        annotations: in place of --data, with --images: an instances file, or a folder of label files; as for eval.
         split: the split of --data or --annotations.
         images: folder of the images of --annotations; or a folder, a glob (quoted), a prefix in a store, or a Parquet
             file with a column uri or path, as for detect.
@@ -62,8 +60,6 @@ class CheckInputs:
 
     name: Annotated[str | None, tyro.conf.Positional] = None
     image: Annotated[str | None, tyro.conf.Positional] = None
-    data: str | None = None
-    annotations: str | None = None
     split: str = "val2017"
     images: str | None = None
     policies: tuple[str, ...] | None = None
@@ -80,7 +76,7 @@ def main(job: CheckInputs) -> int:
     if job.data is not None and job.images is not None:
         msg = f"check takes --data or --images, got {job.data} and {job.images}: leave one out"
         raise UserError(msg)
-    if job.data is None and job.images is None and job.annotations is None:
+    if job.is_sample:
         data, networks = sample_inputs(job.networks)
         if job.networks.detector is None:
             job = replace(job, data=data, networks=networks)
@@ -92,9 +88,7 @@ def main(job: CheckInputs) -> int:
         images = open_split(
             session,
             job.split,
-            data=job.data,
-            annotations=job.annotations,
-            images=job.images,
+            **job.named(),
             limit=None,
             max_megapixels=job.max_image_megapixels,
             networks=job.networks,

@@ -80,13 +80,6 @@ def _s3() -> AbstractFileSystem:
     return store
 
 
-def _object_store(scheme: str) -> AbstractFileSystem:
-    """Return the file system of Google Cloud Storage or Azure."""
-    with needs_extra(_EXTRAS[scheme]):
-        from obstore.fsspec import FsspecStore
-    return cast(Any, FsspecStore)(scheme, client_options=_OBJECT_TIMEOUTS, retry_config=_OBJECT_RETRIES)
-
-
 def _other_store(scheme: str) -> AbstractFileSystem:
     """Return the file system of another scheme, to read only."""
     if scheme not in fsspec.available_protocols():
@@ -120,7 +113,10 @@ def locate(uri: Address) -> tuple[AbstractFileSystem, str]:
     if scheme == "s3":
         return _s3(), rest
     if scheme in _OBJECT_SCHEMES:
-        return _object_store(_OBJECT_SCHEMES[scheme]), rest
+        kind = _OBJECT_SCHEMES[scheme]
+        with needs_extra(_EXTRAS[kind]):
+            from obstore.fsspec import FsspecStore
+        return cast(Any, FsspecStore)(kind, client_options=_OBJECT_TIMEOUTS, retry_config=_OBJECT_RETRIES), rest
     store = _other_store(scheme)
     return store, cast(str, store._strip_protocol(text))
 
