@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -126,6 +128,19 @@ def test_a_folder_that_may_not_be_written_says_so(tmp_path: Path, monkeypatch: p
 
 
 # --- on S3 --------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_that_does_not_fit_the_disk_is_named_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    wanted = r"No space left on device: '.*/run/driver\.lock'"
+    with pytest.raises(OSError, match=wanted), lock_run(str(tmp_path / "run"), take_over=False):
+        pass
+    assert not any((tmp_path / "run").iterdir())
 
 
 def test_a_dead_drivers_lock_on_s3_is_taken_over_by_resume_alone(s3_bucket: str) -> None:

@@ -100,8 +100,14 @@ def _lock_file(uri: str, path: str) -> int:
             raise OSError(msg) from None
         # The last holder may have deleted the file between its opening and its locking here.
         if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
-            os.truncate(handle, 0)
-            os.write(handle, _content(uuid4().hex, 0))
+            try:
+                os.truncate(handle, 0)
+                os.write(handle, _content(uuid4().hex, 0))
+            except OSError as error:
+                os.unlink(path)
+                os.close(handle)
+                error.filename = path
+                raise
             return handle
         os.close(handle)
 
