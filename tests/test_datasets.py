@@ -166,7 +166,7 @@ def test_an_instances_file_may_lie_anywhere(tmp_path: Path):
     layout = find_layout("test", annotations=f"{tmp_path}/labels/{{split}}.json", images=f"{tmp_path}/{{split}}/png")
     assert layout.images_of("test") == f"{tmp_path}/test/png"
     assert layout.open("test").instances is None
-    assert len(layout.open("test").listing.images) == 1
+    assert len(layout.open("test").images) == 1
     assert layout.tells_splits_apart
     assert not find_layout("test", annotations=f"{tmp_path}/labels/test.json", images="x").tells_splits_apart
 
@@ -263,7 +263,7 @@ def test_an_image_that_a_split_lists_twice_is_refused(tmp_path: Path):
 
 def test_images_without_a_label_file_have_no_objects_and_are_counted(tmp_path: Path):
     for data in (write_yolo(tmp_path / "y"), write_voc(tmp_path / "v"), write_visdrone(tmp_path / "d")):
-        listing = find_layout("val", data=data).open("val").listing
+        listing = find_layout("val", data=data).open("val")
         assert len(listing.images) == 3
         assert "images without a label file, which have no objects: 1" in listing.remarks
 
@@ -278,7 +278,7 @@ def test_labels_in_another_place_are_not_taken_for_images_without_objects(tmp_pa
 def test_a_bad_image_costs_itself_alone(tmp_path: Path):
     uri = write_yolo(tmp_path)
     (tmp_path / "images" / "val" / "a.png").write_bytes(b"no image")
-    listing = find_layout("val", data=uri).open("val").listing
+    listing = find_layout("val", data=uri).open("val")
     assert [record.hw for record in listing.images] == [None, HW, HW]
     assert "images that cannot be read: 1" in listing.remarks
     assert len(find_layout("val", data=uri).read("val").labels) == 1

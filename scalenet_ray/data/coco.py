@@ -253,12 +253,16 @@ def read_annotations(uri: Address) -> CocoDataset:
 
 
 class Listing(NamedTuple):
-    """The fields of `CocoDataset` that a driver needs: all but the objects."""
+    """The fields of `CocoDataset` that a driver needs: all but the objects.
+
+    `instances` is an instances file with all; None if the annotations are one already.
+    """
 
     images: ImageRecords
     categories: dict[int, str]
     unused_categories: frozenset[int]
     remarks: tuple[str, ...]
+    instances: bytes | None = None
 
 
 def images_and_categories(uri: Address) -> Listing:

@@ -33,13 +33,6 @@ _THREADS = 16
 _MAX_BYTES = 2**26
 
 
-class OpenedSplit(NamedTuple):
-    """A split that has been read; its annotations as a COCO instances file, None if they are one already."""
-
-    listing: Listing
-    instances: bytes | None
-
-
 class _Labelled(NamedTuple):
     """An image of a data set that is not COCO's: (height, width) or None if unreadable; None without label file."""
 
@@ -83,7 +76,7 @@ class Layout:
             return read_annotations(self.annotations_of(split))
         return parse_annotations(_READERS[self.form](self, split)[0], self.annotations_of(split))
 
-    def open(self, split: str) -> OpenedSplit:
+    def open(self, split: str) -> Listing:
         """Read a split for a run: its listing, and what is to be written where it is not COCO's; raises as `read`."""
         if self.form == "coco":
             dataset, instances, remarks = self.read(split), None, ()
@@ -91,8 +84,8 @@ class Layout:
             document, remarks = _READERS[self.form](self, split)
             dataset = parse_annotations(document, self.annotations_of(split))
             instances = json.dumps(document).encode()
-        listing = Listing(dataset.images, dataset.categories, dataset.unused_categories, (*remarks, *dataset.remarks))
-        return OpenedSplit(listing, instances)
+        remarks = (*remarks, *dataset.remarks)
+        return Listing(dataset.images, dataset.categories, dataset.unused_categories, remarks, instances)
 
     def in_coco_form(self, splits: Sequence[str], folder: str) -> Layout:
         """The same data set with instances files, which are written into `folder` unless it has them already."""

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from scalenet_ray.data import storage
 from scalenet_ray.data.categories import CategoryChoice, ChosenCategories, choose_categories, with_chosen
-from scalenet_ray.data.coco import parse_annotations
-from scalenet_ray.data.datasets import Layout, OpenedSplit, find_layout
+from scalenet_ray.data.coco import Listing, parse_annotations
+from scalenet_ray.data.datasets import Layout, find_layout
 from scalenet_ray.data.image_records import ImageRecords, OpenImage
 from scalenet_ray.data.listings import FoundImages, find_images
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, DetectorInfo, NetworkSpec
@@ -94,8 +94,7 @@ def open_split(
         UserError: if they are in none of the known forms; or as `choose_categories`.
     """
     layout: Layout = session.call(partial(find_layout, split, data=data, annotations=annotations, images=images))
-    opened: OpenedSplit = session.call(layout.open, split)
-    found = opened.listing
+    found: Listing = session.call(layout.open, split)
     read = CocoSplit(
         source=layout.annotations_of(split),
         folder=layout.images_of(split),
@@ -104,7 +103,7 @@ def open_split(
         max_pixels=round(max_megapixels * 1e6),
         categories=found.categories,
         unused_categories=found.unused_categories,
-        instances=opened.instances,
+        instances=found.instances,
     )
     if not choice.is_made:
         return read
