@@ -296,6 +296,16 @@ def test_pictures_and_videos_that_are_not_read_are_counted(tmp_path: Path):
     assert found.remarks == ("2 files skipped: .avif is not read", "1 files skipped: .mp4 is not read beside images")
 
 
+def test_pictures_of_runs_are_not_images(tmp_path: Path):
+    run = ("run/config.yaml", "run/inputs.parquet", "run/pictures/1-a.jpg")
+    for name in (*run, "a.jpg", "running/config.yaml", "running/b.jpg"):
+        write_bytes_atomic(tmp_path / name, b"")
+    found = find_images(tmp_path)
+    assert found.records.files.to_pylist() == [f"{tmp_path}/a.jpg", f"{tmp_path}/running/b.jpg"]
+    assert found.remarks == (f"1 run folders are not listed: {tmp_path}/run",)
+    assert len(find_images(tmp_path / "run" / "pictures").records) == 1
+
+
 def test_a_link_to_a_folder_is_named(tmp_path: Path):
     write_bytes_atomic(tmp_path / "photos" / "a.jpg", b"")
     write_bytes_atomic(tmp_path / "in" / "sub" / "b.jpg", b"")

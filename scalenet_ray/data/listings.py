@@ -28,14 +28,17 @@ def find_images(uri: Address) -> FoundImages:
     """List the images of a folder, a glob, an S3 prefix, a video, or a Parquet file with a column `uri` or `path`.
 
     Args:
-        uri: folders are listed with their subfolders; in a folder without images, Parquet files are read as one list of
-            addresses, or videos as their frames. Relative paths in a Parquet file are relative to its folder.
+        uri: folders are listed with their subfolders, except run folders; in a folder without images, Parquet files are
+            read as one list of addresses, or videos as their frames. Relative paths in a Parquet file are relative to
+            its folder.
 
     Raises:
         FileNotFoundError: if there is no such folder or file.
         UserError: if it contains no image, a Parquet file has no such column, or a video is not one that is decoded.
     """
     files = list_files(uri)
+    runs = _run_folders(files)
+    files = [name for name in files if not name.startswith(tuple(f"{run}/" for run in runs))]
     names = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     others = (*OTHER_SUFFIXES, *VIDEO_SUFFIXES)
     skipped = Counter(name[name.rindex(".") :].lower() for name in files if name.lower().endswith(others))
@@ -49,6 +52,8 @@ def find_images(uri: Address) -> FoundImages:
         f"{count} files skipped: {suffix} is not read{' beside images' if suffix in VIDEO_SUFFIXES else ''}"
         for suffix, count in sorted(skipped.items())
     ]
+    if runs:
+        remarks.append(f"{len(runs)} run folders are not listed: {abbreviated(runs)}")
     if links := linked_folders(uri):
         remarks.append(f"{len(links)} links to folders are not followed: {abbreviated(links)}")
     if not names:
@@ -57,6 +62,13 @@ def find_images(uri: Address) -> FoundImages:
         msg = f"{uri} must hold at least one image ({wanted}), {got}: {remedy}"
         raise UserError(msg)
     return FoundImages(ImageRecords.listed(sorted(names)), tuple(remarks))
+
+
+def _run_folders(files: Sequence[str]) -> list[str]:
+    """Folders of runs among the listed files, whose pictures and crops are no images of a run to come."""
+    there = set(files)
+    folders = (name.removesuffix("/inputs.parquet") for name in files if name.endswith("/inputs.parquet"))
+    return [folder for folder in folders if f"{folder}/config.yaml" in there]
 
 
 def _refuse_repeated(names: Sequence[str], where: str) -> None:
