@@ -17,6 +17,7 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10 as CIFAR10_FILES
 
+from scalenet_ray.commands.arguments import check_arguments
 from scalenet_ray.core.geometry import Tile
 from scalenet_ray.core.scale import ScaleMap
 from scalenet_ray.core.windows import top_k_mean
@@ -341,4 +342,4 @@ def test_jobs_refuse_to_choose_on_the_test_set(name: str, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="which the test set must not: add --held-out"):
         module.main(cls(data=str(tmp_path), ablation=True, output=str(tmp_path / "run")))
     with pytest.raises(ValueError, match="--seeds must be 1 or more, got 0"):
-        module.main(cls(data=str(tmp_path), seeds=0, output=str(tmp_path / "run")))
+        check_arguments(cls(data=str(tmp_path), seeds=0))

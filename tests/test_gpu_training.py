@@ -23,10 +23,9 @@ from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 from scalenet_ray.sample.scenes import write_sample
 from scalenet_ray.training.detector_recipe import plan_fine_tuning
 from scalenet_ray.training.examples import TrainingImages
-from scalenet_ray.training.head_recipe import HeadRecipe
 from scalenet_ray.training.losses import focal_loss, masked_mse
 from scalenet_ray.training.recipe import Batch, Recipe, clip_and_step, forward_backward
-from scalenet_ray.training.scale_recipe import CLASS_WEIGHTS, ScaleRecipe
+from scalenet_ray.training.scale_recipe import CLASS_WEIGHTS, HeadRecipe, ScaleRecipe
 from tests.devices import DEVICES
 
 

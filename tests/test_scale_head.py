@@ -33,8 +33,7 @@ from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_SCALE_NET, SAMPLE_S
 from scalenet_ray.models.weights import load_weights, save_weights
 from scalenet_ray.sample.scenes import SAMPLE_CATEGORIES, make_scene, write_sample
 from scalenet_ray.training.examples import TrainingImages
-from scalenet_ray.training.head_recipe import HeadRecipe
-from scalenet_ray.training.scale_recipe import load_encoder_weights
+from scalenet_ray.training.scale_recipe import HeadRecipe, load_encoder_weights
 from tests.job_scripts import load_job
 from tests.oracles import PerfectDetector, tile_of
 

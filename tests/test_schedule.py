@@ -85,10 +85,3 @@ def test_a_set_smaller_than_a_batch_is_gone_through_more_than_once() -> None:
 def test_nothing_to_train_on_says_what_to_do() -> None:
     with pytest.raises(ValueError, match="at least one image, got 0: check the split and the limit"):
         Epochs(0, 5, 4, 1, seed=0)
-
-
-@pytest.mark.parametrize("batch_size", [0, 5])
-def test_a_batch_that_cannot_be_shared_out_is_refused(batch_size: int) -> None:
-    message = f"batch_size must be a multiple of the workers, got {batch_size} for 2"
-    with pytest.raises(ValueError, match=message):
-        Epochs(9, 5, batch_size, 2, seed=0)

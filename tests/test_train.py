@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scalenet_ray.commands.arguments import check_arguments
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.data import storage
 from scalenet_ray.engine import train as driver
@@ -273,11 +274,11 @@ def test_a_report_with_a_bug_ends_the_run_with_it() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"workers": 0}, "workers must be 1 or more, got 0"),
-        ({"keep": 0}, "keep must be 1 or more, got 0"),
-        ({"learning_rate": 0.0}, r"learning_rate must be above 0, got 0\.0"),
-        ({"clip_norm": -1.0}, r"clip_norm must be above 0, got -1\.0"),
-        ({"max_restarts": -1}, r"max_restarts and gpus_per_worker must be 0 or more, got -1, 0\.0"),
+        ({"workers": 0}, "--workers must be 1 or more, got 0"),
+        ({"keep": 0}, "--keep must be 1 or more, got 0"),
+        ({"learning_rate": 0.0}, r"--learning-rate must be a number above 0, got 0\.0"),
+        ({"clip_norm": -1.0}, r"--clip-norm must be a number above 0, got -1\.0"),
+        ({"max_restarts": -1}, "--max-restarts must be a number of 0 or more, got -1"),
         (
             {"workers": 2, "accumulate": 3},
             "batch_size must be a multiple of 2 workers x 3 parts, got 16: change one of them",
@@ -286,7 +287,7 @@ def test_a_report_with_a_bug_ends_the_run_with_it() -> None:
 )
 def test_a_training_out_of_range_is_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Training(**wrong)
+        check_arguments(Training(**wrong))
 
 
 # --- the job --------------------------------------------------------------------------------------------------

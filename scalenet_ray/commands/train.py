@@ -23,9 +23,8 @@ from scalenet_ray.models.spec import SAMPLE_DETECTOR, NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.sample.scenes import SAMPLE
 from scalenet_ray.training.examples import TrainingImages
-from scalenet_ray.training.head_recipe import HeadRecipe
 from scalenet_ray.training.log import TrainingLog
-from scalenet_ray.training.scale_recipe import ScaleRecipe
+from scalenet_ray.training.scale_recipe import HeadRecipe, ScaleRecipe
 from scalenet_ray.training.schedule import Training
 
 CLASS_PRESETS = tuple(name for name, config in PRESETS.items() if config.kind == "classes")

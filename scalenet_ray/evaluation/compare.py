@@ -145,11 +145,11 @@ def found_and_lost(before: Explained, after: Explained, shown_score: float) -> t
 def gained_and_lost(
     before: Sequence[Explained], after: Sequence[Explained], categories: Mapping[int, str], shown_score: float
 ) -> Changes:
-    """Count the objects gained and lost over all images.
+    """Count the objects gained and lost over all images, the same ones in the same order under two policies.
 
     Args:
         before: the images under the baseline policy.
-        after: the same images, in the same order, under another policy.
+        after: the images under another policy.
         categories: id -> name.
         shown_score: minimum score of the detection of a found object.
 

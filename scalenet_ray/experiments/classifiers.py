@@ -84,16 +84,7 @@ def _vgg11(in_channels: int, classes: int, width: float) -> nn.Module:
 
 
 def classifier_loss(kind: str, scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Margin loss for "capsnet", cross-entropy for all others.
-
-    Args:
-        kind: see `build_classifier`.
-        scores: [B, classes] float, output of the classifier.
-        labels: [B] int in 0..classes - 1.
-
-    Returns:
-        Scalar, the mean over images.
-    """
+    """Margin loss for "capsnet", cross-entropy for all others, of scores [B, classes] and labels [B], a scalar."""
     return margin_loss(scores, labels) if kind == "capsnet" else functional.cross_entropy(scores, labels.long())
 
 
@@ -152,9 +143,7 @@ class CapsNet(nn.Module):
 def margin_loss(lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Margin loss: margin 0.9 for the correct class, 0.1 at half the weight for others (Sabour et al., equation 4).
 
-    Args:
-        lengths: [B, classes] float in 0..1.
-        labels: [B] int in 0..classes - 1.
+    `lengths` are [B, classes] in 0..1, `labels` [B].
     """
     correct = functional.one_hot(labels.long(), lengths.shape[1]).bool()
     present, absent = functional.relu(_MARGIN_PRESENT - lengths) ** 2, functional.relu(lengths - _MARGIN_ABSENT) ** 2

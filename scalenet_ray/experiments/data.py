@@ -15,16 +15,14 @@ from torchvision.datasets import CIFAR10, MNIST
 
 from scalenet_ray.core.errors import UserError
 
-Resampling = Literal["bicubic", "bilinear", "area", "nearest", "bicubic-aliased", "bilinear-aliased"]
-"""Resampling filters. The first three are Pillow's and antialiased; the others are not."""
+Resampling = Literal["bicubic", "bilinear", "nearest", "bilinear-aliased"]
+"""Resampling filters. The first two are Pillow's and antialiased; the others are not."""
 
 _PILLOW = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
-    "area": Image.Resampling.BOX,
     "nearest": Image.Resampling.NEAREST,
 }
-_OPENCV = {"bicubic-aliased": cv2.INTER_CUBIC, "bilinear-aliased": cv2.INTER_LINEAR}
 
 _SKLEARN_SIDE = 28
 _SKLEARN_TEST_EVERY = 3
@@ -105,8 +103,8 @@ def resized(picture: np.ndarray, side: int, method: Resampling = "bicubic") -> n
     """Resample a square image [s, s, 3] uint8 to [side, side, 3]; returns the input itself if it has that size."""
     if picture.shape[:2] == (side, side):
         return picture
-    if method in _OPENCV:
-        return cv2.resize(picture, (side, side), interpolation=_OPENCV[method])
+    if method == "bilinear-aliased":
+        return cv2.resize(picture, (side, side), interpolation=cv2.INTER_LINEAR)
     return np.asarray(Image.fromarray(picture).resize((side, side), _PILLOW[method]))
 
 

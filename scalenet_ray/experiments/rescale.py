@@ -83,13 +83,10 @@ def rescale_canvases(
     """Rescale each image until its predicted scale is in range.
 
     Args:
-        pictures: N square images, [s, s, 3] uint8 each, of any sizes.
+        pictures: square images, [s, s, 3] uint8 each, of any sizes.
         recursion: see `canvas_recursion`.
         rules: choice of sizes.
         predict_scale: Scale Net or an oracle: the scale at each pixel of the object, 0 elsewhere.
-
-    Returns:
-        N results in the order of `pictures`.
 
     Raises:
         TileError: if the network returns NaN.

@@ -65,7 +65,7 @@ class CanvasOptions:
         resume: continue the run in the output folder.
     """
 
-    seeds: int = 3
+    seeds: Annotated[int, ONE_OR_MORE] = 3
     held_out: int = 0
     ablation: bool = False
     train_limit: Annotated[int, ONE_OR_MORE] | None = None
@@ -89,11 +89,8 @@ def run_experiment(
         width: channel multiplier of the first classifier; by default the domain's.
 
     Raises:
-        UserError: if `seeds` is below 1, or an ablation would use the test set.
+        UserError: if an ablation would use the test set.
     """
-    if options.seeds < 1:
-        msg = f"--seeds must be 1 or more, got {options.seeds}"
-        raise UserError(msg)
     if options.ablation and not options.held_out:
         msg = "--ablation chooses settings, which the test set must not: add --held-out, e.g. --held-out 5000"
         raise UserError(msg)

@@ -37,16 +37,13 @@ class Task:
 def run_tasks(
     tasks: Sequence[Task], run: RunFolder, say: Callable[[str], None], *, gpus: float = 0.0
 ) -> dict[str, dict[str, Any]]:
-    """Run the tasks without an outcome in the run folder, in parallel on Ray.
+    """Run the tasks without an outcome in the run folder in parallel on Ray; returns outcomes by name, in their order.
 
     Args:
         tasks: tasks, started in this order where dependencies allow.
         run: run folder.
         say: called with each line of progress.
         gpus: GPUs per task; a share such as 0.25 lets four tasks use one.
-
-    Returns:
-        Outcomes by task name, in the order of the tasks.
 
     Raises:
         UserError: if a task raised it; finished tasks stay done.

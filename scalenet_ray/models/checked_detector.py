@@ -160,7 +160,7 @@ class MappedDetector(CheckedDetector):
     If `categories` equal the detector's, labels are not mapped, since two of its classes may have the same name.
 
     Args:
-        detector: the frozen detector.
+        detector: the detector.
         categories: category id of the data set -> name.
         unused: ids of categories without an annotation, which the detector may lack.
         name: name of the detector in messages; None for the name of its class.

@@ -54,7 +54,7 @@ def diagnose(load: Load, name: str, image: np.ndarray, *, score_threshold: float
         name: name of the detector in messages.
         image: [h, w, 3] uint8 RGB.
         score_threshold: minimum score of a detection.
-        device: name of the device on which it runs.
+        device: name of the device.
 
     Raises:
         UserError: if an attribute of the detector is invalid, or as `load` does.

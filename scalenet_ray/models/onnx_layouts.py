@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,10 @@ class Found(NamedTuple):
     classes: np.ndarray
 
 
+Decode = Callable[[Sequence[np.ndarray], HW, float], Found]
+"""(outputs of one tile without the batch axis, (height, width) of the canvas, minimum score) -> boxes."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The outputs of a kind of network.
@@ -35,7 +39,6 @@ class Layout:
         family: the networks that are exported so.
         shapes: the outputs, in words.
         outputs: positions of the outputs that `decode` takes, in its order.
-        decode: (outputs of one tile without the batch axis, (height, width) of the canvas, minimum score) -> boxes.
         classes: number of classes; None if the outputs do not show it.
         on_cells: True if there is a row for each cell, so that boxes off their cells show a grid of another size.
         suppressed: True if the network's boxes need no NMS.
@@ -51,7 +54,7 @@ class Layout:
     family: str
     shapes: str
     outputs: tuple[int, ...]
-    decode: Callable[[Sequence[np.ndarray], HW, float], Found]
+    decode: Decode
     classes: int | None = None
     on_cells: bool = False
     suppressed: bool = False
@@ -112,34 +115,25 @@ def _of_rows(output: np.ndarray, canvas: HW) -> Layout | None:
     first = output[0].astype(np.float64)
     rows, columns = first.shape
     if rows > 4 and (cells := _cells(columns, canvas, 1)) is not None and _slope(first[:2].T, cells) > _FOLLOWS:
-        shapes = f"[batch, {rows}, cells]"
-        return Layout("YOLOv8, 11 or 12", shapes, (0,), _decode_columns, classes=rows - 4, on_cells=True)
+        return _on_cells("YOLOv8, 11 or 12", f"[batch, {rows}, cells]", _decode_columns, rows - 4)
     if columns == 6 and (first[:, 5] == np.round(first[:, 5])).all():
         return _of_best(first)
     if columns > 5 and (cells := _cells(rows, canvas, 3)) is not None and _slope(first[:, :2], cells) > _FOLLOWS:
-        return Layout(
-            "YOLOv5 or 7", f"[batch, 3 x cells, {columns}]", (0,), _decode_rows, classes=columns - 5, on_cells=True
-        )
+        return _on_cells("YOLOv5 or 7", f"[batch, 3 x cells, {columns}]", _decode_rows, columns - 5)
     if columns > 5 and (cells := _cells(rows, canvas, 1)) is not None and _slope(first[:, :2], cells) > _FOLLOWS:
         family = "YOLOv6" if (first[:, 4] == 1).all() else DECODED_YOLOX
-        return Layout(family, f"[batch, cells, {columns}]", (0,), _decode_rows, classes=columns - 5, on_cells=True)
+        return _on_cells(family, f"[batch, cells, {columns}]", _decode_rows, columns - 5)
     if columns > 5 and _cells(rows, canvas, 1, _LEVELS[:1]) is not None:
-        return Layout(
-            YOLOX,
-            f"[batch, cells, {columns}]",
-            (0,),
-            _decode_cells,
-            classes=columns - 5,
-            on_cells=True,
-            iou_threshold=0.65,
-            input_side=416,
-            least_side=STRIDE,
-            bgr_bytes=True,
-        )
+        yolox = _on_cells(YOLOX, f"[batch, cells, {columns}]", _decode_cells, columns - 5)
+        return replace(yolox, iou_threshold=0.65, input_side=416, least_side=STRIDE, bgr_bytes=True)
     if columns > 4 and (first >= 0).all() and (first <= 1).all():
         shapes = f"[batch, queries, {columns}]: cxcywh in 0..1, scores"
         return Layout("RT-DETR", shapes, (0,), _decode_query_rows, classes=columns - 4, suppressed=True)
     return None
+
+
+def _on_cells(family: str, shapes: str, decode: Decode, classes: int) -> Layout:
+    return Layout(family, shapes, (0,), decode, classes=classes, on_cells=True)
 
 
 def _of_best(rows: np.ndarray) -> Layout:
@@ -180,18 +174,8 @@ def _of_boxes(names: Sequence[str], outputs: Sequence[np.ndarray]) -> Layout | N
         return None
     if boxes.ndim == 2:
         shapes = "boxes [boxes, 4], labels, scores"
-        return Layout(
-            "torchvision",
-            shapes,
-            tuple(positions),
-            _decode_boxes,
-            suppressed=True,
-            iou_threshold=0.5,
-            batched=False,
-            first_id=1,
-            gives_ids=True,
-            input_side=800,
-        )
+        found = Layout("torchvision", shapes, tuple(positions), _decode_boxes, suppressed=True, batched=False)
+        return replace(found, iou_threshold=0.5, first_id=1, gives_ids=True, input_side=800)
     if boxes.ndim == 3:
         shapes = "labels, boxes [batch, queries, 4], scores"
         return Layout("RT-DETR or D-FINE", shapes, tuple(positions), _decode_boxes, suppressed=True)

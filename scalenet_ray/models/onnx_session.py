@@ -99,12 +99,9 @@ def open_session(data: bytes, path: str, device: str) -> onnxruntime.InferenceSe
 
 
 def open_network(path: str, *names: str, device: str = "cpu") -> tuple[onnxruntime.InferenceSession, str, dict]:
-    """Open an ONNX file of `scalenet-ray export-onnx`, whose metadata holds its configuration.
+    """Open an ONNX file of `scalenet-ray export-onnx`, local or in a store, on a device as for `providers_of`.
 
-    Args:
-        path: a local path or a store's address.
-        names: the kinds of network that are accepted; the configuration is under one of these keys.
-        device: as for `providers_of`.
+    Its metadata holds the configuration of the network under one of `names`, the kinds that are accepted.
 
     Returns:
         The session, the kind of the network, and its configuration.

@@ -37,8 +37,10 @@ HW = tuple[int, int]
 class TorchvisionDetector(TorchDetector):
     """`Detector` with a torchvision network; Mask R-CNN also returns masks.
 
-    Its input side is the size that torchvision would resize to.
+    Its input side is the size that torchvision would resize to. `name` is that of torchvision's builder, if known.
     """
+
+    name = ""
 
     def __init__(self, model: nn.Module, categories: Mapping[int, str], **settings: Unpack[TorchSettings]) -> None:
         """Prepare a model for inference on tiles.
@@ -235,12 +237,14 @@ def load_torchvision(what: str, **settings: Unpack[TorchSettings]) -> Torchvisio
     """
     name, at, path = what.partition("@")
     if at and name.isidentifier():
-        model, categories = _from_file(path, name)
+        model, categories, name = _from_file(path, name)
     elif what.endswith(SUFFIXES):
-        model, categories = _from_file(what, None)
+        model, categories, name = _from_file(what, None)
     else:
-        model, categories = fetch_detector(what), COCO_CATEGORIES
-    return TorchvisionDetector(model, categories, **settings)
+        model, categories, name = fetch_detector(what), COCO_CATEGORIES, what
+    detector = TorchvisionDetector(model, categories, **settings)
+    detector.name = name
+    return detector
 
 
 def save_detector(model: nn.Module, name: str, categories: Mapping[int, str], path: str) -> None:
@@ -289,8 +293,8 @@ def _num_classes(model: Any) -> int:
     return head.num_columns if hasattr(head, "num_columns") else head.num_classes
 
 
-def _from_file(path: str, name: str | None) -> tuple[nn.Module, Mapping[int, str]]:
-    """Load a model and its categories; without metadata they are COCO's."""
+def _from_file(path: str, name: str | None) -> tuple[nn.Module, Mapping[int, str], str]:
+    """Load a model, its categories, which without metadata are COCO's, and its name."""
     tensors, metadata = load_weights(path)
     of_file = metadata.get("detector") or published_name(path)
     if name is None and of_file is None:
@@ -300,13 +304,14 @@ def _from_file(path: str, name: str | None) -> tuple[nn.Module, Mapping[int, str
         msg = f"{path} must hold a {name}, got a {of_file}: load it as torchvision:{path}"
         raise UserError(msg)
     num_classes = int(metadata.get("num_classes", COCO_NUM_CLASSES))
-    model = build_detector(name or str(of_file), num_classes)
+    name = name or str(of_file)
+    model = build_detector(name, num_classes)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        msg = f"the weights in {path} are not those of a {name or of_file} with {num_classes} classes: {reason}"
+        msg = f"the weights in {path} are not those of a {name} with {num_classes} classes: {reason}"
         raise UserError(msg) from error
     set_norm_eps(model, path, json.loads(metadata.get("norm_eps", "{}")))
     named = json.loads(metadata["categories"]) if "categories" in metadata else COCO_CATEGORIES
-    return model, {int(category): title for category, title in named.items()}
+    return model, {int(category): title for category, title in named.items()}, name

@@ -193,17 +193,24 @@ def load_transformers(what: str, **settings: Unpack[TorchSettings]) -> Transform
     with needs_extra():
         transformers = importlib.import_module("transformers")
     with _quiet(transformers), _as_local_folder(what) as source:
-        config = _configured(transformers, source, what)
         try:
+            config = _checked(transformers.AutoConfig.from_pretrained(source), transformers, what)
             # Tensors of another shape are named below; transformers' error refers to a report that it logs.
             model, report = transformers.AutoModelForObjectDetection.from_pretrained(
                 source, config=config, output_loading_info=True, ignore_mismatched_sizes=True
             )
             processor = transformers.AutoImageProcessor.from_pretrained(source)
+        except UserError:
+            raise
         except OSError as error:
             raise _missing(what, source, error) from error
-        except Exception as error:  # Damaged weights, or another version's, may raise anything.
-            raise _does_not_load(what, transformers.__version__, error) from error
+        except Exception as error:  # Damaged weights, another version's, or a type that this one does not know.
+            text = " ".join(str(error).split())[:300]
+            msg = (
+                f"{what} must hold a detector that transformers {transformers.__version__} loads, with weights and "
+                f"class names that fit its configuration, got {type(error).__name__}: {text}"
+            )
+            raise UserError(msg) from error
     _check_weights(what, f"{type(model).__name__} of transformers {transformers.__version__}", report)
     try:
         detector = TransformersDetector(model, processor, **settings)
@@ -247,14 +254,8 @@ def _check_weights(what: str, network: str, report: Mapping[str, Any]) -> None:
         raise UserError(msg)
 
 
-def _configured(transformers: Any, source: str, what: str) -> Any:
-    """The configuration of a detector, for canvases of any size."""
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except OSError as error:
-        raise _missing(what, source, error) from error
-    except Exception as error:  # A type of model that this version does not know.
-        raise _does_not_load(what, transformers.__version__, error) from error
+def _checked(config: Any, transformers: Any, what: str) -> Any:
+    """The configuration of a detector, for canvases of any size; refuses another network's."""
     if type(config) not in transformers.MODEL_FOR_OBJECT_DETECTION_MAPPING:
         msg = f"{what} must hold a detector of transformers, got a {config.model_type}: use one for object detection"
         raise UserError(msg)
@@ -271,14 +272,6 @@ def _missing(what: str, source: str, error: OSError) -> Exception:
         return ConnectionError(f"the model {what} is no folder here, and transformers can't fetch it: {text}")
     msg = f"{what} must be a folder of save_pretrained with a model, its weights and its image processor, got: {text}"
     return UserError(msg)
-
-
-def _does_not_load(what: str, version: str, error: Exception) -> UserError:
-    text = " ".join(str(error).split())[:300]
-    return UserError(
-        f"{what} must hold a detector that transformers {version} loads, with weights and class names that fit its "
-        f"configuration, got {type(error).__name__}: {text}"
-    )
 
 
 @contextmanager

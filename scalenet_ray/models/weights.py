@@ -18,10 +18,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 def load_weights(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a file of weights. Pickles are read with `weights_only=True`, which runs no code.
-
-    Args:
-        path: local path or a store's address with one of `SUFFIXES`.
+    """Read a file of weights, local or in a store, with one of `SUFFIXES`; pickles without running code.
 
     Returns:
         The tensors by name, on the CPU, and the file's metadata ({} for a pickle).

@@ -134,17 +134,7 @@ def load_tiny_detector(
 ) -> TinyDetector:
     """Load the sample's detector, or one trained as it is, from .onnx, or from .safetensors, which needs torch.
 
-    Args:
-        path: a local path or a store's address.
-        device: where it computes, as torch names it.
-        score_threshold: minimum score of a detection.
-        iou_threshold: IoU threshold of NMS within each class; None for its own.
-        mixed_precision: run under bfloat16 autocast; for safetensors alone.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-        UserError: if the file is another network's, if it is ONNX and mixed precision is asked for, or if it needs
-            torch, which is not installed.
+    Thresholds are those of `TinyDetector`; other arguments and errors as for `load_predictor`.
     """
     thresholds: dict[str, Any] = {"score_threshold": score_threshold, "iou_threshold": iou_threshold}
     if not str(path).endswith(ONNX_SUFFIX):

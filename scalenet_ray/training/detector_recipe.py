@@ -18,9 +18,8 @@ from scalenet_ray.core.geometry import Tile, Window, boxes_to_tile
 from scalenet_ray.core.scale import class_of_area
 from scalenet_ray.data.categories import map_categories
 from scalenet_ray.data.coco import Objects
-from scalenet_ray.models.torchvision_builders import build_detector, published_name
+from scalenet_ray.models.torchvision_builders import build_detector
 from scalenet_ray.models.torchvision_detectors import TorchvisionDetector, load_torchvision, save_detector
-from scalenet_ray.models.weights import SUFFIXES, load_weights
 from scalenet_ray.training.examples import Example, TrainingImages, read_tile, whole_image
 from scalenet_ray.training.recipe import Batch, Row
 
@@ -216,7 +215,7 @@ def plan_fine_tuning(
         raise UserError(msg)
     dataset_categories, unused = _categories(images)
     detector = _open(start, dict(enumerate(dataset_categories.values(), start=1)))
-    name = _network_name(what)
+    name = detector.name or what
     if name.startswith("maskrcnn"):
         msg = f"{name} learns masks too, which are not cut into windows here: fine-tune a Faster R-CNN, got {start!r}"
         raise UserError(msg)
@@ -254,14 +253,6 @@ def _open(start: str, categories: Mapping[int, str]) -> TorchvisionDetector:
     if _is_untrained(start):
         return TorchvisionDetector(build_detector(what, len(categories) + 1), categories)
     return load_torchvision(what)
-
-
-def _network_name(what: str) -> str:
-    """Name of the network from NAME, NAME@PATH, or the metadata or name of the file PATH."""
-    name, at, _ = what.partition("@")
-    if (at and name.isidentifier()) or not what.endswith(SUFFIXES):
-        return name
-    return load_weights(what)[1].get("detector") or str(published_name(what))
 
 
 def _categories(images: TrainingImages) -> tuple[dict[int, str], frozenset[int]]:

@@ -11,7 +11,7 @@ import numpy as np
 from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import Tile, Window, fit_longer_side, tile_pixels
 from scalenet_ray.core.masks import mask_of_segmentation
-from scalenet_ray.data.coco import CocoDataset, Objects, objects_of, safe_file_name
+from scalenet_ray.data.coco import Objects, objects_of, safe_file_name
 from scalenet_ray.data.datasets import Layout, find_layout
 from scalenet_ray.data.rasters import open_image
 from scalenet_ray.data.storage import join
@@ -107,10 +107,6 @@ class TrainingImages:
     def splits(self) -> list[str]:
         """The splits that are read."""
         return [self.split] if self.holdout else [self.split, self.val_split]
-
-    def dataset(self) -> CocoDataset:
-        """The annotations of the training split; raises as `Layout.read` does."""
-        return self.layout.read(self.split)
 
     def in_coco_form(self, folder: str) -> TrainingImages:
         """The same images with annotations in COCO's form, which other processes read from `folder`."""

