@@ -61,7 +61,7 @@ def test_a_file_of_names_comes_first(tmp_path: Path, kind: str, first: int) -> N
             r"the network has 3 classes by its outputs, got 2 names from .*names\.txt: name them in a file",
         ),
         (b"red\n\ngreen", r"names\.txt must hold class names, one a line, got an empty line 2"),
-        (b" \n", r"names\.txt must hold class names, one a line, got an empty file"),
+        (b" \n", r"names\.txt must hold class names, one a line, got an empty line 1"),
         (b"caf\xe9", r"names\.txt must hold class names in UTF-8"),
     ],
 )

@@ -44,7 +44,7 @@ def evaluate(
         `METRICS` in percent, 0 to 100; NaN for a size of which there are no objects.
 
     Raises:
-        UserError: if a result or `image_ids` names an image or a category that the annotations do not have.
+        UserError: as `match_results` does.
     """
     if isinstance(annotations, CocoDataset):
         dataset = annotations

@@ -61,12 +61,10 @@ class CanvasRecipe:
     """Recursive rescaling of an image to the classifier's scale.
 
     Attributes:
-        net: training of its Scale Net.
         scale_range: [R_L, R_H].
         k: share of the scales that TopK averages; 1 is the mean.
         one_sided: images larger than the canvas are only shrunk, smaller ones only enlarged (the paper's two
             settings); else one setting serves both.
-        rules: choice of sizes.
         max_depth: maximum number of steps.
     """
 

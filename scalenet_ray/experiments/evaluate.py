@@ -28,11 +28,9 @@ _MIN_SCALE = np.float32(1e-6)
 
 
 class Score(NamedTuple):
-    """Result on one test set.
+    """Result on one test set: accuracy in percent, and of a recursion its mean steps.
 
     Attributes:
-        accuracy: accuracy in percent.
-        steps: mean number of rescaling steps.
         capped: share of images that ended at the maximum depth, in percent.
         once: accuracy after the first step alone, in percent; None without a recursion.
     """
@@ -181,11 +179,7 @@ def _percent(correct: Sequence[np.ndarray]) -> float:
 
 
 def response_plot(response: Mapping[str, Any]) -> str:
-    """Plot predicted against true scale, both logarithmic; returns an SVG element.
-
-    Args:
-        response: "true" and "predicted", lists of scales.
-    """
+    """Plot scales "predicted" against "true", lists in `response`, both logarithmic; returns an SVG element."""
     with drawing(4.4, 3.6) as figure:
         axes = figure.subplots()
         ends = [min(response["true"]), max(response["true"])]

@@ -77,9 +77,7 @@ class CheckedDetector:
         return [self._checked(answer, tile) for answer, tile in zip(answers, pixels, strict=True)]
 
     def with_features(self, pixels: Sequence[np.ndarray]) -> list[DetectionsWithFeatures]:
-        """Detect on tiles, [h, w, 3] uint8 RGB each, with the feature maps of the same forward pass.
-
-        Feature maps are () for failed tiles.
+        """As a call, with the feature maps of the same forward pass, () for failed tiles.
 
         Raises:
             UserError: if the detector does not provide feature maps.

@@ -48,8 +48,8 @@ def read_names(path: str) -> list[str]:
         raise UserError(msg) from error
     names = [line.strip() for line in text.rstrip().splitlines()]
     if not all(names) or not names:
-        got = f"an empty line {names.index('') + 1}" if names else "an empty file"
-        msg = f"{path} must hold class names, one a line, got {got}: name every class"
+        line = [*names, ""].index("") + 1
+        msg = f"{path} must hold class names, one a line, got an empty line {line}: name every class"
         raise UserError(msg)
     return names
 

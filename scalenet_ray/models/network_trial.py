@@ -35,13 +35,7 @@ def try_networks(
 ) -> NetworkTrial:
     """Load the networks on their device, and time them on the first images in batches of two sizes.
 
-    Args:
-        networks: the networks, with a device.
-        policies: policies of the run; the one with the largest tiles is tried.
-        categories: category id -> name, to which the detector's labels are mapped.
-        unused: ids of categories without an annotation, which the detector may lack.
-        images: images of the run.
-        open_image: opens an image, or raises `TileError`.
+    The policy with the largest tiles is tried. Arguments are as for `NetworkSpec.check`.
 
     Raises:
         UserError: if this machine lacks the device, or the networks cannot be loaded on it.

@@ -50,9 +50,6 @@ class TorchvisionDetector(TorchDetector):
                 last, thresholds, no resizing).
             categories: class id -> name; detections of other classes are dropped.
             settings: device, thresholds and precision.
-
-        Raises:
-            UserError: if the device is not available.
         """
         last_stage: Any = model.roi_heads if hasattr(model, "roi_heads") else model
         super().__init__(float(last_stage.nms_thresh), **settings)

@@ -73,13 +73,7 @@ def window_target(objects: Objects, image_hw: tuple[int, int], window: Window, h
 
 
 class View(NamedTuple):
-    """Augmented pixels of a tile.
-
-    Attributes:
-        tile: the tile.
-        pixels: [h, w, 3] uint8 RGB, flipped if `mirrored`.
-        mirrored: horizontally flipped.
-    """
+    """Augmented pixels of a tile, [h, w, 3] uint8 RGB, horizontally flipped if `mirrored`."""
 
     tile: Tile
     pixels: np.ndarray
