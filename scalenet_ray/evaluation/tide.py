@@ -157,7 +157,7 @@ def error_breakdown(images: Sequence[Explained], shown_score: float) -> dict[str
     pool = _Pool(images)
     everything = np.ones(len(pool.scores), bool)
     correct = pool.kinds == _CORRECT
-    plain = pool.ap(everything, correct, pool.labels, pool.objects)
+    plain = average_precision(images)
     shown = pool.scores >= shown_score
     breakdown: dict[str, ErrorCost] = {}
     for kind in (_CLASS, _LOCALISATION, _BOTH, _DUPLICATE, _BACKGROUND):

@@ -43,10 +43,7 @@ class NetRecipe:
 
 @dataclass(frozen=True)
 class ClassifierRecipe:
-    """Training of a classifier: its kind and width as for `build_classifier`, the rest as for `NetRecipe`.
-
-    The learning rate decays to 0 along a cosine.
-    """
+    """Training of a classifier: its kind and width as for `build_classifier`, the rest as for `NetRecipe`."""
 
     kind: Literal["plain", "deformable", "capsnet", "vgg11"] = "plain"
     width: float = 1.0
@@ -54,6 +51,8 @@ class ClassifierRecipe:
     learning_rate: float = 0.01
     epochs: float = 5.0
     batch_size: int = 64
+
+    cosine = True
 
 
 @dataclass(frozen=True)

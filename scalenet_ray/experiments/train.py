@@ -40,7 +40,7 @@ def train_net(
     device: str = "cpu",
     mixed_precision: bool = False,
 ) -> nn.Module:
-    """Train a Scale Net that regresses the scale of the object on a canvas (section 'MNIST'); in evaluation mode.
+    """Train a Scale Net that regresses the scale of the object on a canvas (section 'MNIST'), for evaluation.
 
     Args:
         pictures: training images.
@@ -55,7 +55,7 @@ def train_net(
     """
     torch.manual_seed(seed)
     config = recipe.config(domain.in_channels)
-    model = _channels_last(build_scale_net(config), device)
+    model = build_scale_net(config)
     # With padding of the input only, a wider black border adds nothing.
     canvas_side = max(domain.train_sides) if recipe.padding == "input" else domain.canvas_side
 
@@ -71,8 +71,7 @@ def train_net(
         pixels = on_object.sum((1, 2)).clamp(min=1)
         return (((predicted * on_object).sum((1, 2)) / pixels - scales) ** 2).mean()
 
-    _fit(model, pictures, domain.train_sides, canvas_side, recipe, loss_of, seed, cosine=recipe.cosine)
-    return model.eval()
+    return _fit(model.to(device), pictures, domain, canvas_side, recipe, loss_of, seed)
 
 
 def train_classifier(
@@ -86,10 +85,8 @@ def train_classifier(
 ) -> nn.Module:
     """Train a classifier of canvases, on the training sides only; arguments and errors as for `train_net`."""
     torch.manual_seed(seed)
-    model = _channels_last(
-        build_classifier(recipe.kind, side=domain.canvas_side, in_channels=domain.in_channels, width=recipe.width),
-        device,
-    )
+    side = domain.canvas_side
+    model = build_classifier(recipe.kind, side=side, in_channels=domain.in_channels, width=recipe.width)
 
     def loss_of(canvases: np.ndarray, sides: np.ndarray, labels: np.ndarray) -> torch.Tensor:
         """Classification loss."""
@@ -98,40 +95,31 @@ def train_classifier(
             scores = model(as_input(canvases, domain.in_channels).to(device)).float()
         return classifier_loss(recipe.kind, scores, torch.from_numpy(labels).to(device))
 
-    _fit(model, pictures, domain.train_sides, domain.canvas_side, recipe, loss_of, seed, cosine=True)
-    return model.eval()
-
-
-def _channels_last(model: nn.Module, device: str) -> nn.Module:
-    """The model on its device in channels-last memory format, which is 1.2 to 1.5 times faster on CPUs."""
-    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _fit(model.to(device), pictures, domain, side, recipe, loss_of, seed)
 
 
 def _fit(
     model: nn.Module,
     pictures: Pictures,
-    train_sides: Sequence[int],
+    domain: Domain,
     canvas_side: int,
     recipe: NetRecipe | ClassifierRecipe,
     loss_of: Loss,
     seed: int,
-    *,
-    cosine: bool,
-) -> None:
-    """Training loop; changes the model in place."""
-    steps = max(1, int(recipe.epochs * len(pictures.labels) * len(train_sides) / recipe.batch_size))
+) -> nn.Module:
+    """Train a model on its device, in place; returns it in evaluation mode."""
+    # Channels last is 1.2 to 1.5 times faster on CPUs.
+    model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    steps = max(1, int(recipe.epochs * len(pictures.labels) * len(domain.train_sides) / recipe.batch_size))
     warmup = max(1, round(_WARMUP_SHARE * steps))
     if recipe.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            model.parameters(), lr=recipe.learning_rate, momentum=_MOMENTUM
-        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=recipe.learning_rate, momentum=_MOMENTUM)
     else:
         optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, steps, warmup) if cosine else 1.0
+        optimizer, lambda step: warmup_cosine(step, steps, warmup) if recipe.cosine else 1.0
     )
-    batches = _batches(pictures, train_sides, canvas_side, recipe.batch_size, np.random.default_rng(seed))
-    model.train()
+    batches = _batches(pictures, domain.train_sides, canvas_side, recipe.batch_size, np.random.default_rng(seed))
     for step in range(steps):
         loss = loss_of(*next(batches))
         if not torch.isfinite(loss):
@@ -141,6 +129,7 @@ def _fit(
         loss.backward()
         optimizer.step()
         schedule.step()
+    return model.eval()
 
 
 def _batches(

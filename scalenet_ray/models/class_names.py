@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from scalenet_ray.core.errors import UserError
@@ -88,11 +89,9 @@ def _parsed(text: str, key: str) -> Categories:
     """Class id -> name from JSON or a Python literal, as a mapping or a list."""
     found: Any = None
     for parse in (json.loads, ast.literal_eval):
-        try:
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             found = parse(text)
             break
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
     try:
         rows = enumerate(found) if isinstance(found, list | tuple) else found.items()
         categories = {int(class_id): str(name) for class_id, name in rows}

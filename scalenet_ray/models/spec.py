@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -223,12 +224,9 @@ class NetworkSpec:
             return self
         if has_gpu_driver():
             on_gpu = replace(self, device="cuda")
-            try:
+            with suppress(UserError):
                 on_gpu.check_device(here=True)
                 on_gpu._load()
-            except UserError:
-                pass
-            else:
                 return on_gpu
         return self._on_cpu()
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import logging
 import os
+import pkgutil
 import tempfile
 import warnings
 from functools import partial
@@ -293,10 +294,9 @@ def _reason(file: str, error: Exception) -> str:
 
 def _exists(name: str) -> bool:
     """True if a class of Ultralytics can be imported; names of former versions count, since its loader maps them."""
-    module, _, attribute = name.rpartition(".")
-    if module.startswith("ultralytics.yolo"):
-        return True
-    try:
-        return hasattr(importlib.import_module(module), attribute)
-    except ImportError:
-        return False
+    if not name.startswith("ultralytics.yolo"):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            return False
+    return True

@@ -104,7 +104,7 @@ def train_tiny_detector(
     mixed_precision: bool = False,
     report: Callable[[dict], None] | None = None,
 ) -> TinyNet:
-    """Train from scratch with AdamW and a one-cycle learning rate schedule; the network is in evaluation mode then.
+    """Train from scratch with AdamW and a one-cycle schedule; returns the network in evaluation mode.
 
     Args:
         examples: training images; all pixels are held in memory.

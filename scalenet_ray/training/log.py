@@ -54,11 +54,10 @@ class TrainingLog:
         """Log a finished epoch."""
         self._failed.update(row["failed"])
         self._rows[row["epoch"]] = {name: value for name, value in row.items() if name != "failed"}
-        rows = [self._rows[epoch] for epoch in sorted(self._rows)]
         self._set_standing()
         self._run.write_json("metrics.json", self.document)
         self._write_events(self._rows[row["epoch"]])
-        seconds = sorted(logged["seconds"] for logged in rows)[len(rows) // 2]
+        seconds = sorted(logged["seconds"] for logged in self._rows.values())[len(self._rows) // 2]
         self._say(
             f"epoch {row['epoch']}/{self._epochs}: loss {row['loss']:.4f}, {_in_words(row['val'])}"
             f"{row['images_per_second']:.1f} images/s, {_time(seconds * (self._epochs - row['epoch']))} left"

@@ -61,7 +61,7 @@ def _cells(mask: np.ndarray, hw: tuple[int, int]) -> np.ndarray:
 
 
 def window_target(objects: Objects, image_hw: tuple[int, int], window: Window, hw: tuple[int, int]) -> np.ndarray:
-    """Scale class map of a window: `hw` uint8 in 0..5 by areas relative to the window, IGNORE on crowds."""
+    """Scale class map [h, w] uint8 of a window: 0..5 by areas relative to the window, IGNORE on crowds."""
     masks, visible = [], []
     for i in range(len(objects.boxes)):
         mask = object_mask(objects, i, image_hw, window)
