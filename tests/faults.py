@@ -37,11 +37,7 @@ def records_of(count: int) -> list[ImageRecord]:
 
 
 class Scenes:
-    """Opens images that are drawn from their id; some cannot be read.
-
-    Args:
-        unreadable: ids of those.
-    """
+    """Opens images that are drawn from their id; those in `unreadable` cannot be read."""
 
     def __init__(self, unreadable: Iterable[int] = ()) -> None:
         self._unreadable = frozenset(unreadable)
@@ -65,11 +61,7 @@ class SlowImages(Scenes):
 
 
 class FlatImages:
-    """Opens square images of one colour, another for each id.
-
-    Args:
-        side: in pixels.
-    """
+    """Opens square images of `side` pixels and one colour, another for each id."""
 
     def __init__(self, side: int) -> None:
         self._side = side
@@ -86,11 +78,7 @@ def policy_of(name: str, max_depth: int = 2) -> Policy:
 
 
 class Given:
-    """Makes a network by giving the one that it was made with: each actor has its own copy.
-
-    Args:
-        network: it.
-    """
+    """Makes a network by giving the one that it was made with: each actor has its own copy."""
 
     def __init__(self, network: Any) -> None:
         self._network = network
@@ -142,12 +130,7 @@ def reference(
 
 
 class Fault:
-    """Ends its process without a word, once in a run.
-
-    Args:
-        marker: a file that says that it has happened.
-        turn: at which call in a process.
-    """
+    """Ends its process without a word at its `turn`-th call, once in a run: then the file `marker` is there."""
 
     def __init__(self, marker: Path, turn: int = 1) -> None:
         self._marker, self._turn, self._turns = marker, turn, 0
@@ -170,11 +153,7 @@ class Fault:
 
 
 class WorkLog:
-    """What networks were asked, over all processes and deaths.
-
-    Args:
-        folder: where each process writes its own file.
-    """
+    """What networks were asked, over all processes and deaths: each process writes its own file in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -191,13 +170,7 @@ class WorkLog:
 
 
 class FaultyOpen:
-    """Opens images and dies before one: its lease is taken by then, and is not yielded.
-
-    Args:
-        inner: what opens them.
-        fault: how it dies.
-        log: where it says which images were opened.
-    """
+    """Opens images, and dies by `fault` before one: its lease is taken by then, and is not yielded."""
 
     def __init__(self, inner: OpenImage, fault: Fault, log: WorkLog) -> None:
         self._inner, self._fault, self._log = inner, fault, log
@@ -209,14 +182,7 @@ class FaultyOpen:
 
 
 class FaultyScale:
-    """A Scale Net that logs each tile, and dies.
-
-    Args:
-        inner: what looks.
-        log: where it says which tiles it saw.
-        before: how it dies before anything is decided on its tiles.
-        after: how it dies once the frontier has the decision, and nothing is passed on yet.
-    """
+    """A Scale Net that logs its tiles, and dies `before` a decision on them or `after` the frontier has it."""
 
     def __init__(
         self, inner: ScalePredictor, log: WorkLog, before: Fault | None = None, after: Fault | None = None
@@ -249,11 +215,7 @@ class WhimsicalScale:
 
 
 class BuggyScale:
-    """A Scale Net with a bug that one image brings out.
-
-    Args:
-        image_id: that image.
-    """
+    """A Scale Net with a bug that the image `image_id` brings out."""
 
     input_pixels = 32 * 32
 
@@ -267,14 +229,7 @@ class BuggyScale:
 
 
 class FaultyDetector(OuterDetector):
-    """A detector that logs each tile, and dies at the start or the end of a call.
-
-    Args:
-        inner: what detects.
-        log: where it says how large the tiles were that it saw.
-        at_start: how it dies before it detects.
-        at_end: how it dies when it has.
-    """
+    """A detector that logs the size of each tile, and dies at the start or the end of a call."""
 
     def __init__(self, inner: Detect, log: WorkLog, at_start: Fault | None = None, at_end: Fault | None = None) -> None:
         super().__init__(inner)
@@ -292,11 +247,7 @@ class FaultyDetector(OuterDetector):
 
 
 class StuckDetector(RandomDetector):
-    """A detector that never answers, until it is let go: an actor whose call does not end outlives its run.
-
-    Args:
-        let_go: a file; once it is there the detector answers.
-    """
+    """A detector that never answers until the file `let_go` is there: such an actor outlives its run."""
 
     def __init__(self, let_go: Path) -> None:
         super().__init__(input_side=INPUT_SIDE)
@@ -309,12 +260,7 @@ class StuckDetector(RandomDetector):
 
 
 class SlowDetector(RandomDetector):
-    """A detector that takes its time.
-
-    Args:
-        seconds: for each tile.
-        input_side: as for `RandomDetector`.
-    """
+    """A detector that takes `seconds` for each tile."""
 
     def __init__(self, seconds: float, input_side: int = INPUT_SIDE) -> None:
         super().__init__(input_side=input_side)

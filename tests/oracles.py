@@ -71,8 +71,7 @@ def scattered_squares(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Up to `count` squares at random that keep `gap` pixels from each other and from the border.
 
-    Returns:
-        Boxes [N, 4] float32 of whole image pixels, and labels [N] int64 in 1..3.
+    Boxes [N, 4] float32 of whole image pixels, and labels [N] int64 in 1..3.
     """
     rng = np.random.default_rng(seed)
     taken = np.zeros(hw, bool)
@@ -93,11 +92,7 @@ def scattered_squares(
 def clustered_squares(
     seed: int, hw: tuple[int, int], sides: tuple[int, int], count: int, extent: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Squares in two clusters of `extent` pixels, top left and bottom right, `count` at most in each.
-
-    Returns:
-        Boxes [N, 4] float32 of whole image pixels, and labels [N] int64 in 1..3.
-    """
+    """Squares in two clusters of `extent` pixels, top left and bottom right, at most `count` each: boxes and labels."""
     near, labels_near = scattered_squares(2 * seed, (extent, extent), sides, count)
     far, labels_far = scattered_squares(2 * seed + 1, (extent, extent), sides, count)
     shift = [hw[1] - extent, hw[0] - extent] * 2
@@ -105,11 +100,7 @@ def clustered_squares(
 
 
 class TruthOfSquares:
-    """The ground truth for `OracleScalePredictor`: image id -> boxes and areas.
-
-    Args:
-        boxes: image id -> [N, 4] xyxy in image pixels.
-    """
+    """The ground truth for `OracleScalePredictor`: image id -> boxes, [N, 4] xyxy in image pixels, and areas."""
 
     def __init__(self, boxes: Mapping[int, np.ndarray]) -> None:
         self._boxes = {key: np.asarray(value, np.float32).reshape(-1, 4) for key, value in boxes.items()}
@@ -144,13 +135,9 @@ def components(mask: np.ndarray) -> np.ndarray:
 
 
 class PerfectDetector:
-    """Finds every square whose longer side in tile pixels is not too small, to the pixel, and nothing else.
+    """Finds every square whose longer side in tile pixels is `min_side` or more, to the pixel, and nothing else.
 
-    Args:
-        min_side: smaller ones it cannot see, in tile pixels.
-        sure_side: what is smaller than this it sees with a score of 0.1 and not 0.9, in tile pixels.
-        input_side: the longer side of a whole image's tile, in tile pixels.
-        with_masks: whether it gives masks.
+    What is smaller than `sure_side` tile pixels it sees with a score of 0.1 and not 0.9.
     """
 
     categories = CATEGORIES
@@ -198,13 +185,7 @@ class PerfectDetector:
 
 
 class RandomDetector(PerfectDetector):
-    """Boxes at random, the same for the same pixels: many, overlapping, some outside of the tile.
-
-    Args:
-        seed: another one gives other boxes.
-        count: how many at most.
-        input_side: as for `PerfectDetector`.
-    """
+    """Up to `count` boxes at random, the same for the same pixels: many overlap, some lie outside of the tile."""
 
     def __init__(self, seed: int = 0, *, count: int = 20, input_side: int = 64) -> None:
         super().__init__(input_side=input_side)
@@ -222,11 +203,7 @@ class RandomDetector(PerfectDetector):
 
 
 class OuterDetector:
-    """Detects as another one does.
-
-    Args:
-        inner: the other one.
-    """
+    """Detects as another one does."""
 
     categories = CATEGORIES
     iou_threshold = 0.65
@@ -288,13 +265,9 @@ class SeeingScale:
 
 
 class RandomScale:
-    """Answers at random, always the same for the same tile (image id and path).
+    """Answers at random, always the same for the same tile (image id and path), on a grid of `hw` cells.
 
-    Args:
-        seed: another one gives other answers.
-        kind: "class", or "regression" with scales over twelve orders of magnitude.
-        share: how many cells hold an object.
-        hw: the grid's (height, width) in cells.
+    A `share` of the cells holds an object. Scales of kind "regression" are over twelve orders of magnitude.
     """
 
     input_pixels = 32 * 32
@@ -316,13 +289,7 @@ class RandomScale:
 
 
 class ConstantScale:
-    """Every cell of every tile is of one scale, or of one class.
-
-    Args:
-        scale: the scale of a regression map, or None.
-        scale_class: the class of a class map, or None.
-        hw: the grid's (height, width) in cells.
-    """
+    """Every cell of every tile is of one scale, or of one class, on a grid of `hw` cells."""
 
     input_pixels = 32 * 32
 
@@ -340,12 +307,7 @@ class ConstantScale:
 
 
 class OscillatingScale:
-    """Whatever was done, it was wrong: too large at even depths, too small at odd ones.
-
-    Args:
-        factor: by how much, above 1.
-        hw: the grid's (height, width) in cells.
-    """
+    """Whatever was done, it was wrong by `factor`: too large at even depths, too small at odd ones."""
 
     input_pixels = 32 * 32
 
@@ -360,13 +322,7 @@ class OscillatingScale:
 
 
 class BrokenScale:
-    """Gives NaN for every tile of one image, at or below a depth, and what another net says for the rest.
-
-    Args:
-        inner: that other net.
-        image_id: the image.
-        depth: tiles of it that were zoomed into less often are well.
-    """
+    """Gives NaN for every tile of one image, at or below a depth, and what another net says for the rest."""
 
     def __init__(self, inner: ScalePredictor, image_id: int, depth: int = 0) -> None:
         self._inner, self._image_id, self._depth = inner, image_id, depth

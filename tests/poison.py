@@ -19,11 +19,7 @@ from tests.oracles import BREAKING, RandomDetector, RandomScale
 
 
 class Exit:
-    """Ends its process each time.
-
-    Args:
-        log: where it says so first.
-    """
+    """Ends its process each time, and says so in its log first."""
 
     def __init__(self, log: WorkLog) -> None:
         self._log = log
@@ -42,12 +38,7 @@ class Hang(Exit):
 
 
 class HangOnce(Hang):
-    """Does not come back the first time.
-
-    Args:
-        log: where it says so first.
-        marker: a file that says that it has happened.
-    """
+    """Does not come back the first time: then the file `marker` is there."""
 
     def __init__(self, log: WorkLog, marker: Path) -> None:
         super().__init__(log)
@@ -62,11 +53,7 @@ class HangOnce(Hang):
 
 
 class PoisonScenes(Scenes):
-    """Scenes, but one image is all of the colour that `PoisonDetector` dies of.
-
-    Args:
-        image_id: that image.
-    """
+    """Scenes, but one image is all of the colour that `PoisonDetector` dies of."""
 
     def __init__(self, image_id: int) -> None:
         super().__init__()

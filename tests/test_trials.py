@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from scalenet_ray.core.errors import UserError
@@ -20,9 +22,11 @@ from scalenet_ray.engine.trial import (
     read_starts,
     start_ceilings,
 )
+from scalenet_ray.models.spec import NetworkSpec
 from scalenet_ray.runs.folder import RunFolder
 from scalenet_ray.sample.scenes import write_sample
-from tests.test_tune import task_on
+from tests.scripted_detector import SCRIPTED, answering
+from tests.test_tune import NETWORKS, task_on
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,21 @@ def test_an_image_that_cannot_be_read_costs_itself_alone(data: Path, tmp_path: P
         (folder / record.file_name).write_bytes((data / "train2017" / record.file_name).read_bytes())
     trial = trial_on(task_on(data, folder=str(folder)), {"policy": "first-pass"})
     assert [trial.step()["images_failed"], trial.step()["images_failed"]] == [1, 1]
+
+
+def test_a_trial_whose_detector_raises_on_every_image_ends_with_its_text(data: Path) -> None:
+    def broken(tiles: Sequence[np.ndarray]) -> list[Any]:
+        msg = "no kernel"
+        raise RuntimeError(msg)
+
+    task = task_on(data, networks=NetworkSpec(detector=SCRIPTED))
+    with answering(broken, categories=NETWORKS.describe_detector().categories):
+        trial = trial_on(task, {"policy": "first-pass"})
+        trial.step()
+        with pytest.raises(
+            UserError, match="the detector raised RuntimeError: no kernel: so on each of the first 8 images"
+        ):
+            trial.step()
 
 
 # --- the starts -------------------------------------------------------------------------------------

@@ -86,13 +86,9 @@ class SmallRecipe:
 class Faulty:
     """A recipe to which something happens in a step, counted from 0 in each process that trains.
 
-    Args:
-        inner: what is trained.
-        killed_at: the step at which the process gets SIGKILL, once.
-        marker: a file that says that it has.
-        after: a file that is waited for before that: what a checkpoint is registered by.
-        nan_at: the step from which on the loss is NaN.
-        full_after: how many times a network can be saved before the disk is full.
+    Its process gets SIGKILL at step `killed_at`, once, if the file `marker` is not there, and not before the file
+    `after` is: what a checkpoint is registered by. The loss is NaN from step `nan_at` on; the disk is full after
+    `full_after` networks.
     """
 
     def __init__(
