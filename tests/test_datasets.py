@@ -294,6 +294,13 @@ def test_yolos_boxes_are_relative_to_the_image_as_it_is_looked_at(tmp_path: Path
     assert found_in(dataset)["images/val/a.png"][0][1] == (5.0, 40.0, 15.0, 80.0)
 
 
+def test_names_that_voc_lists_may_have_spaces_and_numbers_behind_them(tmp_path: Path):
+    data = write_voc(tmp_path)
+    (tmp_path / "JPEGImages" / "a.jpg").rename(tmp_path / "JPEGImages" / "a b.jpg")
+    write_text(tmp_path / "ImageSets" / "Main" / "val.txt", "a b\nsub/b  -1\n")
+    assert find_layout("val", data=data).read("val").images.files.to_pylist() == ["a b.jpg", "sub/b.jpg"]
+
+
 def test_an_image_that_a_split_lists_and_does_not_have_is_named(tmp_path: Path):
     data = write_voc(tmp_path)
     (tmp_path / "JPEGImages" / "a.jpg").unlink()

@@ -309,7 +309,9 @@ def _read_voc(layout: Layout, split: str) -> tuple[dict, tuple]:
     images = _images_in(folder)
     stems = list(images)
     if layout.listed is not None:
-        stems = [line.split()[0] for line in _listed(layout.listed, split) if line.strip()]
+        lines = [line.strip() for line in _listed(layout.listed, split) if line.strip()]
+        # Lists of a class have a number behind each name; names may have spaces.
+        stems = [line if line in images else line.split()[0] for line in lines]
         if twice := repeated(stems):
             raise UserError(f"split {split} must list each image once, got {twice[0]} twice: remove it from the list")
         if lost := [stem for stem in stems if stem not in images]:
