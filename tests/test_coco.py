@@ -302,8 +302,10 @@ def test_pictures_of_runs_are_not_images(tmp_path: Path):
         write_bytes_atomic(tmp_path / name, b"")
     found = find_images(tmp_path)
     assert found.records.files.to_pylist() == [f"{tmp_path}/a.jpg", f"{tmp_path}/running/b.jpg"]
-    assert found.remarks == (f"1 run folders are not listed: {tmp_path}/run",)
+    assert found.remarks == (f"pictures of 1 run folders are not listed: {tmp_path}/run",)
     assert len(find_images(tmp_path / "run" / "pictures").records) == 1
+    write_bytes_atomic(tmp_path / "run" / "c.jpg", b"")
+    assert find_images(tmp_path / "run").records.files.to_pylist() == [f"{tmp_path}/run/c.jpg"]
 
 
 def test_a_link_to_a_folder_is_named(tmp_path: Path):

@@ -13,7 +13,7 @@ from scalenet_ray.core.errors import UserError, abbreviated, repeated
 from scalenet_ray.data.coco import MAX_BYTES
 from scalenet_ray.data.image_records import ImageRecords
 from scalenet_ray.data.images import IMAGE_SUFFIXES, OTHER_SUFFIXES
-from scalenet_ray.data.storage import Address, join, linked_folders, list_files, read_bytes
+from scalenet_ray.data.storage import Address, join, linked_folders, list_files, local_path, read_bytes
 from scalenet_ray.data.video import VIDEO_SUFFIXES, list_frames
 
 
@@ -38,7 +38,10 @@ def find_images(uri: Address) -> FoundImages:
     """
     files = list_files(uri)
     runs = _run_folders(files)
-    files = [name for name in files if not name.startswith(tuple(f"{run}/" for run in runs))]
+    # A run may lie in the folder of its images itself.
+    whole = {local_path(uri), str(uri).rstrip("/")}
+    parts = tuple(f"{run}/{part}" for run in runs for part in (("pictures/", "crops/") if run in whole else ("",)))
+    files = [name for name in files if not name.startswith(parts)]
     names = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     others = (*OTHER_SUFFIXES, *VIDEO_SUFFIXES)
     skipped = Counter(name[name.rindex(".") :].lower() for name in files if name.lower().endswith(others))
@@ -53,7 +56,7 @@ def find_images(uri: Address) -> FoundImages:
         for suffix, count in sorted(skipped.items())
     ]
     if runs:
-        remarks.append(f"{len(runs)} run folders are not listed: {abbreviated(runs)}")
+        remarks.append(f"pictures of {len(runs)} run folders are not listed: {abbreviated(runs)}")
     if links := linked_folders(uri):
         remarks.append(f"{len(links)} links to folders are not followed: {abbreviated(links)}")
     if not names:
