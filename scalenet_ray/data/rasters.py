@@ -16,8 +16,9 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import IO, Any, NamedTuple, cast
 
@@ -320,38 +321,28 @@ def _explained(what: str, errors: list[Exception]) -> Iterator[None]:
 # --- georeference -----------------------------------------------------------------------------------
 
 
-class Georeference(NamedTuple):
-    """Map of an image's pixels to the ground.
+def _to_wgs84(points: np.ndarray, affine: tuple[float, ...], crs: str) -> np.ndarray:
+    from rasterio.warp import transform  # pyright: ignore[reportMissingImports]
 
-    Pixel (x, y) is at (a x + b y + c, d x + e y + f) in the reference system `crs`, as WKT.
-    """
-
-    transform: tuple[float, float, float, float, float, float]
-    crs: str
-
-    def to_wgs84(self, points: np.ndarray) -> np.ndarray:
-        """Convert [N, 2] x, y in image pixels to [N, 2] float64 longitude, latitude in degrees.
-
-        Raises:
-            UserError: if a point lies where the reference system does not reach.
-        """
-        from rasterio.warp import transform  # pyright: ignore[reportMissingImports]
-
-        a, b, c, d, e, f = self.transform
-        x, y = points.astype(np.float64).T
-        failed: Exception | None = None
-        try:
-            placed = np.array(transform(self.crs, "EPSG:4326", a * x + b * y + c, d * x + e * y + f)).T.reshape(-1, 2)
-        except Exception as error:  # GDAL's errors have no public base class.
-            placed, failed = np.full((1, 2), np.nan), error
-        if not np.isfinite(placed).all():
-            msg = f"boxes must lie where the image's reference system holds, got transform {self.transform}: correct it"
-            raise UserError(msg) from failed
-        return placed
+    a, b, c, d, e, f = affine
+    x, y = points.astype(np.float64).T
+    failed: Exception | None = None
+    try:
+        placed = np.array(transform(crs, "EPSG:4326", a * x + b * y + c, d * x + e * y + f)).T.reshape(-1, 2)
+    except Exception as error:  # GDAL's errors have no public base class.
+        placed, failed = np.full((1, 2), np.nan), error
+    if not np.isfinite(placed).all():
+        msg = f"boxes must lie where the image's reference system holds, got transform {affine}: correct it"
+        raise UserError(msg) from failed
+    return placed
 
 
-def georeference_of(uri: Address) -> Georeference | None:
+def georeference_of(uri: Address) -> Callable[[np.ndarray], np.ndarray] | None:
     """Read the georeference of a GeoTIFF; None if the image is no TIFF by its name, or has none.
+
+    Returns:
+        [N, 2] x, y in image pixels -> [N, 2] float64 longitude, latitude in degrees; raises `UserError` if a point lies
+        where the reference system does not reach.
 
     Raises:
         TileError: if it is missing or cannot be read.
@@ -366,4 +357,4 @@ def georeference_of(uri: Address) -> Georeference | None:
     with _explained(f"the georeference of {os.fspath(uri)}", errors), _open(uri, errors) as dataset:
         if dataset.crs is None or dataset.transform.is_identity:
             return None
-        return Georeference(tuple(dataset.transform)[:6], dataset.crs.to_wkt())
+        return partial(_to_wgs84, affine=tuple(dataset.transform)[:6], crs=dataset.crs.to_wkt())

@@ -32,7 +32,7 @@ from scalenet_ray.data.formats import (
     write_results,
     yolo_lines,
 )
-from scalenet_ray.data.rasters import Georeference, georeference_of
+from scalenet_ray.data.rasters import georeference_of
 from scalenet_ray.data.schemas import DETECTIONS, detections_table
 from scalenet_ray.runs.folder import GROUND_TRUTH, RunFolder
 from scalenet_ray.runs.results import StoredImage, image_results
@@ -273,15 +273,14 @@ def _write_geojson(source: _Source, uri: str) -> None:
     with storage.atomic_writer(uri) as handle:
         handle.write(b'{"type": "FeatureCollection", "features": [')
         for image in source.images:
-            georeference = _georeference(image.file, source.folder)
-            georeferenced.setdefault(georeference is not None, image.file)
+            place = _georeference(image.file, source.folder)
+            georeferenced.setdefault(place is not None, image.file)
             if len(georeferenced) == 2:
                 msg = (
                     f"all images or none must be georeferenced to export geojson, got {georeferenced[True]}, which is, "
                     f"and {georeferenced[False]}, which is not: make a run of each kind"
                 )
                 raise UserError(msg)
-            place = None if georeference is None else georeference.to_wgs84
             for feature in geojson_features(image.detections, source.names, place):
                 feature["properties"] |= {"image_id": image.image_id, "file": image.file}
                 handle.write((separator + json.dumps(feature, allow_nan=False)).encode())
@@ -290,7 +289,7 @@ def _write_geojson(source: _Source, uri: str) -> None:
         handle.write(f'\n], "coordinate_frame": "{frame}"}}\n'.encode())
 
 
-def _georeference(file: str, folder: str | None) -> Georeference | None:
+def _georeference(file: str, folder: str | None) -> Callable[[np.ndarray], np.ndarray] | None:
     try:
         return georeference_of(file if folder is None else storage.join(folder, safe_file_name(file)))
     except TileError as error:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Literal, get_args
 
 from scalenet_ray.core.answers import MOST_FAILED
-from scalenet_ray.core.errors import TileError, UserError, needs_extra
+from scalenet_ray.core.errors import TileError, UserError, abbreviated, needs_extra
 from scalenet_ray.core.policy import Policy, parse_policy
 from scalenet_ray.core.policy_form import NamedPolicy, check_names, check_smallest_object
 from scalenet_ray.core.windows import fixed_tiles
@@ -22,8 +22,6 @@ from scalenet_ray.workflows.image_sets import CocoSplit, ImageSet
 
 EngineName = Literal["ray", "local"]
 """ray: actors on this machine or a cluster; local: this process, for small jobs and notebooks."""
-
-_MOST_NAMES = 5
 
 _MANY_WINDOWS = 100
 
@@ -213,6 +211,6 @@ def _remarks(images: ImageSet, detector: DetectorInfo) -> list[str]:
     if isinstance(images, CocoSplit) and (
         unknown := unknown_categories(detector.categories, images.categories, images.unused_categories)
     ):
-        names = f"{', '.join(unknown[:_MOST_NAMES])}{' ...' if len(unknown) > _MOST_NAMES else ''}"
+        names = abbreviated(unknown)
         remarks.append(f"categories that no annotation is of and the detector does not know: {names}; left out")
     return remarks
