@@ -18,7 +18,7 @@ from scalenet_ray.engine.session import join_ray
 from scalenet_ray.models.detectors import load_detector
 
 _MISSING: Record = {"remark": "give a trained detector with --detector"}
-_TILES_HW = ((256, 352), (416, 288), (160, 544), (480, 384), (640, 640))
+_TILES_HW = ((256, 288), (288, 416), (416, 288), (640, 900), (640, 640))
 """Sizes of tiles, in tile pixels, each on another canvas."""
 
 _LATER_CALLS = 8
@@ -44,7 +44,7 @@ def measure_shapes(setup: Setup) -> Iterator[Record]:
         detector(tiles)
         return 1000 * (time.perf_counter() - start)
 
-    milliseconds(1, (320, 320))  # The library itself is loaded in the first call of all.
+    milliseconds(1, (900, 900))  # The library itself is loaded in the first call of all.
     batches = sorted({*setup.sizes.batches} - {1})
     for count, hw in [*((1, hw) for hw in _TILES_HW), *((count, _TILES_HW[-1]) for count in batches)]:
         first = milliseconds(count, hw)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.models.detectors import load_detector
-from scalenet_ray.models.padding import STRIDE, detect_by_canvas, padded, stride_canvas
+from scalenet_ray.models.padding import detect_by_canvas, padded, stride_canvas
 from scalenet_ray.models.spec import SAMPLE_DETECTOR, SAMPLE_DETECTOR_WEIGHTS
 from tests.devices import DEVICES
 from tests.test_gpu import partners, scenes
@@ -20,21 +20,21 @@ SIDES = st.integers(1, 3000)
 
 
 @given(SIDES, SIDES, st.sampled_from([416, 640, 800]), st.sampled_from([32, 64]))
-def test_few_canvases_hold_the_tile_and_are_at_most_half_longer(
+def test_few_canvases_hold_the_tile_and_are_at_most_twice_as_long_or_half_the_input_side(
     height: int, width: int, input_side: int, stride: int
 ) -> None:
     least = stride_canvas((height, width), stride)
     for side, tight, few in zip(
         (height, width), least, stride_canvas((height, width), stride, input_side), strict=True
     ):
-        assert side <= tight <= few < 1.5 * tight
+        assert side <= tight <= few < max(2 * tight, input_side / 2 + 2 * stride)
         assert few % stride == 0
 
 
 def test_few_canvases_are_few_and_a_whole_image_is_not_enlarged() -> None:
-    sides = {stride_canvas((side, 1), few_to=640)[0] // STRIDE for side in range(1, 1600)}
-    assert sorted(sides) == [1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64]
-    assert stride_canvas((800, 800), few_to=800) == (800, 800)
+    sides = {stride_canvas((side, 1), few_to=640)[0] for side in range(1, 2000)}
+    assert sorted(sides) == [320, 640, 960, 1280, 1920, 2560]
+    assert stride_canvas((800, 400), few_to=800) == (800, 416)
 
 
 @given(st.lists(st.sampled_from([(20, 20), (40, 20), (90, 30)]), max_size=20), st.booleans())
@@ -89,8 +89,8 @@ def test_on_a_gpu_a_detector_computes_few_shapes_and_finds_the_same(
     found = [detector(tiles) for detector in (plain, other)]
     assert len(shapes["other"]) < len(shapes["plain"])
     for count, canvas in shapes["other"]:
-        assert count in (1, 2, 4, 8, 16)
-        assert {side // STRIDE for side in canvas} <= {1, 2, 3, 4, 6, 8}
+        assert count & (count - 1) == 0
+        assert {side / detector.input_side for side in canvas} <= {0.5, 1.0, 1.5, 2.0}
     differences = [
         pair
         for one, two in zip(*found, strict=True)
@@ -98,7 +98,7 @@ def test_on_a_gpu_a_detector_computes_few_shapes_and_finds_the_same(
         for pair in partners(two, one, least_score=0.3)
     ]
     assert len(differences) > 20
-    assert np.quantile([pixels for pixels, _ in differences], 0.9) < 1
+    assert np.quantile([pixels for pixels, _ in differences], 0.9) < 2
 
 
 def test_tiles_are_padded_with_grey_and_never_resized() -> None:

@@ -26,8 +26,8 @@ def stride_canvas(hw: HW, stride: int = STRIDE, few_to: int | None = None) -> HW
     Args:
         hw: (height, width) of the tile.
         stride: in tile pixels.
-        few_to: the detector's input side, to have few shapes, as on a GPU (`detect_by_canvas`): sides are 1, 2, 3, 4,
-            6, 8, 12, 16, 24, ... strides, or that of a whole image; None for any multiple of the stride.
+        few_to: the detector's input side, to have few shapes, as on a GPU (`detect_by_canvas`): sides are 1/2, 1, 3/2,
+            2, 3, 4, 6, 8, ... of it, in whole strides; None for any multiple of the stride.
     """
     height, width = (-(-side // stride) for side in hw)
     if few_to is not None:
@@ -37,10 +37,10 @@ def stride_canvas(hw: HW, stride: int = STRIDE, few_to: int | None = None) -> HW
 
 
 def _few(side: int, whole: int) -> int:
-    """The least of 2^n, 3 * 2^n and `whole` that is not under a side, in strides."""
-    double = 1 << (side - 1).bit_length()
-    least = double * 3 // 4 if double * 3 // 4 >= side else double
-    return min(least, whole) if side <= whole else least
+    """The least of 2^n and 3 * 2^n halves of a whole side that is not under a side, in strides."""
+    halves = 1 + 2 * (side - 1) // whole
+    double = 1 << (halves - 1).bit_length()
+    return -(-whole * (double * 3 // 4 if double * 3 // 4 >= halves else double) // 2)
 
 
 def square_canvas(hw: HW, least: int) -> HW:
