@@ -58,14 +58,7 @@ _IMAGES_PER_SHARD = 16
 
 
 class Mortal:
-    """Ends its process at random calls, no sooner than some seconds after its first and a few times in all.
-
-    Args:
-        folder: of the run.
-        kind: of the fault: reader, scale actor or detector actor.
-        seconds: between two deaths, on average.
-        most: deaths of this kind in all.
-    """
+    """Ends its process at random calls: every `seconds` on average, and no more than `most` deaths of a kind in all."""
 
     def __init__(self, folder: Path, kind: str, seconds: float, most: int) -> None:
         self._folder, self._kind, self._seconds, self._most = folder, kind, seconds, most
@@ -173,15 +166,9 @@ def _drive(folder: Path, images: int, deaths: int, address: str) -> None:
 def run_chaos(folder: Path, images: int, seed: int, *, deaths: int = 4, node_losses: int = 2) -> dict[str, Any]:
     """Run to the end through all faults, and compare with the plain reference.
 
-    Args:
-        folder: where everything is written; there must be nothing yet.
-        images: how many.
-        seed: of the moments.
-        deaths: of readers, of scale actors and of detector actors, at most, each.
-        node_losses: how many nodes are lost. The frontier is killed once, and the driver once.
-
-    Returns:
-        `faults` by kind; `images`, `lost`, `doubled`, `wrong`; `done_twice`, images that were looked at again.
+    Readers, scale actors and detector actors die at most `deaths` times each; the frontier and the driver are
+    killed once. The outcome has `faults` by kind, `images`, `lost`, `doubled`, `wrong`, and `done_twice`: images
+    looked at again.
     """
     (folder / "work").mkdir(parents=True)
     random = Random(seed)

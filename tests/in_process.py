@@ -34,11 +34,8 @@ class Died(BaseException):
 
 
 class Handle:
-    """A frontier as its actor's handle: `handle.method.remote(...)` gives what `ray.get` then passes on.
-
-    Args:
-        frontier: the queue.
-        dies: whether whoever asked dies before it has the answer.
+    """A frontier as its actor's handle: `handle.method.remote(...)` gives what `ray.get` then passes on, or dies
+    first.
     """
 
     def __init__(self, frontier: Any, dies: Callable[[], bool] = lambda: False) -> None:
@@ -58,21 +55,10 @@ class Handle:
 
 
 class InProcessEngine:
-    """Runs a policy to its end, or until nothing moves any more.
+    """Runs a policy to its end, or until nothing moves any more, in an order and with faults that `seed` decides.
 
-    Args:
-        records: the images.
-        policy: the policy.
-        networks: as for the stages.
-        open_image: as for the readers.
-        seed: of the order of things and of the faults.
-        death_rate: how likely each step of a reader or a stage is to die.
-        rerun_rate: how likely, at each step, an old row is made and sent again.
-        readers: how many.
-        lease_size: work to a lease.
-        detector_batch_size: tiles to a call of the detector.
-        max_open_images: as for the frontier.
-        max_tries: as for the stages; deaths at random are nobody's fault, and give nothing up.
+    Each step of a reader or a stage dies at `death_rate`, and at `rerun_rate` an old row is made and sent again;
+    deaths at random are nobody's fault, and give nothing up unless `max_tries` says so.
     """
 
     def __init__(

@@ -27,16 +27,10 @@ _PIECES = 8
 
 
 class FaultyS3(ThreadingHTTPServer):
-    """Passes requests on to another server, and lets some fail.
+    """Passes requests on to the server `behind` it: one new request in `every` fails, and succeeds when it is made
+    again.
 
-    Args:
-        behind: the address of the server that it stands before.
-        faults: what befalls requests, in turn; one that is made again after a fault succeeds.
-        every: one new request in so many fails.
-
-    Attributes:
-        injected: how often each fault struck.
-        signed: how many requests bore credentials, and how many did not.
+    `injected` counts the faults that struck, `signed` the requests with credentials and without.
     """
 
     daemon_threads = True
