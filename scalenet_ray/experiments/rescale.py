@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,8 +73,8 @@ class _State:
 
 def canvas_recursion(scale_range: ScaleRange, *, k: float, max_depth: int, largest_side: int = 512) -> Recursion:
     """Parameters of Algorithm 1 for canvases of at most `largest_side` pixels: W is the whole canvas, zoom 1 / TopK."""
-    most = {"max_depth": max_depth, "max_windows": max_depth, "max_tile_pixels": largest_side**2}
-    return replace(Recursion(scale_range=scale_range, k=k, window=1.0, zoom=None), **most)
+    limits: dict[str, Any] = {"max_depth": max_depth, "max_windows": max_depth, "max_tile_pixels": largest_side**2}
+    return Recursion(scale_range=scale_range, k=k, window=1.0, zoom=None, **limits)
 
 
 def rescale_canvases(
