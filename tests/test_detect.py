@@ -257,9 +257,9 @@ def test_a_prediction_gives_crops_pictures_and_one_line(folder: Path, tmp_path: 
         assert ["red", "green", "blue"][middle.argmax()] == CATEGORIES[label]
     with pytest.raises(UserError, match="margin must be 0 or more"):
         prediction.crops(margin=-0.9)
-    for size in ({"text_size": -5}, {"line_width": 0}):
-        with pytest.raises(UserError, match=r"must be 1 pixel or more, or None .*, got (-5|0)"):
-            prediction.plot(**size)
+    for size in ({"text_size": -5}, {"line_width": 0}, {"line_width": 2.5}, {"text_size": 10**6}):
+        with pytest.raises(UserError, match=r"must be 1 to 1000 whole pixels, or None .*, got (-5|0|2.5|1000000)"):
+            prediction.plot(**size)  # type: ignore[arg-type]
     wider = prediction.crops(margin=0.5)
     assert all(more.size > less.size for more, less in zip(wider, prediction.crops(), strict=True))
     assert Image.open(io.BytesIO(prediction._repr_png_())).size == (SIDE, SIDE)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _NOTEBOOK_SIDE = 1200
 _QUALITY = 92
 _MOST_CLASSES = 5
+_MOST_DRAWN = 1000
 
 
 class BoundingBox(NamedTuple):
@@ -170,11 +171,11 @@ class Prediction:
             text_size: in pixels; None for one that suits the image.
 
         Raises:
-            UserError: if a width or a size is under 1.
+            UserError: if a width or a size is no whole number of 1 or more, or too large.
         """
         for name, value in (("line_width", line_width), ("text_size", text_size)):
-            if value is not None and not value >= 1:
-                msg = f"{name} must be 1 pixel or more, or None for one that suits the image, got {value}"
+            if value is not None and not (isinstance(value, int) and 1 <= value <= _MOST_DRAWN):
+                msg = f"{name} must be 1 to {_MOST_DRAWN} whole pixels, or None for what suits the image, got {value!r}"
                 raise UserError(msg)
         found, categories = self.detections, self.categories
         return draw_objects(self.image, self.image_width, found, categories, labels, scores, line_width, text_size)
