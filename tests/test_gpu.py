@@ -209,7 +209,7 @@ def scenes(count: int) -> list[np.ndarray]:
 def at_precision(network: Any, device: str, precision: str) -> Any:
     """A loaded network under autocast of a precision, or as it is for float32."""
     if precision in DTYPES:
-        network._autocast = torch.autocast(device, DTYPES[precision])
+        network.model.forward = torch.autocast(device, DTYPES[precision])(network.model.forward)
     return network
 
 
