@@ -104,8 +104,7 @@ def test_an_engine_is_built_once_for_all_batches_of_a_network_of_free_size(
     assert engine.names == ["TensorrtExecutionProvider", *GPU]
     assert engine.enable_fallback == 0
     assert engine.is_locked
-    # A tile of twice the input side, 40 strides, is computed on a canvas of 48.
-    assert shapes_of(engine) == ["images:1x3x64x64", "images:8x3x640x640", "images:16x3x1536x1536"]
+    assert shapes_of(engine) == ["images:1x3x320x320", "images:8x3x640x640", "images:16x3x1280x1280"]
     assert engine.settings["device_id"] == 1
     assert engine.settings["trt_engine_cache_enable"] == engine.settings["trt_timing_cache_enable"] == "1"
     assert engine.settings["trt_timing_cache_path"] == str(engine.folder)

@@ -43,9 +43,18 @@ def keep_image_ids(run: RunFolder, listed: ImageRecords, images: str) -> ImageRe
 
     Returns:
         The images with their ids, in order of id; in a new run these are the numbers.
+
+    Raises:
+        UserError: if the run has results but no inputs.parquet, so that the ids of its images are not known.
     """
     folder, table = _folder_of(images), run.inputs()
     if table is None:
+        if storage.exists(storage.join(run.uri, "images")):
+            msg = (
+                f"{run.uri} must have inputs.parquet, which holds the ids of its images, got none: it was deleted, or "
+                "an older version began the run; give another --output"
+            )
+            raise UserError(msg)
         _write_inputs(run, listed, listed[:0], {_FOLDER: folder.encode()})
         return listed
     known = ImageRecords(table)
@@ -143,15 +152,18 @@ def _metadata_value(table: pa.Table, name: bytes, uri: str) -> str:
     return metadata[name].decode()
 
 
-def _described(images: ImageRecords) -> dict[int, tuple[str, int | None, int | None]]:
-    """Image id -> file and annotated height and width."""
-    return {record.image_id: (record.file_name, record.height, record.width) for record in images}
+def _described(images: ImageRecords) -> dict[int, str]:
+    """Image id -> file, and annotated height and width."""
+    return {
+        record.image_id: record.file_name + ("" if record.hw is None else f" of {record.height} x {record.width}")
+        for record in images
+    }
 
 
-def _difference(what: str, then: Mapping[int, object], now: Mapping[int, object]) -> str:
+def _difference(what: str, then: Mapping[int, str], now: Mapping[int, str]) -> str:
     """The first item that differs, in words; "" if none does."""
     for key in sorted({*then, *now}):
-        before, after = (repr(items[key]) if key in items else "not there" for items in (then, now))
+        before, after = (items.get(key, "not there") for items in (then, now))
         if before != after:
             return f"{what} {key} was {before}, is {after}"
     return ""
