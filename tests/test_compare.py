@@ -49,7 +49,7 @@ def test_drawing_each_image_once_is_pycocotools_own_figure() -> None:
     figures = evaluate(dataset, results)
     evaluation = match_results(dataset, results)
     for name, area in (("AP", 0), ("AP_small", 1), ("AP_large", 3)):
-        assert resampled_ap(evaluation, area, [np.ones(12)]) == pytest.approx(figures[name], abs=1e-9)
+        assert resampled_ap(evaluation, area, np.ones((1, 12))) == pytest.approx(figures[name], abs=1e-9)
 
 
 def test_an_image_drawn_no_times_is_as_if_it_were_not_there() -> None:
@@ -58,7 +58,7 @@ def test_an_image_drawn_no_times_is_as_if_it_were_not_there() -> None:
     weights[2] = 0
     left = [i for i in range(1, 9) if i != 3]
     expected = evaluate(dataset, results, image_ids=left)["AP"]
-    assert resampled_ap(match_results(dataset, results), 0, [weights]) == pytest.approx(expected, abs=1e-9)
+    assert resampled_ap(match_results(dataset, results), 0, weights[None]) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_policy_that_is_always_better_has_an_interval_above_zero() -> None:

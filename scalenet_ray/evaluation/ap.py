@@ -78,27 +78,22 @@ def summarize(matches: Matches) -> dict[str, float]:
     return {name: 100.0 * float(np.mean(each)) if each else math.nan for name, each in values.items()}
 
 
-def sampled_precision(
-    ranked: RankedDetections, recalls: np.ndarray, weights: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray] | None:
+def sampled_precision(ranked: RankedDetections, recalls: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Compute the precision of one category at given recalls, as pycocotools does.
 
     Args:
         ranked: its detections and objects.
         recalls: [R].
-        weights: [images], how many times each image counts; once by default.
 
     Returns:
         [thresholds, R] precision, the largest at each recall or above, and [thresholds] recall of all detections; None
         without objects.
     """
-    images, object_images = ranked.images, ranked.object_images
-    objects = len(object_images) if weights is None else weights[object_images].sum()
+    images, objects = ranked.images, len(ranked.object_images)
     if not objects:
         return None
-    count = 1 if weights is None else weights[images]
-    true_positives = np.cumsum(ranked.true_positive * count, axis=1)
-    false_positives = np.cumsum(ranked.false_positive * count, axis=1)
+    true_positives = np.cumsum(ranked.true_positive, axis=1)
+    false_positives = np.cumsum(ranked.false_positive, axis=1)
     recall = true_positives / objects
     precision = true_positives / (true_positives + false_positives + np.spacing(1.0))
     precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]

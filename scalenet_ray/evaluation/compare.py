@@ -12,8 +12,8 @@ import numpy as np
 from scalenet_ray.core.detections import Detections
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.geometry import iou_matrix
-from scalenet_ray.evaluation.ap import AREAS, sampled_precision
-from scalenet_ray.evaluation.matching import Matches
+from scalenet_ray.evaluation.ap import AREAS
+from scalenet_ray.evaluation.matching import Matches, RankedDetections
 from scalenet_ray.evaluation.tide import FOREGROUND_IOU, Explained, join
 
 if TYPE_CHECKING:
@@ -22,30 +22,54 @@ if TYPE_CHECKING:
 RESAMPLES = 300
 """Bootstrap resamples of the images of an interval."""
 
+_AT_ONCE = 2**22
+"""Detections times resamples that are computed at once."""
+
 _INTERVALS = {"AP": "all", "AP_small": "small", "AP_large": "large"}
 """Metric -> size of the objects."""
 
 
-def resampled_ap(matches: Matches, area: int, draws: Sequence[np.ndarray]) -> np.ndarray:
+def resampled_ap(matches: Matches, area: int, draws: np.ndarray) -> np.ndarray:
     """Compute AP over resampled images, from one matching of the results.
 
     Args:
         matches: from `match_results`.
         area: index of the range of areas, see `AREAS`.
-        draws: D resamples, each of which counts image i `draw[i]` times.
+        draws: [D, images] resamples, each of which counts image i `draw[i]` times.
 
     Returns:
         [D] AP in percent; NaN if there are no objects.
     """
-    categories = [matches.ranked(category, area) for category in matches.categories]
+    total, known = np.zeros(len(draws)), np.zeros(len(draws))
+    for category in matches.categories:
+        ranked = matches.ranked(category, area)
+        size = max(1, _AT_ONCE // max(1, len(ranked.images)))
+        parts = [_category_ap(ranked, matches.recalls, draws[i : i + size]) for i in range(0, len(draws), size)]
+        ap = np.concatenate(parts)
+        has_objects = ~np.isnan(ap)
+        total[has_objects] += ap[has_objects]
+        known += has_objects
+    return np.divide(100.0 * total, known, out=np.full(len(draws), np.nan), where=known > 0)
 
-    def ap(draw: np.ndarray) -> float:
-        """AP in percent of one resample."""
-        sampled = (sampled_precision(ranked, matches.recalls, draw) for ranked in categories)
-        known = [each[0].mean() for each in sampled if each is not None]
-        return 100.0 * float(np.mean(known)) if known else float("nan")
 
-    return np.array([ap(draw) for draw in draws])
+def _category_ap(ranked: RankedDetections, recalls: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Mean of `sampled_precision` over thresholds and recalls for each of D resamples: [D], NaN without objects.
+
+    Precision falls at false positives, so its largest value at a recall or above is that of a true positive.
+    """
+    objects = draws[:, ranked.object_images].sum(axis=1)
+    weights = draws[:, ranked.images]
+    total = np.zeros(len(draws))
+    for is_true, is_false in zip(ranked.true_positive, ranked.false_positive, strict=True):
+        at = np.flatnonzero(is_true)
+        hits = np.cumsum(weights[:, at], axis=1)
+        misses = np.cumsum(weights * is_false, axis=1)[:, at]
+        precision = hits / (hits + misses + np.spacing(1.0))
+        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        recall = hits / np.maximum(objects, 1.0)[:, None]
+        reached = np.searchsorted(recalls, recall, side="right")
+        total += (np.diff(reached, axis=1, prepend=0) * precision).sum(axis=1)
+    return np.where(objects > 0, total / (len(ranked.true_positive) * len(recalls)), np.nan)
 
 
 def paired_intervals(
@@ -71,7 +95,7 @@ def paired_intervals(
     count = len(matched[baseline].image_ids)
     rng = np.random.default_rng(seed)
     indices = (rng.integers(count, size=count) for _ in range(resamples or RESAMPLES))
-    draws = [np.ones(count), *(np.bincount(drawn, minlength=count) for drawn in indices)]
+    draws = np.stack([np.ones(count), *(np.bincount(drawn, minlength=count) for drawn in indices)])
     samples = {
         name: {metric: resampled_ap(matches, AREAS[size], draws) for metric, size in _INTERVALS.items()}
         for name, matches in matched.items()
