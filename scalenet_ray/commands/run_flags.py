@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from scalenet_ray.console import say
-from scalenet_ray.core.bounds import MEGAPIXELS, ONE_OR_MORE
+from scalenet_ray.core.bounds import ABOVE_ZERO, MEGAPIXELS, ONE_OR_MORE
 from scalenet_ray.core.errors import UserError
 from scalenet_ray.core.policy import Policy
 from scalenet_ray.core.policy_form import policy_to_dict
@@ -42,7 +42,7 @@ class RunFlags:
     resume: bool = False
     retry_failed: bool = False
     max_failures: int = 0
-    smallest_object: float | None = None
+    smallest_object: Annotated[float, ABOVE_ZERO] | None = None
     max_image_megapixels: Annotated[float, MEGAPIXELS] = 200.0
     report_pictures: int = PICTURES
     engine: EngineName = "ray"
