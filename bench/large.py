@@ -81,13 +81,14 @@ class LargeImages:
     plot: Path | None = None
 
 
-def _workload(name: str, detector: str, folder: Path) -> Workload:
+def workload_of(name: str, detector: str, folder: Path) -> Workload:
+    """The images of a set, see `LargeImages.sets`; mosaics and the like are written into the folder."""
     data = data_folder()
     kind = _DETECTORS[detector].format(models=data / "models")
     if name.startswith("mosaic-"):
         return mosaics(folder / name, kind, fill=int(name.removeprefix("mosaic-")) / 100)
     if name.endswith("-tiled"):
-        return tiled(folder / name, _workload(name.removesuffix("-tiled"), detector, folder))
+        return tiled(folder / name, workload_of(name.removesuffix("-tiled"), detector, folder))
     if name == "wall":
         return wall(folder / f"wall-{detector}", kind)
     if name == "coco":
@@ -110,7 +111,7 @@ def compare_large(job: LargeImages, say: Callable[[str], None] = print) -> dict[
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in job.sets:
         for detector in job.detectors:
-            workload = _workload(name, detector, job.folder)
+            workload = workload_of(name, detector, job.folder)
             rows = _compare(workload, job, f"{name} {detector}", say)
             results[f"{name} {detector}"] = results.get(f"{name} {detector}", {}) | rows
             file.write_text(json.dumps(results, indent=1) + "\n")
